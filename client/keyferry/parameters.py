@@ -1,0 +1,243 @@
+"""Every parameter of the API, declared once: its Python type, what the agent accepts for it, and what it means.
+
+A parameter is checked by the agent, never by the client: there is one judge, and its error has a RequestId. A check takes
+what came over the wire and gives the one canonical value, or raises `InvalidParameter` with the parameter's name:
+Base64 becomes bytes, JSON text a dictionary, "true" becomes True.
+"""
+
+import binascii
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar, cast
+
+from .errors import invalid_parameter
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+MAX_CONTEXT: Final = 8_192
+"""Characters of an EncryptionContext as JSON (the cloud's documented limit)."""
+MAX_DATA_KEY: Final = 1_024
+"""Bytes of a data key (the cloud's documented limit)."""
+MAX_PLAINTEXT: Final = 6_144
+"""Bytes that Encrypt takes (the cloud's documented 6 KB)."""
+MAX_KEY_ID: Final = 512
+"""Characters of a KeyId in any form: an alias of 255, its ARN, and room."""
+DATA_KEY_SPECS: Final = {"AES_256": 32, "AES_128": 16}
+"""Bytes of a data key by KeySpec."""
+
+
+class Parameter(Generic[T_co]):
+    """A parameter's name on the wire, what it means, and its check."""
+
+    __slots__ = ("check", "doc", "integer", "name")
+
+    def __init__(self, name: str, check: Callable[[str, Any], T_co], doc: str, *, integer: bool = False) -> None:
+        self.name = name
+        self.check = check
+        self.doc = doc
+        self.integer = integer
+
+    def __repr__(self) -> str:
+        return f"Parameter({self.name})"
+
+
+_KINDS: Final = {
+    str: "a string",
+    bytes: "binary",
+    bool: "a boolean",
+    int: "an integer",
+    list: "an array",
+    dict: "a map",
+}
+
+
+def _kind(value: Any) -> str:
+    """What a value is, in MessagePack's words."""
+    return _KINDS.get(type(value), "nil")
+
+
+# --- checks: a name and a value from the wire -> the canonical value --------------------------------------------------
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise invalid_parameter(name, f"a string is expected, not {_kind(value)}.")
+    if not value:
+        raise invalid_parameter(name, "it is empty.")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise invalid_parameter(name, "it is not valid UTF-8.")
+    return value
+
+
+def _key_id(name: str, value: Any) -> str:
+    text = _text(name, value)
+    if len(text) > MAX_KEY_ID:
+        raise invalid_parameter(name, f"it is longer than {MAX_KEY_ID} characters.")
+    return text
+
+
+def decode_base64(value: str) -> bytes:
+    """Decode canonical Base64: the standard alphabet, padded, no white space, no stray bits. Raises ValueError."""
+    decoded = binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
+    # strict_mode lets the unused bits of the last character be anything: two texts for the same bytes.
+    if binascii.b2a_base64(decoded, newline=False).decode() != value:
+        raise ValueError("not the canonical Base64 of its bytes")
+    return decoded
+
+
+def encode_base64(data: bytes | bytearray | memoryview) -> str:
+    """Encode as the API does: standard Base64 on one line."""
+    return binascii.b2a_base64(data, newline=False).decode()
+
+
+def _blob(name: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise invalid_parameter(name, f"Base64 text or binary is expected, not {_kind(value)}.")
+    try:
+        return decode_base64(value)
+    except ValueError:
+        if value.startswith("-----BEGIN"):
+            raise invalid_parameter(name, "it is PEM; the Base64 of the DER is expected, without armour.") from None
+        raise invalid_parameter(name, "it is not Base64 on one line, padded, without white space.") from None
+
+
+def _ciphertext(name: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        raise invalid_parameter(name, f"Base64 text or binary is expected, not {_kind(value)}.")
+    try:
+        return decode_base64(value)
+    except ValueError:
+        return b""  # damaged in transport is damaged: the same error as for every ciphertext that does not open
+
+
+def _plaintext(name: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        raise invalid_parameter(name, "Base64 text is expected, not binary.")
+    decoded = _blob(name, value)
+    if not 1 <= len(decoded) <= MAX_PLAINTEXT:
+        raise invalid_parameter(name, f"it has {len(decoded)} bytes; 1 to {MAX_PLAINTEXT} are allowed.")
+    return decoded
+
+
+def _data_key_spec(name: str, value: Any) -> int:
+    if not isinstance(value, str) or value not in DATA_KEY_SPECS:
+        raise invalid_parameter(name, f"one of {', '.join(DATA_KEY_SPECS)} is expected.")
+    return DATA_KEY_SPECS[value]
+
+
+def _whole_number(least: int, most: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise invalid_parameter(name, f"an integer is expected, not {_kind(value)}.")
+        if not least <= value <= most:
+            raise invalid_parameter(name, f"it is {value}; {least} to {most} are allowed.")
+        return value
+
+    return check
+
+
+def _dry_run(name: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise invalid_parameter(name, 'true or false is expected, as a boolean or as text ("true", "false").')
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For JSON: an object whose keys are all different. Raises ValueError."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("the same key twice")
+    return made
+
+
+def _encryption_context(name: str, value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        if len(value) > MAX_CONTEXT:
+            raise invalid_parameter(name, f"its JSON has {len(value)} characters; at most {MAX_CONTEXT} are allowed.")
+        try:
+            value = json.loads(value, object_pairs_hook=unique_pairs)
+        except (ValueError, RecursionError):
+            raise invalid_parameter(name, "it is not the JSON of one object with each key once.") from None
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise invalid_parameter(name, "a map (or its JSON text) of strings to strings is expected.")
+    # Measured as JSON like the cloud does, but never with escapes that only ASCII output would need.
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    if len(text) > MAX_CONTEXT:
+        raise invalid_parameter(name, f"as JSON it has {len(text)} characters; at most {MAX_CONTEXT} are allowed.")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise invalid_parameter(name, "a key or a value is not valid UTF-8.") from None
+    return value
+
+
+# --- the parameters, and the type each has in Python ------------------------------------------------------------------
+
+KEY_ID = Parameter("KeyId", _key_id, "The master key: a key ID, alias/NAME, or an ARN of either.")
+KeyId: TypeAlias = Annotated[str, KEY_ID]
+
+KEY_SPEC = Parameter(
+    "KeySpec", _data_key_spec, "Length of the data key: AES_256 (32 bytes, the default) or AES_128 (16)."
+)
+KeySpec: TypeAlias = Annotated[str | None, KEY_SPEC]
+
+NUMBER_OF_BYTES = Parameter(
+    "NumberOfBytes",
+    _whole_number(1, MAX_DATA_KEY),
+    f"Length of the data key in bytes, 1 to {MAX_DATA_KEY}. Wins over KeySpec.",
+    integer=True,
+)
+NumberOfBytes: TypeAlias = Annotated[int | None, NUMBER_OF_BYTES]
+
+ENCRYPTION_CONTEXT = Parameter(
+    "EncryptionContext",
+    _encryption_context,
+    f"Pairs of strings, at most {MAX_CONTEXT} characters as JSON, bound to the ciphertext and needed again to open it.",
+)
+EncryptionContext: TypeAlias = Annotated[Mapping[str, str] | str | None, ENCRYPTION_CONTEXT]
+
+PUBLIC_KEY_BLOB = Parameter(
+    "PublicKeyBlob", _blob, "The module's public key: DER SubjectPublicKeyInfo, in Base64 or as binary."
+)
+PublicKeyBlob: TypeAlias = Annotated[str | bytes, PUBLIC_KEY_BLOB]
+
+WRAPPING_KEY_SPEC = Parameter("WrappingKeySpec", _text, "The kind of that public key: RSA_2048 or EC_SM2.")
+WrappingKeySpec: TypeAlias = Annotated[str, WRAPPING_KEY_SPEC]
+
+WRAPPING_ALGORITHM = Parameter(
+    "WrappingAlgorithm",
+    _text,
+    "How the data key is encrypted to it: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2.",
+)
+WrappingAlgorithm: TypeAlias = Annotated[str, WRAPPING_ALGORITHM]
+
+CIPHERTEXT_BLOB = Parameter("CiphertextBlob", _ciphertext, "What an earlier call returned, in Base64 or as binary.")
+CiphertextBlob: TypeAlias = Annotated[str | bytes, CIPHERTEXT_BLOB]
+
+PLAINTEXT = Parameter("Plaintext", _plaintext, f"What to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
+Plaintext: TypeAlias = Annotated[str, PLAINTEXT]
+
+DRY_RUN = Parameter("DryRun", _dry_run, "true: only say what the call would have done. Such a call always fails.")
+DryRun: TypeAlias = Annotated[bool | str, DRY_RUN]
+
+
+class Values(NamedTuple):
+    """The checked parameters of one request: `values[KEY_ID]` is canonical, and typed as its parameter says."""
+
+    by_name: Mapping[str, Any]
+
+    def get(self, parameter: Parameter[T]) -> T | None:
+        """The value of an optional parameter, None where it is absent."""
+        return cast("T | None", self.by_name.get(parameter.name))
+
+    def need(self, parameter: Parameter[T]) -> T:
+        """The value of a required parameter."""
+        return cast("T", self.by_name[parameter.name])
