@@ -1,0 +1,41 @@
+"""Keyferry: data keys without ever seeing them, from the key agent of this host.
+
+    from keyferry import Client
+
+    with Client() as kms:
+        made = kms.generate_and_export_data_key(key_id="alias/orders", ...)
+
+Importing this package loads the standard library and msgpack, nothing else. Cryptographic modules are in
+`keyferry.module` (extra `module`).
+"""
+
+from .client import Client
+from .errors import (
+    AccessDenied,
+    AgentUnavailable,
+    DryRun,
+    InvalidRequest,
+    KeyferryError,
+    KeyUnusable,
+    KmsError,
+    NotFound,
+    ProtocolError,
+    Throttled,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessDenied",
+    "AgentUnavailable",
+    "Client",
+    "DryRun",
+    "InvalidRequest",
+    "KeyUnusable",
+    "KeyferryError",
+    "KmsError",
+    "NotFound",
+    "ProtocolError",
+    "Throttled",
+    "__version__",
+]

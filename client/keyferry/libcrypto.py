@@ -1,0 +1,201 @@
+"""The system's libcrypto, by ctypes: public-key encryption (EVP_PKEY) from buffer to buffer. The only file that calls it.
+
+Why not the `cryptography` package: it has no SM2, and its RSA takes only `bytes`, which cannot be wiped. Here the
+plaintext is read from, and written to, whatever writable buffer the caller owns.
+
+Nothing is trusted to libcrypto that it does not check: it accepts trailing bytes, other curves and explicit parameters in
+a public key, so callers parse keys strictly first. Needs OpenSSL 3.0 or newer (Debian 12, Alpine 3.17, Ubuntu 22.04).
+"""
+
+import ctypes
+import functools
+from collections.abc import Iterable
+from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_long, c_size_t, c_void_p
+from typing import Any, Final, TypeAlias
+
+__all__ = ["Key", "LibcryptoError", "generate_sm2", "has_sm2", "load", "private_key", "public_key", "version"]
+
+Buffer: TypeAlias = bytearray | memoryview
+Options: TypeAlias = Iterable[tuple[bytes, bytes]]
+
+_NAMES: Final = ("libcrypto.so.3", "libcrypto.so")
+_SM2: Final = b"SM2"
+_OPENSSL_3: Final = 0x30000000
+
+
+class LibcryptoError(Exception):
+    """libcrypto is missing or too old, or refused what it was given. Says nothing of the data."""
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Load the library once. Raises `LibcryptoError` where there is none, or one older than 3.0."""
+    for name in _NAMES:
+        try:
+            library = ctypes.CDLL(name)
+            break
+        except OSError:
+            continue
+    else:
+        raise LibcryptoError("the system has no libcrypto.so.3 (Debian and Ubuntu: apt-get install libssl3)")
+    prototypes: dict[str, tuple[object, list[object]]] = {
+        "OpenSSL_version": (c_char_p, [c_int]),
+        "OpenSSL_version_num": (ctypes.c_ulong, []),
+        "ERR_clear_error": (None, []),
+        "d2i_PUBKEY": (c_void_p, [c_void_p, POINTER(c_void_p), c_long]),
+        "i2d_PUBKEY": (c_int, [c_void_p, c_void_p]),
+        "d2i_AutoPrivateKey": (c_void_p, [c_void_p, POINTER(c_void_p), c_long]),
+        "EVP_PKEY2PKCS8": (c_void_p, [c_void_p]),
+        "i2d_PKCS8_PRIV_KEY_INFO": (c_int, [c_void_p, c_void_p]),
+        "PKCS8_PRIV_KEY_INFO_free": (None, [c_void_p]),
+        "EVP_PKEY_is_a": (c_int, [c_void_p, c_char_p]),
+        "EVP_PKEY_free": (None, [c_void_p]),
+        "EVP_PKEY_Q_keygen": (c_void_p, [c_void_p, c_char_p, c_char_p]),
+        "EVP_PKEY_CTX_new": (c_void_p, [c_void_p, c_void_p]),
+        "EVP_PKEY_CTX_free": (None, [c_void_p]),
+        "EVP_PKEY_CTX_ctrl_str": (c_int, [c_void_p, c_char_p, c_char_p]),
+        "EVP_PKEY_encrypt_init": (c_int, [c_void_p]),
+        "EVP_PKEY_encrypt": (c_int, [c_void_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t]),
+        "EVP_PKEY_decrypt_init": (c_int, [c_void_p]),
+        "EVP_PKEY_decrypt": (c_int, [c_void_p, c_void_p, POINTER(c_size_t), c_void_p, c_size_t]),
+    }
+    try:
+        for function, (result, arguments) in prototypes.items():
+            bound = getattr(library, function)
+            bound.restype, bound.argtypes = result, arguments
+    except AttributeError as error:
+        raise LibcryptoError(f"{name} is older than OpenSSL 3.0: {error}") from None
+    if library.OpenSSL_version_num() < _OPENSSL_3:
+        raise LibcryptoError(f"{name} is older than OpenSSL 3.0")
+    return library
+
+
+def version() -> str:
+    """The library's own name and version, for the log."""
+    name: bytes = load().OpenSSL_version(0)
+    return name.decode()
+
+
+class Key:
+    """A public or private key inside libcrypto. Safe to use from several threads: each call has a context of its own."""
+
+    __slots__ = ("_library", "_pkey")
+
+    def __init__(self, pkey: int) -> None:
+        self._library = load()
+        self._pkey = pkey
+
+    def __del__(self) -> None:
+        self._library.EVP_PKEY_free(self._pkey)
+
+    def __repr__(self) -> str:
+        return "Key(...)"
+
+    def is_a(self, name: bytes) -> bool:
+        """Whether this is a key of the named type: b"RSA", b"SM2"."""
+        return bool(self._library.EVP_PKEY_is_a(self._pkey, name) == 1)
+
+    def encrypt(self, plaintext: Buffer, options: Options = ()) -> bytes:
+        """Encrypt the buffer's bytes, at least one. Raises `LibcryptoError`."""
+        out, used = self._run("encrypt", plaintext, None, options)
+        return bytes(out[:used])
+
+    def decrypt_into(self, ciphertext: Buffer, out: Buffer, options: Options = ()) -> int:
+        """Decrypt into `out`, and give the number of bytes written there. Raises `LibcryptoError`, whatever is wrong."""
+        return self._run("decrypt", ciphertext, out, options)[1]
+
+    def public_der(self) -> bytes:
+        """The public half as DER SubjectPublicKeyInfo."""
+        return bytes(_der(self._library.i2d_PUBKEY, self._pkey))
+
+    def private_der(self) -> bytearray:
+        """The private key as DER PKCS #8 PrivateKeyInfo, in a buffer that the caller wipes."""
+        info = self._library.EVP_PKEY2PKCS8(self._pkey)
+        if not info:
+            raise LibcryptoError("the key has no private half")
+        try:
+            return _der(self._library.i2d_PKCS8_PRIV_KEY_INFO, info)
+        finally:
+            self._library.PKCS8_PRIV_KEY_INFO_free(info)
+
+    def _run(self, verb: str, data: Buffer, out: Buffer | None, options: Options) -> tuple[Buffer, int]:
+        # To libcrypto, no output means "how much would it be?": never a way to succeed here. And its SM2 encryption does not
+        # look at the size it is given, so where the output is ours it is as large as libcrypto says.
+        if not data or (out is not None and not out):
+            raise LibcryptoError(f"libcrypto could not {verb}: nothing to {verb}, or no room for it")
+        library = self._library
+        context = library.EVP_PKEY_CTX_new(self._pkey, None)
+        try:
+            if not context or getattr(library, f"EVP_PKEY_{verb}_init")(context) <= 0:
+                raise LibcryptoError(f"this libcrypto cannot {verb} with such a key")
+            for name, value in options:
+                if library.EVP_PKEY_CTX_ctrl_str(context, name, value) <= 0:
+                    raise LibcryptoError(f"this libcrypto refuses {name.decode()}={value.decode()}")
+            function = getattr(library, f"EVP_PKEY_{verb}")
+            used = c_size_t()
+            if out is None and function(context, None, byref(used), _address(data), len(data)) > 0:
+                out = bytearray(used.value)
+            used.value = len(out or b"")
+            if not out or function(context, _address(out), byref(used), _address(data), len(data)) <= 0:
+                raise LibcryptoError(f"libcrypto could not {verb}")
+            return out, used.value
+        except LibcryptoError:
+            library.ERR_clear_error()
+            raise
+        finally:
+            library.EVP_PKEY_CTX_free(context)
+
+
+def public_key(der: bytes) -> Key:
+    """Load a DER SubjectPublicKeyInfo, which the caller has already parsed strictly. Raises `LibcryptoError`."""
+    return _load("d2i_PUBKEY", bytearray(der), "public")
+
+
+def private_key(der: Buffer) -> Key:
+    """Load a DER PKCS #8 PrivateKeyInfo. Raises `LibcryptoError`."""
+    return _load("d2i_AutoPrivateKey", der, "private")
+
+
+def generate_sm2() -> Key:
+    """Generate an SM2 key pair. Raises `LibcryptoError` where this libcrypto has no SM2 (Fedora and RHEL build it out)."""
+    pkey = load().EVP_PKEY_Q_keygen(None, None, _SM2) if has_sm2() else None
+    if not pkey:
+        raise LibcryptoError("this system's libcrypto was built without SM2")
+    return Key(pkey)
+
+
+@functools.cache
+def has_sm2() -> bool:
+    """Whether this libcrypto knows SM2: tried, not guessed from its version."""
+    library = load()
+    pkey = library.EVP_PKEY_Q_keygen(None, None, _SM2)
+    if not pkey:
+        library.ERR_clear_error()
+        return False
+    return Key(pkey).is_a(_SM2)
+
+
+def _load(function: str, der: Buffer, what: str) -> Key:
+    library = load()
+    if not der:
+        raise LibcryptoError(f"no {what} key")
+    end = c_void_p(_address(der))
+    pkey = getattr(library, function)(None, byref(end), len(der))
+    if not pkey:
+        library.ERR_clear_error()
+        raise LibcryptoError(f"libcrypto does not take this {what} key")
+    return Key(pkey)
+
+
+def _der(encode: Any, thing: int) -> bytearray:
+    size = encode(thing, None)
+    if size <= 0:
+        raise LibcryptoError("libcrypto could not encode the key")
+    out = bytearray(size)
+    cursor = c_void_p(_address(out))  # libcrypto moves it behind what it wrote
+    encode(thing, byref(cursor))
+    return out
+
+
+def _address(buffer: Buffer) -> int:
+    return ctypes.addressof(c_char.from_buffer(buffer))

@@ -1,0 +1,174 @@
+"""A cryptographic module in software: the private key and the data keys live in this process.
+
+What it protects: data keys are in locked memory where the system gives it, are never Python objects, and cannot be read
+out by the API. What it cannot: whoever can read this process's memory at the wrong moment, or the file and its
+passphrase, has them. A PKCS#11 token is for that.
+"""
+
+import contextlib
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Final, Self
+
+import pyrage
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+from .. import libcrypto
+from ..parameters import decode_base64, encode_base64
+from ..secret import Secret, SecretMemory, SecretMemoryError
+from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
+from .interface import CryptographicModule, DataKey, ModuleError
+
+_NONCE: Final = 12
+_TAG: Final = 16
+_AES_KEYS: Final = (16, 24, 32)
+_ROOM: Final = 256
+"""Bytes that libcrypto wants to have room for when it decrypts: the size of an RSA-2048 modulus."""
+_NOT_OURS: Final = "this is not a data key that was exported to this module"
+_NOT_HELD: Final = "this module does not hold that key (any more)"
+_NOT_AUTHENTIC: Final = "this was not encrypted with this key and this aad, or it is damaged"
+_CHUNK: Final = 16 * 1024
+"""Bytes of locked memory to take at a time: 512 keys of 32 bytes."""
+
+_RSA_OAEP_SHA_256: Final = (
+    (b"rsa_padding_mode", b"oaep"),
+    (b"rsa_oaep_md", b"sha256"),
+    (b"rsa_mgf1_md", b"sha256"),
+)
+
+
+def _check_size(size: int) -> None:
+    if size not in _AES_KEYS:
+        raise ModuleError(f"a data key of {size} bytes is no AES key: 16, 24 or 32 are")
+
+
+class SoftwareModule(CryptographicModule):
+    """Private key and data keys in this process. Make one with `generate` or `load`."""
+
+    def __init__(self, private_key: libcrypto.Key) -> None:
+        self._private_key = private_key
+        sm2 = private_key.is_a(b"SM2")
+        self.wrapping_key_spec = "EC_SM2" if sm2 else "RSA_2048"
+        self.wrapping_algorithm = "SM2PKE" if sm2 else "RSAES_OAEP_SHA_256"
+        self._public_key_blob = encode_base64(private_key.public_der())
+        self._keys: weakref.WeakKeyDictionary[DataKey, Secret] = weakref.WeakKeyDictionary()
+        self._memory: list[SecretMemory] = []
+
+    def __repr__(self) -> str:
+        return f"SoftwareModule({self.wrapping_key_spec})"
+
+    @classmethod
+    def generate(cls, key_spec: str = "RSA_2048") -> Self:
+        """Generate a key pair: "RSA_2048" or "EC_SM2". Raises ValueError, or `ModuleError` where the system has no SM2."""
+        if key_spec == "RSA_2048":
+            made = rsa.generate_private_key(65537, 2048)
+            der = bytearray(made.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
+            return cls(libcrypto.private_key(der))
+        if key_spec == "EC_SM2":
+            try:
+                return cls(libcrypto.generate_sm2())
+            except libcrypto.LibcryptoError as error:
+                raise ModuleError(str(error)) from None
+        raise ValueError(f"RSA_2048 or EC_SM2 is expected, not {key_spec!r}")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], passphrase: str) -> Self:
+        """Load a module that `save` wrote. Raises OSError, or `ModuleError` for a wrong passphrase or a damaged file."""
+        with open(path, "rb") as file:
+            sealed = file.read()
+        try:
+            return cls(libcrypto.private_key(bytearray(pyrage.passphrase.decrypt(sealed, passphrase))))
+        except (pyrage.DecryptError, libcrypto.LibcryptoError):
+            raise ModuleError(f"{os.fspath(path)}: wrong passphrase, or not a module file") from None
+
+    def save(self, path: str | os.PathLike[str], passphrase: str) -> None:
+        """Write the private key to a new file of mode 0600, as PKCS #8 sealed by age with the passphrase.
+
+        Data keys are not saved: their records bring them back. An existing file is never replaced. Raises OSError, or
+        ValueError for an empty passphrase.
+        """
+        if not passphrase:
+            raise ValueError("an empty passphrase protects nothing")
+        der = self._private_key.private_der()
+        try:
+            sealed = pyrage.passphrase.encrypt(bytes(der), passphrase)
+        finally:
+            der[:] = bytes(len(der))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(sealed)
+            file.flush()
+            os.fsync(descriptor)
+
+    @property
+    def public_key_blob(self) -> str:
+        return self._public_key_blob
+
+    def import_data_key(self, exported_data_key: str | bytes) -> DataKey:
+        try:
+            wrapped = decode_base64(exported_data_key) if isinstance(exported_data_key, str) else exported_data_key
+            options: libcrypto.Options = _RSA_OAEP_SHA_256
+            if self.wrapping_key_spec == "EC_SM2":
+                if len(wrapped) - RAW_OVERHEAD > _ROOM:
+                    _check_size(len(wrapped) - RAW_OVERHEAD)
+                wrapped, options = raw_to_der(wrapped), ()
+        except ValueError:
+            raise ModuleError(_NOT_OURS) from None
+        scratch = self._allocate(_ROOM)
+        try:
+            with scratch.lend() as opened:
+                size = self._private_key.decrypt_into(bytearray(wrapped), opened, options)
+                _check_size(size)
+                secret = self._allocate(size)
+                with secret.lend() as data_key:
+                    data_key[:] = opened[:size]
+        except libcrypto.LibcryptoError:
+            raise ModuleError(_NOT_OURS) from None
+        finally:
+            scratch.free()
+        key = DataKey()
+        self._keys[key] = secret
+        weakref.finalize(key, secret.free)
+        return key
+
+    def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
+        nonce = os.urandom(_NONCE)
+        with self._lent(key) as data_key:
+            return nonce + AESGCM(data_key).encrypt(nonce, plaintext, aad)
+
+    def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
+        if len(sealed) < _NONCE + _TAG:
+            raise ModuleError(_NOT_AUTHENTIC)
+        view = memoryview(sealed)
+        with self._lent(key) as data_key:
+            try:
+                return AESGCM(data_key).decrypt(view[:_NONCE], view[_NONCE:], aad)
+            except InvalidTag:
+                raise ModuleError(_NOT_AUTHENTIC) from None
+
+    def forget(self, key: DataKey) -> None:
+        secret = self._keys.pop(key, None)
+        if secret is None:
+            raise ModuleError(_NOT_HELD)
+        secret.free()  # a thread that is encrypting with it finishes first
+
+    @contextlib.contextmanager
+    def _lent(self, key: DataKey) -> Iterator[memoryview]:
+        with contextlib.ExitStack() as stack:
+            try:
+                data_key = stack.enter_context(self._keys[key].lend())
+            except (KeyError, SecretMemoryError):
+                raise ModuleError(_NOT_HELD) from None
+            yield data_key
+
+    def _allocate(self, size: int) -> Secret:
+        for memory in reversed(self._memory):
+            with contextlib.suppress(SecretMemoryError):
+                return memory.allocate(size)
+        # Not memfd_secret: that is shared with a forked child, whose `forget` would then wipe the parent's key too.
+        self._memory.append(SecretMemory(_CHUNK, backing="mlock", require=False))
+        return self._memory[-1].allocate(size)

@@ -1,0 +1,256 @@
+"""Secret memory: the only place where key bytes live, and the only module that maps memory for them.
+
+A `SecretMemory` is one mapping between two guard pages: memory that the kernel itself cannot read (`memfd_secret(2)`,
+Linux 5.14), else locked memory that is left out of core dumps (`mlock`, `MADV_DONTDUMP`). What is in it is only ever
+*lent*, as a memoryview, for the time of one synchronous call:
+
+    with memory.borrow(32) as data_key:       # wiped when the block is left, however it is left
+        fill_random(data_key)
+        ...
+
+The rule that every user keeps: a lent view, or a copy of what is in it, is never stored, returned, logged, compared with
+`==`, or alive across an `await`. A view that outlives its block is released: touching it raises ValueError.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import resource
+import threading
+import weakref
+from types import TracebackType
+from typing import Final, Literal, TypeAlias
+
+__all__ = ["SCRATCH_SIZES", "Backing", "Protection", "Secret", "SecretMemory", "SecretMemoryError", "fill_random"]
+
+Backing: TypeAlias = Literal["auto", "memfd_secret", "mlock"]
+Protection: TypeAlias = Literal["memfd_secret", "mlock", "none"]
+
+_SYS_MEMFD_SECRET: Final = 447  # the same number on every architecture that has it
+_MADV_DONTDUMP: Final = 16
+_MAP_FIXED: Final = 0x10
+_PROT_NONE: Final = 0
+_FAILED: Final = ctypes.c_void_p(-1).value
+_ALIGNMENT: Final = 16
+SCRATCH_SIZES: Final = (64, 1_024, 6_144)
+"""Bytes that borrowed blocks are rounded up to. With few sizes, what one call gives back fits what the next one asks for, and
+memory for n calls at a time never runs out: n times the sum of these."""
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.getrandom.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
+_libc.getrandom.restype = ctypes.c_ssize_t
+
+
+class SecretMemoryError(Exception):
+    """Memory for keys could not be had as it was asked for, or is used up."""
+
+
+class Secret:
+    """Bytes in a `SecretMemory`. Only `lend` shows them, only for the time of a block."""
+
+    __slots__ = ("_freed", "_loans", "_memory", "_offset", "_room", "size")
+
+    def __init__(self, memory: "SecretMemory", offset: int, room: int, size: int) -> None:
+        self._memory = memory
+        self._offset = offset
+        self._room = room
+        self._loans = 0
+        self._freed = False
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"Secret({self.size} bytes)"
+
+    def __reduce__(self) -> str:
+        raise TypeError("a Secret cannot be pickled or copied")
+
+    def lend(self) -> "_Loan":
+        """Lend the bytes as a writable memoryview, for a `with` block."""
+        return _Loan(self, wipe=False)
+
+    def free(self) -> None:
+        """Wipe the bytes and give the room back: at once, or when the last loan of them ends. May be called again."""
+        memory = self._memory
+        with memory._lock:
+            if self._freed:
+                return
+            self._freed = True
+            if self._loans:
+                return
+        memory._wipe(self)
+
+
+class _Loan:
+    """What `with` holds: the view, which is released, and for scratch memory wiped, at the end of the block."""
+
+    __slots__ = ("_secret", "_view", "_wipe")
+
+    def __init__(self, secret: Secret, *, wipe: bool) -> None:
+        self._secret = secret
+        self._wipe = wipe
+
+    def __enter__(self) -> memoryview:
+        secret = self._secret
+        with secret._memory._lock:
+            if secret._freed:
+                raise SecretMemoryError("these bytes were wiped")
+            self._view = secret._memory._view(secret._offset, secret.size)
+            secret._loans += 1
+        return self._view
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._view.release()
+        secret = self._secret
+        with secret._memory._lock:
+            secret._loans -= 1
+            wipe = secret._freed and not secret._loans
+        if wipe:
+            secret._memory._wipe(secret)
+        elif self._wipe:
+            secret.free()
+
+
+class SecretMemory:
+    """One mapping of `size` bytes (rounded up to pages) for secrets. Safe to use from several threads.
+
+    `backing` insists on one kind; "auto" takes the best the system gives. With `require` (the default) memory that is not
+    locked raises `SecretMemoryError`, which says what is missing; without it, `protection` may come out as "none".
+    """
+
+    def __init__(self, size: int, *, backing: Backing = "auto", require: bool = True) -> None:
+        self.size = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+        self.protection: Protection = "none"
+        # Reentrant: the garbage collector may free a secret anywhere, also while its own thread holds the lock.
+        self._lock = threading.RLock()
+        self._used = 0
+        self._bytes: memoryview | None = None
+        self._freed: dict[int, list[int]] = {}
+        # The guard pages come with the reservation: what is mapped into its middle leaves them inaccessible.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._reserved = _libc.mmap(None, self.size + 2 * mmap.PAGESIZE, _PROT_NONE, flags, -1, 0)
+        if self._reserved == _FAILED:
+            raise SecretMemoryError(f"no address space for {self.size} bytes: {_errno()}")
+        self._address = self._reserved + mmap.PAGESIZE
+        # Every Secret and every loan holds on to its memory: when nobody does any more, it is wiped and unmapped.
+        self._release = weakref.finalize(self, _release, self._reserved, self.size)
+        self._release.atexit = False  # the kernel clears what a process leaves; a thread may still be at work then
+        failures = self._map(backing)
+        if failures and require:
+            self.close()
+            raise SecretMemoryError(_advice(self.size, failures))
+        self._bytes = memoryview((ctypes.c_ubyte * self.size).from_address(self._address)).cast("B")
+
+    def __repr__(self) -> str:
+        return f"SecretMemory({self.size} bytes, {self.protection})"
+
+    def allocate(self, size: int) -> Secret:
+        """Set `size` bytes aside, all zero. Raises `SecretMemoryError` when there is no room."""
+        return self._allocate(size, max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT)
+
+    def borrow(self, size: int) -> _Loan:
+        """Set `size` bytes aside for one `with` block, and wipe them at its end. Raises `SecretMemoryError`."""
+        room = next((room for room in SCRATCH_SIZES if size <= room), 0)
+        if not room:
+            raise SecretMemoryError(f"at most {SCRATCH_SIZES[-1]} bytes can be borrowed; {size} were asked for")
+        return _Loan(self._allocate(size, room), wipe=True)
+
+    def _allocate(self, size: int, room: int) -> Secret:
+        with self._lock:
+            free = self._freed.get(room)
+            if free:
+                return Secret(self, free.pop(), room, size)
+            if self._used + room > self.size:
+                raise SecretMemoryError(f"{self.size} bytes of secret memory are used up")
+            offset = self._used
+            self._used += room
+        return Secret(self, offset, room, size)
+
+    def close(self) -> None:
+        """Wipe everything and unmap it. No loan may be open: views into it would point nowhere."""
+        if self._bytes is not None:
+            self._bytes.release()
+        self._release()
+
+    def _view(self, offset: int, size: int) -> memoryview:
+        assert self._bytes is not None
+        return self._bytes[offset : offset + size]
+
+    def _wipe(self, secret: Secret) -> None:
+        ctypes.memset(self._address + secret._offset, 0, secret._room)
+        with self._lock:
+            self._freed.setdefault(secret._room, []).append(secret._offset)
+
+    def _map(self, backing: Backing) -> list[str]:
+        """Map the middle of the reservation, locked if it can be had; if not, give why not."""
+        failures = []
+        if backing in ("auto", "memfd_secret"):
+            failure = self._map_memfd_secret()
+            if not failure:
+                self.protection = "memfd_secret"
+                return []
+            failures.append(f"memfd_secret: {failure}")
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+        if _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == _FAILED:
+            raise SecretMemoryError(f"no memory for {self.size} bytes: {_errno()}")
+        _libc.madvise(self._address, self.size, _MADV_DONTDUMP)
+        if backing in ("auto", "mlock"):
+            if _libc.mlock(self._address, self.size) == 0:
+                self.protection = "mlock"
+                return []
+            failures.append(f"mlock: {_errno()}")
+        return failures
+
+    def _map_memfd_secret(self) -> str:
+        descriptor = _libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC)
+        if descriptor < 0:
+            return _errno()
+        try:
+            os.ftruncate(descriptor, self.size)
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            mapped = _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+            return _errno() if mapped == _FAILED else ""
+        except OSError as error:
+            return error.strerror or str(error)
+        finally:
+            os.close(descriptor)  # with the descriptor open, another process could map it too (pidfd_getfd)
+
+
+def _release(reserved: int, size: int) -> None:
+    if _libc.mprotect(reserved + mmap.PAGESIZE, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0:  # mapped, at least
+        ctypes.memset(reserved + mmap.PAGESIZE, 0, size)
+    _libc.munmap(reserved, size + 2 * mmap.PAGESIZE)
+
+
+def fill_random(view: memoryview) -> None:
+    """Fill a lent view from the kernel's generator, without a copy on the way."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    done = 0
+    while done < len(view):
+        got = _libc.getrandom(address + done, len(view) - done, 0)
+        if got > 0:
+            done += got
+        elif ctypes.get_errno() != errno.EINTR:
+            raise OSError(ctypes.get_errno(), "getrandom failed")
+
+
+def _errno() -> str:
+    return os.strerror(ctypes.get_errno())
+
+
+def _advice(size: int, failures: list[str]) -> str:
+    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // 1024} KiB"
+    return (
+        f"{size // 1024} KiB of locked memory could not be had ({'; '.join(failures)}). RLIMIT_MEMLOCK is {limit} for all "
+        f"of this process's locked memory together: raise it (systemd: LimitMEMLOCK=, shell: ulimit -l), grant "
+        f'CAP_IPC_LOCK, or accept unprotected memory with memory = "prefer"'
+    )
