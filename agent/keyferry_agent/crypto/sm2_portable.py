@@ -1,0 +1,69 @@
+"""SM2 public-key encryption where libcrypto was built without SM2. Opt-in (`sm2_fallback = "gmssl"`), slow, and honest:
+
+only gmssl's curve arithmetic is used. Its own `encrypt` is never called: its nonce comes from a Mersenne Twister, from which
+data keys were recovered; it checks no point, and returns nothing when a mask is zero. Here the nonce comes from the
+operating system, the key is on the curve (`public_key` checked), and a zero mask is drawn again (GB/T 32918.4-2016).
+
+What stays worse than libcrypto: pure-Python arithmetic takes about 8 ms, holds the interpreter's lock, is not constant time,
+and leaves the data key and the nonce in ordinary memory.
+"""
+
+import hmac
+import secrets
+from typing import Final
+
+from cryptography.hazmat.primitives.hashes import SM3, Hash
+from gmssl.sm2 import CryptSM2, default_ecc_table
+
+from keyferry.sm2_ciphertext import RAW_OVERHEAD
+
+from .public_key import on_sm2_curve
+
+__all__ = ["decrypt", "encrypt"]
+
+_N: Final = int(default_ecc_table["n"], 16)
+_G: Final[str] = default_ecc_table["g"]
+_curve: Final = CryptSM2("", "")
+
+
+def encrypt(point: bytes, plaintext: memoryview | bytearray) -> bytes:
+    """Encrypt to the public key `x ‖ y` (64 bytes, on the curve): `04 ‖ x1 ‖ y1 ‖ C3 ‖ C2`. Raises ValueError for no bytes."""
+    if not plaintext:
+        raise ValueError("there is nothing to encrypt")
+    while True:
+        sealed = _encrypt(point, plaintext, 1 + secrets.randbelow(_N - 1))
+        if sealed is not None:
+            return sealed
+
+
+def _encrypt(point: bytes, plaintext: memoryview | bytearray, k: int) -> bytes | None:
+    """Encrypt under the nonce k in [1, n-1]; None when the mask is all zero and k has to be drawn again."""
+    c1 = bytes.fromhex(_curve._kg(k, _G))
+    shared = bytes.fromhex(_curve._kg(k, point.hex()))
+    mask = _kdf(shared, len(plaintext))
+    if not any(mask):
+        return None
+    c2 = bytes(a ^ b for a, b in zip(plaintext, mask, strict=True))
+    c3 = Hash.hash(SM3(), shared[:32] + bytes(plaintext) + shared[32:])
+    return b"\x04" + c1 + c3 + c2
+
+
+def decrypt(d: int, raw: bytes) -> bytes:
+    """Decrypt `04 ‖ x1 ‖ y1 ‖ C3 ‖ C2` with the private key `d`: for the self-test at start. Raises ValueError."""
+    c1, c3, c2 = raw[1:65], raw[65:RAW_OVERHEAD], raw[RAW_OVERHEAD:]
+    if raw[:1] != b"\x04" or not on_sm2_curve(int.from_bytes(c1[:32], "big"), int.from_bytes(c1[32:], "big")):
+        raise ValueError("C1 is not a point of the curve")
+    shared = bytes.fromhex(_curve._kg(d, c1.hex()))
+    mask = _kdf(shared, len(c2))
+    if not any(mask):
+        raise ValueError("the mask is all zero, or C2 is empty")
+    plaintext = bytes(a ^ b for a, b in zip(c2, mask, strict=True))
+    if not hmac.compare_digest(Hash.hash(SM3(), shared[:32] + plaintext + shared[32:]), c3):
+        raise ValueError("C3 does not match")
+    return plaintext
+
+
+def _kdf(shared: bytes, size: int) -> bytes:
+    """The key derivation of GB/T 32918.4-2016, 5.4.3: SM3 over the input and a counter from 1."""
+    blocks = (Hash.hash(SM3(), shared + counter.to_bytes(4, "big")) for counter in range(1, -(-size // 32) + 1))
+    return b"".join(blocks)[:size]

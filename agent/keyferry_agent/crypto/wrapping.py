@@ -1,0 +1,96 @@
+"""Wrapping: a data key encrypted under a module's public key. One table says everything about each algorithm.
+
+To add a wrapping algorithm: a line in `_TABLE`, its check in `public_key`, its vectors, and its row in PROTOCOL.md.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from keyferry import libcrypto
+from keyferry.sm2_ciphertext import der_to_raw
+
+from . import sm2_portable
+from .public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
+
+__all__ = ["Recipient", "Wrapping", "WrappingError", "find", "pairs", "recipient"]
+
+_RSA_BYTES: Final = 256
+_KEPT_KEYS: Final = 1_024
+"""Parsed public keys to remember: parsing costs five times as much as wrapping; one key takes about 4 KiB."""
+
+
+class WrappingError(Exception):
+    """This system cannot do the algorithm at all. The message says what is missing."""
+
+
+class Wrapping(NamedTuple):
+    """One pair of WrappingKeySpec and WrappingAlgorithm."""
+
+    name: str
+    capacity: int  # bytes of data key that it carries
+    slow: bool  # takes half a millisecond or more: not for the event loop
+    check: Callable[[bytes], None]
+    wrap: Callable[["Recipient", memoryview], bytes]
+
+
+class Recipient(NamedTuple):
+    """A module's public key, checked and loaded, with the way to wrap for it."""
+
+    wrapping: Wrapping
+    der: bytes
+    pin: str
+    key: libcrypto.Key | None  # None: SM2 without libcrypto's help
+
+    def wrap(self, data_key: memoryview) -> bytes:
+        """Encrypt the bytes of a data key, at most `wrapping.capacity` of them."""
+        return self.wrapping.wrap(self, data_key)
+
+
+def _oaep(name: str, digest: bytes, digest_size: int) -> Wrapping:
+    """RSAES-OAEP with MGF1 over the same hash and an empty label (RFC 8017)."""
+    options = ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", digest), (b"rsa_mgf1_md", digest))
+
+    def wrap(recipient: Recipient, data_key: memoryview) -> bytes:
+        assert recipient.key is not None
+        return recipient.key.encrypt(data_key, options)
+
+    return Wrapping(name, _RSA_BYTES - 2 * digest_size - 2, slow=False, check=check_rsa_2048, wrap=wrap)
+
+
+def _sm2_wrap(recipient: Recipient, data_key: memoryview) -> bytes:
+    if recipient.key is None:
+        return sm2_portable.encrypt(recipient.der[-64:], data_key)
+    return der_to_raw(recipient.key.encrypt(data_key))
+
+
+_TABLE: Final = {
+    ("RSA_2048", "RSAES_OAEP_SHA_256"): _oaep("RSA_2048 with RSAES_OAEP_SHA_256", b"sha256", 32),
+    ("RSA_2048", "RSAES_OAEP_SHA_1"): _oaep("RSA_2048 with RSAES_OAEP_SHA_1", b"sha1", 20),
+    # The cloud takes up to 6,047 bytes of plaintext for SM2PKE.
+    ("EC_SM2", "SM2PKE"): Wrapping("EC_SM2 with SM2PKE", 6_047, slow=True, check=check_sm2, wrap=_sm2_wrap),
+}
+
+
+def find(key_spec: str, algorithm: str) -> Wrapping | None:
+    """The wrapping for a pair of WrappingKeySpec and WrappingAlgorithm; None for a pair that does not go together."""
+    return _TABLE.get((key_spec, algorithm))
+
+
+def pairs() -> str:
+    """The pairs there are, for an error message."""
+    return ", ".join(way.name for way in _TABLE.values())
+
+
+@functools.lru_cache(maxsize=_KEPT_KEYS)
+def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipient:
+    """Check and load a public key. Raises `PublicKeyError`, or `WrappingError` where the system has no SM2."""
+    wrapping.check(der)
+    if wrapping.wrap is _sm2_wrap and not libcrypto.has_sm2():
+        if not sm2_fallback:
+            raise WrappingError("SM2PKE is not available: this system's libcrypto was built without SM2.")
+        return Recipient(wrapping, der, fingerprint(der), None)
+    try:
+        return Recipient(wrapping, der, fingerprint(der), libcrypto.public_key(der))
+    except libcrypto.LibcryptoError as error:
+        raise PublicKeyError(f"{error}.") from None

@@ -1,0 +1,299 @@
+"""What a keyring file says: its JSON, strictly checked. docs/keyring.md is the specification.
+
+The names are the API's. `Material` is Base64 of the raw key, so that a person with `age` and the right identity can get at
+everything in an emergency without this program.
+"""
+
+import json
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from keyferry.parameters import decode_base64, encode_base64, unique_pairs
+
+from ..crypto.seal import KEY_SIZES
+
+__all__ = [
+    "ALIAS",
+    "STATES",
+    "Document",
+    "KeyEntry",
+    "KeyringError",
+    "VersionEntry",
+    "check_alias",
+    "check_description",
+    "new_id",
+    "now",
+]
+
+FORMAT: Final = "keyferry-keyring"
+VERSION: Final = 1
+STATES: Final = ("Enabled", "Disabled", "PendingDeletion", "PendingImport")
+ORIGINS: Final = ("Aliyun_KMS", "EXTERNAL")
+ALIAS: Final = "alias/"
+_ALIAS_MOST: Final = 255
+_RESERVED: Final = "acs"
+_DESCRIPTION_MOST: Final = 8_192
+_DATE: Final = "%Y-%m-%dT%H:%M:%SZ"
+
+
+class KeyringError(Exception):
+    """The keyring cannot be read, is not what it should be, or cannot be changed like that. The message is for people."""
+
+
+@dataclass
+class VersionEntry:
+    """One version of a key. A staged one can decrypt, but has never been primary."""
+
+    version_id: str
+    created: str
+    material: bytearray = field(repr=False)
+    staged: bool = False
+
+
+@dataclass
+class KeyEntry:
+    """One master key. Dates are UTC in ISO 8601, to the second."""
+
+    key_id: str
+    key_spec: str
+    created: str
+    versions: list[VersionEntry]
+    primary: str
+    state: str = "Enabled"
+    description: str = ""
+    origin: str = "Aliyun_KMS"
+    delete_date: str = ""
+
+
+@dataclass
+class Document:
+    """A whole keyring: keys in the order they were made, and alias -> key ID. `recipients` is empty when it is sealed to a
+    passphrase; the file remembers them because age does not reveal them, and every change seals it anew.
+    """
+
+    recipients: list[str]
+    keys: list[KeyEntry] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def find(self, key_id: str) -> KeyEntry:
+        """The key with this ID or alias. Raises `KeyringError`."""
+        wanted = self.aliases.get(key_id, key_id)
+        for key in self.keys:
+            if key.key_id == wanted:
+                return key
+        raise KeyringError(f"the keyring has no key or alias {key_id!r}")
+
+    def aliases_of(self, key_id: str) -> list[str]:
+        """The aliases of a key, sorted."""
+        return sorted(alias for alias, owner in self.aliases.items() if owner == key_id)
+
+    def to_json(self) -> bytes:
+        """Encode. The result holds key material."""
+        return json.dumps(
+            {
+                "Format": FORMAT,
+                "Version": VERSION,
+                "Recipients": self.recipients,
+                "Keys": [
+                    {
+                        "KeyId": key.key_id,
+                        "KeySpec": key.key_spec,
+                        "KeyState": key.state,
+                        "Description": key.description,
+                        "Origin": key.origin,
+                        "CreationDate": key.created,
+                        "DeleteDate": key.delete_date,
+                        "PrimaryKeyVersion": key.primary,
+                        "KeyVersions": [
+                            {
+                                "KeyVersionId": version.version_id,
+                                "CreationDate": version.created,
+                                "Staged": version.staged,
+                                "Material": encode_base64(version.material),
+                            }
+                            for version in key.versions
+                        ],
+                    }
+                    for key in self.keys
+                ],
+                "Aliases": self.aliases,
+            },
+            indent=1,
+        ).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes | bytearray) -> "Document":
+        """Decode and check. Raises `KeyringError`, which never quotes what could be key material."""
+        try:
+            raw = json.loads(data, object_pairs_hook=unique_pairs)
+        except (ValueError, RecursionError):
+            raise KeyringError("the keyring does not hold JSON") from None
+        if not isinstance(raw, dict) or raw.get("Format") != FORMAT:
+            raise KeyringError(f'the content is no keyring: "Format" is not "{FORMAT}"')
+        if raw.get("Version") != VERSION:
+            raise KeyringError(
+                f"the keyring has format version {raw.get('Version')!r}; this program knows version {VERSION}: upgrade it"
+            )
+        reader = _Reader("keyring", raw)
+        document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
+        document.aliases = reader.mapping("Aliases")
+        reader.done("Format", "Version")
+        document._check()
+        return document
+
+    def _check(self) -> None:
+        ids = [key.key_id for key in self.keys]
+        versions = [version.version_id for key in self.keys for version in key.versions]
+        for what, values in (("KeyId", ids), ("KeyVersionId", versions)):
+            if len(set(values)) != len(values):
+                raise KeyringError(f"keyring: the same {what} twice")
+        known = set(ids)
+        for alias, owner in self.aliases.items():
+            check_alias(alias)
+            if owner not in known:
+                raise KeyringError(f"keyring: {alias} points to a key that is not there")
+
+
+def _key(reader: "_Reader") -> KeyEntry:
+    spec = reader.one_of("KeySpec", tuple(KEY_SIZES))
+    key = KeyEntry(
+        key_id=reader.uuid("KeyId"),
+        key_spec=spec,
+        state=reader.one_of("KeyState", STATES),
+        description=reader.string("Description"),
+        origin=reader.one_of("Origin", ORIGINS),
+        created=reader.date("CreationDate"),
+        delete_date=reader.date("DeleteDate", empty=True),
+        primary=reader.string("PrimaryKeyVersion"),
+        versions=[_version(entry, KEY_SIZES[spec]) for entry in reader.objects("KeyVersions")],
+    )
+    reader.done()
+    check_description(key.description)
+    if key.primary not in {version.version_id for version in key.versions if not version.staged}:
+        raise KeyringError(f"{reader.path}: PrimaryKeyVersion is not a version of the key, or is staged")
+    if (key.state == "PendingDeletion") != bool(key.delete_date):
+        raise KeyringError(f"{reader.path}: DeleteDate and the state PendingDeletion go together")
+    return key
+
+
+def _version(reader: "_Reader", size: int) -> VersionEntry:
+    material = reader.string("Material")
+    try:
+        decoded = bytearray(decode_base64(material))
+    except ValueError:
+        decoded = bytearray()
+    if len(decoded) != size:
+        raise KeyringError(f"{reader.path}.Material: not the Base64 of {size} bytes")
+    version = VersionEntry(
+        version_id=reader.uuid("KeyVersionId"),
+        created=reader.date("CreationDate"),
+        staged=reader.boolean("Staged"),
+        material=decoded,
+    )
+    reader.done()
+    return version
+
+
+class _Reader:
+    """Takes fields out of one JSON object by name and type; `done` refuses what nobody asked for."""
+
+    def __init__(self, path: str, raw: Any) -> None:
+        if not isinstance(raw, dict):
+            raise KeyringError(f"{path}: an object is expected")
+        self.path = path
+        self._raw = raw
+        self._taken: set[str] = set()
+
+    def _take(self, name: str, kind: type | tuple[type, ...]) -> Any:
+        self._taken.add(name)
+        value = self._raw.get(name)
+        if not isinstance(value, kind):
+            raise KeyringError(f"{self.path}.{name}: missing, or of the wrong type")
+        return value
+
+    def string(self, name: str) -> str:
+        value: str = self._take(name, str)
+        return value
+
+    def boolean(self, name: str) -> bool:
+        value: bool = self._take(name, bool)
+        return value
+
+    def strings(self, name: str) -> list[str]:
+        values: list[str] = self._take(name, list)
+        if not all(isinstance(value, str) for value in values):
+            raise KeyringError(f"{self.path}.{name}: strings are expected")
+        return values
+
+    def mapping(self, name: str) -> dict[str, str]:
+        values: dict[str, str] = self._take(name, dict)
+        if not all(isinstance(value, str) for value in values.values()):
+            raise KeyringError(f"{self.path}.{name}: strings are expected")
+        return values
+
+    def objects(self, name: str) -> list["_Reader"]:
+        return [_Reader(f"{self.path}.{name}[{i}]", entry) for i, entry in enumerate(self._take(name, list))]
+
+    def one_of(self, name: str, values: tuple[str, ...]) -> str:
+        value = self.string(name)
+        if value not in values:
+            raise KeyringError(f"{self.path}.{name}: one of {', '.join(values)} is expected")
+        return value
+
+    def uuid(self, name: str) -> str:
+        value = self.string(name)
+        try:
+            if str(uuid.UUID(value)) == value:
+                return value
+        except ValueError:
+            pass
+        raise KeyringError(f"{self.path}.{name}: a lower-case UUID is expected")
+
+    def date(self, name: str, *, empty: bool = False) -> str:
+        value = self.string(name)
+        try:
+            if not (empty and not value) and datetime.strptime(value, _DATE).strftime(_DATE) != value:  # noqa: DTZ007
+                raise ValueError  # strptime also takes 2026-1-1
+        except ValueError:
+            raise KeyringError(f"{self.path}.{name}: a date like 2026-01-31T12:00:00Z is expected") from None
+        return value
+
+    def done(self, *also: str) -> None:
+        unknown = self._raw.keys() - self._taken - set(also)
+        if unknown:
+            raise KeyringError(f"{self.path}: unknown fields {sorted(unknown)}: written by a newer program?")
+
+
+def check_alias(alias: str) -> None:
+    """Accept `alias/NAME` of 1 to 255 letters, digits, `_`, `-` and `/`, without the cloud's reserved names `alias/acs...`.
+
+    Raises `KeyringError`.
+    """
+    name = alias.removeprefix(ALIAS)
+    plain = name.replace("_", "").replace("-", "").replace("/", "")
+    if (
+        not alias.startswith(ALIAS)
+        or not 1 <= len(name) <= _ALIAS_MOST
+        or (plain and not (plain.isascii() and plain.isalnum()))
+    ):
+        raise KeyringError(f"{alias!r} is no alias: expected alias/NAME, NAME of letters, digits, _ - and /")
+    if name.startswith(_RESERVED):
+        raise KeyringError(f"{alias!r}: names that begin with alias/acs are the cloud's own")
+
+
+def check_description(description: str) -> None:
+    """Accept at most 8,192 printable characters. Raises `KeyringError`."""
+    if len(description) > _DESCRIPTION_MOST or not description.isprintable():
+        raise KeyringError(f"a description has at most {_DESCRIPTION_MOST} characters, all of them printable")
+
+
+def new_id() -> str:
+    """A fresh ID for a key or a version: a random UUID, 36 characters."""
+    return str(uuid.uuid4())
+
+
+def now() -> str:
+    """The time, as documents hold it."""
+    return datetime.now(UTC).strftime(_DATE)

@@ -1,0 +1,122 @@
+"""The daemon's keyring: plain data about keys, and beside it their material in secret memory, which is only lent.
+
+A keyring never changes: a reload makes another one. States and dates are judged when a key is used, so that a key past its
+deletion date is unusable at once, without a reload.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from keyferry.secret import Backing, Secret, SecretMemory, fill_random
+
+from ..crypto.seal import KEY_SIZES
+from .document import new_id, now
+
+__all__ = ["Key", "KeyVersion", "Keyring", "development_keyring"]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyVersion:
+    """One version of a key. `material` is lent, never read."""
+
+    version_id: str
+    created: str
+    staged: bool
+    material: Secret = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One master key, with everything about it but its material."""
+
+    key_id: str
+    key_spec: str
+    description: str
+    origin: str
+    created: str
+    delete_date: str
+    stored_state: str
+    primary: KeyVersion
+    versions: Mapping[str, KeyVersion]
+    aliases: tuple[str, ...]
+
+    def state(self) -> str:
+        """The key's state at this moment, as DescribeKey calls it; "Deleted" past its deletion date."""
+        if self.delete_date and datetime.now(UTC) >= datetime.fromisoformat(self.delete_date):
+            return "Deleted"
+        return self.stored_state
+
+
+class Keyring:
+    """All keys, found by ID, alias or version. Owns the secret memory their material is in."""
+
+    def __init__(self, keys: Iterable[Key], memory: SecretMemory) -> None:
+        self.keys = {key.key_id: key for key in keys}
+        self.by_alias = {alias: key for key in self.keys.values() for alias in key.aliases}
+        self.by_version = {
+            version.version_id: (key, version) for key in self.keys.values() for version in key.versions.values()
+        }
+        self.memory = memory
+        self.loaded_at = now()
+
+    def __repr__(self) -> str:
+        return f"Keyring({len(self.keys)} keys)"
+
+
+def build(
+    description: list[dict[str, Any]], fill: Callable[[memoryview], None], *, backing: Backing, require: bool
+) -> Keyring:
+    """Make a keyring of a description (`describe` below), taking each version's material, in order, from `fill`.
+
+    Raises `SecretMemoryError` when there is not enough locked memory.
+    """
+    size = sum(-(-KEY_SIZES[key["KeySpec"]] // 16) * 16 * len(key["KeyVersions"]) for key in description)
+    memory = SecretMemory(size, backing=backing, require=require)
+    keys = []
+    for key in description:
+        versions = {}
+        for version in key["KeyVersions"]:
+            material = memory.allocate(KEY_SIZES[key["KeySpec"]])
+            with material.lend() as view:
+                fill(view)
+            version_id = version["KeyVersionId"]
+            versions[version_id] = KeyVersion(version_id, version["CreationDate"], version["Staged"], material)
+        keys.append(
+            Key(
+                key_id=key["KeyId"],
+                key_spec=key["KeySpec"],
+                description=key["Description"],
+                origin=key["Origin"],
+                created=key["CreationDate"],
+                delete_date=key["DeleteDate"],
+                stored_state=key["KeyState"],
+                primary=versions[key["PrimaryKeyVersion"]],
+                versions=versions,
+                aliases=tuple(key["Aliases"]),
+            )
+        )
+    return Keyring(keys, memory)
+
+
+def development_keyring(*, backing: Backing, require: bool) -> Keyring:
+    """The keyring of `--dev`: alias/dev and alias/dev-sm4 with fresh keys that exist nowhere else."""
+    description = []
+    for alias, key_spec in (("alias/dev", "Aliyun_AES_256"), ("alias/dev-sm4", "Aliyun_SM4")):
+        version = {"KeyVersionId": new_id(), "CreationDate": now(), "Staged": False}
+        description.append(
+            {
+                "KeyId": new_id(),
+                "KeySpec": key_spec,
+                "Description": "made for development; gone when the agent stops",
+                "Origin": "Aliyun_KMS",
+                "CreationDate": version["CreationDate"],
+                "DeleteDate": "",
+                "KeyState": "Enabled",
+                "PrimaryKeyVersion": version["KeyVersionId"],
+                "KeyVersions": [version],
+                "Aliases": [alias],
+            }
+        )
+    return build(description, fill_random, backing=backing, require=require)

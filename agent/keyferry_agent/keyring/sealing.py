@@ -1,0 +1,114 @@
+"""Sealing with age (https://age-encryption.org), so that the `age` program can open a keyring in an emergency.
+
+A keyring is sealed to recipients (X25519 `age1...`, SSH `ssh-ed25519 ...`), one per host and an offline one, or to one
+passphrase. What opens it is an `Unsealer`: an age identity file, an SSH private key, or a passphrase file.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Final
+
+import pyrage
+
+from .document import KeyringError
+
+__all__ = ["Unsealer", "check_recipient", "new_identity", "read_passphrase", "seal"]
+
+_AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
+_PEM: Final = "-----BEGIN"
+
+
+class Unsealer:
+    """What opens a keyring. Read from a file, whose kind is told from its content. Its repr shows nothing of it."""
+
+    __slots__ = ("_identities", "_passphrase")
+
+    def __init__(self, identities: list[Any], passphrase: str | None) -> None:
+        self._identities = identities
+        self._passphrase = passphrase
+
+    def __repr__(self) -> str:
+        return "Unsealer(passphrase)" if self._passphrase is not None else "Unsealer(identity)"
+
+    @classmethod
+    def read(cls, path: Path) -> "Unsealer":
+        """Read an age identity file, an unencrypted SSH private key, or a passphrase file. Raises `KeyringError`."""
+        content = _read(path)
+        try:
+            if content.startswith(_PEM):
+                return cls([pyrage.ssh.Identity.from_buffer(content.encode())], None)
+            lines = [line.strip() for line in content.splitlines()]
+            if any(line.startswith(_AGE_IDENTITY) for line in lines):
+                keys = [line for line in lines if line and not line.startswith("#")]
+                return cls([pyrage.x25519.Identity.from_str(key) for key in keys], None)
+        except pyrage.IdentityError:
+            raise KeyringError(f"{path}: not an age identity or an unencrypted SSH private key") from None
+        return cls([], _passphrase(path, content))
+
+    def unseal(self, sealed: bytes) -> bytes:
+        """Open a sealed keyring. Raises `KeyringError` for a wrong identity or passphrase, or damage."""
+        try:
+            if self._passphrase is not None:
+                return bytes(pyrage.passphrase.decrypt(sealed, self._passphrase))
+            return bytes(pyrage.decrypt(sealed, self._identities))
+        except pyrage.DecryptError as error:
+            raise KeyringError(f"the keyring does not open: {error}") from None
+
+    def seal(self, payload: bytes, recipients: list[str]) -> bytes:
+        """Seal again as the keyring was: to its recipients, or to the passphrase that opened it."""
+        return seal(payload, recipients, self._passphrase)
+
+
+def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes:
+    """Seal to recipients, or where there are none, to a passphrase. Raises `KeyringError`."""
+    if recipients:
+        return bytes(pyrage.encrypt(payload, [check_recipient(recipient) for recipient in recipients]))
+    if passphrase is None:
+        raise KeyringError("a keyring is sealed to recipients or to a passphrase; there is neither")
+    return bytes(pyrage.passphrase.encrypt(payload, passphrase))
+
+
+def check_recipient(recipient: str) -> Any:
+    """Parse `age1...` or `ssh-ed25519 ...`. Raises `KeyringError`."""
+    try:
+        if recipient.startswith("ssh-"):
+            return pyrage.ssh.Recipient.from_str(recipient)
+        return pyrage.x25519.Recipient.from_str(recipient)
+    except pyrage.RecipientError:
+        raise KeyringError(f"{recipient!r} is no recipient: expected age1... or an SSH public key") from None
+
+
+def new_identity(path: Path) -> str:
+    """Generate an age identity into a new file of mode 0600; give its recipient. Raises `KeyringError`."""
+    identity = pyrage.x25519.Identity.generate()
+    recipient = str(identity.to_public())
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise KeyringError(f"{path}: {error.strerror}") from None
+    with open(descriptor, "w") as file:
+        file.write(f"# public key: {recipient}\n{identity}\n")
+        file.flush()
+        os.fsync(descriptor)
+    return recipient
+
+
+def read_passphrase(path: Path) -> str:
+    """Read a passphrase file: its first line. Raises `KeyringError`."""
+    return _passphrase(path, _read(path))
+
+
+def _passphrase(path: Path, content: str) -> str:
+    passphrase = content.split("\n", 1)[0].rstrip("\r")
+    if not passphrase:
+        raise KeyringError(f"{path}: the first line is empty; a passphrase is expected there")
+    return passphrase
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise KeyringError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise KeyringError(f"{path}: not text; an age identity, an SSH key or a passphrase is expected") from None

@@ -1,0 +1,67 @@
+"""Who is calling: what the kernel says of the process at the other end, taken once, before a byte is read."""
+
+import errno
+import socket
+import struct
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+__all__ = ["OVERFLOW_UID", "Peer", "evidence"]
+
+_UCRED: Final = struct.Struct("iII")
+_SO_PEERGROUPS: Final = 59
+_MANY_GROUPS: Final = 256
+_MOST_GROUPS: Final = 65_536  # NGROUPS_MAX of Linux
+
+_OVERFLOW: Final = Path("/proc/sys/kernel")
+
+
+def _overflow(name: str) -> int:
+    try:
+        return int((_OVERFLOW / name).read_text())
+    except (OSError, ValueError):
+        return 65_534
+
+
+OVERFLOW_UID: Final = _overflow("overflowuid")
+_OVERFLOW_GID: Final = _overflow("overflowgid")
+
+
+class Peer(NamedTuple):
+    """The evidence about a caller. None, or an empty set, is evidence that cannot be had: it matches no grant.
+
+    `uid` and `gids` are those at the time of connect(2). The kernel shows a user of another user namespace as the overflow
+    uid, which says nothing about who it is; and a process of another pid namespace as pid 0.
+    """
+
+    uid: int | None
+    gids: frozenset[int]
+    pid: int | None
+    listener: str
+
+
+class _Socket(Protocol):
+    """A socket of the standard library, or trio's."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+
+
+def _groups(connection: _Socket) -> bytes:
+    try:
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MANY_GROUPS * 4)
+    except OSError as error:
+        if error.errno != errno.ERANGE:
+            raise
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * 4)
+
+
+def evidence(connection: _Socket, listener: str) -> Peer:
+    """Ask the kernel who connected. Raises OSError when the socket is no Unix socket."""
+    pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    gids = {gid, *(group for (group,) in struct.iter_unpack("I", _groups(connection)))} - {_OVERFLOW_GID}
+    return Peer(
+        uid=None if uid == OVERFLOW_UID else uid,
+        gids=frozenset(gids),
+        pid=pid or None,
+        listener=listener,
+    )

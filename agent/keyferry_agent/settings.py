@@ -1,0 +1,265 @@
+"""The configuration: TOML in, frozen settings out, and everything that is wrong with it in one go.
+
+Every limit has a default that a small host can live with, and its reason beside it. An unknown key is an error: a misspelt
+`recipients` must never mean "any".
+"""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal
+
+from keyferry.client import DEFAULT_SOCKET
+from keyferry.secret import Backing
+
+from . import toml
+from .grants import SELECTORS, Grant
+from .peer import OVERFLOW_UID
+
+__all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "read"]
+
+
+class SettingsError(Exception):
+    """The configuration is wrong. `problems` says everything that is, a line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A socket to serve. `name` is what grants call it by; user and group are numeric, None leaves them alone."""
+
+    name: str = "default"
+    path: Path = Path(DEFAULT_SOCKET)
+    mode: int = 0o660
+    uid: int | None = None
+    gid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one agent, and one user, may take. Seconds, and plain numbers."""
+
+    connections: int = 1_024
+    """In all. Each idle one costs a few KiB and a descriptor."""
+    connections_per_user: int = 256
+    """So that four users have to conspire to take them all."""
+    request_timeout: float = 10.0
+    """For one whole request to arrive, and for its answer to be taken: a local process needs milliseconds."""
+    requests_per_second: int = 0
+    """Per user; 0 is no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Where the record of requests goes: "stderr", or the path of a file that is appended to."""
+
+    path: str = "stderr"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the agent is told. docs/configuration.md explains each."""
+
+    listeners: tuple[Listener, ...] = (Listener(),)
+    keyring: Path | None = None
+    unseal: Path | None = None
+    region: str = "local"
+    account: str = "0"
+    memory: Literal["require", "prefer"] = "require"
+    memory_backing: Backing = "auto"
+    sm2_fallback: Literal["none", "gmssl"] = "none"
+    limits: Limits = Limits()
+    audit: Audit = Audit()
+    grants: tuple[Grant, ...] = ()
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+
+def read(path: Path) -> Settings:
+    """Read a configuration file. Raises `SettingsError` with everything that is wrong."""
+    try:
+        raw = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SettingsError([f"{path}: {error.strerror}"]) from None
+    except UnicodeDecodeError as error:
+        raise SettingsError([f"{path}: not UTF-8: {error.reason} at byte {error.start}"]) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError([f"{path}: not TOML: {error}"]) from None
+    table = toml.Table("", raw, [], [])
+    settings = _settings(table)
+    if table.problems:
+        raise SettingsError([f"{path}: {problem}" for problem in table.problems])
+    return replace(settings, warnings=tuple(table.warnings))
+
+
+_LISTENER: Final = Listener()
+_LIMITS: Final = Limits()
+_AUDIT: Final = Audit()
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def _settings(table: toml.Table) -> Settings:
+    single = _listener(table, "socket")
+    listeners = tuple(_named_listener(entry) for entry in table.tables("listener"))
+    for name in ("socket", "mode"):
+        if listeners and table.has(name):
+            table.wrong(name, "either socket and mode, or [[listener]] tables; not both")
+    for attribute in ("name", "path"):
+        values = [getattr(listener, attribute) for listener in listeners]
+        if len(set(values)) != len(values):
+            table.wrong("listener", f"two listeners have the same {attribute}")
+    limits, audit = table.table("limits"), table.table("audit")
+    settings = Settings(
+        listeners=listeners or (single,),
+        keyring=table.take("keyring", "the path of a keyring file", toml.path, None),
+        unseal=table.take("unseal", "the path of an identity or passphrase file", toml.unseal, None),
+        region=table.take("region", "letters, digits, _ and -", toml.arn_part, "local"),
+        account=table.take("account", "letters, digits, _ and -", toml.arn_part, "0"),
+        memory=table.take("memory", "", toml.one_of("require", "prefer"), "require"),
+        memory_backing=table.take("memory_backing", "", toml.one_of("auto", "memfd_secret", "mlock"), "auto"),
+        sm2_fallback=table.take("sm2_fallback", "", toml.one_of("none", "gmssl"), "none"),
+        limits=_limits(limits),
+        audit=Audit(audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path)),
+        grants=tuple(_grant(entry) for entry in table.tables("grant")),
+    )
+    audit.done()
+    table.done()
+    _check_grants(table, settings)
+    return settings
+
+
+def _check_grants(table: toml.Table, settings: Settings) -> None:
+    """Note what is wrong with grants in the light of everything else: what could never match is a mistake."""
+    listeners = {listener.name for listener in settings.listeners}
+    for i, grant in enumerate(settings.grants):
+        listener = grant.to.get("listener")
+        if listener is not None and listener not in listeners:
+            table.problems.append(f"grant[{i}].to.listener: no listener is called {listener!r}")
+        if OVERFLOW_UID in (grant.to.get("uid"), grant.to.get("user")):
+            table.warnings.append(
+                f"grant[{i}].to: {OVERFLOW_UID} is the overflow uid, which can be anybody; matches nobody"
+            )
+        for key in grant.keys:
+            if key.startswith("acs:"):
+                _, _, region, account, _ = key.split(":", 4)
+                if not (fnmatchcase(settings.region, region) and fnmatchcase(settings.account, account)):
+                    table.problems.append(
+                        f"grant[{i}].keys: {key!r} is not of this agent, whose ARNs begin with "
+                        f"acs:kms:{settings.region}:{settings.account}:"
+                    )
+    names = [grant.name for grant in settings.grants if grant.name]
+    if len(set(names)) != len(names):
+        table.wrong("grant", "two grants have the same name; the record of requests could not tell them apart")
+
+
+def _audit_path(value: Any) -> str:
+    return str(value) if value == "stderr" else str(toml.path(value))
+
+
+def _limits(table: toml.Table) -> Limits:
+    limits = Limits(
+        connections=table.take("connections", "an integer from 1", toml.at_least(1), _LIMITS.connections),
+        connections_per_user=table.take(
+            "connections_per_user", "an integer from 1", toml.at_least(1), _LIMITS.connections_per_user
+        ),
+        request_timeout=table.take(
+            "request_timeout", "seconds, above 0 to 3600", toml.seconds, _LIMITS.request_timeout
+        ),
+        requests_per_second=table.take(
+            "requests_per_second", "an integer from 0", toml.at_least(0), _LIMITS.requests_per_second
+        ),
+    )
+    table.done()
+    return limits
+
+
+def _listener(table: toml.Table, path: str) -> Listener:
+    return Listener(
+        path=table.take(path, "the path of a socket", toml.socket_path, _LISTENER.path),
+        mode=table.take("mode", 'an octal mode as text, like "0660"', toml.mode, _LISTENER.mode),
+    )
+
+
+def _named_listener(table: toml.Table) -> Listener:
+    listener = _listener(table, "path")
+    if not table.has("path"):
+        table.wrong("path", "missing")
+    made = Listener(
+        name=table.take("name", "a name", toml.string, ""),
+        path=listener.path,
+        mode=listener.mode,
+        uid=table.take("user", "a user of this host, by name or number", toml.uid, None),
+        gid=table.take("group", "a group of this host, by name or number", toml.gid, None),
+    )
+    if not table.has("name"):
+        table.wrong("name", "missing")
+    table.done()
+    return made
+
+
+def _grant(table: toml.Table) -> Grant:
+    name = table.take("name", "a name", toml.string, "")
+    for needed in ("name", "to", "actions", "keys"):
+        if not table.has(needed):
+            table.wrong(needed, "missing")
+    grant = Grant(
+        name=name,
+        to=_to(table.table("to"), table.has("to")),
+        actions=table.take("actions", 'a list of actions like "kms:Decrypt"', toml.actions, ()),
+        keys=table.take(
+            "keys", 'a list of keys like "alias/orders-*"', toml.each(toml.KEY, "key ID, alias or ARN"), ()
+        ),
+        recipients=table.take(
+            "recipients",
+            "a list of pins",
+            lambda value: frozenset(toml.each(toml.PIN, "pin (keyferry-agent fingerprint FILE prints one)")(value)),
+            None,
+        ),
+        encryption_context=table.take("encryption_context", "a table of strings", toml.pairs, MappingProxyType({})),
+    )
+    table.done()
+    return grant
+
+
+_LATER: Final = ("unit", "pod", "exe", "sha256")
+
+
+def _to(table: toml.Table, present: bool) -> Mapping[str, Any]:
+    checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "uid": ("a number, 0 to 4294967294", toml.identity),
+        "gid": ("a number, 0 to 4294967294", toml.identity),
+        "user": ("the name of a user", toml.string),
+        "group": ("the name of a group", toml.string),
+        "listener": ("the name of a listener", toml.string),
+    }
+    to: dict[str, Any] = {}
+    for selector in SELECTORS:
+        expected, check = checks[selector]
+        if table.has(selector):
+            to[selector] = table.take(selector, expected, check, None)
+    for selector, lookup in (("user", toml.uid), ("group", toml.gid)):
+        if isinstance(to.get(selector), str):
+            try:
+                to[selector] = lookup(to[selector])
+            except KeyError:
+                # Not an error: the same file may serve several hosts. It matches nobody until a reload finds the name.
+                table.warnings.append(
+                    f"{table._at(selector)}: this host has no {selector} {to[selector]!r}; matches nobody"
+                )
+                to[selector] = -1
+    for selector in _LATER:
+        if table.has(selector):
+            table.take(selector, "", lambda value: value, None)
+            table.wrong(selector, "this version cannot tell; a grant on it would match nobody")
+    table._taken += [selector for selector in SELECTORS if selector not in table._taken]
+    if present and not table._raw:
+        table.problems.append(f"{table._path}: empty; say whom the grant is to, for example uid = 1000")
+    table.done()
+    return MappingProxyType(to)

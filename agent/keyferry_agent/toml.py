@@ -1,0 +1,228 @@
+"""Reading TOML strictly: tables that give out values by name and type, note everything that is wrong, and stop at nothing."""
+
+import grp
+import os
+import pwd
+import re
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+from .grants import ACTIONS
+
+_LONGEST_SOCKET: Final = 107  # sun_path of sockaddr_un, less its NUL
+_NO_ID: Final = 2**32 - 1  # (uid_t) -1
+
+
+class Table:
+    """A TOML table that gives out its values by name and type, and notes what is wrong instead of stopping."""
+
+    def __init__(self, path: str, raw: Mapping[str, Any], problems: list[str], warnings: list[str]) -> None:
+        self._path = path
+        self._raw = raw
+        self._taken: list[str] = []
+        self.problems = problems
+        self.warnings = warnings
+
+    def has(self, name: str) -> bool:
+        """Whether the file says anything for this name."""
+        return name in self._raw
+
+    def wrong(self, name: str, why: str) -> None:
+        """Note what is wrong with a value."""
+        self.problems.append(f"{self._at(name)}: {why}")
+
+    def take(self, name: str, expected: str, check: Callable[[Any], Any], default: Any) -> Any:
+        """A value that `check` accepts; ValueError and TypeError from it say that something else was expected."""
+        self._taken.append(name)
+        if name not in self._raw:
+            return default
+        try:
+            return check(self._raw[name])
+        except (ValueError, TypeError, KeyError) as error:
+            # KeyError: a user or a group that this host does not have.
+            self.wrong(
+                name,
+                str(error) if isinstance(error, _Problem) else f"expected {expected}, not {_shown(self._raw[name])}",
+            )
+            return default
+
+    def tables(self, name: str) -> list["Table"]:
+        """An array of tables: `[[name]]`."""
+        self._taken.append(name)
+        values = self._raw.get(name, [])
+        if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+            self.wrong(name, f"expected tables: [[{name}]]")
+            return []
+        return [Table(f"{self._at(name)}[{i}]", value, self.problems, self.warnings) for i, value in enumerate(values)]
+
+    def table(self, name: str) -> "Table":
+        """A table: `[name]`; an empty one where it is absent."""
+        self._taken.append(name)
+        value = self._raw.get(name, {})
+        if not isinstance(value, dict):
+            self.wrong(name, f"expected a table: [{name}]")
+            value = {}
+        return Table(self._at(name), value, self.problems, self.warnings)
+
+    def done(self) -> None:
+        """Note every name that nobody asked for."""
+        for name in self._raw:
+            if name not in self._taken:
+                self.wrong(name, f"unknown; known here are {', '.join(self._taken)}")
+
+    def _at(self, name: str) -> str:
+        return f"{self._path}.{name}" if self._path else name
+
+
+class _Problem(ValueError):
+    """A check's own words for what is wrong."""
+
+
+# --- checks of single values ------------------------------------------------------------------------------------------
+
+
+def string(value: Any) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
+
+
+def path(value: Any) -> Path:
+    """An absolute path."""
+    made = Path(string(value))
+    if not made.is_absolute():
+        raise _Problem(f"expected an absolute path, not {_shown(value)}")
+    return made
+
+
+def socket_path(value: Any) -> Path:
+    """An absolute path that fits into a socket's address."""
+    made = path(value)
+    if len(os.fsencode(made)) > _LONGEST_SOCKET:
+        raise _Problem(f"a socket's path has at most {_LONGEST_SOCKET} bytes; this has {len(os.fsencode(made))}")
+    return made
+
+
+def identity(value: Any) -> int:
+    """The number of a user or group."""
+    number: int = at_least(0)(value)
+    if number >= _NO_ID:
+        raise ValueError
+    return number
+
+
+def unseal(value: Any) -> Path:
+    """A path, or credential:NAME for one that systemd provides."""
+    text = string(value)
+    if not text.startswith("credential:"):
+        return path(text)
+    name = text.removeprefix("credential:")
+    if not name or "/" in name:
+        raise _Problem(f"expected credential:NAME, not {_shown(value)}")
+    directory = os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials/keyferry-agent.service")
+    return Path(directory, name)
+
+
+def mode(value: Any) -> int:
+    """An octal mode as text."""
+    made = int(string(value), 8)
+    if not 0 <= made <= 0o777:
+        raise ValueError
+    return made
+
+
+def one_of(*choices: str) -> Callable[[Any], str]:
+    """One of these words."""
+
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise _Problem(f"expected one of {', '.join(choices)}, not {_shown(value)}")
+        return str(value)
+
+    return check
+
+
+def at_least(least: int) -> Callable[[Any], int]:
+    """An integer from `least`."""
+
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError
+        return value
+
+    return check
+
+
+def seconds(value: Any) -> float:
+    """A number of seconds, above 0 to an hour."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600:
+        raise ValueError
+    return float(value)
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise TypeError
+    return tuple(string(entry) for entry in value)
+
+
+_ACTION: Final = re.compile(r"\*|kms:[A-Za-z]*\*?")
+KEY: Final = re.compile(r"\*|alias/[\w/*-]+|acs:kms:[\w*-]+:[\w*-]+:(key|alias)/[\w/*-]+|[\w*-]+", re.ASCII)
+PIN: Final = re.compile(r"sha256:[0-9a-f]{64}")
+_ARN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, ...]]:
+    """A list of strings that all match."""
+
+    def check(value: Any) -> tuple[str, ...]:
+        strings = _strings(value)
+        for string in strings:
+            if not pattern.fullmatch(string):
+                raise _Problem(f"{string!r} is no {expected}")
+        return strings
+
+    return check
+
+
+def actions(value: Any) -> tuple[str, ...]:
+    """A list of actions that there are."""
+    actions = each(_ACTION, "action")(value)
+    for action in actions:
+        # A misspelt action would silently allow nothing; those that later versions will know are known now.
+        if not any(fnmatchcase(known, action) for known in ACTIONS):
+            raise _Problem(f"{action!r} is no action")
+    return actions
+
+
+def arn_part(value: Any) -> str:
+    """A part of an ARN."""
+    if not _ARN_PART.fullmatch(string(value)):
+        raise ValueError
+    return str(value)
+
+
+def pairs(value: Any) -> Mapping[str, str]:
+    """A table of strings."""
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise TypeError
+    return MappingProxyType(value)
+
+
+def uid(value: Any) -> int:
+    """A user of this host, by name or number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else pwd.getpwnam(string(value)).pw_uid
+
+
+def gid(value: Any) -> int:
+    """A group of this host, by name or number."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else grp.getgrnam(string(value)).gr_gid
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
