@@ -1,0 +1,62 @@
+"""Fixtures for all tests, and the end of the run: what was skipped for what this machine lacks, and how to provide it."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.agent import RunningAgent, dev_agent
+from support.keyring import new_keyring
+from support.requires import ROOT
+
+PROVIDE = "sudo make test-requirements (and what a line itself says)"
+NO_SKIPS = "KEYFERRY_NO_SKIPS"
+SKIPPED = ROOT / ".cache" / "skipped"
+
+
+@pytest.fixture(scope="session")
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
+    """One agent with --dev for all tests that leave it as they found it."""
+    with dev_agent(tmp_path_factory.mktemp("agent") / "agent.sock") as running:
+        yield running
+
+
+@pytest.fixture
+def socket_path(tmp_path: Path) -> Path:
+    """Where a test's own agent may listen."""
+    return tmp_path / "agent.sock"
+
+
+@pytest.fixture
+def keyring(tmp_path: Path) -> Path:
+    """A sealed keyring of a test's own, its identity beside it: alias/a is in it."""
+    return new_keyring(tmp_path)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Write down what was skipped, for `make test` to end with; where no skip is allowed, one is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
+    SKIPPED.parent.mkdir(exist_ok=True)
+    SKIPPED.write_text(summary(reasons))
+    if skipped and NO_SKIPS in os.environ and not exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say it at the end of pytest's own report, too."""
+    terminalreporter.write(SKIPPED.read_text())
+
+
+def summary(reasons: Counter[str]) -> str:
+    """The list of reasons, and the command that removes them."""
+    if not reasons:
+        return "Nothing was skipped.\n"
+    lines = [
+        f"{count:5} {'test needs' if count == 1 else 'tests need'} {reason.removeprefix('needs ')}"
+        for reason, count in sorted(reasons.items())
+    ]
+    return "\n".join(["Skipped, for what this machine lacks:", *lines, f"To provide it: {PROVIDE}", ""])

@@ -1,0 +1,167 @@
+"""Real agents in real processes, and a socket to talk to them byte by byte."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+from keyferry import Client, wire
+
+PATIENCE = 60.0
+"""Seconds that something may take that must happen: only a broken test ever waits so long."""
+
+
+class RunningAgent:
+    """A `keyferry-agent run` in a process of its own, with its log read line by line."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        path: Path | None,
+        *,
+        preexec: Callable[[], None] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.socket = path or Path("/nowhere")
+        self.log: list[dict[str, Any]] = []
+        self.output: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "keyferry_agent", "run", *arguments, *(["--socket", str(path)] if path else [])],
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=preexec,  # noqa: PLW1509 - it only sets limits
+            env={**os.environ, **(environment or {})},
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        try:
+            self.wait_for("agent.serving")
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.kill()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._changed:
+                self.output.append(line)
+                if line.startswith("{"):
+                    self.log.append(json.loads(line))
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
+        """Wait until the log has `count` lines of an event; give the last of them."""
+
+        def found() -> list[dict[str, Any]]:
+            return [line for line in self.log if line.get("event") == event]
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: self._ended or len(found()) >= count, PATIENCE)
+            lines = found()
+        assert len(lines) >= count, f"no {event} in the agent's output:\n{''.join(self.output)}"
+        return lines[count - 1]
+
+    def client(self) -> Client:
+        """A client of this agent."""
+        return Client(self.socket, timeout=PATIENCE)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """Ask it to stop; give its exit code once it has."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for its end; give its exit code."""
+        code = self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        return code
+
+    def kill(self) -> None:
+        """End it, if it has not ended: first as an operator would, then for good."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGCONT)
+            self.signal(signal.SIGTERM)
+            self.signal(signal.SIGTERM)
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+
+class RawConnection:
+    """A socket to an agent, for bytes that no client would send."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.settimeout(PATIENCE)
+        self.socket.connect(str(path))
+        self._decoder = wire.Decoder()
+        self._messages: list[wire.Message] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        """Send bytes as they are."""
+        self.socket.sendall(data)
+
+    def response(self) -> wire.Response | None:
+        """The next answer; None when the agent has closed the connection."""
+        while not self._messages:
+            received = self.socket.recv(65_536)
+            if not received:
+                return None
+            self._decoder.feed(received)
+            self._messages += self._decoder.messages()
+        message = self._messages.pop(0)
+        assert isinstance(message, wire.Response)
+        return message
+
+    def call(self, method: str, params: dict[str, Any], msgid: int = 1) -> wire.Response:
+        """One request, one answer."""
+        self.send(wire.encode_request(msgid, method, params))
+        response = self.response()
+        assert response is not None
+        return response
+
+
+def configured(path: Path, tables: str) -> list[str]:
+    """Arguments for an agent with a development keyring and a configuration."""
+    config = path.with_suffix(".toml")
+    config.write_text(tables)
+    return ["--dev", "--config", str(config)]
+
+
+@contextmanager
+def dev_agent(path: Path) -> Iterator[RunningAgent]:
+    """An agent started with --dev."""
+    with RunningAgent(["--dev"], path) as agent:
+        yield agent

@@ -1,0 +1,50 @@
+"""What a test needs beyond Python packages: it skips with a reason that names it, and the run ends with the list."""
+
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NODE_MODULES = ROOT / ".cache" / "node" / "node_modules"
+WYCHEPROOF = Path(os.environ.get("KEYFERRY_WYCHEPROOF", ROOT.parent / "shared" / "vectors"))
+
+
+def program(name: str, package: str) -> pytest.MarkDecorator:
+    """Skip where a program is not installed; `package` is Debian's name of what brings it."""
+    return pytest.mark.skipif(shutil.which(name) is None, reason=f"needs the program {name} (Debian package {package})")
+
+
+def root() -> pytest.MarkDecorator:
+    """Skip where the test cannot become another user."""
+    return pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a second user: run sudo make test")
+
+
+def node_module(name: str) -> pytest.MarkDecorator:
+    """Skip where an npm package was not provided."""
+    missing = shutil.which("node") is None or not (NODE_MODULES / name).is_dir()
+    return pytest.mark.skipif(missing, reason=f"needs node and npm's {name}")
+
+
+def wycheproof(name: str) -> Path:
+    """The path of a Wycheproof file; skips where the vectors are not at hand (KEYFERRY_WYCHEPROOF names their folder)."""
+    path = WYCHEPROOF / name
+    if not path.is_file():
+        pytest.skip(f"needs Wycheproof's {name} in the folder that KEYFERRY_WYCHEPROOF names")
+    return path
+
+
+@functools.cache
+def _openssl_sm2() -> bool:
+    if shutil.which("openssl") is None:
+        return False
+    arguments = ["openssl", "genpkey", "-algorithm", "SM2"]
+    return subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+
+
+def openssl_sm2() -> pytest.MarkDecorator:
+    """Skip where the openssl program is missing, or was built without SM2."""
+    return pytest.mark.skipif(not _openssl_sm2(), reason="needs the program openssl with SM2 (Debian package openssl)")

@@ -1,0 +1,125 @@
+"""The arrows between rooms: what may import what, who maps memory, who opens nurseries. docs/architecture.md draws them."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CLIENT, AGENT = ROOT / "client" / "keyferry", ROOT / "agent" / "keyferry_agent"
+LONGEST = 400
+
+
+def modules(package: Path) -> dict[str, Path]:
+    """Every module of a package, by its dotted name."""
+    return {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in package.rglob("*.py")
+    }
+
+
+ALL = modules(CLIENT) | modules(AGENT)
+
+
+def imports(name: str) -> Iterator[str]:
+    """The modules that a module imports, wherever in it, with relative names made whole."""
+    path = ALL[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in ALL else source
+
+
+def test_the_client_never_imports_the_agent() -> None:
+    """It is installed without it."""
+    for name in modules(CLIENT):
+        assert not [other for other in imports(name) if other.startswith("keyferry_agent")], name
+
+
+@pytest.mark.parametrize(
+    "room",
+    [
+        "keyferry.wire",
+        "keyferry.operations",
+        "keyferry.parameters",
+        "keyferry.errors",
+        "keyferry_agent.grants",
+        "keyferry_agent.handlers",
+        "keyferry_agent.limits",
+        "keyferry_agent.crypto",
+    ],
+)
+def test_pure_rooms_import_no_trio_and_no_sockets(room: str) -> None:
+    """What decides and what computes can be tested without a loop."""
+    for name in ALL:
+        if name == room or name.startswith(f"{room}."):
+            assert not {"trio", "socket", "subprocess"} & {other.split(".")[0] for other in imports(name)}, name
+
+
+def test_crypto_knows_no_operations_no_keyring_and_no_policy() -> None:
+    """Buffers in, bytes out."""
+    allowed = ("keyferry_agent.crypto", "keyferry.secret", "keyferry.libcrypto", "keyferry.sm2_ciphertext")
+    for name in ALL:
+        if name.startswith("keyferry_agent.crypto"):
+            inside = [other for other in imports(name) if other.startswith("keyferry")]
+            assert all(other.startswith(allowed) for other in inside), (name, inside)
+
+
+def test_only_secret_maps_memory_and_only_serving_and_run_open_nurseries() -> None:
+    """Each has one place."""
+    texts = {name: path.read_text() for name, path in ALL.items()}
+    assert [name for name, text in texts.items() if "mmap" in text] == ["keyferry.secret"]
+    nurseries = {name for name, text in texts.items() if "open_nursery" in text}
+    assert nurseries == {"keyferry_agent.serving", "keyferry_agent.run"}
+    assert {name for name, text in texts.items() if "ctypes" in text} == {
+        "keyferry.secret",
+        "keyferry.libcrypto",
+        "keyferry_agent.startup",
+    }
+    assert {name for name, text in texts.items() if "gmssl" in text and "import" in text and "from gmssl" in text} == {
+        "keyferry_agent.crypto.sm2_portable"
+    }
+
+
+def test_gmssl_encrypts_and_decrypts_nothing() -> None:
+    """Only its curve arithmetic is used: its own nonce is predictable."""
+    for name, path in ALL.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Attribute)
+                and node.attr in ("encrypt", "decrypt")
+                and name.endswith("sm2_portable")
+            ):
+                assert not (isinstance(node.value, ast.Name) and node.value.id == "_curve"), name
+
+
+def test_there_are_no_cycles() -> None:
+    """Modules depend on each other in one direction."""
+    graph = {name: {other for other in imports(name) if other in ALL and other != name} for name in ALL}
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for leaf in leaves:
+            del graph[leaf]
+    assert not graph, f"in a cycle: {sorted(graph)}"
+
+
+def test_files_stay_short() -> None:
+    """A longer one is a question whether two ideas live in it."""
+    long = {str(path): n for path in ALL.values() if (n := len(path.read_text().splitlines())) > LONGEST}
+    assert not long
+
+
+def test_importing_the_client_loads_the_standard_library_and_msgpack_only() -> None:
+    """An application pays for what it uses."""
+    code = "import sys; before = set(sys.modules); import keyferry; print(*(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = {name.split(".")[0] for name in out.split()}
+    of_msgpack = {name for name in loaded if "cython" in name}  # what its compiled half registers
+    assert loaded - of_msgpack - sys.stdlib_module_names == {"keyferry", "msgpack"}

@@ -1,0 +1,299 @@
+"""CiphertextBlob: the agent's code against the frozen vectors and against a second implementation, and what it must refuse."""
+
+import ast
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import second_decoder
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from vectors import make_ciphertext
+
+from keyferry.secret import SecretMemory
+from keyferry_agent.crypto import seal, selftest
+from keyferry_agent.crypto.context import associated_data
+
+Case: TypeAlias = dict[str, Any]
+
+VERSION_ID = "c2d90e17-58a4-4b63-8e0f-27a5d1936b44"
+KEY_ID = "6f1b8a52-3c0e-4d7a-9f25-b1d4c07e8a11"
+DOCUMENT = json.loads(make_ciphertext.PATH.read_text(encoding="ascii"))
+CASES: list[Case] = DOCUMENT["cases"]
+VALID = [case for case in CASES if case["result"] == "valid"]
+INVALID = [case for case in CASES if case["result"] == "invalid"]
+
+# A loaded machine may take its time.
+PATIENT = settings(deadline=None)
+SLOW = settings(PATIENT, max_examples=60)
+
+key_specs = st.sampled_from(sorted(seal.KEY_SIZES))
+contexts = st.dictionaries(st.text(max_size=12), st.text(max_size=12), max_size=5)
+
+
+@pytest.fixture(scope="module")
+def scratch() -> Iterator[SecretMemory]:
+    """Memory for intermediate keys, as the agent has it; locked where the system allows."""
+    with contextlib.closing(SecretMemory(4096, require=False)) as memory:
+        yield memory
+
+
+def name_of(case: Case) -> str:
+    return f"{case['id']}-{case['key_spec']}-{case['comment']}".replace(" ", "_")
+
+
+def view(data: bytes) -> memoryview:
+    """A writable buffer of its own, as secret memory lends it."""
+    return memoryview(bytearray(data))
+
+
+def seal_with(case: Case, scratch: SecretMemory) -> bytes:
+    """What the agent makes of a case's values, its salt among them."""
+    cmk, plaintext = view(bytes.fromhex(case["cmk"])), view(bytes.fromhex(case["plaintext"]))
+    context = case["encryption_context"] or {}
+    salt = bytes.fromhex(case["salt"])
+    return seal._seal(case["key_spec"], cmk, case["key_version_id"], case["key_id"], context, plaintext, scratch, salt)
+
+
+def open_blob(
+    scratch: SecretMemory, key_spec: str, cmk: bytes, key_id: str, context: dict[str, str] | None, blob: bytes
+) -> bytes:
+    """What the agent does with a blob, when the KeyVersionId in it is one that has this master key."""
+    seal.key_version_id(blob)
+    out = bytearray(seal.plaintext_size(blob))
+    seal.open_into(key_spec, view(cmk), blob, key_id, context or {}, memoryview(out), scratch)
+    return bytes(out)
+
+
+def values_to_open(case: Case) -> tuple[str, bytes, str, dict[str, str] | None, bytes]:
+    cmk, blob = bytes.fromhex(case["cmk"]), bytes.fromhex(case["blob"])
+    return case["key_spec"], cmk, case["key_id"], case["encryption_context"], blob
+
+
+def sample(key_spec: str, scratch: SecretMemory) -> tuple[bytes, bytes]:
+    """A master key, and a blob that the agent sealed under it for {"a": "1"}."""
+    cmk = bytes(range(seal.KEY_SIZES[key_spec]))
+    return cmk, seal.seal(key_spec, view(cmk), VERSION_ID, KEY_ID, {"a": "1"}, view(b"0123456789abcdef" * 2), scratch)
+
+
+# The vectors
+
+
+def test_the_generator_gives_the_committed_file_byte_for_byte() -> None:
+    assert make_ciphertext.PATH.read_bytes() == make_ciphertext.document().encode("ascii")
+
+
+def test_the_file_holds_all_its_cases() -> None:
+    assert DOCUMENT["number_of_cases"] == len(CASES) == 138
+    assert (len(VALID), len(INVALID)) == (46, 92)
+
+
+def test_the_second_implementation_imports_nothing_of_the_product() -> None:
+    tree = ast.parse(Path(second_decoder.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} == {
+        "Cryptodome",
+        "collections",
+        "gmssl",
+        "hmac",
+        "struct",
+        "typing",
+    }
+
+
+@pytest.mark.parametrize("case", VALID, ids=name_of)
+def test_sealing_with_a_vectors_salt_gives_its_blob(scratch: SecretMemory, case: Case) -> None:
+    assert seal_with(case, scratch).hex() == case["blob"]
+
+
+@pytest.mark.parametrize("case", VALID, ids=name_of)
+def test_a_valid_blob_opens(scratch: SecretMemory, case: Case) -> None:
+    assert open_blob(scratch, *values_to_open(case)).hex() == case["plaintext"]
+    assert seal.key_version_id(bytes.fromhex(case["blob"])) == case["key_version_id"]
+
+
+@pytest.mark.parametrize("case", INVALID, ids=name_of)
+def test_an_invalid_blob_does_not_open(scratch: SecretMemory, case: Case) -> None:
+    with pytest.raises(seal.SealError):
+        open_blob(scratch, *values_to_open(case))
+    with pytest.raises(second_decoder.NotAuthentic):
+        second_decoder.open_blob(*values_to_open(case))
+
+
+def test_contexts_give_different_blobs_unless_they_are_both_empty() -> None:
+    """With one key, one salt and one plaintext, only the absent context and {} bind alike."""
+    for key_spec in seal.KEY_SIZES:
+        salt = make_ciphertext.value(f"{key_spec} salt", 32).hex()
+        blobs: dict[str, list[Any]] = {}
+        for case in VALID:
+            if case["key_spec"] == key_spec and case["salt"] == salt:
+                blobs.setdefault(case["blob"], []).append(case["encryption_context"])
+        assert len(blobs) == len(make_ciphertext.CONTEXTS)
+        assert [bound for bound in blobs.values() if len(bound) > 1] == [[None, {}]]
+
+
+def test_the_agents_self_test_holds_the_frozen_blobs() -> None:
+    frozen = {case["key_spec"]: case["blob"] for case in VALID if case["comment"] == "the agent's self-test"}
+    assert frozen == selftest._SEALED
+
+
+# The two implementations against each other
+
+
+@SLOW
+@given(key_specs, st.binary(min_size=1, max_size=100), contexts, st.uuids(), st.binary(min_size=32, max_size=32))
+@example("Aliyun_AES_256", bytes(6_144), {}, make_ciphertext.KEY_ID, b"k" * 32)
+@example("Aliyun_SM4", bytes(6_144), {}, make_ciphertext.KEY_ID, b"k" * 32)
+def test_what_the_agent_seals_the_second_implementation_opens(
+    scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], key_id: object, key: bytes
+) -> None:
+    cmk = key[: seal.KEY_SIZES[key_spec]]
+    blob = seal.seal(key_spec, view(cmk), VERSION_ID, str(key_id), context, view(plaintext), scratch)
+    assert len(blob) == len(plaintext) + 117
+    assert second_decoder.open_blob(key_spec, cmk, str(key_id), context, blob) == plaintext
+
+
+@SLOW
+@given(key_specs, st.binary(min_size=1, max_size=100), contexts, st.binary(min_size=64, max_size=64))
+def test_what_the_second_implementation_seals_the_agent_opens(
+    scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], random: bytes
+) -> None:
+    cmk, salt = random[: seal.KEY_SIZES[key_spec]], random[32:]
+    blob = second_decoder.seal_blob(key_spec, cmk, VERSION_ID, KEY_ID, context, plaintext, salt)
+    assert open_blob(scratch, key_spec, cmk, KEY_ID, context, blob) == plaintext
+    same = seal._seal(key_spec, view(cmk), VERSION_ID, KEY_ID, context, view(plaintext), scratch, salt)
+    assert same == blob
+
+
+# Associated data
+
+
+@PATIENT
+@given(contexts, st.text(max_size=40))
+def test_the_associated_data_reads_back(context: dict[str, str], key_id: str) -> None:
+    header = VERSION_ID.encode() + b"\x01"
+    encoded = associated_data(header, key_id, context)
+    assert second_decoder.read_associated_data(encoded) == (header, key_id, context)
+
+
+# Few characters, among them those of naive encodings: near misses are likely.
+near = st.text("a=&,:1\0", max_size=3)
+near_contexts = st.dictionaries(near, near, max_size=3)
+
+
+@settings(PATIENT, max_examples=500)
+@given(near, near_contexts, near, near_contexts)
+def test_two_key_ids_or_contexts_never_encode_alike(
+    key_id: str, context: dict[str, str], other_id: str, other: dict[str, str]
+) -> None:
+    assume((key_id, context) != (other_id, other))
+    header = VERSION_ID.encode() + b"\x01"
+    assert associated_data(header, key_id, context) != associated_data(header, other_id, other)
+
+
+@PATIENT
+@given(contexts)
+def test_the_order_of_a_context_does_not_matter(context: dict[str, str]) -> None:
+    turned = dict(reversed(context.items()))
+    assert associated_data(b"", KEY_ID, turned) == associated_data(b"", KEY_ID, context)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+def test_a_blob_with_any_one_bit_flipped_does_not_open(scratch: SecretMemory, key_spec: str) -> None:
+    cmk, blob = sample(key_spec, scratch)
+    assert len(blob) == 149
+    for position, bit in itertools.product(range(len(blob)), range(8)):
+        flipped = bytearray(blob)
+        flipped[position] ^= 1 << bit
+        with pytest.raises(seal.SealError):
+            open_blob(scratch, key_spec, cmk, KEY_ID, {"a": "1"}, bytes(flipped))
+
+
+@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+def test_a_blob_cut_off_anywhere_does_not_open(scratch: SecretMemory, key_spec: str) -> None:
+    cmk, blob = sample(key_spec, scratch)
+    for size in range(len(blob)):
+        with pytest.raises(seal.SealError):
+            open_blob(scratch, key_spec, cmk, KEY_ID, {"a": "1"}, blob[:size])
+
+
+def test_every_cause_of_a_refusal_reads_the_same(scratch: SecretMemory) -> None:
+    """Who sends blobs learns nothing from the exception: not from its text, and not from a cause."""
+    seen = set()
+    for case in INVALID:
+        with pytest.raises(seal.SealError) as caught:
+            open_blob(scratch, *values_to_open(case))
+        seen.add((str(caught.value), repr(caught.value), caught.value.__cause__))
+    assert seen == {("", "SealError()", None)}
+
+
+BLOB = bytes.fromhex(VALID[0]["blob"])
+
+
+@pytest.mark.parametrize("blob", [b"", BLOB[:117], BLOB[:36] + b"\x02" + BLOB[37:], b"\xb0" + BLOB[1:]])
+def test_a_blob_of_another_form_names_no_version(blob: bytes) -> None:
+    """Too short for any plaintext, another format, no ASCII: refused before a master key is looked for."""
+    with pytest.raises(seal.SealError):
+        seal.key_version_id(blob)
+
+
+@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+def test_another_master_key_is_refused_before_anything_is_decrypted(scratch: SecretMemory, key_spec: str) -> None:
+    cmk, blob = sample(key_spec, scratch)
+    out = bytearray(32)
+    with pytest.raises(seal.SealError):
+        seal.open_into(key_spec, view(cmk[::-1]), blob, KEY_ID, {"a": "1"}, memoryview(out), scratch)
+    assert out == bytes(32)
+
+
+@pytest.mark.parametrize("version_id", ["", VERSION_ID[:-1], VERSION_ID + "0"])
+def test_a_version_id_of_another_length_is_not_sealed(scratch: SecretMemory, version_id: str) -> None:
+    with pytest.raises(ValueError, match="36 characters"):
+        seal.seal("Aliyun_SM4", view(bytes(16)), version_id, KEY_ID, {}, view(b"data"), scratch)
+
+
+def test_a_version_id_beyond_ascii_is_not_sealed(scratch: SecretMemory) -> None:
+    with pytest.raises(UnicodeEncodeError):
+        seal.seal("Aliyun_SM4", view(bytes(16)), VERSION_ID[:-1] + "é", KEY_ID, {}, view(b"data"), scratch)
+
+
+# One call
+
+
+@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+def test_sealing_the_same_twice_differs_in_everything_but_the_header(scratch: SecretMemory, key_spec: str) -> None:
+    (_, one), (_, two) = sample(key_spec, scratch), sample(key_spec, scratch)
+    assert one[:37] == two[:37]
+    for field in (slice(37, 69), slice(69, 101), slice(101, -16), slice(-16, None)):
+        assert one[field] != two[field]
+
+
+@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+def test_sealing_and_opening_leave_the_callers_buffers_as_they_were(scratch: SecretMemory, key_spec: str) -> None:
+    cmk, plaintext = bytes(range(seal.KEY_SIZES[key_spec])), b"the caller wipes this"
+    lent, data = view(cmk), view(plaintext)
+    blob = seal.seal(key_spec, lent, VERSION_ID, KEY_ID, {}, data, scratch)
+    out = view(bytes(len(plaintext)))
+    seal.open_into(key_spec, lent, blob, KEY_ID, {}, out, scratch)
+    assert (bytes(lent), bytes(data), bytes(out)) == (cmk, plaintext, plaintext)
+
+
+@pytest.mark.parametrize("damage", [0, 1])
+@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+def test_one_time_keys_are_wiped_whether_a_blob_opens_or_not(key_spec: str, damage: int) -> None:
+    """In a memory that serves nobody else, some room was used, and all of it holds zeros."""
+    with contextlib.closing(SecretMemory(4096, require=False)) as scratch:
+        cmk, blob = sample(key_spec, scratch)
+        offered = blob[:-1] + bytes([blob[-1] ^ damage])
+        with pytest.raises(seal.SealError) if damage else contextlib.nullcontext():
+            seal.open_into(key_spec, view(cmk), offered, KEY_ID, {"a": "1"}, view(bytes(32)), scratch)
+        assert scratch._used > 0
+        assert not any(scratch._view(0, scratch.size))

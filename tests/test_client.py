@@ -1,0 +1,323 @@
+"""The Python client: its methods, errors, threads, forks and reconnections, against real agents."""
+
+import base64
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from support.agent import RawConnection, RunningAgent, dev_agent
+from support.keys import ALGORITHMS, recipient
+
+import keyferry
+from keyferry import (
+    AccessDenied,
+    AgentUnavailable,
+    Client,
+    DryRun,
+    InvalidRequest,
+    KeyferryError,
+    KeyUnusable,
+    KmsError,
+    NotFound,
+    ProtocolError,
+    Throttled,
+    operations,
+    wire,
+)
+from keyferry.client import default_socket, pem_to_der
+from keyferry.errors import CODES, kms_error
+from keyferry.parameters import encode_base64
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+
+
+@contextmanager
+def scripted(path: Path, *script: Callable[[socket.socket], None]) -> Iterator[Client]:
+    """A client of a peer that plays one part of the script for each connection it gets."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+
+        def play() -> None:
+            for part in script:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65_536)
+                    part(connection)
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        with Client(path, timeout=5) as client:
+            yield client
+        thread.join()
+
+
+def says(data: bytes) -> Callable[[socket.socket], None]:
+    """A part that answers with some bytes, and hangs up."""
+    return lambda connection: connection.sendall(data)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_operation_has_a_method_with_the_same_names(agent: RunningAgent, algorithm: str) -> None:
+    """The main job, by the client's own methods; results are frozen."""
+    to = recipient(algorithm)
+    with agent.client() as kms:
+        made = kms.generate_and_export_data_key(
+            key_id="alias/dev", number_of_bytes=24, encryption_context={"a": "b"}, **to.arguments
+        )
+        key = to.unwrap(made.exported_data_key)
+        opened = kms.decrypt(ciphertext_blob=made.ciphertext_blob, encryption_context={"a": "b"})
+        exported = kms.export_data_key(
+            ciphertext_blob=made.ciphertext_blob, encryption_context='{"a":"b"}', **to.arguments
+        )
+        described = kms.describe_key(key_id=made.key_id)
+        status = kms.get_agent_status()
+    assert len(key) == 24
+    assert base64.b64decode(opened.plaintext) == to.unwrap(exported.exported_data_key) == key
+    assert described.key_metadata.key_id == made.key_id
+    assert described.key_metadata.primary_key_version == made.key_version_id
+    assert status.state == "Serving"
+    assert status.counters is not None
+    assert len({made.request_id, opened.request_id, exported.request_id, described.request_id, status.request_id}) == 5
+    with pytest.raises(AttributeError):
+        made.key_id = "x"  # type: ignore[misc]
+
+
+def test_methods_are_what_the_declarations_say() -> None:
+    """One for each operation, keyword arguments only, with its documentation."""
+    client = Client("/nowhere")
+    for operation in operations.OPERATIONS.values():
+        name = "".join("_" + c.lower() if c.isupper() else c for c in operation.name).removeprefix("_")
+        method = getattr(client, name)
+        assert method.__doc__ == operation.doc
+        assert callable(method)
+    with pytest.raises(TypeError, match="keyword"):
+        client.describe_key("alias/dev")
+    with pytest.raises(TypeError):
+        client.describe_key()  # type: ignore[call-arg]
+    assert "_Method" in repr(Client.decrypt)
+    assert repr(client) == "Client('/nowhere')"
+
+
+def test_a_public_key_is_taken_as_base64_der_and_pem(agent: RunningAgent) -> None:
+    """All three name the same recipient."""
+    text = encode_base64(RSA.der)
+    pem = f"-----BEGIN PUBLIC KEY-----\n{text[:64]}\n{text[64:]}\n-----END PUBLIC KEY-----\n".encode()
+    with agent.client() as kms:
+        for form in (text, RSA.der, pem):
+            made = kms.generate_and_export_data_key(
+                key_id="alias/dev",
+                public_key_blob=form,
+                wrapping_key_spec="RSA_2048",
+                wrapping_algorithm="RSAES_OAEP_SHA_256",
+            )
+            assert len(RSA.unwrap(made.exported_data_key)) == 32
+    for wrong in (
+        b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----",
+        b"-----BEGIN PUBLIC KEY-----\n*\n-----END PUBLIC KEY-----",
+    ):
+        with pytest.raises(ValueError, match=r"PUBLIC KEY|base64"):
+            pem_to_der(wrong)
+
+
+def test_refusals_are_exceptions_with_all_four_fields(agent: RunningAgent) -> None:
+    """And children that say who can do something about it."""
+    with agent.client() as kms:
+        with pytest.raises(NotFound) as caught:
+            kms.describe_key(key_id="alias/none")
+        error = caught.value
+        assert (error.code, error.http_status) == ("Forbidden.AliasNotFound", 404)
+        assert error.message == "The specified Alias is not found."
+        assert error.request_id in str(error)
+        with pytest.raises(InvalidRequest, match="EncryptionContext"):
+            kms.decrypt(ciphertext_blob="AAAA")
+        with pytest.raises(DryRun, match="DryRunOperationError"):
+            kms.generate_and_export_data_key(key_id="alias/dev", dry_run=True, **RSA.arguments)
+        assert kms.get_agent_status().state == "Serving"
+
+
+def test_every_code_has_its_exception() -> None:
+    """One that this version does not know is a plain KmsError."""
+    children = {AccessDenied, NotFound, InvalidRequest, KeyUnusable, Throttled, DryRun}
+    assert {type(kms_error(code)) for code in CODES} == {*children, KmsError}
+    assert type(kms_error("Brand.New", message="m", http_status=418)) is KmsError
+    assert kms_error("Brand.New", message="m").http_status == 0
+    for child in (*children, KmsError, AgentUnavailable, ProtocolError):
+        assert issubclass(child, KeyferryError)
+
+
+def test_threads_share_a_client(agent: RunningAgent) -> None:
+    """Each gets its own answers."""
+    with agent.client() as kms, ThreadPoolExecutor(8) as pool:
+
+        def size(number: int) -> int:
+            made = kms.generate_and_export_data_key(key_id="alias/dev", number_of_bytes=number, **RSA.arguments)
+            return len(RSA.unwrap(made.exported_data_key))
+
+        assert list(pool.map(size, range(1, 101))) == list(range(1, 101))
+
+
+def test_a_forked_child_and_its_parent_both_go_on(agent: RunningAgent) -> None:
+    """The child connects anew, even when a thread of the parent was in the middle of a call."""
+    with agent.client() as kms:
+        kms.get_agent_status()
+        with kms._lock:  # as if another thread were calling
+            child = os.fork()
+            if child == 0:
+                try:
+                    assert kms._connection is None  # the parent's is the parent's
+                    os._exit(0 if kms.get_agent_status().state == "Serving" else 1)
+                except BaseException:
+                    os._exit(2)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert kms.get_agent_status().state == "Serving"
+
+
+def test_a_call_after_a_restart_is_sent_to_the_new_agent(socket_path: Path) -> None:
+    """Reconnecting is nobody's business but the client's."""
+    with dev_agent(socket_path) as first:
+        kms = first.client()
+        before = kms.get_agent_status()
+        first.stop()
+    with pytest.raises(AgentUnavailable):
+        kms.get_agent_status()
+    with dev_agent(socket_path), kms:
+        assert kms.get_agent_status().request_id != before.request_id
+    kms.close()
+
+
+def test_a_call_waits_no_longer_than_its_timeout_for_other_threads(agent: RunningAgent) -> None:
+    """Turns are part of the whole call."""
+    with (
+        Client(agent.socket, timeout=0.05) as kms,
+        kms._lock,
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(AgentUnavailable, match="other threads"),
+    ):
+        pool.submit(kms.get_agent_status).result()
+
+
+def test_a_full_queue_of_connections_is_waited_for(socket_path: Path) -> None:
+    """An agent that is busy accepting is not an agent that is not there."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(socket_path))
+        listening.listen(0)
+        waiting = [socket.socket(socket.AF_UNIX) for _ in range(8)]
+        try:
+            for connection in waiting:
+                connection.setblocking(False)
+                with suppress(BlockingIOError):
+                    connection.connect(str(socket_path))
+            with Client(socket_path, timeout=0.1) as kms, pytest.raises(AgentUnavailable, match="within"):
+                kms.get_agent_status()
+        finally:
+            for connection in waiting:
+                connection.close()
+
+
+def test_false_and_zero_are_not_the_same() -> None:
+    """A length of nothing is the agent's to refuse, not the client's to forget."""
+    request = operations.GenerateAndExportDataKey("k", "p", "s", "a", number_of_bytes=0, dry_run=False)
+    assert operations.request_to_wire(request)["NumberOfBytes"] == 0
+    assert "DryRun" not in operations.request_to_wire(request)
+
+
+def test_a_client_can_be_closed_and_used_again(agent: RunningAgent) -> None:
+    """Closing is about the connection."""
+    kms = agent.client()
+    for _ in range(2):
+        assert kms.get_agent_status()
+        kms.close()
+
+
+def test_an_agent_that_does_not_answer_in_time_is_unavailable(agent: RunningAgent, socket_path: Path) -> None:
+    """The timeout is for the whole call; the next one starts afresh."""
+    with dev_agent(socket_path) as stopped, Client(socket_path, timeout=0.1) as kms:
+        stopped.signal(signal.SIGSTOP)
+        with pytest.raises(AgentUnavailable, match=r"within 0\.1 s"):
+            kms.get_agent_status()
+        stopped.signal(signal.SIGCONT)
+    with Client(agent.socket, timeout=0) as late, pytest.raises(AgentUnavailable):
+        late.get_agent_status()
+
+
+def test_a_connection_that_breaks_is_tried_again_once(socket_path: Path) -> None:
+    """An old connection may be a restarted agent's; a fresh one that breaks is a fault."""
+    with scripted(socket_path, says(b"")) as client, pytest.raises(AgentUnavailable):
+        client.call("GetAgentStatus", {})
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"HTTP/1.1 400 Bad Request\r\n", "array"),
+        (wire.encode_request(1, "x", {}), "no response"),
+        (wire.encode_response(99, None, {}), "not under way"),
+        (wire.encode_response(1, {"Code": 5}, None), "without a Code"),
+        (wire.encode_response(None, {"Code": "ProtocolError", "Message": "floats"}, None), "floats"),
+    ],
+)
+def test_what_is_no_agent_is_a_protocol_error(socket_path: Path, data: bytes, why: str) -> None:
+    """Whatever it says."""
+    with scripted(socket_path, says(data)) as client, pytest.raises(ProtocolError, match=why):
+        client.call("GetAgentStatus", {})
+
+
+def test_an_answer_without_its_fields_is_a_protocol_error(socket_path: Path) -> None:
+    """Rather than a result with holes."""
+    empty = wire.encode_response(1, None, {"RequestId": "r"})
+    with scripted(socket_path, says(empty)) as client, pytest.raises(ProtocolError, match="KeyMetadata"):
+        client.describe_key(key_id="alias/dev")
+
+
+def test_an_agent_without_room_is_throttling(socket_path: Path) -> None:
+    """Its refusal has no msgid, and is the agent's word all the same."""
+    refusal = {"Code": "Rejected.Throttling", "Message": "QPS Limit Exceeded", "RequestId": "r", "HttpStatus": 429}
+    with scripted(socket_path, says(wire.encode_response(None, refusal, None))) as client, pytest.raises(Throttled):
+        client.call("GetAgentStatus", {})
+
+
+def test_a_request_that_is_too_long_is_not_sent(agent: RunningAgent) -> None:
+    """The limit is known at both ends."""
+    with agent.client() as kms, pytest.raises(InvalidRequest, match="longer"):
+        kms.decrypt(ciphertext_blob="A" * 70_000)
+
+
+def test_a_socket_of_others_is_said_to_be_one(tmp_path: Path) -> None:
+    """And a path too long for a socket is said, too."""
+    with pytest.raises(AgentUnavailable, match="too long"):
+        Client("/" + "x" * 200).get_agent_status()
+    from keyferry.client import _why_unreachable  # noqa: PLC0415
+
+    assert "may not open" in _why_unreachable("/run/x", PermissionError(13, "Permission denied"))
+
+
+def test_the_socket_comes_from_the_environment_or_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An argument wins over both."""
+    monkeypatch.delenv("KEYFERRY_SOCKET", raising=False)
+    assert default_socket() == "/run/keyferry/agent.sock"
+    monkeypatch.setenv("KEYFERRY_SOCKET", "/tmp/x.sock")
+    assert repr(Client()) == "Client('/tmp/x.sock')"
+    assert repr(Client("/y")) == "Client('/y')"
+
+
+def test_two_clients_have_two_connections(agent: RunningAgent) -> None:
+    """As many as an application likes."""
+    with agent.client() as one, agent.client() as two, RawConnection(agent.socket):
+        one.get_agent_status()
+        counters = two.get_agent_status().counters
+        assert counters is not None
+        assert counters.connections >= 3
+
+
+def test_the_package_has_one_version() -> None:
+    """The distributions release together."""
+    import keyferry_agent  # noqa: PLC0415
+
+    assert keyferry.__version__ == keyferry_agent.__version__

@@ -1,0 +1,212 @@
+"""The commands, as a shell sees them: arguments, output, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from support.agent import PATIENCE, RunningAgent, dev_agent
+from support.keys import recipient, rsa_private_key, spki
+
+from keyferry import __version__
+from keyferry import command as keyferry_command
+from keyferry.operations import OPERATIONS
+from keyferry_agent import command as agent_command
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+ROOT = Path(__file__).parents[1]
+
+
+def keyferry(*arguments: object, socket: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """Run the command in a process of its own."""
+    where = ["--socket", str(socket)] if socket else []
+    return subprocess.run(
+        [sys.executable, "-m", "keyferry", *map(str, arguments), *where],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> Path:
+    """A public key file."""
+    path = tmp_path / "module.pem"
+    path.write_bytes(rsa_private_key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return path
+
+
+def test_call_takes_the_apis_own_names_and_prints_the_answer(agent: RunningAgent, pem: Path) -> None:
+    """The main job, from a shell; a public key from a PEM or a DER file."""
+    der = pem.with_suffix(".der")
+    der.write_bytes(spki(rsa_private_key()))
+    wrapping = ["--WrappingKeySpec", "RSA_2048", "--WrappingAlgorithm", "RSAES_OAEP_SHA_256"]
+    context = ["--EncryptionContext", '{"tenant":"acme"}']
+    made = keyferry(
+        "call", "GenerateAndExportDataKey", "--KeyId", "alias/dev", "--NumberOfBytes", "16", *context,
+        "--PublicKeyBlob", f"@{pem}", *wrapping, "--DryRun", "false", socket=agent.socket,
+    )  # fmt: skip
+    assert (made.returncode, made.stderr) == (0, "")
+    answer = json.loads(made.stdout)
+    key = RSA.unwrap(answer["ExportedDataKey"])
+    assert len(key) == 16
+    exported = keyferry(
+        "call", "ExportDataKey", "--CiphertextBlob", answer["CiphertextBlob"], *context,
+        "--PublicKeyBlob", f"@{der}", *wrapping, socket=agent.socket,
+    )  # fmt: skip
+    assert RSA.unwrap(json.loads(exported.stdout)["ExportedDataKey"]) == key
+
+
+def test_a_refusal_is_json_on_stderr_and_exit_code_1(agent: RunningAgent) -> None:
+    """Code, Message and RequestId."""
+    ended = keyferry("call", "DescribeKey", "--KeyId", "alias/none", socket=agent.socket)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    error = json.loads(ended.stderr)
+    assert list(error) == ["Code", "Message", "RequestId"]
+    assert error["Code"] == "Forbidden.AliasNotFound"
+    ended = keyferry("call", "DescribeKey", socket=agent.socket)
+    assert (ended.returncode, json.loads(ended.stderr)["Code"]) == (1, "MissingParameter")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ([], "COMMAND"),
+        (["call"], "OPERATION"),
+        (["call", "Explode"], "Explode"),
+        (["call", "DescribeKey", "--Key", "alias/dev"], "--Key"),
+        (["call", "DescribeKey", "--keyid", "alias/dev"], "--keyid"),
+        (["call", "GenerateAndExportDataKey", "--NumberOfBytes", "many"], "integer"),
+        (["call", "GenerateAndExportDataKey", "--PublicKeyBlob", "@/no/such/file"], "No such file"),
+        (["call", "GenerateAndExportDataKey", "--PublicKeyBlob", f"@{ROOT / 'LICENSE'}"], None),
+        (["status", "--wait", "soon"], "soon"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(agent: RunningAgent, arguments: list[str], why: str | None) -> None:
+    """With a reason; a file that is no key is the agent's to refuse."""
+    ended = keyferry(*arguments, socket=agent.socket if arguments else None)
+    if why is None:
+        assert ended.returncode == 1
+        return
+    assert ended.returncode == 2
+    assert why in ended.stderr
+
+
+def test_an_answer_that_cannot_be_written_is_no_refusal(agent: RunningAgent) -> None:
+    """A full disk, a reader that left: an exit code of its own, and no traceback."""
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "keyferry", "status", "--socket", str(agent.socket)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 74
+    assert ended.stderr == "keyferry: standard output: No space left on device\n"
+
+
+def test_nobody_there_is_exit_code_3(tmp_path: Path) -> None:
+    """With what to look at."""
+    for arguments in (["status"], ["status", "--wait", "0.2"], ["call", "GetAgentStatus"]):
+        ended = keyferry(*arguments, socket=tmp_path / "none.sock")
+        assert (ended.returncode, ended.stdout) == (3, "")
+        assert "is keyferry-agent running" in ended.stderr
+
+
+def test_status_waits_for_an_agent_that_is_starting(socket_path: Path) -> None:
+    """For as long as it is told to."""
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "keyferry", "status", "--wait", "60", "--socket", str(socket_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with dev_agent(socket_path):
+        out, _ = waiting.communicate(timeout=PATIENCE)
+    assert waiting.returncode == 0
+    assert json.loads(out)["State"] == "Serving"
+
+
+def test_the_socket_may_come_from_the_environment(
+    agent: RunningAgent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For both commands alike."""
+    monkeypatch.setenv("KEYFERRY_SOCKET", str(agent.socket))
+    assert keyferry_command.main(["status"]) == 0
+    assert json.loads(capsys.readouterr().out)["Keys"] == 2
+    assert keyferry_command.main(["call", "DescribeKey", "--KeyId", "alias/dev"]) == 0
+    assert keyferry_command.main(["call", "DescribeKey", "--KeyId", "alias/x"]) == 1
+    assert keyferry_command.main(["status", "--socket", "/nowhere"]) == 3
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
+def test_help_explains_every_operation(operation: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each parameter, and whether it is needed."""
+    known = OPERATIONS[operation.name]  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit) as ended:
+        keyferry_command.main(["call", known.name, "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for name in known.parameters:
+        assert f"--{name}" in out
+    assert out.count("(required)") == len(known.required)
+
+
+def test_fingerprint_prints_the_pin_that_recipients_takes(
+    pem: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of PEM and DER, RSA and SM2; what nothing can be exported to is refused."""
+    assert agent_command.main(["fingerprint", str(pem)]) == 0
+    pin = capsys.readouterr().out
+    assert pin.startswith("sha256:")
+    der, sm2, other = tmp_path / "rsa.der", tmp_path / "sm2.der", tmp_path / "p256.der"
+    der.write_bytes(spki(rsa_private_key()))
+    sm2.write_bytes(recipient("SM2PKE").der)
+    other.write_bytes(spki(ec.generate_private_key(ec.SECP256R1())))
+    assert agent_command.main(["fingerprint", str(der)]) == 0
+    assert capsys.readouterr().out == pin
+    assert agent_command.main(["fingerprint", str(sm2)]) == 0
+    assert agent_command.main(["fingerprint", str(other)]) == 1
+    assert "no key to export to" in capsys.readouterr().err
+    assert agent_command.main(["fingerprint", str(tmp_path / "none")]) == 1
+
+
+@pytest.mark.parametrize("module", ["keyferry", "keyferry_agent"])
+def test_both_commands_say_their_version(module: str) -> None:
+    """And it is the same."""
+    ended = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout.split()[1] == __version__
+
+
+def test_an_agent_without_a_keyring_says_what_to_do(socket_path: Path) -> None:
+    """Three ways out."""
+    agent = RunningAgent([], socket_path)
+    assert agent.wait() == 1
+    agent.kill()
+    assert "try --dev" in "".join(agent.output)
+
+
+def test_an_agent_whose_socket_has_no_directory_says_so(tmp_path: Path) -> None:
+    """And does not make one: whose would it be?"""
+    agent = RunningAgent(["--dev"], tmp_path / "none" / "agent.sock")
+    assert agent.wait() == 1
+    agent.kill()
+    assert "another socket with --socket" in "".join(agent.output)
+
+
+def test_the_demo_runs(tmp_path: Path) -> None:
+    """What a newcomer sees first."""
+    ended = subprocess.run(
+        [sys.executable, ROOT / "docs" / "demo" / "main_job.py"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("the same file again") == 2
+    assert ended.stdout.count("in hex or in Base64: 0 times") == 2

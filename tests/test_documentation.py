@@ -1,0 +1,76 @@
+"""What is written agrees with what is there: tables, links, versions, and the commands that are shown."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from support import reference
+
+import keyferry
+from keyferry_agent import settings
+from keyferry_agent.crypto import seal
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
+
+
+def test_the_protocol_page_has_the_tables_that_the_declarations_give() -> None:
+    """`make docs` writes them."""
+    text = reference.PROTOCOL.read_text()
+    assert reference.generated(text) == text, "run make docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link names a file that is there."""
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_the_distributions_have_one_version() -> None:
+    """And the agent asks for exactly the client it was released with."""
+    agent = tomllib.loads((ROOT / "agent" / "pyproject.toml").read_text())["project"]
+    assert agent["version"] == keyferry.__version__
+    assert f"keyferry=={keyferry.__version__}" in agent["dependencies"]
+    assert f"## [{keyferry.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_example_configurations_are_good(tmp_path: Path) -> None:
+    """Every TOML example in the documentation is accepted by `check`."""
+    found = 0
+    for page in PAGES:
+        for example in re.findall(r"```toml\n(.*?)```", page.read_text(), re.DOTALL):
+            path = tmp_path / "example.toml"
+            path.write_text(example)
+            settings.read(path)
+            found += 1
+    assert found
+
+
+def test_the_ciphertext_page_has_the_sizes_of_the_code() -> None:
+    """117 bytes longer."""
+    text = (ROOT / "docs" / "ciphertext.md").read_text()
+    assert f"a blob is {seal.OVERHEAD} bytes longer" in text
+    assert all(suite.info.decode() in text for suite in seal._SUITES.values())
+
+
+def test_the_pinned_requirements_are_what_the_agent_asks_for() -> None:
+    """Each of its dependencies is there, hashed, in a version that it allows, and without an address."""
+    text = (ROOT / "deploy" / "requirements.txt").read_text()
+    assert "//" not in text
+    pinned = dict(re.findall(r"^([\w-]+)==([\w.]+)", text, re.MULTILINE))
+    assert text.count("--hash=sha256:") >= len(pinned)
+    agent = tomllib.loads((ROOT / "agent" / "pyproject.toml").read_text())["project"]["dependencies"]
+    for requirement in map(Requirement, agent):
+        assert requirement.name == "keyferry" or requirement.specifier.contains(pinned[requirement.name]), requirement
+
+
+def test_every_setting_is_explained() -> None:
+    """docs/configuration.md names each."""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    names = [*settings.Limits.__dataclass_fields__, *settings.Settings.__dataclass_fields__]
+    for name in set(names) - {"listeners", "grants", "warnings"}:
+        assert f"`{name}`" in text or f"`[{name}]`" in text, name

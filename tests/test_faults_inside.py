@@ -1,0 +1,269 @@
+"""Faults inside the agent: what a handler, the audit log or the system does wrong stays where it is."""
+
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import trio
+from support.keys import recipient
+
+from keyferry import libcrypto, wire
+from keyferry.secret import SecretMemory
+from keyferry.sm2_ciphertext import raw_to_der
+from keyferry_agent import handlers
+from keyferry_agent.agent import Agent
+from keyferry_agent.audit import AuditLog
+from keyferry_agent.crypto import selftest, wrapping
+from keyferry_agent.grants import Grant
+from keyferry_agent.keyring.loaded import development_keyring
+from keyferry_agent.limits import Rate
+from keyferry_agent.peer import evidence
+from keyferry_agent.serving import Server
+from keyferry_agent.settings import Audit, Settings
+
+STATUS = ("GetAgentStatus", dict[str, Any]())
+
+
+@pytest.fixture
+def agent() -> Agent:
+    """An agent's state, in this process, that grants everything to this user."""
+    everything = Grant("all", {"uid": os.geteuid()}, ("kms:*",), ("*",))
+    settings = Settings(memory="prefer", grants=(everything,))
+    return Agent(settings, development_keyring(backing="auto", require=False))
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> AuditLog:
+    """A record of requests in a file."""
+    return AuditLog(Audit(str(tmp_path / "audit.jsonl")))
+
+
+@asynccontextmanager
+async def served(agent: Agent, audit: AuditLog, path: Path) -> AsyncIterator[Server]:
+    """A server of this agent, on a real socket, for the time of a block."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+    server = Server(agent, audit)
+    async with trio.open_nursery() as nursery:
+        listeners = [("default", trio.SocketListener(trio.socket.from_stdlib_socket(listening)))]
+        await nursery.start(server.serve, listeners)
+        yield server
+        server.drain(grace=5)
+
+
+async def ask(stream: trio.SocketStream, method: str, params: dict[str, Any]) -> wire.Response:
+    """One request, one answer."""
+    await stream.send_all(wire.encode_request(1, method, params))
+    decoder = wire.Decoder()
+    while True:
+        received = await stream.receive_some()
+        assert received
+        decoder.feed(received)
+        for message in decoder.messages():
+            assert isinstance(message, wire.Response)
+            return message
+
+
+@pytest.mark.parametrize("slow", [False, True])
+async def test_a_handler_that_fails_harms_nobody_and_tells_nobody_why(
+    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool
+) -> None:
+    """InternalFailure to the caller, the traceback to the log; both connections go on. On the loop and in a thread."""
+
+    def fails() -> None:
+        raise RuntimeError("key material in an exception's text")
+
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(fails, slow))
+    async with served(agent, audit, socket_path):
+        first, other = await trio.open_unix_socket(str(socket_path)), await trio.open_unix_socket(str(socket_path))
+        async with first, other:
+            with structlog.testing.capture_logs() as logged:
+                response = await ask(first, "DescribeKey", {"KeyId": "alias/dev"})
+            assert response.error is not None
+            assert (response.error["Code"], response.error["HttpStatus"]) == ("InternalFailure", 500)
+            assert "material" not in str(response.error)
+            assert [entry["event"] for entry in logged] == ["request.failed"]
+            assert logged[0]["request_id"] == response.error["RequestId"]
+            for stream in (first, other):
+                assert (await ask(stream, *STATUS)).error is None
+
+
+async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit: AuditLog, socket_path: Path) -> None:
+    """Its answer never leaves; when there is room again, requests are answered again."""
+    full = AuditLog(Audit("/dev/full"))
+    async with served(agent, full, socket_path) as server, await trio.open_unix_socket(str(socket_path)) as stream:
+        response = await ask(stream, "DescribeKey", {"KeyId": "alias/dev"})
+        assert response.error is not None
+        assert response.error["Code"] == "ServiceUnavailableTemporary"
+        assert response.result is None
+        server._audit = audit
+        assert (await ask(stream, *STATUS)).error is None
+
+
+async def test_accepting_goes_on_after_the_system_had_no_descriptors(
+    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """It says so, waits, and tries again."""
+    real = trio.SocketListener.accept
+    failures = [OSError(errno.EMFILE, "Too many open files")]
+
+    async def accept(self: trio.SocketListener) -> trio.SocketStream:
+        if failures:
+            await trio.lowlevel.checkpoint()
+            raise failures.pop()
+        return await real(self)
+
+    monkeypatch.setattr(trio.SocketListener, "accept", accept)
+    with structlog.testing.capture_logs() as logged:
+        async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
+            assert (await ask(stream, *STATUS)).error is None
+    assert [entry["error"] for entry in logged if entry["event"] == "accept.failed"] == ["Too many open files"]
+
+
+async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
+    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outermost line of a connection catches everything."""
+    async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as other:
+        assert (await ask(other, *STATUS)).error is None
+        with monkeypatch.context() as patch, structlog.testing.capture_logs() as logged:
+            patch.setattr("keyferry_agent.serving.wire.Decoder.feed", lambda _self, _data: 1 / 0)
+            async with await trio.open_unix_socket(str(socket_path)) as stream:
+                await stream.send_all(b"x")
+                assert await stream.receive_some() == b""
+        assert [entry["event"] for entry in logged] == ["connection.failed"]
+        assert (await ask(other, *STATUS)).error is None
+
+
+def test_the_rate_is_per_user_and_comes_back() -> None:
+    """A bucket for each, full again after a second; users that were quiet are forgotten."""
+    rate = Rate(2)
+    assert [rate.allows(1, 0.0) for _ in range(3)] == [True, True, False]
+    assert rate.allows(2, 0.0)
+    assert [rate.allows(1, 0.5), rate.allows(1, 0.5)] == [True, False]
+    for user in range(5_000):
+        assert rate.allows(user + 10, 100.0 + user)
+    assert len(rate._buckets) < 5_000
+    assert all(Rate(0).allows(1, 0.0) for _ in range(100))
+
+
+class Credentials:
+    """A socket whose peer has as many groups as one likes."""
+
+    def __init__(self, groups: list[int]) -> None:
+        self._groups = b"".join(group.to_bytes(4, "little") for group in groups)
+
+    def getsockopt(self, _level: int, optname: int, buflen: int, /) -> bytes:
+        """SO_PEERCRED and SO_PEERGROUPS, as the kernel answers them."""
+        if optname == socket.SO_PEERCRED:
+            return b"\x01\0\0\0\x02\0\0\0\x03\0\0\0"
+        if buflen < len(self._groups):
+            raise OSError(errno.ERANGE, "too small")
+        return self._groups
+
+
+@pytest.mark.parametrize("number", [0, 1, 1000])
+def test_a_peer_has_all_its_groups(number: int) -> None:
+    """More than the first buffer holds, too."""
+    peer = evidence(Credentials(list(range(100, 100 + number))), "default")
+    assert (peer.pid, peer.uid) == (1, 2)
+    assert peer.gids == {3, *range(100, 100 + number)}
+
+
+# --- libraries that compute something else ------------------------------------------------------------------------------
+
+
+def test_the_self_test_passes_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With libcrypto's SM2, with the fallback, and with neither."""
+    scratch = SecretMemory(8192, require=False)
+    if libcrypto.has_sm2():
+        assert selftest.run(scratch, sm2_fallback=False) == []
+    monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
+    assert selftest.run(scratch, sm2_fallback=True) == []
+    assert "without SM2" in selftest.run(scratch, sm2_fallback=False)[0]
+
+
+@pytest.mark.parametrize("key_spec", ["Aliyun_AES_256", "Aliyun_SM4"])
+def test_a_wrong_answer_stops_the_start(monkeypatch: pytest.MonkeyPatch, key_spec: str) -> None:
+    """One bit is enough, for each algorithm."""
+    scratch = SecretMemory(8192, require=False)
+    good = selftest._SEALED[key_spec]
+    monkeypatch.setitem(selftest._SEALED, key_spec, good[:-1] + ("0" if good[-1] != "0" else "1"))
+    with pytest.raises(selftest.SelfTestError, match=key_spec):
+        selftest.run(scratch, sm2_fallback=False)
+
+
+@pytest.mark.parametrize("with_libcrypto", [True, False])
+@pytest.mark.parametrize("change", [{"_SM2_MESSAGE": b"something else"}, {"_SM2_D": "11" * 32}])
+def test_a_wrong_sm2_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], *, with_libcrypto: bool
+) -> None:
+    """In libcrypto and in the fallback."""
+    if with_libcrypto and not libcrypto.has_sm2():
+        pytest.skip("needs libcrypto with SM2 (Debian package libssl3)")
+    for name, value in change.items():
+        monkeypatch.setattr(selftest, name, value)
+    monkeypatch.setattr(libcrypto, "has_sm2", lambda: with_libcrypto)
+    with pytest.raises(selftest.SelfTestError, match="SM2PKE"):
+        selftest.run(SecretMemory(8192, require=False), sm2_fallback=True)
+
+
+def test_where_libcrypto_has_no_sm2_the_fallback_wraps_and_without_it_sm2_is_unsupported(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opt-in by sm2_fallback; what it makes, libcrypto opens."""
+    to = recipient("SM2PKE")
+    way = wrapping.find("EC_SM2", "SM2PKE")
+    assert way is not None
+    monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
+    wrapping.recipient.cache_clear()
+    with pytest.raises(wrapping.WrappingError, match="without SM2"):
+        wrapping.recipient(way, to.der, sm2_fallback=False)
+    wrapped = wrapping.recipient(way, to.der, sm2_fallback=True).wrap(memoryview(bytearray(b"k" * 32)))
+    wrapping.recipient.cache_clear()
+    opened = bytearray(64)
+    assert to.private.decrypt_into(bytearray(raw_to_der(wrapped)), opened) == 32
+    assert opened[:32] == b"k" * 32
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [(("libno-such.so",), "no libcrypto"), (("libc.so.6",), "older than OpenSSL 3.0")],
+)
+def test_a_system_without_openssl_3_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], why: str
+) -> None:
+    """With the package that brings it."""
+    monkeypatch.setattr(libcrypto, "_NAMES", names)
+    with pytest.raises(libcrypto.LibcryptoError, match=why):
+        libcrypto.load.__wrapped__()
+    assert libcrypto.version().startswith("OpenSSL")
+
+
+def test_libcrypto_refuses_what_it_cannot_do() -> None:
+    """And never takes an empty buffer for a success."""
+    key = libcrypto.public_key(recipient("RSAES_OAEP_SHA_256").der)
+    for data, options in (
+        (bytearray(), ()),
+        (bytearray(1), ((b"rsa_padding_mode", b"none"),)),
+        (bytearray(1), ((b"x", b"y"),)),
+    ):
+        with pytest.raises(libcrypto.LibcryptoError):
+            key.encrypt(data, options)
+    for out in (bytearray(), bytearray(256)):
+        with pytest.raises(libcrypto.LibcryptoError):
+            key.decrypt_into(bytearray(256), out)
+    with pytest.raises(libcrypto.LibcryptoError, match="no private half"):
+        key.private_der()
+    for load in (libcrypto.public_key, libcrypto.private_key):
+        for der in (b"", b"nonsense"):
+            with pytest.raises(libcrypto.LibcryptoError, match="key"):
+                load(bytearray(der))  # type: ignore[arg-type]
+    assert repr(key) == "Key(...)"

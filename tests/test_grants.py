@@ -1,0 +1,266 @@
+"""Grants: what matches, what does not, what a caller without any may learn; then with real other users."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.agent import RawConnection, RunningAgent
+from support.keys import recipient
+from support.requires import root
+
+from keyferry.parameters import decode_base64
+from keyferry_agent.crypto.public_key import fingerprint
+from keyferry_agent.grants import PLAINTEXT, Grant, allows, may_name, to_caller
+from keyferry_agent.peer import Peer
+
+PIN = "sha256:" + "0" * 64
+OTHER_USER = 12_345
+
+
+def peer(uid: int | None = 1000, gids: frozenset[int] = frozenset({1000}), listener: str = "default") -> Peer:
+    """A caller."""
+    return Peer(uid=uid, gids=gids, pid=1, listener=listener)
+
+
+@pytest.mark.parametrize(
+    ("to", "matches"),
+    [
+        ({"uid": 1000}, True),
+        ({"uid": 1001}, False),
+        ({"user": 1000}, True),
+        ({"gid": 1000}, True),
+        ({"group": 5}, False),
+        ({"listener": "default"}, True),
+        ({"listener": "orders"}, False),
+        ({"uid": 1000, "gid": 1000, "listener": "default"}, True),
+        ({"uid": 1000, "gid": 1001}, False),
+        ({}, False),
+    ],
+)
+def test_a_grant_is_to_whom_all_its_selectors_match(to: dict[str, object], *, matches: bool) -> None:
+    """One that names nobody is to nobody."""
+    grant = Grant("g", to, ("kms:*",), ("*",))
+    assert bool(to_caller([grant], peer())) is matches
+
+
+def test_evidence_that_cannot_be_had_matches_nothing() -> None:
+    """A user or group that the kernel cannot name is nobody, not number None."""
+    nobody = peer(uid=None, gids=frozenset())
+    for selector in ("uid", "user", "gid", "group"):
+        for value in (None, -1, 0, 65_534):
+            assert not Grant("g", {selector: value}, ("kms:*",), ("*",)).is_to(nobody)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        ("*", "alias/a/b", True),
+        ("alias/orders-*", "alias/orders-1", True),
+        ("alias/orders-*", "alias/orders-", True),
+        ("alias/orders-*", "alias/orders", False),
+        ("alias/orders-*", "alias/orders-1/x", False),
+        ("alias/*", "alias/a", True),
+        ("alias/*", "alias/a/b", False),
+        ("alias/*/b", "alias/a/b", True),
+        ("alias/a", "alias/a", True),
+        ("alias/a", "alias/ab", False),
+        ("alias/a", "xalias/a", False),
+        ("alias/a", "alias/a\n", False),
+        ("alias/a.", "alias/ab", False),
+        ("acs:kms:local:0:key/*", "acs:kms:local:0:key/1-2", True),
+        ("acs:kms:*:0:key/*", "acs:kms:local:0:key/1-2", True),
+        ("acs:kms:*:key/*", "acs:kms:local:0:key/1-2", False),
+    ],
+)
+def test_a_star_stays_within_one_part_of_a_name(pattern: str, name: str, *, matches: bool) -> None:
+    """A sole star is every key."""
+    assert Grant("g", {"uid": 1}, ("kms:*",), (pattern,)).has_key([name]) is matches
+
+
+@pytest.mark.parametrize(
+    ("action", "asked", "matches"),
+    [
+        ("kms:*", "kms:Decrypt", True),
+        ("kms:Generate*", "kms:GenerateDataKey", True),
+        ("kms:Decrypt", "kms:Decrypt", True),
+        ("kms:Decrypt", "kms:DecryptX", False),
+        ("kms:Encrypt", "kms:ReEncrypt", False),
+    ],
+)
+def test_actions_match_whole_or_up_to_a_star(action: str, asked: str, *, matches: bool) -> None:
+    """kms:* is all of them."""
+    assert Grant("g", {"uid": 1}, (action,), ("*",)).has_action(asked) is matches
+
+
+def test_pins_hold_for_exports_and_shut_out_plaintext() -> None:
+    """A pinned grant allows what hands out no key, exports to its pins, and nothing in plaintext."""
+    grant = Grant("g", {"uid": 1}, ("kms:*",), ("*",), recipients=frozenset({PIN}))
+    assert allows([grant], "kms:ExportDataKey", ["k"], pin=PIN, context={})
+    assert not allows([grant], "kms:ExportDataKey", ["k"], pin=PIN[:-1] + "1", context={})
+    assert allows([grant], "kms:DescribeKey", ["k"])
+    assert not allows([grant], "kms:Decrypt", ["k"], pin=PLAINTEXT, context={})
+
+
+def test_a_demanded_context_must_be_there_with_its_value() -> None:
+    """More pairs are welcome; an operation that has no context is not held to it."""
+    grant = Grant("g", {"uid": 1}, ("kms:*",), ("*",), encryption_context={"tenant": "acme"})
+    for context, allowed in (
+        ({"tenant": "acme", "x": "y"}, True),
+        ({"tenant": "other"}, False),
+        ({}, False),
+        (None, True),
+    ):
+        assert bool(allows([grant], "kms:Decrypt", ["k"], context=context)) is allowed
+
+
+def test_only_who_could_be_granted_a_missing_key_learns_that_it_is_missing() -> None:
+    """The pattern decides, and the rest of the grant."""
+    grant = Grant("g", {"uid": 1}, ("kms:Decrypt",), ("alias/orders-*",), encryption_context={"t": "a"})
+    assert may_name([grant], "kms:Decrypt", ["alias/orders-9"], context={"t": "a"})
+    assert not may_name([grant], "kms:Decrypt", ["alias/else"], context={"t": "a"})
+    assert not may_name([grant], "kms:Encrypt", ["alias/orders-9"], context={"t": "a"})
+    assert not may_name([grant], "kms:Decrypt", ["alias/orders-9"], context={})
+    assert may_name([grant], "kms:Decrypt", None, context={"t": "a"})
+    assert not may_name([], "kms:Decrypt", None)
+
+
+# --- with a real agent, and real other users ----------------------------------------------------------------------------
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+CONFIG = f"""
+mode = "0666"
+[[grant]]
+name = "other"
+to = {{ uid = {OTHER_USER} }}
+actions = ["kms:GenerateAndExportDataKey", "kms:DescribeKey", "kms:ExportDataKey", "kms:Decrypt"]
+keys = ["alias/dev"]
+recipients = ["{fingerprint(RSA.der)}"]
+encryption_context = {{ tenant = "acme" }}
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
+    """An agent that any user can reach, with one grant to another user."""
+    folder = tmp_path_factory.mktemp("grants")
+    for parent in (folder, *folder.parents[:2]):
+        parent.chmod(0o755)
+    (folder / "agent.toml").write_text(CONFIG)
+    with RunningAgent(["--dev", "--config", str(folder / "agent.toml")], folder / "agent.sock") as agent:
+        yield agent
+
+
+def asked_as(uid: int, path: Path, calls: list[tuple[str, dict[str, object]]]) -> list[str]:
+    """The codes that another user's calls end in ("OK" for success): asked in a child that becomes that user."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setgroups([])
+            os.setresgid(uid, uid, uid)
+            os.setresuid(uid, uid, uid)
+            with RawConnection(path) as connection:
+                outcomes = [connection.call(method, params).error for method, params in calls]
+            os.write(writing, "\n".join(error["Code"] if error else "OK" for error in outcomes).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading) as said:
+        codes = said.read().split("\n")
+    os.waitpid(child, 0)
+    return codes
+
+
+@root()
+def test_another_user_may_do_what_its_grant_says_and_nothing_else(shared: RunningAgent) -> None:
+    """Action, key, recipient and context: each alone decides."""
+    good = {"KeyId": "alias/dev", "EncryptionContext": {"tenant": "acme"}, **RSA.params}
+    with shared.client() as client:
+        made = client.generate_and_export_data_key(
+            key_id="alias/dev", encryption_context={"tenant": "acme"}, **RSA.arguments
+        )
+    blob = {"CiphertextBlob": made.ciphertext_blob, "EncryptionContext": {"tenant": "acme"}}
+    calls = {
+        "export": ("ExportDataKey", {**blob, **RSA.params}, "OK"),
+        "plaintext, past the pins": ("Decrypt", blob, "Forbidden.NoPermission"),
+        "as granted": ("GenerateAndExportDataKey", good, "OK"),
+        "describe": ("DescribeKey", {"KeyId": "alias/dev"}, "OK"),
+        "other context": (
+            "GenerateAndExportDataKey",
+            {**good, "EncryptionContext": {"tenant": "x"}},
+            "Forbidden.NoPermission",
+        ),
+        "other recipient": (
+            "GenerateAndExportDataKey",
+            {**good, **recipient("SM2PKE").params},
+            "Forbidden.NoPermission",
+        ),
+        "other key": ("DescribeKey", {"KeyId": "alias/dev-sm4"}, "Forbidden.NoPermission"),
+        "no such key": ("DescribeKey", {"KeyId": "alias/dev-none"}, "Forbidden.NoPermission"),
+        "bad parameter": ("DescribeKey", {"KeyId": 5}, "InvalidParameter"),
+        "dry run": ("GenerateAndExportDataKey", {**good, "DryRun": True}, "DryRunOperationError"),
+        "dry run refused": (
+            "GenerateAndExportDataKey",
+            {**good, "KeyId": "alias/x", "DryRun": True},
+            "AccessDeniedError",
+        ),
+        "status": ("GetAgentStatus", {}, "OK"),
+    }
+    codes = asked_as(OTHER_USER, shared.socket, [(method, params) for method, params, _ in calls.values()])
+    assert dict(zip(calls, codes, strict=True)) == {name: code for name, (_, _, code) in calls.items()}
+
+
+@root()
+def test_a_user_without_a_grant_learns_nothing_about_keys(shared: RunningAgent) -> None:
+    """Keys that exist and keys that do not look the same, and so do ciphertexts."""
+    with shared.client() as client:
+        made = client.generate_and_export_data_key(key_id="alias/dev", **RSA.arguments)
+    unknown = str(uuid.uuid4()).encode() + decode_base64(made.ciphertext_blob)[36:]
+    codes = asked_as(
+        OTHER_USER + 1,
+        shared.socket,
+        [
+            ("DescribeKey", {"KeyId": "alias/dev"}),
+            ("DescribeKey", {"KeyId": "alias/none"}),
+            ("DescribeKey", {"KeyId": made.key_id}),
+            ("DescribeKey", {"KeyId": made.key_id[:-1] + "x"}),
+            ("Decrypt", {"CiphertextBlob": made.ciphertext_blob}),
+            ("Decrypt", {"CiphertextBlob": unknown}),
+            ("Decrypt", {"CiphertextBlob": made.ciphertext_blob, "DryRun": True}),
+        ],
+    )
+    assert codes == ["Forbidden.NoPermission"] * 6 + ["AccessDeniedError"]
+
+
+@root()
+def test_the_overflow_uid_is_nobody(socket_path: Path) -> None:
+    """Users of other user namespaces all look like 65534: a grant to that number matches none of them."""
+    config = socket_path.with_suffix(".toml")
+    config.write_text('mode = "0666"\n[[grant]]\nname="n"\nto={uid=65534}\nactions=["kms:*"]\nkeys=["*"]\n')
+    for parent in (socket_path.parent, *socket_path.parent.parents[:3]):
+        if parent.stat().st_uid == os.getuid() and parent != Path("/tmp"):
+            parent.chmod(0o755)
+    with RunningAgent(["--dev", "--config", str(config)], socket_path) as agent:
+        assert asked_as(65_534, agent.socket, [("DescribeKey", {"KeyId": "alias/dev"})]) == ["Forbidden.NoPermission"]
+
+
+def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) -> None:
+    """Also the user the agent runs as."""
+    from keyferry_agent.command import main  # noqa: PLC0415
+
+    keyring, identity = tmp_path / "k.age", tmp_path / "id"
+    assert main(["keyring", "init", str(keyring), "--new-identity", str(identity)]) == 0
+    assert main(["keyring", "create-key", str(keyring), "--unseal", str(identity), "--alias", "alias/a"]) == 0
+    with RunningAgent(["--keyring", str(keyring), "--unseal", str(identity)], socket_path) as agent:
+        agent.wait_for("startup.no_grants")
+        with RawConnection(agent.socket) as connection:
+            for name in ("alias/a", "alias/b"):
+                error = connection.call("DescribeKey", {"KeyId": name}).error
+                assert error is not None
+                assert error["Code"] == "Forbidden.NoPermission"
+            status = connection.call("GetAgentStatus", {}).result
+            assert status is not None
+            assert status["Keys"] == 0
+            assert "Counters" not in status

@@ -1,0 +1,355 @@
+"""The sealed keyring: its file, its verbs, and the daemon that loads it. The real `age` is the other end."""
+
+import base64
+import dataclasses
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.agent import PATIENCE, RunningAgent
+from support.keyring import run
+from support.requires import program
+
+from keyferry_agent.keyring import file
+from keyferry_agent.keyring.document import Document, KeyringError, check_alias
+from keyferry_agent.keyring.loaded import development_keyring
+from keyferry_agent.keyring.sealing import Unsealer
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
+    """Run a verb on the keyring with --json; give what it printed."""
+
+    def command(verb: str, *arguments: object) -> Any:
+        capsys.readouterr()
+        run(verb, keyring, *arguments, "--unseal", keyring.parent / "identity", "--json")
+        return json.loads(capsys.readouterr().out)
+
+    return command
+
+
+def test_a_new_keyring_is_empty_sealed_and_private(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Mode 0600, an age file, and the identity beside it too."""
+    path, identity = tmp_path / "k.age", tmp_path / "id"
+    run("init", path, "--new-identity", identity, "--json")
+    (recipient,) = json.loads(capsys.readouterr().out)["Recipients"]
+    assert path.read_bytes().startswith(b"age-encryption.org/v1\n")
+    assert path.stat().st_mode & 0o777 == identity.stat().st_mode & 0o777 == 0o600
+    assert recipient in identity.read_text()
+    assert file.read(path, Unsealer.read(identity)) == Document([recipient])
+
+
+def test_neither_a_keyring_nor_an_identity_is_ever_overwritten(keyring: Path, tmp_path: Path) -> None:
+    """`init` on an existing file changes nothing, not even the identity."""
+    before = keyring.read_bytes(), (tmp_path / "identity").read_bytes()
+    run("init", keyring, "--new-identity", tmp_path / "other", code=1)
+    assert not (tmp_path / "other").exists()
+    run("init", tmp_path / "new.age", "--new-identity", tmp_path / "identity", code=1)
+    assert not (tmp_path / "new.age").exists()
+    run("init", tmp_path / "none" / "new.age", "--new-identity", tmp_path / "fresh", code=1)
+    assert not (tmp_path / "fresh").exists()
+    assert (keyring.read_bytes(), (tmp_path / "identity").read_bytes()) == before
+
+
+def test_create_key_list_and_show_agree(said: Command) -> None:
+    """With the API's names; a key is found by ID and by alias."""
+    made = said("create-key", "--key-spec", "Aliyun_SM4", "--alias", "alias/b/c", "--description", "für Tests")[
+        "KeyMetadata"
+    ]
+    listed = said("list")
+    assert listed["TotalCount"] == 2
+    assert made in listed["Keys"]["Key"]
+    shown = said("show", "alias/b/c")
+    assert shown == said("show", made["KeyId"])
+    assert shown["KeyMetadata"] == made
+    assert made["Aliases"] == ["alias/b/c"]
+    assert (made["KeySpec"], made["KeyState"], made["Description"]) == ("Aliyun_SM4", "Enabled", "für Tests")
+    (version,) = shown["KeyVersions"]["KeyVersion"]
+    assert version["KeyVersionId"] == made["PrimaryKeyVersion"]
+    assert version["Staged"] is False
+
+
+def test_aliases_are_created_moved_and_deleted(said: Command) -> None:
+    """One alias, one key; the key outlives its names."""
+    first = said("show", "alias/a")["KeyMetadata"]["KeyId"]
+    second = said("create-key")["KeyMetadata"]["KeyId"]
+    assert said("create-alias", "alias/x", second)["KeyMetadata"]["Aliases"] == ["alias/x"]
+    assert said("update-alias", "alias/x", "alias/a")["KeyMetadata"]["KeyId"] == first
+    assert said("delete-alias", "alias/a")["KeyMetadata"]["Aliases"] == ["alias/x"]
+    assert said("show", "alias/x")["KeyMetadata"]["KeyId"] == first
+    assert said("show", second)["KeyMetadata"]["Aliases"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("create-key", "--alias", "alias/a"), "exists already"),
+        (("create-key", "--alias", "alias/"), "no alias"),
+        (("create-key", "--alias", "orders"), "no alias"),
+        (("create-key", "--alias", "alias/ü"), "no alias"),
+        (("create-key", "--alias", "alias/acs/x"), "cloud's own"),
+        (("create-key", "--description", "a\x1b[2Jb"), "printable"),
+        (("create-key", "--description", "x" * 8193), "8192"),
+        (("create-alias", "alias/a", "alias/a"), "exists already"),
+        (("create-alias", "alias/b", "alias/none"), "no key or alias"),
+        (("update-alias", "alias/b", "alias/a"), "no alias"),
+        (("delete-alias", "alias/b"), "no alias"),
+        (("show", "alias/b"), "no key or alias"),
+    ],
+)
+def test_what_cannot_be_done_changes_nothing(
+    keyring: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], why: str
+) -> None:
+    """Exit code 1, a reason on stderr, and the file as it was."""
+    before = keyring.read_bytes()
+    run(arguments[0], keyring, *arguments[1:], "--unseal", keyring.parent / "identity", code=1)
+    assert why in capsys.readouterr().err
+    assert keyring.read_bytes() == before
+
+
+def test_for_people_it_prints_tables_and_never_material(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing that any verb prints is key material."""
+    identity = keyring.parent / "identity"
+    document = file.read(keyring, Unsealer.read(identity))
+    (material,) = (version.material for key in document.keys for version in key.versions)
+    for arguments in (("list",), ("show", "alias/a"), ("create-alias", "alias/b", "alias/a"), ("list", "--json")):
+        run(arguments[0], keyring, *arguments[1:], "--unseal", identity)
+    out = capsys.readouterr().out
+    assert "KEY ID" in out
+    assert "primary" in out
+    for form in (material.hex(), base64.b64encode(material).decode(), repr(bytes(material))):
+        assert form not in out
+    assert "material" not in repr(document)
+
+
+def test_ten_commands_at_the_same_moment_lose_nothing(keyring: Path) -> None:
+    """Writers take turns."""
+    identity = keyring.parent / "identity"
+    create_key = [
+        sys.executable,
+        "-m",
+        "keyferry_agent",
+        "keyring",
+        "create-key",
+        str(keyring),
+        "--unseal",
+        str(identity),
+    ]
+    commands = [
+        subprocess.Popen(
+            [*create_key, "--alias", f"alias/n{i}"],
+            stdout=subprocess.DEVNULL,
+        )
+        for i in range(10)
+    ]
+    assert [command.wait(PATIENCE) for command in commands] == [0] * 10
+    document = file.read(keyring, Unsealer.read(identity))
+    assert set(document.aliases) == {"alias/a", *(f"alias/n{i}" for i in range(10))}
+    assert [path.name for path in keyring.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_change_through_a_symlink_changes_the_file_it_names(keyring: Path, tmp_path: Path) -> None:
+    """The link stays a link."""
+    link = tmp_path / "link.age"
+    link.symlink_to(keyring)
+    run("create-key", link, "--unseal", tmp_path / "identity", "--alias", "alias/z")
+    assert link.is_symlink()
+    assert "alias/z" in file.read(keyring, Unsealer.read(tmp_path / "identity")).aliases
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
+    keyring: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, for example."""
+    before = keyring.read_bytes()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    run("create-key", keyring, "--unseal", keyring.parent / "identity", code=1)
+    assert keyring.read_bytes() == before
+    assert sorted(path.name for path in keyring.parent.iterdir()) == ["identity", "keyring.age"]
+
+
+@pytest.mark.parametrize("content", [b"not age", b"", b"age-encryption.org/v1\n"])
+def test_a_damaged_file_is_said_to_be_one(keyring: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    """And is left alone."""
+    keyring.write_bytes(content)
+    run("create-key", keyring, "--unseal", keyring.parent / "identity", code=1)
+    assert "does not open" in capsys.readouterr().err
+    assert keyring.read_bytes() == content
+
+
+def test_a_wrong_identity_or_passphrase_does_not_open_it(
+    keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with a reason."""
+    run("init", tmp_path / "other.age", "--new-identity", tmp_path / "other")
+    (tmp_path / "pass").write_text("secret\n")
+    for wrong, why in (("other", "does not open"), ("pass", "does not open"), ("nothing", "No such file")):
+        run("list", keyring, "--unseal", tmp_path / wrong, code=1)
+        assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda raw: raw.update(Format="x"), "no keyring"),
+        (lambda raw: raw.update(Version=2), "upgrade"),
+        (lambda raw: raw.update(Surprise=1), "Surprise"),
+        (lambda raw: raw.pop("Keys"), "Keys"),
+        (lambda raw: raw.update(Keys=[5]), r"Keys\[0\]"),
+        (lambda raw: raw.update(Recipients=[5]), "Recipients"),
+        (lambda raw: raw.update(Aliases={"alias/a": 5}), "Aliases"),
+        (lambda raw: raw.update(Aliases={"alias/a": "x"}), "not there"),
+        (lambda raw: raw.update(Aliases={"a": raw["Keys"][0]["KeyId"]}), "no alias"),
+        (lambda raw: raw["Keys"].append(raw["Keys"][0]), "twice"),
+        (lambda raw: raw["Keys"][0].update(KeyId="X"), "UUID"),
+        (lambda raw: raw["Keys"][0].update(KeyState="Lost"), "KeyState"),
+        (lambda raw: raw["Keys"][0].update(KeyState="PendingDeletion"), "DeleteDate"),
+        (lambda raw: raw["Keys"][0].update(KeySpec="Aliyun_SM4"), "16 bytes"),
+        (lambda raw: raw["Keys"][0].update(CreationDate="yesterday"), "date"),
+        (lambda raw: raw["Keys"][0].update(CreationDate="2026-1-1T1:1:1Z"), "date"),
+        (lambda raw: raw["Keys"][0].update(Description="x" * 9000), "8192"),
+        (lambda raw: raw["Keys"][0].update(PrimaryKeyVersion="x"), "PrimaryKeyVersion"),
+        (lambda raw: raw["Keys"][0]["KeyVersions"][0].update(Staged=True), "staged"),
+        (lambda raw: raw["Keys"][0]["KeyVersions"][0].update(Material="AAAA"), "32 bytes"),
+        (lambda raw: raw["Keys"][0]["KeyVersions"][0].update(Material="*secret*"), "32 bytes"),
+        (lambda raw: raw["Keys"][0]["KeyVersions"][0].update(Extra=1), "Extra"),
+    ],
+)
+def test_content_that_is_not_right_is_refused_by_its_path(
+    keyring: Path, change: Callable[[Any], None], why: str
+) -> None:
+    """And never quoted: it could be a key."""
+    document = file.read(keyring, Unsealer.read(keyring.parent / "identity"))
+    raw = json.loads(document.to_json())
+    change(raw)
+    with pytest.raises(KeyringError, match=why) as caught:
+        Document.from_json(json.dumps(raw).encode())
+    assert "secret" not in str(caught.value)
+    assert "AAAA" not in str(caught.value)
+
+
+def test_what_is_not_json_is_refused() -> None:
+    """Whoever sealed it."""
+    for content in (b"\xff", b"[" * 100_000, b'{"Version": 1, "Version": 1}'):
+        with pytest.raises(KeyringError, match="JSON"):
+            Document.from_json(content)
+
+
+@pytest.mark.parametrize("alias", ["alias/a", "alias/A_b-c/d", "alias/" + "x" * 255])
+def test_good_aliases(alias: str) -> None:
+    """Letters, digits, _ - and /."""
+    check_alias(alias)
+
+
+@program("ssh-keygen", "openssh-client")
+def test_an_ssh_identity_and_several_recipients_open_the_same_file(tmp_path: Path) -> None:
+    """One file for two hosts and an offline key; a change by one is for all."""
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ssh"], check=True)
+    run("init", tmp_path / "x.age", "--new-identity", tmp_path / "offline")
+    offline = (tmp_path / "offline").read_text().split()[3]
+    path = tmp_path / "k.age"
+    run("init", path, "--recipient", (tmp_path / "ssh.pub").read_text().strip(), "--recipient", offline)
+    run("create-key", path, "--unseal", tmp_path / "ssh", "--alias", "alias/a")
+    assert "alias/a" in file.read(path, Unsealer.read(tmp_path / "offline")).aliases
+    run("create-key", path, "--unseal", tmp_path / "offline", "--alias", "alias/b")
+    assert "alias/b" in file.read(path, Unsealer.read(tmp_path / "ssh")).aliases
+
+
+@pytest.mark.parametrize(("option", "value"), [("--recipient", "age1x"), ("--recipient", "ssh-rsa AAAA")])
+def test_a_recipient_that_is_none_is_refused_before_anything_is_written(
+    tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By its text."""
+    run("init", tmp_path / "k.age", option, value, code=1)
+    assert "no recipient" in capsys.readouterr().err
+    assert not (tmp_path / "k.age").exists()
+
+
+@pytest.mark.parametrize("content", ["\n", "", "AGE-SECRET-KEY-1NOPE\n", "-----BEGIN OPENSSH PRIVATE KEY-----\nx\n"])
+def test_what_unseals_nothing_is_said(keyring: Path, content: str, tmp_path: Path) -> None:
+    """An empty passphrase, an identity that is none."""
+    (tmp_path / "bad").write_text(content)
+    run("list", keyring, "--unseal", tmp_path / "bad", code=1)
+    (tmp_path / "bad").write_bytes(b"\xff\xfe")
+    run("list", keyring, "--unseal", tmp_path / "bad", code=1)
+
+
+def test_an_unsealer_shows_nothing_of_itself(keyring: Path, tmp_path: Path) -> None:
+    """Not in its repr either."""
+    (tmp_path / "pass").write_text("secret\n")
+    assert repr(Unsealer.read(tmp_path / "pass")) == "Unsealer(passphrase)"
+    assert repr(Unsealer.read(keyring.parent / "identity")) == "Unsealer(identity)"
+
+
+@program("age", "age")
+def test_the_age_program_opens_a_keyring_with_its_identity(keyring: Path) -> None:
+    """In an emergency, nothing of this project is needed."""
+    opened = subprocess.run(
+        ["age", "-d", "-i", keyring.parent / "identity", keyring], capture_output=True, check=True, timeout=PATIENCE
+    )
+    assert json.loads(opened.stdout)["Format"] == "keyferry-keyring"
+    assert Document.from_json(opened.stdout) == file.read(keyring, Unsealer.read(keyring.parent / "identity"))
+
+
+@program("age", "age")
+def test_the_age_program_opens_a_keyring_with_its_passphrase(tmp_path: Path) -> None:
+    """It asks for it on a terminal."""
+    (tmp_path / "pass").write_text("correct horse\n")
+    path = tmp_path / "k.age"
+    run("init", path, "--passphrase-file", tmp_path / "pass")
+    run("create-key", path, "--unseal", tmp_path / "pass", "--alias", "alias/p")
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvp("age", ["age", "-d", "-o", str(tmp_path / "opened"), str(path)])
+    said = b""
+    while b"passphrase" not in said:
+        said += os.read(terminal, 1024)
+    os.write(terminal, b"correct horse\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(terminal)
+    assert "alias/p" in Document.from_json((tmp_path / "opened").read_bytes()).aliases
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"), [("keyring", "does not open"), ("identity", "No such file"), ("neither", "no unseal")]
+)
+def test_an_agent_that_cannot_open_its_keyring_says_so_and_does_not_start(
+    keyring: Path, socket_path: Path, damage: str, why: str
+) -> None:
+    """Exit code 1, a reason, and no socket."""
+    identity = keyring.parent / "identity"
+    arguments = ["--keyring", str(keyring)]
+    if damage != "neither":
+        arguments += ["--unseal", str(identity)]
+    if damage == "keyring":
+        keyring.write_bytes(b"broken")
+    if damage == "identity":
+        identity.unlink()
+    agent = RunningAgent(arguments, socket_path)
+    assert agent.wait() == 1
+    agent.kill()
+    assert why in "".join(agent.output)
+    assert "Traceback" not in "".join(agent.output)
+    assert not socket_path.exists()
+
+
+def test_a_key_past_its_deletion_date_is_gone_at_once() -> None:
+    """Judged when it is used, not when it was loaded."""
+    keyring = development_keyring(backing="auto", require=False)
+    key = keyring.by_alias["alias/dev"]
+    past = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 1))
+    for state, date in (("Deleted", past), ("PendingDeletion", "9999-01-01T00:00:00Z")):
+        assert dataclasses.replace(key, stored_state="PendingDeletion", delete_date=date).state() == state

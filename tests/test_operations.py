@@ -1,0 +1,383 @@
+"""The operations, asked of a real agent over its socket: what they answer, and every way in which they refuse."""
+
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from support.agent import RawConnection, RunningAgent
+from support.keys import ALGORITHMS, recipient, spki
+
+from keyferry.errors import CODES
+from keyferry.parameters import decode_base64, encode_base64
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+GENERATE: dict[str, Any] = {"KeyId": "alias/dev", **RSA.params}
+
+
+@pytest.fixture
+def connection(agent: RunningAgent) -> Iterator[RawConnection]:
+    """A connection to the shared agent."""
+    with RawConnection(agent.socket) as made:
+        yield made
+
+
+def ok(connection: RawConnection, method: str, params: dict[str, Any]) -> dict[str, Any]:
+    """The result of a call that has to succeed."""
+    response = connection.call(method, params)
+    assert response.error is None, response.error
+    assert response.result is not None
+    assert str(uuid.UUID(response.result["RequestId"])).upper() == response.result["RequestId"]
+    return response.result
+
+
+def refused(connection: RawConnection, method: str, params: dict[str, Any], code: str, *words: str) -> str:
+    """The message of a call that has to be refused with this code; it begins as documented, and holds the words."""
+    error = connection.call(method, params).error
+    assert error is not None
+    assert error.keys() == {"Code", "Message", "RequestId", "HttpStatus"}
+    assert (error["Code"], error["HttpStatus"]) == (code, CODES[code].http_status), error
+    if code != "MissingParameter":
+        assert error["Message"].startswith(CODES[code].message)
+    assert all(word in error["Message"] for word in words), error
+    message: str = error["Message"]
+    return message
+
+
+@pytest.mark.parametrize("key_id", ["alias/dev", "alias/dev-sm4"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("size", [1, 16, 32, 190])
+def test_a_generated_key_comes_back_by_every_way_there_is(
+    connection: RawConnection, key_id: str, algorithm: str, size: int
+) -> None:
+    """The exported key, the one that Decrypt gives and the one exported again are the same key."""
+    to = recipient(algorithm)
+    context = {"tenant": "acme", "größe": "1"}
+    made = ok(
+        connection,
+        "GenerateAndExportDataKey",
+        {"KeyId": key_id, "NumberOfBytes": size, "EncryptionContext": context, **to.params},
+    )
+    key = to.unwrap(made["ExportedDataKey"])
+    assert len(key) == size
+    blob = {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context}
+    opened = ok(connection, "Decrypt", blob)
+    assert decode_base64(opened["Plaintext"]) == key
+    exported = ok(connection, "ExportDataKey", {**blob, **to.params})
+    assert to.unwrap(exported["ExportedDataKey"]) == key
+    assert exported["ExportedDataKey"] != made["ExportedDataKey"]
+    ids = {(a["KeyId"], a["KeyVersionId"]) for a in (made, opened, exported)}
+    assert len(ids) == 1
+    assert decode_base64(made["CiphertextBlob"])[:36].decode() == made["KeyVersionId"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        ({}, 32),
+        ({"KeySpec": "AES_256"}, 32),
+        ({"KeySpec": "AES_128"}, 16),
+        ({"KeySpec": "AES_128", "NumberOfBytes": 24}, 24),
+    ],
+)
+def test_the_length_is_number_of_bytes_then_key_spec_then_32(
+    connection: RawConnection, spec: dict[str, Any], size: int
+) -> None:
+    """NumberOfBytes wins over KeySpec."""
+    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, **spec})
+    assert len(RSA.unwrap(made["ExportedDataKey"])) == size
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "most"), [("RSAES_OAEP_SHA_256", 190), ("RSAES_OAEP_SHA_1", 214), ("SM2PKE", 1024)]
+)
+def test_a_wrapping_carries_its_most_and_not_a_byte_more(connection: RawConnection, algorithm: str, most: int) -> None:
+    """More is refused before a key is made, with both numbers; SM2PKE carries all 1024."""
+    to = recipient(algorithm)
+    params = {"KeyId": "alias/dev", **to.params}
+    made = ok(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most})
+    assert len(to.unwrap(made["ExportedDataKey"])) == most
+    words = [] if most == 1024 else [str(most), str(most + 1)]
+    refused(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most + 1}, "InvalidParameter", *words)
+
+
+def test_export_refuses_what_the_wrapping_cannot_carry(connection: RawConnection) -> None:
+    """A long key that was made for one recipient does not fit every other."""
+    to = recipient("SM2PKE")
+    made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/dev", "NumberOfBytes": 191, **to.params})
+    blob = {"CiphertextBlob": made["CiphertextBlob"]}
+    refused(connection, "ExportDataKey", {**blob, **RSA.params}, "InvalidParameter", "190", "191")
+    damaged = {"CiphertextBlob": decode_base64(made["CiphertextBlob"])[:-1] + b"\0"}
+    refused(connection, "ExportDataKey", {**damaged, **RSA.params}, "InvalidParameter", "damaged")
+    ok(connection, "ExportDataKey", {**blob, **recipient("RSAES_OAEP_SHA_1").params})
+
+
+def test_blobs_may_be_binary(connection: RawConnection) -> None:
+    """PublicKeyBlob and CiphertextBlob are taken as msgpack bin too; answers hold strings."""
+    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "PublicKeyBlob": RSA.der})
+    assert isinstance(made["CiphertextBlob"], str)
+    ok(connection, "Decrypt", {"CiphertextBlob": decode_base64(made["CiphertextBlob"])})
+
+
+def test_every_form_of_a_key_id_names_the_same_key(connection: RawConnection) -> None:
+    """ID, alias and both ARNs; answers give the plain ID."""
+    described = ok(connection, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]
+    assert described["Arn"] == f"acs:kms:local:0:key/{described['KeyId']}"
+    for form in (described["KeyId"], described["Arn"], "acs:kms:local:0:alias/dev"):
+        assert ok(connection, "DescribeKey", {"KeyId": form})["KeyMetadata"] == described
+        assert ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": form})["KeyId"] == described["KeyId"]
+
+
+def test_describe_key_says_what_a_key_is(connection: RawConnection) -> None:
+    """The cloud's fields, all of them text."""
+    described = ok(connection, "DescribeKey", {"KeyId": "alias/dev-sm4"})["KeyMetadata"]
+    assert all(isinstance(value, str) for value in described.values())
+    expected = {
+        "KeySpec": "Aliyun_SM4",
+        "KeyUsage": "ENCRYPT/DECRYPT",
+        "KeyState": "Enabled",
+        "Origin": "Aliyun_KMS",
+        "ProtectionLevel": "SOFTWARE",
+        "Creator": "0",
+        "DeleteDate": "",
+    }
+    assert expected.items() <= described.items()
+
+
+def test_the_status_counts_for_whoever_is_granted_it(connection: RawConnection) -> None:
+    """Version, state, how many keys the caller may use, how they are protected."""
+    status = ok(connection, "GetAgentStatus", {})
+    assert {"ProtocolVersion": 1, "State": "Serving", "Keys": 2}.items() <= status.items()
+    assert status["MemoryProtection"] in ("memfd_secret", "mlock", "none")
+    assert status["Counters"]["Connections"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("key_id", "code"),
+    [
+        ("alias/none", "Forbidden.AliasNotFound"),
+        ("alias/", "Forbidden.AliasNotFound"),
+        ("acs:kms:local:0:alias/none", "Forbidden.AliasNotFound"),
+        (str(uuid.uuid4()), "Forbidden.KeyNotFound"),
+        ("1234abcd-12ab-34cd-56ef-12345678****", "Forbidden.KeyNotFound"),
+        ("acs:kms:local:0:key/none", "Forbidden.KeyNotFound"),
+        ("acs:kms:local:1:alias/dev", "InvalidParameter"),
+        ("acs:kms:elsewhere:0:alias/dev", "InvalidParameter"),
+        ("acs:kms:local:0:secret/dev", "InvalidParameter"),
+        ("acs:kms:local:0:key/alias/dev", "InvalidParameter"),
+        ("acs:kms:local:0:key/", "InvalidParameter"),
+        ("acs:", "InvalidParameter"),
+        ("", "InvalidParameter"),
+        ("x" * 513, "InvalidParameter"),
+        ("\udcff", "InvalidParameter"),
+        (5, "InvalidParameter"),
+        (b"alias/dev", "InvalidParameter"),
+        (None, "MissingParameter"),
+    ],
+)
+def test_a_key_id_that_names_nothing_is_refused(connection: RawConnection, key_id: Any, code: str) -> None:
+    """Unknown keys and aliases are told apart; ARNs must be of this agent."""
+    if isinstance(key_id, str) and not key_id.isascii():
+        connection.send(b"\x94\0\x01\xabDescribeKey\x91\x81\xa5KeyId\xa1\xff")
+        response = connection.response()
+        assert response is not None
+        assert response.error is not None
+        assert response.error["Code"] == code
+        return
+    refused(connection, "DescribeKey", {"KeyId": key_id}, code, "KeyId" if code.endswith("Parameter") else "")
+
+
+@pytest.mark.parametrize("missing", ["KeyId", "PublicKeyBlob", "WrappingKeySpec", "WrappingAlgorithm"])
+def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -> None:
+    """Nil counts as absent."""
+    for params in ({k: v for k, v in GENERATE.items() if k != missing}, {**GENERATE, missing: None}):
+        message = refused(connection, "GenerateAndExportDataKey", params, "MissingParameter")
+        assert message == f'The parameter "{missing}" is needed but not provided.'
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({"EncryptionContexts": {}}, "EncryptionContexts"),
+        ({"dryrun": True}, "dryrun"),
+        ({"\x00" * 200: 1}, "\\x00"),
+        ({"KeySpec": "AES_512"}, "KeySpec"),
+        ({"KeySpec": "AES_512", "NumberOfBytes": 32}, "KeySpec"),
+        ({"KeySpec": 32}, "KeySpec"),
+        ({"NumberOfBytes": 0}, "NumberOfBytes"),
+        ({"NumberOfBytes": -1}, "NumberOfBytes"),
+        ({"NumberOfBytes": 1025}, "NumberOfBytes"),
+        ({"NumberOfBytes": "32"}, "NumberOfBytes"),
+        ({"NumberOfBytes": True}, "NumberOfBytes"),
+        ({"DryRun": "yes"}, "DryRun"),
+        ({"DryRun": 1}, "DryRun"),
+        ({"WrappingKeySpec": "RSA_4096"}, "WrappingAlgorithm"),
+        ({"WrappingKeySpec": "EC_SM2"}, "WrappingAlgorithm"),
+        ({"WrappingAlgorithm": "SM2PKE"}, "WrappingAlgorithm"),
+        ({"WrappingAlgorithm": "RSAES_PKCS1_V1_5"}, "WrappingAlgorithm"),
+        ({"WrappingAlgorithm": 5}, "WrappingAlgorithm"),
+        ({"WrappingKeySpec": "EC_SM2", "WrappingAlgorithm": "SM2PKE"}, "PublicKeyBlob"),
+        ({"PublicKeyBlob": ""}, "PublicKeyBlob"),
+        ({"PublicKeyBlob": 7}, "PublicKeyBlob"),
+        ({"PublicKeyBlob": "-----BEGIN PUBLIC KEY-----"}, "PEM"),
+        ({"PublicKeyBlob": RSA.params["PublicKeyBlob"] + "\n"}, "PublicKeyBlob"),
+        ({"PublicKeyBlob": RSA.params["PublicKeyBlob"].rstrip("=")[:-1]}, "PublicKeyBlob"),
+        ({"PublicKeyBlob": RSA.der + b"\0"}, "PublicKeyBlob"),
+        ({"PublicKeyBlob": RSA.der[:-1]}, "PublicKeyBlob"),
+        ({"PublicKeyBlob": spki(ec.generate_private_key(ec.SECP256R1()))}, "RSA"),
+        ({"PublicKeyBlob": spki(rsa.generate_private_key(65537, 3072))}, "3072"),
+        ({"EncryptionContext": []}, "EncryptionContext"),
+        ({"EncryptionContext": 5}, "EncryptionContext"),
+        ({"EncryptionContext": {"a": 1}}, "EncryptionContext"),
+        ({"EncryptionContext": {"a": None}}, "EncryptionContext"),
+        ({"EncryptionContext": {"a": ["b"]}}, "EncryptionContext"),
+        ({"EncryptionContext": {"a": "b" * 8192}}, "8192"),
+        ({"EncryptionContext": "x" * 8193}, "8192"),
+        ({"EncryptionContext": ""}, "EncryptionContext"),
+        ({"EncryptionContext": "{'a': 'b'}"}, "JSON"),
+        ({"EncryptionContext": '{"a": 1}'}, "EncryptionContext"),
+        ({"EncryptionContext": '[{"Key": "Value"}]'}, "EncryptionContext"),
+        ({"EncryptionContext": '{"a": "b", "a": "b"}'}, "once"),
+        ({"EncryptionContext": '{"a": "\\ud800"}'}, "UTF-8"),
+        ({"EncryptionContext": "[" * 8000}, "JSON"),
+    ],
+)
+def test_a_parameter_that_is_wrong_is_named(connection: RawConnection, changed: dict[str, Any], word: str) -> None:
+    """InvalidParameter says which parameter, and why."""
+    refused(connection, "GenerateAndExportDataKey", {**GENERATE, **changed}, "InvalidParameter", word)
+
+
+def test_contexts_that_look_alike_are_different(connection: RawConnection) -> None:
+    """What naive encodings make equal does not open; order and form do not matter."""
+    pairs = [
+        ({"a": "1&b=2"}, {"a": "1", "b": "2"}),
+        ({"a": "bc"}, {"ab": "c"}),
+        ({"a": ""}, {}),
+        ({"": "a"}, {"a": ""}),
+    ]
+    for one, other in [*pairs, *((b, a) for a, b in pairs)]:
+        made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": one})
+        blob = {"CiphertextBlob": made["CiphertextBlob"]}
+        refused(connection, "Decrypt", {**blob, "EncryptionContext": other}, "InvalidParameter", "CiphertextBlob")
+        ok(connection, "Decrypt", {**blob, "EncryptionContext": json.dumps(one)})
+    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"x": "1", "y": "2"}})
+    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": '{ "y": "2", "x": "1" }'})
+
+
+def test_an_empty_context_equals_none(connection: RawConnection) -> None:
+    """{} in both forms, nil, and absence."""
+    forms: list[dict[str, Any]] = [
+        {},
+        {"EncryptionContext": {}},
+        {"EncryptionContext": "{}"},
+        {"EncryptionContext": None},
+    ]
+    for sealed in forms:
+        made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, **sealed})
+        for opened in forms:
+            ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], **opened})
+
+
+def test_the_largest_context_is_taken(connection: RawConnection) -> None:
+    """8,192 characters as JSON, also when their UTF-8 is longer."""
+    context = {"k": "ü" * (8192 - 8)}
+    assert len(json.dumps(context, ensure_ascii=False, separators=(",", ":"))) == 8192
+    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": context})
+    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context})
+
+
+def test_every_damaged_ciphertext_gets_the_same_answer(connection: RawConnection) -> None:
+    """Whatever was changed, cut, added or mistaken: one error, which does not say what it was."""
+    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"a": "b"}})
+    good = decode_base64(made["CiphertextBlob"])
+    damaged: list[Any] = [good[:end] for end in (0, 1, 36, 37, 100, 116, 117, len(good) - 1)] + [good + b"\0"]
+    for position in range(36, len(good)):
+        changed = bytearray(good)
+        changed[position] ^= 0x01
+        damaged.append(bytes(changed))
+    text = made["CiphertextBlob"]
+    damaged += [good[:37] + bytes(size) for size in (6_300, 30_000, 60_000)]
+    damaged += [text[:-2] + chr(ord(text[-2]) + 1) + text[-1], text + "\n", " " + text, "*", "é", text.replace("=", "")]
+    messages = set()
+    for blob in damaged:
+        params = {"CiphertextBlob": blob, "EncryptionContext": {"a": "b"}}
+        messages.add(refused(connection, "Decrypt", params, "InvalidParameter"))
+    messages.add(refused(connection, "Decrypt", {"CiphertextBlob": good}, "InvalidParameter"))
+    messages.add(refused(connection, "ExportDataKey", {"CiphertextBlob": good, **RSA.params}, "InvalidParameter"))
+    assert len(messages) == 1
+
+
+def test_a_version_that_is_not_held_is_told_apart(connection: RawConnection) -> None:
+    """The one thing that a ciphertext's error says: which version is missing is in the blob, in the clear."""
+    made = ok(connection, "GenerateAndExportDataKey", GENERATE)
+    blob = str(uuid.uuid4()).encode() + decode_base64(made["CiphertextBlob"])[36:]
+    refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.KeyVersionNotFound")
+    refused(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params}, "Forbidden.KeyVersionNotFound")
+
+
+def test_a_ciphertext_does_not_open_under_another_key(connection: RawConnection) -> None:
+    """The version's ID in a blob is authenticated, not only looked at."""
+    blobs = [
+        decode_base64(ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": key})["CiphertextBlob"])
+        for key in ("alias/dev", "alias/dev-sm4")
+    ]
+    for one, other in (blobs, reversed(blobs)):
+        refused(connection, "Decrypt", {"CiphertextBlob": one[:36] + other[36:]}, "InvalidParameter")
+
+
+@pytest.mark.parametrize("method", ["", "describekey", "DescribeKey ", "CreateKey", "x" * 1000])
+def test_an_unknown_operation_is_not_found(connection: RawConnection, method: str) -> None:
+    """Names are exact."""
+    refused(connection, method, {}, "InvalidAction.NotFound")
+
+
+@pytest.mark.parametrize("dry_run", [True, "true", "True", "TRUE"])
+def test_a_dry_run_always_fails_and_says_how_the_call_would_have_ended(connection: RawConnection, dry_run: Any) -> None:
+    """412 for success, 400 for bad parameters; what is not found keeps its own code."""
+    made = ok(connection, "GenerateAndExportDataKey", GENERATE)
+    blob = {"CiphertextBlob": made["CiphertextBlob"], "DryRun": dry_run}
+    bad_blob = {**blob, "CiphertextBlob": made["CiphertextBlob"][:-8]}
+    for method, params, code in (
+        ("GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run}, "DryRunOperationError"),
+        ("ExportDataKey", {**blob, **RSA.params}, "DryRunOperationError"),
+        ("Decrypt", blob, "DryRunOperationError"),
+        ("GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run, "NumberOfBytes": 191}, "ValidationError"),
+        ("GenerateAndExportDataKey", {"KeyId": "alias/dev", "DryRun": dry_run}, "ValidationError"),
+        ("GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run, "Typo": 1}, "ValidationError"),
+        ("Decrypt", bad_blob, "ValidationError"),
+        ("Decrypt", {**blob, "EncryptionContext": {"a": "b"}}, "ValidationError"),
+        ("GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run, "KeyId": "alias/x"}, "Forbidden.AliasNotFound"),
+        (
+            "Decrypt",
+            {**blob, "CiphertextBlob": str(uuid.uuid4()).encode() + bytes([1]) * 200},
+            "Forbidden.KeyVersionNotFound",
+        ),
+    ):
+        refused(connection, method, params, code)
+
+
+@pytest.mark.parametrize("dry_run", [False, "false", "FALSE", None])
+def test_a_dry_run_that_is_false_is_none(connection: RawConnection, dry_run: Any) -> None:
+    """false, in every form."""
+    ok(connection, "GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run})
+
+
+def test_the_same_request_never_gives_the_same_bytes_twice(connection: RawConnection) -> None:
+    """Data keys, salts and RequestIds are fresh."""
+    made = [ok(connection, "GenerateAndExportDataKey", GENERATE) for _ in range(20)]
+    for field in ("CiphertextBlob", "ExportedDataKey", "RequestId"):
+        assert len({answer[field] for answer in made}) == 20
+    assert len({RSA.unwrap(answer["ExportedDataKey"]) for answer in made}) == 20
+    assert len({encode_base64(decode_base64(answer["CiphertextBlob"])[37:69]) for answer in made}) == 20
+
+
+def test_keys_of_every_size_one_after_the_other(connection: RawConnection) -> None:
+    """1 to 1024 bytes: the agent's secret memory does not wear out."""
+    to = recipient("SM2PKE")
+    sizes = [*range(1, 1025, 16), 1024]
+    for size in sizes:
+        params = {"KeyId": "alias/dev", "NumberOfBytes": size, **(RSA if size <= 190 else to).params}
+        blob = ok(connection, "GenerateAndExportDataKey", params)["CiphertextBlob"]
+        assert len(decode_base64(ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"])) == size

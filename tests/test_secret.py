@@ -1,0 +1,225 @@
+"""Secret memory: what kind the system gives, what it refuses, that loans end, and that it really is locked."""
+
+import ctypes
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from keyferry import secret
+from keyferry.secret import Backing, SecretMemory, SecretMemoryError, fill_random
+
+
+def flags_of(address: int) -> set[str]:
+    """The kernel's flags of the mapping around an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()[0]
+        if "-" in head:
+            start, end = (int(part, 16) for part in head.split("-"))
+            inside = start <= address < end
+        elif inside and head == "VmFlags:":
+            return set(line.split()[1:])
+    return set()
+
+
+@pytest.mark.parametrize("backing", ["memfd_secret", "mlock"])
+def test_memory_is_locked_and_left_out_of_core_dumps(backing: Backing) -> None:
+    """Both kinds, in the kernel's own words: lo, dd."""
+    memory = SecretMemory(10_000, backing=backing)
+    assert memory.protection == backing
+    assert memory.size == 12_288
+    assert {"lo", "dd"} <= flags_of(memory._address)
+    assert not {"rd", "wr"} & flags_of(memory._address - 1)
+    assert not {"rd", "wr"} & flags_of(memory._address + memory.size)
+
+
+@pytest.mark.parametrize("offset", [-1, 4096])
+def test_guard_pages_end_a_process_that_runs_over(offset: int) -> None:
+    """Before and behind: SIGSEGV, not somebody else's bytes."""
+    code = (
+        "import ctypes; from keyferry.secret import SecretMemory; memory = SecretMemory(4096, require=False);"
+        f"print(ctypes.c_ubyte.from_address(memory._address + {offset}).value)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert ended.returncode == -signal.SIGSEGV
+
+
+def test_a_loan_ends_with_its_block() -> None:
+    """The view is released, and scratch memory is wiped, also after an exception."""
+    memory = SecretMemory(4096, require=False)
+    with memory.borrow(32) as view:
+        fill_random(view)
+        assert any(view)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    with pytest.raises(ValueError, match="released"):
+        view[0]
+    assert ctypes.string_at(address, 32) == bytes(32)
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117 - what is inside is what is tested
+        with memory.borrow(32) as view:
+            fill_random(view)
+            raise ZeroDivisionError
+    assert ctypes.string_at(address, 32) == bytes(32)
+
+
+def test_a_secret_keeps_its_bytes_between_loans_until_it_is_freed() -> None:
+    """Then its room is used again, all zero."""
+    memory = SecretMemory(4096, require=False)
+    kept = memory.allocate(20)
+    with kept.lend() as view:
+        view[:] = b"x" * 20
+    with kept.lend() as view:
+        assert bytes(view) == b"x" * 20
+    kept.free()
+    again = memory.allocate(17)
+    with again.lend() as view:
+        assert bytes(view) == bytes(17)
+
+
+def test_memory_that_is_used_up_is_said_to_be() -> None:
+    """Without harm to what is in it; freed room counts."""
+    memory = SecretMemory(4096, require=False)
+    kept = [memory.allocate(16) for _ in range(256)]
+    with pytest.raises(SecretMemoryError, match="used up"):
+        memory.allocate(1)
+    kept.pop().free()
+    memory.allocate(1)
+
+
+def test_scratch_memory_never_runs_out_whatever_sizes_are_asked_for() -> None:
+    """What one size gives back, another can use: calls of 1 to 6,144 bytes, one after the other, need little room."""
+    memory = SecretMemory(sum(secret.SCRATCH_SIZES), require=False)
+    for size in range(1, 6_145):
+        with memory.borrow(size) as view:
+            assert len(view) == size
+
+
+def test_more_than_the_largest_size_cannot_be_borrowed() -> None:
+    """A room of its own size would be of no use to anybody else afterwards."""
+    with pytest.raises(SecretMemoryError, match="6144"):
+        SecretMemory(65_536, require=False).borrow(6_145)
+
+
+def test_a_secret_that_is_freed_while_it_is_lent_is_wiped_when_the_loan_ends() -> None:
+    """Whoever has it finishes with the right bytes; nobody gets it afterwards."""
+    memory = SecretMemory(4096, require=False)
+    kept = memory.allocate(32)
+    with kept.lend() as first, kept.lend() as second:
+        first[:] = b"k" * 32
+        kept.free()
+        kept.free()
+        assert bytes(second) == b"k" * 32
+        with pytest.raises(SecretMemoryError, match="wiped"), kept.lend():
+            pass
+        address = ctypes.addressof(ctypes.c_char.from_buffer(first))
+    assert ctypes.string_at(address, 32) == bytes(32)
+    assert memory.allocate(32)._offset == kept._offset
+
+
+def test_memory_that_nobody_holds_any_more_is_wiped_and_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retired keyring, for example."""
+    unmapped: list[int] = []
+    monkeypatch.setattr(secret._libc, "munmap", lambda address, _size: unmapped.append(address))
+    memory = SecretMemory(4096, require=False)
+    kept = memory.allocate(32)
+    with kept.lend() as view:
+        view[:] = b"k" * 32
+    address = memory._address
+    del memory
+    assert not unmapped
+    del kept
+    assert len(unmapped) == 1
+    assert ctypes.string_at(address, 4096) == bytes(4096)
+
+
+def test_a_secret_may_be_freed_at_any_moment() -> None:
+    """The garbage collector frees in the middle of an allocation, in the same thread."""
+    memory = SecretMemory(4096, require=False)
+    kept = memory.allocate(32)
+    with memory._lock:
+        kept.free()
+    assert memory.allocate(32)._offset == kept._offset
+
+
+def test_random_bytes_are_random_at_every_size() -> None:
+    """More than the kernel gives at once, too."""
+    memory = SecretMemory(131_072, require=False)
+    for size in (1, 32, 6144, 60_000):
+        with memory.allocate(size).lend() as view:
+            fill_random(view)
+            assert size < 32 or len(set(view)) > 16
+    with pytest.raises((OSError, TypeError, ValueError)):
+        fill_random(memoryview(b"read-only"))
+
+
+def test_nothing_shows_a_secret() -> None:
+    """Neither repr nor pickle."""
+    memory = SecretMemory(4096, require=False)
+    kept = memory.allocate(32)
+    assert repr(kept) == "Secret(32 bytes)"
+    assert repr(memory).startswith("SecretMemory(4096 bytes")
+    with pytest.raises(TypeError, match="pickled"):
+        pickle.dumps(kept)
+
+
+def test_closing_wipes_and_may_happen_twice() -> None:
+    """After it, nothing can be lent."""
+    memory = SecretMemory(4096, require=False)
+    kept = memory.allocate(32)
+    memory.close()
+    memory.close()
+    with pytest.raises(ValueError, match="released"), kept.lend():
+        pass
+
+
+def limited(kibibytes: int, code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with so much lockable memory and without CAP_IPC_LOCK."""
+
+    def prepare() -> None:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (kibibytes * 1024, kibibytes * 1024))
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setresgid(12_345, 12_345, 12_345)
+            os.setresuid(12_345, 12_345, 12_345)
+
+    source = Path(secret.__file__).read_text()
+    # As another user, this checkout may be out of reach: the module is self-contained, and goes along as text.
+    load = f"import sys, types; m = types.ModuleType('secret'); sys.modules['secret'] = m; exec({source!r}, m.__dict__)"
+    interpreter = "/usr/bin/python3" if os.geteuid() == 0 else sys.executable
+    return subprocess.run(
+        [interpreter, "-c", f"{load}\n{code}"], capture_output=True, text=True, check=False, cwd="/", preexec_fn=prepare
+    )
+
+
+def test_too_little_lockable_memory_is_refused_with_what_would_help() -> None:
+    """Size, limit, and where to raise it; with require=False it goes on unprotected, and says so."""
+    ended = limited(8, "m.SecretMemory(16384)")
+    for word in ("16 KiB", "8 KiB", "LimitMEMLOCK", "CAP_IPC_LOCK", "prefer"):
+        assert word in ended.stderr
+    ended = limited(8, "print(m.SecretMemory(16384, require=False).protection)")
+    assert ended.stdout == "none\n", ended.stderr
+
+
+def test_a_limit_of_64_kib_is_enough_for_scratch_and_a_small_keyring() -> None:
+    """What an agent with few keys takes."""
+    ended = limited(64, "kept = [m.SecretMemory(36 * 1024), m.SecretMemory(4096), m.SecretMemory(4096)]; print(kept)")
+    assert ended.stdout.count("memfd_secret") + ended.stdout.count("mlock") == 3, ended.stderr
+
+
+def test_where_the_kernel_has_no_memfd_secret_memory_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And insisting on it is refused."""
+    monkeypatch.setattr(secret, "_SYS_MEMFD_SECRET", 100_000)
+    assert SecretMemory(4096).protection == "mlock"
+    with pytest.raises(SecretMemoryError, match="memfd_secret: Function not implemented"):
+        SecretMemory(4096, backing="memfd_secret")
+
+
+def test_the_kinds_are_the_ones_the_status_names() -> None:
+    """One vocabulary."""
+    assert set(get_args(secret.Protection)) == {"memfd_secret", "mlock", "none"}

@@ -1,0 +1,352 @@
+"""Connections: pipelines, faults that stay where they are, deadlines, limits, slow jobs, drain. All with real agents."""
+
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.agent import RawConnection, RunningAgent, configured, dev_agent
+from support.keys import recipient
+
+from keyferry import AgentUnavailable, Throttled, wire
+
+GENERATE = {"KeyId": "alias/dev", **recipient("RSAES_OAEP_SHA_256").params}
+GENERATE_SM2 = {"KeyId": "alias/dev", **recipient("SM2PKE").params}
+PING = wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"})
+
+
+def answers(connection: RawConnection, count: int) -> dict[int | None, wire.Response]:
+    """The next answers, by msgid."""
+    made: dict[int | None, wire.Response] = {}
+    for _ in range(count):
+        response = connection.response()
+        assert response is not None
+        made[response.msgid] = response
+    return made
+
+
+def is_alive(connection: RawConnection) -> bool:
+    """Whether a connection still answers."""
+    return connection.call("DescribeKey", {"KeyId": "alias/dev"}).error is None
+
+
+def test_a_long_pipeline_is_answered_each_to_its_msgid(agent: RunningAgent) -> None:
+    """Hundreds of requests before the first answer is read, of both speeds."""
+    with RawConnection(agent.socket) as connection:
+        requests = [
+            wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2 if i % 10 == 0 else GENERATE)
+            for i in range(300)
+        ]
+        connection.send(b"".join(requests))
+        received = answers(connection, 300)
+    assert set(received) == set(range(300))
+    for msgid, response in received.items():
+        assert response.result is not None
+        assert len(response.result["ExportedDataKey"]) == (172 if (msgid or 0) % 10 == 0 else 344)
+
+
+def test_requests_arrive_in_any_pieces(agent: RunningAgent) -> None:
+    """Byte by byte, and several in one write with half of the next."""
+    with RawConnection(agent.socket) as connection:
+        for byte in PING:
+            connection.send(bytes([byte]))
+        assert answers(connection, 1)
+        connection.send(PING * 3 + PING[:10])
+        for _ in range(3):
+            assert answers(connection, 1)
+        connection.send(PING[10:])
+        assert answers(connection, 1)
+
+
+def test_sm2_does_not_hold_up_anybody_else(agent: RunningAgent) -> None:
+    """While a connection's pipeline of SM2 runs in threads, another's RSA request is answered before it is through."""
+    with RawConnection(agent.socket) as slow, RawConnection(agent.socket) as quick:
+        slow.send(b"".join(wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2) for i in range(400)))
+        assert slow.response() is not None
+        assert quick.call("GenerateAndExportDataKey", GENERATE).error is None
+        slow.socket.setblocking(False)  # what has come by now is not everything
+        received = bytearray()
+        try:
+            while chunk := slow.socket.recv(65_536):
+                received += chunk
+        except BlockingIOError:
+            pass
+        assert received.count(b"ExportedDataKey") < 399
+
+
+def test_an_answer_that_is_ready_overtakes_a_slow_one(agent: RunningAgent) -> None:
+    """On one connection, answers come as they are ready."""
+    with RawConnection(agent.socket) as connection:
+        connection.send(
+            wire.encode_request(1, "GenerateAndExportDataKey", GENERATE_SM2)
+            + wire.encode_request(2, "GetAgentStatus", {})
+        )
+        first = connection.response()
+        assert first is not None
+        assert first.msgid == 2
+        assert answers(connection, 1).keys() == {1}
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [b"\xc1", b"GET / HTTP/1.1\r\n\r\n", b"\x94\0\x01\xa1x\x91\x81\xa1k\xca\0\0\0\0", b"\xdd\xff\xff\xff\xff"],
+)
+def test_a_protocol_error_is_answered_once_and_ends_only_its_connection(agent: RunningAgent, garbage: bytes) -> None:
+    """Requests before it are answered, then it is, with msgid nil, and the connection is closed. Others go on."""
+    with RawConnection(agent.socket) as other, RawConnection(agent.socket) as connection:
+        connection.send(PING + garbage + PING)
+        first, last, end = connection.response(), connection.response(), connection.response()
+        assert first is not None
+        assert first.error is None
+        assert last is not None
+        assert last.msgid is None
+        assert last.error is not None
+        assert (last.error["Code"], last.error["HttpStatus"]) == ("ProtocolError", 400)
+        assert end is None
+        assert is_alive(other)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"\x94\0\x05\x2a\x91\x80", "InvalidParameter"),
+        (b"\x94\0\x05\xaeGetAgentStatus\x90", "InvalidParameter"),
+        (b"\x94\0\x05\xaeGetAgentStatus\x91\x93\1\2\3", "InvalidParameter"),
+        (b"\x93\0\x05\xa1x", "InvalidParameter"),
+        (b"\x94\0\x05\xa1x\x91\x80", "InvalidAction.NotFound"),
+    ],
+)
+def test_a_message_that_is_no_request_is_answered_and_the_connection_goes_on(
+    agent: RunningAgent, body: bytes, code: str
+) -> None:
+    """Well-formed msgpack with a msgid is never a reason to hang up."""
+    with RawConnection(agent.socket) as connection:
+        connection.send(body)
+        response = connection.response()
+        assert response is not None
+        assert response.msgid == 5
+        assert response.error is not None
+        assert response.error["Code"] == code
+        assert is_alive(connection)
+
+
+def test_a_notification_gets_no_answer(agent: RunningAgent) -> None:
+    """Nor has it any effect."""
+    with RawConnection(agent.socket) as connection:
+        connection.send(wire.encode_notification("Decrypt", {}) + wire.encode_request(9, "GetAgentStatus", {}))
+        response = connection.response()
+        assert response is not None
+        assert response.msgid == 9
+
+
+def test_a_client_that_stops_sending_still_gets_its_answers(agent: RunningAgent) -> None:
+    """A half-closed connection is answered whole."""
+    with RawConnection(agent.socket) as connection:
+        connection.send(wire.encode_request(2, "GenerateAndExportDataKey", GENERATE_SM2) + PING)
+        connection.socket.shutdown(socket.SHUT_WR)
+        assert {response.msgid for response in answers(connection, 2).values()} == {1, 2}
+        assert connection.response() is None
+
+
+def test_half_a_request_is_dropped_after_the_timeout_and_an_idle_connection_stays(socket_path: Path) -> None:
+    """The deadline is on a request that has begun, not on a connection that waits."""
+    arguments = configured(socket_path, "[limits]\nrequest_timeout = 0.2\n")
+    with RunningAgent(arguments, socket_path) as agent, RawConnection(agent.socket) as idle:
+        assert is_alive(idle)
+        with RawConnection(agent.socket) as half:
+            half.send(PING[:-1])
+            assert half.response() is None
+        agent.wait_for("connection.slow_request")
+        assert is_alive(idle)
+
+
+def test_a_client_that_does_not_take_its_answers_is_dropped(socket_path: Path) -> None:
+    """It is not read from meanwhile, so it cannot pile up work; others are served."""
+    arguments = configured(socket_path, "[limits]\nrequest_timeout = 0.5\n")
+    with RunningAgent(arguments, socket_path) as agent, RawConnection(agent.socket) as other:
+        with RawConnection(agent.socket) as deaf:
+            deaf.socket.settimeout(0)
+            try:
+                while True:
+                    deaf.socket.send(PING * 100)
+            except BlockingIOError:
+                pass  # its own buffer is full: the agent reads no more
+            assert is_alive(other)
+            agent.wait_for("connection.answers_not_taken")
+        assert is_alive(other)
+
+
+def test_a_refused_client_can_finish_its_write_and_read_why(agent: RunningAgent) -> None:
+    """The last answer, and those before it, reach a client that was still sending when it was refused."""
+    for _ in range(20):
+        with RawConnection(agent.socket) as connection:
+            connection.send(PING + b"\xc6\x00\x05\x00\x00" + bytes(300_000))
+            first, last = connection.response(), connection.response()
+            assert first is not None
+            assert first.error is None
+            assert last is not None
+            assert last.error is not None
+            assert last.error["Code"] == "ProtocolError"
+            assert connection.response() is None
+
+
+def test_connections_over_the_limit_are_told_so_and_closed(socket_path: Path) -> None:
+    """In a form that every client understands, and only for as long as there are too many."""
+    arguments = configured(socket_path, "[limits]\nconnections_per_user = 2\n")
+    with RunningAgent(arguments, socket_path) as agent:
+        with RawConnection(agent.socket) as one, RawConnection(agent.socket) as two:
+            assert is_alive(one)
+            assert is_alive(two)
+            with RawConnection(agent.socket) as three:
+                refusal = three.response()
+                assert refusal is not None
+                assert refusal.error is not None
+                assert refusal.error["Code"] == "Rejected.Throttling"
+                assert three.response() is None
+        agent.wait_for("connection.refused")
+        with agent.client() as client:
+            while True:  # until the agent has noticed that the others are gone
+                try:
+                    assert client.get_agent_status().state == "Serving"
+                    break
+                except Throttled:
+                    continue
+
+
+def test_a_user_who_only_connects_keeps_nobody_out(socket_path: Path) -> None:
+    """Being refused takes no place that others need."""
+    arguments = configured(socket_path, "[limits]\nconnections = 3\nconnections_per_user = 2\n")
+    with (
+        RunningAgent(arguments, socket_path) as agent,
+        RawConnection(agent.socket) as one,
+        RawConnection(agent.socket) as two,
+    ):
+        assert is_alive(one)
+        assert is_alive(two)
+        refused = [RawConnection(agent.socket) for _ in range(40)]
+        assert is_alive(one)
+        status = two.call("GetAgentStatus", {}).result
+        assert status is not None
+        assert status["Counters"]["Connections"] == 2
+        for connection in refused:
+            connection.socket.close()
+        agent.stop()
+    assert len([line for line in agent.log if line["event"] == "connection.refused"]) < 40
+
+
+def test_requests_over_the_rate_are_throttled(socket_path: Path) -> None:
+    """Rejected.Throttling, 429; the connection goes on."""
+    arguments = configured(socket_path, "[limits]\nrequests_per_second = 5\n")
+    with RunningAgent(arguments, socket_path) as agent, RawConnection(agent.socket) as connection:
+        connection.send(PING * 50)
+        errors = [response.error for response in [connection.response() for _ in range(50)] if response]
+        throttled = [error for error in errors if error]
+        assert {(error["Code"], error["HttpStatus"]) for error in throttled} == {("Rejected.Throttling", 429)}
+        assert 5 <= len(errors) - len(throttled) < 50
+
+
+def test_a_drain_answers_what_was_sent_and_then_the_agent_ends(socket_path: Path) -> None:
+    """SIGTERM in the middle of a pipeline: every request that had arrived is answered, the socket is gone, exit code 0."""
+    with (
+        dev_agent(socket_path) as agent,
+        RawConnection(agent.socket) as connection,
+        RawConnection(agent.socket) as idle,
+    ):
+        assert is_alive(idle)
+        connection.send(b"".join(wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2) for i in range(50)))
+        assert connection.response() is not None
+        agent.signal(signal.SIGTERM)
+        assert len(answers(connection, 49)) == 49
+        assert connection.response() is None
+        assert idle.response() is None
+        assert agent.wait() == 0
+        assert not socket_path.exists()
+        assert agent.log[-1]["event"] == "agent.stopped"
+
+
+def test_a_request_half_sent_at_the_drain_may_be_finished(socket_path: Path) -> None:
+    """What has begun is answered, within the grace period."""
+    with dev_agent(socket_path) as agent, RawConnection(agent.socket) as connection:
+        assert is_alive(connection)
+        connection.send(wire.encode_request(1, "GetAgentStatus", {})[:-1])
+        status = wire.encode_request(1, "GetAgentStatus", {})
+        with RawConnection(agent.socket) as other:
+            assert is_alive(other)  # the half request has been read by now
+        agent.signal(signal.SIGTERM)
+        agent.wait_for("agent.draining")
+        connection.send(status[-1:])
+        response = connection.response()
+        assert response is not None
+        assert response.result is not None
+        assert response.result["State"] == "Draining"
+        assert agent.wait() == 0
+
+
+def test_slow_requests_before_a_protocol_error_are_answered_before_it(agent: RunningAgent) -> None:
+    """Also those that run in threads."""
+    with RawConnection(agent.socket) as connection:
+        requests = [wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2) for i in range(20)]
+        connection.send(b"".join(requests) + b"\xc1")
+        assert answers(connection, 20).keys() == set(range(20))
+        last = connection.response()
+        assert last is not None
+        assert last.msgid is None
+
+
+def test_a_second_signal_ends_a_drain_at_once(socket_path: Path) -> None:
+    """Half a request keeps the agent for its grace period, unless somebody is in a hurry."""
+    with dev_agent(socket_path) as agent, RawConnection(agent.socket) as connection:
+        connection.send(PING[:-1])
+        with RawConnection(agent.socket) as other:
+            assert is_alive(other)
+        agent.signal(signal.SIGTERM)
+        agent.wait_for("agent.draining")
+        agent.signal(signal.SIGTERM)
+        assert agent.wait() == 0
+        agent.wait_for("drain.grace_over")
+        assert connection.response() is None
+
+
+def test_the_log_is_json_and_holds_nothing_secret(socket_path: Path) -> None:
+    """Neither context values, nor blobs, nor keys, in the log or in the record of requests."""
+    to = recipient("RSAES_OAEP_SHA_256")
+    with dev_agent(socket_path) as agent:
+        with agent.client() as client:
+            made = client.generate_and_export_data_key(
+                key_id="alias/dev", encryption_context={"tenant": "very-private"}, **to.arguments
+            )
+            plaintext = client.decrypt(
+                ciphertext_blob=made.ciphertext_blob, encryption_context={"tenant": "very-private"}
+            )
+        agent.stop()
+        output = "".join(agent.output)
+    records = [line for line in agent.log if line["event"] == "audit"]
+    assert [record["operation"] for record in records] == ["GenerateAndExportDataKey", "Decrypt"]
+    expected: dict[str, Any] = {
+        "request_id": made.request_id,
+        "uid": os.getuid(),
+        "grant": "dev",
+        "key_id": made.key_id,
+        "key_version_id": made.key_version_id,
+        "context_keys": ["tenant"],
+        "outcome": "OK",
+    }
+    assert expected.items() <= records[0].items()
+    assert records[0]["recipient"].startswith("sha256:")
+    for secret in ("very-private", plaintext.plaintext, made.ciphertext_blob[60:], made.exported_data_key):
+        assert secret not in output
+    assert plaintext.plaintext not in repr(plaintext)
+
+
+def test_a_client_without_an_agent_says_what_is_wrong(socket_path: Path) -> None:
+    """No file, nobody listening: both are AgentUnavailable, with different words."""
+    from keyferry import Client  # noqa: PLC0415
+
+    with pytest.raises(AgentUnavailable, match="does not exist"):
+        Client(socket_path).get_agent_status()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(socket_path))
+    with pytest.raises(AgentUnavailable, match="nobody listens"):
+        Client(socket_path).get_agent_status()

@@ -1,0 +1,198 @@
+"""The configuration: everything that is wrong with it is said, by path; nothing unknown is ignored."""
+
+import os
+import pwd
+from pathlib import Path
+
+import pytest
+
+from keyferry_agent.command import main
+from keyferry_agent.settings import Limits, Listener, Settings, SettingsError, read
+
+PIN = "sha256:" + "ab" * 32
+GRANT = '[[grant]]\nname = "g"\nto = {{ {to} }}\nactions = ["kms:*"]\nkeys = ["*"]\n'
+
+FULL = f"""
+socket  = "/run/keyferry/agent.sock"
+mode    = "0600"
+keyring = "/etc/keyferry/keyring.age"
+unseal  = "/etc/keyferry/host.key"
+region  = "cn-hangzhou"
+account = "1234567890"
+memory  = "prefer"
+memory_backing = "mlock"
+sm2_fallback = "gmssl"
+
+[limits]
+connections = 10
+connections_per_user = 5
+request_timeout = 2.5
+requests_per_second = 100
+
+[audit]
+path = "/var/log/keyferry/audit.jsonl"
+
+[[grant]]
+name    = "orders"
+to      = {{ user = "root", gid = 0 }}
+actions = ["kms:GenerateAndExportDataKey", "kms:Export*"]
+keys    = ["alias/orders-*", "acs:kms:cn-hangzhou:1234567890:key/*", "0a0a0a0a-0000-4000-8000-000000000000"]
+recipients = ["{PIN}"]
+encryption_context = {{ tenant = "acme" }}
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    """A configuration file."""
+    path = tmp_path / "agent.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_setting_is_read(tmp_path: Path) -> None:
+    """All of them, with their types."""
+    settings = read(written(tmp_path, FULL))
+    assert settings.listeners == (Listener(mode=0o600),)
+    assert (settings.keyring, settings.unseal) == (Path("/etc/keyferry/keyring.age"), Path("/etc/keyferry/host.key"))
+    assert (settings.region, settings.account) == ("cn-hangzhou", "1234567890")
+    assert (settings.memory, settings.memory_backing, settings.sm2_fallback) == ("prefer", "mlock", "gmssl")
+    assert settings.limits == Limits(10, 5, 2.5, 100)
+    assert settings.audit.path == "/var/log/keyferry/audit.jsonl"
+    (grant,) = settings.grants
+    assert grant.to == {"user": 0, "gid": 0}
+    assert grant.recipients == frozenset({PIN})
+    assert grant.encryption_context == {"tenant": "acme"}
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    """Nothing is required; nobody is granted anything."""
+    assert read(written(tmp_path, "")) == Settings()
+
+
+def test_several_listeners_each_have_their_own(tmp_path: Path) -> None:
+    """Name, path, mode, owner."""
+    me = pwd.getpwuid(os.getuid()).pw_name
+    text = (
+        f'[[listener]]\nname = "a"\npath = "/run/a"\nuser = "{me}"\ngroup = 7\n'
+        '[[listener]]\nname = "b"\npath = "/run/b"\nmode = "0666"\n' + GRANT.format(to='listener = "a"')
+    )
+    settings = read(written(tmp_path, text))
+    assert settings.listeners == (
+        Listener("a", Path("/run/a"), 0o660, os.getuid(), 7),
+        Listener("b", Path("/run/b"), 0o666),
+    )
+
+
+def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unseal = "credential:NAME"."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x.service")
+    assert read(written(tmp_path, 'unseal = "credential:host"')).unseal == Path("/run/credentials/x.service/host")
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "why"),
+    [
+        ("socket = 5", "socket", "path"),
+        ('socket = "agent.sock"', "socket", "absolute"),
+        ('sockets = "/run/x"', "sockets", "unknown"),
+        ("mode = 0o660", "mode", "octal"),
+        ('mode = "0999"', "mode", "octal"),
+        ('mode = "1777"', "mode", "octal"),
+        ('keyring = ""', "keyring", "path"),
+        ('unseal = "credential:"', "unseal", "credential:NAME"),
+        ('unseal = "credential:a/b"', "unseal", "credential:NAME"),
+        ('region = "a:b"', "region", "letters"),
+        ("account = 5", "account", "letters"),
+        ('memory = "maybe"', "memory", "require, prefer"),
+        ("memory = []", "memory", "require, prefer"),
+        ('memory_backing = "swap"', "memory_backing", "memfd_secret"),
+        ('sm2_fallback = "yes"', "sm2_fallback", "gmssl"),
+        ("limits = 5", "limits", "table"),
+        ("[limits]\nconnections = 0", "limits.connections", "from 1"),
+        ("[limits]\nconnections = true", "limits.connections", "from 1"),
+        ("[limits]\nrequest_timeout = 0", "limits.request_timeout", "seconds"),
+        ("[limits]\nrequests_per_second = -1", "limits.requests_per_second", "from 0"),
+        ("[limits]\nburst = 1", "limits.burst", "unknown"),
+        ('[audit]\npath = "audit.log"', "audit.path", "absolute"),
+        ("listener = 5", "listener", "[[listener]]"),
+        ('[[listener]]\npath = "/a"', "listener[0].name", "missing"),
+        ('[[listener]]\nname = "a"', "listener[0].path", "missing"),
+        ('[[listener]]\nname = "a"\npath = "/a"\nuser = "no-such-user"', "listener[0].user", "user of this host"),
+        ('[[listener]]\nname = "a"\npath = "/a"\n[[listener]]\nname = "a"\npath = "/b"', "listener", "same name"),
+        ('socket = "/s"\n[[listener]]\nname = "a"\npath = "/a"', "socket", "not both"),
+        ("[[grant]]", "grant[0].to", "missing"),
+        (GRANT.format(to=""), "grant[0].to", "empty"),
+        (GRANT.format(to="usr = 5"), "grant[0].to.usr", "unknown"),
+        (GRANT.format(to='uid = "5"'), "grant[0].to.uid", "number"),
+        (GRANT.format(to="uid = -1"), "grant[0].to.uid", "number"),
+        (GRANT.format(to="user = 5"), "grant[0].to.user", "name"),
+        (GRANT.format(to='exe = "/bin/x"'), "grant[0].to.exe", "this version"),
+        (GRANT.format(to='listener = "nowhere"'), "grant[0].to.listener", "no listener"),
+        (GRANT.format(to="uid = 5") + "recipients = []", "grant[0].recipients", "pins"),
+        (GRANT.format(to="uid = 5") + 'recipients = ["sha256:AB"]', "grant[0].recipients", "no pin"),
+        (GRANT.format(to="uid = 5") + "encryption_context = { a = 1 }", "grant[0].encryption_context", "strings"),
+        (GRANT.format(to="uid = 5") + "recipient = []", "grant[0].recipient", "unknown"),
+        (GRANT.format(to="uid = 5").replace("kms:*", "kms:Explode"), "grant[0].actions", "kms:Explode"),
+        (GRANT.format(to="uid = 5").replace("kms:*", "Decrypt"), "grant[0].actions", "no action"),
+        (GRANT.format(to="uid = 5").replace('["*"]', '["alias/ü"]'), "grant[0].keys", "no key ID"),
+        (GRANT.format(to="uid = 5").replace('["*"]', "[]"), "grant[0].keys", "list of keys"),
+        (f'socket = "/{"x" * 107}"', "socket", "107 bytes"),
+        ('mode = "0600"\n[[listener]]\nname = "a"\npath = "/a"', "mode", "not both"),
+        (GRANT.format(to="uid = 4294967295"), "grant[0].to.uid", "number"),
+        (GRANT.format(to="uid = 5").replace("kms:*", "kms:decrypt"), "grant[0].actions", "no action"),
+        (GRANT.format(to="uid = 5").replace("kms:*", "kms:Foo*"), "grant[0].actions", "no action"),
+        (
+            GRANT.format(to="uid = 5").replace('["*"]', '["acs:kms:other:0:key/*"]'),
+            "grant[0].keys",
+            "not of this agent",
+        ),
+        (GRANT.format(to="uid = 5") + GRANT.format(to="uid = 6"), "grant", "same name"),
+    ],
+)
+def test_what_is_wrong_is_named_by_its_path(tmp_path: Path, text: str, path: str, why: str) -> None:
+    """And said in words that tell what was expected."""
+    file = written(tmp_path, text)
+    with pytest.raises(SettingsError) as caught:
+        read(file)
+    assert any(p.startswith(f"{file}: {path}: ") and why in p for p in caught.value.problems), caught.value.problems
+
+
+def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` prints a line for each, and exits with 1."""
+    path = written(tmp_path, 'socket = 1\nbogus = 2\n[limits]\nconnections = "x"\n')
+    assert main(["check", str(path)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(str(path)) for line in lines)
+
+
+def test_check_of_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 0; a user that this host does not have is a warning, and matches nobody."""
+    path = written(tmp_path, GRANT.format(to='user = "no-such-user"'))
+    assert main(["check", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert "no-such-user" in captured.err
+    assert "matches nobody" in captured.err
+    assert "good; grants: 1" in captured.out
+    assert "keyring: not set" in captured.err
+    assert read(path).grants[0].to == {"user": -1}
+
+
+def test_a_grant_to_the_overflow_uid_is_a_warning(tmp_path: Path) -> None:
+    """It matches nobody."""
+    assert "overflow" in read(written(tmp_path, GRANT.format(to="uid = 65534"))).warnings[0]
+
+
+@pytest.mark.parametrize(("content", "why"), [(b"a = = 1", "line 1"), (b"a = '\xff'", "not UTF-8")])
+def test_what_is_not_toml_is_said_with_its_line(tmp_path: Path, content: bytes, why: str) -> None:
+    """The parser's own position."""
+    path = tmp_path / "agent.toml"
+    path.write_bytes(content)
+    with pytest.raises(SettingsError, match=why):
+        read(path)
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    """By its name."""
+    with pytest.raises(SettingsError, match="No such file"):
+        read(tmp_path / "none.toml")

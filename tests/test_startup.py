@@ -1,0 +1,224 @@
+"""Before the first request: socket files, and what the process does to itself. All with real agents."""
+
+import ctypes
+import json
+import os
+import resource
+from pathlib import Path
+
+import pytest
+from support.agent import RawConnection, RunningAgent, configured, dev_agent
+
+from keyferry_agent import listening, startup
+from keyferry_agent.command import main
+from keyferry_agent.crypto.selftest import SelfTestError
+from keyferry_agent.run import Options, StartError, daemon
+from keyferry_agent.settings import Listener
+
+PING = ("DescribeKey", {"KeyId": "alias/dev"})
+
+
+def is_alive(connection: RawConnection) -> bool:
+    """Whether a connection answers."""
+    return connection.call(*PING).error is None
+
+
+def test_a_second_agent_never_takes_a_live_socket_and_replaces_a_dead_one(socket_path: Path) -> None:
+    """The file tells nothing; whether somebody listens does."""
+    with dev_agent(socket_path) as first:
+        second = RunningAgent(["--dev"], socket_path)
+        assert second.wait() == 1
+        assert "another agent is serving there" in "".join(second.output)
+        second.kill()
+        with RawConnection(first.socket) as connection:
+            assert is_alive(connection)
+        first.process.kill()
+        first.wait()
+        assert socket_path.is_socket()
+        with dev_agent(socket_path) as third:
+            with RawConnection(third.socket) as connection:
+                assert is_alive(connection)
+            assert third.stop() == 0
+    assert not socket_path.exists()
+
+
+def test_what_is_no_socket_is_left_alone(socket_path: Path) -> None:
+    """A file in the way is somebody's file."""
+    socket_path.write_text("precious")
+    agent = RunningAgent(["--dev"], socket_path)
+    assert agent.wait() == 1
+    agent.kill()
+    assert socket_path.read_text() == "precious"
+
+
+def test_a_directory_that_anybody_can_write_to_is_refused(tmp_path: Path) -> None:
+    """Whoever can replace the socket can be the agent."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    agent = RunningAgent(["--dev"], folder / "agent.sock")
+    assert agent.wait() == 1
+    assert "writable by everybody" in "".join(agent.output)
+    agent.kill()
+
+
+def test_the_socket_has_the_mode_that_was_asked_for(socket_path: Path) -> None:
+    """0660 unless the configuration says otherwise, whatever the umask."""
+    with dev_agent(socket_path):
+        assert socket_path.stat().st_mode & 0o777 == 0o660
+    arguments = configured(socket_path, 'mode = "0600"\n')
+    with RunningAgent(arguments, socket_path):
+        assert socket_path.stat().st_mode & 0o777 == 0o600
+
+
+def test_the_process_is_hardened(agent: RunningAgent) -> None:
+    """No core dumps, no new privileges."""
+    status = Path(f"/proc/{agent.process.pid}/status").read_text()
+    assert "NoNewPrivs:\t1" in status
+    limits = Path(f"/proc/{agent.process.pid}/limits").read_text().splitlines()
+    assert ["0", "0"] in [line.split()[4:6] for line in limits if line.startswith("Max core file size")]
+
+
+def test_hardening_makes_a_process_undumpable_and_without_core() -> None:
+    """Which is what keeps other processes of the same user out of its memory."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        assert startup.harden() == []
+        libc = ctypes.CDLL(None)
+        os.write(writing, json.dumps([libc.prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)]).encode())
+        os._exit(0)
+    os.close(writing)
+    with open(reading) as said:
+        assert json.load(said) == [0, [0, 0]]
+    os.waitpid(child, 0)
+
+
+def test_several_listeners_serve_and_are_told_apart(tmp_path: Path) -> None:
+    """A grant to one of them holds on that one only."""
+    config = tmp_path / "agent.toml"
+    config.write_text(
+        "".join(f'[[listener]]\nname = "{name}"\npath = "{tmp_path / name}"\nmode = "0600"\n' for name in ("a", "b"))
+        + '[[grant]]\nname = "g"\nto = { listener = "a" }\nactions = ["kms:DescribeKey"]\nkeys = ["*"]\n'
+    )
+    keyring, identity = tmp_path / "k.age", tmp_path / "identity"
+    assert main(["keyring", "init", str(keyring), "--new-identity", str(identity)]) == 0
+    assert main(["keyring", "create-key", str(keyring), "--unseal", str(identity), "--alias", "alias/dev"]) == 0
+    arguments = ["--config", str(config), "--keyring", str(keyring), "--unseal", str(identity)]
+    with RunningAgent(arguments, None) as agent:
+        with RawConnection(tmp_path / "a") as a, RawConnection(tmp_path / "b") as b:
+            assert is_alive(a)
+            error = b.call(*PING).error
+            assert error is not None
+            assert error["Code"] == "Forbidden.NoPermission"
+        assert agent.stop() == 0
+    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_listener_that_cannot_be_had_leaves_none_of_them(tmp_path: Path) -> None:
+    """All or nothing."""
+    config = tmp_path / "agent.toml"
+    config.write_text(
+        f'[[listener]]\nname = "a"\npath = "{tmp_path}/a"\n[[listener]]\nname = "b"\npath = "{tmp_path}/none/b"\n'
+    )
+    agent = RunningAgent(["--dev", "--config", str(config)], None)
+    assert agent.wait() == 1
+    agent.kill()
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    """By the system's own reason."""
+    with pytest.raises(listening.ListeningError, match="too long"):
+        listening.take(Listener(path=tmp_path / ("x" * 200)))
+    made = listening.take(Listener(path=tmp_path / "sock"))
+    status = (tmp_path / "sock").lstat()
+    made.close()
+    (tmp_path / "sock").unlink()
+    (tmp_path / "sock").write_text("somebody else's")
+    listening.remove(tmp_path / "sock", status)
+    listening.remove(tmp_path / "none", status)
+    assert (tmp_path / "sock").read_text() == "somebody else's"
+
+
+def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And closed standard descriptors are opened, so that no key file becomes one."""
+    monkeypatch.setattr(startup, "_PR_SET_DUMPABLE", 10_000)
+    monkeypatch.setattr("os.umask", lambda mode: mode)
+    monkeypatch.setattr("resource.setrlimit", lambda _which, _limits: None)
+    monkeypatch.setattr(startup, "_PR_SET_NO_NEW_PRIVS", 10_001)
+    assert [failure.split(":")[0] for failure in startup.harden()] == ["no new privileges", "not dumpable"]
+
+
+def test_an_agent_starts_with_its_standard_descriptors_closed(socket_path: Path) -> None:
+    """They are /dev/null then."""
+    with RunningAgent(["--dev"], socket_path, preexec=lambda: os.closerange(0, 2)) as agent:
+        for descriptor in ("0", "1"):
+            assert Path(f"/proc/{agent.process.pid}/fd/{descriptor}").resolve() == Path("/dev/null")
+
+
+def test_the_record_of_requests_goes_to_its_file(socket_path: Path, tmp_path: Path) -> None:
+    """Appended to, with mode 0600, a JSON line for each request, the refused ones too."""
+    record, config = tmp_path / "audit.jsonl", tmp_path / "agent.toml"
+    record.write_text("{}\n")
+    config.write_text(f'[audit]\npath = "{record}"\n')
+    with (
+        RunningAgent(["--dev", "--config", str(config)], socket_path) as agent,
+        RawConnection(agent.socket) as connection,
+    ):
+        assert is_alive(connection)
+        connection.call("Explode", {})
+        connection.call("DescribeKey", {"KeyId": "alias/none"})
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [(line.get("operation"), line.get("outcome")) for line in lines[1:]] == [
+        ("DescribeKey", "OK"),
+        ("Explode", "InvalidAction.NotFound"),
+        ("DescribeKey", "Forbidden.AliasNotFound"),
+    ]
+
+
+def test_a_record_that_cannot_be_opened_stops_the_start(socket_path: Path, tmp_path: Path) -> None:
+    """With the file's name."""
+    config = tmp_path / "agent.toml"
+    config.write_text(f'[audit]\npath = "{tmp_path}/none/audit.jsonl"\n')
+    agent = RunningAgent(["--dev", "--config", str(config)], socket_path)
+    assert agent.wait() == 1
+    agent.kill()
+    assert "none/audit.jsonl: No such file" in "".join(agent.output)
+
+
+def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is a socket."""
+
+    def wrong(_scratch: object, *, sm2_fallback: bool) -> list[str]:
+        raise SelfTestError("Aliyun_SM4: wrong")
+
+    monkeypatch.setattr("keyferry_agent.crypto.selftest.run", wrong)
+    monkeypatch.setattr("keyferry_agent.startup.harden", list)
+    options = Options(config=None, socket=Path("/nowhere"), keyring=None, unseal=None, dev=True)
+    with pytest.raises(StartError, match="Aliyun_SM4: wrong"):
+        daemon(options)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "why"),
+    [
+        ('keyring = "/k.age"\n', ["--dev"], "--dev makes a keyring of its own"),
+        (
+            '[[listener]]\nname="a"\npath="/a"\n[[listener]]\nname="b"\npath="/b"\n',
+            ["--dev", "--socket", "/s"],
+            "several",
+        ),
+    ],
+)
+def test_options_that_contradict_the_configuration_are_refused(
+    tmp_path: Path, text: str, arguments: list[str], why: str
+) -> None:
+    """Rather than one of them silently winning."""
+    config = tmp_path / "agent.toml"
+    config.write_text(text)
+    agent = RunningAgent([*arguments, "--config", str(config)], None)
+    assert agent.wait() == 1
+    agent.kill()
+    assert why in "".join(agent.output)

@@ -1,0 +1,204 @@
+"""The codec: any bytes give messages or ProtocolError, in whatever pieces they come."""
+
+from contextlib import suppress
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keyferry import wire
+from keyferry.errors import ProtocolError
+
+REQUEST = wire.encode_request(7, "DescribeKey", {"KeyId": "alias/dev", "n": 32, "blob": b"\0\xff", "no": None})
+DECODED = wire.Request(7, "DescribeKey", {"KeyId": "alias/dev", "n": 32, "blob": b"\0\xff", "no": None})
+
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | text | st.binary(max_size=40)
+shallow = scalars | st.lists(scalars, max_size=5) | st.dictionaries(text, scalars, max_size=5)
+values = st.recursive(
+    scalars | st.floats(), lambda inner: st.lists(inner, max_size=5) | st.dictionaries(text, inner, max_size=5)
+)
+
+
+def decode(data: bytes, step: int | None = None) -> list[wire.Message]:
+    """All messages of some bytes, fed whole or in pieces of `step`."""
+    decoder = wire.Decoder()
+    messages: list[wire.Message] = []
+    for start in range(0, len(data), step or len(data) or 1):
+        decoder.feed(data[start : start + (step or len(data))])
+        messages += decoder.messages()
+    return messages
+
+
+def test_a_message_decodes_whole_byte_by_byte_and_with_what_follows_it() -> None:
+    """However a stream is cut, the same messages come out."""
+    assert decode(REQUEST) == [DECODED]
+    assert decode(REQUEST, step=1) == [DECODED]
+    assert decode(REQUEST * 3) == [DECODED] * 3
+    for step in range(1, len(REQUEST) + 2):
+        assert decode(REQUEST * 3, step=step) == [DECODED] * 3
+
+
+def test_a_cut_off_message_is_incomplete_and_nothing_else() -> None:
+    """Half a message is neither a message nor an error."""
+    for end in range(1, len(REQUEST)):
+        decoder = wire.Decoder()
+        decoder.feed(REQUEST[:end])
+        assert list(decoder.messages()) == []
+        assert decoder.incomplete
+    decoder.feed(REQUEST[-1:])
+    assert list(decoder.messages()) == [DECODED]
+    assert not decoder.incomplete
+
+
+@given(st.integers(0, 2**32 - 1), text, st.dictionaries(text, shallow, max_size=5))
+def test_what_is_encoded_decodes_to_itself(msgid: int, method: str, params: dict[str, object]) -> None:
+    """Requests survive the wire."""
+    packed = wire.encode_request(msgid, method, params)
+    assert decode(packed) == [wire.Request(msgid, method, params)]
+
+
+@given(
+    st.lists(st.binary(max_size=30) | st.sampled_from([REQUEST, REQUEST[:5], b"\x94\0\x01", b"\xdd\xff\xff\xff\xff"]))
+)
+def test_any_bytes_give_messages_or_a_protocol_error_however_they_are_cut(pieces: list[bytes]) -> None:
+    """The codec's one promise."""
+    data = b"".join(pieces)
+    outcomes = []
+    for step in (None, 1, 3):
+        decoder = wire.Decoder()
+        got: list[object] = []
+        try:
+            for start in range(0, len(data), step or len(data) or 1):
+                decoder.feed(data[start : start + (step or len(data))])
+                got += decoder.messages()
+        except ProtocolError as error:
+            got.append(str(error))
+        outcomes.append(got)
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+
+
+@given(values)
+def test_any_well_formed_message_gives_a_message_or_a_protocol_error(body: object) -> None:
+    """The same promise, for bytes that are msgpack."""
+    with suppress(ProtocolError):
+        assert len(decode(msgpack.packb(body))) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\xc1", "0xC1"),
+        (b"\xca\0\0\0\0", "floats"),
+        (b"\x94\0\x01\xa1x\x91\x81\xa1k\xcb" + bytes(8), "floats"),
+        (b"\xd4\x05\0", "extension"),
+        (b"\xd6\xff\0\0\0\0", "extension"),  # a timestamp
+        (b"\xc7\0\x05", "extension"),
+        (b"\x94\0\x01\xa1x\x91\x81\x01\x02", "map key"),
+        (b"\x94\0\x01\xa1x\x91\x81\xc4\x01k\x02", "map key"),
+        (b"\x94\0\x01\xa1x\x91\x81\xc0\x02", "map key"),
+        (b"\x94\0\x01\xa1x\x91\x82\xa1k\x01\xa1k\x02", "twice"),
+        (b"\xdd\xff\xff\xff\xff", "entries"),
+        (b"\xdc\x00\x41", "entries"),
+        (b"\xdf\xff\xff\xff\xff", "entries"),
+        (b"\xde\x04\x01", "entries"),
+        (b"\xdb\xff\xff\xff\xff", "longer"),
+        (b"\xc6\x00\x01\x00\x00", "longer"),
+        (b"\x91" * 9, "nested"),
+        (b"\x2a", "array"),
+        (b"\x80", "array"),
+        (b"\x90", "array"),
+        (b"\x94\0\xa1x\xa1x\x90", "msgid"),
+        (b"\x94\0\xff\xa1x\x90", "msgid"),
+        (b"\x94\0\xcf\0\0\0\x01\0\0\0\0\xa1x\x90", "msgid"),
+        (b"\x94\0\xc3\xa1x\x90", "msgid"),
+        (b"\x94\0\xc0\xa1x\x90", "msgid"),
+    ],
+)
+def test_what_is_no_message_is_refused_with_the_reason(data: bytes, why: str) -> None:
+    """Limits and refused types are noticed at their header, without what it announces, and however it arrives."""
+    for step in (None, 1):
+        with pytest.raises(ProtocolError, match=why):
+            decode(data, step)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x94\0\x05\x2a\x91\x80", wire.Unservable(5, "the method is not a string")),
+        (b"\x94\0\x05\xa1x\x80", wire.Unservable(5, "the parameters are not an array of one map", "x")),
+        (b"\x94\0\x05\xa1x\x90", wire.Unservable(5, "the parameters are not an array of one map", "x")),
+        (b"\x94\0\x05\xa1x\x91\xc0", wire.Unservable(5, "the parameters are not an array of one map", "x")),
+        (b"\x94\0\x05\xa1x\x92\x80\x80", wire.Unservable(5, "the parameters are not an array of one map", "x")),
+        (b"\x93\0\x05\xa1x", wire.Unservable(5, "a request is an array of four: [0, msgid, method, [params]]")),
+        (b"\x94\x09\x05\xa1x\x90", wire.Unservable(5, "a request begins with 0: [0, msgid, method, [params]]")),
+        (b"\x94\xc2\x05\xa1x\x90", wire.Unservable(5, "a request begins with 0: [0, msgid, method, [params]]")),
+        (b"\x94\x01\x05\xc0\xc0", wire.Unservable(5, "a request begins with 0: [0, msgid, method, [params]]")),
+        (b"\x94\x01\x05\x80\xc0", wire.Response(5, {}, None)),
+        (b"\x94\x01\xc0\x80\xc0", wire.Response(None, {}, None)),
+        (b"\x93\x02\xa1x\x90", wire.Notification()),
+        (b"\x92\x02\xa1x", wire.Notification()),
+        (b"\x91\x02", wire.Notification()),
+        (b"\x94\x02\xa1x\x91\x80\x05", wire.Notification()),
+    ],
+)
+def test_well_formed_messages_are_told_apart(data: bytes, message: wire.Message) -> None:
+    """What has a usable msgid can be answered, and the stream goes on."""
+    assert decode(data + REQUEST) == [message, DECODED]
+
+
+def test_the_limits_themselves_are_allowed() -> None:
+    """At most means at most: the largest map, array, nesting and message pass."""
+    nested: object = {}
+    for _ in range(4):
+        nested = [nested]
+    for params in (
+        {f"k{i}": i for i in range(wire.MAX_MAP)},
+        {"a": list(range(wire.MAX_ARRAY))},
+        {"deep": nested},
+        {"long": "x" * (wire.MAX_MESSAGE - 15)},
+    ):
+        data = wire.encode_request(1, "x", params)
+        assert decode(data) == [wire.Request(1, "x", params)]
+        assert decode(data, step=1000) == [wire.Request(1, "x", params)]
+    assert len(data) == wire.MAX_MESSAGE
+
+
+def test_a_message_one_byte_too_long_is_refused_before_its_end_arrives() -> None:
+    """The limit is on the message, wherever in it the bytes are."""
+    long = msgpack.packb([0, 1, "x", [{"long": "x" * (wire.MAX_MESSAGE - 14)}]])
+    assert len(long) == wire.MAX_MESSAGE + 1
+    with pytest.raises(ProtocolError, match="longer"):
+        decode(long[:100])
+    many = msgpack.packb([0, 1, "x", [{str(i): "y" * 200 for i in range(400)}]])
+    with pytest.raises(ProtocolError, match="longer"):
+        decode(many, step=1000)
+
+
+def test_messages_before_an_error_come_out_and_none_after_it() -> None:
+    """An error ends the stream, not what was before it."""
+    decoder = wire.Decoder()
+    decoder.feed(REQUEST + b"\xc1" + REQUEST)
+    received = decoder.messages()
+    assert next(received) == DECODED
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="0xC1"):
+            next(decoder.messages())
+
+
+def test_a_string_that_is_not_utf_8_keeps_its_bytes_for_whoever_refuses_it() -> None:
+    """Neovim sends raw bytes as strings: the parameter is at fault, not the connection."""
+    (message,) = decode(b"\x94\0\x01\xa1x\x91\x81\xa1k\xa2\xff\xfe")
+    assert message == wire.Request(1, "x", {"k": "\udcff\udcfe"})
+
+
+def test_an_answer_that_is_too_long_is_not_sent() -> None:
+    """The limit holds both ways."""
+    with pytest.raises(ProtocolError, match="longer"):
+        wire.encode_response(1, None, {"x": "y" * wire.MAX_MESSAGE})
+
+
+def test_a_notification_is_encoded_as_one() -> None:
+    """Type 2, method, params."""
+    assert msgpack.unpackb(wire.encode_notification("x", {})) == [2, "x", [{}]]
