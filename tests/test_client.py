@@ -4,15 +4,14 @@ import base64
 import os
 import signal
 import socket
-import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent, dev_agent
 from support.keys import ALGORITHMS, recipient
+from support.scripted import client_of, says
 
 import keyferry
 from keyferry import (
@@ -27,40 +26,15 @@ from keyferry import (
     NotFound,
     ProtocolError,
     Throttled,
+    declaration,
     operations,
     wire,
 )
-from keyferry.client import default_socket, pem_to_der
 from keyferry.errors import CODES, kms_error
+from keyferry.exchange import default_socket, pem_to_der, why_unreachable
 from keyferry.parameters import encode_base64
 
 RSA = recipient("RSAES_OAEP_SHA_256")
-
-
-@contextmanager
-def scripted(path: Path, *script: Callable[[socket.socket], None]) -> Iterator[Client]:
-    """A client of a peer that plays one part of the script for each connection it gets."""
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(path))
-        listening.listen()
-
-        def play() -> None:
-            for part in script:
-                connection, _ = listening.accept()
-                with connection:
-                    connection.recv(65_536)
-                    part(connection)
-
-        thread = threading.Thread(target=play)
-        thread.start()
-        with Client(path, timeout=5) as client:
-            yield client
-        thread.join()
-
-
-def says(data: bytes) -> Callable[[socket.socket], None]:
-    """A part that answers with some bytes, and hangs up."""
-    return lambda connection: connection.sendall(data)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -101,7 +75,7 @@ def test_methods_are_what_the_declarations_say() -> None:
         client.describe_key("alias/dev")
     with pytest.raises(TypeError):
         client.describe_key()  # type: ignore[call-arg]
-    assert "_Method" in repr(Client.decrypt)
+    assert repr(Client.decrypt) == "Operation(Decrypt)"
     assert repr(client) == "Client('/nowhere')"
 
 
@@ -224,8 +198,8 @@ def test_a_full_queue_of_connections_is_waited_for(socket_path: Path) -> None:
 def test_false_and_zero_are_not_the_same() -> None:
     """A length of nothing is the agent's to refuse, not the client's to forget."""
     request = operations.GenerateAndExportDataKey("k", "p", "s", "a", number_of_bytes=0, dry_run=False)
-    assert operations.request_to_wire(request)["NumberOfBytes"] == 0
-    assert "DryRun" not in operations.request_to_wire(request)
+    assert declaration.request_to_wire(request)["NumberOfBytes"] == 0
+    assert "DryRun" not in declaration.request_to_wire(request)
 
 
 def test_a_client_can_be_closed_and_used_again(agent: RunningAgent) -> None:
@@ -249,7 +223,7 @@ def test_an_agent_that_does_not_answer_in_time_is_unavailable(agent: RunningAgen
 
 def test_a_connection_that_breaks_is_tried_again_once(socket_path: Path) -> None:
     """An old connection may be a restarted agent's; a fresh one that breaks is a fault."""
-    with scripted(socket_path, says(b"")) as client, pytest.raises(AgentUnavailable):
+    with client_of(socket_path, says(b"")) as client, pytest.raises(AgentUnavailable):
         client.call("GetAgentStatus", {})
 
 
@@ -265,21 +239,21 @@ def test_a_connection_that_breaks_is_tried_again_once(socket_path: Path) -> None
 )
 def test_what_is_no_agent_is_a_protocol_error(socket_path: Path, data: bytes, why: str) -> None:
     """Whatever it says."""
-    with scripted(socket_path, says(data)) as client, pytest.raises(ProtocolError, match=why):
+    with client_of(socket_path, says(data)) as client, pytest.raises(ProtocolError, match=why):
         client.call("GetAgentStatus", {})
 
 
 def test_an_answer_without_its_fields_is_a_protocol_error(socket_path: Path) -> None:
     """Rather than a result with holes."""
     empty = wire.encode_response(1, None, {"RequestId": "r"})
-    with scripted(socket_path, says(empty)) as client, pytest.raises(ProtocolError, match="KeyMetadata"):
+    with client_of(socket_path, says(empty)) as client, pytest.raises(ProtocolError, match="KeyMetadata"):
         client.describe_key(key_id="alias/dev")
 
 
 def test_an_agent_without_room_is_throttling(socket_path: Path) -> None:
     """Its refusal has no msgid, and is the agent's word all the same."""
     refusal = {"Code": "Rejected.Throttling", "Message": "QPS Limit Exceeded", "RequestId": "r", "HttpStatus": 429}
-    with scripted(socket_path, says(wire.encode_response(None, refusal, None))) as client, pytest.raises(Throttled):
+    with client_of(socket_path, says(wire.encode_response(None, refusal, None))) as client, pytest.raises(Throttled):
         client.call("GetAgentStatus", {})
 
 
@@ -293,9 +267,8 @@ def test_a_socket_of_others_is_said_to_be_one(tmp_path: Path) -> None:
     """And a path too long for a socket is said, too."""
     with pytest.raises(AgentUnavailable, match="too long"):
         Client("/" + "x" * 200).get_agent_status()
-    from keyferry.client import _why_unreachable  # noqa: PLC0415
 
-    assert "may not open" in _why_unreachable("/run/x", PermissionError(13, "Permission denied"))
+    assert "may not open" in why_unreachable("/run/x", PermissionError(13, "Permission denied"))
 
 
 def test_the_socket_comes_from_the_environment_or_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

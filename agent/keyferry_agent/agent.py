@@ -1,13 +1,12 @@
 """What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
-from keyferry.parameters import KEY_ID
+from keyferry.parameters import Parameter
 from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory
 
 from .grants import Grant, to_caller
@@ -20,6 +19,8 @@ __all__ = ["SLOW_JOBS", "Agent", "Audited", "Caller"]
 
 SLOW_JOBS: Final = 4
 """Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
+_REMEMBERED: Final = 64
+"""Sets of grants whose keys are remembered: one for each kind of caller."""
 _SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0])
 """Bytes, 36 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
 
@@ -34,6 +35,8 @@ class Audited:
     grant: str = ""
     key_id: str = ""
     key_version_id: str = ""
+    destination_key_id: str = ""
+    destination_key_version_id: str = ""
     recipient: str = ""
     context_keys: tuple[str, ...] = ()
 
@@ -41,29 +44,22 @@ class Audited:
 class Caller:
     """One connection's peer, with the grants that are to it: looked up once, and again after a reload."""
 
-    __slots__ = ("_counted", "_settings", "grants", "peer")
+    __slots__ = ("_settings", "grants", "peer")
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
         self.grants: Sequence[Grant] = ()
         self._settings: Settings | None = None
-        self._counted: tuple[weakref.ref[Keyring], int] | None = None  # an idle caller must not keep old keys alive
 
     def refresh(self, settings: Settings) -> None:
         """Look the grants up, if these are other settings than the last time."""
         if self._settings is not settings:
             self._settings = settings
             self.grants = to_caller(settings.grants, self.peer)
-            self._counted = None
 
-    def count_keys(self, agent: "Agent") -> int:
-        """How many keys some grant covers. Looked through once per keyring: a probe asks every few seconds."""
-        if self._counted is None or self._counted[0]() is not agent.keyring:
-            keys = agent.keyring.keys.values()
-            names = (agent.names_of_key(key) for key in keys if self.grants)
-            count = sum(any(grant.has_key(n) for grant in self.grants) for n in names)
-            self._counted = weakref.ref(agent.keyring), count
-        return self._counted[1]
+    def keys(self, agent: "Agent") -> Sequence[Key]:
+        """The keys that some grant covers, in the keyring's order."""
+        return agent.keys_of(self.grants)
 
 
 @dataclass
@@ -90,10 +86,31 @@ class Agent:
     counters: Count = field(default_factory=Count)
     started_at: str = field(default_factory=now)
     draining: bool = False
+    _keys_of: dict[tuple[int, ...], tuple[Key, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require = self.settings.memory == "require"
         self.scratch = SecretMemory(_SCRATCH, backing=self.settings.memory_backing, require=require)
+
+    def adopt(self, settings: Settings, keyring: Keyring) -> None:
+        """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
+        self.settings, self.keyring = settings, keyring
+        self._keys_of.clear()
+
+    def keys_of(self, grants: Sequence[Grant]) -> Sequence[Key]:
+        """The keys that some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""
+        who = tuple(map(id, grants))
+        covered = self._keys_of.get(who)
+        if covered is None:
+            if len(self._keys_of) >= _REMEMBERED:
+                self._keys_of.clear()
+            covered = self._keys_of[who] = tuple(
+                key
+                for key in (self.keyring.keys.values() if grants else ())
+                if any(grant.has_key(self.names_of_key(key)) for grant in grants)
+            )
+        gone = self.keyring.gone()
+        return tuple(key for key in covered if key.key_id not in gone) if gone else covered
 
     @property
     def memory_protection(self) -> Protection:
@@ -105,18 +122,18 @@ class Agent:
         """The ARN of `key/ID` or `alias/NAME`."""
         return f"acs:kms:{self.settings.region}:{self.settings.account}:{resource}"
 
-    def plain_name(self, key_id: str) -> str:
+    def plain_name(self, parameter: Parameter[str], key_id: str) -> str:
         """A key ID or alias from any form of KeyId. Raises `InvalidParameter` for an ARN that is not of this agent."""
         if not key_id.startswith("acs:"):
             return key_id
         prefix = self.arn("")
         if not key_id.startswith(prefix):
             raise invalid_parameter(
-                KEY_ID.name, f"the ARN is not of this agent: expected {prefix}key/... or {prefix}alias/..."
+                parameter.name, f"the ARN is not of this agent: expected {prefix}key/... or {prefix}alias/..."
             )
         kind, _, name = key_id.removeprefix(prefix).partition("/")
         if kind not in ("key", "alias") or not name or (kind == "key" and "/" in name):
-            raise invalid_parameter(KEY_ID.name, "the ARN names neither a key nor an alias.")
+            raise invalid_parameter(parameter.name, "the ARN names neither a key nor an alias.")
         return name if kind == "key" else f"alias/{name}"
 
     def names_of(self, name: str) -> tuple[str, ...]:

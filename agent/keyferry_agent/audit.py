@@ -49,6 +49,8 @@ class AuditLog:
             "key_version_id": audited.key_version_id,
             "context_keys": sorted(audited.context_keys)[:_MOST_LISTED],
             "recipient": audited.recipient,
+            "destination_key_id": audited.destination_key_id,
+            "destination_key_version_id": audited.destination_key_version_id,
             "outcome": outcome,
             "microseconds": round((time.monotonic() - audited.started) * 1e6),
         }

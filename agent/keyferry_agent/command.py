@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from keyferry.client import DEFAULT_SOCKET, pem_to_der
+from keyferry.exchange import DEFAULT_SOCKET, pem_to_der
 
 from . import __version__, log
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint

@@ -197,5 +197,5 @@ async def _reload_now(options: Options, agent: Agent) -> None:
         return
     for what in settings.warnings:
         log.warning("reload.limited", what=what)
-    agent.settings, agent.keyring = settings, keyring  # the old keyring is wiped with the last request that uses it
+    agent.adopt(settings, keyring)
     log.info("reload.done", keys=len(keyring.keys), grants=len(settings.grants))

@@ -17,8 +17,8 @@ import structlog
 import trio
 
 from keyferry import libcrypto, wire
+from keyferry.declaration import result_to_wire
 from keyferry.errors import KmsError, ProtocolError, kms_error
-from keyferry.operations import result_to_wire
 
 from . import handlers
 from .agent import SLOW_JOBS, Agent, Audited, Caller

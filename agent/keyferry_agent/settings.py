@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
-from keyferry.client import DEFAULT_SOCKET
+from keyferry.exchange import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
 from . import toml

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from . import __version__
-from .client import DEFAULT_SOCKET, Client, pem_to_der
+from .client import Client
+from .declaration import Operation
 from .errors import AgentUnavailable, KmsError, ProtocolError
-from .operations import OPERATIONS, Operation
+from .exchange import DEFAULT_SOCKET, pem_to_der
+from .operations import OPERATIONS
 from .parameters import PUBLIC_KEY_BLOB, Parameter, encode_base64
 
 DONE: Final = 0
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_operation(add_parser: Any, operation: Operation, socket: argparse.ArgumentParser) -> None:
+def _add_operation(add_parser: Any, operation: Operation[..., Any], socket: argparse.ArgumentParser) -> None:
     parser = add_parser(
         operation.name, help=operation.doc, description=operation.doc, parents=[socket], allow_abbrev=False
     )

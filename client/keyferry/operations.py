@@ -1,38 +1,33 @@
-"""Every operation of the API, declared once. All else follows from here: the agent's checks and answers, the client's
-methods with their types, `keyferry call --help`, and the tables in PROTOCOL.md.
+"""Every operation of the API, declared once. All else follows from here: the agent's checks, the clients' methods with their
+types, `keyferry call --help`, shell completion, and the tables in PROTOCOL.md.
 
-To add an operation: declare its request and its result, give it a line in `OPERATIONS`, a handler in the agent's
-`handlers`, a method in `Client`.
-
-A request is a tuple whose fields are typed by `parameters`; a field without a default is required. A result is a tuple of
-what the answer holds. Fields have the API's names in snake_case: `key_id` is KeyId on the wire.
+To add an operation: declare its request and its result, give it a line in `Operations`, and a handler in the agent's
+`handlers`. `declaration` says what a request and a result are.
 """
 
-import functools
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple, TypeAlias, get_type_hints
+from typing import Any, Final, NamedTuple
 
-from .errors import invalid_parameter, missing_parameter
+from .declaration import Operation
 from .parameters import (
     CiphertextBlob,
+    DestinationEncryptionContext,
+    DestinationKeyId,
     DryRun,
     EncryptionContext,
     KeyId,
     KeySpec,
     NumberOfBytes,
-    Parameter,
+    PageNumber,
+    PageSize,
+    Plaintext,
     PublicKeyBlob,
-    Values,
+    SourceEncryptionContext,
     WrappingAlgorithm,
     WrappingKeySpec,
 )
 
-
-@functools.cache
-def wire_name(field: str) -> str:
-    """The API's name of a field: key_id -> KeyId."""
-    return "".join(part.capitalize() for part in field.split("_"))
-
+__all__ = ["OPERATIONS", "Operations"]
 
 # --- GenerateAndExportDataKey -----------------------------------------------------------------------------------------
 
@@ -79,6 +74,72 @@ class ExportDataKeyResult(NamedTuple):
     request_id: str = ""
 
 
+# --- GenerateDataKey --------------------------------------------------------------------------------------------------
+
+
+class GenerateDataKey(NamedTuple):
+    """Make a data key; return it encrypted under the master key, and in plaintext."""
+
+    key_id: KeyId
+    key_spec: KeySpec = None
+    number_of_bytes: NumberOfBytes = None
+    encryption_context: EncryptionContext = None
+    dry_run: DryRun = False
+
+
+class GenerateDataKeyResult(NamedTuple):
+    key_id: str
+    key_version_id: str
+    ciphertext_blob: str
+    plaintext: str
+    request_id: str = ""
+
+    def __repr__(self) -> str:
+        return _without_plaintext(self)
+
+
+# --- GenerateDataKeyWithoutPlaintext ----------------------------------------------------------------------------------
+
+
+class GenerateDataKeyWithoutPlaintext(NamedTuple):
+    """Make a data key; return it encrypted under the master key only, for somebody else to open later."""
+
+    key_id: KeyId
+    key_spec: KeySpec = None
+    number_of_bytes: NumberOfBytes = None
+    encryption_context: EncryptionContext = None
+    dry_run: DryRun = False
+
+
+class GenerateDataKeyWithoutPlaintextResult(NamedTuple):
+    key_id: str
+    key_version_id: str
+    ciphertext_blob: str
+    request_id: str = ""
+
+
+# --- Encrypt ----------------------------------------------------------------------------------------------------------
+
+
+class Encrypt(NamedTuple):
+    """Encrypt a few bytes, a password or a key say, under the master key."""
+
+    key_id: KeyId
+    plaintext: Plaintext
+    encryption_context: EncryptionContext = None
+    dry_run: DryRun = False
+
+    def __repr__(self) -> str:
+        return _without_plaintext(self)
+
+
+class EncryptResult(NamedTuple):
+    key_id: str
+    key_version_id: str
+    ciphertext_blob: str
+    request_id: str = ""
+
+
 # --- Decrypt ----------------------------------------------------------------------------------------------------------
 
 
@@ -97,7 +158,32 @@ class DecryptResult(NamedTuple):
     request_id: str = ""
 
     def __repr__(self) -> str:
-        return f"DecryptResult(key_id={self.key_id!r}, key_version_id={self.key_version_id!r}, plaintext=<not shown>)"
+        return _without_plaintext(self)
+
+
+# --- ReEncrypt --------------------------------------------------------------------------------------------------------
+
+
+class ReEncrypt(NamedTuple):
+    """Open a CiphertextBlob and encrypt what is in it under another key, or the same key's primary version.
+
+    Needs `kms:ReEncryptFrom` on the key that opens it, and `kms:ReEncryptTo` on the destination.
+    """
+
+    ciphertext_blob: CiphertextBlob
+    destination_key_id: DestinationKeyId
+    source_encryption_context: SourceEncryptionContext = None
+    destination_encryption_context: DestinationEncryptionContext = None
+    dry_run: DryRun = False
+
+
+class ReEncryptResult(NamedTuple):
+    key_id: str
+    key_version_id: str
+    destination_key_id: str
+    destination_key_version_id: str
+    ciphertext_blob: str
+    request_id: str = ""
 
 
 # --- DescribeKey ------------------------------------------------------------------------------------------------------
@@ -133,6 +219,90 @@ class DescribeKeyResult(NamedTuple):
     request_id: str = ""
 
 
+# --- ListKeys ---------------------------------------------------------------------------------------------------------
+
+
+class ListKeys(NamedTuple):
+    """List the master keys that the caller has a grant on, a page at a time."""
+
+    page_number: PageNumber = None
+    page_size: PageSize = None
+
+
+class KeyListEntry(NamedTuple):
+    key_id: str
+    key_arn: str
+
+
+class KeyList(NamedTuple):
+    key: tuple[KeyListEntry, ...]
+
+
+class ListKeysResult(NamedTuple):
+    keys: KeyList
+    total_count: int
+    page_number: int
+    page_size: int
+    request_id: str = ""
+
+
+# --- ListKeyVersions --------------------------------------------------------------------------------------------------
+
+
+class ListKeyVersions(NamedTuple):
+    """List the versions of a master key, staged ones included, in the order they were made."""
+
+    key_id: KeyId
+    page_number: PageNumber = None
+    page_size: PageSize = None
+
+
+class KeyVersionListEntry(NamedTuple):
+    key_id: str
+    key_version_id: str
+    creation_date: str
+
+
+class KeyVersionList(NamedTuple):
+    key_version: tuple[KeyVersionListEntry, ...]
+
+
+class ListKeyVersionsResult(NamedTuple):
+    key_versions: KeyVersionList
+    total_count: int
+    page_number: int
+    page_size: int
+    request_id: str = ""
+
+
+# --- ListAliases ------------------------------------------------------------------------------------------------------
+
+
+class ListAliases(NamedTuple):
+    """List the aliases of the master keys that the caller has a grant on, a page at a time."""
+
+    page_number: PageNumber = None
+    page_size: PageSize = None
+
+
+class AliasListEntry(NamedTuple):
+    key_id: str
+    alias_name: str
+    alias_arn: str
+
+
+class AliasList(NamedTuple):
+    alias: tuple[AliasListEntry, ...]
+
+
+class ListAliasesResult(NamedTuple):
+    aliases: AliasList
+    total_count: int
+    page_number: int
+    page_size: int
+    request_id: str = ""
+
+
 # --- GetAgentStatus ---------------------------------------------------------------------------------------------------
 
 
@@ -162,95 +332,31 @@ class GetAgentStatusResult(NamedTuple):
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-class Operation:
-    """One operation: its `name`, the `request` and `result` that declare it, and what follows from them."""
+class Operations:
+    """Every operation, as a method of whoever inherits this: `Client`, and `aio.Client`."""
 
-    __slots__ = ("action", "dry_run", "name", "parameters", "request", "required", "result")
-
-    def __init__(self, request: type[Any], result: type[Any]) -> None:
-        self.request = request
-        self.result = result
-        self.name: str = request.__name__
-        self.action = f"kms:{self.name}"
-        self.parameters: dict[str, Parameter[Any]] = {
-            annotation.__metadata__[0].name: annotation.__metadata__[0]
-            for annotation in request.__annotations__.values()
-        }
-        self.required = [wire_name(field) for field in request._fields if field not in request._field_defaults]
-        self.dry_run = "DryRun" in self.parameters
-
-    @property
-    def doc(self) -> str:
-        """What the operation does, in a sentence or two."""
-        return self.request.__doc__ or ""
-
-    def check(self, params: Mapping[str, Any]) -> Values:
-        """Check a request's parameters and give them in canonical form.
-
-        Raises `MissingParameter` or `InvalidParameter`, with the name. An unknown name is refused: a misspelt
-        EncryptionContext must never be ignored. None counts as absent.
-        """
-        checked: dict[str, Any] = {}
-        for name, value in params.items():
-            parameter = self.parameters.get(name)
-            if parameter is None:
-                shown = ascii(name[:40])[1:-1]
-                raise invalid_parameter(shown, f"{self.name} knows no such parameter.")
-            if value is not None:
-                checked[name] = parameter.check(name, value)
-        for name in self.required:
-            if name not in checked:
-                raise missing_parameter(name)
-        return Values(checked)
-
-
-OPERATIONS: Final[Mapping[str, Operation]] = {
-    operation.name: operation
-    for operation in (
-        Operation(GenerateAndExportDataKey, GenerateAndExportDataKeyResult),
-        Operation(ExportDataKey, ExportDataKeyResult),
-        Operation(Decrypt, DecryptResult),
-        Operation(DescribeKey, DescribeKeyResult),
-        Operation(GetAgentStatus, GetAgentStatusResult),
+    generate_and_export_data_key = Operation(GenerateAndExportDataKey, GenerateAndExportDataKeyResult)
+    export_data_key = Operation(ExportDataKey, ExportDataKeyResult)
+    generate_data_key = Operation(GenerateDataKey, GenerateDataKeyResult)
+    generate_data_key_without_plaintext = Operation(
+        GenerateDataKeyWithoutPlaintext, GenerateDataKeyWithoutPlaintextResult
     )
+    encrypt = Operation(Encrypt, EncryptResult)
+    decrypt = Operation(Decrypt, DecryptResult)
+    re_encrypt = Operation(ReEncrypt, ReEncryptResult)
+    describe_key = Operation(DescribeKey, DescribeKeyResult)
+    list_keys = Operation(ListKeys, ListKeysResult)
+    list_key_versions = Operation(ListKeyVersions, ListKeyVersionsResult)
+    list_aliases = Operation(ListAliases, ListAliasesResult)
+    get_agent_status = Operation(GetAgentStatus, GetAgentStatusResult)
+
+
+OPERATIONS: Final[Mapping[str, Operation[..., Any]]] = {
+    operation.name: operation for operation in vars(Operations).values() if isinstance(operation, Operation)
 }
-
-AnyResult: TypeAlias = (
-    GenerateAndExportDataKeyResult | ExportDataKeyResult | DecryptResult | DescribeKeyResult | GetAgentStatusResult
-)
+"""By the API's names."""
 
 
-# --- tuples to and from the wire --------------------------------------------------------------------------------------
-
-
-def request_to_wire(request: Any) -> dict[str, Any]:
-    """The parameters of a request tuple as they travel; what is absent or false does not."""
-    return {
-        wire_name(field): value
-        for field, value in zip(request._fields, request, strict=True)
-        if value is not None and value is not False
-    }
-
-
-def result_to_wire(result: Any) -> dict[str, Any]:
-    """A result tuple as it travels: nested tuples become maps, None is left out."""
-    return {
-        wire_name(field): result_to_wire(value) if hasattr(value, "_fields") else value
-        for field, value in zip(result._fields, result, strict=True)
-        if value is not None
-    }
-
-
-def result_from_wire(kind: type[Any], answer: Mapping[str, Any]) -> Any:
-    """Make the result tuple `kind` of an answer. Fields it does not know are ignored: a newer agent may send more.
-
-    Raises KeyError when the answer lacks a field.
-    """
-    values: dict[str, Any] = {}
-    for field, hint in get_type_hints(kind).items():
-        name = wire_name(field)
-        if name not in answer and field in kind._field_defaults:
-            continue
-        nested = next((h for h in (hint, *getattr(hint, "__args__", ())) if hasattr(h, "_fields")), None)
-        values[field] = result_from_wire(nested, answer[name]) if nested else answer[name]
-    return kind(**values)
+def _without_plaintext(made: Any) -> str:
+    fields = ((name, "<not shown>" if name == "plaintext" else repr(getattr(made, name))) for name in made._fields)
+    return f"{type(made).__name__}({', '.join(f'{name}={value}' for name, value in fields)})"

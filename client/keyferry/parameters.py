@@ -21,6 +21,12 @@ MAX_DATA_KEY: Final = 1_024
 """Bytes of a data key (the cloud's documented limit)."""
 MAX_PLAINTEXT: Final = 6_144
 """Bytes that Encrypt takes (the cloud's documented 6 KB)."""
+MAX_PAGE: Final = 100
+"""Entries on a page of a list (the cloud's documented limit)."""
+PAGE: Final = 10
+"""Entries on a page of a list where PageSize is absent."""
+MAX_PAGE_NUMBER: Final = 2**31 - 1
+"""The cloud's type for it is int32."""
 MAX_KEY_ID: Final = 512
 """Characters of a KeyId in any form: an alias of 255, its ARN, and room."""
 DATA_KEY_SPECS: Final = {"AES_256": 32, "AES_128": 16}
@@ -221,6 +227,31 @@ WrappingAlgorithm: TypeAlias = Annotated[str, WRAPPING_ALGORITHM]
 
 CIPHERTEXT_BLOB = Parameter("CiphertextBlob", _ciphertext, "What an earlier call returned, in Base64 or as binary.")
 CiphertextBlob: TypeAlias = Annotated[str | bytes, CIPHERTEXT_BLOB]
+
+SOURCE_ENCRYPTION_CONTEXT = Parameter(
+    "SourceEncryptionContext", _encryption_context, "The EncryptionContext that the ciphertext was made with."
+)
+SourceEncryptionContext: TypeAlias = Annotated[Mapping[str, str] | str | None, SOURCE_ENCRYPTION_CONTEXT]
+
+DESTINATION_KEY_ID = Parameter(
+    "DestinationKeyId", _key_id, "The master key to encrypt under: a key ID, alias/NAME, or an ARN of either."
+)
+DestinationKeyId: TypeAlias = Annotated[str, DESTINATION_KEY_ID]
+
+DESTINATION_ENCRYPTION_CONTEXT = Parameter(
+    "DestinationEncryptionContext", _encryption_context, "The EncryptionContext for the new ciphertext."
+)
+DestinationEncryptionContext: TypeAlias = Annotated[Mapping[str, str] | str | None, DESTINATION_ENCRYPTION_CONTEXT]
+
+PAGE_NUMBER = Parameter(
+    "PageNumber", _whole_number(1, MAX_PAGE_NUMBER), "Which page, from 1 (the default).", integer=True
+)
+PageNumber: TypeAlias = Annotated[int | None, PAGE_NUMBER]
+
+PAGE_SIZE = Parameter(
+    "PageSize", _whole_number(1, MAX_PAGE), f"Entries on a page, 1 to {MAX_PAGE}; {PAGE} by default.", integer=True
+)
+PageSize: TypeAlias = Annotated[int | None, PAGE_SIZE]
 
 PLAINTEXT = Parameter("Plaintext", _plaintext, f"What to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
 Plaintext: TypeAlias = Annotated[str, PLAINTEXT]

@@ -117,12 +117,14 @@ _FORMATS: Final = _formats()
 class Decoder:
     """Turns a stream of bytes into messages. `feed` it what was received, then take `messages` until there are none.
 
-    After a `ProtocolError` the stream cannot be trusted any more: the decoder refuses to go on.
+    `max_array` is `MAX_ARRAY`, or more for a client, whose answers may hold a page of a list. After a `ProtocolError` the
+    stream cannot be trusted any more: the decoder refuses to go on.
     """
 
-    __slots__ = ("_broken", "_buffer", "_containers", "_left", "_map", "_position")
+    __slots__ = ("_broken", "_buffer", "_containers", "_left", "_map", "_max_array", "_position")
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_array: int = MAX_ARRAY) -> None:
+        self._max_array = max_array
         self._buffer = bytearray()
         self._broken: ProtocolError | None = None
         # Where the walk through the first message stands, so that each byte is looked at once however it arrives.
@@ -188,11 +190,11 @@ class Decoder:
             position = after
             left -= 1
             if kind >= _ARRAY:
-                if size > (MAX_MAP if kind == _MAP else MAX_ARRAY):
+                if size > (MAX_MAP if kind == _MAP else self._max_array):
                     raise ProtocolError(
                         f"a map of {size} entries; at most {MAX_MAP} are allowed"
                         if kind == _MAP
-                        else f"an array of {size} entries; at most {MAX_ARRAY} are allowed"
+                        else f"an array of {size} entries; at most {self._max_array} are allowed"
                     )
                 if len(containers) == MAX_DEPTH:
                     raise ProtocolError(f"containers are nested more than {MAX_DEPTH} deep")

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from keyferry.declaration import wire_name
 from keyferry.errors import CODES
-from keyferry.operations import OPERATIONS, wire_name
+from keyferry.operations import OPERATIONS
 
 PROTOCOL = Path(__file__).parents[2] / "PROTOCOL.md"
 

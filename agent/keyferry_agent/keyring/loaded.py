@@ -60,6 +60,11 @@ class Keyring:
         }
         self.memory = memory
         self.loaded_at = now()
+        self._dated = [key for key in self.keys.values() if key.delete_date]
+
+    def gone(self) -> set[str]:
+        """The IDs of keys whose deletion date has come since they were loaded."""
+        return {key.key_id for key in self._dated if key.state() == "Deleted"}
 
     def __repr__(self) -> str:
         return f"Keyring({len(self.keys)} keys)"

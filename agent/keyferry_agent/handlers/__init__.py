@@ -1,0 +1,80 @@
+"""From an operation to its answer, in terms of keyring, grants and crypto. Synchronous; knows no sockets and no trio.
+
+A handler works in two steps. The first, on the event loop, decides: parameters, then the grant, then the key and its state.
+It gives a `Job`, whose `run` is the second: the cryptography, in one go, with key bytes in secret memory only. The job says
+whether it is slow; whoever serves then runs it in a thread.
+
+To add an operation: declare it in `keyferry.operations`, write its handler in one of these modules, name it in `HANDLERS`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
+
+from keyferry import operations
+from keyferry.errors import KmsError, kms_error
+from keyferry.parameters import DRY_RUN
+
+from ..agent import Agent, Audited, Caller
+from .encryption import decrypt, encrypt, re_encrypt
+from .export import export_data_key, generate_and_export_data_key
+from .generation import generate_data_key, generate_data_key_without_plaintext
+from .lists import list_aliases, list_key_versions, list_keys
+from .status import describe_key, get_agent_status
+from .steps import Job, Request
+
+__all__ = ["HANDLERS", "Job", "prepare"]
+
+T = TypeVar("T")
+
+HANDLERS: Final[Mapping[str, Callable[[Request], Job]]] = {
+    "GenerateAndExportDataKey": generate_and_export_data_key,
+    "ExportDataKey": export_data_key,
+    "GenerateDataKey": generate_data_key,
+    "GenerateDataKeyWithoutPlaintext": generate_data_key_without_plaintext,
+    "Encrypt": encrypt,
+    "Decrypt": decrypt,
+    "ReEncrypt": re_encrypt,
+    "DescribeKey": describe_key,
+    "ListKeys": list_keys,
+    "ListKeyVersions": list_key_versions,
+    "ListAliases": list_aliases,
+    "GetAgentStatus": get_agent_status,
+}
+
+
+def prepare(agent: Agent, caller: Caller, method: str, params: Mapping[str, Any], audited: Audited) -> Job:
+    """Decide a request: everything but the cryptography. Raises `KmsError`."""
+    operation = operations.OPERATIONS.get(method)
+    if operation is None:
+        raise kms_error("InvalidAction.NotFound")
+
+    def decide() -> Job:
+        return HANDLERS[method](Request(agent, caller, operation.action, operation.check(params), audited))
+
+    if not operation.dry_run or not _asks_for_dry_run(params):
+        return decide()
+    job = _dry(decide)
+    return Job(lambda: _dry(job.run), job.slow)
+
+
+# What DryRun makes of a refusal; other failures keep their own code.
+_DRY_RUN_CODES: Final = {
+    "MissingParameter": "ValidationError",
+    "InvalidParameter": "ValidationError",
+    "Forbidden.NoPermission": "AccessDeniedError",
+}
+
+
+def _asks_for_dry_run(params: Mapping[str, Any]) -> bool:
+    try:
+        return DRY_RUN.check(DRY_RUN.name, params.get(DRY_RUN.name) or False)
+    except KmsError:
+        return False  # refused with the other parameters
+
+
+def _dry(step: Callable[[], T]) -> T:
+    try:
+        return step()
+    except KmsError as error:
+        code = _DRY_RUN_CODES.get(error.code)
+        raise kms_error(code, error.message) if code else error from None

@@ -1,0 +1,99 @@
+"""Small things under a master key: Encrypt, Decrypt, ReEncrypt."""
+
+from typing import Final
+
+from keyferry import operations
+from keyferry.parameters import (
+    CIPHERTEXT_BLOB,
+    DESTINATION_ENCRYPTION_CONTEXT,
+    DESTINATION_KEY_ID,
+    DRY_RUN,
+    KEY_ID,
+    SOURCE_ENCRYPTION_CONTEXT,
+    encode_base64,
+)
+from keyferry.parameters import PLAINTEXT as PLAINTEXT_PARAMETER
+
+from ..grants import PLAINTEXT
+from .steps import (
+    Job,
+    Request,
+    find_key,
+    find_version,
+    open_blob,
+    permit,
+    plaintext_size,
+    seal_bytes,
+    usable,
+    would_succeed,
+)
+
+__all__ = ["decrypt", "encrypt", "re_encrypt"]
+
+_FROM: Final = "kms:ReEncryptFrom"
+_TO: Final = "kms:ReEncryptTo"
+
+
+def encrypt(request: Request) -> Job:
+    """Seal what the request holds."""
+    plaintext, context = request.values.need(PLAINTEXT_PARAMETER), request.context()
+    key = find_key(request, KEY_ID, context=context)
+    usable(key)
+    version, scratch = key.primary, request.agent.scratch
+    request.audited.key_version_id = version.version_id
+    if request.values.get(DRY_RUN):
+        raise would_succeed()
+
+    def run() -> operations.EncryptResult:
+        blob = seal_bytes(key, version, context, memoryview(plaintext), scratch)
+        return operations.EncryptResult(key.key_id, version.version_id, encode_base64(blob))
+
+    return Job(run)
+
+
+def decrypt(request: Request) -> Job:
+    """Open a blob for the caller itself."""
+    blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
+    key, version = find_version(request, blob, pin=PLAINTEXT, context=context)
+    usable(key)
+    scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
+
+    def run() -> operations.DecryptResult:
+        with scratch.borrow(plaintext_size(blob)) as plaintext:
+            open_blob(key, version, context, blob, plaintext, scratch)
+            if dry_run:
+                raise would_succeed()
+            return operations.DecryptResult(key.key_id, version.version_id, encode_base64(plaintext))
+
+    return Job(run)
+
+
+def re_encrypt(request: Request) -> Job:
+    """Open a blob and seal what is in it anew, in one go: the caller never has it."""
+    blob = request.values.need(CIPHERTEXT_BLOB)
+    opening, sealing = request.context(SOURCE_ENCRYPTION_CONTEXT), request.context(DESTINATION_ENCRYPTION_CONTEXT)
+    source, old = find_version(request, blob, action=_FROM, context=opening)
+    destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=sealing)
+    # Under another key, other grants decide who gets what is in it: that is no way round a grant's recipients.
+    permit(request, source, _FROM, pin=None if destination.key_id == source.key_id else PLAINTEXT, context=opening)
+    usable(source)
+    usable(destination)
+    new, scratch, dry_run = destination.primary, request.agent.scratch, request.values.get(DRY_RUN)
+    request.audited.destination_key_id = destination.key_id
+    request.audited.destination_key_version_id = new.version_id
+
+    def run() -> operations.ReEncryptResult:
+        with scratch.borrow(plaintext_size(blob)) as plaintext:
+            open_blob(source, old, opening, blob, plaintext, scratch)
+            if dry_run:
+                raise would_succeed()
+            sealed = seal_bytes(destination, new, sealing, plaintext, scratch)
+        return operations.ReEncryptResult(
+            key_id=source.key_id,
+            key_version_id=old.version_id,
+            destination_key_id=destination.key_id,
+            destination_key_version_id=new.version_id,
+            ciphertext_blob=encode_base64(sealed),
+        )
+
+    return Job(run)

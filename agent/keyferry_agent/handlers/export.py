@@ -1,0 +1,94 @@
+"""Data keys for a cryptographic module: GenerateAndExportDataKey, ExportDataKey. No answer holds one in plaintext."""
+
+from keyferry import operations
+from keyferry.errors import invalid_parameter, kms_error
+from keyferry.parameters import (
+    CIPHERTEXT_BLOB,
+    DRY_RUN,
+    KEY_ID,
+    NUMBER_OF_BYTES,
+    PUBLIC_KEY_BLOB,
+    WRAPPING_ALGORITHM,
+    WRAPPING_KEY_SPEC,
+    encode_base64,
+)
+from keyferry.secret import fill_random
+
+from ..crypto import wrapping
+from ..crypto.public_key import PublicKeyError
+from .generation import data_key_size
+from .steps import Job, Request, find_key, find_version, open_blob, plaintext_size, seal_bytes, usable, would_succeed
+
+__all__ = ["export_data_key", "generate_and_export_data_key"]
+
+
+def generate_and_export_data_key(request: Request) -> Job:
+    """Draw, seal and wrap, in one go."""
+    size, context = data_key_size(request), request.context()
+    recipient = _recipient(request)
+    _fits(recipient, size, NUMBER_OF_BYTES.name)
+    key = find_key(request, KEY_ID, pin=recipient.pin, context=context)
+    usable(key)
+    version, scratch = key.primary, request.agent.scratch
+    request.audited.key_version_id = version.version_id
+    if request.values.get(DRY_RUN):
+        raise would_succeed()
+
+    def run() -> operations.GenerateAndExportDataKeyResult:
+        with scratch.borrow(size) as data_key:
+            fill_random(data_key)
+            blob = seal_bytes(key, version, context, data_key, scratch)
+            exported = recipient.wrap(data_key)
+        return operations.GenerateAndExportDataKeyResult(
+            key.key_id, version.version_id, encode_base64(blob), encode_base64(exported)
+        )
+
+    return Job(run, slow=recipient.wrapping.slow)
+
+
+def export_data_key(request: Request) -> Job:
+    """Open and wrap, in one go."""
+    blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
+    recipient = _recipient(request)
+    key, version = find_version(request, blob, pin=recipient.pin, context=context)
+    usable(key)
+    scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
+
+    def run() -> operations.ExportDataKeyResult:
+        size = plaintext_size(blob)
+        with scratch.borrow(size) as data_key:
+            open_blob(key, version, context, blob, data_key, scratch)
+            _fits(recipient, size, CIPHERTEXT_BLOB.name)  # only now: a damaged blob is damaged, however long
+            if dry_run:
+                raise would_succeed()
+            exported = recipient.wrap(data_key)
+        return operations.ExportDataKeyResult(key.key_id, version.version_id, encode_base64(exported))
+
+    return Job(run, slow=recipient.wrapping.slow)
+
+
+def _recipient(request: Request) -> wrapping.Recipient:
+    """The public key that a data key is to be wrapped for. Raises `KmsError`."""
+    values = request.values
+    way = wrapping.find(values.need(WRAPPING_KEY_SPEC), values.need(WRAPPING_ALGORITHM))
+    if way is None:
+        raise invalid_parameter(
+            WRAPPING_ALGORITHM.name, f"it does not go with this WrappingKeySpec; there are {wrapping.pairs()}."
+        )
+    try:
+        recipient = wrapping.recipient(
+            way, values.need(PUBLIC_KEY_BLOB), sm2_fallback=request.agent.settings.sm2_fallback == "gmssl"
+        )
+    except PublicKeyError as error:
+        raise invalid_parameter(PUBLIC_KEY_BLOB.name, str(error)) from None
+    except wrapping.WrappingError as error:
+        raise kms_error("UnsupportedOperation", str(error)) from None
+    request.audited.recipient = recipient.pin
+    return recipient
+
+
+def _fits(recipient: wrapping.Recipient, size: int, name: str) -> None:
+    """Refuse a data key that the wrapping cannot carry, whose size comes from the named parameter. Raises `KmsError`."""
+    way = recipient.wrapping
+    if size > way.capacity:
+        raise invalid_parameter(name, f"the data key has {size} bytes; {way.name} carries at most {way.capacity}.")

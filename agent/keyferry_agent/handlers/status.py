@@ -1,0 +1,50 @@
+"""How a key is, and how the agent is: DescribeKey, GetAgentStatus."""
+
+from keyferry import __version__, operations
+from keyferry.parameters import KEY_ID
+from keyferry.wire import PROTOCOL_VERSION
+
+from .steps import Job, Request, find_key
+
+__all__ = ["describe_key", "get_agent_status"]
+
+
+def describe_key(request: Request) -> Job:
+    """Everything about a key but its material."""
+    key = find_key(request, KEY_ID)
+    metadata = operations.KeyMetadata(
+        key_id=key.key_id,
+        arn=request.agent.arn(f"key/{key.key_id}"),
+        description=key.description,
+        key_spec=key.key_spec,
+        key_usage="ENCRYPT/DECRYPT",
+        key_state=key.state(),
+        origin=key.origin,
+        protection_level="SOFTWARE",
+        creator=request.agent.settings.account,
+        creation_date=key.created,
+        primary_key_version=key.primary.version_id,
+        last_rotation_date=key.primary.created,
+        automatic_rotation="Disabled",
+        deletion_protection="Disabled",
+        delete_date=key.delete_date,
+        material_expire_time="",
+    )
+    return Job(lambda: operations.DescribeKeyResult(metadata))
+
+
+def get_agent_status(request: Request) -> Job:
+    """For everybody; with a grant, the counters too."""
+    agent, grants = request.agent, request.caller.grants
+    counters = agent.counters if any(grant.has_action(request.action) for grant in grants) else None
+    status = operations.GetAgentStatusResult(
+        version=__version__,
+        protocol_version=PROTOCOL_VERSION,
+        state="Draining" if agent.draining else "Serving",
+        started_at=agent.started_at,
+        keys=len(request.caller.keys(agent)),
+        keyring_loaded_at=agent.keyring.loaded_at,
+        memory_protection=agent.memory_protection,
+        counters=counters.snapshot() if counters else None,
+    )
+    return Job(lambda: status)

@@ -1,0 +1,153 @@
+"""The steps that handlers share: from a KeyId or a blob to a key that the caller may use, and from there to sealed bytes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
+
+from keyferry.errors import KmsError, kms_error
+from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
+from keyferry.secret import SecretMemory
+
+from ..agent import Agent, Audited, Caller
+from ..crypto import seal
+from ..crypto.seal import SealError
+from ..grants import allows, may_name
+from ..keyring.loaded import Key, KeyVersion
+
+__all__ = [
+    "Context",
+    "Job",
+    "Request",
+    "find_key",
+    "find_version",
+    "no_permission",
+    "open_blob",
+    "seal_bytes",
+    "usable",
+    "would_succeed",
+]
+
+Context = Mapping[str, str]
+
+# One text for every reason why a ciphertext does not open: which one it was would help only somebody who tampers.
+_DOES_NOT_OPEN: Final = (
+    "CiphertextBlob: it is damaged, was made under another EncryptionContext, or was not made by this agent's keys."
+)
+
+
+class Job(NamedTuple):
+    """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more."""
+
+    run: Callable[[], Any]
+    slow: bool = False
+
+
+class Request(NamedTuple):
+    """What a handler is given: who asks whom for what, and what to note for the record."""
+
+    agent: Agent
+    caller: Caller
+    action: str
+    values: Values
+    audited: Audited
+
+    def context(self, parameter: Parameter[dict[str, str]] = ENCRYPTION_CONTEXT) -> Context:
+        """The EncryptionContext in a parameter; its keys are noted for the record."""
+        context = self.values.get(parameter) or {}
+        self.audited.context_keys += tuple(key for key in context if key not in self.audited.context_keys)
+        return context
+
+
+def find_key(
+    request: Request,
+    parameter: Parameter[str],
+    *,
+    action: str | None = None,
+    pin: str | None = None,
+    context: Context | None = None,
+) -> Key:
+    """The key that a parameter names, if the caller may do `action` (by default the operation's own) with it.
+
+    Raises `KmsError`.
+    """
+    agent, action = request.agent, action or request.action
+    name = agent.plain_name(parameter, request.values.need(parameter))
+    key = agent.keyring.by_alias.get(name) if name.startswith("alias/") else agent.keyring.keys.get(name)
+    if key is None or key.state() == "Deleted":
+        if may_name(request.caller.grants, action, agent.names_of(name), pin=pin, context=context):
+            raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
+        raise no_permission()
+    permit(request, key, action, pin=pin, context=context)
+    return key
+
+
+def find_version(
+    request: Request, blob: bytes, *, action: str | None = None, pin: str | None = None, context: Context
+) -> tuple[Key, KeyVersion]:
+    """The key and version that a blob names, if the caller may do `action` (by default the operation's own) with the key.
+
+    Raises `KmsError`.
+    """
+    action = action or request.action
+    try:
+        version_id = seal.key_version_id(blob)
+    except SealError:
+        raise _does_not_open() from None
+    key, version = request.agent.keyring.by_version.get(version_id, (None, None))
+    if key is None or version is None or key.state() == "Deleted":
+        if may_name(request.caller.grants, action, None, pin=pin, context=context):
+            raise kms_error("Forbidden.KeyVersionNotFound")
+        raise no_permission()
+    permit(request, key, action, pin=pin, context=context)
+    request.audited.key_version_id = version.version_id
+    return key, version
+
+
+def permit(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
+    """Refuse a caller without a grant for the action on the key. Raises `Forbidden.NoPermission`."""
+    grant = allows(request.caller.grants, action, request.agent.names_of_key(key), pin=pin, context=context)
+    if grant is None:
+        raise no_permission()
+    request.audited.grant, request.audited.key_id = grant.name, key.key_id
+
+
+def usable(key: Key) -> None:
+    """Refuse a key that is not enabled. Raises `Rejected.*`."""
+    state = key.state()
+    if state != "Enabled":
+        raise kms_error(f"Rejected.{state}")
+
+
+def seal_bytes(key: Key, version: KeyVersion, context: Context, data: memoryview, scratch: SecretMemory) -> bytes:
+    """A CiphertextBlob of what is in secret memory."""
+    with version.material.lend() as cmk:
+        return seal.seal(key.key_spec, cmk, version.version_id, key.key_id, context, data, scratch)
+
+
+def open_blob(
+    key: Key, version: KeyVersion, context: Context, blob: bytes, out: memoryview, scratch: SecretMemory
+) -> None:
+    """Open a CiphertextBlob into secret memory. Raises the one `InvalidParameter` for all that does not open."""
+    with version.material.lend() as cmk:
+        try:
+            seal.open_into(key.key_spec, cmk, blob, key.key_id, context, out, scratch)
+        except SealError:
+            raise _does_not_open() from None
+
+
+def plaintext_size(blob: bytes) -> int:
+    """Bytes that are in a CiphertextBlob."""
+    return seal.plaintext_size(blob)
+
+
+def would_succeed() -> KmsError:
+    """How a DryRun ends that found nothing wrong."""
+    return kms_error("DryRunOperationError")
+
+
+def no_permission() -> KmsError:
+    """All that a caller without a grant ever learns."""
+    return kms_error("Forbidden.NoPermission")
+
+
+def _does_not_open() -> KmsError:
+    return kms_error("InvalidParameter", _DOES_NOT_OPEN)

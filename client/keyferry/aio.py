@@ -1,0 +1,227 @@
+"""The client for trio and asyncio (extra `async`): the same methods, awaited.
+
+    from keyferry.aio import Client
+
+    async with Client() as kms:
+        made = await kms.generate_data_key(key_id="alias/orders")
+
+Tasks share one connection, and their calls are under way at the same time. There is no task in the background and no nursery:
+whoever waits for an answer reads for everybody, and exceptions are the plain ones of the blocking client.
+"""
+
+import os
+import socket as sockets
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, Self, TypeVar
+
+import anyio
+from anyio.abc import UNIXSocketStream
+
+from .declaration import Awaiting, Operation
+from .errors import AgentUnavailable, KeyferryError, KmsError
+from .exchange import CONNECT_STEP, RECEIVE, Call, Chunk, Exchange, Pending, calls, default_socket, why_unreachable
+from .operations import Operations
+from .wire import Response
+
+__all__ = ["Client"]
+
+R = TypeVar("R")
+
+
+class Client(Operations, Awaiting):
+    """As `keyferry.Client`, for one event loop: safe to share between its tasks, and to cancel at any moment.
+
+    `timeout` is in seconds and bounds one whole call; for a pipeline, the wait for each next part of its answers.
+    """
+
+    def __init__(self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
+        self._path = os.fspath(socket) if socket is not None else default_socket()
+        self._timeout = timeout
+        self._connecting = anyio.Lock()
+        self._connection: _Connection | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        return f"Client({self._path!r})"
+
+    async def aclose(self) -> None:
+        """Close the connection. The client stays usable: the next call opens another."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Send one request by the API's own names and give the result as the agent sent it, for what has no method."""
+        answer: dict[str, Any] = await self._one(Call(operation, dict(params)))
+        return answer
+
+    async def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
+        """Send many requests at once and give what came of each, as `keyferry.Client.pipeline` does."""
+        asked = calls(wanted)
+        responses = await self._exchange(asked)
+        return [call.outcome(response) for call, response in zip(asked, responses, strict=True)]
+
+    async def _operate(self, operation: Operation[..., R], request: Any) -> R:
+        result: R = await self._one(Call.of(operation, request))
+        return result
+
+    async def _one(self, call: Call) -> Any:
+        (response,) = await self._exchange([call])
+        outcome = call.outcome(response)
+        if isinstance(outcome, KmsError):
+            raise outcome
+        return outcome
+
+    async def _exchange(self, asked: list[Call]) -> list[Response]:
+        """Ask everything, on as many connections as it takes."""
+        answers: dict[int, Response] = {}
+        try:
+            with anyio.fail_after(self._timeout) as patience:
+                while asked:
+                    fresh, before = self._connection is None or self._connection.broken is not None, len(answers)
+                    connection = await self._connected()
+                    try:
+                        await self._go(connection, asked, answers, patience)
+                        return [answers[place] for place in range(len(asked))]
+                    except ConnectionAbortedError:
+                        pass  # another task was cancelled while it sent: neither the agent's fault nor this task's
+                    except ConnectionError:
+                        if fresh and len(answers) == before:
+                            raise
+            return []
+        except TimeoutError:
+            raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
+        except OSError as error:
+            raise AgentUnavailable(why_unreachable(self._path, error)) from error
+
+    async def _go(
+        self,
+        connection: "_Connection",
+        asked: list[Call],
+        answers: dict[int, Response],
+        patience: anyio.CancelScope,
+    ) -> None:
+        """Ask what is not answered yet, on one connection."""
+        sent: deque[Chunk] = deque()
+
+        async def collect(chunk: Chunk) -> None:
+            for place, pending in chunk.requests:
+                answers[place] = await connection.answer(pending)
+                patience.deadline = anyio.current_time() + self._timeout
+
+        for chunk in connection.exchange.chunks(asked, [place for place in range(len(asked)) if place not in answers]):
+            await connection.send(chunk)
+            sent.append(chunk)
+            if len(sent) == 2:
+                await collect(sent.popleft())
+        for chunk in sent:
+            await collect(chunk)
+
+    async def _connected(self) -> "_Connection":
+        async with self._connecting:
+            if self._connection is not None and self._connection.broken is not None:
+                await self.aclose()
+            if self._connection is None:
+                self._connection = _Connection(await _connect(self._path))
+            return self._connection
+
+
+class _Connection:
+    """One connection, for as many tasks as use it. One of those that wait reads, and wakes the others."""
+
+    def __init__(self, stream: UNIXSocketStream) -> None:
+        self.exchange = Exchange()
+        self._stream = stream
+        self._sending = anyio.Lock()
+        self._waiting: dict[Pending, anyio.Event] = {}
+        self._somebody_reads = False
+        self.broken: Exception | None = None
+
+    async def close(self) -> None:
+        """Close it; whoever waits for an answer on it is told."""
+        self._fail(AgentUnavailable("the client was closed while the call was under way"))
+        await self._stream.aclose()
+
+    async def send(self, chunk: Chunk) -> None:
+        """Send requests whole. Raises ConnectionError."""
+        try:
+            await self._sending.acquire()
+        except BaseException:
+            self.exchange.withdraw(chunk)
+            raise
+        try:
+            self._check()
+            try:
+                await self._stream.send(bytes(chunk.data))
+            except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+                self._fail(ConnectionResetError("the agent closed the connection"))
+                self._check()
+            except BaseException:  # cancelled: perhaps half of it was sent, and nobody can go on from there
+                self._fail(ConnectionAbortedError("a request was cut off"))
+                raise
+        finally:
+            self._sending.release()
+
+    async def answer(self, pending: Pending) -> Response:
+        """Wait for the answer to a request that was sent. Raises ConnectionError, or what `Exchange.receive` raises."""
+        try:
+            while pending.response is None:
+                self._check()
+                if self._somebody_reads:
+                    woken = self._waiting[pending] = anyio.Event()
+                    await woken.wait()
+                else:
+                    await self._read()
+        finally:
+            self._waiting.pop(pending, None)
+            if not self._somebody_reads:  # the reader leaves, answered or cancelled: another one takes its place
+                for event in self._waiting.values():
+                    event.set()
+                    break
+        return pending.response
+
+    async def _read(self) -> None:
+        self._somebody_reads = True
+        try:
+            answered = self.exchange.receive(await self._stream.receive(RECEIVE))
+        except (anyio.EndOfStream, anyio.BrokenResourceError, anyio.ClosedResourceError):
+            self._fail(ConnectionResetError("the agent closed the connection without an answer"))
+        except KeyferryError as error:
+            self._fail(error)
+        else:
+            for pending in answered:
+                if pending in self._waiting:
+                    self._waiting[pending].set()
+        finally:
+            self._somebody_reads = False
+
+    def _fail(self, error: Exception) -> None:
+        self.broken = self.broken or error
+        for event in self._waiting.values():
+            event.set()
+
+    def _check(self) -> None:
+        if self.broken is not None:
+            raise self.broken
+
+
+async def _connect(path: str) -> UNIXSocketStream:
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        while True:
+            try:
+                connection.connect(path)  # on a Unix socket it never takes time: it succeeds, or there is no room
+                break
+            except BlockingIOError:
+                await anyio.sleep(CONNECT_STEP)
+        return await UNIXSocketStream.from_socket(connection)
+    except BaseException:
+        connection.close()
+        raise

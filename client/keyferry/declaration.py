@@ -1,0 +1,159 @@
+"""What the declaration of an operation is, and what follows from it: its checks, its action, and a method of each client.
+
+A request is a tuple whose fields are typed by `parameters`; a field without a default is required. A result is a tuple of what
+the answer holds, tuples in it included. Fields have the API's names in snake_case: `key_id` is KeyId on the wire.
+"""
+
+import functools
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Generic, ParamSpec, Self, TypeVar, cast, get_args, get_type_hints, overload
+
+from .errors import invalid_parameter, missing_parameter
+from .parameters import DRY_RUN, Parameter, Values
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Blocking:
+    """A caller whose methods give the result."""
+
+    def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
+        raise NotImplementedError
+
+
+class Awaiting:
+    """A caller whose methods are coroutines."""
+
+    async def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
+        raise NotImplementedError
+
+
+class Operation(Generic[P, R]):
+    """One operation: its `name`, the `request` and `result` that declare it, and what follows from them.
+
+    As an attribute of a client's class it is a method, which takes the request's fields as keyword arguments.
+    """
+
+    def __init__(self, request: Callable[P, Any], result: type[R]) -> None:
+        self.request = cast("type[Any]", request)
+        self.result = result
+        self.name: str = self.request.__name__
+        self.action = f"kms:{self.name}"
+        self.parameters: dict[str, Parameter[Any]] = {
+            annotation.__metadata__[0].name: annotation.__metadata__[0]
+            for annotation in self.request.__annotations__.values()
+        }
+        self.required = [
+            wire_name(field) for field in self.request._fields if field not in self.request._field_defaults
+        ]
+        self.dry_run = DRY_RUN.name in self.parameters
+        self.__doc__ = self.doc
+
+    @property
+    def doc(self) -> str:
+        """What the operation does, in a sentence or two."""
+        return self.request.__doc__ or ""
+
+    def __repr__(self) -> str:
+        return f"Operation({self.name})"
+
+    def __set_name__(self, owner: type[Any], name: str) -> None:
+        self.method = name
+
+    @overload
+    def __get__(self, caller: None, owner: type[Any]) -> Self: ...
+    @overload
+    def __get__(self, caller: Blocking, owner: type[Any]) -> Callable[P, R]: ...
+    @overload
+    def __get__(self, caller: Awaiting, owner: type[Any]) -> Callable[P, Coroutine[Any, Any, R]]: ...
+    def __get__(self, caller: Blocking | Awaiting | None, owner: type[Any]) -> Any:
+        if caller is None:  # Client.decrypt, as pydoc reads it
+            return self
+
+        def method(*args: P.args, **kwargs: P.kwargs) -> Any:
+            if args:
+                raise TypeError("parameters of an operation are keyword arguments")
+            return caller._operate(self, self.request(*args, **kwargs))
+
+        method.__name__ = self.method
+        method.__doc__ = self.doc
+        return method
+
+    def check(self, params: Mapping[str, Any]) -> Values:
+        """Check a request's parameters and give them in canonical form.
+
+        Raises `MissingParameter` or `InvalidParameter`, with the name. An unknown name is refused: a misspelt
+        EncryptionContext must never be ignored. None counts as absent.
+        """
+        checked: dict[str, Any] = {}
+        for name, value in params.items():
+            parameter = self.parameters.get(name)
+            if parameter is None:
+                shown = ascii(name[:40])[1:-1]
+                raise invalid_parameter(shown, f"{self.name} knows no such parameter.")
+            if value is not None:
+                checked[name] = parameter.check(name, value)
+        for name in self.required:
+            if name not in checked:
+                raise missing_parameter(name)
+        return Values(checked)
+
+
+@functools.cache
+def wire_name(field: str) -> str:
+    """The API's name of a field: key_id -> KeyId."""
+    return "".join(part.capitalize() for part in field.split("_"))
+
+
+# --- tuples to and from the wire --------------------------------------------------------------------------------------
+
+
+def request_to_wire(request: Any) -> dict[str, Any]:
+    """The parameters of a request tuple as they travel; what is absent or false does not."""
+    return {
+        wire_name(field): value
+        for field, value in zip(request._fields, request, strict=True)
+        if value is not None and value is not False
+    }
+
+
+def result_to_wire(result: Any) -> dict[str, Any]:
+    """A result tuple as it travels: nested tuples become maps and arrays, None is left out."""
+    return {
+        wire_name(field): _to_wire(value)
+        for field, value in zip(result._fields, result, strict=True)
+        if value is not None
+    }
+
+
+def _to_wire(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    return result_to_wire(value) if hasattr(value, "_fields") else [result_to_wire(each) for each in value]
+
+
+def result_from_wire(kind: type[Any], answer: Mapping[str, Any]) -> Any:
+    """Make the result tuple `kind` of an answer. Fields it does not know are ignored: a newer agent may send more.
+
+    Raises KeyError when the answer lacks a field, TypeError when one is not what it should be.
+    """
+    values: dict[str, Any] = {}
+    for field, hint in _hints(kind).items():
+        name = wire_name(field)
+        if name in answer or field not in kind._field_defaults:
+            values[field] = _from_wire(hint, answer[name])
+    return kind(**values)
+
+
+_hints: Callable[[type[Any]], dict[str, Any]] = functools.cache(get_type_hints)  # type: ignore[assignment]  # types are hashable
+
+
+def _from_wire(hint: Any, value: Any) -> Any:
+    if hasattr(hint, "_fields"):
+        return result_from_wire(hint, value)
+    arguments = get_args(hint)
+    if Ellipsis in arguments:  # tuple[KeyListEntry, ...]
+        return tuple(result_from_wire(arguments[0], each) for each in value)
+    nested = next((each for each in arguments if hasattr(each, "_fields")), None)  # Counters | None
+    return value if nested is None else result_from_wire(nested, value)

@@ -1,0 +1,195 @@
+"""What both clients share, without any I/O: a call as it travels, and one connection's requests and answers."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from . import wire
+from .declaration import Operation, request_to_wire, result_from_wire
+from .errors import KmsError, ProtocolError, kms_error
+from .operations import OPERATIONS
+from .parameters import MAX_PAGE, PUBLIC_KEY_BLOB, encode_base64
+
+__all__ = [
+    "CONNECT_STEP",
+    "DEFAULT_SOCKET",
+    "RECEIVE",
+    "Call",
+    "Chunk",
+    "Exchange",
+    "Pending",
+    "calls",
+    "default_socket",
+    "pem_to_der",
+    "why_unreachable",
+]
+
+DEFAULT_SOCKET: Final = "/run/keyferry/agent.sock"
+RECEIVE: Final = 65_536
+"""Bytes to receive at once."""
+CONNECT_STEP: Final = 0.005
+"""Seconds between two attempts to connect to an agent that has no room in its queue."""
+_CHUNK: Final = 32_768
+"""Bytes of requests to send at once. Two chunks are under way at a time: together they fit a socket's buffer, so that sending
+never waits for an agent that waits for its answers to be read."""
+
+
+def default_socket() -> str:
+    """Where the agent listens: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock."""
+    return os.environ.get("KEYFERRY_SOCKET") or DEFAULT_SOCKET
+
+
+def why_unreachable(path: str, error: OSError) -> str:
+    """What a person can do about a socket that does not connect."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path} does not exist: is keyferry-agent running, and is this its socket?"
+    if isinstance(error, ConnectionRefusedError):
+        return f"nobody listens on {path}: keyferry-agent is not running"
+    if isinstance(error, PermissionError):
+        return f"this user may not open {path}: see the socket's mode and group"
+    return f"{path}: {error.strerror or error}"
+
+
+def pem_to_der(data: bytes) -> bytes:
+    """Take the armour off a PEM public key; bytes that have none are DER already."""
+    text = data.strip()
+    if not text.startswith(b"-----BEGIN"):
+        return data
+    import base64  # noqa: PLC0415 - `import keyferry` is kept short; few callers have PEM
+
+    lines = text.splitlines()
+    if lines[0] != b"-----BEGIN PUBLIC KEY-----" or lines[-1] != b"-----END PUBLIC KEY-----":
+        raise ValueError("expected one PUBLIC KEY block (a SubjectPublicKeyInfo) in the PEM")
+    return base64.b64decode(b"".join(lines[1:-1]), validate=True)
+
+
+class Call(NamedTuple):
+    """One call: what to send, and what to make of the answer (`result` None: leave it as it came)."""
+
+    name: str
+    params: dict[str, Any]
+    result: type[Any] | None = None
+
+    @classmethod
+    def of(cls, operation: Operation[..., Any], request: Any) -> "Call":
+        """The call of a request tuple."""
+        params = request_to_wire(request)
+        blob = params.get(PUBLIC_KEY_BLOB.name)
+        if isinstance(blob, bytes):
+            params[PUBLIC_KEY_BLOB.name] = encode_base64(pem_to_der(blob))
+        for key, value in params.items():
+            if isinstance(value, Mapping):
+                params[key] = dict(value)
+        return cls(operation.name, params, operation.result)
+
+    def outcome(self, response: wire.Response) -> Any:
+        """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
+        if response.error is not None:
+            return _refusal(response.error)
+        answer = response.result or {}
+        if self.result is None:
+            return answer
+        try:
+            return result_from_wire(self.result, answer)
+        except (KeyError, TypeError) as error:
+            raise ProtocolError(f"the answer to {self.name} lacks {error}") from None
+
+
+def calls(wanted: Iterable[Any]) -> list[Call]:
+    """Make calls of request tuples, and of pairs: an operation's name, and its parameters by the API's names.
+
+    Raises TypeError for anything else.
+    """
+    made = []
+    for each in wanted:
+        operation = OPERATIONS.get(type(each).__name__)
+        if operation is not None and isinstance(each, operation.request):
+            made.append(Call.of(operation, each))
+        elif isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) and isinstance(each[1], Mapping):
+            made.append(Call(each[0], dict(each[1])))
+        else:
+            raise TypeError(f"a request of keyferry.operations, or a name and parameters; not {type(each).__name__}")
+    return made
+
+
+class Pending:
+    """A request under way. `response` is None until it is answered."""
+
+    __slots__ = ("msgid", "response")
+
+    def __init__(self, msgid: int) -> None:
+        self.msgid = msgid
+        self.response: wire.Response | None = None
+
+
+class Chunk(NamedTuple):
+    """Requests to send in one go: their bytes, and each one's place among its caller's."""
+
+    data: bytearray
+    requests: list[tuple[int, Pending]]
+
+
+class Exchange:
+    """The requests and answers of one connection. Answers may come in any order."""
+
+    def __init__(self) -> None:
+        self._decoder = wire.Decoder(max_array=MAX_PAGE)
+        self._msgid = 0
+        self._waiting: dict[int, Pending] = {}
+
+    def ask(self, call: Call) -> tuple[Pending, bytes]:
+        """Give the bytes of a request. Raises `InvalidRequest` for one that is too long to be sent."""
+        self._msgid = (self._msgid + 1) & wire.MAX_MSGID
+        try:
+            request = wire.encode_request(self._msgid, call.name, call.params)
+        except ProtocolError as error:
+            raise kms_error("InvalidParameter", f"The request was not sent: {error}.") from None
+        pending = self._waiting[self._msgid] = Pending(self._msgid)
+        return pending, request
+
+    def chunks(self, asked: Sequence[Call], places: Iterable[int]) -> Iterator[Chunk]:
+        """Give the requests at these places, a chunk at a time."""
+        chunk = Chunk(bytearray(), [])
+        for place in places:
+            pending, request = self.ask(asked[place])
+            chunk.data.extend(request)
+            chunk.requests.append((place, pending))
+            if len(chunk.data) >= _CHUNK:
+                yield chunk
+                chunk = Chunk(bytearray(), [])
+        if chunk.requests:
+            yield chunk
+
+    def withdraw(self, chunk: Chunk) -> None:
+        """Forget requests that were not sent after all."""
+        for _, pending in chunk.requests:
+            del self._waiting[pending.msgid]
+
+    def receive(self, data: bytes) -> list[Pending]:
+        """Take bytes as they came; give the requests that they answer. Raises `ProtocolError`, or `KmsError` for a refusal of
+        the whole connection: after either it is of no more use.
+        """
+        self._decoder.feed(data)
+        answered = []
+        for message in self._decoder.messages():
+            if not isinstance(message, wire.Response):
+                raise ProtocolError("the agent sent something that is no response")
+            if message.msgid is None:  # it does not take this connection, or could not read us, and hangs up
+                error = message.error or {}
+                if error.get("Code") == "ProtocolError":
+                    raise ProtocolError(f"the agent could not read the request: {error.get('Message')}")
+                raise _refusal(error)
+            pending = self._waiting.pop(message.msgid, None)
+            if pending is None:
+                raise ProtocolError("the agent answered a request that is not under way")
+            pending.response = message
+            answered.append(pending)
+        return answered
+
+
+def _refusal(error: Mapping[str, Any]) -> KmsError:
+    code, message, status = error.get("Code"), error.get("Message"), error.get("HttpStatus")
+    if not isinstance(code, str) or not isinstance(message, str):
+        raise ProtocolError("the agent refused without a Code and a Message")
+    request_id = str(error.get("RequestId", ""))
+    return kms_error(code, message=message, request_id=request_id, http_status=status if isinstance(status, int) else 0)

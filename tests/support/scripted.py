@@ -1,0 +1,62 @@
+"""A peer that plays a script instead of being an agent."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from keyferry import Client, wire
+
+Part: TypeAlias = Callable[[socket.socket], None]
+
+
+@contextmanager
+def scripted(path: Path, *script: Part) -> Iterator[None]:
+    """Listen, and play one part of the script for each connection, once its first bytes have come."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+
+        def play() -> None:
+            for part in script:
+                connection, _ = listening.accept()
+                with connection:
+                    part(connection)
+
+        thread = threading.Thread(target=play)
+        thread.start()
+        yield
+        thread.join()
+
+
+@contextmanager
+def client_of(path: Path, *script: Part) -> Iterator[Client]:
+    """A client of such a peer."""
+    with scripted(path, *script), Client(path, timeout=5) as client:
+        yield client
+
+
+def says(data: bytes) -> Part:
+    """A part that answers the first bytes with some bytes, and hangs up."""
+
+    def part(connection: socket.socket) -> None:
+        connection.recv(65_536)
+        connection.sendall(data)
+
+    return part
+
+
+def answers(count: int) -> Part:
+    """A part that answers `count` requests each with its method's name as RequestId, the last one first, and hangs up."""
+
+    def part(connection: socket.socket) -> None:
+        decoder, requests = wire.Decoder(), list[wire.Request]()
+        while len(requests) < count:
+            decoder.feed(connection.recv(65_536))
+            requests += [message for message in decoder.messages() if isinstance(message, wire.Request)]
+        for request in reversed(requests[:count]):
+            connection.sendall(wire.encode_response(request.msgid, None, {"RequestId": request.method}))
+
+    return part

@@ -1,0 +1,271 @@
+"""The client for trio and asyncio: the same tests under both."""
+
+import functools
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from support.agent import PATIENCE, RunningAgent, dev_agent
+from support.keys import recipient
+from support.scripted import Part, answers, says, scripted
+
+from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, Throttled, operations, wire
+from keyferry.aio import Client
+from keyferry.exchange import Call
+from keyferry.parameters import decode_base64, encode_base64
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+SM2 = recipient("SM2PKE")
+
+
+@pytest.fixture(params=["trio", "asyncio"])
+def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[Any]]], Any]:
+    """Run an async function in a fresh event loop of either kind."""
+    return functools.partial(anyio.run, backend=request.param)
+
+
+Run = Callable[[Callable[[], Awaitable[Any]]], Any]
+
+
+def test_the_methods_are_those_of_the_blocking_client_awaited(agent: RunningAgent, run: Run) -> None:
+    """Typed, with keyword arguments; `call` by the API's names."""
+
+    async def main() -> None:
+        async with Client(agent.socket) as kms:
+            made = await kms.generate_and_export_data_key(key_id="alias/dev", number_of_bytes=24, **RSA.arguments)
+            opened = await kms.decrypt(ciphertext_blob=made.ciphertext_blob)
+            assert decode_base64(opened.plaintext) == RSA.unwrap(made.exported_data_key)
+            assert (await kms.call("GetAgentStatus", {}))["State"] == "Serving"
+            assert repr(kms) == f"Client({str(agent.socket)!r})"
+            with pytest.raises(NotFound):
+                await kms.describe_key(key_id="alias/none")
+            with pytest.raises(InvalidRequest, match="longer"):
+                await kms.decrypt(ciphertext_blob="A" * 70_000)
+
+    run(main)
+
+
+def test_tasks_share_one_connection_with_their_calls_under_way_at_the_same_time(agent: RunningAgent, run: Run) -> None:
+    """Each gets its own answer, slow ones among fast ones; the agent sees one connection more."""
+    sizes: dict[int, int] = {}
+
+    async def main() -> int:
+        async with Client(agent.socket) as kms:
+            before = (await kms.get_agent_status()).counters
+
+            async def one(size: int) -> None:
+                to = SM2 if size % 10 == 0 else RSA
+                made = await kms.generate_and_export_data_key(key_id="alias/dev", number_of_bytes=size, **to.arguments)
+                sizes[size] = len(to.unwrap(made.exported_data_key))
+
+            async with anyio.create_task_group() as tasks:
+                for size in range(1, 101):
+                    tasks.start_soon(one, size)
+            after = (await kms.get_agent_status()).counters
+            assert before is not None
+            assert after is not None
+            return after.connections_total - before.connections_total
+
+    assert run(main) == 0
+    assert sizes == {size: size for size in range(1, 101)}
+
+
+def test_a_pipeline_gives_results_and_refusals_in_order(agent: RunningAgent, run: Run) -> None:
+    """Also one larger than every buffer on the way."""
+    texts = [encode_base64(bytes([n % 256]) * 6_144) for n in range(100)]
+
+    async def main() -> None:
+        async with Client(agent.socket) as kms:
+            sealed = await kms.pipeline(operations.Encrypt(key_id="alias/dev", plaintext=text) for text in texts)
+            opened = await kms.pipeline(operations.Decrypt(ciphertext_blob=each.ciphertext_blob) for each in sealed)
+            assert [each.plaintext for each in opened] == texts
+            wanted = [("DescribeKey", {"KeyId": "alias/none"}), operations.GetAgentStatus()]
+            refused, answered = await kms.pipeline(wanted)
+            assert isinstance(refused, NotFound)
+            assert answered.state == "Serving"
+
+    run(main)
+
+
+def test_a_client_can_be_closed_and_used_again_and_survives_a_restart(socket_path: Path, run: Run) -> None:
+    """Reconnecting is the client's business."""
+
+    async def main() -> None:
+        async with Client(socket_path) as kms:
+            with dev_agent(socket_path):
+                first = (await kms.get_agent_status()).started_at
+                await kms.aclose()
+                assert (await kms.get_agent_status()).started_at == first
+            with pytest.raises(AgentUnavailable, match="does not exist"):
+                await kms.get_agent_status()
+            with dev_agent(socket_path):
+                assert (await kms.get_agent_status()).state == "Serving"
+
+    run(main)
+
+
+def test_an_agent_that_does_not_answer_in_time_is_unavailable(socket_path: Path, run: Run) -> None:
+    """And the next call finds it again."""
+
+    async def main() -> None:
+        with dev_agent(socket_path) as stopped:
+            stopped.signal(signal.SIGSTOP)
+            async with Client(socket_path, timeout=0.1) as hasty:
+                with pytest.raises(AgentUnavailable, match=r"within 0\.1 s"):
+                    await hasty.get_agent_status()
+                stopped.signal(signal.SIGCONT)
+                hasty._timeout = PATIENCE
+                assert (await hasty.get_agent_status()).state == "Serving"
+
+    run(main)
+
+
+def test_a_cancelled_call_leaves_the_others_their_answers(socket_path: Path, run: Run) -> None:
+    """Also when it was the one that read for all."""
+
+    async def main() -> None:
+        with dev_agent(socket_path) as agent:
+            async with Client(socket_path, timeout=PATIENCE) as kms:
+                await kms.get_agent_status()
+                agent.signal(signal.SIGSTOP)
+                states = []
+
+                async def ask() -> None:
+                    states.append((await kms.get_agent_status()).state)
+
+                async with anyio.create_task_group() as tasks:
+                    with anyio.CancelScope() as scope:
+                        async with anyio.create_task_group() as doomed:
+                            doomed.start_soon(kms.get_agent_status)  # it asks first, and so it reads
+                            await anyio.wait_all_tasks_blocked()
+                            for _ in range(5):
+                                tasks.start_soon(ask)
+                            await anyio.wait_all_tasks_blocked()
+                            scope.cancel()
+                    agent.signal(signal.SIGCONT)
+                assert states == ["Serving"] * 5
+                assert (await kms.get_agent_status()).state == "Serving"
+
+    run(main)
+
+
+def test_a_call_that_is_cut_off_while_it_is_sent_costs_nobody_else_an_answer(socket_path: Path, run: Run) -> None:
+    """Half a request on the wire: the others ask again on a new connection."""
+    given_up = threading.Event()
+
+    def deaf(_connection: socket.socket) -> None:
+        given_up.wait(PATIENCE)
+
+    async def main() -> None:
+        async with Client(socket_path, timeout=PATIENCE) as kms:
+            answered = []
+
+            async def patient() -> None:
+                answered.append(await kms.call("Status", {}))
+
+            async with anyio.create_task_group() as tasks:
+                with anyio.CancelScope() as scope:
+                    async with anyio.create_task_group() as doomed:
+                        # More than a socket takes while nobody reads: it is cut off in the middle.
+                        wanted = [Call("Big", {"Value": "x" * 60_000})] * 40
+                        connection = await kms._connected()
+                        chunks = connection.exchange.chunks(wanted, range(len(wanted)))
+
+                        async def flood() -> None:
+                            for chunk in chunks:
+                                await connection.send(chunk)
+
+                        doomed.start_soon(flood)
+                        await anyio.wait_all_tasks_blocked()
+                        tasks.start_soon(patient)
+                        await anyio.wait_all_tasks_blocked()
+                        scope.cancel()
+                given_up.set()
+            assert answered == [{"RequestId": "Status"}]
+
+    with scripted(socket_path, deaf, answers(1)):
+        run(main)
+
+
+def test_closing_ends_the_calls_that_are_under_way(socket_path: Path, run: Run) -> None:
+    """With a word; nothing is asked again."""
+
+    def silent(connection: socket.socket) -> None:
+        while connection.recv(65_536):
+            pass
+
+    async def main() -> None:
+        async with Client(socket_path, timeout=PATIENCE) as kms:
+
+            async def ask() -> None:
+                with pytest.raises(AgentUnavailable, match="closed"):
+                    await kms.get_agent_status()
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(3):
+                    tasks.start_soon(ask)
+                await anyio.wait_all_tasks_blocked()
+                await kms.aclose()
+
+    with scripted(socket_path, silent):
+        run(main)
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        ((says(b"\xc1"),), ProtocolError),
+        ((says(b""),), AgentUnavailable),
+        ((says(wire.encode_response(99, None, {})),), ProtocolError),
+        (
+            (
+                says(
+                    wire.encode_response(None, {"Code": "Rejected.Throttling", "Message": "m", "HttpStatus": 429}, None)
+                ),
+            ),
+            Throttled,
+        ),
+    ],
+)
+def test_what_goes_wrong_has_the_blocking_clients_exceptions(
+    socket_path: Path, run: Run, script: tuple[Part, ...], error: type[Exception]
+) -> None:
+    """Plain ones; and the next call is not harmed by it."""
+
+    async def main() -> None:
+        async with Client(socket_path, timeout=5) as kms:
+            with pytest.raises(error):
+                await kms.call("First", {})
+            assert await kms.call("Second", {}) == {"RequestId": "Second"}
+
+    with scripted(socket_path, *script, answers(1)):
+        run(main)
+
+
+def test_a_full_queue_of_connections_is_waited_for(socket_path: Path, run: Run) -> None:
+    """An agent that is busy accepting is not an agent that is not there."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(socket_path))
+        listening.listen(0)
+
+        async def main() -> None:
+            full = []
+            try:
+                while True:
+                    full.append(socket.socket(socket.AF_UNIX))
+                    full[-1].setblocking(False)
+                    full[-1].connect(str(socket_path))
+            except BlockingIOError:
+                pass
+            async with Client(socket_path, timeout=0.05) as kms:
+                with pytest.raises(AgentUnavailable, match="within"):
+                    await kms.get_agent_status()
+            for each in full:
+                each.close()
+
+        run(main)

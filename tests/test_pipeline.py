@@ -1,0 +1,113 @@
+"""Many calls at once, over one connection, by the blocking client."""
+
+from pathlib import Path
+
+import pytest
+from support.agent import RunningAgent
+from support.keys import recipient
+from support.scripted import answers, client_of, says
+
+from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations
+from keyferry.parameters import decode_base64, encode_base64
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+SM2 = recipient("SM2PKE")
+
+
+def test_results_come_in_the_order_of_the_calls(agent: RunningAgent) -> None:
+    """Slow ones among fast ones."""
+    sizes = range(1, 101)
+    wanted = [
+        operations.GenerateAndExportDataKey(
+            key_id="alias/dev", number_of_bytes=size, **(SM2 if size % 10 == 0 else RSA).arguments
+        )
+        for size in sizes
+    ]
+    with agent.client() as kms:
+        made = kms.pipeline(wanted)
+        opened = kms.pipeline(operations.Decrypt(ciphertext_blob=each.ciphertext_blob) for each in made)
+    assert [len(decode_base64(each.plaintext)) for each in opened] == list(sizes)
+    assert all(isinstance(each, operations.DecryptResult) for each in opened)
+    assert len({each.request_id for each in made + opened}) == 200
+
+
+def test_a_refusal_takes_the_place_of_its_result(agent: RunningAgent) -> None:
+    """The others are answered."""
+    with agent.client() as kms:
+        first, second, third = kms.pipeline(
+            [
+                operations.DescribeKey(key_id="alias/dev"),
+                operations.DescribeKey(key_id="alias/none"),
+                ("DescribeKey", {"KeyId": "alias/dev"}),
+            ]
+        )
+    assert first.key_metadata.key_id == third["KeyMetadata"]["KeyId"]
+    assert isinstance(second, NotFound)
+
+
+def test_an_empty_pipeline_asks_nothing() -> None:
+    """Not even for a connection."""
+    with Client("/nowhere") as kms:
+        assert kms.pipeline([]) == []
+
+
+def test_what_is_no_request_is_refused_before_anything_is_sent() -> None:
+    """By its type."""
+    with Client("/nowhere") as kms:
+        for wrong in (5, "DescribeKey", ("DescribeKey", 5), operations.DecryptResult("", "", ""), object()):
+            with pytest.raises(TypeError, match="request"):
+                kms.pipeline([wrong])
+
+
+def test_a_pipeline_of_megabytes_neither_stalls_nor_loses_anything(agent: RunningAgent) -> None:
+    """Requests and answers each larger than any buffer between client and agent."""
+    texts = [encode_base64(bytes([n % 256]) * 6_144) for n in range(300)]
+    with agent.client() as kms:
+        sealed = kms.pipeline(operations.Encrypt(key_id="alias/dev", plaintext=text) for text in texts)
+        opened = kms.pipeline(operations.Decrypt(ciphertext_blob=each.ciphertext_blob) for each in sealed)
+        listed = kms.pipeline([operations.ListKeys(page_size=100)] * 5_000)
+    assert [each.plaintext for each in opened] == texts
+    assert {each.total_count for each in listed} == {2}
+
+
+def test_what_is_too_long_refuses_the_pipeline_and_leaves_the_client_usable(agent: RunningAgent) -> None:
+    """Nothing half-sent stays behind."""
+    with agent.client() as kms:
+        with pytest.raises(InvalidRequest, match="longer"):
+            kms.pipeline([operations.GetAgentStatus(), operations.Decrypt(ciphertext_blob="A" * 70_000)])
+        assert kms.get_agent_status().state == "Serving"
+
+
+def test_answers_in_any_order_find_their_calls(socket_path: Path) -> None:
+    """By msgid."""
+    with client_of(socket_path, answers(5)) as kms:
+        got = kms.pipeline((f"Method{n}", {}) for n in range(5))
+    assert [each["RequestId"] for each in got] == [f"Method{n}" for n in range(5)]
+
+
+def test_what_a_lost_connection_left_open_is_asked_again(socket_path: Path) -> None:
+    """As long as each connection answers something."""
+    with client_of(socket_path, answers(3), answers(3), answers(2)) as kms:
+        got = kms.pipeline((f"Method{n}", {}) for n in range(8))
+    assert [each["RequestId"] for each in got] == [f"Method{n}" for n in range(8)]
+
+
+def test_a_fresh_connection_that_answers_nothing_ends_the_pipeline(socket_path: Path) -> None:
+    """It would go on for ever."""
+    with client_of(socket_path, answers(1), says(b"")) as kms, pytest.raises(AgentUnavailable):
+        kms.pipeline((f"Method{n}", {}) for n in range(8))
+
+
+def test_nonsense_ends_the_pipeline(socket_path: Path) -> None:
+    """It is no agent."""
+    with client_of(socket_path, says(b"\xc1")) as kms, pytest.raises(ProtocolError):
+        kms.pipeline([("A", {}), ("B", {})])
+
+
+def test_every_request_shows_itself_without_its_plaintext() -> None:
+    """Requests and results may be logged."""
+    shown = repr(operations.Encrypt(key_id="k", plaintext="c2VjcmV0")) + repr(
+        operations.GenerateDataKeyResult("k", "v", "b", "c2VjcmV0")
+    )
+    assert "c2VjcmV0" not in shown
+    assert "key_id='k'" in shown
