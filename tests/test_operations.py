@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from support.agent import RawConnection, RunningAgent
+from support.asking import ok, refused
 from support.keys import ALGORITHMS, recipient, spki
 
-from keyferry.errors import CODES
 from keyferry.parameters import decode_base64, encode_base64
 
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -22,28 +22,6 @@ def connection(agent: RunningAgent) -> Iterator[RawConnection]:
     """A connection to the shared agent."""
     with RawConnection(agent.socket) as made:
         yield made
-
-
-def ok(connection: RawConnection, method: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The result of a call that has to succeed."""
-    response = connection.call(method, params)
-    assert response.error is None, response.error
-    assert response.result is not None
-    assert str(uuid.UUID(response.result["RequestId"])).upper() == response.result["RequestId"]
-    return response.result
-
-
-def refused(connection: RawConnection, method: str, params: dict[str, Any], code: str, *words: str) -> str:
-    """The message of a call that has to be refused with this code; it begins as documented, and holds the words."""
-    error = connection.call(method, params).error
-    assert error is not None
-    assert error.keys() == {"Code", "Message", "RequestId", "HttpStatus"}
-    assert (error["Code"], error["HttpStatus"]) == (code, CODES[code].http_status), error
-    if code != "MissingParameter":
-        assert error["Message"].startswith(CODES[code].message)
-    assert all(word in error["Message"] for word in words), error
-    message: str = error["Message"]
-    return message
 
 
 @pytest.mark.parametrize("key_id", ["alias/dev", "alias/dev-sm4"])

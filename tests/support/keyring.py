@@ -1,12 +1,13 @@
 """Sealed keyrings in files, made and changed by the verbs of the command line, and agents that serve them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from keyferry_agent.command import main
 
-from .agent import RunningAgent
+from .agent import RawConnection, RunningAgent
 
 
 def run(verb: str, path: Path, *arguments: object, code: int = 0) -> None:
@@ -40,3 +41,25 @@ def serving(keyring: Path, socket: Path, *, more: str = "", preexec: Callable[[]
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring, more=more))
     return RunningAgent(["--config", str(config)], socket, preexec=preexec)
+
+
+@contextmanager
+def two_callers(keyring: Path, grants: Iterable[str]) -> Iterator[tuple[RawConnection, RawConnection]]:
+    """An agent with two listeners: one that everything is granted to, and one that only these grants are to.
+
+    A grant is the text of its `actions`, `keys` and so on.
+    """
+    config = keyring.parent / "agent.toml"
+    text = f'keyring = "{keyring}"\nunseal = "{keyring.parent / "identity"}"\nmemory = "prefer"\n'
+    for name in ("admin", "app"):
+        text += f'[[listener]]\nname = "{name}"\npath = "{keyring.parent / name}"\n'
+    text += '[[grant]]\nname = "all"\nto = { listener = "admin" }\nactions = ["kms:*"]\nkeys = ["*"]\n'
+    for number, grant in enumerate(grants):
+        text += f'[[grant]]\nname = "{number}"\nto = {{ listener = "app" }}\n{grant}\n'
+    config.write_text(text)
+    with (
+        RunningAgent(["--config", str(config)], None),
+        RawConnection(keyring.parent / "admin") as admin,
+        RawConnection(keyring.parent / "app") as app,
+    ):
+        yield admin, app
