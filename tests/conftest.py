@@ -1,13 +1,15 @@
 """Fixtures for all tests, and the end of the run: what was skipped for what this machine lacks, and how to provide it."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.agent import RunningAgent, dev_agent
-from support.keyring import new_keyring
+from support.keyring import Command, new_keyring, run
 from support.requires import ROOT
 
 PROVIDE = "sudo make test-requirements (and what a line itself says)"
@@ -32,6 +34,18 @@ def socket_path(tmp_path: Path) -> Path:
 def keyring(tmp_path: Path) -> Path:
     """A sealed keyring of a test's own, its identity beside it: alias/a is in it."""
     return new_keyring(tmp_path)
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
+    """Run a verb on the keyring with --json; give what it printed."""
+
+    def command(verb: str, *arguments: object) -> Any:
+        capsys.readouterr()
+        run(verb, keyring, *arguments, "--unseal", keyring.parent / "identity", "--json")
+        return json.loads(capsys.readouterr().out)
+
+    return command
 
 
 @pytest.hookimpl(trylast=True)

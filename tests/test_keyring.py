@@ -14,27 +14,13 @@ from typing import Any
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.keyring import run
+from support.keyring import Command, run
 from support.requires import program
 
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import Document, KeyringError, check_alias
 from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.keyring.sealing import Unsealer
-
-Command = Callable[..., Any]
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
-    """Run a verb on the keyring with --json; give what it printed."""
-
-    def command(verb: str, *arguments: object) -> Any:
-        capsys.readouterr()
-        run(verb, keyring, *arguments, "--unseal", keyring.parent / "identity", "--json")
-        return json.loads(capsys.readouterr().out)
-
-    return command
 
 
 def test_a_new_keyring_is_empty_sealed_and_private(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from keyferry_agent.command import main
 
 from .agent import RawConnection, RunningAgent
+
+Command: TypeAlias = Callable[..., Any]
 
 
 def run(verb: str, path: Path, *arguments: object, code: int = 0) -> None:

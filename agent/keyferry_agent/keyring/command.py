@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from ..crypto.seal import KEY_SIZES
 from . import file, sealing, verbs
-from .document import Document, KeyEntry, KeyringError
+from .document import Document, KeyEntry, KeyringError, VersionEntry
 
 __all__ = ["add_parser"]
 
@@ -18,6 +18,8 @@ DONE: Final = 0
 FAILED: Final = 1
 
 _DEFAULT_SPEC: Final = "Aliyun_AES_256"
+_MATERIAL_MOST: Final = 65
+"""Bytes of material to read at most: enough to say that hex is not raw bytes."""
 
 
 def add_parser(commands: Any) -> None:
@@ -43,30 +45,61 @@ def add_parser(commands: Any) -> None:
             )
         return parser
 
-    init = verb("init", "Create an empty keyring.", _init)
-    to = init.add_mutually_exclusive_group(required=True)
-    to.add_argument("--recipient", action="append", metavar="R", help="age1... or an SSH public key; may be repeated")
-    to.add_argument("--passphrase-file", type=Path, metavar="F", help="seal to the passphrase in the file's first line")
-    to.add_argument(
+    init = _add_sealed_to(verb("init", "Create an empty keyring.", _init))
+    init.add_argument(
         "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it"
     )
+    _add_sealed_to(verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", _reseal))
 
-    create_key = verb("create-key", "Add a key.", _create_key)
+    create_key = verb("create-key", "Add a key.", _changing(_create_key))
     create_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), default=_DEFAULT_SPEC)
-    create_key.add_argument("--alias", metavar="alias/NAME")
-    create_key.add_argument("--description", default="", metavar="TEXT")
+    import_key = verb("import-key", "Add a key of material that you have.", _changing(_import_key))
+    import_key.add_argument(
+        "--material", required=True, metavar="FILE|-", help="32 (Aliyun_AES_256) or 16 (Aliyun_SM4) raw bytes"
+    )
+    import_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), help="default: by the length of the material")
+    for parser in (create_key, import_key):
+        parser.add_argument("--alias", metavar="alias/NAME")
+        parser.add_argument("--description", default="", metavar="TEXT")
 
     verb("list", "List all keys.", _list)
-    verb("show", "Show a key with its versions.", _show).add_argument("key", metavar="KEY", help="a key ID or an alias")
+
+    for name, help_text, act in (
+        ("show", "Show a key with its versions.", _show),
+        ("rotate", "Give a key a new version, which is its primary one at once.", _rotate),
+        ("promote", "Make a staged version the primary one, once every host has it.", _changing(_promote)),
+        ("enable", "Let a key be used again.", _changing(lambda d, a: verbs.enable(d, a.key))),
+        ("disable", "Let a key be used for nothing.", _changing(lambda d, a: verbs.disable(d, a.key))),
+        ("schedule-deletion", "Delete a key, some days from now.", _changing(_schedule_deletion)),
+        ("cancel-deletion", "Keep a key after all.", _changing(lambda d, a: verbs.cancel_deletion(d, a.key))),
+    ):
+        parser = verb(name, help_text, act)
+        parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
+        if name == "rotate":
+            parser.add_argument("--stage", action="store_true", help="it decrypts, and is not primary until promoted")
+        elif name == "promote":
+            parser.add_argument("version", metavar="VERSION", help="the staged version's ID")
+        elif name == "schedule-deletion":
+            days = f"{verbs.DAYS[0]}..{verbs.DAYS[-1]}"
+            parser.add_argument("--days", type=int, required=True, metavar=days, help="until then it can be cancelled")
 
     for name, help_text, do in (
-        ("create-alias", "Give a key a further name.", verbs.create_alias),
-        ("update-alias", "Point an alias to another key.", verbs.update_alias),
+        ("create-alias", "Give a key a further name.", lambda d, a: verbs.create_alias(d, a.alias, a.key)),
+        ("update-alias", "Point an alias to another key.", lambda d, a: verbs.update_alias(d, a.alias, a.key)),
+        ("delete-alias", "Take a name away; the key stays.", lambda d, a: verbs.delete_alias(d, a.alias)),
     ):
-        parser = verb(name, help_text, _aliasing(do))
+        parser = verb(name, help_text, _changing(do))
         parser.add_argument("alias", metavar="alias/NAME")
-        parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
-    verb("delete-alias", "Take a name away; the key stays.", _delete_alias).add_argument("alias", metavar="alias/NAME")
+        if name != "delete-alias":
+            parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
+
+
+def _add_sealed_to(parser: argparse.ArgumentParser) -> Any:
+    """Add what says who can open the file; give the group of which exactly one is to be given."""
+    to = parser.add_mutually_exclusive_group(required=True)
+    to.add_argument("--recipient", action="append", metavar="R", help="age1... or an SSH public key; may be repeated")
+    to.add_argument("--passphrase-file", type=Path, metavar="F", help="seal to the passphrase in the file's first line")
+    return to
 
 
 def _main(arguments: argparse.Namespace) -> int:
@@ -86,15 +119,10 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _init(arguments: argparse.Namespace) -> dict[str, Any]:
-    passphrase = None
-    recipients = list(arguments.recipient or [])
-    for recipient in recipients:
-        sealing.check_recipient(recipient)
     if os.path.lexists(arguments.file):
         raise KeyringError(f"{arguments.file} exists; a keyring is never overwritten")
-    if arguments.passphrase_file:
-        passphrase = sealing.read_passphrase(arguments.passphrase_file)
-    elif arguments.new_identity:
+    recipients, passphrase = _sealed_to(arguments)
+    if arguments.new_identity:
         recipients = [sealing.new_identity(arguments.new_identity)]
     try:
         file.create(arguments.file, Document(recipients), passphrase)
@@ -105,12 +133,62 @@ def _init(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"Keyring": str(arguments.file), "Recipients": recipients}
 
 
-def _create_key(arguments: argparse.Namespace) -> dict[str, Any]:
+def _reseal(arguments: argparse.Namespace) -> dict[str, Any]:
+    recipients, passphrase = _sealed_to(arguments)
+    file.reseal(arguments.file, _unsealer(arguments), recipients, passphrase)
+    return {"Keyring": str(arguments.file), "Recipients": recipients}
+
+
+def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
+    recipients = list(arguments.recipient or [])
+    for recipient in recipients:
+        sealing.check_recipient(recipient)
+    passphrase = sealing.read_passphrase(arguments.passphrase_file) if arguments.passphrase_file else None
+    return recipients, passphrase
+
+
+def _changing(
+    do: Callable[[Document, argparse.Namespace], KeyEntry],
+) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    """A verb that changes one key, and shows it as it is then."""
+
+    def act(arguments: argparse.Namespace) -> dict[str, Any]:
+        with file.change(arguments.file, _unsealer(arguments)) as document:
+            key = do(document, arguments)
+        return {"KeyMetadata": _metadata(document, key), **_versions(key)}
+
+    return act
+
+
+def _create_key(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.create_key(
+        document, key_spec=arguments.key_spec, alias=arguments.alias, description=arguments.description
+    )
+
+
+def _import_key(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.import_key(
+        document,
+        _read_material(arguments.material),
+        key_spec=arguments.key_spec,
+        alias=arguments.alias,
+        description=arguments.description,
+    )
+
+
+def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
     with file.change(arguments.file, _unsealer(arguments)) as document:
-        key = verbs.create_key(
-            document, key_spec=arguments.key_spec, alias=arguments.alias, description=arguments.description
-        )
-    return {"KeyMetadata": _metadata(document, key)}
+        key = verbs.rotate(document, arguments.key, stage=arguments.stage)
+    made = _version(key, key.versions[-1])
+    return {"KeyVersion": made, "KeyMetadata": _metadata(document, key), **_versions(key)}
+
+
+def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.promote(document, arguments.key, arguments.version)
+
+
+def _schedule_deletion(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.schedule_deletion(document, arguments.key, arguments.days)
 
 
 def _list(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -122,31 +200,32 @@ def _list(arguments: argparse.Namespace) -> dict[str, Any]:
 def _show(arguments: argparse.Namespace) -> dict[str, Any]:
     document = file.read(arguments.file, _unsealer(arguments))
     key = document.find(arguments.key)
-    versions = [
-        {
-            "KeyId": key.key_id,
-            "KeyVersionId": version.version_id,
-            "CreationDate": version.created,
-            "Staged": version.staged,
-        }
-        for version in key.versions
-    ]
-    return {"KeyMetadata": _metadata(document, key), "KeyVersions": {"KeyVersion": versions}}
+    return {"KeyMetadata": _metadata(document, key), **_versions(key)}
 
 
-def _aliasing(do: Callable[[Document, str, str], KeyEntry]) -> Callable[[argparse.Namespace], dict[str, Any]]:
-    def act(arguments: argparse.Namespace) -> dict[str, Any]:
-        with file.change(arguments.file, _unsealer(arguments)) as document:
-            key = do(document, arguments.alias, arguments.key)
-        return {"KeyMetadata": _metadata(document, key)}
+def _read_material(path: str) -> bytearray:
+    """All of a small file, or of standard input. Raises `KeyringError`."""
+    material = bytearray()
+    try:
+        with open(0 if path == "-" else path, "rb", buffering=0, closefd=path != "-") as source:
+            while len(material) <= _MATERIAL_MOST and (read := source.read(_MATERIAL_MOST)):
+                material += read
+    except OSError as error:
+        raise KeyringError(f"{path}: {error.strerror}") from None
+    return material
 
-    return act
+
+def _version(key: KeyEntry, version: VersionEntry) -> dict[str, Any]:
+    return {
+        "KeyId": key.key_id,
+        "KeyVersionId": version.version_id,
+        "CreationDate": version.created,
+        "Staged": version.staged,
+    }
 
 
-def _delete_alias(arguments: argparse.Namespace) -> dict[str, Any]:
-    with file.change(arguments.file, _unsealer(arguments)) as document:
-        key = verbs.delete_alias(document, arguments.alias)
-    return {"KeyMetadata": _metadata(document, key)}
+def _versions(key: KeyEntry) -> dict[str, Any]:
+    return {"KeyVersions": {"KeyVersion": [_version(key, version) for version in key.versions]}}
 
 
 def _unsealer(arguments: argparse.Namespace) -> sealing.Unsealer:

@@ -23,6 +23,7 @@ __all__ = [
     "VersionEntry",
     "check_alias",
     "check_description",
+    "iso",
     "new_id",
     "now",
 ]
@@ -88,6 +89,14 @@ class Document:
     def aliases_of(self, key_id: str) -> list[str]:
         """The aliases of a key, sorted."""
         return sorted(alias for alias, owner in self.aliases.items() if owner == key_id)
+
+    def purge(self) -> None:
+        """Forget the keys whose deletion date has come, and their aliases."""
+        today = now()
+        gone = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
+        if gone:
+            self.keys = [key for key in self.keys if key.key_id not in gone]
+            self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in gone}
 
     def to_json(self) -> bytes:
         """Encode. The result holds key material."""
@@ -296,4 +305,9 @@ def new_id() -> str:
 
 def now() -> str:
     """The time, as documents hold it."""
-    return datetime.now(UTC).strftime(_DATE)
+    return iso(datetime.now(UTC))
+
+
+def iso(moment: datetime) -> str:
+    """A moment in UTC as documents hold it: the order of such texts is the order in time."""
+    return moment.strftime(_DATE)

@@ -1,12 +1,12 @@
 """The keyring file: read whole, changed under a lock, replaced in one step.
 
 A change is: lock, read, change, seal, write beside, fsync, rename, fsync the directory. Two commands at the same moment take
-turns; a crash at any instant leaves the old file or the new one, never a mixture and never half.
+turns; a crash at any instant leaves the old file or the new one, never a mixture and never half. What a crash leaves beside
+it, sealed like the file itself, goes with the next change.
 """
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,16 +14,18 @@ from pathlib import Path
 from .document import Document, KeyringError
 from .sealing import Unsealer, seal
 
-__all__ = ["change", "create", "read"]
+__all__ = ["change", "create", "read", "reseal"]
 
 
 def read(path: Path, unsealer: Unsealer) -> Document:
-    """Read and check a keyring. Raises `KeyringError`."""
+    """Read and check a keyring, without the keys whose deletion date has come. Raises `KeyringError`."""
     try:
         sealed = path.read_bytes()
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
-    return Document.from_json(unsealer.unseal(sealed))
+    document = Document.from_json(unsealer.unseal(sealed))
+    document.purge()
+    return document
 
 
 def create(path: Path, document: Document, passphrase: str | None) -> None:
@@ -37,12 +39,32 @@ def create(path: Path, document: Document, passphrase: str | None) -> None:
 
 @contextmanager
 def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
-    """Lend the document for a `with` block and write it back at its end. An exception in the block changes nothing."""
+    """Lend the document for a `with` block and write it back at its end. An exception in the block changes nothing.
+
+    Raises `KeyringError`, also when whoever changes it could not open the result: somebody sealed the file by hand, to others
+    than its content says.
+    """
     path = _real(path)
     with _locked(path):
         document = read(path, unsealer)
         yield document
-        _replace(path, unsealer.seal(document.to_json(), document.recipients))
+        sealed = seal(document.to_json(), document.recipients, unsealer.passphrase)
+        if not unsealer.opens(sealed):
+            raise KeyringError(
+                f"{path}: sealed to the recipients that it names, it would not open with what opened it now; "
+                "`keyring reseal` it first, to all that are to open it"
+            )
+        _replace(path, sealed)
+
+
+def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: str | None) -> Document:
+    """Seal to other recipients, or to a passphrase, from now on. Raises `KeyringError`."""
+    path = _real(path)
+    with _locked(path):
+        document = read(path, unsealer)
+        document.recipients = recipients
+        _replace(path, seal(document.to_json(), recipients, passphrase))
+    return document
 
 
 def _real(path: Path) -> Path:
@@ -64,8 +86,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, content: bytes) -> None:
+    """Replace the file in one step, with the lock held. Raises `KeyringError`, and then the old file is there."""
+    beside = path.with_name(f".{path.name}.new")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+        with suppress(FileNotFoundError):
+            beside.unlink()  # of somebody who was killed: whoever lives has no lock
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
                 file.write(content)
@@ -74,11 +100,11 @@ def _replace(path: Path, content: bytes) -> None:
             with suppress(FileNotFoundError):  # whoever could read the old file may read the new one; no more than 0600
                 status = path.stat()
                 if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                    os.chown(temporary, status.st_uid, status.st_gid)
-            os.replace(temporary, path)
+                    os.chown(beside, status.st_uid, status.st_gid)
+            os.replace(beside, path)
         except BaseException:
             with suppress(OSError):
-                os.unlink(temporary)
+                beside.unlink()
             raise
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

@@ -16,19 +16,21 @@ __all__ = ["Unsealer", "check_recipient", "new_identity", "read_passphrase", "se
 
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
 _PEM: Final = "-----BEGIN"
+_PASSPHRASE_STANZA: Final = b"age-encryption.org/v1\n-> scrypt "
+"""How a file begins that is sealed to a passphrase; it has no other recipient then."""
 
 
 class Unsealer:
     """What opens a keyring. Read from a file, whose kind is told from its content. Its repr shows nothing of it."""
 
-    __slots__ = ("_identities", "_passphrase")
+    __slots__ = ("_identities", "passphrase")
 
     def __init__(self, identities: list[Any], passphrase: str | None) -> None:
         self._identities = identities
-        self._passphrase = passphrase
+        self.passphrase = passphrase
 
     def __repr__(self) -> str:
-        return "Unsealer(passphrase)" if self._passphrase is not None else "Unsealer(identity)"
+        return "Unsealer(passphrase)" if self.passphrase is not None else "Unsealer(identity)"
 
     @classmethod
     def read(cls, path: Path) -> "Unsealer":
@@ -48,15 +50,21 @@ class Unsealer:
     def unseal(self, sealed: bytes) -> bytes:
         """Open a sealed keyring. Raises `KeyringError` for a wrong identity or passphrase, or damage."""
         try:
-            if self._passphrase is not None:
-                return bytes(pyrage.passphrase.decrypt(sealed, self._passphrase))
+            if self.passphrase is not None:
+                return bytes(pyrage.passphrase.decrypt(sealed, self.passphrase))
             return bytes(pyrage.decrypt(sealed, self._identities))
         except pyrage.DecryptError as error:
             raise KeyringError(f"the keyring does not open: {error}") from None
 
-    def seal(self, payload: bytes, recipients: list[str]) -> bytes:
-        """Seal again as the keyring was: to its recipients, or to the passphrase that opened it."""
-        return seal(payload, recipients, self._passphrase)
+    def opens(self, sealed: bytes) -> bool:
+        """Whether it opens what was just sealed. A passphrase, slow on purpose, is taken at its word."""
+        if self.passphrase is not None:
+            return sealed.startswith(_PASSPHRASE_STANZA)
+        try:
+            self.unseal(sealed)
+        except KeyringError:
+            return False
+        return True
 
 
 def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes:
@@ -64,7 +72,10 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
     if recipients:
         return bytes(pyrage.encrypt(payload, [check_recipient(recipient) for recipient in recipients]))
     if passphrase is None:
-        raise KeyringError("a keyring is sealed to recipients or to a passphrase; there is neither")
+        raise KeyringError(
+            "the keyring names no recipients, and was not opened with a passphrase: "
+            "`keyring reseal` it to all that are to open it"
+        )
     return bytes(pyrage.passphrase.encrypt(payload, passphrase))
 
 
