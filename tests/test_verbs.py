@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.agent import PATIENCE
-from support.keyring import Command, change, run
+from support.keyring import Command, change, rewritten, run
 from support.requires import program
 
 from keyferry_agent.keyring import file
@@ -26,13 +25,6 @@ FAILED = "Rejected.StateModifiedFailed"
 def opened(keyring: Path) -> Document:
     """What the file says."""
     return file.read(keyring, Unsealer.read(keyring.parent / "identity"))
-
-
-def rewritten(keyring: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Change the content by hand, as somebody with the age program would."""
-    raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
-    edit(raw)
-    keyring.write_bytes(seal(json.dumps(raw).encode(), raw["Recipients"], None))
 
 
 def versions(answer: Any) -> list[str]:

@@ -1,5 +1,6 @@
 """Sealed keyrings in files, made and changed by the verbs of the command line, and agents that serve them."""
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from keyferry_agent.command import main
+from keyferry_agent.keyring.sealing import Unsealer, seal
 
 from .agent import RawConnection, RunningAgent
 
@@ -29,6 +31,13 @@ def new_keyring(folder: Path) -> Path:
     run("init", path, "--new-identity", folder / "identity")
     change(path, "create-key", "--alias", "alias/a")
     return path
+
+
+def rewritten(keyring: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Change the content by hand, as somebody with the age program would."""
+    raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
+    edit(raw)
+    keyring.write_bytes(seal(json.dumps(raw).encode(), raw["Recipients"], None))
 
 
 def configuration(keyring: Path, *, actions: str = "kms:*", more: str = "") -> str:
