@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
-from support.keyring import change, configuration, serving
+from support.keyring import change, configuration, new_keyring, serving
 from support.requires import root
 
+from keyferry import KmsError, operations
+from keyferry.parameters import encode_base64
 from keyferry_agent.keyring import loader
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.keyring.sealing import Unsealer, seal
@@ -104,3 +110,156 @@ def test_however_long_a_loaders_complaint_is_it_arrives(keyring: Path) -> None:
     keyring.write_bytes(seal(json.dumps(document).encode(), document["Recipients"], None))
     with pytest.raises(KeyringError, match="format version"):
         loader.load(keyring, keyring.parent / "identity", backing="auto", require=False)
+
+
+# --- files that are replaced ------------------------------------------------------------------------------------------
+
+
+def copied(path: Path, content: bytes) -> None:
+    """Put a file in place as deployment tools do: beside it, and then renamed."""
+    beside = path.with_name("beside")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def test_a_keyring_that_is_replaced_is_loaded_without_a_signal(keyring: Path, socket_path: Path) -> None:
+    """By a rename, or by writing over it."""
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        change(keyring, "create-key", "--alias", "alias/b")
+        agent.wait_for("reload.done")
+        assert connection.call("DescribeKey", {"KeyId": "alias/b"}).error is None
+        shutil.copy(keyring, keyring.parent / "copy.age")
+        change(keyring.parent / "copy.age", "create-key", "--alias", "alias/c")
+        keyring.write_bytes((keyring.parent / "copy.age").read_bytes())
+        agent.wait_for("reload.done", count=2)
+        assert connection.call("DescribeKey", {"KeyId": "alias/c"}).error is None
+
+
+def test_a_secret_that_kubernetes_swaps_is_loaded(keyring: Path, tmp_path: Path, socket_path: Path) -> None:
+    """The mounted name is a link through ..data, which is replaced by another link: nothing that is watched is written."""
+    volume = tmp_path / "volume"
+
+    def update(number: int) -> None:
+        folder = volume / f"..2026_{number}"
+        folder.mkdir(parents=True)
+        (folder / "keyring.age").write_bytes(keyring.read_bytes())
+        (volume / "..data_tmp").symlink_to(folder.name)
+        (volume / "..data_tmp").replace(volume / "..data")
+
+    update(1)
+    (volume / "keyring.age").symlink_to("..data/keyring.age")
+    arguments = ["--keyring", str(volume / "keyring.age"), "--unseal", str(tmp_path / "identity")]
+    config = tmp_path / "grants.toml"
+    config.write_text(
+        f'memory = "prefer"\n[[grant]]\nname="me"\nto={{uid={os.getuid()}}}\nactions=["kms:*"]\nkeys=["*"]\n'
+    )
+    with (
+        RunningAgent([*arguments, "--config", str(config)], socket_path) as agent,
+        RawConnection(agent.socket) as connection,
+    ):
+        change(keyring, "create-key", "--alias", "alias/b")
+        update(2)
+        shutil.rmtree(volume / "..2026_1")
+        agent.wait_for("reload.done")
+        assert connection.call("DescribeKey", {"KeyId": "alias/b"}).error is None
+
+
+def test_a_configuration_that_is_replaced_is_read_without_a_signal(keyring: Path, socket_path: Path) -> None:
+    """Open connections have the new grants."""
+    config = keyring.parent / "agent.toml"
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
+        copied(config, configuration(keyring, actions="kms:Decrypt").encode())
+        agent.wait_for("reload.done")
+        refused = connection.call("DescribeKey", {"KeyId": "alias/a"}).error
+        assert refused is not None
+        assert refused["Code"] == "Forbidden.NoPermission"
+
+
+def from_the_future(keyring: Path) -> bytes:
+    """A keyring of a format that this version does not know."""
+    raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
+    return seal(json.dumps({**raw, "Version": 2}).encode(), raw["Recipients"], None)
+
+
+def of_somebody_else(keyring: Path) -> bytes:
+    """A keyring that this host's identity does not open."""
+    (keyring.parent / "else").mkdir()
+    return new_keyring(keyring.parent / "else").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (lambda keyring: keyring.read_bytes()[:-1], "does not open"),
+        (lambda _: b"", "does not open"),
+        (from_the_future, "upgrade"),
+        (of_somebody_else, "does not open"),
+        (None, "No such file"),
+    ],
+    ids=["damaged", "empty", "from the future", "of somebody else", "removed"],
+)
+def test_what_is_wrong_with_a_replaced_keyring_is_reported_once_and_the_old_one_serves(
+    keyring: Path, socket_path: Path, broken: Callable[[Path], bytes] | None, why: str
+) -> None:
+    """Until a good one is there, which is loaded as if nothing had been."""
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        good = keyring.read_bytes()
+        if broken is None:
+            keyring.unlink()
+        else:
+            copied(keyring, broken(keyring))
+        assert why in agent.wait_for("reload.failed")["why"]
+        assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
+        copied(keyring, good)
+        agent.wait_for("reload.done")
+        assert sum(line["event"] == "reload.failed" for line in agent.log) == 1
+        assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
+
+
+def test_a_hundred_reloads_under_full_load_lose_no_request_and_answer_none_wrongly(
+    keyring: Path, socket_path: Path
+) -> None:
+    """Pipelines of everything, while keys rotate and the agent reloads: each answer is the right one."""
+    change(keyring, "create-key", "--alias", "alias/sm4", "--key-spec", "Aliyun_SM4")
+    done = threading.Event()
+    wrong: list[object] = []
+    asked = 0
+
+    def load(number: int) -> None:
+        nonlocal asked
+        with agent.client() as kms:
+            while not done.is_set():
+                texts = [encode_base64(os.urandom(32)) for _ in range(50)]
+                keys = ("alias/a", "alias/sm4")
+                sealed = kms.pipeline(
+                    operations.Encrypt(key_id=keys[i % 2], plaintext=text, encryption_context={"n": str(number)})
+                    for i, text in enumerate(texts)
+                )
+                wrong.extend(each for each in sealed if isinstance(each, KmsError))
+                opened = kms.pipeline(
+                    operations.Decrypt(ciphertext_blob=each.ciphertext_blob, encryption_context={"n": str(number)})
+                    for each in sealed
+                )
+                wrong.extend(
+                    each
+                    for each, text in zip(opened, texts, strict=True)
+                    if isinstance(each, KmsError) or each.plaintext != text
+                )
+                asked += 100
+
+    with serving(keyring, socket_path) as agent, ThreadPoolExecutor(2) as pool:
+        loads = [pool.submit(load, number) for number in range(2)]
+        try:
+            for count in range(1, 101):
+                if count % 10 == 0:
+                    change(keyring, "rotate", "alias/a")
+                reload(agent, count)  # or more than that: the agent sees by itself, too, that the file was replaced
+        finally:
+            done.set()
+        for each in loads:
+            each.result()
+        assert not wrong
+        assert asked
+        with agent.client() as kms:
+            assert kms.list_key_versions(key_id="alias/a").total_count == 11

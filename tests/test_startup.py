@@ -12,7 +12,8 @@ from support.agent import RawConnection, RunningAgent, configured, dev_agent
 from keyferry_agent import listening, startup
 from keyferry_agent.command import main
 from keyferry_agent.crypto.selftest import SelfTestError
-from keyferry_agent.run import Options, StartError, daemon
+from keyferry_agent.options import Options, StartError
+from keyferry_agent.run import daemon
 from keyferry_agent.settings import Listener
 
 PING = ("DescribeKey", {"KeyId": "alias/dev"})

@@ -12,7 +12,8 @@ from keyferry.exchange import DEFAULT_SOCKET, pem_to_der
 from . import __version__, log
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 from .keyring import command as keyring_command
-from .run import Options, StartError, daemon
+from .options import Options, StartError
+from .run import daemon
 from .settings import SettingsError, read
 
 DONE: Final = 0

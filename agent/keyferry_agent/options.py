@@ -1,0 +1,68 @@
+"""What the command line says, and what an agent is to be by it: settings and keyring, read as often as is asked."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from .grants import Grant
+from .keyring import loader
+from .keyring.loaded import Keyring, development_keyring
+from .settings import Settings, SettingsError, read
+
+__all__ = ["Options", "StartError"]
+
+_DEV_GRANT: Final = "dev"
+
+
+class StartError(Exception):
+    """The agent cannot start, or not go on as it is told to. The message says why, and what to do."""
+
+
+class Options:
+    """The options of `run`: they win over the configuration file."""
+
+    def __init__(
+        self, *, config: Path | None, socket: Path | None, keyring: Path | None, unseal: Path | None, dev: bool
+    ) -> None:
+        self.config = config
+        self._socket = socket
+        self._keyring = keyring
+        self._unseal = unseal
+        self.dev = dev
+
+    def settings(self) -> Settings:
+        """Read the configuration, and put the options over it. Raises `SettingsError`."""
+        settings = read(self.config) if self.config else Settings()
+        if self._socket:
+            if len(settings.listeners) > 1:
+                raise SettingsError(["--socket names one socket; the configuration has several [[listener]] tables"])
+            settings = replace(settings, listeners=(replace(settings.listeners[0], path=self._socket),))
+        if self._keyring:
+            settings = replace(settings, keyring=self._keyring)
+        if self._unseal:
+            settings = replace(settings, unseal=self._unseal)
+        if self.dev:
+            if settings.keyring:
+                raise SettingsError(["--dev makes a keyring of its own, for trying out: leave the other one out"])
+            # A user who starts an agent to try it out may have no right to lock memory; this keyring is worth nothing.
+            everything = Grant(_DEV_GRANT, {"uid": os.geteuid()}, ("kms:*",), ("*",))
+            settings = replace(settings, memory="prefer", grants=(*settings.grants, everything))
+        return settings
+
+    def load_keyring(self, settings: Settings) -> Keyring:
+        """Load the keyring that the settings name; with `--dev`, make one.
+
+        Raises `StartError`, `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
+        """
+        require, backing = settings.memory == "require", settings.memory_backing
+        if self.dev:
+            return development_keyring(backing=backing, require=require)
+        if settings.keyring is None or settings.unseal is None:
+            missing = "keyring" if settings.keyring is None else "unseal"
+            raise StartError(f"no {missing} is configured: set {missing} = in the file, give --{missing}, or try --dev")
+        return loader.load(settings.keyring, settings.unseal, backing=backing, require=require)
+
+    def files(self, settings: Settings) -> list[Path]:
+        """The files that all this was read from."""
+        return [path for path in (self.config, settings.keyring, settings.unseal) if path is not None]

@@ -1,0 +1,109 @@
+"""Another keyring, another configuration, while the agent serves: on SIGHUP, and when one of their files was replaced.
+
+Both are read anew beside the old ones, checked whole, and swapped in one step. Whatever is wrong is reported, and the old ones
+go on serving. Files are looked at twice a second, by name: so a rename, a copy, and the way in which Kubernetes swaps a
+mounted Secret (a symbolic link to another directory) are all the same, on every file system.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, TypeAlias, TypeVar
+
+import structlog
+import trio
+
+from keyferry.secret import SecretMemoryError
+
+from .agent import Agent
+from .keyring.document import KeyringError
+from .options import Options, StartError
+from .settings import Settings, SettingsError
+
+__all__ = ["Looks", "Reloader", "look"]
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+_LOOK_EVERY: Final = 0.5
+"""Seconds. A file is read when two looks in a row saw the same change: it was not being written any more."""
+_FIXED: Final = ("listeners", "limits", "audit", "memory", "memory_backing", "sm2_fallback")
+
+T = TypeVar("T")
+Looks: TypeAlias = Mapping[Path, tuple[int, ...] | None]
+"""How files looked: which file each name led to, its size, and when it was last changed; None for one that is not there."""
+
+
+def look(paths: Sequence[Path]) -> Looks:
+    """Look at files."""
+    return {path: _look(path) for path in paths}
+
+
+def _look(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
+
+
+class Reloader:
+    """Keeps an agent as its files say. `seen`: how they looked before they were first read."""
+
+    def __init__(self, options: Options, agent: Agent, seen: Looks) -> None:
+        self._options = options
+        self._agent = agent
+        self._seen = seen
+        self._asked = trio.Event()
+
+    def ask(self) -> None:
+        """Have everything read again, whether it looks changed or not. Asked again before that has begun, it is done once."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Reload when it is asked for, and when a file was replaced; for ever."""
+        before = self._seen
+        while True:
+            with trio.move_on_after(_LOOK_EVERY):
+                await self._asked.wait()
+            now = await _in_thread(look, list(self._seen))
+            if self._asked.is_set() or (now != self._seen and now == before):
+                self._asked = trio.Event()
+                await self._reload()
+                now = self._seen
+            before = now
+
+    async def _reload(self) -> None:
+        """Read both again, and swap both at once."""
+        options, agent = self._options, self._agent
+        looks = await _in_thread(look, list(self._seen))
+        try:
+            settings = await _in_thread(options.settings)
+            files = options.files(settings)
+            # What was looked at before it was read stays so: what changes meanwhile is noticed.
+            looks = {**await _in_thread(look, files), **{path: looks[path] for path in files if path in looks}}
+            settings = _keep_fixed(settings, agent.settings)
+            keyring = agent.keyring if options.dev else await _in_thread(options.load_keyring, settings)
+        except (SettingsError, KeyringError, SecretMemoryError, StartError, OSError) as error:
+            log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at)
+        except Exception as error:
+            log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at, exc_info=error)
+        else:
+            for what in settings.warnings:
+                log.warning("reload.limited", what=what)
+            agent.adopt(settings, keyring)
+            log.info("reload.done", keys=len(keyring.keys), grants=len(settings.grants))
+        self._seen = looks
+
+
+async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    # Which no SIGTERM and no request waits for: a file system may hang, and so may looking up a user.
+    return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
+
+
+def _keep_fixed(settings: Settings, old: Settings) -> Settings:
+    """New settings, but for those that only a restart can change."""
+    changed = [name for name in _FIXED if getattr(settings, name) != getattr(old, name)]
+    if changed:
+        log.warning("reload.limited", what=f"these change with a restart only: {', '.join(changed)}")
+    return replace(settings, **{name: getattr(old, name) for name in _FIXED})
