@@ -1,8 +1,8 @@
 """What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple, Self
 
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
@@ -57,9 +57,22 @@ class Caller:
             self._settings = settings
             self.grants = to_caller(settings.grants, self.peer)
 
-    def keys(self, agent: "Agent") -> Sequence[Key]:
-        """The keys that some grant covers, in the keyring's order."""
-        return agent.keys_of(self.grants)
+    def covered(self, agent: "Agent") -> "Covered":
+        """What some grant to this caller covers."""
+        return agent.covered(self.grants)
+
+
+class Covered(NamedTuple):
+    """The keys that a caller has a grant on, in the keyring's order, and their aliases."""
+
+    keys: tuple[Key, ...]
+    aliases: tuple[tuple[str, Key], ...]
+
+    @classmethod
+    def of(cls, keys: Iterable[Key]) -> Self:
+        """All of these keys."""
+        made = tuple(keys)
+        return cls(made, tuple((alias, key) for key in made for alias in key.aliases))
 
 
 @dataclass
@@ -86,7 +99,7 @@ class Agent:
     counters: Count = field(default_factory=Count)
     started_at: str = field(default_factory=now)
     draining: bool = False
-    _keys_of: dict[tuple[int, ...], tuple[Key, ...]] = field(default_factory=dict)
+    _covered: dict[tuple[int, ...], Covered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require = self.settings.memory == "require"
@@ -95,22 +108,21 @@ class Agent:
     def adopt(self, settings: Settings, keyring: Keyring) -> None:
         """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
         self.settings, self.keyring = settings, keyring
-        self._keys_of.clear()
+        self._covered.clear()
 
-    def keys_of(self, grants: Sequence[Grant]) -> Sequence[Key]:
-        """The keys that some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""
+    def covered(self, grants: Sequence[Grant]) -> Covered:
+        """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""
         who = tuple(map(id, grants))
-        covered = self._keys_of.get(who)
+        covered = self._covered.get(who)
         if covered is None:
-            if len(self._keys_of) >= _REMEMBERED:
-                self._keys_of.clear()
-            covered = self._keys_of[who] = tuple(
-                key
-                for key in (self.keyring.keys.values() if grants else ())
-                if any(grant.has_key(self.names_of_key(key)) for grant in grants)
+            if len(self._covered) >= _REMEMBERED:
+                self._covered.clear()
+            keys = self.keyring.keys.values() if grants else ()
+            covered = self._covered[who] = Covered.of(
+                key for key in keys if any(grant.has_key(self.names_of_key(key)) for grant in grants)
             )
         gone = self.keyring.gone()
-        return tuple(key for key in covered if key.key_id not in gone) if gone else covered
+        return Covered.of(key for key in covered.keys if key.key_id not in gone) if gone else covered
 
     @property
     def memory_protection(self) -> Protection:

@@ -1,5 +1,6 @@
 """The life of the daemon, from its settings to its last answer: harden, check, load, listen, serve, drain."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def daemon(options: Options) -> None:
         )
     elif not settings.grants:
         log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
+    gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
     trio.run(_serve, agent, audit, Reloader(options, agent, seen), strict_exception_groups=True)
 
 

@@ -16,7 +16,7 @@ T = TypeVar("T")
 def list_keys(request: Request) -> Job:
     """Keys, in the keyring's order."""
     _may_list(request)
-    keys = request.caller.keys(request.agent)
+    keys = request.caller.covered(request.agent).keys
     number, size, page = _page(request, keys)
     entries = tuple(operations.KeyListEntry(key.key_id, request.agent.arn(f"key/{key.key_id}")) for key in page)
     return Job(lambda: operations.ListKeysResult(operations.KeyList(entries), len(keys), number, size))
@@ -36,7 +36,7 @@ def list_key_versions(request: Request) -> Job:
 def list_aliases(request: Request) -> Job:
     """The aliases of keys, in the keys' order."""
     _may_list(request)
-    aliases = [(alias, key) for key in request.caller.keys(request.agent) for alias in key.aliases]
+    aliases = request.caller.covered(request.agent).aliases
     number, size, page = _page(request, aliases)
     entries = tuple(operations.AliasListEntry(key.key_id, alias, request.agent.arn(alias)) for alias, key in page)
     return Job(lambda: operations.ListAliasesResult(operations.AliasList(entries), len(aliases), number, size))

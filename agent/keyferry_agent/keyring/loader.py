@@ -1,8 +1,9 @@
 """From the sealed file to secret memory, through a short-lived process: key bytes never become objects of the daemon.
 
 The child (`python -m keyferry_agent.keyring.loader KEYRING UNSEAL`) opens the file and writes to its standard output: eight
-bytes of length, that much JSON about the keys, then each version's raw material in the JSON's order. The daemon reads the
-JSON as usual, and the material straight into secret memory. What the child's libraries left in its memory ends with it.
+bytes of length, that much JSON about the keys, a line for each, then each version's raw material in the same order. The
+daemon reads the JSON as usual, and the material straight into secret memory. What the child's libraries left in its memory
+ends with it.
 """
 
 import json
@@ -57,7 +58,9 @@ def load(path: Path, unseal: Path, *, backing: Backing, require: bool) -> Keyrin
             fill(memoryview(size))
             description = bytearray(int.from_bytes(size, "big"))
             fill(memoryview(description))
-            return build(json.loads(description), fill, backing=backing, require=require)
+            # A line at a time: reading one text of megabytes would keep every other thread waiting.
+            keys = [json.loads(line) for line in bytes(description).splitlines()]
+            return build(keys, fill, backing=backing, require=require)
         except EOFError:
             message = (
                 child.stderr.read().decode(errors="replace").strip()
@@ -98,7 +101,7 @@ def main(path: str, unseal: str) -> None:
         document = read(Path(path), Unsealer.read(Path(unseal)))
     except KeyringError as error:
         sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_LONGEST_MESSAGE])
-    description = json.dumps(describe(document)).encode()
+    description = b"".join(json.dumps(key).encode() + b"\n" for key in describe(document))
     with open(1, "wb", buffering=_CHUNK) as out:
         out.write(len(description).to_bytes(_LENGTH, "big") + description)
         for key in document.keys:

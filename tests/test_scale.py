@@ -1,0 +1,132 @@
+"""A keyring of 10,000 keys with 5 versions each: it loads, costs no more locked memory than its bytes, nor more per request."""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from support.keyring import serving
+from support.keys import recipient
+
+from keyferry import KmsError, operations
+from keyferry.parameters import encode_base64
+from keyferry.secret import fill_random
+from keyferry_agent import handlers
+from keyferry_agent.agent import Agent, Audited, Caller
+from keyferry_agent.grants import Grant
+from keyferry_agent.keyring import file, verbs
+from keyferry_agent.keyring.document import Document, VersionEntry, new_id, now
+from keyferry_agent.keyring.loaded import build
+from keyferry_agent.keyring.loader import describe
+from keyferry_agent.keyring.sealing import new_identity
+from keyferry_agent.peer import Peer
+from keyferry_agent.settings import Settings
+
+KEYS, VERSIONS = 10_000, 5
+RSA = recipient("RSAES_OAEP_SHA_256")
+
+
+def document(keys: int, recipients: list[str]) -> Document:
+    """A keyring of alias/k0, alias/k1 and so on, of both kinds in turn, with five versions each."""
+    made = Document(recipients)
+    for number in range(keys):
+        spec, size = (("Aliyun_AES_256", 32), ("Aliyun_SM4", 16))[number % 2]
+        key = verbs.create_key(made, key_spec=spec, alias=f"alias/k{number}")
+        key.versions += [VersionEntry(new_id(), now(), bytearray(os.urandom(size))) for _ in range(VERSIONS - 1)]
+    return made
+
+
+def test_a_large_keyring_is_served_with_little_more_locked_memory_than_its_bytes(tmp_path: Path) -> None:
+    """24 bytes of material on average for each of 50,000 versions."""
+    made = document(KEYS, [new_identity(tmp_path / "identity")])
+    file.create(tmp_path / "keyring.age", made, None)
+    with serving(tmp_path / "keyring.age", tmp_path / "agent.sock") as agent, agent.client() as kms:
+        status = Path(f"/proc/{agent.process.pid}/status").read_text()
+        wanted = [
+            operations.Encrypt(key_id=f"alias/k{number}", plaintext=encode_base64(str(number).encode()))
+            for number in range(0, KEYS, 97)
+        ]
+        sealed = kms.pipeline(wanted)
+        opened = kms.pipeline(operations.Decrypt(ciphertext_blob=each.ciphertext_blob) for each in sealed)
+        assert kms.list_keys().total_count == kms.get_agent_status().keys == KEYS
+        assert kms.list_key_versions(key_id="alias/k7").total_count == VERSIONS
+    assert not [each for each in (*sealed, *opened) if isinstance(each, KmsError)]
+    assert [each.plaintext for each in opened] == [each.plaintext for each in wanted]
+    locked = re.search(r"VmLck:\s+(\d+) kB", status)
+    assert locked is not None
+    scratch = 36 * 1024
+    material = sum(len(version.material) for key in made.keys for version in key.versions)
+    assert material <= int(locked[1]) * 1024 <= 1.02 * material + scratch + 2 * 4096
+
+
+def agent_with(keys: int) -> tuple[Agent, Caller]:
+    """An agent without a socket, and a caller who may do everything."""
+    settings = Settings(memory="prefer", grants=(Grant("all", {"uid": 1}, ("kms:*",), ("*",)),))
+    made = describe(document(keys, []))
+    agent = Agent(settings, build(made, fill_random, backing="auto", require=False))
+    caller = Caller(Peer(uid=1, gids=frozenset(), pid=1, listener="default"))
+    caller.refresh(settings)
+    return agent, caller
+
+
+def work(agent: Agent, caller: Caller, name: str, params: dict[str, Any]) -> int:
+    """How many calls of functions one request takes."""
+    count = 0
+
+    def profile(_frame: FrameType, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    def ask() -> None:
+        handlers.prepare(agent, caller, name, params, Audited("id", time.monotonic())).run()
+
+    ask()  # what is remembered is remembered now
+    sys.setprofile(profile)
+    try:
+        ask()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.fixture(scope="module")
+def small_and_large() -> list[tuple[Agent, Caller]]:
+    """The same agent with 10 keys and with 10,000."""
+    return [agent_with(10), agent_with(KEYS)]
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("GenerateAndExportDataKey", {"KeyId": "alias/k8", **RSA.params}),
+        ("GenerateDataKey", {"KeyId": "alias/k8"}),
+        ("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/k8"}),
+        ("Encrypt", {"KeyId": "alias/k8", "Plaintext": "AAAA"}),
+        ("Decrypt", {}),
+        ("ExportDataKey", RSA.params),
+        ("ReEncrypt", {"DestinationKeyId": "alias/k9"}),
+        ("DescribeKey", {"KeyId": "alias/k8"}),
+        ("ListKeys", {}),
+        ("ListAliases", {"PageNumber": 1}),
+        ("ListKeyVersions", {"KeyId": "alias/k8"}),
+        ("GetAgentStatus", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_request_takes_as_many_steps_with_10000_keys_as_with_10(
+    small_and_large: list[tuple[Agent, Caller]], name: str, params: dict[str, Any]
+) -> None:
+    """Nothing is looked through."""
+    steps = []
+    for agent, caller in small_and_large:
+        asked = dict(params)
+        if name in ("Decrypt", "ExportDataKey", "ReEncrypt"):
+            sealing = {"KeyId": "alias/k8", "Plaintext": "AAAA"}
+            audited = Audited("id", time.monotonic())
+            asked["CiphertextBlob"] = handlers.prepare(agent, caller, "Encrypt", sealing, audited).run().ciphertext_blob
+        steps.append(work(agent, caller, name, asked))
+    assert steps[0] == steps[1] > 10
