@@ -38,6 +38,12 @@ def test_the_distributions_have_one_version() -> None:
     assert f"## [{keyferry.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_shell_completion_is_what_the_declarations_give() -> None:
+    """`make docs` writes it."""
+    for path, text in reference.completions():
+        assert path.read_text() == text, "run make docs"
+
+
 def test_the_example_configurations_are_good(tmp_path: Path) -> None:
     """Every TOML example in the documentation is accepted by `check`."""
     found = 0

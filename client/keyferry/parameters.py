@@ -7,7 +7,7 @@ Base64 becomes bytes, JSON text a dictionary, "true" becomes True.
 
 import binascii
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar, cast
 
 from .errors import invalid_parameter
@@ -34,15 +34,24 @@ DATA_KEY_SPECS: Final = {"AES_256": 32, "AES_128": 16}
 
 
 class Parameter(Generic[T_co]):
-    """A parameter's name on the wire, what it means, and its check."""
+    """A parameter's name on the wire, what it means, and its check; and for a shell to offer, the values that it can have."""
 
-    __slots__ = ("check", "doc", "integer", "name")
+    __slots__ = ("check", "doc", "integer", "name", "values")
 
-    def __init__(self, name: str, check: Callable[[str, Any], T_co], doc: str, *, integer: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        check: Callable[[str, Any], T_co],
+        doc: str,
+        *,
+        integer: bool = False,
+        values: Iterable[str] = (),
+    ) -> None:
         self.name = name
         self.check = check
         self.doc = doc
         self.integer = integer
+        self.values = tuple(values)
 
     def __repr__(self) -> str:
         return f"Parameter({self.name})"
@@ -191,7 +200,10 @@ KEY_ID = Parameter("KeyId", _key_id, "The master key: a key ID, alias/NAME, or a
 KeyId: TypeAlias = Annotated[str, KEY_ID]
 
 KEY_SPEC = Parameter(
-    "KeySpec", _data_key_spec, "Length of the data key: AES_256 (32 bytes, the default) or AES_128 (16)."
+    "KeySpec",
+    _data_key_spec,
+    "Length of the data key: AES_256 (32 bytes, the default) or AES_128 (16).",
+    values=DATA_KEY_SPECS,
 )
 KeySpec: TypeAlias = Annotated[str | None, KEY_SPEC]
 
@@ -215,13 +227,16 @@ PUBLIC_KEY_BLOB = Parameter(
 )
 PublicKeyBlob: TypeAlias = Annotated[str | bytes, PUBLIC_KEY_BLOB]
 
-WRAPPING_KEY_SPEC = Parameter("WrappingKeySpec", _text, "The kind of that public key: RSA_2048 or EC_SM2.")
+WRAPPING_KEY_SPEC = Parameter(
+    "WrappingKeySpec", _text, "The kind of that public key: RSA_2048 or EC_SM2.", values=("RSA_2048", "EC_SM2")
+)
 WrappingKeySpec: TypeAlias = Annotated[str, WRAPPING_KEY_SPEC]
 
 WRAPPING_ALGORITHM = Parameter(
     "WrappingAlgorithm",
     _text,
     "How the data key is encrypted to it: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2.",
+    values=("RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_1", "SM2PKE"),
 )
 WrappingAlgorithm: TypeAlias = Annotated[str, WRAPPING_ALGORITHM]
 
@@ -256,7 +271,12 @@ PageSize: TypeAlias = Annotated[int | None, PAGE_SIZE]
 PLAINTEXT = Parameter("Plaintext", _plaintext, f"What to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
 Plaintext: TypeAlias = Annotated[str, PLAINTEXT]
 
-DRY_RUN = Parameter("DryRun", _dry_run, "true: only say what the call would have done. Such a call always fails.")
+DRY_RUN = Parameter(
+    "DryRun",
+    _dry_run,
+    "true: only say what the call would have done. Such a call always fails.",
+    values=("true", "false"),
+)
 DryRun: TypeAlias = Annotated[bool | str, DRY_RUN]
 
 

@@ -1,12 +1,21 @@
-"""Writes the generated parts of PROTOCOL.md from the declarations: `python tests/support/reference.py` (make docs)."""
+"""Writes what is generated from the declarations: parts of PROTOCOL.md, and shell completion (`make docs`)."""
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import shtab
+
+from keyferry import command as keyferry_command
 from keyferry.declaration import wire_name
 from keyferry.errors import CODES
 from keyferry.operations import OPERATIONS
+from keyferry_agent import command as agent_command
 
-PROTOCOL = Path(__file__).parents[2] / "PROTOCOL.md"
+ROOT = Path(__file__).parents[2]
+PROTOCOL = ROOT / "PROTOCOL.md"
+COMPLETIONS = {"client/completions": keyferry_command._parser, "agent/completions": agent_command._parser}
 
 
 def operations() -> str:
@@ -43,5 +52,32 @@ def generated(text: str) -> str:
     return text
 
 
+def completions() -> Iterator[tuple[Path, str]]:
+    """The files for each shell, and what they should say."""
+    for folder, make in COMPLETIONS.items():
+        parser = make()
+        _help_the_shell(parser)
+        for shell in ("bash", "zsh"):
+            text = shtab.complete(parser, shell=shell)
+            yield ROOT / folder / f"{parser.prog}.{shell}", "\n".join(map(str.rstrip, text.splitlines())) + "\n"
+
+
+def _help_the_shell(parser: argparse.ArgumentParser) -> None:
+    """Say which arguments are files, and which values a parameter can have."""
+    values = {f"--{p.name}": p.values for operation in OPERATIONS.values() for p in operation.parameters.values()}
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for each in action.choices.values():
+                _help_the_shell(each)
+        elif set(str(action.metavar).split("|")) & {"FILE", "PATH", "F", "OUT"}:
+            anything: Any = action
+            anything.complete = shtab.FILE
+        elif action.option_strings and values.get(action.option_strings[0]):
+            action.choices = values[action.option_strings[0]]
+
+
 if __name__ == "__main__":
     PROTOCOL.write_text(generated(PROTOCOL.read_text()))
+    for path, text in completions():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)

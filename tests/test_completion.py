@@ -1,0 +1,64 @@
+"""What a shell offers when somebody presses the tab key."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from support.agent import PATIENCE
+from support.requires import ROOT, program
+
+CLIENT = ROOT / "client" / "completions" / "keyferry"
+AGENT = ROOT / "agent" / "completions" / "keyferry-agent"
+
+
+def offered(script: str, function: str, *words: str) -> set[str]:
+    """What bash would offer after these words, the last of which is being written."""
+    asked = f"""
+        source {script}.bash
+        COMP_WORDS=({" ".join(f"'{word}'" for word in words)})
+        COMP_CWORD={len(words) - 1}
+        {function}
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    ended = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    return set(ended.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("keyferry", "sta"), {"status"}),
+        (("keyferry", "call", "GenerateD"), {"GenerateDataKey", "GenerateDataKeyWithoutPlaintext"}),
+        (
+            ("keyferry", "call", "ReEncrypt", "--D"),
+            {"--DestinationKeyId", "--DestinationEncryptionContext", "--DryRun"},
+        ),
+        (("keyferry", "call", "ExportDataKey", "--WrappingKeySpec", ""), {"RSA_2048", "EC_SM2"}),
+        (("keyferry", "status", "--w"), {"--wait"}),
+    ],
+)
+def test_bash_offers_operations_parameters_and_their_values(words: tuple[str, ...], expected: set[str]) -> None:
+    """From the declarations."""
+    assert offered(str(CLIENT), "_shtab_keyferry", *words) == expected
+
+
+def test_bash_offers_the_agents_verbs_too() -> None:
+    """And their options."""
+    verbs = offered(str(AGENT), "_shtab_keyferry_agent", "keyferry-agent", "keyring", "re")
+    assert verbs == {"reseal"}
+    options = offered(str(AGENT), "_shtab_keyferry_agent", "keyferry-agent", "keyring", "rotate", "--st")
+    assert options == {"--stage"}
+
+
+@program("zsh", "zsh")
+@pytest.mark.parametrize("script", [CLIENT, AGENT])
+def test_zsh_finds_the_completion_where_it_is_installed(script: Path, tmp_path: Path) -> None:
+    """Under the command's name, in a folder of its function path."""
+    shutil.copy(f"{script}.zsh", tmp_path / f"_{script.name}")
+    asked = f"fpath=({tmp_path} $fpath); autoload -U compinit && compinit -D -u && print $_comps[{script.name}]"
+    for arguments in (["-fc", asked], ["-n", f"{script}.zsh"]):
+        ended = subprocess.run(["zsh", *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert ended.stdout.strip() in ("", f"_{script.name}")
+        assert ended.stdout or arguments[0] == "-n"
