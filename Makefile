@@ -44,7 +44,7 @@ requirements: $(VENV)/.development  ## write deploy/requirements.txt: what an ag
 	$(BIN)/uv pip compile agent/pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-package keyferry --output-file deploy/requirements.txt
 
-test-requirements:  ## (as root) install what some tests need of the system: neovim, age, node, openssl, zsh
+test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, zsh
 	.ci/provide
 
 $(VENV)/.created:

@@ -1,7 +1,18 @@
-"""`python -m keyferry_agent` is the `keyferry-agent` command."""
+"""The process of `keyferry-agent`, also as `python -m keyferry_agent`."""
 
 import sys
 
-from .command import main
+from . import startup
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command; the daemon in a process that overwrites what it frees."""
+    if sys.argv[1:2] == ["run"]:
+        startup.clear_freed_memory()
+    from .command import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice
+
+    return command()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple, Self
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
 from keyferry.parameters import Parameter
-from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory
+from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory, whole_pages
 
 from .grants import Grant, to_caller
 from .keyring.document import now
@@ -15,7 +15,7 @@ from .keyring.loaded import Key, Keyring
 from .peer import Peer
 from .settings import Settings
 
-__all__ = ["SLOW_JOBS", "Agent", "Audited", "Caller"]
+__all__ = ["SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
 
 SLOW_JOBS: Final = 4
 """Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
@@ -23,6 +23,16 @@ _REMEMBERED: Final = 64
 """Sets of grants whose keys are remembered: one for each kind of caller."""
 _SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0])
 """Bytes, 36 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
+
+
+def locked_memory_needed(keyring: int) -> str:
+    """How much locked memory an agent needs in all, for a person, where its keyring takes so many bytes."""
+    scratch = whole_pages(_SCRATCH)
+    total = scratch + 2 * keyring
+    return (
+        f"This agent needs {total // 1024} KiB of locked memory in all: {scratch // 1024} for its work, and twice "
+        f"{keyring // 1024} for the keyring, which is there twice while it is read again"
+    )
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from keyferry import libcrypto
 from keyferry.secret import SecretMemoryError
 
 from . import __version__, listening, startup
-from .agent import Agent
+from .agent import Agent, locked_memory_needed
 from .audit import AuditLog
 from .crypto import selftest
 from .keyring.document import KeyringError
@@ -28,16 +28,19 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 def daemon(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises `StartError`."""
-    for failure in startup.harden():
+    failures = startup.harden()
+    if not startup.clears_freed_memory():
+        failures.append("freed memory is not overwritten, which takes glibc: libraries may leave copies of keys there")
+    for failure in failures:
         log.warning("startup.not_hardened", what=failure)
     try:
         seen = look(options.files(Settings()))
         settings = options.settings()
         seen = {**look(options.files(settings)), **seen}  # before anything is read: what changes meanwhile is noticed
-        agent = Agent(settings, options.load_keyring(settings))  # no other name for the keyring: a reload retires it
+        agent = _agent(options, settings)
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
         audit = AuditLog(settings.audit)
-    except (SettingsError, KeyringError, SecretMemoryError, selftest.SelfTestError, libcrypto.LibcryptoError) as error:
+    except (SettingsError, KeyringError, selftest.SelfTestError, libcrypto.LibcryptoError) as error:
         raise StartError(str(error)) from None
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
@@ -55,6 +58,17 @@ def daemon(options: Options) -> None:
         log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
     gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
     trio.run(_serve, agent, audit, Reloader(options, agent, seen), strict_exception_groups=True)
+
+
+def _agent(options: Options, settings: Settings) -> Agent:
+    # In a function of its own: nothing may hold on to the keyring but the agent, or no reload would retire it.
+    size = None
+    try:
+        keyring = options.load_keyring(settings)
+        size = keyring.memory.size
+        return Agent(settings, keyring)
+    except SecretMemoryError as error:
+        raise StartError(f"{error}. {locked_memory_needed(error.size if size is None else size)}") from None
 
 
 async def _serve(agent: Agent, audit: AuditLog, reloader: Reloader) -> None:

@@ -180,6 +180,7 @@ class _Connection:
                 if not received:
                     return  # what slow jobs are under way is still answered: the nursery waits for them
                 self._decoder.feed(received)
+                del received  # what a request holds is kept no longer than the request
                 if not await self._answer_all(slow):
                     slow.cancel_scope.cancel()
                     return

@@ -3,9 +3,14 @@
 import ctypes
 import os
 import resource
+import sys
+from contextlib import suppress
 from typing import Final
 
-__all__ = ["harden"]
+__all__ = ["DUMPABLE", "clear_freed_memory", "clears_freed_memory", "harden"]
+
+DUMPABLE: Final = "KEYFERRY_DUMPABLE"
+"""An environment variable, for tests only: with it, other processes of the same user may read this one's memory."""
 
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
@@ -13,23 +18,62 @@ _FIRST_FREE: Final = 3
 _DESCRIPTORS: Final = 8_192
 """To have, if the system allows it: the usual 1,024 are as many as connections, and leave none for anything else."""
 
+_CLEARED: Final = "KEYFERRY_CLEARED"
+_CLEARING: Final = {
+    # Libraries free padded messages and intermediate keys as they are, and Python its strings: all that is freed is
+    # overwritten, whoever frees it. glibc's caches per thread would go round that, and so would Python's own allocator.
+    "GLIBC_TUNABLES": "glibc.malloc.perturb=85:glibc.malloc.tcache_count=0",
+    "PYTHONMALLOC": "malloc",
+    # The first call of a library's function, bound when it is made, saves the vector registers on the stack: with the round
+    # keys that AES has just used.
+    "LD_BIND_NOW": "1",
+}
+_PROBE: Final = 200
+
+
+def clear_freed_memory() -> None:
+    """Start this program over, once, in an environment in which all memory is overwritten when it is freed.
+
+    The process keeps its ID, its arguments and its descriptors. To be called before anything large is imported.
+    """
+    if os.environ.get(_CLEARED) == str(os.getpid()):
+        for name in (_CLEARED, *_CLEARING):  # it is done, and nothing for the loader
+            del os.environ[name]
+        return
+    environment = {**os.environ, **_CLEARING, _CLEARED: str(os.getpid())}
+    with suppress(OSError):  # `harden` says what follows
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this very program
+
 
 def harden() -> list[str]:
     """Harden this process; give what could not be done, a line each."""
     failures = []
     _standard_descriptors()
+    _close_inherited()
     os.umask(0o077)  # nothing is created that others can read, until somebody says so
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _DESCRIPTORS)), hard))
     libc = ctypes.CDLL(None, use_errno=True)
-    for option, value, what in (
-        (_PR_SET_NO_NEW_PRIVS, 1, "no new privileges: a set-uid program could be started"),
-        (_PR_SET_DUMPABLE, 0, "not dumpable: processes of the same user could read this one's memory"),
-    ):
+    steps = [(_PR_SET_NO_NEW_PRIVS, 1, "no new privileges: a set-uid program could be started")]
+    if DUMPABLE in os.environ:
+        failures.append(
+            f"dumpable: {DUMPABLE} is set, which is for tests; processes of the same user can read all keys"
+        )
+    else:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        steps.append((_PR_SET_DUMPABLE, 0, "not dumpable: processes of the same user could read this one's memory"))
+    for option, value, what in steps:
         if libc.prctl(option, value, 0, 0, 0) != 0:
             failures.append(f"{what} ({os.strerror(ctypes.get_errno())})")
     return failures
+
+
+def clears_freed_memory() -> bool:
+    """Whether freed memory really is overwritten: seen at an object of Python's, which has just been freed."""
+    probe = b"A" * int(_PROBE)
+    address = id(probe) + sys.getsizeof(b"")
+    del probe
+    return b"A" * (_PROBE // 4) not in ctypes.string_at(address, _PROBE - 1)
 
 
 def _standard_descriptors() -> None:
@@ -37,3 +81,11 @@ def _standard_descriptors() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) < _FIRST_FREE:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+
+
+def _close_inherited() -> None:
+    """Close what somebody left open by mistake: a connection, a terminal, somebody else's secret."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) >= _FIRST_FREE:
+            with suppress(OSError):  # the listing's own is closed already
+                os.close(int(name))

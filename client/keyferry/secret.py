@@ -22,7 +22,16 @@ import weakref
 from types import TracebackType
 from typing import Final, Literal, TypeAlias
 
-__all__ = ["SCRATCH_SIZES", "Backing", "Protection", "Secret", "SecretMemory", "SecretMemoryError", "fill_random"]
+__all__ = [
+    "SCRATCH_SIZES",
+    "Backing",
+    "Protection",
+    "Secret",
+    "SecretMemory",
+    "SecretMemoryError",
+    "fill_random",
+    "whole_pages",
+]
 
 Backing: TypeAlias = Literal["auto", "memfd_secret", "mlock"]
 Protection: TypeAlias = Literal["memfd_secret", "mlock", "none"]
@@ -49,7 +58,11 @@ _libc.getrandom.restype = ctypes.c_ssize_t
 
 
 class SecretMemoryError(Exception):
-    """Memory for keys could not be had as it was asked for, or is used up."""
+    """Memory for keys could not be had as it was asked for, or is used up. `size` is how many bytes were asked for."""
+
+    def __init__(self, message: str, size: int = 0) -> None:
+        super().__init__(message)
+        self.size = size
 
 
 class Secret:
@@ -127,7 +140,7 @@ class SecretMemory:
     """
 
     def __init__(self, size: int, *, backing: Backing = "auto", require: bool = True) -> None:
-        self.size = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+        self.size = whole_pages(size)
         self.protection: Protection = "none"
         # Reentrant: the garbage collector may free a secret anywhere, also while its own thread holds the lock.
         self._lock = threading.RLock()
@@ -146,7 +159,7 @@ class SecretMemory:
         failures = self._map(backing)
         if failures and require:
             self.close()
-            raise SecretMemoryError(_advice(self.size, failures))
+            raise SecretMemoryError(_advice(self.size, failures), self.size)
         self._bytes = memoryview((ctypes.c_ubyte * self.size).from_address(self._address)).cast("B")
 
     def __repr__(self) -> str:
@@ -228,6 +241,11 @@ def _release(reserved: int, size: int) -> None:
     if _libc.mprotect(reserved + mmap.PAGESIZE, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0:  # mapped, at least
         ctypes.memset(reserved + mmap.PAGESIZE, 0, size)
     _libc.munmap(reserved, size + 2 * mmap.PAGESIZE)
+
+
+def whole_pages(size: int) -> int:
+    """Bytes that memory for `size` bytes takes: at least one page."""
+    return max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
 
 
 def fill_random(view: memoryview) -> None:

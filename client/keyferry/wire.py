@@ -154,6 +154,7 @@ class Decoder:
             except ProtocolError as error:
                 self._broken = error
                 raise
+            self._buffer[: self._position] = bytes(self._position)  # a request can hold a plaintext
             del self._buffer[: self._position]
             self._position = 0
             self._left = 1

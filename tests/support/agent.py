@@ -28,6 +28,7 @@ class RunningAgent:
         *,
         preexec: Callable[[], None] | None = None,
         environment: dict[str, str] | None = None,
+        command: Sequence[str] = ("-m", "keyferry_agent"),
     ) -> None:
         self.socket = path or Path("/nowhere")
         self.log: list[dict[str, Any]] = []
@@ -35,7 +36,7 @@ class RunningAgent:
         self._changed = threading.Condition()
         self._ended = False
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "keyferry_agent", "run", *arguments, *(["--socket", str(path)] if path else [])],
+            [sys.executable, *command, "run", *arguments, *(["--socket", str(path)] if path else [])],
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=preexec,  # noqa: PLW1509 - it only sets limits

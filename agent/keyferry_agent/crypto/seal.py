@@ -43,6 +43,7 @@ _SALT: Final = 32
 _COMMITMENT: Final = 32
 _TAG: Final = 16
 _NONCE: Final = bytes(12)
+_NOTHING: Final = bytes(32)
 OVERHEAD: Final = _HEADER + _SALT + _COMMITMENT + _TAG
 """Bytes that a CiphertextBlob is longer than what is sealed in it: 117."""
 MOST: Final = 6_144
@@ -64,11 +65,23 @@ class _Suite(NamedTuple):
 
 
 def _aes_encrypt(key: memoryview, plaintext: memoryview, aad: bytes) -> bytes:
-    return AESGCM(key).encrypt(_NONCE, plaintext, aad)
+    try:
+        return AESGCM(key).encrypt(_NONCE, plaintext, aad)
+    finally:
+        _clear_registers()
 
 
 def _aes_decrypt_into(key: memoryview, sealed: memoryview, aad: bytes, out: memoryview) -> None:
-    AESGCM(key).decrypt_into(_NONCE, sealed, aad, out)
+    try:
+        AESGCM(key).decrypt_into(_NONCE, sealed, aad, out)
+    finally:
+        _clear_registers()
+
+
+def _clear_registers() -> None:
+    # OpenSSL's vector AES returns with the round keys in registers, and with plaintext: a core dump holds them, and so does
+    # the stack after a signal. Another AES takes their place.
+    AESGCM(_NOTHING).encrypt(_NONCE, _NOTHING, None)
 
 
 def _sm4(key: memoryview) -> SM4:

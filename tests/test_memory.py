@@ -1,0 +1,209 @@
+"""The promise: at rest, no copy of a master key, or of a key or plaintext that was handled, is in the agent's ordinary memory.
+
+The tests learn every key (`support.witness`), let the agent stand still, and look through all of its memory (`support.scan`),
+and through a core dump. Two naive agents, in which keys have to be found, show that the search finds something.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from support.agent import PATIENCE, RunningAgent
+from support.keyring import change, configuration, new_keyring
+from support.requires import program
+from support.scan import Needles, aes_round_keys, scan, scan_file
+from support.witness import KEYS, Witness
+
+from keyferry.secret import Backing
+from keyferry_agent.startup import DUMPABLE
+
+
+def readable(path: str) -> bool:
+    """Whether this user may read the memory of a process of its own."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        try:
+            Path(path.format(other.pid)).open("rb").close()
+        except OSError:
+            return False
+        finally:
+            other.kill()
+    return True
+
+
+PR_CAPBSET_DROP, CAP_IPC_LOCK = 24, 14
+
+needs_ptrace = pytest.mark.skipif(not readable("/proc/{}/mem"), reason="needs to read the memory of its own processes")
+
+
+@contextmanager
+def witnessed(
+    folder: Path, backing: Backing, *, command: tuple[str, ...] = ("-m", "keyferry_agent"), times: int = 10
+) -> Iterator[tuple[RunningAgent, Witness]]:
+    """An agent that has done `times` rounds of everything, with a reload, and has open connections after each kind of call."""
+    keyring = new_keyring(folder)
+    change(keyring, "create-key", "--alias", KEYS[1], "--key-spec", "Aliyun_SM4")
+    config = folder / "agent.toml"
+    config.write_text(configuration(keyring, more=f'memory_backing = "{backing}"').replace("prefer", "require"))
+    with ExitStack() as stack:
+        agent = stack.enter_context(
+            RunningAgent(["--config", str(config)], folder / "agent.sock", environment={DUMPABLE: "1"}, command=command)
+        )
+        witness = Witness(keyring)
+        clients = [stack.enter_context(agent.client()) for _ in range(8)]
+        witness.ask_everything(clients[0], times)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda kms: witness.ask_everything(kms, times // 5), clients))
+        change(keyring, "rotate", KEYS[0])
+        witness.read_keyring()
+        agent.signal(signal.SIGHUP)
+        agent.wait_for("reload.done")
+        witness.ask_everything(clients[0], times // 5)
+        witness.ask_at_once(clients[1], 5 * times)
+        for number, kms in enumerate(clients):  # the last thing that each connection did, and waits after
+            (witness.encrypt if number % 2 else witness.ask_for_plaintext)(kms, KEYS[number // 2 % 2])
+        yield agent, witness
+
+
+@contextmanager
+def standing_still(agent: RunningAgent) -> Iterator[int]:
+    """The agent's process ID, while it does nothing at all."""
+    agent.signal(signal.SIGSTOP)
+    try:
+        yield agent.process.pid
+    finally:
+        agent.signal(signal.SIGCONT)
+
+
+@pytest.fixture(scope="module", params=["memfd_secret", "mlock"])
+def at_rest(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RunningAgent, Witness]]:
+    """The real agent after hundreds of calls, with either kind of locked memory."""
+    with witnessed(tmp_path_factory.mktemp("memory"), request.param) as made:
+        yield made
+
+
+@needs_ptrace
+def test_at_rest_nothing_that_the_agent_has_handled_is_in_its_ordinary_memory(
+    at_rest: tuple[RunningAgent, Witness],
+) -> None:
+    """After every operation and wrapping, one at a time, from many connections, pipelined, and across a reload."""
+    agent, witness = at_rest
+    assert witness.secrets > 300
+    assert len(witness.needles) > 500_000
+    with standing_still(agent) as pid:
+        assert not scan(pid, witness.needles)
+
+
+@needs_ptrace
+@program("gcore", "gdb")
+def test_a_core_dump_holds_nothing_either(at_rest: tuple[RunningAgent, Witness], tmp_path: Path) -> None:
+    """Neither the memory in it nor the registers."""
+    agent, witness = at_rest
+    dump = ["gcore", "-o", str(tmp_path / "core"), str(agent.process.pid)]
+    subprocess.run(dump, capture_output=True, check=True, timeout=PATIENCE)
+    (core,) = tmp_path.glob("core.*")
+    assert core.stat().st_size > 1 << 23
+    found = scan_file(core, witness.needles)
+    core.unlink()
+    assert not found
+
+
+WITHOUT_CLEARING = "import sys; from keyferry_agent.command import main; sys.exit(main())"
+KEEPING_KEYS = """
+import sys
+from keyferry_agent.keyring import loaded
+from keyferry_agent.command import main
+
+build, kept = loaded.build, []
+
+def keeping(description, fill, **more):
+    def fill_and_keep(view):
+        fill(view)
+        kept.append(bytes(view))
+    return build(description, fill_and_keep, **more)
+
+from keyferry_agent.keyring import loader
+loader.build = keeping
+sys.exit(main())
+"""
+
+
+@needs_ptrace
+@pytest.mark.parametrize(
+    ("naive", "what"),
+    [(WITHOUT_CLEARING, "OAEP encoded message"), (KEEPING_KEYS, "master key")],
+    ids=["without clearing", "keeping keys"],
+)
+def test_the_search_finds_what_a_naive_agent_leaves_behind(tmp_path: Path, naive: str, what: str) -> None:
+    """One that does not overwrite what it frees, and one that keeps its master keys as bytes."""
+    with witnessed(tmp_path, "auto", command=("-c", naive), times=5) as (agent, witness), standing_still(agent) as pid:
+        found = scan(pid, witness.needles)
+    assert any(name.startswith(what) for name in found), found
+
+
+def test_every_form_of_a_key_is_found_wherever_it_lies(tmp_path: Path) -> None:
+    """At every alignment; and the forms are those of the standard (FIPS 197, A.1 and A.3)."""
+    needles, key = Needles(), bytes(range(100, 132))
+    needles.add_key("key", key)
+    for copy in (key, key[::-1], key.hex().encode(), aes_round_keys(key)[:32], key[8:24]):
+        for offset in range(8):
+            (tmp_path / "haystack").write_bytes(bytes(64 + offset) + copy + bytes(64))
+            assert scan_file(tmp_path / "haystack", needles), (copy, offset)
+    (tmp_path / "haystack").write_bytes(bytes(4096))
+    assert not scan_file(tmp_path / "haystack", needles)
+    assert aes_round_keys(bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c"))[-4:].hex() == "b6630ca6"
+    long = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+    assert aes_round_keys(long)[-4:].hex() == "706c631e"
+
+
+def limited(kib: int) -> Callable[[], None]:
+    """What makes a process lock no more than so much, whoever runs it."""
+
+    def prepare() -> None:
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (kib * 1024, kib * 1024))
+
+    return prepare
+
+
+def test_64_kib_of_locked_memory_are_enough_for_few_keys_and_a_reload(keyring: Path, socket_path: Path) -> None:
+    """Without CAP_IPC_LOCK; and the keys are protected."""
+    config = keyring.parent / "agent.toml"
+    config.write_text(configuration(keyring).replace("prefer", "require"))
+    with RunningAgent(["--config", str(config)], socket_path, preexec=limited(64)) as agent, agent.client() as kms:
+        for count in range(1, 4):
+            agent.signal(signal.SIGHUP)
+            agent.wait_for("reload.done", count=count)
+        assert kms.get_agent_status().memory_protection in ("memfd_secret", "mlock")
+        status = Path(f"/proc/{agent.process.pid}/status").read_text()
+        assert "VmLck:\t      40 kB" in status
+
+
+def test_an_agent_that_cannot_lock_enough_says_how_much_it_needs(keyring: Path, socket_path: Path) -> None:
+    """In all, and what for; it does not start."""
+    arguments = ["--keyring", str(keyring), "--unseal", str(keyring.parent / "identity")]
+    agent = RunningAgent(arguments, socket_path, preexec=limited(32))
+    assert agent.wait() == 1
+    agent.kill()
+    said = "".join(agent.output)
+    for words in ("needs 44 KiB", "36 for its work", "twice 4 for the keyring", "RLIMIT_MEMLOCK is 32 KiB"):
+        assert words in said
+
+
+def test_an_agent_cannot_be_read_by_its_own_user_unless_a_test_asks_for_it(keyring: Path, socket_path: Path) -> None:
+    """And then it says so."""
+    arguments = ["--keyring", str(keyring), "--unseal", str(keyring.parent / "identity")]
+    for environment, owner in (({}, 0), ({DUMPABLE: "1"}, os.getuid())):
+        with RunningAgent(arguments, socket_path, environment=environment) as agent:
+            assert Path(f"/proc/{agent.process.pid}/mem").stat().st_uid == owner
+            said = [line["what"] for line in agent.log if line["event"] == "startup.not_hardened"]
+            assert any(DUMPABLE in what for what in said) == bool(environment)
