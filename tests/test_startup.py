@@ -85,9 +85,10 @@ def test_hardening_makes_a_process_undumpable_and_without_core() -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
+        os.dup2(writing, 1)  # it closes all others
         assert startup.harden() == []
         libc = ctypes.CDLL(None)
-        os.write(writing, json.dumps([libc.prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)]).encode())
+        os.write(1, json.dumps([libc.prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)]).encode())
         os._exit(0)
     os.close(writing)
     with open(reading) as said:
@@ -146,6 +147,7 @@ def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """And closed standard descriptors are opened, so that no key file becomes one."""
     monkeypatch.setattr(startup, "_PR_SET_DUMPABLE", 10_000)
+    monkeypatch.setattr(startup, "_close_inherited", lambda: None)  # this process needs its own
     monkeypatch.setattr("os.umask", lambda mode: mode)
     monkeypatch.setattr("resource.setrlimit", lambda _which, _limits: None)
     monkeypatch.setattr(startup, "_PR_SET_NO_NEW_PRIVS", 10_001)
@@ -157,6 +159,22 @@ def test_an_agent_starts_with_its_standard_descriptors_closed(socket_path: Path)
     with RunningAgent(["--dev"], socket_path, preexec=lambda: os.closerange(0, 2)) as agent:
         for descriptor in ("0", "1"):
             assert Path(f"/proc/{agent.process.pid}/fd/{descriptor}").resolve() == Path("/dev/null")
+
+
+def test_an_agent_closes_what_was_left_open_for_it(socket_path: Path) -> None:
+    """Somebody else's connection or secret is none of its business."""
+    reading, writing = os.pipe()
+    with open(reading, "rb") as end, RunningAgent(["--dev"], socket_path, pass_fds=[writing]):
+        os.close(writing)
+        assert end.read() == b""  # nobody has the other end
+
+
+def test_an_agent_is_started_over_once_in_the_process_that_was_started(agent: RunningAgent) -> None:
+    """Its ID is the one that a service manager knows, and its arguments are those it was given."""
+    command = Path(f"/proc/{agent.process.pid}/cmdline").read_bytes().split(b"\0")
+    assert command[1:4] == [b"-m", b"keyferry_agent", b"run"]
+    assert [line["event"] for line in agent.log].count("agent.serving") == 1
+    assert not [line for line in agent.log if line["event"] == "startup.not_hardened"]
 
 
 def test_the_record_of_requests_goes_to_its_file(socket_path: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ class RunningAgent:
         preexec: Callable[[], None] | None = None,
         environment: dict[str, str] | None = None,
         command: Sequence[str] = ("-m", "keyferry_agent"),
+        pass_fds: Sequence[int] = (),
     ) -> None:
         self.socket = path or Path("/nowhere")
         self.log: list[dict[str, Any]] = []
@@ -40,6 +41,7 @@ class RunningAgent:
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=preexec,  # noqa: PLW1509 - it only sets limits
+            pass_fds=pass_fds,
             env={**os.environ, **(environment or {})},
         )
         self._reader = threading.Thread(target=self._read)
