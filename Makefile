@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo test check format coverage docs wheels requirements test-requirements clean help
+.PHONY: demo test check format coverage memory docs wheels requirements test-requirements clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -31,6 +31,9 @@ coverage: $(VENV)/.development
 format: $(VENV)/.development  ## put every file into the project's form
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+memory: $(VENV)/.development  ## measure what is in the agent's memory while it works (docs/memory.md)
+	PYTHONPATH=tests $(BIN)/python tests/measure_memory.py
 
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
 	PYTHONPATH=tests $(BIN)/python tests/support/reference.py

@@ -75,6 +75,29 @@ def test_tasks_share_one_connection_with_their_calls_under_way_at_the_same_time(
     assert sizes == {size: size for size in range(1, 101)}
 
 
+def test_one_tasks_wrong_parameter_costs_no_other_task_its_answer(agent: RunningAgent, run: Run) -> None:
+    """What would end the connection is never sent."""
+    states: list[str] = []
+
+    async def main() -> None:
+        async with Client(agent.socket) as kms:
+
+            async def good() -> None:
+                states.append((await kms.get_agent_status()).state)
+
+            async def wrong() -> None:
+                with pytest.raises(InvalidRequest, match="float"):
+                    await kms.call("Encrypt", {"KeyId": "alias/dev", "EncryptionContext": {"n": 1.5}})
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(10):
+                    tasks.start_soon(good)
+                    tasks.start_soon(wrong)
+
+    run(main)
+    assert states == ["Serving"] * 10
+
+
 def test_a_pipeline_gives_results_and_refusals_in_order(agent: RunningAgent, run: Run) -> None:
     """Also one larger than every buffer on the way."""
     texts = [encode_base64(bytes([n % 256]) * 6_144) for n in range(100)]

@@ -7,6 +7,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, dev_agent
@@ -278,6 +279,13 @@ def test_the_socket_comes_from_the_environment_or_is_the_default(monkeypatch: py
     monkeypatch.setenv("KEYFERRY_SOCKET", "/tmp/x.sock")
     assert repr(Client()) == "Client('/tmp/x.sock')"
     assert repr(Client("/y")) == "Client('/y')"
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), None, "soon"])
+def test_a_timeout_that_is_none_is_refused_at_once(wrong: Any) -> None:
+    """Not at the first call."""
+    with pytest.raises((ValueError, TypeError)):
+        Client("/nowhere", timeout=wrong)
 
 
 def test_two_clients_have_two_connections(agent: RunningAgent) -> None:

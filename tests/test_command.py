@@ -83,7 +83,12 @@ def test_a_refusal_is_json_on_stderr_and_exit_code_1(agent: RunningAgent) -> Non
         (["call", "GenerateAndExportDataKey", "--NumberOfBytes", "many"], "integer"),
         (["call", "GenerateAndExportDataKey", "--PublicKeyBlob", "@/no/such/file"], "No such file"),
         (["call", "GenerateAndExportDataKey", "--PublicKeyBlob", f"@{ROOT / 'LICENSE'}"], None),
+        (["call", "GenerateDataKey", "--KeyId", "alias/dev", "--NumberOfBytes", "9" * 23], None),
+        (["call", "DescribeKey", "--KeyId", "alias/\udcff"], None),
+        (["call", "DescribeKey", "--KeyId", "a", "--KeyId", "b"], "twice"),
         (["status", "--wait", "soon"], "soon"),
+        (["status", "--wait", "nan"], "nan"),
+        (["status", "--wait", "-1"], "-1"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(agent: RunningAgent, arguments: list[str], why: str | None) -> None:
@@ -91,6 +96,7 @@ def test_wrong_usage_is_exit_code_2(agent: RunningAgent, arguments: list[str], w
     ended = keyferry(*arguments, socket=agent.socket if arguments else None)
     if why is None:
         assert ended.returncode == 1
+        assert json.loads(ended.stderr)["Code"]
         return
     assert ended.returncode == 2
     assert why in ended.stderr

@@ -1,6 +1,8 @@
 """Many calls at once, over one connection, by the blocking client."""
 
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.agent import RunningAgent
@@ -70,12 +72,34 @@ def test_a_pipeline_of_megabytes_neither_stalls_nor_loses_anything(agent: Runnin
     assert {each.total_count for each in listed} == {2}
 
 
-def test_what_is_too_long_refuses_the_pipeline_and_leaves_the_client_usable(agent: RunningAgent) -> None:
-    """Nothing half-sent stays behind."""
+UNSENDABLE: list[Any] = [
+    operations.Decrypt(ciphertext_blob="A" * 70_000),
+    operations.GenerateDataKey(key_id="alias/dev", number_of_bytes=2**70),
+    operations.GenerateDataKey(key_id="alias/dev", number_of_bytes=32.0),  # type: ignore[arg-type]
+    operations.GenerateDataKey(key_id="alias/\udc80"),
+    operations.GenerateDataKey(key_id="alias/dev", encryption_context={"n": 1.5}),  # type: ignore[dict-item]
+    operations.GenerateDataKey(key_id="alias/dev", encryption_context={1: "x"}),  # type: ignore[dict-item]
+    operations.GenerateDataKey(key_id="alias/dev", encryption_context={str(n): "" for n in range(1_025)}),
+    operations.GenerateDataKey(key_id="alias/dev", encryption_context={"d": datetime.now(UTC)}),  # type: ignore[dict-item]
+    ("Encrypt", {"KeyId": [[[[[[[[]]]]]]]]}),
+]
+
+
+@pytest.mark.parametrize("wrong", UNSENDABLE, ids=range(len(UNSENDABLE)))
+def test_what_no_agent_could_read_is_refused_in_its_place_and_not_sent(agent: RunningAgent, wrong: Any) -> None:
+    """It would end the connection, and with it the calls of others."""
     with agent.client() as kms:
-        with pytest.raises(InvalidRequest, match="longer"):
-            kms.pipeline([operations.GetAgentStatus(), operations.Decrypt(ciphertext_blob="A" * 70_000)])
-        assert kms.get_agent_status().state == "Serving"
+        first, refused, last = kms.pipeline([operations.GetAgentStatus(), wrong, operations.GetAgentStatus()])
+        assert first.counters.connections_total == last.counters.connections_total
+        assert isinstance(refused, InvalidRequest)
+        assert "not sent" in refused.message
+
+
+def test_a_plaintext_may_be_bytes(agent: RunningAgent) -> None:
+    """As a public key may; the wire has Base64."""
+    with agent.client() as kms:
+        sealed = kms.encrypt(key_id="alias/dev", plaintext=b"secret")
+        assert decode_base64(kms.decrypt(ciphertext_blob=sealed.ciphertext_blob).plaintext) == b"secret"
 
 
 def test_answers_in_any_order_find_their_calls(socket_path: Path) -> None:

@@ -80,24 +80,25 @@ def test_a_replaced_keyring_is_unmapped_although_idle_connections_once_asked_abo
         assert mappings(agent) == before
 
 
-def test_a_keyring_on_a_file_system_that_hangs_holds_up_no_sigterm(keyring: Path, socket_path: Path) -> None:
+def test_an_identity_on_a_file_system_that_hangs_holds_up_no_sigterm(keyring: Path, socket_path: Path) -> None:
     """The loader waits for a FIFO that nobody writes; the agent serves, and stops when it is told to."""
+    identity = keyring.parent / "identity"
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
-        keyring.unlink()
-        os.mkfifo(keyring)
+        identity.unlink()
+        os.mkfifo(identity)
         agent.signal(signal.SIGHUP)
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
         connection.socket.close()
         assert agent.stop() == 0
     with suppress(OSError):  # lets the loader go, if it is still there
-        os.close(os.open(keyring, os.O_WRONLY | os.O_NONBLOCK))
+        os.close(os.open(identity, os.O_WRONLY | os.O_NONBLOCK))
 
 
 def test_a_loader_that_takes_too_long_is_given_up(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a reason."""
     monkeypatch.setattr(loader, "_TIMEOUT", 0.1)
-    keyring.unlink()
-    os.mkfifo(keyring)
+    (keyring.parent / "identity").unlink()
+    os.mkfifo(keyring.parent / "identity")
     with pytest.raises(KeyringError, match="took longer"):
         loader.load(keyring, keyring.parent / "identity", backing="auto", require=False)
 

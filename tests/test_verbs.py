@@ -277,6 +277,74 @@ def test_a_file_that_the_age_program_sealed_anew_opens_and_is_not_sealed_away_fr
     run("create-key", keyring, "--unseal", tmp_path / "other")
 
 
+@program("age", "age")
+def test_a_host_that_was_added_by_hand_is_not_shut_out_by_the_next_change(
+    keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is sealed to one more than its content names: the change is refused, and reseal is the way on."""
+    run("init", tmp_path / "other.age", "--new-identity", tmp_path / "other")
+    both = [(tmp_path / name).read_text().split()[3] for name in ("identity", "other")]
+    plain = subprocess.run(["age", "-d", "-i", tmp_path / "identity", keyring], capture_output=True, check=True).stdout
+    subprocess.run(["age", "-r", both[0], "-r", both[1], "-o", keyring, "-"], input=plain, check=True)
+    run("create-key", keyring, "--unseal", tmp_path / "identity", code=1)
+    assert "shut out" in capsys.readouterr().err
+    run("reseal", keyring, "--recipient", both[0], "--recipient", both[1], "--unseal", tmp_path / "identity")
+    run("create-key", keyring, "--unseal", tmp_path / "identity")
+    run("list", keyring, "--unseal", tmp_path / "other")
+
+
+@pytest.mark.parametrize("secret", ["AGE-SECRET-KEY-1QQQQ", "-----BEGIN OPENSSH PRIVATE KEY-----\nabc"])
+def test_an_identity_that_is_given_as_a_recipient_is_not_shown(
+    keyring: Path, capsys: pytest.CaptureFixture[str], secret: str
+) -> None:
+    """It opens everything; what is printed may be logged."""
+    run("reseal", keyring, "--recipient", secret, "--unseal", keyring.parent / "identity", code=1)
+    said = capsys.readouterr().err
+    assert "identity" in said
+    assert "QQQQ" not in said
+    assert "abc" not in said
+
+
+def test_what_is_no_file_is_not_read(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipe that nobody writes would be waited for, and a device has no end."""
+    fifo, identity = keyring.parent / "fifo", keyring.parent / "identity"
+    os.mkfifo(fifo)
+    for path, unseal, why in (
+        (fifo, identity, "not a regular file"),
+        (Path("/dev/zero"), identity, "not a regular file"),
+        (keyring, Path("/dev/zero"), "longer than"),
+    ):
+        run("list", path, "--unseal", unseal, code=1)
+        assert why in capsys.readouterr().err
+    run("import-key", keyring, "--material", "/dev/zero", "--unseal", identity, code=1)
+    assert "more than 64 bytes" in capsys.readouterr().err
+
+
+def test_a_change_that_cannot_be_printed_is_made_all_the_same(keyring: Path) -> None:
+    """Its exit code is another than that of a change that was not made."""
+    command = [sys.executable, "-m", "keyferry_agent", "keyring", "rotate", str(keyring), "alias/a"]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*command, "--unseal", str(keyring.parent / "identity")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert ended.returncode == 74
+    assert ended.stderr == "keyferry-agent: standard output: No space left on device\n"
+    assert len(opened(keyring).find("alias/a").versions) == 2
+
+
+def test_a_recipient_that_is_named_twice_is_one(keyring: Path) -> None:
+    """So that the number of them is that of the file."""
+    recipient = (keyring.parent / "identity").read_text().split()[3]
+    run("reseal", keyring, "--recipient", recipient, "--recipient", recipient, "--unseal", keyring.parent / "identity")
+    assert opened(keyring).recipients == [recipient]
+    change(keyring, "create-key")
+
+
 def test_a_keyring_that_names_no_recipients_and_has_no_passphrase_says_reseal(
     keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives.hmac import HMAC
 from support import requires
 
 from keyferry import libcrypto
-from keyferry.module import software
 
 Group: TypeAlias = dict[str, Any]
 Vector: TypeAlias = dict[str, Any]
@@ -106,18 +105,11 @@ def test_hmac_sm3() -> None:
 
 # RSA-OAEP
 
-SHA_1 = tuple((name, value.replace(b"sha256", b"sha1")) for name, value in software._RSA_OAEP_SHA_256)
-OURS = {("SHA-256", "SHA-256"): software._RSA_OAEP_SHA_256, ("SHA-1", "SHA-1"): SHA_1}
-"""The options of the product's two algorithms, by hash and by hash of the mask."""
-
 
 def own_options(group: Group, test: Vector) -> tuple[tuple[bytes, bytes], ...]:
     """What libcrypto has to be told for this vector's hashes and label."""
     names = {name: group[name].replace("SHA-", "sha").lower().encode() for name in ("sha", "mgfSha")}
-    options = OURS.get(
-        (group["sha"], group["mgfSha"]),
-        ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", names["sha"]), (b"rsa_mgf1_md", names["mgfSha"])),
-    )
+    options = ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", names["sha"]), (b"rsa_mgf1_md", names["mgfSha"]))
     return (*options, (b"rsa_oaep_label", test["label"].hex().encode())) if test["label"] else options
 
 
@@ -126,6 +118,15 @@ def opened(key: libcrypto.Key, group: Group, test: Vector, options: libcrypto.Op
     out = bytearray(group["keySize"] // 8)
     try:
         return bytes(out[: key.decrypt_into(bytearray(test["ct"]), out, options)])
+    except libcrypto.LibcryptoError:
+        return None
+
+
+def opened_as_a_module_does(key: libcrypto.Key, group: Group, test: Vector, digest: bytes) -> bytes | None:
+    """The same in two steps."""
+    padded, out = bytearray(group["keySize"] // 8), bytearray(group["keySize"] // 8)
+    try:
+        return bytes(out[: key.decrypt_oaep_into(bytearray(test["ct"]), padded, out, digest)])
     except libcrypto.LibcryptoError:
         return None
 
@@ -171,13 +172,13 @@ def test_rsa_oaep_with_each_vectors_own_hashes_and_label(name: str, expected: di
         ("rsa_oaep_2048_sha256_mgf1sha1_test.json", "SHA-1", {"refused": 31}),
     ],
 )
-def test_rsa_oaep_with_the_products_options_opens_its_own_algorithm_only(
+def test_rsa_oaep_as_the_software_module_decrypts_opens_its_own_algorithm_only(
     name: str, algorithm: str, expected: dict[str, int]
 ) -> None:
     """Another hash, another hash of the mask, and any label are refused, and so is every invalid vector."""
     ran: Counter[str] = Counter()
     for key, group, test in by_key(name):
-        message = opened(key, group, test, OURS[algorithm, algorithm])
+        message = opened_as_a_module_does(key, group, test, algorithm.replace("-", "").lower().encode())
         fits = test["result"] == "valid" and not test["label"] and group["sha"] == group["mgfSha"] == algorithm
         assert message == (test["msg"] if fits else None), test["tcId"]
         ran["refused" if message is None else "opened"] += 1

@@ -20,7 +20,18 @@ from anyio.abc import UNIXSocketStream
 
 from .declaration import Awaiting, Operation
 from .errors import AgentUnavailable, KeyferryError, KmsError
-from .exchange import CONNECT_STEP, RECEIVE, Call, Chunk, Exchange, Pending, calls, default_socket, why_unreachable
+from .exchange import (
+    CONNECT_STEP,
+    RECEIVE,
+    Call,
+    Chunk,
+    Exchange,
+    Pending,
+    calls,
+    default_socket,
+    seconds,
+    why_unreachable,
+)
 from .operations import Operations
 from .wire import Response
 
@@ -37,7 +48,7 @@ class Client(Operations, Awaiting):
 
     def __init__(self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
         self._path = os.fspath(socket) if socket is not None else default_socket()
-        self._timeout = timeout
+        self._timeout = seconds(timeout)
         self._connecting = anyio.Lock()
         self._connection: _Connection | None = None
 
@@ -78,9 +89,9 @@ class Client(Operations, Awaiting):
             raise outcome
         return outcome
 
-    async def _exchange(self, asked: list[Call]) -> list[Response]:
+    async def _exchange(self, asked: list[Call]) -> list[Response | KmsError]:
         """Ask everything, on as many connections as it takes."""
-        answers: dict[int, Response] = {}
+        answers: dict[int, Response | KmsError] = {}
         try:
             with anyio.fail_after(self._timeout) as patience:
                 while asked:
@@ -104,7 +115,7 @@ class Client(Operations, Awaiting):
         self,
         connection: "_Connection",
         asked: list[Call],
-        answers: dict[int, Response],
+        answers: dict[int, Response | KmsError],
         patience: anyio.CancelScope,
     ) -> None:
         """Ask what is not answered yet, on one connection."""
@@ -158,7 +169,8 @@ class _Connection:
         try:
             self._check()
             try:
-                await self._stream.send(bytes(chunk.data))
+                if chunk.data:
+                    await self._stream.send(bytes(chunk.data))
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 self._fail(ConnectionResetError("the agent closed the connection"))
                 self._check()
@@ -168,7 +180,7 @@ class _Connection:
         finally:
             self._sending.release()
 
-    async def answer(self, pending: Pending) -> Response:
+    async def answer(self, pending: Pending) -> Response | KmsError:
         """Wait for the answer to a request that was sent. Raises ConnectionError, or what `Exchange.receive` raises."""
         try:
             while pending.response is None:

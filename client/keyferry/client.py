@@ -20,7 +20,7 @@ from typing import Any, Self, TypeVar
 
 from .declaration import Blocking, Operation
 from .errors import AgentUnavailable, KmsError
-from .exchange import CONNECT_STEP, RECEIVE, Call, Chunk, Exchange, calls, default_socket, why_unreachable
+from .exchange import CONNECT_STEP, RECEIVE, Call, Chunk, Exchange, calls, default_socket, seconds, why_unreachable
 from .operations import Operations
 from .wire import Response
 
@@ -42,7 +42,7 @@ class Client(Operations, Blocking):
 
     def __init__(self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
         self._path = os.fspath(socket) if socket is not None else default_socket()
-        self._timeout = timeout
+        self._timeout = seconds(timeout)
         self._connection: sockets.socket | None = None
         self._forget()
         _clients.add(self)
@@ -87,13 +87,13 @@ class Client(Operations, Blocking):
             raise outcome
         return outcome
 
-    def _exchange(self, asked: Sequence[Call]) -> list[Response]:
+    def _exchange(self, asked: Sequence[Call]) -> list[Response | KmsError]:
         """Ask everything, on as many connections as it takes."""
         deadline = _Deadline(self._timeout)
         if not self._lock.acquire(timeout=max(self._timeout, 0)):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
-            answers: dict[int, Response] = {}
+            answers: dict[int, Response | KmsError] = {}
             while asked:
                 fresh, before = self._connection is None, len(answers)
                 try:
@@ -116,7 +116,7 @@ class Client(Operations, Blocking):
         finally:
             self._lock.release()
 
-    def _go(self, asked: Sequence[Call], answers: dict[int, Response], deadline: "_Deadline") -> None:
+    def _go(self, asked: Sequence[Call], answers: dict[int, Response | KmsError], deadline: "_Deadline") -> None:
         """Ask what is not answered yet, on one connection."""
         connection = self._connection
         if connection is None:
@@ -125,7 +125,8 @@ class Client(Operations, Blocking):
         sent: deque[Chunk] = deque()
         for chunk in self._under_way.chunks(asked, [place for place in range(len(asked)) if place not in answers]):
             connection.settimeout(deadline.left())
-            connection.sendall(chunk.data)
+            if chunk.data:
+                connection.sendall(chunk.data)
             sent.append(chunk)
             if len(sent) == 2:
                 self._collect(connection, sent.popleft(), answers, deadline)
@@ -133,7 +134,7 @@ class Client(Operations, Blocking):
             self._collect(connection, chunk, answers, deadline)
 
     def _collect(
-        self, connection: sockets.socket, chunk: Chunk, answers: dict[int, Response], deadline: "_Deadline"
+        self, connection: sockets.socket, chunk: Chunk, answers: dict[int, Response | KmsError], deadline: "_Deadline"
     ) -> None:
         for place, pending in chunk.requests:
             while pending.response is None:

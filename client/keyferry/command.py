@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import os
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -14,14 +14,12 @@ from .declaration import Operation
 from .errors import AgentUnavailable, KmsError, ProtocolError
 from .exchange import DEFAULT_SOCKET, pem_to_der
 from .operations import OPERATIONS
+from .output import show
 from .parameters import PUBLIC_KEY_BLOB, Parameter, encode_base64
 
-DONE: Final = 0
 REFUSED: Final = 1
 USAGE: Final = 2
 UNREACHABLE: Final = 3
-OUTPUT_FAILED: Final = 74
-"""EX_IOERR of sysexits.h: the agent answered, and the answer could not be written."""
 
 _WAIT_STEP: Final = 0.1
 """Seconds between two attempts of `status --wait`."""
@@ -61,9 +59,35 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     status.add_argument(
-        "--wait", type=float, default=0.0, metavar="SECONDS", help="how long to wait for an agent that is not there yet"
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to wait for an agent that is not there yet",
     )
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
+class _Once(argparse.Action):
+    """A parameter that is given twice is a mistake, not a correction."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
 
 
 def _add_operation(add_parser: Any, operation: Operation[..., Any], socket: argparse.ArgumentParser) -> None:
@@ -73,7 +97,9 @@ def _add_operation(add_parser: Any, operation: Operation[..., Any], socket: argp
     for name, parameter in operation.parameters.items():
         needed = " (required)" if name in operation.required else ""
         file = " @FILE reads a PEM or DER file." if parameter is PUBLIC_KEY_BLOB else ""
-        parser.add_argument(f"--{name}", metavar="VALUE", help=f"{parameter.doc}{file}{needed}".replace("%", "%%"))
+        parser.add_argument(
+            f"--{name}", action=_Once, metavar="VALUE", help=f"{parameter.doc}{file}{needed}".replace("%", "%%")
+        )
 
 
 def _value(parameter: Parameter[Any], text: str) -> Any:
@@ -128,10 +154,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AgentUnavailable, ProtocolError) as error:
         print(f"keyferry: {error}", file=sys.stderr)
         return UNREACHABLE
-    try:
-        print(json.dumps(result, indent=2, ensure_ascii=False), flush=True)
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says it again when it ends
-        print(f"keyferry: standard output: {error.strerror}", file=sys.stderr)
-        return OUTPUT_FAILED
-    return DONE
+    return show("keyferry", json.dumps(result, indent=2, ensure_ascii=False))

@@ -8,7 +8,7 @@ from . import wire
 from .declaration import Operation, request_to_wire, result_from_wire
 from .errors import KmsError, ProtocolError, kms_error
 from .operations import OPERATIONS
-from .parameters import MAX_PAGE, PUBLIC_KEY_BLOB, encode_base64
+from .parameters import MAX_PAGE, PLAINTEXT, PUBLIC_KEY_BLOB, encode_base64
 
 __all__ = [
     "CONNECT_STEP",
@@ -21,6 +21,7 @@ __all__ = [
     "calls",
     "default_socket",
     "pem_to_der",
+    "seconds",
     "why_unreachable",
 ]
 
@@ -37,6 +38,13 @@ never waits for an agent that waits for its answers to be read."""
 def default_socket() -> str:
     """Where the agent listens: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock."""
     return os.environ.get("KEYFERRY_SOCKET") or DEFAULT_SOCKET
+
+
+def seconds(timeout: float) -> float:
+    """A timeout that is one. Raises ValueError, or TypeError."""
+    if not float(timeout) >= 0:
+        raise ValueError(f"a timeout is a number of seconds from 0, not {timeout!r}")
+    return timeout
 
 
 def why_unreachable(path: str, error: OSError) -> str:
@@ -74,16 +82,20 @@ class Call(NamedTuple):
     def of(cls, operation: Operation[..., Any], request: Any) -> "Call":
         """The call of a request tuple."""
         params = request_to_wire(request)
-        blob = params.get(PUBLIC_KEY_BLOB.name)
+        blob, plaintext = params.get(PUBLIC_KEY_BLOB.name), params.get(PLAINTEXT.name)
         if isinstance(blob, bytes):
             params[PUBLIC_KEY_BLOB.name] = encode_base64(pem_to_der(blob))
+        if isinstance(plaintext, bytes):
+            params[PLAINTEXT.name] = encode_base64(plaintext)
         for key, value in params.items():
             if isinstance(value, Mapping):
                 params[key] = dict(value)
         return cls(operation.name, params, operation.result)
 
-    def outcome(self, response: wire.Response) -> Any:
+    def outcome(self, response: wire.Response | KmsError) -> Any:
         """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
+        if isinstance(response, KmsError):
+            return response
         if response.error is not None:
             return _refusal(response.error)
         answer = response.result or {}
@@ -113,13 +125,13 @@ def calls(wanted: Iterable[Any]) -> list[Call]:
 
 
 class Pending:
-    """A request under way. `response` is None until it is answered."""
+    """A request under way. `response` is None until it is answered, or an error if it could not be sent at all."""
 
     __slots__ = ("msgid", "response")
 
     def __init__(self, msgid: int) -> None:
         self.msgid = msgid
-        self.response: wire.Response | None = None
+        self.response: wire.Response | KmsError | None = None
 
 
 class Chunk(NamedTuple):
@@ -138,13 +150,19 @@ class Exchange:
         self._waiting: dict[int, Pending] = {}
 
     def ask(self, call: Call) -> tuple[Pending, bytes]:
-        """Give the bytes of a request. Raises `InvalidRequest` for one that is too long to be sent."""
+        """Give the bytes of a request; none for one that no agent could read, which has its refusal already.
+
+        A request that breaks the protocol would break the connection, and with it the calls of others.
+        """
         self._msgid = (self._msgid + 1) & wire.MAX_MSGID
+        pending = Pending(self._msgid)
         try:
+            wire.check_sendable(call.params)
             request = wire.encode_request(self._msgid, call.name, call.params)
-        except ProtocolError as error:
-            raise kms_error("InvalidParameter", f"The request was not sent: {error}.") from None
-        pending = self._waiting[self._msgid] = Pending(self._msgid)
+        except (ProtocolError, ValueError, OverflowError) as error:
+            pending.response = kms_error("InvalidParameter", f"The request was not sent: {error}.")
+            return pending, b""
+        self._waiting[self._msgid] = pending
         return pending, request
 
     def chunks(self, asked: Sequence[Call], places: Iterable[int]) -> Iterator[Chunk]:
@@ -163,7 +181,7 @@ class Exchange:
     def withdraw(self, chunk: Chunk) -> None:
         """Forget requests that were not sent after all."""
         for _, pending in chunk.requests:
-            del self._waiting[pending.msgid]
+            self._waiting.pop(pending.msgid, None)
 
     def receive(self, data: bytes) -> list[Pending]:
         """Take bytes as they came; give the requests that they answer. Raises `ProtocolError`, or `KmsError` for a refusal of

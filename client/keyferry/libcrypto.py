@@ -13,12 +13,23 @@ from collections.abc import Iterable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_long, c_size_t, c_void_p
 from typing import Any, Final, TypeAlias
 
-__all__ = ["Key", "LibcryptoError", "generate_sm2", "has_sm2", "load", "private_key", "public_key", "version"]
+__all__ = [
+    "Key",
+    "LibcryptoError",
+    "generate_rsa_2048",
+    "generate_sm2",
+    "has_sm2",
+    "load",
+    "private_key",
+    "public_key",
+    "version",
+]
 
 Buffer: TypeAlias = bytearray | memoryview
 Options: TypeAlias = Iterable[tuple[bytes, bytes]]
 
 _NAMES: Final = ("libcrypto.so.3", "libcrypto.so")
+_RSA: Final = b"RSA"
 _SM2: Final = b"SM2"
 _OPENSSL_3: Final = 0x30000000
 
@@ -50,7 +61,12 @@ def load() -> ctypes.CDLL:
         "PKCS8_PRIV_KEY_INFO_free": (None, [c_void_p]),
         "EVP_PKEY_is_a": (c_int, [c_void_p, c_char_p]),
         "EVP_PKEY_free": (None, [c_void_p]),
-        "EVP_PKEY_Q_keygen": (c_void_p, [c_void_p, c_char_p, c_char_p]),
+        "EVP_PKEY_Q_keygen": (c_void_p, [c_void_p, c_char_p, c_char_p]),  # and a size_t, for RSA
+        "EVP_get_digestbyname": (c_void_p, [c_char_p]),
+        "RSA_padding_check_PKCS1_OAEP_mgf1": (
+            c_int,
+            [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p],
+        ),
         "EVP_PKEY_CTX_new": (c_void_p, [c_void_p, c_void_p]),
         "EVP_PKEY_CTX_free": (None, [c_void_p]),
         "EVP_PKEY_CTX_ctrl_str": (c_int, [c_void_p, c_char_p, c_char_p]),
@@ -104,6 +120,24 @@ class Key:
         """Decrypt into `out`, and give the number of bytes written there. Raises `LibcryptoError`, whatever is wrong."""
         return self._run("decrypt", ciphertext, out, options)[1]
 
+    def decrypt_oaep_into(self, ciphertext: Buffer, padded: Buffer, out: Buffer, digest: bytes) -> int:
+        """Decrypt RSAES-OAEP (RFC 8017; MGF1 with the same hash, empty label) into `out`, and give the number of bytes.
+
+        In two steps, because in one libcrypto frees the padded message, from which anybody could read the plaintext, as it
+        is: here it stays in `padded`, as long as the modulus, which the caller wipes. Raises `LibcryptoError`, whatever is
+        wrong.
+        """
+        size = self.decrypt_into(ciphertext, padded, ((b"rsa_padding_mode", b"none"),))
+        library = self._library
+        hashed = library.EVP_get_digestbyname(digest)
+        plaintext: int = library.RSA_padding_check_PKCS1_OAEP_mgf1(
+            _address(out), len(out), _address(padded), size, size, None, 0, hashed, hashed
+        )
+        if plaintext < 0:
+            library.ERR_clear_error()
+            raise LibcryptoError("libcrypto could not decrypt")
+        return plaintext
+
     def public_der(self) -> bytes:
         """The public half as DER SubjectPublicKeyInfo."""
         return bytes(_der(self._library.i2d_PUBKEY, self._pkey))
@@ -154,6 +188,15 @@ def public_key(der: bytes) -> Key:
 def private_key(der: Buffer) -> Key:
     """Load a DER PKCS #8 PrivateKeyInfo. Raises `LibcryptoError`."""
     return _load("d2i_AutoPrivateKey", der, "private")
+
+
+def generate_rsa_2048() -> Key:
+    """Generate an RSA key pair of 2,048 bits, with the exponent 65537. Raises `LibcryptoError`."""
+    pkey = load().EVP_PKEY_Q_keygen(None, None, _RSA, c_size_t(2_048))
+    if not pkey:
+        load().ERR_clear_error()
+        raise LibcryptoError("libcrypto could not generate an RSA key")
+    return Key(pkey)
 
 
 def generate_sm2() -> Key:

@@ -269,7 +269,7 @@ PAGE_SIZE = Parameter(
 PageSize: TypeAlias = Annotated[int | None, PAGE_SIZE]
 
 PLAINTEXT = Parameter("Plaintext", _plaintext, f"What to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
-Plaintext: TypeAlias = Annotated[str, PLAINTEXT]
+Plaintext: TypeAlias = Annotated[str | bytes, PLAINTEXT]
 
 DRY_RUN = Parameter(
     "DryRun",

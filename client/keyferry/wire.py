@@ -25,6 +25,7 @@ __all__ = [
     "Request",
     "Response",
     "Unservable",
+    "check_sendable",
     "encode_notification",
     "encode_request",
     "encode_response",
@@ -255,6 +256,29 @@ def _request(msgid: int, rest: list[Any]) -> Message:
     if not isinstance(params, list) or len(params) != 1 or not isinstance(params[0], dict):
         return Unservable(msgid, "the parameters are not an array of one map", method)
     return Request(msgid, method, params[0])
+
+
+def check_sendable(value: Any, depth: int = 3) -> None:
+    """Refuse a parameter's value that no peer would read: floats, map keys that are no strings, containers over a limit.
+
+    `depth` is how many containers it is in. Raises `ProtocolError`.
+    """
+    kind = type(value)
+    if kind in _SENDABLE or isinstance(value, str | int | bytes | bytearray | memoryview):
+        return
+    if kind not in (dict, list, tuple):
+        raise ProtocolError(f"{kind.__name__} is not part of the protocol")
+    if len(value) > (MAX_MAP if kind is dict else MAX_ARRAY) or depth > MAX_DEPTH:
+        raise ProtocolError("a container has too many entries, or is nested too deep")
+    if kind is dict:
+        if not all(isinstance(key, str) for key in value):
+            raise ProtocolError("a map key is not a string")
+        value = value.values()
+    for each in value:
+        check_sendable(each, depth + 1)
+
+
+_SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
 
 
 def _pack(body: list[Any]) -> bytes:

@@ -100,22 +100,31 @@ def mappings(pid: int) -> Iterator[Mapping]:
             yield Mapping(int(start, 16), int(end, 16), name, frozenset(flags[4].split()))
 
 
-def scan(pid: int, needles: Needles) -> Counter[str]:
-    """What is in the memory of a process that stands still, outside its secret memory: name and mapping, and how often."""
-    found: Counter[str] = Counter()
-    scanned = 0
+def snapshot(pid: int) -> list[tuple[str, bytes]]:
+    """The memory of a process that stands still, but for its secret memory: what the kernel calls it, and what is in it."""
+    pieces = []
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for mapping in mappings(pid):
-            if mapping.is_locked:
-                continue
-            for at in range(mapping.start, mapping.end, _CHUNK):
-                memory.seek(at)
-                data = memory.read(min(_CHUNK, mapping.end - at))
-                scanned += len(data)
-                for name, count in needles.in_words(data).items():
-                    found[f"{name} in {mapping.name or 'anonymous memory'}"] += count
-    assert scanned > 1 << 23, "a Python process has more memory than that"
+            if not mapping.is_locked:
+                for at in range(mapping.start, mapping.end, _CHUNK):
+                    memory.seek(at)
+                    pieces.append((mapping.name or "anonymous memory", memory.read(min(_CHUNK, mapping.end - at))))
+    assert sum(len(data) for _, data in pieces) > 1 << 23, "a Python process has more memory than that"
+    return pieces
+
+
+def search(pieces: list[tuple[str, bytes]], needles: Needles) -> Counter[str]:
+    """What is in a snapshot, by its name and where it is, and how many words of it."""
+    found: Counter[str] = Counter()
+    for where, data in pieces:
+        for name, count in needles.in_words(data).items():
+            found[f"{name} in {where}"] += count
     return found
+
+
+def scan(pid: int, needles: Needles) -> Counter[str]:
+    """What is in the memory of a process that stands still, outside its secret memory."""
+    return search(snapshot(pid), needles)
 
 
 def scan_file(path: Path, needles: Needles) -> Counter[str]:

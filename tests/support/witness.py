@@ -6,6 +6,7 @@ It has the private keys that data keys are exported to, and it may read the keyr
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from gmssl.sm2 import CryptSM2
 
@@ -71,15 +72,26 @@ class Witness:
         self._sealed(sealed.key_version_id, sealed.ciphertext_blob, plaintext)
 
     def ask_at_once(self, kms: Client, times: int) -> None:
-        """Pipelines of what is exported and of what is not."""
+        """A pipeline of what is exported and of what is not."""
         to = recipient(ALGORITHMS[0])
-        wanted = [
-            operations.GenerateAndExportDataKey(key_id=KEYS[number % 2], **to.arguments) for number in range(times)
-        ]
-        for made in kms.pipeline(wanted):
-            self._sealed(made.key_version_id, made.ciphertext_blob, self._exported(to, made.exported_data_key))
-        for made in kms.pipeline([operations.GenerateDataKey(key_id=KEYS[0])] * times):
-            self._sealed(made.key_version_id, made.ciphertext_blob, decode_base64(made.plaintext))
+        wanted: list[Any] = []
+        for number in range(times):
+            wanted += [
+                operations.GenerateAndExportDataKey(key_id=KEYS[number % 2], **to.arguments),
+                operations.GenerateDataKey(key_id=KEYS[0]),
+            ]
+        for answer in kms.pipeline(wanted):
+            self.learn(to, answer)
+
+    def learn(
+        self, to: Recipient, made: operations.GenerateAndExportDataKeyResult | operations.GenerateDataKeyResult
+    ) -> None:
+        """Learn the data key in an answer."""
+        if isinstance(made, operations.GenerateDataKeyResult):
+            data_key = decode_base64(made.plaintext)
+        else:
+            data_key = self._exported(to, made.exported_data_key)
+        self._sealed(made.key_version_id, made.ciphertext_blob, data_key)
 
     def _sealed(self, version: str, blob: str, plaintext: bytes) -> None:
         key_spec, master_key = self._master_keys[version]

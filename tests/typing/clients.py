@@ -29,7 +29,8 @@ def blocking(kms: Client, der: bytes) -> None:
     kms.decrypt()  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
     kms.decrypt(ciphertext_blob=5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     kms.decrypt(ciphertext_blob="", encryption_contxt={})  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
-    kms.encrypt(key_id="a", plaintext=b"x")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+    kms.encrypt(key_id="a", plaintext=b"x")
+    kms.encrypt(key_id="a", plaintext=5)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     kms.list_keys(page_size="5")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
     made.key_id = "x"  # type: ignore[misc] # pyright: ignore[reportAttributeAccessIssue]
 

@@ -20,6 +20,7 @@ from .steps import (
     Request,
     find_key,
     find_version,
+    no_permission,
     open_blob,
     permit,
     plaintext_size,
@@ -72,6 +73,8 @@ def re_encrypt(request: Request) -> Job:
     """Open a blob and seal what is in it anew, in one go: the caller never has it."""
     blob = request.values.need(CIPHERTEXT_BLOB)
     opening, sealing = request.context(SOURCE_ENCRYPTION_CONTEXT), request.context(DESTINATION_ENCRYPTION_CONTEXT)
+    if not any(grant.has_action(_TO) for grant in request.caller.grants):
+        raise no_permission()  # before anything is said about the blob
     source, old = find_version(request, blob, action=_FROM, context=opening)
     destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=sealing)
     # Under another key, other grants decide who gets what is in it: that is no way round a grant's recipients.

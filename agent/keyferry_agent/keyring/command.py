@@ -4,9 +4,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
+
+from keyferry.output import show
 
 from ..crypto.seal import KEY_SIZES
 from . import file, sealing, verbs
@@ -14,12 +16,11 @@ from .document import Document, KeyEntry, KeyringError, VersionEntry
 
 __all__ = ["add_parser"]
 
-DONE: Final = 0
 FAILED: Final = 1
 
 _DEFAULT_SPEC: Final = "Aliyun_AES_256"
 _MATERIAL_MOST: Final = 65
-"""Bytes of material to read at most: enough to say that hex is not raw bytes."""
+"""Bytes of material to read at most: enough to see that hex is not raw bytes."""
 
 
 def add_parser(commands: Any) -> None:
@@ -108,11 +109,8 @@ def _main(arguments: argparse.Namespace) -> int:
     except KeyringError as error:
         print(f"keyferry-agent: {error}", file=sys.stderr)
         return FAILED
-    if arguments.json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        _print_for_people(result)
-    return DONE
+    text = json.dumps(result, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_for_people(result))
+    return show("keyferry-agent", text)
 
 
 # --- the verbs: arguments -> what to print, as the API's names ---------------------------------------------------------
@@ -140,7 +138,7 @@ def _reseal(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
-    recipients = list(arguments.recipient or [])
+    recipients = list(dict.fromkeys(arguments.recipient or []))
     for recipient in recipients:
         sealing.check_recipient(recipient)
     passphrase = sealing.read_passphrase(arguments.passphrase_file) if arguments.passphrase_file else None
@@ -249,10 +247,10 @@ def _metadata(document: Document, key: KeyEntry) -> dict[str, Any]:
 # --- the same for people ----------------------------------------------------------------------------------------------
 
 
-def _print_for_people(result: dict[str, Any]) -> None:
+def _for_people(result: dict[str, Any]) -> Iterator[str]:
     if "Keys" in result:
         keys = result["Keys"]["Key"]
-        _print_table(
+        yield from _table(
             ("KEY ID", "KEY SPEC", "STATE", "ALIASES"),
             ((key["KeyId"], key["KeySpec"], key["KeyState"], ", ".join(key["Aliases"])) for key in keys),
         )
@@ -261,11 +259,11 @@ def _print_for_people(result: dict[str, Any]) -> None:
         if isinstance(value, list):
             value = ", ".join(value)  # noqa: PLW2901 - shown, not kept
         if value and not isinstance(value, dict):
-            print(f"{name + ':':<19}{value}")
+            yield f"{name + ':':<19}{value}"
     if "KeyVersions" in result:
         primary = result["KeyMetadata"]["PrimaryKeyVersion"]
-        print()
-        _print_table(
+        yield ""
+        yield from _table(
             ("KEY VERSION ID", "CREATED", ""),
             (
                 (
@@ -278,8 +276,8 @@ def _print_for_people(result: dict[str, Any]) -> None:
         )
 
 
-def _print_table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> None:
+def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     lines = [heading, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
     for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -7,22 +7,34 @@ it, sealed like the file itself, goes with the next change.
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .document import Document, KeyringError
-from .sealing import Unsealer, seal
+from .sealing import Unsealer, count_recipients, seal
 
 __all__ = ["change", "create", "read", "reseal"]
 
 
 def read(path: Path, unsealer: Unsealer) -> Document:
     """Read and check a keyring, without the keys whose deletion date has come. Raises `KeyringError`."""
+    return _opened(_sealed(path), unsealer)
+
+
+def _sealed(path: Path) -> bytes:
     try:
-        sealed = path.read_bytes()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise KeyringError(f"{path}: not a regular file")
+            return file.read()
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
+
+
+def _opened(sealed: bytes, unsealer: Unsealer) -> Document:
     document = Document.from_json(unsealer.unseal(sealed))
     document.purge()
     return document
@@ -41,20 +53,21 @@ def create(path: Path, document: Document, passphrase: str | None) -> None:
 def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
     """Lend the document for a `with` block and write it back at its end. An exception in the block changes nothing.
 
-    Raises `KeyringError`, also when whoever changes it could not open the result: somebody sealed the file by hand, to others
-    than its content says.
+    Raises `KeyringError`, also when the change would shut somebody out: the file was sealed by hand, to others than its content
+    names.
     """
     path = _real(path)
     with _locked(path):
-        document = read(path, unsealer)
+        before = _sealed(path)
+        document = _opened(before, unsealer)
         yield document
-        sealed = seal(document.to_json(), document.recipients, unsealer.passphrase)
-        if not unsealer.opens(sealed):
+        after = seal(document.to_json(), document.recipients, unsealer.passphrase)
+        if not unsealer.opens(after) or count_recipients(before) != count_recipients(after):
             raise KeyringError(
-                f"{path}: sealed to the recipients that it names, it would not open with what opened it now; "
+                f"{path} was sealed by hand, to others than the recipients that it names, who would be shut out: "
                 "`keyring reseal` it first, to all that are to open it"
             )
-        _replace(path, sealed)
+        _replace(path, after)
 
 
 def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: str | None) -> Document:

@@ -12,12 +12,15 @@ import pyrage
 
 from .document import KeyringError
 
-__all__ = ["Unsealer", "check_recipient", "new_identity", "read_passphrase", "seal"]
+__all__ = ["Unsealer", "check_recipient", "count_recipients", "new_identity", "read_passphrase", "seal"]
 
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
 _PEM: Final = "-----BEGIN"
 _PASSPHRASE_STANZA: Final = b"age-encryption.org/v1\n-> scrypt "
 """How a file begins that is sealed to a passphrase; it has no other recipient then."""
+_RECIPIENT_STANZAS: Final = (b"-> X25519 ", b"-> ssh-")
+_IDENTITY_MOST: Final = 65_536
+_SHOWN: Final = 24
 
 
 class Unsealer:
@@ -79,6 +82,12 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
     return bytes(pyrage.passphrase.encrypt(payload, passphrase))
 
 
+def count_recipients(sealed: bytes) -> int:
+    """How many recipients a file is sealed to, as far as its header tells: not which."""
+    header = sealed.split(b"\n---", 1)[0].split(b"\n")
+    return sum(line.startswith(_RECIPIENT_STANZAS) for line in header)
+
+
 def check_recipient(recipient: str) -> Any:
     """Parse `age1...` or `ssh-ed25519 ...`. Raises `KeyringError`."""
     try:
@@ -86,7 +95,10 @@ def check_recipient(recipient: str) -> Any:
             return pyrage.ssh.Recipient.from_str(recipient)
         return pyrage.x25519.Recipient.from_str(recipient)
     except pyrage.RecipientError:
-        raise KeyringError(f"{recipient!r} is no recipient: expected age1... or an SSH public key") from None
+        if _AGE_IDENTITY in recipient or "PRIVATE KEY" in recipient:  # and whatever is shown may be logged
+            raise KeyringError("an identity was given as a recipient: it is secret; give its public half") from None
+        shown = recipient if len(recipient) <= _SHOWN else f"{recipient[:_SHOWN]}..."
+        raise KeyringError(f"{shown!r} is no recipient: expected age1... or an SSH public key") from None
 
 
 def new_identity(path: Path) -> str:
@@ -118,7 +130,11 @@ def _passphrase(path: Path, content: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        with open(path, "rb") as file:  # which may be a pipe
+            content = file.read(_IDENTITY_MOST + 1)
+        if len(content) > _IDENTITY_MOST:
+            raise KeyringError(f"{path}: longer than any identity or passphrase")
+        return content.decode()
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:

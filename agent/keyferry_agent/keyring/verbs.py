@@ -55,7 +55,8 @@ def import_key(
     fits = specs.get(len(material))
     if fits is None or key_spec not in (None, fits):
         wanted = f"{KEY_SIZES[key_spec]} ({key_spec})" if key_spec else "32 (Aliyun_AES_256) or 16 (Aliyun_SM4)"
-        raise KeyringError(f"the material has {len(material)} bytes; {wanted} raw bytes are expected")
+        size = f"{len(material)} bytes" if len(material) <= 64 else "more than 64 bytes"
+        raise KeyringError(f"the material has {size}; {wanted} raw bytes are expected")
     return _add(document, fits, material, "EXTERNAL", alias, description)
 
 

@@ -1,8 +1,9 @@
 """A cryptographic module in software: the private key and the data keys live in this process.
 
-What it protects: data keys are in locked memory where the system gives it, are never Python objects, and cannot be read
-out by the API. What it cannot: whoever can read this process's memory at the wrong moment, or the file and its
-passphrase, has them. A PKCS#11 token is for that.
+What it protects: data keys, and the padded messages they come out of, are in locked memory where the system gives it, are
+never Python objects, and cannot be read out by the API; between calls this process's ordinary memory holds none of them.
+What it cannot: the private key is libcrypto's, in ordinary memory, and so are copies that age makes when it is loaded or
+saved; whoever can read this process's memory, or the file and its passphrase, has it. A PKCS#11 token is for that.
 """
 
 import contextlib
@@ -13,9 +14,7 @@ from typing import Final, Self
 
 import pyrage
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from .. import libcrypto
 from ..parameters import decode_base64, encode_base64
@@ -33,12 +32,6 @@ _NOT_HELD: Final = "this module does not hold that key (any more)"
 _NOT_AUTHENTIC: Final = "this was not encrypted with this key and this aad, or it is damaged"
 _CHUNK: Final = 16 * 1024
 """Bytes of locked memory to take at a time: 512 keys of 32 bytes."""
-
-_RSA_OAEP_SHA_256: Final = (
-    (b"rsa_padding_mode", b"oaep"),
-    (b"rsa_oaep_md", b"sha256"),
-    (b"rsa_mgf1_md", b"sha256"),
-)
 
 
 def _check_size(size: int) -> None:
@@ -65,9 +58,7 @@ class SoftwareModule(CryptographicModule):
     def generate(cls, key_spec: str = "RSA_2048") -> Self:
         """Generate a key pair: "RSA_2048" or "EC_SM2". Raises ValueError, or `ModuleError` where the system has no SM2."""
         if key_spec == "RSA_2048":
-            made = rsa.generate_private_key(65537, 2048)
-            der = bytearray(made.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
-            return cls(libcrypto.private_key(der))
+            return cls(libcrypto.generate_rsa_2048())
         if key_spec == "EC_SM2":
             try:
                 return cls(libcrypto.generate_sm2())
@@ -111,17 +102,21 @@ class SoftwareModule(CryptographicModule):
     def import_data_key(self, exported_data_key: str | bytes) -> DataKey:
         try:
             wrapped = decode_base64(exported_data_key) if isinstance(exported_data_key, str) else exported_data_key
-            options: libcrypto.Options = _RSA_OAEP_SHA_256
-            if self.wrapping_key_spec == "EC_SM2":
+            sm2 = self.wrapping_key_spec == "EC_SM2"
+            if sm2:
                 if len(wrapped) - RAW_OVERHEAD > _ROOM:
                     _check_size(len(wrapped) - RAW_OVERHEAD)
-                wrapped, options = raw_to_der(wrapped), ()
+                wrapped = raw_to_der(wrapped)
         except ValueError:
             raise ModuleError(_NOT_OURS) from None
-        scratch = self._allocate(_ROOM)
+        scratch = self._allocate(2 * _ROOM)
         try:
-            with scratch.lend() as opened:
-                size = self._private_key.decrypt_into(bytearray(wrapped), opened, options)
+            with scratch.lend() as room:
+                opened, padded = room[:_ROOM], room[_ROOM:]
+                if sm2:
+                    size = self._private_key.decrypt_into(bytearray(wrapped), opened)
+                else:
+                    size = self._private_key.decrypt_oaep_into(bytearray(wrapped), padded, opened, b"sha256")
                 _check_size(size)
                 secret = self._allocate(size)
                 with secret.lend() as data_key:
