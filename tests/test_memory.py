@@ -22,7 +22,9 @@ from support.requires import program
 from support.scan import Needles, aes_round_keys, scan, scan_file
 from support.witness import KEYS, Witness
 
+from keyferry.parameters import decode_base64, encode_base64
 from keyferry.secret import Backing
+from keyferry_agent.crypto import wrapping
 from keyferry_agent.startup import DUMPABLE
 
 
@@ -207,3 +209,43 @@ def test_an_agent_cannot_be_read_by_its_own_user_unless_a_test_asks_for_it(keyri
             assert Path(f"/proc/{agent.process.pid}/mem").stat().st_uid == owner
             said = [line["what"] for line in agent.log if line["event"] == "startup.not_hardened"]
             assert any(DUMPABLE in what for what in said) == bool(environment)
+
+
+IMPORTING = """
+import sys
+from keyferry.module import SoftwareModule
+
+module = SoftwareModule.generate(sys.argv[1])
+print(module.public_key_blob, flush=True)
+keys = []
+for line in sys.stdin:
+    keys.append(module.import_data_key(line.strip()))
+    module.decrypt(keys[-1], module.encrypt(keys[-1], b"x" * 100))
+    if len(keys) > 5:
+        module.forget(keys.pop(0))
+    print(flush=True)
+"""
+
+
+@needs_ptrace
+@pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])
+def test_a_software_module_has_no_data_key_in_ordinary_memory(key_spec: str) -> None:
+    """Neither one that it holds nor one that it has forgotten, and no padded message. (Its private key is there.)"""
+    needles = Needles()
+    way = wrapping.find(key_spec, "SM2PKE" if key_spec == "EC_SM2" else "RSAES_OAEP_SHA_256")
+    assert way is not None
+    with subprocess.Popen(
+        [sys.executable, "-c", IMPORTING, key_spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as module:
+        assert module.stdin is not None
+        assert module.stdout is not None
+        to = wrapping.recipient(way, decode_base64(module.stdout.readline().strip()), sm2_fallback=False)
+        for _ in range(20):
+            data_key = os.urandom(32)
+            needles.add_key("data key", data_key)
+            module.stdin.write(encode_base64(to.wrap(memoryview(bytearray(data_key)))) + "\n")
+            module.stdin.flush()
+            module.stdout.readline()
+        found = scan(module.pid, needles)
+        module.stdin.close()
+    assert not found
