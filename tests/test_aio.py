@@ -4,6 +4,7 @@ import functools
 import signal
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,52 @@ def test_a_pipeline_gives_results_and_refusals_in_order(agent: RunningAgent, run
             assert answered.state == "Serving"
 
     run(main)
+
+
+def test_many_tasks_with_pipelines_do_not_stall_their_connection(agent: RunningAgent, run: Run) -> None:
+    """However much each wants to send: somebody always reads."""
+
+    async def main() -> list[int]:
+        lengths: list[int] = []
+        async with Client(agent.socket, timeout=PATIENCE) as kms:
+
+            async def one() -> None:
+                lengths.append(len(await kms.pipeline([operations.GetAgentStatus()] * 1_500)))
+
+            async with anyio.create_task_group() as tasks:
+                for _ in range(12):
+                    tasks.start_soon(one)
+        return lengths
+
+    assert run(main) == [1_500] * 12
+
+
+def test_a_deadline_that_passes_while_the_answer_arrives_is_a_timeout(socket_path: Path, run: Run) -> None:
+    """Something else kept the event loop busy: an error of this library's own, nothing strange."""
+
+    async def main() -> None:
+        async with Client(socket_path, timeout=0.3) as kms:
+
+            async def busy() -> None:
+                await anyio.sleep(0.1)
+                answer.set()
+                time.sleep(0.5)  # noqa: ASYNC251 - on purpose
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(busy)
+                with pytest.raises(AgentUnavailable, match=r"within 0\.3 s"):
+                    await kms.pipeline([("A", {}), ("B", {})])
+
+    answer = threading.Event()
+
+    def part(connection: socket.socket) -> None:
+        connection.recv(65_536)
+        answer.wait(PATIENCE)
+        connection.sendall(wire.encode_response(1, None, {"RequestId": "A"}))
+        connection.recv(65_536)
+
+    with scripted(socket_path, part):
+        run(main)
 
 
 def test_a_client_can_be_closed_and_used_again_and_survives_a_restart(socket_path: Path, run: Run) -> None:

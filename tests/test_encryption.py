@@ -172,8 +172,27 @@ GRANTS = {
     "to": 'actions=["kms:ReEncryptTo"]\nkeys=["alias/dev-sm4"]\n',
     "rewrap": 'actions=["kms:ReEncrypt*"]\nkeys=["alias/dev"]\n',
     "pinned": f'actions=["kms:*"]\nkeys=["alias/dev"]\nrecipients=["{PIN}"]\n',
+    "decrypt under another context": (
+        'actions=["kms:Decrypt", "kms:ReEncryptTo"]\nkeys=["alias/dev"]\nencryption_context={purpose="cache"}\n'
+    ),
     "everything on sm4": 'actions=["kms:*"]\nkeys=["alias/dev-sm4"]\n',
 }
+
+
+def test_re_encrypt_to_another_context_is_no_way_round_recipients(keyring: Path) -> None:
+    """Under the same key, too, other grants can hold for another context."""
+    change(keyring, "create-alias", "alias/dev", "alias/a")
+    granted = [GRANTS["pinned"], GRANTS["decrypt under another context"]]
+    with two_callers(keyring, granted) as (admin, app):
+        blob = encrypted(admin, b"x", EncryptionContext={"tenant": "acme"})["CiphertextBlob"]
+        opening = {
+            "CiphertextBlob": blob,
+            "SourceEncryptionContext": {"tenant": "acme"},
+            "DestinationKeyId": "alias/dev",
+        }
+        moved = {**opening, "DestinationEncryptionContext": {"purpose": "cache"}}
+        refused(app, "ReEncrypt", moved, "Forbidden.NoPermission")
+        ok(app, "ReEncrypt", {**opening, "DestinationEncryptionContext": {"tenant": "acme"}})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Faults inside the agent: what a handler, the audit log or the system does wrong stays where it is."""
 
 import errno
+import gc
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import structlog
 import trio
+import trio.testing
 from support.keys import recipient
 
 from keyferry import libcrypto, wire
+from keyferry.errors import KmsError
 from keyferry.secret import SecretMemory
 from keyferry.sm2_ciphertext import raw_to_der
 from keyferry_agent import handlers
@@ -21,6 +24,7 @@ from keyferry_agent.agent import Agent
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.crypto import selftest, wrapping
 from keyferry_agent.grants import Grant
+from keyferry_agent.handlers.status import get_agent_status
 from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.limits import Rate
 from keyferry_agent.peer import evidence
@@ -93,6 +97,54 @@ async def test_a_handler_that_fails_harms_nobody_and_tells_nobody_why(
             assert logged[0]["request_id"] == response.error["RequestId"]
             for stream in (first, other):
                 assert (await ask(stream, *STATUS)).error is None
+
+
+async def test_the_time_that_the_agent_takes_is_not_counted_as_the_clients(
+    agent: Agent,
+    audit: AuditLog,
+    socket_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    """A request whose rest lies in the socket while the one before it is answered is not late."""
+
+    def takes_long(request: Any) -> handlers.Job:
+        mock_clock.jump(2 * agent.settings.limits.request_timeout)
+        return get_agent_status(request)
+
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", takes_long)
+    async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
+        second = wire.encode_request(2, *STATUS)
+        await stream.send_all(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}) + second[:5])
+        decoder, answers = wire.Decoder(), []
+        for rest in (second[5:], b""):
+            received = await stream.receive_some()
+            assert received
+            decoder.feed(received)
+            answers += list(decoder.messages())
+            await stream.send_all(rest)
+        assert [answer.msgid for answer in answers if isinstance(answer, wire.Response)] == [1, 2]
+
+
+async def test_a_refusal_keeps_nothing_of_its_request_alive(agent: Agent, audit: AuditLog, socket_path: Path) -> None:
+    """Not until the next garbage collection either: an exception holds on to the frames that it came through."""
+    gc.disable()
+    try:
+        async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
+            for method, params in (
+                ("Encrypt", {"KeyId": "alias/none", "Plaintext": "AAAA"}),
+                ("Decrypt", {"CiphertextBlob": "AAAA"}),
+                ("Encrypt", {"KeyId": "alias/dev", "Plaintext": "AAAA", "DryRun": True}),
+                ("Explode", {}),
+            ):
+                assert (await ask(stream, method, params)).error is not None
+            assert not [
+                each for each in gc.get_objects() if type(each).__name__ == "Request" and hasattr(each, "caller")
+            ]
+            errors = [each for each in gc.get_objects() if isinstance(each, KmsError) and each.__traceback__]
+            assert not errors
+    finally:
+        gc.enable()
 
 
 async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit: AuditLog, socket_path: Path) -> None:

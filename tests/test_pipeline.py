@@ -9,7 +9,7 @@ from support.agent import RunningAgent
 from support.keys import recipient
 from support.scripted import answers, client_of, says
 
-from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations
+from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations, wire
 from keyferry.parameters import decode_base64, encode_base64
 
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -70,6 +70,21 @@ def test_a_pipeline_of_megabytes_neither_stalls_nor_loses_anything(agent: Runnin
         listed = kms.pipeline([operations.ListKeys(page_size=100)] * 5_000)
     assert [each.plaintext for each in opened] == texts
     assert {each.total_count for each in listed} == {2}
+
+
+def test_chunks_that_are_larger_than_a_sockets_buffer_do_not_stall_it(agent: RunningAgent) -> None:
+    """The agent, too, stops reading while nobody takes its answers."""
+    large = operations.Encrypt(key_id="alias/dev", plaintext="A" * 65_000)
+    with agent.client() as kms:
+        got = kms.pipeline(([operations.GetAgentStatus()] * 1_250 + [large]) * 2)
+    assert sum(isinstance(each, InvalidRequest) for each in got) == 2
+
+
+def test_a_peer_that_says_something_of_another_type_is_no_agent(socket_path: Path) -> None:
+    """Rather than a result with a number for a name."""
+    wrong = {"KeyId": 5, "KeyVersionId": None, "Plaintext": [1], "RequestId": "r"}
+    with client_of(socket_path, says(wire.encode_response(1, None, wrong))) as kms, pytest.raises(ProtocolError):
+        kms.decrypt(ciphertext_blob="AAAA")
 
 
 UNSENDABLE: list[Any] = [

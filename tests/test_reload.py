@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +64,38 @@ def test_a_reload_changes_grants_on_open_connections_and_says_what_it_cannot_cha
             assert second.call("GetAgentStatus", {}).error is None
 
 
+def test_a_reload_that_would_mistake_one_listener_for_another_is_refused(keyring: Path, tmp_path: Path) -> None:
+    """Sockets change with a restart only; a grant to a listener is to the socket that has its name now."""
+    config = tmp_path / "agent.toml"
+    head = f'keyring = "{keyring}"\nunseal = "{tmp_path / "identity"}"\nmemory = "prefer"\n'
+    grant = '[[grant]]\nname="a"\nto={listener="admin"}\nactions=["kms:*"]\nkeys=["*"]\n'
+
+    def listeners(first: str, second: str) -> str:
+        return "".join(
+            f'[[listener]]\nname="{name}"\npath="{tmp_path / str(number)}"\n'
+            for number, name in enumerate((first, second))
+        )
+
+    config.write_text(head + listeners("admin", "app"))
+    with RunningAgent(["--config", str(config)], None) as agent, RawConnection(tmp_path / "0") as connection:
+        config.write_text(head + listeners("app", "admin") + grant)
+        agent.signal(signal.SIGHUP)
+        assert "restart" in agent.wait_for("reload.failed")["why"]
+        assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is not None
+        config.write_text(head + listeners("admin", "app") + grant)
+        reload(agent)
+        assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
+
+
+def test_a_loader_that_nobody_waits_for_any_more_ends_itself(keyring: Path) -> None:
+    """The agent may be gone, and the file system may hang for ever."""
+    (keyring.parent / "identity").unlink()
+    os.mkfifo(keyring.parent / "identity")
+    code = "from keyferry_agent.keyring import loader; import sys; loader._TIMEOUT = 1; loader.main(*sys.argv[1:])"
+    ended = subprocess.run([sys.executable, "-c", code, keyring, keyring.parent / "identity"], check=False, timeout=60)
+    assert ended.returncode == -signal.SIGALRM
+
+
 @root()
 def test_a_replaced_keyring_is_unmapped_although_idle_connections_once_asked_about_it(
     keyring: Path, socket_path: Path
@@ -76,6 +110,9 @@ def test_a_replaced_keyring_is_unmapped_although_idle_connections_once_asked_abo
         for count in range(1, 5):
             connection = connections.enter_context(RawConnection(agent.socket))
             assert connection.call("GetAgentStatus", {}).error is None
+            assert connection.call("Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}).error is None
+            refused = {"KeyId": "alias/a", "Plaintext": "AAAA", "DryRun": True}
+            assert connection.call("Encrypt", refused).error is not None
             reload(agent, count)
         assert mappings(agent) == before
 

@@ -1,8 +1,11 @@
 """The socket files: made with the right mode from the start, never taken from an agent that lives, gone at the end."""
 
+import fcntl
 import os
 import socket
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +24,25 @@ def take(listener: Listener) -> socket.socket:
     """Make the socket file and listen on it; a stale one is replaced. Raises `ListeningError`."""
     path = listener.path
     _check_directory(path.parent)
+    with _alone_in(path.parent):
+        return _take(listener, path)
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Iterator[None]:
+    # Of two agents that start at once, one would take the other's socket, not yet listened on, for a stale one.
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ListeningError(f"{directory}: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _take(listener: Listener, path: Path) -> socket.socket:
     _clear(path)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o177)  # nobody but the owner can connect before the mode is set

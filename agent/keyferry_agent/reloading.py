@@ -102,7 +102,11 @@ async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _keep_fixed(settings: Settings, old: Settings) -> Settings:
-    """New settings, but for those that only a restart can change."""
+    """New settings, but for those that only a restart can change. Raises `SettingsError` where the rest depends on them."""
+    if settings.listeners != old.listeners and any("listener" in grant.to for grant in settings.grants):
+        raise SettingsError(
+            ["the listeners changed, which takes a restart; until then, grants to listeners would be to the old ones"]
+        )
     changed = [name for name in _FIXED if getattr(settings, name) != getattr(old, name)]
     if changed:
         log.warning("reload.limited", what=f"these change with a restart only: {', '.join(changed)}")

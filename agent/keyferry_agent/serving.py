@@ -184,6 +184,7 @@ class _Connection:
                 if not await self._answer_all(slow):
                     slow.cancel_scope.cancel()
                     return
+                self._started = trio.current_time()  # the time that answering took is not the client's
 
     async def _receive(self) -> bytes | bytearray:
         """Wait for bytes: as long as it takes between requests, for a bounded time within one."""
@@ -241,18 +242,18 @@ class _Connection:
         if isinstance(message, wire.Response):
             raise ProtocolError("a response, where a request is expected")
         audited = Audited(new_request_id(), time.monotonic(), ascii(message.method[:_LONGEST_NAME])[1:-1])
+        if not self._server._rate.allows(self._caller.peer.uid, audited.started):
+            return self._finish(message.msgid, audited, kms_error("Rejected.Throttling"))
         if isinstance(message, wire.Unservable):
             return self._finish(message.msgid, audited, kms_error("InvalidParameter", f"{message.why}."))
         msgid, method, params = message
         outcome: Any
         try:
             self._caller.refresh(self._agent.settings)
-            if not self._server._rate.allows(self._caller.peer.uid, audited.started):
-                raise kms_error("Rejected.Throttling")
             job = handlers.prepare(self._agent, self._caller, method, params, audited)
             outcome = None if job.slow else job.run()
         except Exception as error:
-            outcome = error
+            outcome = _refusal(error, audited)
         if outcome is not None:
             return self._finish(msgid, audited, outcome)
         await self._slots.acquire()
@@ -265,7 +266,7 @@ class _Connection:
             try:
                 outcome = await trio.to_thread.run_sync(job.run, limiter=self._server._slow)
             except Exception as error:
-                outcome = error
+                outcome = _refusal(error, audited)
             if not await self._send(self._finish(msgid, audited, outcome)):
                 await self._stream.aclose()  # wakes the reader, which then ends the connection
         finally:
@@ -274,7 +275,7 @@ class _Connection:
     def _finish(self, msgid: int, audited: Audited, outcome: Any) -> bytes:
         """Write the record of a request, and only then make its answer: the result, or the error that it ended in."""
         counters = self._agent.counters
-        error = _as_kms_error(outcome, audited) if isinstance(outcome, Exception) else None
+        error = outcome if isinstance(outcome, KmsError) else None
         try:
             self._server._audit.record(self._caller.peer, audited, error.code if error else "OK")
         except OSError as failure:
@@ -287,7 +288,7 @@ class _Connection:
             except (
                 Exception
             ) as failure:  # nothing that a handler gives should be unsendable; the client is not to blame
-                error = _as_kms_error(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), audited)
+                error = _refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), audited)
         counters.requests_refused += 1
         return wire.encode_response(
             msgid, _error(error.code, error.message, audited.request_id, error.http_status), None
@@ -316,9 +317,14 @@ def new_request_id() -> str:
     return str(uuid.uuid4()).upper()
 
 
-def _as_kms_error(error: Exception, audited: Audited) -> KmsError:
+def _refusal(error: Exception, audited: Audited) -> KmsError:
+    """What to answer instead of a result.
+
+    A fresh exception: the one that was raised holds on to every frame it came through, and with them to a plaintext, or to a
+    keyring that was replaced. Kept in one of these frames itself, it would do so until the next garbage collection.
+    """
     if isinstance(error, KmsError):
-        return error
+        return kms_error(error.code, message=error.message, http_status=error.http_status)
     log.error("request.failed", request_id=audited.request_id, operation=audited.operation, exc_info=error)
     return kms_error("InternalFailure")
 

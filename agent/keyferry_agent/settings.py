@@ -83,7 +83,7 @@ class Settings:
 def read(path: Path) -> Settings:
     """Read a configuration file. Raises `SettingsError` with everything that is wrong."""
     try:
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError([f"{path}: {error.strerror}"]) from None
     except UnicodeDecodeError as error:

@@ -94,7 +94,7 @@ def string(value: Any) -> str:
 def path(value: Any) -> Path:
     """An absolute path."""
     made = Path(string(value))
-    if not made.is_absolute():
+    if not made.is_absolute() or "\0" in value:
         raise _Problem(f"expected an absolute path, not {_shown(value)}")
     return made
 

@@ -11,9 +11,8 @@ whoever waits for an answer reads for everybody, and exceptions are the plain on
 
 import os
 import socket as sockets
-from collections import deque
-from collections.abc import Iterable, Mapping
-from typing import Any, Self, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final, Self, TypeVar
 
 import anyio
 from anyio.abc import UNIXSocketStream
@@ -39,6 +38,11 @@ __all__ = ["Client"]
 
 R = TypeVar("R")
 
+_WINDOW: Final = 98_304
+"""Bytes of requests to have under way on one connection: less than a socket's buffer takes (212,992 on Linux)."""
+_OVERHEAD: Final = 1_024
+"""Bytes of that buffer that a write takes in addition to what is written."""
+
 
 class Client(Operations, Awaiting):
     """As `keyferry.Client`, for one event loop: safe to share between its tasks, and to cancel at any moment.
@@ -63,6 +67,10 @@ class Client(Operations, Awaiting):
 
     async def aclose(self) -> None:
         """Close the connection. The client stays usable: the next call opens another."""
+        async with self._connecting:
+            await self._disconnect()
+
+    async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
@@ -92,9 +100,11 @@ class Client(Operations, Awaiting):
     async def _exchange(self, asked: list[Call]) -> list[Response | KmsError]:
         """Ask everything, on as many connections as it takes."""
         answers: dict[int, Response | KmsError] = {}
+        if not asked:
+            return []
         try:
-            with anyio.fail_after(self._timeout) as patience:
-                while asked:
+            with anyio.move_on_after(self._timeout) as patience:
+                while True:
                     fresh, before = self._connection is None or self._connection.broken is not None, len(answers)
                     connection = await self._connected()
                     try:
@@ -105,11 +115,9 @@ class Client(Operations, Awaiting):
                     except ConnectionError:
                         if fresh and len(answers) == before:
                             raise
-            return []
-        except TimeoutError:
-            raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
         except OSError as error:
             raise AgentUnavailable(why_unreachable(self._path, error)) from error
+        raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s")
 
     async def _go(
         self,
@@ -119,39 +127,61 @@ class Client(Operations, Awaiting):
         patience: anyio.CancelScope,
     ) -> None:
         """Ask what is not answered yet, on one connection."""
-        sent: deque[Chunk] = deque()
+        sent: list[Chunk] = []
+        try:
+            for chunk in connection.exchange.chunks(
+                asked, [place for place in range(len(asked)) if place not in answers]
+            ):
+                sent.append(chunk)
+                await connection.send(chunk)
+                self._extend(patience)
+            for chunk in sent:
+                for _, pending in chunk.requests:
+                    await connection.answer(pending)
+                    self._extend(patience)
+        finally:  # what came before a connection broke is not asked again
+            for chunk in sent:
+                answers.update(chunk.answers())
 
-        async def collect(chunk: Chunk) -> None:
-            for place, pending in chunk.requests:
-                answers[place] = await connection.answer(pending)
-                patience.deadline = anyio.current_time() + self._timeout
-
-        for chunk in connection.exchange.chunks(asked, [place for place in range(len(asked)) if place not in answers]):
-            await connection.send(chunk)
-            sent.append(chunk)
-            if len(sent) == 2:
-                await collect(sent.popleft())
-        for chunk in sent:
-            await collect(chunk)
+    def _extend(self, patience: anyio.CancelScope) -> None:
+        if not patience.cancel_called:  # else it is too late: the scope has begun to end
+            patience.deadline = anyio.current_time() + self._timeout
 
     async def _connected(self) -> "_Connection":
         async with self._connecting:
             if self._connection is not None and self._connection.broken is not None:
-                await self.aclose()
+                await self._disconnect()
             if self._connection is None:
                 self._connection = _Connection(await _connect(self._path))
             return self._connection
 
 
+class _Sent:
+    """A chunk under way: what it takes of the socket's buffer, and how many of its requests are not answered yet."""
+
+    __slots__ = ("left", "size")
+
+    def __init__(self, size: int, left: int) -> None:
+        self.size = size
+        self.left = left
+
+
 class _Connection:
-    """One connection, for as many tasks as use it. One of those that wait reads, and wakes the others."""
+    """One connection, for as many tasks as use it. One of those that wait reads, and wakes the others.
+
+    Whoever wants to send waits until there is room: so sending never has to wait for an agent that waits for its answers to be
+    read, while those who would read them wait to send.
+    """
 
     def __init__(self, stream: UNIXSocketStream) -> None:
         self.exchange = Exchange()
         self._stream = stream
         self._sending = anyio.Lock()
-        self._waiting: dict[Pending, anyio.Event] = {}
+        self._waiting: dict[object, anyio.Event] = {}
         self._somebody_reads = False
+        self._under_way = 0
+        self._sent: dict[Pending, _Sent] = {}
+        self._sender = object()  # stands for the one task that waits to send
         self.broken: Exception | None = None
 
     async def close(self) -> None:
@@ -161,16 +191,25 @@ class _Connection:
 
     async def send(self, chunk: Chunk) -> None:
         """Send requests whole. Raises ConnectionError."""
+        if not chunk.data:
+            return
         try:
             await self._sending.acquire()
         except BaseException:
             self.exchange.withdraw(chunk)
             raise
         try:
-            self._check()
+            sent = _Sent(len(chunk.data) + _OVERHEAD, 0)
+            await self._until(
+                self._sender, lambda: not self._under_way or self._under_way + sent.size <= _WINDOW, chunk
+            )
+            self._under_way += sent.size
+            for _, pending in chunk.requests:
+                if pending.response is None:
+                    self._sent[pending] = sent
+                    sent.left += 1
             try:
-                if chunk.data:
-                    await self._stream.send(bytes(chunk.data))
+                await self._stream.send(bytes(chunk.data))
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 self._fail(ConnectionResetError("the agent closed the connection"))
                 self._check()
@@ -180,23 +219,30 @@ class _Connection:
         finally:
             self._sending.release()
 
-    async def answer(self, pending: Pending) -> Response | KmsError:
+    async def answer(self, pending: Pending) -> None:
         """Wait for the answer to a request that was sent. Raises ConnectionError, or what `Exchange.receive` raises."""
+        await self._until(pending, lambda: pending.response is not None)
+
+    async def _until(self, waiter: object, done: Callable[[], bool], unsent: Chunk | None = None) -> None:
+        """Wait until what is read makes `done` true: read, or be woken by whoever does."""
         try:
-            while pending.response is None:
+            while not done():
                 self._check()
                 if self._somebody_reads:
-                    woken = self._waiting[pending] = anyio.Event()
+                    woken = self._waiting[waiter] = anyio.Event()
                     await woken.wait()
                 else:
                     await self._read()
+        except BaseException:
+            if unsent is not None:
+                self.exchange.withdraw(unsent)
+            raise
         finally:
-            self._waiting.pop(pending, None)
+            self._waiting.pop(waiter, None)
             if not self._somebody_reads:  # the reader leaves, answered or cancelled: another one takes its place
                 for event in self._waiting.values():
                     event.set()
                     break
-        return pending.response
 
     async def _read(self) -> None:
         self._somebody_reads = True
@@ -208,8 +254,14 @@ class _Connection:
             self._fail(error)
         else:
             for pending in answered:
+                sent = self._sent.pop(pending)
+                sent.left -= 1
+                if not sent.left:
+                    self._under_way -= sent.size
                 if pending in self._waiting:
                     self._waiting[pending].set()
+            if self._sender in self._waiting:
+                self._waiting[self._sender].set()
         finally:
             self._somebody_reads = False
 
@@ -220,7 +272,7 @@ class _Connection:
 
     def _check(self) -> None:
         if self.broken is not None:
-            raise self.broken
+            raise self.broken.with_traceback(None)
 
 
 async def _connect(path: str) -> UNIXSocketStream:

@@ -9,14 +9,16 @@ Every method is one operation of `operations`, with its parameters as keyword ar
         made.ciphertext_blob, made.exported_data_key
 """
 
+import contextlib
+import math
 import os
+import select
 import socket as sockets
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 from .declaration import Blocking, Operation
 from .errors import AgentUnavailable, KmsError
@@ -27,6 +29,9 @@ from .wire import Response
 __all__ = ["Client"]
 
 R = TypeVar("R")
+
+_LONGEST_POLL: Final = 3_600.0
+"""Seconds to wait in one go: what poll(2) takes is limited."""
 
 
 class Client(Operations, Blocking):
@@ -90,7 +95,8 @@ class Client(Operations, Blocking):
     def _exchange(self, asked: Sequence[Call]) -> list[Response | KmsError]:
         """Ask everything, on as many connections as it takes."""
         deadline = _Deadline(self._timeout)
-        if not self._lock.acquire(timeout=max(self._timeout, 0)):
+        lock = self._lock  # this one: a fork in a signal handler, in the middle of a call, gives the child another
+        if not lock.acquire(timeout=min(self._timeout, threading.TIMEOUT_MAX)):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
             answers: dict[int, Response | KmsError] = {}
@@ -114,7 +120,7 @@ class Client(Operations, Blocking):
             self._disconnect()
             raise
         finally:
-            self._lock.release()
+            lock.release()
 
     def _go(self, asked: Sequence[Call], answers: dict[int, Response | KmsError], deadline: "_Deadline") -> None:
         """Ask what is not answered yet, on one connection."""
@@ -122,40 +128,57 @@ class Client(Operations, Blocking):
         if connection is None:
             connection = self._connection = self._connect(deadline)
             self._under_way = Exchange()
-        sent: deque[Chunk] = deque()
-        for chunk in self._under_way.chunks(asked, [place for place in range(len(asked)) if place not in answers]):
-            connection.settimeout(deadline.left())
-            if chunk.data:
-                connection.sendall(chunk.data)
-            sent.append(chunk)
-            if len(sent) == 2:
-                self._collect(connection, sent.popleft(), answers, deadline)
-        for chunk in sent:
-            self._collect(connection, chunk, answers, deadline)
+        sent: list[Chunk] = []
+        try:
+            for chunk in self._under_way.chunks(asked, [place for place in range(len(asked)) if place not in answers]):
+                sent.append(chunk)
+                self._send(connection, chunk.data, deadline)
+            for chunk in sent:
+                for _, pending in chunk.requests:
+                    while pending.response is None:
+                        self._wait(connection, select.POLLIN, deadline)
+                        self._receive(connection, deadline)
+        finally:  # what came before a connection broke is not asked again
+            for chunk in sent:
+                answers.update(chunk.answers())
 
-    def _collect(
-        self, connection: sockets.socket, chunk: Chunk, answers: dict[int, Response | KmsError], deadline: "_Deadline"
-    ) -> None:
-        for place, pending in chunk.requests:
-            while pending.response is None:
-                connection.settimeout(deadline.left())
-                received = connection.recv(RECEIVE)
-                if not received:
-                    raise ConnectionResetError("the agent closed the connection without an answer")
-                if self._under_way.receive(received):
-                    deadline.extend()
-            answers[place] = pending.response
+    def _send(self, connection: sockets.socket, data: bytearray, deadline: "_Deadline") -> None:
+        """Send it all, and read meanwhile: the agent, too, stops reading while its answers are not taken."""
+        rest = memoryview(data)
+        while rest:
+            with contextlib.suppress(BlockingIOError):
+                rest = rest[connection.send(rest) :]
+                continue
+            if self._wait(connection, select.POLLIN | select.POLLOUT, deadline) & ~select.POLLOUT:
+                self._receive(connection, deadline)
+
+    def _receive(self, connection: sockets.socket, deadline: "_Deadline") -> None:
+        received = connection.recv(RECEIVE)
+        if not received:
+            raise ConnectionResetError("the agent closed the connection without an answer")
+        if self._under_way.receive(received):
+            deadline.extend()
+
+    def _wait(self, connection: sockets.socket, events: int, deadline: "_Deadline") -> int:
+        self._poll.register(connection, events)
+        for _, happened in self._poll.poll(math.ceil(min(deadline.left(), _LONGEST_POLL) * 1_000)):
+            return happened
+        deadline.left()  # raises TimeoutError
+        return 0
 
     def _connect(self, deadline: "_Deadline") -> sockets.socket:
+        deadline.left()
         connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+        connection.setblocking(False)
         try:
             while True:
                 try:
-                    connection.settimeout(deadline.left())
-                    connection.connect(self._path)
+                    connection.connect(
+                        self._path
+                    )  # on a Unix socket it never takes time: it succeeds, or there is no room
                     break
                 except BlockingIOError:  # the agent's queue of connections is full for now
-                    time.sleep(CONNECT_STEP)
+                    time.sleep(min(CONNECT_STEP, deadline.left()))
         except BaseException:
             connection.close()
             raise
@@ -165,11 +188,13 @@ class Client(Operations, Blocking):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        self._poll = select.poll()
 
     def _forget(self) -> None:
         """Start without a connection: in a new client, and in a child after fork, where the parent owns the old one."""
         self._lock = threading.Lock()
         self._under_way = Exchange()
+        self._poll = select.poll()
 
 
 class _Deadline:

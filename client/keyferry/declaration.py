@@ -155,5 +155,7 @@ def _from_wire(hint: Any, value: Any) -> Any:
     arguments = get_args(hint)
     if Ellipsis in arguments:  # tuple[KeyListEntry, ...]
         return tuple(result_from_wire(arguments[0], each) for each in value)
+    if hint in (str, int) and type(value) is not hint:
+        raise TypeError(f"{hint.__name__} is expected, not {type(value).__name__}")
     nested = next((each for each in arguments if hasattr(each, "_fields")), None)  # Counters | None
     return value if nested is None else result_from_wire(nested, value)

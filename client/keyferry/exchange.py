@@ -31,8 +31,7 @@ RECEIVE: Final = 65_536
 CONNECT_STEP: Final = 0.005
 """Seconds between two attempts to connect to an agent that has no room in its queue."""
 _CHUNK: Final = 32_768
-"""Bytes of requests to send at once. Two chunks are under way at a time: together they fit a socket's buffer, so that sending
-never waits for an agent that waits for its answers to be read."""
+"""Bytes of requests to send at once, but for a single longer one."""
 
 
 def default_socket() -> str:
@@ -103,8 +102,10 @@ class Call(NamedTuple):
             return answer
         try:
             return result_from_wire(self.result, answer)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
             raise ProtocolError(f"the answer to {self.name} lacks {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise ProtocolError(f"the answer to {self.name} is not what it should be: {error}") from None
 
 
 def calls(wanted: Iterable[Any]) -> list[Call]:
@@ -140,6 +141,12 @@ class Chunk(NamedTuple):
     data: bytearray
     requests: list[tuple[int, Pending]]
 
+    def answers(self) -> Iterator[tuple[int, wire.Response | KmsError]]:
+        """What is answered already, with its place."""
+        for place, pending in self.requests:
+            if pending.response is not None:
+                yield place, pending.response
+
 
 class Exchange:
     """The requests and answers of one connection. Answers may come in any order."""
@@ -170,11 +177,11 @@ class Exchange:
         chunk = Chunk(bytearray(), [])
         for place in places:
             pending, request = self.ask(asked[place])
-            chunk.data.extend(request)
-            chunk.requests.append((place, pending))
-            if len(chunk.data) >= _CHUNK:
+            if chunk.data and len(chunk.data) + len(request) > _CHUNK:
                 yield chunk
                 chunk = Chunk(bytearray(), [])
+            chunk.data.extend(request)
+            chunk.requests.append((place, pending))
         if chunk.requests:
             yield chunk
 

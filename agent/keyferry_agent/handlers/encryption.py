@@ -77,8 +77,9 @@ def re_encrypt(request: Request) -> Job:
         raise no_permission()  # before anything is said about the blob
     source, old = find_version(request, blob, action=_FROM, context=opening)
     destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=sealing)
-    # Under another key, other grants decide who gets what is in it: that is no way round a grant's recipients.
-    permit(request, source, _FROM, pin=None if destination.key_id == source.key_id else PLAINTEXT, context=opening)
+    # Under another key or another context, other grants decide who gets what is in it: no way round a grant's recipients.
+    stays = destination.key_id == source.key_id and sealing == opening
+    permit(request, source, _FROM, pin=None if stays else PLAINTEXT, context=opening)
     usable(source)
     usable(destination)
     new, scratch, dry_run = destination.primary, request.agent.scratch, request.values.get(DRY_RUN)

@@ -104,15 +104,18 @@ def find_version(
 
 def permit(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
     """Refuse a caller without a grant for the action on the key. Raises `Forbidden.NoPermission`."""
+    request.audited.key_id = key.key_id  # the record names it also where it is refused
     grant = allows(request.caller.grants, action, request.agent.names_of_key(key), pin=pin, context=context)
     if grant is None:
         raise no_permission()
-    request.audited.grant, request.audited.key_id = grant.name, key.key_id
+    request.audited.grant = grant.name
 
 
 def usable(key: Key) -> None:
     """Refuse a key that is not enabled. Raises `Rejected.*`."""
     state = key.state()
+    if state == "Deleted":  # in this very moment
+        raise kms_error("Forbidden.KeyNotFound")
     if state != "Enabled":
         raise kms_error(f"Rejected.{state}")
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
 
     create_key = verb("create-key", "Add a key.", _changing(_create_key))
     create_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), default=_DEFAULT_SPEC)
-    import_key = verb("import-key", "Add a key of material that you have.", _changing(_import_key))
+    import_key = verb("import-key", "Add a key of material that you have.", _import_key)
     import_key.add_argument(
         "--material", required=True, metavar="FILE|-", help="32 (Aliyun_AES_256) or 16 (Aliyun_SM4) raw bytes"
     )
@@ -125,7 +125,7 @@ def _init(arguments: argparse.Namespace) -> dict[str, Any]:
     try:
         file.create(arguments.file, Document(recipients), passphrase)
     except KeyringError:
-        if arguments.new_identity:
+        if arguments.new_identity and not os.path.lexists(arguments.file):
             arguments.new_identity.unlink()  # it opens nothing, and would be in the way of the next try
         raise
     return {"Keyring": str(arguments.file), "Recipients": recipients}
@@ -153,7 +153,7 @@ def _changing(
     def act(arguments: argparse.Namespace) -> dict[str, Any]:
         with file.change(arguments.file, _unsealer(arguments)) as document:
             key = do(document, arguments)
-        return {"KeyMetadata": _metadata(document, key), **_versions(key)}
+        return {"KeyMetadata": _metadata(key, document.aliases_by_key()), **_versions(key)}
 
     return act
 
@@ -164,21 +164,26 @@ def _create_key(document: Document, arguments: argparse.Namespace) -> KeyEntry:
     )
 
 
-def _import_key(document: Document, arguments: argparse.Namespace) -> KeyEntry:
-    return verbs.import_key(
-        document,
-        _read_material(arguments.material),
-        key_spec=arguments.key_spec,
-        alias=arguments.alias,
-        description=arguments.description,
-    )
+def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
+    material = _read_material(arguments.material)  # before the file is locked: somebody may have to type it
+
+    def add(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+        return verbs.import_key(
+            document,
+            material,
+            key_spec=arguments.key_spec,
+            alias=arguments.alias,
+            description=arguments.description,
+        )
+
+    return _changing(add)(arguments)
 
 
 def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
     with file.change(arguments.file, _unsealer(arguments)) as document:
         key = verbs.rotate(document, arguments.key, stage=arguments.stage)
     made = _version(key, key.versions[-1])
-    return {"KeyVersion": made, "KeyMetadata": _metadata(document, key), **_versions(key)}
+    return {"KeyVersion": made, "KeyMetadata": _metadata(key, document.aliases_by_key()), **_versions(key)}
 
 
 def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:
@@ -191,14 +196,15 @@ def _schedule_deletion(document: Document, arguments: argparse.Namespace) -> Key
 
 def _list(arguments: argparse.Namespace) -> dict[str, Any]:
     document = file.read(arguments.file, _unsealer(arguments))
-    keys = [_metadata(document, key) for key in document.keys]
+    aliases = document.aliases_by_key()
+    keys = [_metadata(key, aliases) for key in document.keys]
     return {"Keys": {"Key": keys}, "TotalCount": len(keys)}
 
 
 def _show(arguments: argparse.Namespace) -> dict[str, Any]:
     document = file.read(arguments.file, _unsealer(arguments))
     key = document.find(arguments.key)
-    return {"KeyMetadata": _metadata(document, key), **_versions(key)}
+    return {"KeyMetadata": _metadata(key, document.aliases_by_key()), **_versions(key)}
 
 
 def _read_material(path: str) -> bytearray:
@@ -230,7 +236,7 @@ def _unsealer(arguments: argparse.Namespace) -> sealing.Unsealer:
     return sealing.Unsealer.read(arguments.unseal)
 
 
-def _metadata(document: Document, key: KeyEntry) -> dict[str, Any]:
+def _metadata(key: KeyEntry, aliases: Mapping[str, list[str]]) -> dict[str, Any]:
     return {
         "KeyId": key.key_id,
         "KeySpec": key.key_spec,
@@ -240,7 +246,7 @@ def _metadata(document: Document, key: KeyEntry) -> dict[str, Any]:
         "CreationDate": key.created,
         "DeleteDate": key.delete_date,
         "PrimaryKeyVersion": key.primary,
-        "Aliases": document.aliases_of(key.key_id),
+        "Aliases": aliases.get(key.key_id, []),
     }
 
 

@@ -86,9 +86,12 @@ class Document:
                 return key
         raise KeyringError(f"the keyring has no key or alias {key_id!r}")
 
-    def aliases_of(self, key_id: str) -> list[str]:
-        """The aliases of a key, sorted."""
-        return sorted(alias for alias, owner in self.aliases.items() if owner == key_id)
+    def aliases_by_key(self) -> dict[str, list[str]]:
+        """The aliases of each key that has some, sorted."""
+        found: dict[str, list[str]] = {}
+        for alias, owner in sorted(self.aliases.items()):
+            found.setdefault(owner, []).append(alias)
+        return found
 
     def purge(self) -> None:
         """Forget the keys whose deletion date has come, and their aliases."""

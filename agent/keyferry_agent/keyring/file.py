@@ -119,10 +119,13 @@ def _replace(path: Path, content: bytes) -> None:
             with suppress(OSError):
                 beside.unlink()
             raise
+    except OSError as error:
+        raise KeyringError(f"{path}: {error.strerror}") from None
+    try:
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
     except OSError as error:
-        raise KeyringError(f"{path}: {error.strerror}") from None
+        raise KeyringError(f"{path} was changed, but a power failure may undo it: {error.strerror}") from None

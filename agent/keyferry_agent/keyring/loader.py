@@ -8,6 +8,7 @@ ends with it.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -74,6 +75,7 @@ def load(path: Path, unseal: Path, *, backing: Backing, require: bool) -> Keyrin
 
 def describe(document: Document) -> list[dict[str, Any]]:
     """Everything about the keys but their material, as `loaded.build` takes it."""
+    aliases = document.aliases_by_key()
     return [
         {
             "KeyId": key.key_id,
@@ -88,7 +90,7 @@ def describe(document: Document) -> list[dict[str, Any]]:
                 {"KeyVersionId": version.version_id, "CreationDate": version.created, "Staged": version.staged}
                 for version in key.versions
             ],
-            "Aliases": document.aliases_of(key.key_id),
+            "Aliases": aliases.get(key.key_id, []),
         }
         for key in document.keys
     ]
@@ -96,6 +98,7 @@ def describe(document: Document) -> list[dict[str, Any]]:
 
 def main(path: str, unseal: str) -> None:
     """The child: open the file and write it to standard output."""
+    signal.alarm(int(_TIMEOUT))  # ends this process where nobody else is left to: the agent may be gone
     harden()  # exec undid what the daemon had done for itself
     try:
         document = read(Path(path), Unsealer.read(Path(unseal)))

@@ -5,6 +5,7 @@ passphrase. What opens it is an `Unsealer`: an age identity file, an SSH private
 """
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,10 +110,15 @@ def new_identity(path: Path) -> str:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
-    with open(descriptor, "w") as file:
-        file.write(f"# public key: {recipient}\n{identity}\n")
-        file.flush()
-        os.fsync(descriptor)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(f"# public key: {recipient}\n{identity}\n")
+            file.flush()
+            os.fsync(descriptor)
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        raise KeyringError(f"{path}: {error.strerror}") from None
     return recipient
 
 
