@@ -69,7 +69,7 @@ def agent_with(keys: int) -> tuple[Agent, Caller]:
     made = describe(document(keys, []))
     agent = Agent(settings, build(made, fill_random, backing="auto", require=False))
     caller = Caller(Peer(uid=1, gids=frozenset(), pid=1, listener="default"))
-    caller.refresh(settings)
+    caller.refresh(agent.policy)
     return agent, caller
 
 

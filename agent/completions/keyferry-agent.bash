@@ -6,11 +6,12 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_keyferry_agent_keyring_subparsers=(init reseal create-key import-key list show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
-_shtab_keyferry_agent_subparsers=(run check fingerprint keyring)
+_shtab_keyferry_agent_subparsers=(run check fingerprint explain keyring)
 
 _shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev)
 _shtab_keyferry_agent_check_option_strings=(-h --help)
 _shtab_keyferry_agent_fingerprint_option_strings=(-h --help)
+_shtab_keyferry_agent_explain_option_strings=(-h --help --config --uid --gid --listener --unit --pod --exe --sha256 --action --key --recipient --context)
 _shtab_keyferry_agent_keyring_init_option_strings=(-h --help --json --recipient --passphrase-file --new-identity)
 _shtab_keyferry_agent_keyring_reseal_option_strings=(-h --help --json --unseal --recipient --passphrase-file)
 _shtab_keyferry_agent_keyring_create_key_option_strings=(-h --help --json --unseal --key-spec --alias --description)
@@ -35,6 +36,7 @@ _shtab_keyferry_agent_run___keyring_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_run___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_check_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_fingerprint_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_keyferry_agent_explain___config_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_init_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_init___passphrase_file_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_init___new_identity_COMPGEN=_shtab_compgen_files
@@ -69,10 +71,11 @@ _shtab_keyferry_agent_keyring_update_alias___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_delete_alias_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_delete_alias___unseal_COMPGEN=_shtab_compgen_files
 
+_shtab_keyferry_agent_explain___action_choices=(kms:Decrypt kms:DescribeKey kms:Encrypt kms:ExportDataKey kms:GenerateAndExportDataKey kms:GenerateDataKey kms:GenerateDataKeyWithoutPlaintext kms:GetAgentStatus kms:ListAliases kms:ListKeyVersions kms:ListKeys kms:ReEncryptFrom kms:ReEncryptTo)
 _shtab_keyferry_agent_keyring_create_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_import_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_pos_0_choices=(init reseal create-key import-key list show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
-_shtab_keyferry_agent_pos_0_choices=(run check fingerprint keyring)
+_shtab_keyferry_agent_pos_0_choices=(run check fingerprint explain keyring)
 
 _shtab_keyferry_agent_run__h_nargs=0
 _shtab_keyferry_agent_run___help_nargs=0
@@ -81,6 +84,8 @@ _shtab_keyferry_agent_check__h_nargs=0
 _shtab_keyferry_agent_check___help_nargs=0
 _shtab_keyferry_agent_fingerprint__h_nargs=0
 _shtab_keyferry_agent_fingerprint___help_nargs=0
+_shtab_keyferry_agent_explain__h_nargs=0
+_shtab_keyferry_agent_explain___help_nargs=0
 _shtab_keyferry_agent_keyring_init__h_nargs=0
 _shtab_keyferry_agent_keyring_init___help_nargs=0
 _shtab_keyferry_agent_keyring_init___json_nargs=0

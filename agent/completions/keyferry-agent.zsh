@@ -11,6 +11,7 @@
 _shtab_keyferry_agent_commands() {
   local _commands=(
     check:'say everything that is wrong with a configuration'
+    explain:'Say of every grant whether it allows something, or the first thing in it that does not match.'
     fingerprint:'a public key'"'"'s pin, as `recipients` takes it'
     keyring:'create and change sealed keyring files'
     run:'the daemon, in the foreground; its log is on stderr'
@@ -54,6 +55,25 @@ _shtab_keyferry_agent_check_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_check_defaults_added=0
+
+_shtab_keyferry_agent_explain_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--config[FILE]:FILE:_files"
+  "--uid[the caller\'s user]:N:"
+  "*--gid[a group\; may be repeated]:N:"
+  "--listener[the listener it connects to]:NAME:"
+  "--unit[what \`to\` calls unit]:TEXT:"
+  "--pod[what \`to\` calls pod]:TEXT:"
+  "--exe[what \`to\` calls exe]:TEXT:"
+  "--sha256[what \`to\` calls sha256]:TEXT:"
+  "--action[kms\:...]:kms:...:(kms:Decrypt kms:DescribeKey kms:Encrypt kms:ExportDataKey kms:GenerateAndExportDataKey kms:GenerateDataKey kms:GenerateDataKeyWithoutPlaintext kms:GetAgentStatus kms:ListAliases kms:ListKeyVersions kms:ListKeys kms:ReEncryptFrom kms:ReEncryptTo)"
+  "*--key[a key ID, alias or ARN\; to name all that a key is called by, it may be repeated]:KEY:"
+  "--recipient[the pin of the public key that a data key is to go to]:PIN:"
+  "*--context[a pair of the EncryptionContext]:K=V:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_explain_defaults_added=0
 
 _shtab_keyferry_agent_fingerprint_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -278,6 +298,7 @@ _shtab_keyferry_agent() {
       curcontext="${curcontext%:*:*}:_shtab_keyferry_agent-$line[1]:"
       case $line[1] in
         check) _arguments -C -s $_shtab_keyferry_agent_check_options ;;
+        explain) _arguments -C -s $_shtab_keyferry_agent_explain_options ;;
         fingerprint) _arguments -C -s $_shtab_keyferry_agent_fingerprint_options ;;
         keyring) _shtab_keyferry_agent_keyring ;;
         run) _arguments -C -s $_shtab_keyferry_agent_run_options ;;

@@ -1,6 +1,6 @@
 """What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
@@ -9,7 +9,7 @@ from keyferry.operations import Counters
 from keyferry.parameters import Parameter
 from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory, whole_pages
 
-from .grants import Grant, to_caller
+from .grants import Granted, Policy
 from .keyring.document import now
 from .keyring.loaded import Key, Keyring
 from .peer import Peer
@@ -54,22 +54,26 @@ class Audited:
 class Caller:
     """One connection's peer, with the grants that are to it: looked up once, and again after a reload."""
 
-    __slots__ = ("_settings", "grants", "peer")
+    __slots__ = ("_policy", "granted", "peer")
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
-        self.grants: Sequence[Grant] = ()
-        self._settings: Settings | None = None
+        self.granted = Granted(())
+        self._policy: Policy | None = None
 
-    def refresh(self, settings: Settings) -> None:
-        """Look the grants up, if these are other settings than the last time."""
-        if self._settings is not settings:
-            self._settings = settings
-            self.grants = to_caller(settings.grants, self.peer)
+    def refresh(self, policy: Policy) -> None:
+        """Look the grants up, if this is another policy than the last time."""
+        if self._policy is not policy:
+            self._policy = policy
+            self.granted = policy.granted(self.peer)
+
+    def know(self, peer: Peer) -> None:
+        """Take more evidence of the same caller."""
+        self.peer, self._policy = peer, None
 
     def covered(self, agent: "Agent") -> "Covered":
         """What some grant to this caller covers."""
-        return agent.covered(self.grants)
+        return agent.covered(self.granted)
 
 
 class Covered(NamedTuple):
@@ -106,29 +110,31 @@ class Agent:
     settings: Settings
     keyring: Keyring
     scratch: SecretMemory = field(init=False)
+    policy: Policy = field(init=False)
     counters: Count = field(default_factory=Count)
     started_at: str = field(default_factory=now)
     draining: bool = False
-    _covered: dict[tuple[int, ...], Covered] = field(default_factory=dict)
+    _covered: dict[Granted, Covered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.policy = Policy(self.settings.grants)
         require = self.settings.memory == "require"
         self.scratch = SecretMemory(_SCRATCH, backing=self.settings.memory_backing, require=require)
 
     def adopt(self, settings: Settings, keyring: Keyring) -> None:
         """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
-        self.settings, self.keyring = settings, keyring
+        self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
 
-    def covered(self, grants: Sequence[Grant]) -> Covered:
+    def covered(self, granted: Granted) -> Covered:
         """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""
-        who = tuple(map(id, grants))
-        covered = self._covered.get(who)
+        grants = granted.grants
+        covered = self._covered.get(granted)
         if covered is None:
             if len(self._covered) >= _REMEMBERED:
                 self._covered.clear()
             keys = self.keyring.keys.values() if grants else ()
-            covered = self._covered[who] = Covered.of(
+            covered = self._covered[granted] = Covered.of(
                 key for key in keys if any(grant.has_key(self.names_of_key(key)) for grant in grants)
             )
         gone = self.keyring.gone()

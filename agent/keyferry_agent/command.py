@@ -9,7 +9,7 @@ from typing import Final
 
 from keyferry.exchange import DEFAULT_SOCKET, pem_to_der
 
-from . import __version__, log
+from . import __version__, explain, log
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 from .keyring import command as keyring_command
 from .options import Options, StartError
@@ -43,16 +43,17 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for trying out: a keyring that lives only in memory (alias/dev, alias/dev-sm4), everything granted to you",
     )
-    run.set_defaults(action=_run)
+    run.set_defaults(run=_run)
 
     check = commands.add_parser("check", help="say everything that is wrong with a configuration", allow_abbrev=False)
     check.add_argument("file", type=Path, metavar="FILE")
-    check.set_defaults(action=_check)
+    check.set_defaults(run=_check)
 
     pin = commands.add_parser("fingerprint", help="a public key's pin, as `recipients` takes it", allow_abbrev=False)
     pin.add_argument("file", type=Path, metavar="FILE", help="a public key, PEM or DER")
-    pin.set_defaults(action=_fingerprint)
+    pin.set_defaults(run=_fingerprint)
 
+    explain.add_parser(commands)
     keyring_command.add_parser(commands)
     return parser
 
@@ -120,5 +121,5 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's own arguments) and give its exit code."""
     arguments = _parser().parse_args(argv)
-    code: int = arguments.action(arguments)
+    code: int = arguments.run(arguments)
     return code

@@ -4,6 +4,7 @@ A grant matches when all of it matches: whom it is `to`, the action, the key, an
 the pairs of the EncryptionContext. There are no deny rules and no order.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,25 @@ from keyferry.operations import OPERATIONS
 
 from .peer import Peer
 
-__all__ = ["ACTIONS", "PLAINTEXT", "SELECTORS", "Grant", "allows", "may_name", "to_caller"]
+__all__ = [
+    "ACTIONS",
+    "PLAINTEXT",
+    "PROGRAM",
+    "SELECTORS",
+    "Grant",
+    "Granted",
+    "Policy",
+    "allows",
+    "carrying",
+    "may_name",
+    "to_caller",
+]
 
 PLAINTEXT: Final = "plaintext"
 """The recipient of an answer that is not wrapped for anybody: the caller itself. No pin is equal to it."""
+
+_REMEMBERED: Final = 4_096
+"""Answers to remember at most, of each kind; then it begins anew."""
 
 ACTIONS: Final = frozenset(
     f"kms:{name}"
@@ -35,7 +51,13 @@ SELECTORS: Final[Mapping[str, Callable[[Peer, Any], bool]]] = {
     "gid": lambda peer, gid: gid in peer.gids,
     "group": lambda peer, gid: gid in peer.gids,
     "listener": lambda peer, name: peer.listener == name,
+    "unit": lambda peer, unit: peer.unit is not None and peer.unit == unit,
+    "pod": lambda peer, pod: peer.pod is not None and peer.pod == pod,
+    "exe": lambda peer, exe: peer.exe is not None and peer.exe == exe,
+    "sha256": lambda peer, sha256: peer.sha256 is not None and peer.sha256 == sha256,
 }
+PROGRAM: Final = frozenset({"exe", "sha256"})
+"""The selectors whose evidence a process can change by running another program."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +70,14 @@ class Grant:
     keys: tuple[str, ...]
     recipients: frozenset[str] | None = None
     encryption_context: Mapping[str, str] = field(default_factory=dict)
+    _names: frozenset[str] = field(init=False, repr=False)
     _keys: re.Pattern[str] = field(init=False, repr=False)
     _actions: re.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_keys", _pattern(self.keys, part="[^/:]*"))
+        wild = tuple(key for key in self.keys if "*" in key)
+        object.__setattr__(self, "_names", frozenset(self.keys).difference(wild))  # most grants name their keys
+        object.__setattr__(self, "_keys", _pattern(wild, part="[^/:]*"))
         object.__setattr__(self, "_actions", _pattern(self.actions, part=".*"))
 
     def is_to(self, peer: Peer) -> bool:
@@ -65,7 +90,7 @@ class Grant:
 
     def has_key(self, names: Iterable[str]) -> bool:
         """Whether one of a key's names (ID, aliases, ARNs) is one of the patterns."""
-        return any(self._keys.fullmatch(name) for name in names)
+        return any(name in self._names or self._keys.fullmatch(name) for name in names)
 
     def has_recipient(self, pin: str | None) -> bool:
         """Whether what leaves may go to this recipient: a pin, `PLAINTEXT`, or None when nothing secret leaves.
@@ -117,11 +142,73 @@ def may_name(
     )
 
 
+def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str] | None) -> Grant | None:
+    """The first that also covers the recipient and the context."""
+    return next((grant for grant in grants if _carries(grant, pin, context)), None)
+
+
 def _carries(grant: Grant, pin: str | None, context: Mapping[str, str] | None) -> bool:
     return grant.has_recipient(pin) and grant.has_context(context)
 
 
-def _pattern(patterns: Iterable[str], *, part: str) -> re.Pattern[str]:
+@functools.lru_cache(maxsize=1_024)
+def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
     """One expression for all patterns: a sole `*` is everything, else `*` is `part`."""
     alternatives = (".*" if p == "*" else re.escape(p).replace(r"\*", part) for p in patterns)
     return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives) or r"(?!)", re.DOTALL)
+
+
+class Granted:
+    """The grants to one kind of caller, and what they cover as far as was asked before: so that a request costs a look-up."""
+
+    __slots__ = ("_covering", "actions_known", "grants", "on_program")
+
+    def __init__(self, grants: tuple[Grant, ...]) -> None:
+        self.grants = grants
+        self.on_program = any(PROGRAM & grant.to.keys() for grant in grants)
+        self.actions_known: dict[str, tuple[Grant, ...]] = {}
+        self._covering: dict[tuple[str, str], tuple[Grant, ...]] = {}
+
+    def with_action(self, action: str) -> tuple[Grant, ...]:
+        """Those that cover an action."""
+        known = self.actions_known.get(action)
+        if known is None:
+            known = self.actions_known[action] = tuple(grant for grant in self.grants if grant.has_action(action))
+        return known
+
+    def covering(self, action: str, name: str, names: Callable[[], Iterable[str]]) -> tuple[Grant, ...]:
+        """Those that cover an action on the key that is known by `name`; `names` are all that it can be called by."""
+        known = self._covering.get((action, name))
+        if known is None:
+            if len(self._covering) >= _REMEMBERED:
+                self._covering.clear()
+            called = tuple(names())
+            known = self._covering[action, name] = tuple(
+                grant for grant in self.with_action(action) if grant.has_key(called)
+            )
+        return known
+
+
+class Policy:
+    """All grants of a configuration, found by whom they are to."""
+
+    def __init__(self, grants: Sequence[Grant]) -> None:
+        self.hashes_programs = any("sha256" in grant.to for grant in grants)
+        self._by_uid: dict[int, list[tuple[int, Grant]]] = {}
+        self._others: list[tuple[int, Grant]] = []
+        for place, grant in enumerate(grants):
+            uid = grant.to.get("uid", grant.to.get("user"))
+            (self._others if uid is None else self._by_uid.setdefault(uid, [])).append((place, grant))
+        self._known: dict[Peer, Granted] = {}
+
+    def granted(self, peer: Peer) -> Granted:
+        """The grants to this caller. Callers with the same evidence share them, and what was found out about them."""
+        evidence = peer._replace(pid=None)
+        known = self._known.get(evidence)
+        if known is None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            own = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
+            candidates = sorted([*own, *self._others], key=lambda placed: placed[0])
+            known = self._known[evidence] = Granted(to_caller((grant for _, grant in candidates), peer))
+        return known

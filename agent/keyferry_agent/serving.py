@@ -24,7 +24,7 @@ from . import handlers
 from .agent import SLOW_JOBS, Agent, Audited, Caller
 from .audit import AuditLog
 from .limits import Rate
-from .peer import Peer, evidence
+from .peer import Peer, Process, evidence
 
 __all__ = ["GRACE", "Server"]
 
@@ -102,15 +102,22 @@ class Server:
                     await trio.sleep(0.1)
                     continue
                 try:
-                    peer = evidence(stream.socket, name)
+                    peer, process = evidence(stream.socket, name)
                 except OSError as error:
                     log.error("accept.failed", listener=name, error=error.strerror)
                     stream.socket.close()
                     continue
-                connections.start_soon(self._connection, stream, peer)
+                connections.start_soon(self._connection, stream, peer, process)
 
-    async def _connection(self, stream: trio.SocketStream, peer: Peer) -> None:
+    async def _connection(self, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
         """One connection from its first byte to its last. Nothing that happens in it reaches another."""
+        try:
+            await self._admit(stream, peer, process)
+        finally:
+            if process is not None:
+                process.close()
+
+    async def _admit(self, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
         counters, limits = self.agent.counters, self.agent.settings.limits
         counters.connections_total += 1
         if counters.connections >= limits.connections:
@@ -123,7 +130,7 @@ class Server:
         self._per_user[peer.uid] += 1
         try:
             async with stream:
-                await _Connection(self, stream, peer).run()
+                await _Connection(self, stream, peer, process).run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer went away
         except* Exception as errors:
@@ -162,22 +169,36 @@ class Server:
 class _Connection:
     """The state of one connection while it is served."""
 
-    def __init__(self, server: Server, stream: trio.SocketStream, peer: Peer) -> None:
+    def __init__(self, server: Server, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
         self._server = server
         self._agent = server.agent
         self._stream = stream
         self._caller = Caller(peer)
+        self._process = process
         self._decoder = wire.Decoder()
         self._started = trio.current_time()  # when the request that is being received began
         self._sending = trio.Lock()
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
 
     async def run(self) -> None:
-        """Serve until the peer closes, breaks the protocol or a deadline, or the agent drains."""
+        """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
+        async with trio.open_nursery() as watching:
+            if self._process is not None:
+                watching.start_soon(self._until_process_ends, self._process, watching.cancel_scope)
+            await self._serve()
+            watching.cancel_scope.cancel()
+
+    async def _until_process_ends(self, process: Process, everything: trio.CancelScope) -> None:
+        # Who has the other end now, a child that it was handed to say, is nobody that was asked who it is.
+        await trio.lowlevel.wait_readable(process.fd)
+        log.info("connection.process_ended", **self._who())
+        everything.cancel()
+
+    async def _serve(self) -> None:
         async with trio.open_nursery() as slow:
             while True:
                 received = await self._receive()
-                if not received:
+                if not received or not await self._identified():
                     return  # what slow jobs are under way is still answered: the nursery waits for them
                 self._decoder.feed(received)
                 del received  # what a request holds is kept no longer than the request
@@ -185,6 +206,21 @@ class _Connection:
                     slow.cancel_scope.cancel()
                     return
                 self._started = trio.current_time()  # the time that answering took is not the client's
+
+    async def _identified(self) -> bool:
+        """Whether who connected is still there and is what it was, with all evidence that grants are about."""
+        process, agent = self._process, self._agent
+        if process is None:
+            return True
+        if agent.policy.hashes_programs and self._caller.peer.sha256 is None and process.seen is not None:
+            hashed = await trio.to_thread.run_sync(process.hash_program)
+            if not process.changed():
+                self._caller.know(self._caller.peer._replace(sha256=hashed))
+        self._caller.refresh(agent.policy)
+        if self._caller.granted.on_program and process.changed():
+            log.info("connection.program_changed", **self._who())
+            return False
+        return process.alive()  # after everything that was read
 
     async def _receive(self) -> bytes | bytearray:
         """Wait for bytes: as long as it takes between requests, for a bounded time within one."""
@@ -249,7 +285,7 @@ class _Connection:
         msgid, method, params = message
         outcome: Any
         try:
-            self._caller.refresh(self._agent.settings)
+            self._caller.refresh(self._agent.policy)
             job = handlers.prepare(self._agent, self._caller, method, params, audited)
             outcome = None if job.slow else job.run()
         except Exception as error:

@@ -228,9 +228,6 @@ def _grant(table: toml.Table) -> Grant:
     return grant
 
 
-_LATER: Final = ("unit", "pod", "exe", "sha256")
-
-
 def _to(table: toml.Table, present: bool) -> Mapping[str, Any]:
     checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "uid": ("a number, 0 to 4294967294", toml.identity),
@@ -238,6 +235,10 @@ def _to(table: toml.Table, present: bool) -> Mapping[str, Any]:
         "user": ("the name of a user", toml.string),
         "group": ("the name of a group", toml.string),
         "listener": ("the name of a listener", toml.string),
+        "unit": ("the name of a systemd unit, like orders.service", toml.matching(toml.UNIT)),
+        "pod": ("the UID of a Kubernetes pod", toml.matching(toml.POD)),
+        "exe": ("the absolute path of a program", lambda value: str(toml.path(value))),
+        "sha256": ('"sha256:" and the hash of a program, in hex', toml.matching(toml.PIN)),
     }
     to: dict[str, Any] = {}
     for selector in SELECTORS:
@@ -254,10 +255,6 @@ def _to(table: toml.Table, present: bool) -> Mapping[str, Any]:
                     f"{table._at(selector)}: this host has no {selector} {to[selector]!r}; matches nobody"
                 )
                 to[selector] = -1
-    for selector in _LATER:
-        if table.has(selector):
-            table.take(selector, "", lambda value: value, None)
-            table.wrong(selector, "this version cannot tell; a grant on it would match nobody")
     table._taken += [selector for selector in SELECTORS if selector not in table._taken]
     if present and not table._raw:
         table.problems.append(f"{table._path}: empty; say whom the grant is to, for example uid = 1000")

@@ -173,7 +173,20 @@ def _strings(value: Any) -> tuple[str, ...]:
 _ACTION: Final = re.compile(r"\*|kms:[A-Za-z]*\*?")
 KEY: Final = re.compile(r"\*|alias/[\w/*-]+|acs:kms:[\w*-]+:[\w*-]+:(key|alias)/[\w/*-]+|[\w*-]+", re.ASCII)
 PIN: Final = re.compile(r"sha256:[0-9a-f]{64}")
+UNIT: Final = re.compile(r"[\w:.\\@-]+\.(service|scope)", re.ASCII)
+POD: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ARN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,24}")
+
+
+def matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
+    """A string that matches."""
+
+    def check(value: Any) -> str:
+        if not pattern.fullmatch(string(value)):
+            raise ValueError
+        return str(value)
+
+    return check
 
 
 def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, ...]]:

@@ -73,7 +73,7 @@ def re_encrypt(request: Request) -> Job:
     """Open a blob and seal what is in it anew, in one go: the caller never has it."""
     blob = request.values.need(CIPHERTEXT_BLOB)
     opening, sealing = request.context(SOURCE_ENCRYPTION_CONTEXT), request.context(DESTINATION_ENCRYPTION_CONTEXT)
-    if not any(grant.has_action(_TO) for grant in request.caller.grants):
+    if not request.caller.granted.with_action(_TO):
         raise no_permission()  # before anything is said about the blob
     source, old = find_version(request, blob, action=_FROM, context=opening)
     destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=sealing)

@@ -43,11 +43,10 @@ def list_aliases(request: Request) -> Job:
 
 
 def _may_list(request: Request) -> None:
-    action = request.action
-    grant = next((grant for grant in request.caller.grants if grant.has_action(action)), None)
-    if grant is None:
+    may = request.caller.granted.with_action(request.action)
+    if not may:
         raise no_permission()
-    request.audited.grant = grant.name
+    request.audited.grant = may[0].name
 
 
 def _page(request: Request, entries: Sequence[T]) -> tuple[int, int, Sequence[T]]:

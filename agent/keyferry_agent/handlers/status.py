@@ -35,8 +35,8 @@ def describe_key(request: Request) -> Job:
 
 def get_agent_status(request: Request) -> Job:
     """For everybody; with a grant, the counters too."""
-    agent, grants = request.agent, request.caller.grants
-    counters = agent.counters if any(grant.has_action(request.action) for grant in grants) else None
+    agent = request.agent
+    counters = agent.counters if request.caller.granted.with_action(request.action) else None
     status = operations.GetAgentStatusResult(
         version=__version__,
         protocol_version=PROTOCOL_VERSION,

@@ -10,7 +10,7 @@ from keyferry.secret import SecretMemory
 from ..agent import Agent, Audited, Caller
 from ..crypto import seal
 from ..crypto.seal import SealError
-from ..grants import allows, may_name
+from ..grants import carrying
 from ..keyring.loaded import Key, KeyVersion
 
 __all__ = [
@@ -73,7 +73,8 @@ def find_key(
     name = agent.plain_name(parameter, request.values.need(parameter))
     key = agent.keyring.by_alias.get(name) if name.startswith("alias/") else agent.keyring.keys.get(name)
     if key is None or key.state() == "Deleted":
-        if may_name(request.caller.grants, action, agent.names_of(name), pin=pin, context=context):
+        may = request.caller.granted.covering(action, f"no key {name}", lambda: agent.names_of(name))
+        if carrying(may, pin, context):
             raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
         raise no_permission()
     permit(request, key, action, pin=pin, context=context)
@@ -94,7 +95,7 @@ def find_version(
         raise _does_not_open() from None
     key, version = request.agent.keyring.by_version.get(version_id, (None, None))
     if key is None or version is None or key.state() == "Deleted":
-        if may_name(request.caller.grants, action, None, pin=pin, context=context):
+        if carrying(request.caller.granted.with_action(action), pin, context):
             raise kms_error("Forbidden.KeyVersionNotFound")
         raise no_permission()
     permit(request, key, action, pin=pin, context=context)
@@ -105,7 +106,8 @@ def find_version(
 def permit(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
     """Refuse a caller without a grant for the action on the key. Raises `Forbidden.NoPermission`."""
     request.audited.key_id = key.key_id  # the record names it also where it is refused
-    grant = allows(request.caller.grants, action, request.agent.names_of_key(key), pin=pin, context=context)
+    may = request.caller.granted.covering(action, key.key_id, lambda: request.agent.names_of_key(key))
+    grant = carrying(may, pin, context)
     if grant is None:
         raise no_permission()
     request.audited.grant = grant.name

@@ -26,7 +26,7 @@ _MATERIAL_MOST: Final = 65
 def add_parser(commands: Any) -> None:
     """Add `keyring` and its verbs to the agent's command."""
     keyring = commands.add_parser("keyring", help="create and change sealed keyring files", allow_abbrev=False)
-    keyring.set_defaults(action=_main)
+    keyring.set_defaults(run=_main)
     subparsers = keyring.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, help_text: str, do: Callable[[argparse.Namespace], dict[str, Any]]) -> argparse.ArgumentParser:

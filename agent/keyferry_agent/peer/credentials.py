@@ -1,10 +1,12 @@
-"""Who is calling: what the kernel says of the process at the other end, taken once, before a byte is read."""
+"""What the kernel says of the other end of a connection, taken once, before a byte is read."""
 
 import errno
 import socket
 import struct
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
+
+from .process import Process, pod_of, unit_of
 
 __all__ = ["OVERFLOW_UID", "Peer", "evidence"]
 
@@ -31,13 +33,18 @@ class Peer(NamedTuple):
     """The evidence about a caller. None, or an empty set, is evidence that cannot be had: it matches no grant.
 
     `uid` and `gids` are those at the time of connect(2). The kernel shows a user of another user namespace as the overflow
-    uid, which says nothing about who it is; and a process of another pid namespace as pid 0.
+    uid, which says nothing about who it is; and a process of another pid namespace as pid 0: then there is no `unit`, `pod`,
+    `exe` or `sha256` either. `sha256` is missing until somebody hashes the program.
     """
 
     uid: int | None
     gids: frozenset[int]
     pid: int | None
     listener: str
+    unit: str | None = None
+    pod: str | None = None
+    exe: str | None = None
+    sha256: str | None = None
 
 
 class _Socket(Protocol):
@@ -55,13 +62,15 @@ def _groups(connection: _Socket) -> bytes:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * 4)
 
 
-def evidence(connection: _Socket, listener: str) -> Peer:
-    """Ask the kernel who connected. Raises OSError when the socket is no Unix socket."""
+def evidence(connection: _Socket, listener: str) -> tuple[Peer, Process | None]:
+    """Ask the kernel who connected, and hold the process, if it can be seen. Raises OSError when this is no Unix socket."""
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     gids = {gid, *(group for (group,) in struct.iter_unpack("I", _groups(connection)))} - {_OVERFLOW_GID}
-    return Peer(
-        uid=None if uid == OVERFLOW_UID else uid,
-        gids=frozenset(gids),
-        pid=pid or None,
-        listener=listener,
-    )
+    peer = Peer(uid=None if uid == OVERFLOW_UID else uid, gids=frozenset(gids), pid=pid or None, listener=listener)
+    process = Process.of(connection, peer.pid)
+    if process is not None:
+        cgroups, program = process.cgroups(), process.program()
+        process.seen = program
+        if process.alive():  # after everything was read
+            peer = peer._replace(unit=unit_of(cgroups), pod=pod_of(cgroups), exe=program.path if program else None)
+    return peer, process

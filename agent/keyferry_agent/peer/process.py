@@ -1,0 +1,157 @@
+"""The process at the other end, held by a pidfd: its systemd unit, its Kubernetes pod, and the program that it runs.
+
+The rule that users keep: what was read from /proc/PID belongs to the process only if it is alive *after* it was read; a number
+alone may be another process's by then. SO_PEERPIDFD gives a handle even of a process that is dead.
+"""
+
+import hashlib
+import os
+import re
+import select
+import socket
+import struct
+from typing import Final, NamedTuple, Protocol
+
+__all__ = ["Process", "Program", "pod_of", "unit_of"]
+
+_SO_PEERPIDFD: Final = 77  # Linux 6.5
+_INT: Final = struct.Struct("i")
+_BLOCK: Final = 1 << 20
+_REMEMBERED: Final = 1_024
+_UNIFIED: Final = "0::"
+_SYSTEMD_V1: Final = "name=systemd:"
+_UNITS: Final = (".service", ".scope")
+_POD: Final = re.compile(
+    r"^/kubepods(?:\.slice)?/.*?pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})(?:\.slice)?(?:/|$)"
+)
+
+
+class _Socket(Protocol):
+    """A socket of the standard library, or trio's."""
+
+    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
+
+
+class Program(NamedTuple):
+    """An executable file: where it is, and which file that was. `path` is None where this agent sees another file there."""
+
+    path: str | None
+    identity: tuple[int, ...]
+
+
+class Process:
+    """A process that connected. To be closed."""
+
+    __slots__ = ("_poll", "fd", "pid", "seen")
+
+    def __init__(self, pid: int, fd: int) -> None:
+        self.pid = pid
+        self.fd = fd
+        self.seen: Program | None = None  # what it ran when it was asked first
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLIN)
+
+    @classmethod
+    def of(cls, connection: _Socket, pid: int | None) -> "Process | None":
+        """The process that SO_PEERCRED numbers; None for one that is gone, or in a pid namespace that is not seen from here."""
+        if pid is None:
+            return None
+        try:
+            (fd,) = _INT.unpack(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _INT.size))
+        except OSError:  # an older kernel: between connect and here the number could have changed hands
+            try:
+                fd = os.pidfd_open(pid)
+            except OSError:
+                return None
+        return cls(pid, fd)
+
+    def close(self) -> None:
+        """Let the process go."""
+        os.close(self.fd)
+
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        return not self._poll.poll(0)
+
+    def cgroups(self) -> str:
+        """Its control groups, as /proc has them; empty where they cannot be read."""
+        try:
+            with open(f"/proc/{self.pid}/cgroup") as file:
+                return file.read()
+        except OSError:
+            return ""
+
+    def program(self) -> Program | None:
+        """The program that it runs; None where that may not be seen (for another user's process it takes CAP_SYS_PTRACE)."""
+        link = f"/proc/{self.pid}/exe"
+        try:
+            path, identity = os.readlink(link), _identity(link)
+            return Program(path if _same_file(path, identity) else None, identity)
+        except OSError:
+            return None
+
+    def changed(self) -> bool:
+        """Whether it runs another program than the one that was seen."""
+        return self.program() != self.seen
+
+    def hash_program(self) -> str | None:
+        """`sha256:` and the hash of the file that it runs, whatever is at its path. Reads it all: not for the event loop."""
+        try:
+            with open(f"/proc/{self.pid}/exe", "rb", buffering=0) as file:
+                identity = _identity(file.fileno())
+                known = _hashes.get(identity)
+                if known is None:
+                    digest = hashlib.file_digest(file, "sha256")
+                    if _identity(file.fileno()) != identity:
+                        return None  # somebody writes to it
+                    if len(_hashes) >= _REMEMBERED:
+                        _hashes.clear()
+                    known = _hashes[identity] = f"sha256:{digest.hexdigest()}"
+                return known
+        except OSError:
+            return None
+
+
+_hashes: dict[tuple[int, ...], str] = {}
+
+
+def _identity(path: str | int) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _same_file(path: str, identity: tuple[int, ...]) -> bool:
+    # A process in a mount namespace of its own can have any file at any path.
+    try:
+        return _identity(path) == identity
+    except OSError:
+        return False
+
+
+def unit_of(cgroups: str) -> str | None:
+    """The systemd unit in the text of /proc/PID/cgroup: the first that is not a slice.
+
+    What is below it is the unit's own affair: a user's manager may call a unit of its own like one of the system's.
+    """
+    for part in _path(cgroups, (_UNIFIED, _SYSTEMD_V1)).split("/")[1:]:
+        if not part.endswith(".slice"):
+            return part if part.endswith(_UNITS) else None
+    return None
+
+
+def pod_of(cgroups: str) -> str | None:
+    """The UID of the Kubernetes pod in the text of /proc/PID/cgroup: below the root's own `kubepods` only."""
+    for line in cgroups.splitlines():
+        found = _POD.match(line.split(":", 2)[-1])
+        if found:
+            return found[1].replace("_", "-")
+    return None
+
+
+def _path(cgroups: str, hierarchies: tuple[str, ...]) -> str:
+    for hierarchy in hierarchies:
+        for line in cgroups.splitlines():
+            _, _, rest = line.partition(":") if hierarchy == _SYSTEMD_V1 else ("", "", line)
+            if rest.startswith(hierarchy) and rest != f"{hierarchy}/":
+                return rest.removeprefix(hierarchy)
+    return ""

@@ -1,0 +1,274 @@
+"""Who is calling: evidence about processes, and real processes that try to be somebody else."""
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.agent import PATIENCE, RawConnection, RunningAgent
+from support.keyring import serving
+from support.requires import root
+
+from keyferry import wire
+from keyferry_agent.grants import Grant, Policy
+from keyferry_agent.peer import Peer, Process, evidence
+from keyferry_agent.peer.process import pod_of, unit_of
+
+POD = "3f1d2a77-0b6e-4a0e-9f0a-2f7b6f0c1d22"
+POD_ = POD.replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "unit"),
+    [
+        ("0::/system.slice/orders.service\n", "orders.service"),
+        ("0::/system.slice/system-getty.slice/getty@tty1.service\n", "getty@tty1.service"),
+        ("0::/system.slice/orders.service/worker/1\n", "orders.service"),
+        ("0::/user.slice/user-1000.slice/session-3.scope\n", "session-3.scope"),
+        # A user's own manager may call a unit of its own what it likes.
+        ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/orders.service\n", "user@1000.service"),
+        ("5:devices:/x\n1:name=systemd:/system.slice/orders.service\n0::/\n", "orders.service"),
+        ("5:devices:/system.slice/orders.service\n0::/\n", None),
+        ("0::/\n", None),
+        ("0::/init.scope\n", "init.scope"),
+        ("0::/made/by/hand/orders.service\n", None),
+        ("0::/../../system.slice/orders.service\n", None),  # outside this agent's control-group namespace
+        ("", None),
+    ],
+)
+def test_a_unit_is_the_first_in_the_path_that_is_no_slice(cgroups: str, unit: str | None) -> None:
+    """In the unified hierarchy, or systemd's own of version 1."""
+    assert unit_of(cgroups) == unit
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "pod"),
+    [
+        (
+            f"0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{POD_}.slice/cri-containerd-ab.scope\n",
+            POD,
+        ),
+        (f"0::/kubepods.slice/kubepods-pod{POD_}.slice/crio-ab.scope\n", POD),
+        (f"0::/kubepods/besteffort/pod{POD}/ab\n", POD),
+        (f"9:memory:/kubepods/burstable/pod{POD}/ab\n1:name=systemd:/kubepods/burstable/pod{POD}/ab\n", POD),
+        (f"0::/user.slice/user-1000.slice/user@1000.service/kubepods.slice/kubepods-pod{POD_}.slice/x\n", None),
+        ("0::/kubepods/besteffort/podnonsense/ab\n", None),
+        ("0::/system.slice/orders.service\n", None),
+    ],
+)
+def test_a_pod_is_told_by_the_roots_own_kubepods(cgroups: str, pod: str | None) -> None:
+    """With systemd's names and without."""
+    assert pod_of(cgroups) == pod
+
+
+def test_a_callers_grants_are_found_whatever_they_are_to_and_in_their_order() -> None:
+    """By user and by everything else; the same evidence gives the same answer without looking again."""
+    grants = [
+        Grant("listener", {"listener": "default"}, ("kms:*",), ("*",)),
+        Grant("me", {"uid": 1}, ("kms:*",), ("*",)),
+        Grant("you", {"uid": 2}, ("kms:*",), ("*",)),
+        Grant("unit", {"user": 1, "unit": "orders.service"}, ("kms:*",), ("*",)),
+    ]
+    policy = Policy(grants)
+    peer = evidence_of_this_process()._replace(uid=1, unit="orders.service")
+    assert [grant.name for grant in policy.granted(peer).grants] == ["listener", "me", "unit"]
+    assert [grant.name for grant in policy.granted(peer._replace(unit=None)).grants] == ["listener", "me"]
+    assert policy.granted(peer._replace(pid=99)) is policy.granted(peer)
+
+
+def evidence_of_this_process() -> Peer:
+    """What an agent would see of this process."""
+    here, there = socket.socketpair(socket.AF_UNIX)
+    with here, there:
+        peer, process = evidence(here, "default")
+        assert process is not None
+        process.close()
+        return peer
+
+
+# --- real processes ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def granting(keyring: Path, socket_path: Path, to: str) -> Iterator[RunningAgent]:
+    """An agent with one grant, of everything to such callers."""
+    config = keyring.parent / "agent.toml"
+    with serving(keyring, socket_path) as agent:
+        text = config.read_text().replace(f"to={{uid={os.getuid()}}}", f"to={{{to}}}")
+        assert to in text
+        config.write_text(text)
+        agent.wait_for("reload.done")
+        yield agent
+
+
+def outcome(path: Path) -> str:
+    """What DescribeKey gives this process: OK, or a code."""
+    with RawConnection(path) as connection:
+        error = connection.call("DescribeKey", {"KeyId": "alias/a"}).error
+        return error["Code"] if error else "OK"
+
+
+def this_program() -> tuple[str, str]:
+    """The path and the hash of the interpreter that runs this."""
+    path = os.path.realpath("/proc/self/exe")
+    return path, hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("matches", [True, False])
+@pytest.mark.parametrize("selector", ["exe", "sha256"])
+def test_a_program_is_told_by_its_path_and_by_its_hash(
+    keyring: Path, socket_path: Path, selector: str, matches: bool
+) -> None:
+    """And another program is another program."""
+    path, digest = this_program()
+    to = {
+        ("exe", True): f'exe="{path}"',
+        ("exe", False): 'exe="/usr/bin/true"',
+        ("sha256", True): f'sha256="sha256:{digest}"',
+        ("sha256", False): f'sha256="sha256:{"0" * 64}"',
+    }[selector, matches]
+    with granting(keyring, socket_path, to):
+        assert outcome(socket_path) == ("OK" if matches else "Forbidden.NoPermission")
+
+
+CONNECTING = """
+import os, socket, sys
+handover = socket.socket(fileno=int(sys.argv[2]))
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+socket.send_fds(handover, [b"x"], [connection.fileno()])
+handover.recv(1)
+if sys.argv[3] == "exec":
+    os.execv("/bin/sleep", ["sleep", "60"])
+"""
+
+
+@contextmanager
+def connected_by_another(
+    path: Path, then: str
+) -> Iterator[tuple[RawConnection, "subprocess.Popen[bytes]", socket.socket]]:
+    """A connection that another process has made, and its other end handed to this one; it waits for a byte to go on."""
+    here, there = socket.socketpair(socket.AF_UNIX)
+    with here, there:
+        arguments = [sys.executable, "-c", CONNECTING, str(path), str(there.fileno()), then]
+        process = subprocess.Popen(arguments, pass_fds=[there.fileno()])
+        try:
+            _, (descriptor,), _, _ = socket.recv_fds(here, 1, 1)
+            connection = RawConnection.__new__(RawConnection)
+            connection.socket = socket.socket(fileno=descriptor)
+            connection.socket.settimeout(PATIENCE)
+            connection._decoder, connection._messages = wire.Decoder(), []
+            with connection:
+                yield connection, process, here
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_connection_ends_with_the_process_that_made_it(keyring: Path, socket_path: Path) -> None:
+    """Whoever it was handed to is nobody that was asked who it is."""
+    with (
+        granting(keyring, socket_path, f'exe="{this_program()[0]}"') as agent,
+        connected_by_another(socket_path, "exit") as (connection, process, handover),
+    ):
+        assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
+        handover.send(b"x")
+        assert process.wait(PATIENCE) == 0
+        assert connection.response() is None
+        agent.wait_for("connection.process_ended")
+
+
+def test_a_process_that_runs_another_program_loses_what_was_granted_to_the_first(
+    keyring: Path, socket_path: Path
+) -> None:
+    """Its connection is closed at the next request."""
+    with (
+        granting(keyring, socket_path, f'exe="{this_program()[0]}"') as agent,
+        connected_by_another(socket_path, "exec") as (connection, process, handover),
+    ):
+        assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
+        handover.send(b"x")
+        deadline = time.monotonic() + PATIENCE
+        while os.path.realpath(f"/proc/{process.pid}/exe") == this_program()[0]:
+            assert time.monotonic() < deadline
+        connection.send(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/a"}))
+        assert connection.response() is None
+        agent.wait_for("connection.program_changed")
+
+
+def test_a_process_that_is_gone_when_it_is_asked_about_has_no_evidence(tmp_path: Path) -> None:
+    """It has connected, and nobody knows what it was: its number may be somebody else's by now."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        code = f"import socket; socket.socket(socket.AF_UNIX).connect({str(tmp_path / 's')!r})"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
+        connection, _ = listening.accept()
+        with connection:
+            peer, process = evidence(connection, "default")
+            assert (peer.unit, peer.pod, peer.exe, peer.sha256) == (None, None, None, None)
+            assert peer.uid == os.getuid()
+            if process is not None:
+                assert not process.alive()
+                assert process.program() is None
+                assert process.hash_program() is None
+                process.close()
+
+
+def test_a_process_that_cannot_be_numbered_has_no_evidence() -> None:
+    """Of another pid namespace, that is not below this one, the kernel says 0."""
+    here, there = socket.socketpair(socket.AF_UNIX)
+    with here, there:
+        assert Process.of(here, None) is None
+
+
+@root()
+def test_another_file_at_the_same_path_in_another_mount_namespace_is_told_by_neither_path_nor_hash(
+    tmp_path: Path,
+) -> None:
+    """Anybody can have a mount namespace of its own: a path there says nothing, the file's hash says all."""
+    trusted, forged = tmp_path / "trusted", tmp_path / "forged"
+    shutil.copy("/bin/true", trusted)
+    shutil.copy("/bin/sleep", forged)
+    script = f"mount --bind {forged} {trusted} && exec {trusted} 60"
+    with subprocess.Popen(["unshare", "--mount", "sh", "-c", script]) as other:
+        try:
+            deadline = time.monotonic() + PATIENCE
+            while os.readlink(f"/proc/{other.pid}/exe") != str(trusted):
+                assert time.monotonic() < deadline
+            process = Process(other.pid, os.pidfd_open(other.pid))
+            program = process.program()
+            assert program is not None
+            assert program.path is None
+            assert process.hash_program() == f"sha256:{hashlib.sha256(forged.read_bytes()).hexdigest()}"
+            assert not process.changed() or process.seen is None
+            process.close()
+        finally:
+            other.kill()
+
+
+def test_a_program_that_was_replaced_since_it_was_started_has_no_path(tmp_path: Path) -> None:
+    """What is there now is another file."""
+    shutil.copy("/bin/sleep", tmp_path / "program")
+    with subprocess.Popen([tmp_path / "program", "60"]) as other:
+        try:
+            process = Process(other.pid, os.pidfd_open(other.pid))
+            process.seen = process.program()
+            assert process.seen is not None
+            assert process.seen.path == str(tmp_path / "program")
+            digest = process.hash_program()
+            (tmp_path / "program").unlink()
+            shutil.copy("/bin/true", tmp_path / "program")
+            now = process.program()
+            assert now is None or now.path is None
+            assert process.hash_program() == digest
+            process.close()
+        finally:
+            other.kill()
