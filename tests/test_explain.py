@@ -1,0 +1,121 @@
+"""`keyferry-agent explain`: what an operator is told of each grant, and that it agrees with what an agent decides."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keyferry_agent.command import main
+from keyferry_agent.explain import mismatch
+from keyferry_agent.grants import PLAINTEXT, Grant, allows, to_caller
+from keyferry_agent.peer import Peer
+
+PIN = "sha256:" + "0" * 64
+CONFIGURATION = f"""
+[[grant]]
+name = "export"
+to = {{ uid = 1000, unit = "orders.service" }}
+actions = ["kms:ExportDataKey", "kms:Decrypt"]
+keys = ["alias/orders-*"]
+recipients = ["{PIN}"]
+encryption_context = {{ tenant = "acme" }}
+
+[[grant]]
+name = "describe"
+to = {{ gid = 5 }}
+actions = ["kms:Describe*"]
+keys = ["acs:kms:local:0:alias/orders-eu"]
+"""
+GOOD = {
+    "--uid": "1000",
+    "--unit": "orders.service",
+    "--action": "kms:ExportDataKey",
+    "--key": "alias/orders-eu",
+    "--recipient": PIN,
+    "--context": "tenant=acme",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration with two grants."""
+    path = tmp_path / "agent.toml"
+    path.write_text(CONFIGURATION)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "export: allows it"),
+        ({"--uid": "1001"}, "export: to.uid: the grant is to 1000; the caller's is 1001"),
+        ({"--unit": "web.service"}, "export: to.unit: the grant is to orders.service; the caller's is web.service"),
+        ({"--action": "kms:Encrypt"}, "export: actions: kms:Encrypt is none of"),
+        ({"--key": "alias/web"}, "export: keys: alias/web, acs:kms:local:0:alias/web matches none of alias/orders-*"),
+        ({"--recipient": "sha256:" + "1" * 64}, "export: recipients: not sha256:1"),
+        ({"--action": "kms:Decrypt"}, "export: recipients: an answer in plaintext is never covered"),
+        ({"--context": "tenant=other"}, "export: encryption_context: it demands tenant=acme"),
+        ({"--action": "kms:DescribeKey", "--gid": "5"}, "describe: allows it"),
+        ({"--action": "kms:DescribeKey"}, "describe: to.gid: the grant is to 5; the caller's is none"),
+        (
+            {"--action": "kms:DescribeKey", "--gid": "5", "--key": "acs:kms:local:0:alias/orders-eu"},
+            "describe: allows it",
+        ),
+    ],
+)
+def test_the_first_thing_that_does_not_match_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], said: str
+) -> None:
+    """Every grant has its line; the exit code says whether one allows it."""
+    arguments = [part for pair in {**GOOD, **changed}.items() for part in pair]
+    code = main(["explain", "--config", str(config), *arguments])
+    out = capsys.readouterr().out
+    assert said in out
+    assert len(out.splitlines()) == 3
+    assert (code == 0) == ("allows it" in out) == out.splitlines()[-1].startswith("Allowed")
+
+
+def test_what_cannot_be_explained_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pair that is none, a configuration that is wrong."""
+    arguments = [part for pair in GOOD.items() for part in pair]
+    assert main(["explain", "--config", str(config), *arguments, "--context", "nonsense"]) == 1
+    assert "tenant=acme is expected" in capsys.readouterr().err
+    config.write_text("nonsense")
+    assert main(["explain", "--config", str(config), *arguments]) == 1
+    assert "TOML" in capsys.readouterr().err
+
+
+GRANTS = st.builds(
+    Grant,
+    st.just("g"),
+    st.dictionaries(st.sampled_from(["uid", "gid"]), st.integers(0, 2), min_size=1),
+    st.lists(st.sampled_from(["kms:Decrypt", "kms:E*"]), min_size=1).map(tuple),
+    st.lists(st.sampled_from(["alias/a", "alias/*", "*"]), min_size=1).map(tuple),
+    st.one_of(st.none(), st.just(frozenset({PIN}))),
+    st.dictionaries(st.sampled_from("ab"), st.sampled_from("12")),
+)
+
+
+@given(
+    grant=GRANTS,
+    uid=st.integers(0, 2),
+    gids=st.frozensets(st.integers(0, 2)),
+    action=st.sampled_from(["kms:Decrypt", "kms:Encrypt"]),
+    name=st.sampled_from(["alias/a", "alias/b"]),
+    pin=st.sampled_from([None, PIN, PLAINTEXT, "sha256:other"]),
+    context=st.dictionaries(st.sampled_from("ab"), st.sampled_from("12")),
+)
+def test_the_explanation_is_the_decision(
+    grant: Grant,
+    uid: int,
+    gids: frozenset[int],
+    action: str,
+    name: str,
+    pin: str | None,
+    context: dict[str, str],
+) -> None:
+    """Whatever grant and request."""
+    peer = Peer(uid=uid, gids=gids, pid=1, listener="default")
+    decided = allows(to_caller([grant], peer), action, [name], pin=pin, context=context)
+    assert (mismatch(grant, peer, action, [name], pin, context) is None) == (decided is grant)
