@@ -5,13 +5,17 @@
 #    source ~/.local/share/bash_completion/keyferry-agent
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
+_shtab_keyferry_agent_audit_subparsers=(verify who)
 _shtab_keyferry_agent_keyring_subparsers=(init reseal create-key import-key list show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
-_shtab_keyferry_agent_subparsers=(run check fingerprint explain keyring)
+_shtab_keyferry_agent_subparsers=(run check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev)
 _shtab_keyferry_agent_check_option_strings=(-h --help)
 _shtab_keyferry_agent_fingerprint_option_strings=(-h --help)
 _shtab_keyferry_agent_explain_option_strings=(-h --help --config --uid --gid --listener --unit --pod --exe --sha256 --action --key --recipient --context)
+_shtab_keyferry_agent_audit_verify_option_strings=(-h --help)
+_shtab_keyferry_agent_audit_who_option_strings=(-h --help --key --version --since --json)
+_shtab_keyferry_agent_audit_option_strings=(-h --help)
 _shtab_keyferry_agent_keyring_init_option_strings=(-h --help --json --recipient --passphrase-file --new-identity)
 _shtab_keyferry_agent_keyring_reseal_option_strings=(-h --help --json --unseal --recipient --passphrase-file)
 _shtab_keyferry_agent_keyring_create_key_option_strings=(-h --help --json --unseal --key-spec --alias --description)
@@ -37,6 +41,8 @@ _shtab_keyferry_agent_run___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_check_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_fingerprint_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_explain___config_COMPGEN=_shtab_compgen_files
+_shtab_keyferry_agent_audit_verify_pos_0_COMPGEN=_shtab_compgen_files
+_shtab_keyferry_agent_audit_who_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_init_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_init___passphrase_file_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_init___new_identity_COMPGEN=_shtab_compgen_files
@@ -72,10 +78,11 @@ _shtab_keyferry_agent_keyring_delete_alias_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_delete_alias___unseal_COMPGEN=_shtab_compgen_files
 
 _shtab_keyferry_agent_explain___action_choices=(kms:Decrypt kms:DescribeKey kms:Encrypt kms:ExportDataKey kms:GenerateAndExportDataKey kms:GenerateDataKey kms:GenerateDataKeyWithoutPlaintext kms:GetAgentStatus kms:ListAliases kms:ListKeyVersions kms:ListKeys kms:ReEncryptFrom kms:ReEncryptTo)
+_shtab_keyferry_agent_audit_pos_0_choices=(verify who)
 _shtab_keyferry_agent_keyring_create_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_import_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_pos_0_choices=(init reseal create-key import-key list show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
-_shtab_keyferry_agent_pos_0_choices=(run check fingerprint explain keyring)
+_shtab_keyferry_agent_pos_0_choices=(run check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run__h_nargs=0
 _shtab_keyferry_agent_run___help_nargs=0
@@ -86,6 +93,16 @@ _shtab_keyferry_agent_fingerprint__h_nargs=0
 _shtab_keyferry_agent_fingerprint___help_nargs=0
 _shtab_keyferry_agent_explain__h_nargs=0
 _shtab_keyferry_agent_explain___help_nargs=0
+_shtab_keyferry_agent_audit_verify_pos_0_nargs=+
+_shtab_keyferry_agent_audit_verify__h_nargs=0
+_shtab_keyferry_agent_audit_verify___help_nargs=0
+_shtab_keyferry_agent_audit_who_pos_0_nargs=+
+_shtab_keyferry_agent_audit_who__h_nargs=0
+_shtab_keyferry_agent_audit_who___help_nargs=0
+_shtab_keyferry_agent_audit_who___json_nargs=0
+_shtab_keyferry_agent_audit_pos_0_nargs=A...
+_shtab_keyferry_agent_audit__h_nargs=0
+_shtab_keyferry_agent_audit___help_nargs=0
 _shtab_keyferry_agent_keyring_init__h_nargs=0
 _shtab_keyferry_agent_keyring_init___help_nargs=0
 _shtab_keyferry_agent_keyring_init___json_nargs=0

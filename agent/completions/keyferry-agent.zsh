@@ -10,6 +10,7 @@
 
 _shtab_keyferry_agent_commands() {
   local _commands=(
+    audit:'verify and search the record of requests'
     check:'say everything that is wrong with a configuration'
     explain:'Say of every grant whether it allows something, or the first thing in it that does not match.'
     fingerprint:'a public key'"'"'s pin, as `recipients` takes it'
@@ -17,6 +18,14 @@ _shtab_keyferry_agent_commands() {
     run:'the daemon, in the foreground; its log is on stderr'
   )
   _describe 'keyferry-agent commands' _commands
+}
+
+_shtab_keyferry_agent_audit_commands() {
+  local _commands=(
+    verify:'Is the chain of lines whole? Give files oldest first.'
+    who:'Who was given data keys under a master key, and for which recipients.'
+  )
+  _describe 'keyferry-agent audit commands' _commands
 }
 
 _shtab_keyferry_agent_keyring_commands() {
@@ -47,6 +56,33 @@ _shtab_keyferry_agent_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_defaults_added=0
+
+_shtab_keyferry_agent_audit_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_audit_defaults_added=0
+
+_shtab_keyferry_agent_audit_verify_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "(*):records, oldest first:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_audit_verify_defaults_added=0
+
+_shtab_keyferry_agent_audit_who_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--key[the master key\'s ID]:ID:"
+  "--version[one version of it]:ID:"
+  "--since[like 2026-01-31 or 2026-01-31T12\:00\:00Z]:TIME:"
+  "--json[one JSON document on stdout]"
+  "(*):records, oldest first:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_audit_who_defaults_added=0
 
 _shtab_keyferry_agent_check_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -297,11 +333,36 @@ _shtab_keyferry_agent() {
       (( CURRENT += 1 ))
       curcontext="${curcontext%:*:*}:_shtab_keyferry_agent-$line[1]:"
       case $line[1] in
+        audit) _shtab_keyferry_agent_audit ;;
         check) _arguments -C -s $_shtab_keyferry_agent_check_options ;;
         explain) _arguments -C -s $_shtab_keyferry_agent_explain_options ;;
         fingerprint) _arguments -C -s $_shtab_keyferry_agent_fingerprint_options ;;
         keyring) _shtab_keyferry_agent_keyring ;;
         run) _arguments -C -s $_shtab_keyferry_agent_run_options ;;
+      esac
+  esac
+}
+
+_shtab_keyferry_agent_audit() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->audit'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_keyferry_agent_audit_defaults_added )); then
+    if (( ${_shtab_keyferry_agent_audit_options[(I)${(q)one_or_more}*]} +          ${_shtab_keyferry_agent_audit_options[(I)${(q)remainder}*]} +          ${_shtab_keyferry_agent_audit_options[(I)${(q)default}]} == 0 )); then
+      _shtab_keyferry_agent_audit_options+=(': :_shtab_keyferry_agent_audit_commands' '*::: :->audit')
+    fi
+    _shtab_keyferry_agent_audit_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_keyferry_agent_audit_options
+
+  case $state in
+    audit)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_keyferry_agent_audit-$line[1]:"
+      case $line[1] in
+        verify) _arguments -C -s $_shtab_keyferry_agent_audit_verify_options ;;
+        who) _arguments -C -s $_shtab_keyferry_agent_audit_who_options ;;
       esac
   esac
 }

@@ -10,6 +10,7 @@ from typing import Final
 from keyferry.exchange import DEFAULT_SOCKET, pem_to_der
 
 from . import __version__, explain, log
+from .audit import command as audit_command
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 from .keyring import command as keyring_command
 from .options import Options, StartError
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     pin.set_defaults(run=_fingerprint)
 
     explain.add_parser(commands)
+    audit_command.add_parser(commands)
     keyring_command.add_parser(commands)
     return parser
 

@@ -17,6 +17,7 @@ import trio
 from keyferry.secret import SecretMemoryError
 
 from .agent import Agent
+from .audit import AuditLog
 from .keyring.document import KeyringError
 from .options import Options, StartError
 from .settings import Settings, SettingsError
@@ -50,9 +51,11 @@ def _look(path: Path) -> tuple[int, ...] | None:
 class Reloader:
     """Keeps an agent as its files say. `seen`: how they looked before they were first read."""
 
-    def __init__(self, options: Options, agent: Agent, seen: Looks) -> None:
+    def __init__(self, options: Options, agent: Agent, audit: AuditLog, seen: Looks) -> None:
         self._options = options
         self._agent = agent
+        self._audit = audit
+        self._record_lost = False
         self._seen = seen
         self._asked = trio.Event()
 
@@ -67,11 +70,24 @@ class Reloader:
             with trio.move_on_after(_LOOK_EVERY):
                 await self._asked.wait()
             now = await _in_thread(look, list(self._seen))
+            if self._asked.is_set() or await _in_thread(self._audit.moved):
+                self._reopen_record()
             if self._asked.is_set() or (now != self._seen and now == before):
                 self._asked = trio.Event()
                 await self._reload()
                 now = self._seen
             before = now
+
+    def _reopen_record(self) -> None:
+        try:
+            self._audit.reopen()
+        except OSError as error:
+            if not self._record_lost:  # said once, not twice a second
+                log.error("audit.failed", error=error.strerror)
+            self._record_lost = True
+        else:
+            self._record_lost = False
+            log.info("audit.reopened")
 
     async def _reload(self) -> None:
         """Read both again, and swap both at once."""

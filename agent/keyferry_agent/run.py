@@ -57,7 +57,7 @@ def daemon(options: Options) -> None:
     elif not settings.grants:
         log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
     gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
-    trio.run(_serve, agent, audit, Reloader(options, agent, seen), strict_exception_groups=True)
+    trio.run(_serve, agent, audit, Reloader(options, agent, audit, seen), strict_exception_groups=True)
 
 
 def _agent(options: Options, settings: Settings) -> Agent:

@@ -316,7 +316,8 @@ class _Connection:
             self._server._audit.record(self._caller.peer, audited, error.code if error else "OK")
         except OSError as failure:
             log.error("audit.failed", error=failure.strerror, request_id=audited.request_id)
-            error = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
+            if self._agent.settings.audit.on_failure == "refuse":
+                error = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
         counters.requests_total += 1
         if error is None:
             try:

@@ -57,9 +57,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Where the record of requests goes: "stderr", or the path of a file that is appended to."""
+    """Where the record of requests goes: "stderr", or the path of a file that is appended to; and what a request is worth that
+    cannot be recorded.
+    """
 
     path: str = "stderr"
+    on_failure: Literal["refuse", "serve"] = "refuse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,10 @@ def _settings(table: toml.Table) -> Settings:
         memory_backing=table.take("memory_backing", "", toml.one_of("auto", "memfd_secret", "mlock"), "auto"),
         sm2_fallback=table.take("sm2_fallback", "", toml.one_of("none", "gmssl"), "none"),
         limits=_limits(limits),
-        audit=Audit(audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path)),
+        audit=Audit(
+            path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
+            on_failure=audit.take("on_failure", "", toml.one_of("refuse", "serve"), _AUDIT.on_failure),
+        ),
         grants=tuple(_grant(entry) for entry in table.tables("grant")),
     )
     audit.done()

@@ -1,0 +1,5 @@
+"""The record of requests: written line by line as a chain (log.py), verified and searched afterwards (chain.py, command.py)."""
+
+from .log import AuditLog
+
+__all__ = ["AuditLog"]

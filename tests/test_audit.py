@@ -1,0 +1,202 @@
+"""The record of requests: a chain that shows what was done to it, over rotated files, and when it cannot be written."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.agent import RawConnection, RunningAgent
+from support.asking import ok, refused
+from support.keyring import serving
+from support.keys import recipient
+
+from keyferry_agent.agent import Audited
+from keyferry_agent.audit import AuditLog, chain
+from keyferry_agent.command import main
+from keyferry_agent.peer import Peer
+from keyferry_agent.settings import Audit
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """Where the record of a test goes."""
+    return tmp_path / "audit.jsonl"
+
+
+def written(path: Path, count: int = 5) -> list[bytes]:
+    """A record of some requests; its lines."""
+    audit = AuditLog(Audit(str(path)))
+    for number in range(count):
+        audit.record(PEER, Audited(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")
+    return path.read_bytes().splitlines(keepends=True)
+
+
+@pytest.fixture
+def recording(keyring: Path, socket_path: Path, record: Path) -> Iterator[tuple[RunningAgent, RawConnection]]:
+    """An agent that records into that file."""
+    more = f'[audit]\npath = "{record}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        yield agent, connection
+
+
+def test_every_request_has_its_line_and_the_chain_is_whole(
+    recording: tuple[RunningAgent, RawConnection], record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also the refused ones, with the key that was asked for."""
+    _, connection = recording
+    made = ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "secret"}})
+    refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]}, "InvalidParameter")
+    refused(connection, "Explode", {}, "InvalidAction.NotFound")
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [line["outcome"] for line in lines] == ["OK", "InvalidParameter", "InvalidAction.NotFound"]
+    assert [line["key_id"] for line in lines] == [made["KeyId"], made["KeyId"], ""]
+    assert lines[0]["context_keys"] == ["tenant"]
+    assert "secret" not in record.read_text()
+    assert main(["audit", "verify", str(record)]) == 0
+    assert capsys.readouterr().out.startswith("whole: 3 lines, from the beginning; the last has the SHA-256 ")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda lines: [lines[0].replace(b"Decrypt", b"Encrypt"), *lines[1:]], "line 2: does not follow"),
+        (lambda lines: [*lines[:2], *lines[3:]], "line 3: does not follow"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "line 2: does not follow"),
+        (lambda lines: [*lines[:4], lines[4][:-1]], "line 5: cut off"),
+        (lambda lines: [*lines[:2], lines[0], *lines[2:]], "line 3: begins a new chain"),
+        (lambda lines: [*lines[:2], b"nonsense\n", *lines[2:]], "line 3: not a line"),
+        (lambda _: [], "no line"),
+    ],
+    ids=["changed", "taken out", "moved", "cut off", "begun anew", "nonsense", "empty"],
+)
+def test_what_was_done_to_a_record_is_found(
+    record: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[bytes]], list[bytes]], why: str
+) -> None:
+    """By the line after it."""
+    lines = written(record)
+    assert main(["audit", "verify", str(record)]) == 0
+    record.write_bytes(b"".join(damage(lines)))
+    assert main(["audit", "verify", str(record)]) == 1
+    assert why in capsys.readouterr().err
+
+
+def test_each_changed_byte_is_found(record: Path) -> None:
+    """By the chain, or in the last line by its hash, which somebody keeps elsewhere."""
+    whole = b"".join(written(record, 3))
+    before = chain.verify([record])
+    for at in range(len(whole)):
+        record.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with suppress(chain.ChainError):
+            assert chain.verify([record]) != before, at
+
+
+def test_a_record_that_is_moved_away_goes_on_in_a_new_file(
+    recording: tuple[RunningAgent, RawConnection], record: Path, tmp_path: Path
+) -> None:
+    """As logrotate does it; the chain goes over both, in their order only."""
+    agent, connection = recording
+    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    record.rename(tmp_path / "audit.1")
+    agent.wait_for("audit.reopened")
+    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    assert record.stat().st_mode & 0o777 == 0o600
+    assert chain.verify([tmp_path / "audit.1", record]).lines == 2
+    assert chain.verify([record]).lines == 1
+    with pytest.raises(chain.ChainError, match="begins a new chain"):
+        chain.verify([record, tmp_path / "audit.1"])
+
+
+def test_a_record_that_is_deleted_is_begun_again(recording: tuple[RunningAgent, RawConnection], record: Path) -> None:
+    """What follows is recorded; where the folder is gone too, nothing is answered that cannot be recorded."""
+    agent, connection = recording
+    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    record.unlink()
+    agent.wait_for("audit.reopened")
+    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    assert len(record.read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"time": "cut o'])
+def test_a_restart_goes_on_with_the_chain(record: Path, tail: bytes) -> None:
+    """A line that a crash has cut off is taken back: no answer left after it."""
+    written(record)
+    with open(record, "ab") as file:
+        file.write(tail)
+    written(record)
+    assert chain.verify([record]).lines == 10
+
+
+@pytest.mark.parametrize(("on_failure", "code"), [("refuse", "ServiceUnavailableTemporary"), ("serve", "")])
+def test_what_cannot_be_recorded_is_refused_unless_the_operator_says_otherwise(
+    keyring: Path, socket_path: Path, on_failure: str, code: str
+) -> None:
+    """A full disk; the log says so in either case."""
+    more = f'[audit]\npath = "/dev/full"\non_failure = "{on_failure}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        if code:
+            refused(connection, "DescribeKey", {"KeyId": "alias/a"}, code)
+        else:
+            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        agent.wait_for("audit.failed")
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> None:
+    """After a tenth of a second, the record could not be written; and once it is read again, lines are whole."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    audit = AuditLog(Audit(str(fifo)))
+    lines = 0
+
+    def fill() -> None:
+        nonlocal lines
+        while True:
+            audit.record(PEER, Audited("id", 0.0), "OK")
+            lines += 1
+
+    with pytest.raises(OSError, match="nobody reads"):
+        fill()
+    with open(fifo, "rb", buffering=0) as reader:
+        taken = reader.read(1 << 20)
+        audit.record(PEER, Audited("id", 0.0), "OK")
+        taken += reader.read(1 << 20)
+    (tmp_path / "taken").write_bytes(taken)
+    assert chain.verify([tmp_path / "taken"]).lines == lines + 1
+
+
+def test_who_was_given_data_keys_is_answered_from_the_record(
+    recording: tuple[RunningAgent, RawConnection], record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By key, version and time: how often, for whom, and to which recipients."""
+    _, connection = recording
+    made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params})
+    for _ in range(3):
+        ok(connection, "ExportDataKey", {"CiphertextBlob": made["CiphertextBlob"], **RSA.params})
+    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
+    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"][:-4] + "AAAA"}, "InvalidParameter")
+
+    def who(*more: str) -> Any:
+        capsys.readouterr()
+        assert main(["audit", "who", str(record), "--key", made["KeyId"], "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = who()
+    assert {entry["operation"]: entry["count"] for entry in found} == {
+        "GenerateAndExportDataKey": 1,
+        "ExportDataKey": 3,
+        "Decrypt": 1,
+    }
+    assert {entry["recipient"] for entry in found if entry["operation"] == "ExportDataKey"} != {""}
+    assert who("--version", made["KeyVersionId"]) == found
+    assert who("--version", "other") == who("--since", "9999-01-01") == []
+    assert main(["audit", "who", str(record), "--key", made["KeyId"]]) == 0
+    assert f"uid {os.getuid()}" in capsys.readouterr().out
+    shutil.copy(record, record.with_name("copy"))
+    assert main(["audit", "who", str(record.with_name("none")), "--key", "x"]) == 1
