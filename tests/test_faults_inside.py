@@ -159,12 +159,12 @@ async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit:
         assert (await ask(stream, *STATUS)).error is None
 
 
-async def test_accepting_goes_on_after_the_system_had_no_descriptors(
+async def test_accepting_goes_on_after_the_system_had_no_memory(
     agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
     """It says so, waits, and tries again."""
     real = trio.SocketListener.accept
-    failures = [OSError(errno.EMFILE, "Too many open files")]
+    failures = [OSError(errno.ENOMEM, "Cannot allocate memory")]
 
     async def accept(self: trio.SocketListener) -> trio.SocketStream:
         if failures:
@@ -176,7 +176,7 @@ async def test_accepting_goes_on_after_the_system_had_no_descriptors(
     with structlog.testing.capture_logs() as logged:
         async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
             assert (await ask(stream, *STATUS)).error is None
-    assert [entry["error"] for entry in logged if entry["event"] == "accept.failed"] == ["Too many open files"]
+    assert [entry["error"] for entry in logged if entry["event"] == "accept.failed"] == ["Cannot allocate memory"]
 
 
 async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(

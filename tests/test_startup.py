@@ -4,11 +4,13 @@ import ctypes
 import json
 import os
 import resource
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent, configured, dev_agent
 
+from keyferry import Throttled, wire
 from keyferry_agent import listening, startup
 from keyferry_agent.command import main
 from keyferry_agent.crypto.selftest import SelfTestError
@@ -159,6 +161,41 @@ def test_an_agent_starts_with_its_standard_descriptors_closed(socket_path: Path)
     with RunningAgent(["--dev"], socket_path, preexec=lambda: os.closerange(0, 2)) as agent:
         for descriptor in ("0", "1"):
             assert Path(f"/proc/{agent.process.pid}/fd/{descriptor}").resolve() == Path("/dev/null")
+
+
+def test_an_agent_says_when_its_socket_file_is_gone(socket_path: Path) -> None:
+    """Nobody new will find it."""
+    with dev_agent(socket_path) as agent, RawConnection(socket_path) as connection:
+        socket_path.unlink()
+        assert agent.wait_for("socket.lost")["path"] == str(socket_path)
+        assert connection.call("GetAgentStatus", {}).error is None
+
+
+def test_an_agent_without_descriptors_says_so_to_whoever_connects(socket_path: Path) -> None:
+    """One is kept for that; and when some come back, it serves again."""
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+
+    with RunningAgent(["--dev"], socket_path, preexec=few) as agent:
+        with ExitStack() as stack:
+            refused = None
+            while refused is None:
+                connection = stack.enter_context(RawConnection(socket_path))
+                connection.send(wire.encode_request(1, "GetAgentStatus", {}))
+                answer = connection.response()
+                assert answer is not None
+                refused = answer.error
+            assert refused["Code"] == "Rejected.Throttling"
+            assert "descriptor" in refused["Message"]
+            agent.wait_for("accept.failed")
+        with agent.client() as kms:
+            while True:
+                try:
+                    assert kms.get_agent_status().state == "Serving"
+                    break
+                except Throttled:  # it has not seen all of them leave yet
+                    continue
 
 
 def test_an_agent_closes_what_was_left_open_for_it(socket_path: Path) -> None:

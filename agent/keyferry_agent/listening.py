@@ -5,13 +5,13 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 from .settings import Listener
 
-__all__ = ["ListeningError", "remove", "take"]
+__all__ = ["ListeningError", "is_own", "remove", "take"]
 
 _BACKLOG: Final = 512
 
@@ -62,13 +62,19 @@ def _take(listener: Listener, path: Path) -> socket.socket:
 
 def remove(path: Path, made: os.stat_result) -> None:
     """Remove a socket file at the end, if it is still the one that was made: another agent may have its own there."""
+    if is_own(path, made):
+        with suppress(OSError):
+            path.unlink()
+
+
+def is_own(path: Path, made: os.stat_result) -> bool:
+    """Whether a socket file is still the one that was made."""
     try:
         now = path.lstat()
-        # The number of a removed file is soon another file's: its time tells them apart.
-        if (now.st_dev, now.st_ino, now.st_mtime_ns) == (made.st_dev, made.st_ino, made.st_mtime_ns):
-            path.unlink()
     except OSError:
-        pass
+        return False
+    # The number of a removed file is soon another file's: its time tells them apart.
+    return (now.st_dev, now.st_ino, now.st_mtime_ns) == (made.st_dev, made.st_ino, made.st_mtime_ns)
 
 
 def _check_directory(directory: Path) -> None:

@@ -4,6 +4,8 @@ import gc
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
+from typing import Final
 
 import structlog
 import trio
@@ -22,6 +24,9 @@ from .serving import Server
 from .settings import Settings, SettingsError
 
 __all__ = ["daemon"]
+
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at the socket files."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -88,6 +93,7 @@ async def _serve(agent: Agent, audit: AuditLog, reloader: Reloader) -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(_handle_signals, agent, server, reloader)
             nursery.start_soon(reloader.run)
+            nursery.start_soon(_watch_sockets, [(listener.path, status) for listener, _, status in made])
             await nursery.start(_serve_then, server, listeners, nursery.cancel_scope.cancel)
             log.info(
                 "agent.serving",
@@ -101,6 +107,17 @@ async def _serve(agent: Agent, audit: AuditLog, reloader: Reloader) -> None:
         for listener, _, status in made:
             listening.remove(listener.path, status)
     log.info("agent.stopped")
+
+
+async def _watch_sockets(made: list[tuple[Path, os.stat_result]]) -> None:
+    """Say when a socket's file is gone, or is somebody else's: nobody new will find this agent then."""
+    lost: set[Path] = set()
+    while True:
+        await trio.sleep(_LOOK_EVERY)
+        for path, status in made:
+            if path not in lost and not listening.is_own(path, status):
+                lost.add(path)
+                log.error("socket.lost", path=str(path), what="its file was removed or replaced; restart the agent")
 
 
 async def _serve_then(

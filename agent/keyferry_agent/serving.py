@@ -5,7 +5,9 @@ beside itself; it reads again only when its answers were taken. So a client that
 answers, and a client that sends a full pipeline gives way to the others after each handful.
 """
 
+import errno
 import math
+import os
 import time
 import uuid
 from collections import Counter
@@ -57,6 +59,7 @@ class Server:
         self._slow = trio.CapacityLimiter(SLOW_JOBS if libcrypto.has_sm2() else 1)
         self._rate = Rate(agent.settings.limits.requests_per_second)
         self._per_user: Counter[int | None] = Counter()
+        self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._accepting = trio.CancelScope()
         self._idle: set[trio.CancelScope] = set()
         self._refusing = 0
@@ -99,6 +102,8 @@ class Server:
                     stream = await listener.accept()
                 except OSError as error:  # out of descriptors or memory: wait for some to come back, and say so
                     log.error("accept.failed", listener=name, error=error.strerror)
+                    if error.errno in (errno.EMFILE, errno.ENFILE):
+                        await self._refuse_with_the_reserve(listener)
                     await trio.sleep(0.1)
                     continue
                 try:
@@ -108,6 +113,21 @@ class Server:
                     stream.socket.close()
                     continue
                 connections.start_soon(self._connection, stream, peer, process)
+
+    async def _refuse_with_the_reserve(self, listener: trio.SocketListener) -> None:
+        """Take one connection with a descriptor that was kept for it, say why, and close it."""
+        if self._reserve is None:
+            return
+        os.close(self._reserve)
+        self._reserve = None
+        with trio.move_on_after(_LINGER), suppress(OSError, trio.BrokenResourceError):
+            async with await listener.accept() as stream:
+                refusal = kms_error("Rejected.Throttling", "This agent has no file descriptor left for a connection.")
+                error = _error(refusal.code, refusal.message, new_request_id(), refusal.http_status)
+                await stream.send_all(wire.encode_response(None, error, None))
+                await _linger(stream)
+        with suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     async def _connection(self, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
         """One connection from its first byte to its last. Nothing that happens in it reaches another."""
@@ -322,9 +342,7 @@ class _Connection:
         if error is None:
             try:
                 return wire.encode_response(msgid, None, {**result_to_wire(outcome), "RequestId": audited.request_id})
-            except (
-                Exception
-            ) as failure:  # nothing that a handler gives should be unsendable; the client is not to blame
+            except Exception as failure:  # nothing that a handler gives should be unsendable
                 error = _refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), audited)
         counters.requests_refused += 1
         return wire.encode_response(
