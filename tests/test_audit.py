@@ -148,7 +148,7 @@ def test_what_cannot_be_recorded_is_refused_unless_the_operator_says_otherwise(
 
 
 def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    """After a tenth of a second, the record could not be written; and once it is read again, lines are whole."""
+    """After two seconds, once, the record could not be written; and when it is read again, lines are whole."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     audit = AuditLog(Audit(str(fifo)))

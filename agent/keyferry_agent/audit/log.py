@@ -29,8 +29,8 @@ _LONGEST_KEY: Final = 40
 _NONE: Final = -1
 _TAIL: Final = 65_536
 """Bytes at a file's end in which its last line is."""
-_PATIENCE: Final = 100
-"""Milliseconds to wait for the reader of a pipe; then the record could not be written."""
+_PATIENCE: Final = 2_000
+"""Milliseconds to wait for the reader of a pipe: once. Until it reads again, nothing can be recorded, and nobody waits."""
 
 
 class AuditLog:
@@ -40,6 +40,7 @@ class AuditLog:
         """Open the file. Raises OSError."""
         self._settings = settings
         self._descriptor = _NONE
+        self._patience = _PATIENCE
         self._previous = BEGINNING
         self._open()
 
@@ -95,8 +96,11 @@ class AuditLog:
         self._previous = link(packed)
 
     def _write(self, packed: bytes) -> None:
-        if self._waits and not self._waits.poll(_PATIENCE):
-            raise OSError(errno.EAGAIN, "nobody reads the pipe that it goes to")
+        if self._waits:
+            ready = self._waits.poll(self._patience)
+            self._patience = _PATIENCE if ready else 0
+            if not ready:
+                raise OSError(errno.EAGAIN, "nobody reads the pipe that it goes to")
         written = os.write(self._descriptor, packed)
         if written != len(packed):
             with suppress(OSError):  # take back what would run into the next line; a pipe cannot
