@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.policy import allows
 
 from keyferry_agent.command import main
 from keyferry_agent.explain import mismatch
-from keyferry_agent.grants import PLAINTEXT, Grant, allows, to_caller
+from keyferry_agent.grants import PLAINTEXT, Grant, to_caller
 from keyferry_agent.peer import Peer
 
 PIN = "sha256:" + "0" * 64
@@ -50,6 +51,7 @@ def config(tmp_path: Path) -> Path:
     [
         ({}, "export: allows it"),
         ({"--uid": "1001"}, "export: to.uid: the grant is to 1000; the caller's is 1001"),
+        ({"--uid": "0"}, "export: to.uid: the grant is to 1000; the caller's is 0"),
         ({"--unit": "web.service"}, "export: to.unit: the grant is to orders.service; the caller's is web.service"),
         ({"--action": "kms:Encrypt"}, "export: actions: kms:Encrypt is none of"),
         ({"--key": "alias/web"}, "export: keys: alias/web, acs:kms:local:0:alias/web matches none of alias/orders-*"),

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from support.agent import RawConnection, RunningAgent
 from support.keys import recipient
+from support.policy import allows, may_name
 from support.requires import root
 
 from keyferry.parameters import decode_base64
 from keyferry_agent.crypto.public_key import fingerprint
-from keyferry_agent.grants import PLAINTEXT, Grant, allows, may_name, to_caller
+from keyferry_agent.grants import PLAINTEXT, Grant, to_caller
 from keyferry_agent.peer import Peer
 
 PIN = "sha256:" + "0" * 64

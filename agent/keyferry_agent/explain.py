@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from keyferry.operations import OPERATIONS
 from keyferry.output import show
+from keyferry.parameters import ENCRYPTION_CONTEXT
 
 from .grants import ACTIONS, PLAINTEXT, SELECTORS, Grant
 from .peer import Peer
@@ -19,9 +21,11 @@ __all__ = ["add_parser", "mismatch"]
 
 ALLOWED: Final = 0
 REFUSED: Final = 1
-_PLAINTEXT_ACTIONS: Final = frozenset({"kms:Decrypt", "kms:GenerateDataKey"})
+_PLAINTEXT_ACTIONS: Final = frozenset(each.action for each in OPERATIONS.values() if "plaintext" in each.result._fields)
 _WITHOUT_CONTEXT: Final = frozenset(
-    {"kms:DescribeKey", "kms:ListKeys", "kms:ListKeyVersions", "kms:ListAliases", "kms:GetAgentStatus"}
+    each.action
+    for each in OPERATIONS.values()
+    if not any(name.endswith(ENCRYPTION_CONTEXT.name) for name in each.parameters)
 )
 
 
@@ -79,7 +83,8 @@ def mismatch(
 def _evidence(peer: Peer, selector: str) -> str:
     if selector in ("gid", "group"):
         return ", ".join(map(str, sorted(peer.gids))) or "none"
-    return str(getattr(peer, "uid" if selector == "user" else selector) or "not known")
+    value = getattr(peer, "uid" if selector == "user" else selector)
+    return "not known" if value is None else str(value)
 
 
 def _explain(arguments: argparse.Namespace) -> int:

@@ -22,9 +22,7 @@ __all__ = [
     "Grant",
     "Granted",
     "Policy",
-    "allows",
     "carrying",
-    "may_name",
     "to_caller",
 ]
 
@@ -107,39 +105,6 @@ class Grant:
 def to_caller(grants: Iterable[Grant], peer: Peer) -> tuple[Grant, ...]:
     """The grants that are to this caller: once per connection, so that a request looks at few."""
     return tuple(grant for grant in grants if grant.is_to(peer))
-
-
-def allows(
-    grants: Sequence[Grant],
-    action: str,
-    names: Iterable[str],
-    *,
-    pin: str | None = None,
-    context: Mapping[str, str] | None = None,
-) -> Grant | None:
-    """The first grant that allows the action on a key with these names, or None."""
-    for grant in grants:
-        if grant.has_action(action) and grant.has_key(names) and _carries(grant, pin, context):
-            return grant
-    return None
-
-
-def may_name(
-    grants: Sequence[Grant],
-    action: str,
-    names: Iterable[str] | None,
-    *,
-    pin: str | None = None,
-    context: Mapping[str, str] | None = None,
-) -> bool:
-    """Whether some grant could allow the action on a key that does not exist, of which these names are all that is known.
-
-    None: nothing is known. Only such a caller may learn that the key is missing.
-    """
-    return any(
-        grant.has_action(action) and (names is None or grant.has_key(names)) and _carries(grant, pin, context)
-        for grant in grants
-    )
 
 
 def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str] | None) -> Grant | None:

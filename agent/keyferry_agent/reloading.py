@@ -69,14 +69,17 @@ class Reloader:
         while True:
             with trio.move_on_after(_LOOK_EVERY):
                 await self._asked.wait()
-            now = await _in_thread(look, list(self._seen))
-            if self._asked.is_set() or await _in_thread(self._audit.moved):
+            now, moved = await _in_thread(self._look_around)
+            if self._asked.is_set() or moved:
                 self._reopen_record()
             if self._asked.is_set() or (now != self._seen and now == before):
                 self._asked = trio.Event()
-                await self._reload()
+                await self._reload(now)
                 now = self._seen
             before = now
+
+    def _look_around(self) -> tuple[Looks, bool]:
+        return look(list(self._seen)), self._audit.moved()
 
     def _reopen_record(self) -> None:
         try:
@@ -89,10 +92,9 @@ class Reloader:
             self._record_lost = False
             log.info("audit.reopened")
 
-    async def _reload(self) -> None:
-        """Read both again, and swap both at once."""
+    async def _reload(self, looks: Looks) -> None:
+        """Read both again, and swap both at once. `looks`: how the files looked just before."""
         options, agent = self._options, self._agent
-        looks = await _in_thread(look, list(self._seen))
         try:
             settings = await _in_thread(options.settings)
             files = options.files(settings)

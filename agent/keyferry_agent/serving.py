@@ -120,12 +120,8 @@ class Server:
             return
         os.close(self._reserve)
         self._reserve = None
-        with trio.move_on_after(_LINGER), suppress(OSError, trio.BrokenResourceError):
-            async with await listener.accept() as stream:
-                refusal = kms_error("Rejected.Throttling", "This agent has no file descriptor left for a connection.")
-                error = _error(refusal.code, refusal.message, new_request_id(), refusal.http_status)
-                await stream.send_all(wire.encode_response(None, error, None))
-                await _linger(stream)
+        with trio.move_on_after(_LINGER), suppress(OSError):
+            await _say_why(await listener.accept(), "This agent has no file descriptor left for a connection")
         with suppress(OSError):
             self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -174,14 +170,9 @@ class Server:
         if self._refusing >= _MOST_REFUSALS:
             stream.socket.close()
             return
-        refusal = kms_error("Rejected.Throttling", f"{why}.")
-        error = _error(refusal.code, refusal.message, new_request_id(), refusal.http_status)
         self._refusing += 1
         try:
-            async with stream:
-                with suppress(trio.BrokenResourceError):
-                    await stream.send_all(wire.encode_response(None, error, None))
-                    await _linger(stream)
+            await _say_why(stream, why)
         finally:
             self._refusing -= 1
 
@@ -386,6 +377,16 @@ def _refusal(error: Exception, audited: Audited) -> KmsError:
 
 def _error(code: str, message: str, request_id: str, http_status: int) -> dict[str, Any]:
     return {"Code": code, "Message": message, "RequestId": request_id, "HttpStatus": http_status}
+
+
+async def _say_why(stream: trio.SocketStream, why: str) -> None:
+    """Refuse a whole connection, and close it."""
+    refusal = kms_error("Rejected.Throttling", f"{why}.")
+    error = _error(refusal.code, refusal.message, new_request_id(), refusal.http_status)
+    async with stream:
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(wire.encode_response(None, error, None))
+            await _linger(stream)
 
 
 async def _linger(stream: trio.SocketStream) -> None:

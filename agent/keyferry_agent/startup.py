@@ -41,7 +41,7 @@ def clear_freed_memory() -> None:
             del os.environ[name]
         return
     environment = {**os.environ, **_CLEARING, _CLEARED: str(os.getpid())}
-    with suppress(OSError):  # `harden` says what follows
+    with suppress(OSError):  # whoever goes on all the same sees it by `clears_freed_memory`
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this very program
 
 
@@ -70,7 +70,7 @@ def harden() -> list[str]:
 
 def clears_freed_memory() -> bool:
     """Whether freed memory really is overwritten: seen at an object of Python's, which has just been freed."""
-    probe = b"A" * int(_PROBE)
+    probe = b"A" * _PROBE
     address = id(probe) + sys.getsizeof(b"")
     del probe
     return b"A" * (_PROBE // 4) not in ctypes.string_at(address, _PROBE - 1)

@@ -128,6 +128,7 @@ class Client(Operations, Blocking):
         if connection is None:
             connection = self._connection = self._connect(deadline)
             self._under_way = Exchange()
+            self._poll = select.poll()
         sent: list[Chunk] = []
         try:
             for chunk in self._under_way.chunks(asked, [place for place in range(len(asked)) if place not in answers]):
@@ -173,9 +174,7 @@ class Client(Operations, Blocking):
         try:
             while True:
                 try:
-                    connection.connect(
-                        self._path
-                    )  # on a Unix socket it never takes time: it succeeds, or there is no room
+                    connection.connect(self._path)  # takes no time on a Unix socket: it succeeds, or there is no room
                     break
                 except BlockingIOError:  # the agent's queue of connections is full for now
                     time.sleep(min(CONNECT_STEP, deadline.left()))
@@ -188,13 +187,11 @@ class Client(Operations, Blocking):
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        self._poll = select.poll()
 
     def _forget(self) -> None:
         """Start without a connection: in a new client, and in a child after fork, where the parent owns the old one."""
         self._lock = threading.Lock()
         self._under_way = Exchange()
-        self._poll = select.poll()
 
 
 class _Deadline:

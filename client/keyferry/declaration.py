@@ -5,6 +5,7 @@ the answer holds, tuples in it included. Fields have the API's names in snake_ca
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Generic, ParamSpec, Self, TypeVar, cast, get_args, get_type_hints, overload
 
@@ -15,18 +16,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Blocking:
+class Blocking(ABC):
     """A caller whose methods give the result."""
 
+    @abstractmethod
     def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
-        raise NotImplementedError
+        """Ask, and give the result."""
 
 
-class Awaiting:
+class Awaiting(ABC):
     """A caller whose methods are coroutines."""
 
+    @abstractmethod
     async def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
-        raise NotImplementedError
+        """Ask, and give the result."""
 
 
 class Operation(Generic[P, R]):

@@ -9,7 +9,7 @@ from keyferry.secret import SecretMemory
 
 from ..agent import Agent, Audited, Caller
 from ..crypto import seal
-from ..crypto.seal import SealError
+from ..crypto.seal import SealError, plaintext_size
 from ..grants import carrying
 from ..keyring.loaded import Key, KeyVersion
 
@@ -21,6 +21,8 @@ __all__ = [
     "find_version",
     "no_permission",
     "open_blob",
+    "permit",
+    "plaintext_size",
     "seal_bytes",
     "usable",
     "would_succeed",
@@ -137,11 +139,6 @@ def open_blob(
             seal.open_into(key.key_spec, cmk, blob, key.key_id, context, out, scratch)
         except SealError:
             raise _does_not_open() from None
-
-
-def plaintext_size(blob: bytes) -> int:
-    """Bytes that are in a CiphertextBlob."""
-    return seal.plaintext_size(blob)
 
 
 def would_succeed() -> KmsError:

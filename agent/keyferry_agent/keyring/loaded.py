@@ -73,7 +73,7 @@ class Keyring:
 def build(
     description: list[dict[str, Any]], fill: Callable[[memoryview], None], *, backing: Backing, require: bool
 ) -> Keyring:
-    """Make a keyring of a description (`describe` below), taking each version's material, in order, from `fill`.
+    """Make a keyring of a description (`loader.describe`), taking each version's material, in order, from `fill`.
 
     Raises `SecretMemoryError` when there is not enough locked memory.
     """

@@ -60,7 +60,7 @@ def load(path: Path, unseal: Path, *, backing: Backing, require: bool) -> Keyrin
             description = bytearray(int.from_bytes(size, "big"))
             fill(memoryview(description))
             # A line at a time: reading one text of megabytes would keep every other thread waiting.
-            keys = [json.loads(line) for line in bytes(description).splitlines()]
+            keys = [json.loads(line) for line in description.splitlines()]
             return build(keys, fill, backing=backing, require=require)
         except EOFError:
             message = (

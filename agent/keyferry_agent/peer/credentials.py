@@ -4,9 +4,9 @@ import errno
 import socket
 import struct
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
-from .process import Process, pod_of, unit_of
+from .process import PeerSocket, Process, pod_of, unit_of
 
 __all__ = ["OVERFLOW_UID", "Peer", "evidence"]
 
@@ -47,13 +47,7 @@ class Peer(NamedTuple):
     sha256: str | None = None
 
 
-class _Socket(Protocol):
-    """A socket of the standard library, or trio's."""
-
-    def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
-
-
-def _groups(connection: _Socket) -> bytes:
+def _groups(connection: PeerSocket) -> bytes:
     try:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MANY_GROUPS * 4)
     except OSError as error:
@@ -62,7 +56,7 @@ def _groups(connection: _Socket) -> bytes:
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MOST_GROUPS * 4)
 
 
-def evidence(connection: _Socket, listener: str) -> tuple[Peer, Process | None]:
+def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | None]:
     """Ask the kernel who connected, and hold the process, if it can be seen. Raises OSError when this is no Unix socket."""
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     gids = {gid, *(group for (group,) in struct.iter_unpack("I", _groups(connection)))} - {_OVERFLOW_GID}

@@ -12,21 +12,20 @@ import socket
 import struct
 from typing import Final, NamedTuple, Protocol
 
-__all__ = ["Process", "Program", "pod_of", "unit_of"]
+__all__ = ["PeerSocket", "Process", "Program", "pod_of", "unit_of"]
 
 _SO_PEERPIDFD: Final = 77  # Linux 6.5
 _INT: Final = struct.Struct("i")
-_BLOCK: Final = 1 << 20
 _REMEMBERED: Final = 1_024
-_UNIFIED: Final = "0::"
-_SYSTEMD_V1: Final = "name=systemd:"
+_HIERARCHIES: Final = re.compile(r"^0::(/.+)$", re.MULTILINE), re.compile(r"^\d+:name=systemd:(/.+)$", re.MULTILINE)
+"""Where a unit's path is: in the unified hierarchy, or in systemd's own of version 1."""
 _UNITS: Final = (".service", ".scope")
 _POD: Final = re.compile(
     r"^/kubepods(?:\.slice)?/.*?pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})(?:\.slice)?(?:/|$)"
 )
 
 
-class _Socket(Protocol):
+class PeerSocket(Protocol):
     """A socket of the standard library, or trio's."""
 
     def getsockopt(self, level: int, optname: int, buflen: int, /) -> bytes: ...
@@ -52,7 +51,7 @@ class Process:
         self._poll.register(fd, select.POLLIN)
 
     @classmethod
-    def of(cls, connection: _Socket, pid: int | None) -> "Process | None":
+    def of(cls, connection: PeerSocket, pid: int | None) -> "Process | None":
         """The process that SO_PEERCRED numbers; None for one that is gone, or in a pid namespace that is not seen from here."""
         if pid is None:
             return None
@@ -133,10 +132,10 @@ def unit_of(cgroups: str) -> str | None:
 
     What is below it is the unit's own affair: a user's manager may call a unit of its own like one of the system's.
     """
-    for part in _path(cgroups, (_UNIFIED, _SYSTEMD_V1)).split("/")[1:]:
-        if not part.endswith(".slice"):
-            return part if part.endswith(_UNITS) else None
-    return None
+    found = next(filter(None, (hierarchy.search(cgroups) for hierarchy in _HIERARCHIES)), None)
+    parts = found[1].split("/")[1:] if found else []
+    first = next((part for part in parts if not part.endswith(".slice")), "")
+    return first if first.endswith(_UNITS) else None
 
 
 def pod_of(cgroups: str) -> str | None:
@@ -146,12 +145,3 @@ def pod_of(cgroups: str) -> str | None:
         if found:
             return found[1].replace("_", "-")
     return None
-
-
-def _path(cgroups: str, hierarchies: tuple[str, ...]) -> str:
-    for hierarchy in hierarchies:
-        for line in cgroups.splitlines():
-            _, _, rest = line.partition(":") if hierarchy == _SYSTEMD_V1 else ("", "", line)
-            if rest.startswith(hierarchy) and rest != f"{hierarchy}/":
-                return rest.removeprefix(hierarchy)
-    return ""
