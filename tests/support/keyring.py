@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from keyferry_agent.command import main
+from keyferry_agent.keyring import file
+from keyferry_agent.keyring.document import Document
 from keyferry_agent.keyring.sealing import Unsealer, seal
 
 from .agent import RawConnection, RunningAgent
@@ -31,6 +33,11 @@ def new_keyring(folder: Path) -> Path:
     run("init", path, "--new-identity", folder / "identity")
     change(path, "create-key", "--alias", "alias/a")
     return path
+
+
+def opened(keyring: Path) -> Document:
+    """What the file says."""
+    return file.read(keyring, Unsealer.read(keyring.parent / "identity"))
 
 
 def rewritten(keyring: Path, edit: Callable[[dict[str, Any]], None]) -> None:
