@@ -73,12 +73,12 @@ def test_crypto_knows_no_operations_no_keyring_and_no_policy() -> None:
             assert all(other.startswith(allowed) for other in inside), (name, inside)
 
 
-def test_only_secret_maps_memory_and_only_serving_and_run_open_nurseries() -> None:
+def test_only_secret_maps_memory_and_only_serving_opens_nurseries() -> None:
     """Each has one place."""
     texts = {name: path.read_text() for name, path in ALL.items()}
     assert [name for name, text in texts.items() if "mmap" in text] == ["keyferry.secret"]
     nurseries = {name for name, text in texts.items() if "open_nursery" in text}
-    assert nurseries == {"keyferry_agent.serving", "keyferry_agent.run"}
+    assert nurseries == {"keyferry_agent.serving", "keyferry_agent.connection", "keyferry_agent.run"}
     assert {name for name, text in texts.items() if "ctypes" in text} == {
         "keyferry.secret",
         "keyferry.libcrypto",

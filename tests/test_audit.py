@@ -1,17 +1,22 @@
 """The record of requests: a chain that shows what was done to it, over rotated files, and when it cannot be written."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.agent import RawConnection, RunningAgent
+from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.asking import ok, refused
-from support.keyring import serving
+from support.keyring import configuration, serving
 from support.keys import recipient
 
 from keyferry_agent.agent import Audited
@@ -34,7 +39,7 @@ def written(path: Path, count: int = 5) -> list[bytes]:
     """A record of some requests; its lines."""
     audit = AuditLog(Audit(str(path)))
     for number in range(count):
-        audit.record(PEER, Audited(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")
+        audit.record(PEER, [(Audited(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")])
     return path.read_bytes().splitlines(keepends=True)
 
 
@@ -148,26 +153,75 @@ def test_what_cannot_be_recorded_is_refused_unless_the_operator_says_otherwise(
 
 
 def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    """After two seconds, once, the record could not be written; and when it is read again, lines are whole."""
+    """After a moment, once, the record could not be written; and when it is read again, lines are whole."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     audit = AuditLog(Audit(str(fifo)))
     lines = 0
-
-    def fill() -> None:
-        nonlocal lines
-        while True:
-            audit.record(PEER, Audited("id", 0.0), "OK")
-            lines += 1
-
-    with pytest.raises(OSError, match="nobody reads"):
-        fill()
+    three = [(Audited("id", 0.0), "OK")] * 3
+    while (appended := audit.record(PEER, three)).error is None:
+        lines += appended.lines
+    assert appended.error.errno == errno.EAGAIN
+    lines += appended.lines
     with open(fifo, "rb", buffering=0) as reader:
         taken = reader.read(1 << 20)
-        audit.record(PEER, Audited("id", 0.0), "OK")
+        assert audit.record(PEER, three) == (3, None)
         taken += reader.read(1 << 20)
     (tmp_path / "taken").write_bytes(taken)
-    assert chain.verify([tmp_path / "taken"]).lines == lines + 1
+    assert chain.verify([tmp_path / "taken"]).lines == lines + 3
+
+
+def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(record: Path) -> None:
+    """What is under way is done some time; when it is, the chain goes on behind it."""
+    audit = AuditLog(Audit(str(record)))
+    one = [(Audited("id", 0.0), "OK")]
+    hanging, begun = threading.Event(), threading.Event()
+
+    def hangs() -> None:
+        begun.set()
+        hanging.wait()
+        audit._file.append([{"event": "audit", "request_id": "late"}])
+
+    with pytest.raises(OSError, match="does not answer"):
+        audit._hand.call(hangs)
+    assert begun.is_set()
+    with pytest.raises(OSError, match="does not answer"):
+        audit.reopen()
+    assert audit.record(PEER, one).lines == 0
+    hanging.set()
+    deadline = time.monotonic() + PATIENCE
+    while audit.record(PEER, one) != (1, None):
+        assert time.monotonic() < deadline
+    assert [json.loads(line)["request_id"] for line in record.read_text().splitlines()] == ["late", "id"]
+    assert chain.verify([record]).lines == 2
+
+
+def test_a_reader_of_standard_error_that_stops_stops_nobody_else(keyring: Path, socket_path: Path) -> None:
+    """Record and log both go there: requests are refused while nothing can be recorded, and answered when it can be again."""
+    reading, writing = os.pipe()
+    config = keyring.parent / "agent.toml"
+    config.write_text(configuration(keyring))
+    arguments = [sys.executable, "-m", "keyferry_agent", "run", "--config", str(config), "--socket", str(socket_path)]
+    with subprocess.Popen(arguments, stderr=writing) as process, open(reading, "rb", buffering=0) as reader:
+        os.close(writing)
+        reads_again = threading.Thread(target=reader.readall)
+        try:
+            said = b""
+            while b"agent.serving" not in said:
+                said += reader.read(65_536)
+            with RawConnection(socket_path) as connection:
+                outcomes = [connection.call("DescribeKey", {"KeyId": "alias/a"}).error for _ in range(1_000)]
+                codes = {error["Code"] if error else "OK" for error in outcomes}
+                assert codes == {"OK", "ServiceUnavailableTemporary"}
+                assert outcomes[-1] is not None
+                reads_again.start()
+                deadline = time.monotonic() + PATIENCE
+                while connection.call("DescribeKey", {"KeyId": "alias/a"}).error:
+                    assert time.monotonic() < deadline
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+            reads_again.join(PATIENCE)
 
 
 def test_who_was_given_data_keys_is_answered_from_the_record(
@@ -198,5 +252,32 @@ def test_who_was_given_data_keys_is_answered_from_the_record(
     assert who("--version", "other") == who("--since", "9999-01-01") == []
     assert main(["audit", "who", str(record), "--key", made["KeyId"]]) == 0
     assert f"uid {os.getuid()}" in capsys.readouterr().out
-    shutil.copy(record, record.with_name("copy"))
     assert main(["audit", "who", str(record.with_name("none")), "--key", "x"]) == 1
+
+
+def test_the_configuration_leads_to_the_record_its_rotated_files_and_a_keys_alias(
+    recording: tuple[RunningAgent, RawConnection], record: Path, keyring: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Oldest first, as logrotate numbers them; without it, files have to be named, and keys by their ID or ARN."""
+    agent, connection = recording
+    for count, name in enumerate(("audit.jsonl.10", "audit.jsonl.9", "audit.jsonl.bak"), 1):
+        made = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"})
+        ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
+        if name.endswith("bak"):
+            shutil.copy(record, record.with_name(name))
+        else:
+            record.rename(record.with_name(name))
+            agent.wait_for("audit.reopened", count)
+    config = ["--config", str(keyring.parent / "agent.toml")]
+    capsys.readouterr()
+    assert main(["audit", "verify", *config]) == 0
+    assert "whole: 6 lines, from the beginning" in capsys.readouterr().out
+    for key in ("alias/a", made["KeyId"], f"acs:kms:local:0:key/{made['KeyId']}"):
+        assert main(["audit", "who", "--key", key, *config]) == 0
+        assert "Decrypt 3 times" in capsys.readouterr().out
+    assert main(["audit", "who", "--key", "alias/none", *config]) == 1
+    assert "no key or alias" in capsys.readouterr().err
+    assert main(["audit", "who", "--key", "alias/a", str(record)]) == 1
+    assert "give --config" in capsys.readouterr().err
+    assert main(["audit", "verify"]) == 1
+    assert "--config" in capsys.readouterr().err

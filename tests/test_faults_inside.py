@@ -155,7 +155,7 @@ async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit:
         assert response.error is not None
         assert response.error["Code"] == "ServiceUnavailableTemporary"
         assert response.result is None
-        server._audit = audit
+        server._shared.audit = audit
         assert (await ask(stream, *STATUS)).error is None
 
 
@@ -186,7 +186,7 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as other:
         assert (await ask(other, *STATUS)).error is None
         with monkeypatch.context() as patch, structlog.testing.capture_logs() as logged:
-            patch.setattr("keyferry_agent.serving.wire.Decoder.feed", lambda _self, _data: 1 / 0)
+            patch.setattr("keyferry_agent.connection.wire.Decoder.feed", lambda _self, _data: 1 / 0)
             async with await trio.open_unix_socket(str(socket_path)) as stream:
                 await stream.send_all(b"x")
                 assert await stream.receive_some() == b""

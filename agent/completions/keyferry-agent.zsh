@@ -66,7 +66,8 @@ _shtab_keyferry_agent_audit_defaults_added=0
 
 _shtab_keyferry_agent_audit_verify_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "(*):records, oldest first:_files"
+  "--config[the agent\'s configuration\: its record, with rotated files]:FILE:_files"
+  "(*)::records, oldest first\; or --config:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -74,11 +75,12 @@ _shtab_keyferry_agent_audit_verify_defaults_added=0
 
 _shtab_keyferry_agent_audit_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--key[the master key\'s ID]:ID:"
+  "--config[the agent\'s configuration\: its record, with rotated files]:FILE:_files"
+  "--key[the master key\'s ID or ARN\; with --config also an alias]:KEY:"
   "--version[one version of it]:ID:"
   "--since[like 2026-01-31 or 2026-01-31T12\:00\:00Z]:TIME:"
   "--json[one JSON document on stdout]"
-  "(*):records, oldest first:_files"
+  "(*)::records, oldest first\; or --config:_files"
 )
 
 # guard to ensure default positional specs are added only once per session

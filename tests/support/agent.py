@@ -29,6 +29,7 @@ class RunningAgent:
         preexec: Callable[[], None] | None = None,
         environment: dict[str, str] | None = None,
         command: Sequence[str] = ("-m", "keyferry_agent"),
+        prefix: Sequence[str] = (),
         pass_fds: Sequence[int] = (),
     ) -> None:
         self.socket = path or Path("/nowhere")
@@ -36,8 +37,9 @@ class RunningAgent:
         self.output: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
+        self._forks = "--fork" in prefix
         self.process = subprocess.Popen(
-            [sys.executable, *command, "run", *arguments, *(["--socket", str(path)] if path else [])],
+            [*prefix, sys.executable, *command, "run", *arguments, *(["--socket", str(path)] if path else [])],
             stderr=subprocess.PIPE,
             text=True,
             preexec_fn=preexec,  # noqa: PLW1509 - it only sets limits
@@ -88,7 +90,10 @@ class RunningAgent:
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
-        self.process.send_signal(number)
+        pid = self.process.pid
+        if self._forks:  # unshare is deaf while it waits for the agent
+            pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text() or pid)
+        os.kill(pid, number)
 
     def stop(self) -> int:
         """Ask it to stop; give its exit code once it has."""

@@ -1,0 +1,111 @@
+"""The file of the record: opened, continued, and appended to line by line. What it does may hang; `log` has a thread for it."""
+
+import errno
+import json
+import os
+import select
+import stat
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+from .chain import BEGINNING, link
+
+__all__ = ["Appended", "RecordFile"]
+
+_NONE: Final = -1
+_TAIL: Final = 65_536
+"""Bytes at a file's end in which its last line is."""
+_READER_PATIENCE: Final = 1_500
+"""Milliseconds to wait for the reader of a pipe: less than anybody waits for this file, so that the reason is told."""
+
+
+class Appended(NamedTuple):
+    """How many lines were written, and why not the rest."""
+
+    lines: int
+    error: OSError | None = None
+
+
+class RecordFile:
+    """A file of mode 0600, or standard error; and the chain so far. For one thread."""
+
+    def __init__(self, path: str) -> None:
+        """Open the file. Raises OSError."""
+        self._path = path
+        self._descriptor = _NONE
+        self._patience = _READER_PATIENCE
+        self._previous = BEGINNING
+        self.identity: tuple[int, int] | None = None
+        """Device and inode of the file; None where there is none, or where nobody could move it away."""
+        self._open()
+
+    def reopen(self) -> None:
+        """Open the file again, after it was moved away, and go on with the chain in the new one. Raises OSError."""
+        if self._path != "stderr":
+            old, self._descriptor, self.identity = self._descriptor, _NONE, None
+            if old != _NONE:
+                os.close(old)
+            self._open()
+
+    def append(self, records: Sequence[dict[str, Any]]) -> Appended:
+        """Write a line for each record, in their order, all at once where that is possible."""
+        lines, previous = [], self._previous
+        for record in records:
+            line = json.dumps({**record, "previous": previous}).encode()
+            previous = link(line)
+            lines.append(line + b"\n")
+        if self._waits:  # a pipe takes one line whole, or not at all; more than that it may take in part
+            return self._one_by_one(lines)
+        try:
+            self._write(b"".join(lines))
+        except OSError as error:
+            return Appended(0, error)
+        self._previous = previous
+        return Appended(len(lines))
+
+    def _one_by_one(self, lines: list[bytes]) -> Appended:
+        assert self._waits is not None
+        for count, line in enumerate(lines):
+            ready = self._waits.poll(self._patience)
+            self._patience = _READER_PATIENCE if ready else 0  # until it reads again, nobody waits
+            if not ready:
+                return Appended(count, OSError(errno.EAGAIN, "nobody reads the pipe that it goes to"))
+            try:
+                self._write(line)
+            except OSError as error:
+                return Appended(count, error)
+            self._previous = link(line[:-1])
+        return Appended(len(lines))
+
+    def _write(self, packed: bytes) -> None:
+        written = os.write(self._descriptor, packed)
+        if written != len(packed):
+            with suppress(OSError):  # take back what would run into the next line; a pipe cannot
+                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _open(self) -> None:
+        if self._path == "stderr":
+            self._descriptor = sys.stderr.fileno()
+        else:
+            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._descriptor = os.open(self._path, flags, 0o600)
+        status = os.fstat(self._descriptor)
+        self._waits: select.poll | None = None
+        if stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode):
+            self._waits = select.poll()
+            self._waits.register(self._descriptor, select.POLLOUT)
+        elif stat.S_ISREG(status.st_mode) and self._path != "stderr":
+            self._continue(status.st_size)
+        self.identity = status.st_dev, status.st_ino
+
+    def _continue(self, size: int) -> None:
+        """Take the chain up where the file's last line left it."""
+        tail = os.pread(self._descriptor, _TAIL, max(0, size - _TAIL))
+        whole = tail.rfind(b"\n") + 1
+        if whole != len(tail):  # cut off by a crash: no answer left after it
+            os.ftruncate(self._descriptor, size - (len(tail) - whole))
+        if whole:
+            self._previous = link(tail[:whole].splitlines()[-1])

@@ -1,0 +1,136 @@
+"""Callers whom an agent cannot see whole, as real processes: of other namespaces, and with a reused number."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support.agent import PATIENCE, RunningAgent
+from support.keyring import configuration
+from support.requires import ROOT, root
+
+pytestmark = root()
+
+INTERPRETER = os.path.realpath(sys.executable)
+ASKING = """
+import os, sys
+sys.path[:] = sys.argv[3].split(":")
+import ctypes, keyferry, socket
+uid = int(sys.argv[2])
+if uid:
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+if sys.argv[4:] == ["root in a user namespace"]:
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(4, 1, 0, 0, 0) == 0 and libc.unshare(0x10000000) == 0
+    open("/proc/self/uid_map", "w").write(f"0 {uid} 1")
+    assert os.getuid() == 0
+try:
+    keyferry.Client(sys.argv[1], timeout=60).describe_key(key_id="alias/a")
+    print("OK")
+except keyferry.KmsError as error:
+    print(error.code)
+"""
+OTHER = 4_711
+"""A user that has no name, and no part in anything."""
+REFUSED = "Forbidden.NoPermission"
+
+
+@contextmanager
+def agent_in(namespaces: Sequence[str], keyring: Path, to: str) -> Iterator[Path]:
+    """An agent in namespaces of its own (`unshare`), with one grant of everything; gives its socket, which anybody may use."""
+    config, path = keyring.parent / "agent.toml", keyring.parent / "s"
+    text = configuration(keyring, more='mode = "0666"').replace(f"to={{uid={os.getuid()}}}", f"to={{{to}}}")
+    assert to in text
+    config.write_text(text)
+    for folder in list(keyring.parents)[:-2]:  # not /tmp, and not /
+        folder.chmod(folder.stat().st_mode | 0o011)
+    with RunningAgent(["--config", str(config)], path, prefix=["unshare", *namespaces]):
+        yield path
+
+
+def outcome(path: Path, *more: str, prefix: Sequence[str] = (), uid: int = 0) -> str:
+    """What DescribeKey gives a process that is started behind `prefix`, and becomes that user: OK, or a code."""
+    command = [*prefix, INTERPRETER, "-c", ASKING, str(path), str(uid), ":".join(sys.path), *more]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("to", "expected"),
+    [
+        ("uid=0", "OK"),
+        ('listener="default"', "OK"),
+        (f'exe="{INTERPRETER}"', REFUSED),
+        (f'listener="default", exe="{INTERPRETER}"', REFUSED),
+    ],
+)
+def test_a_caller_of_another_pid_namespace_has_no_program_but_its_user(keyring: Path, to: str, expected: str) -> None:
+    """The kernel numbers it 0: what is about a process cannot be had, and matches nothing."""
+    with agent_in(["--pid", "--fork", "--mount-proc", "--kill-child"], keyring, to) as path:
+        assert outcome(path) == expected
+
+
+def test_a_caller_of_a_pid_namespace_below_the_agents_is_seen(keyring: Path) -> None:
+    """As every container's processes are by an agent of the host."""
+    with agent_in([], keyring, f'exe="{INTERPRETER}"') as path:
+        assert outcome(path, prefix=["unshare", "--pid", "--fork"]) == "OK"
+
+
+@pytest.mark.parametrize(
+    ("to", "expected"), [("uid=65534", REFUSED), (f"uid={OTHER}", REFUSED), ('listener="default"', "OK")]
+)
+def test_a_user_whom_the_agents_user_namespace_does_not_know_is_nobody(keyring: Path, to: str, expected: str) -> None:
+    """The kernel shows it as the overflow uid, which can be anybody."""
+    with agent_in(["--user", "--map-root-user"], keyring, to) as path:
+        assert outcome(path, uid=OTHER) == expected
+
+
+@pytest.mark.parametrize(("uid", "expected"), [(OTHER, "OK"), (0, REFUSED)])
+def test_a_caller_in_a_user_namespace_of_its_own_is_who_it_is_outside(keyring: Path, uid: int, expected: str) -> None:
+    """Whoever calls itself root in there is still the user that made it."""
+    with agent_in([], keyring, f"uid={uid}") as path:
+        assert outcome(path, "root in a user namespace", uid=OTHER) == expected
+
+
+def test_another_program_at_the_path_of_a_trusted_one_in_a_mount_namespace_is_not_that_program(
+    keyring: Path, tmp_path: Path
+) -> None:
+    """Anybody can have a mount namespace in which any file is at any path."""
+    trusted = tmp_path / "trusted"
+    trusted.touch()
+    with agent_in([], keyring, f'exe="{trusted}"') as path:
+        script = f'mount --bind {INTERPRETER} {trusted} && PYTHONHOME={sys.base_prefix} exec {trusted} "$@"'
+        command = ["unshare", "--mount", "sh", "-c", script, "sh"]
+        arguments = ["-c", ASKING, str(path), "0", ":".join(sys.path)]
+        ended = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False)
+        assert (ended.returncode, ended.stdout.strip()) == (0, REFUSED), ended.stderr
+        # The very same, where that program really is at that path.
+        shutil.copy(INTERPRETER, trusted)
+        trusted.chmod(0o755)
+        home = {**os.environ, "PYTHONHOME": sys.base_prefix}
+        ended = subprocess.run([trusted, *arguments], capture_output=True, text=True, env=home, check=True)
+        assert ended.stdout.strip() == "OK"
+
+
+def test_a_process_that_has_the_number_of_one_that_connected_and_ended_gets_nothing_from_it(keyring: Path) -> None:
+    """The agent stands still between the connection and its acceptance, and finds a trusted program at the number."""
+    config = keyring.parent / "agent.toml"
+    trusted = os.path.realpath("/bin/sleep")
+    config.write_text(configuration(keyring).replace(f"to={{uid={os.getuid()}}}", f'to={{exe="{trusted}"}}'))
+    attack = ROOT / "tests" / "support" / "reused_number.py"
+    command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, str(attack)]
+    ended = subprocess.run(
+        [*command, str(config), str(keyring.parent / "s"), trusted],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout.strip()) == (0, "closed without an answer"), ended.stderr
