@@ -34,7 +34,9 @@ _LONGEST_NAME: Final = 64
 """Characters of an operation's name to record: what a client calls an operation may be anything."""
 _RECEIVE: Final = 65_536
 _TURN: Final = 16
-"""Requests answered in one go before other connections get their turn: about a millisecond."""
+"""Requests answered in one go: each turn costs a hand-over to the record, a write, and a look at all connections."""
+_SHORT_TURN: Final = 0.0004
+"""Seconds that a turn takes where there are other connections: so long they wait for each that has a full pipeline."""
 _SLOW_PER_CONNECTION: Final = 8
 """Slow jobs that one connection may have under way; then it is not read from. Twice the threads keeps them busy."""
 
@@ -153,7 +155,7 @@ class Connection:
                 outcome = self._decide(message)
                 if isinstance(outcome, _Decided):
                     decided.append(outcome)
-                if len(decided) == _TURN or (decided and self._slots.value == 0):  # nothing waits for a slow job
+                if decided and (len(decided) == _TURN or self._slots.value == 0 or self._others_wait(decided[0])):
                     if not await self._finish(decided):
                         return False
                     decided.clear()
@@ -171,6 +173,10 @@ class Connection:
                 await _linger(self._stream)
             return False
         return await self._finish(decided)
+
+    def _others_wait(self, first: _Decided) -> bool:
+        alone = self._agent.counters.connections == 1
+        return not alone and time.monotonic() - first.audited.started > _SHORT_TURN
 
     def _decide(self, message: wire.Message) -> "_Decided | tuple[handlers.Job, int, Audited]":
         """The outcome of one request, or a slow job that will give it."""
