@@ -62,7 +62,7 @@ $(VENV)/.runtime: $(VENV)/.created $(PROJECTS)
 
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
-	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,async]' -e agent --group dev
+	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,async]' -e 'agent[metrics]' --group dev
 	@touch $@
 
 clean:  ## remove what was made

@@ -127,11 +127,11 @@ from keyferry_agent.command import main
 
 build, kept = loaded.build, []
 
-def keeping(description, fill, **more):
+def keeping(description, fill, memory):
     def fill_and_keep(view):
         fill(view)
         kept.append(bytes(view))
-    return build(description, fill_and_keep, **more)
+    return build(description, fill_and_keep, memory)
 
 from keyferry_agent.keyring import loader
 loader.build = keeping

@@ -14,13 +14,13 @@ from support.keys import recipient
 
 from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64
-from keyferry.secret import fill_random
+from keyferry.secret import SecretMemory, fill_random
 from keyferry_agent import handlers
 from keyferry_agent.agent import Agent, Audited, Caller
 from keyferry_agent.grants import Grant
 from keyferry_agent.keyring import file, verbs
 from keyferry_agent.keyring.document import Document, VersionEntry, new_id, now
-from keyferry_agent.keyring.loaded import build
+from keyferry_agent.keyring.loaded import build, room_for
 from keyferry_agent.keyring.loader import describe
 from keyferry_agent.keyring.sealing import new_identity
 from keyferry_agent.peer import Peer
@@ -67,7 +67,7 @@ def agent_with(keys: int) -> tuple[Agent, Caller]:
     """An agent without a socket, and a caller who may do everything."""
     settings = Settings(memory="prefer", grants=(Grant("all", {"uid": 1}, ("kms:*",), ("*",)),))
     made = describe(document(keys, []))
-    agent = Agent(settings, build(made, fill_random, backing="auto", require=False))
+    agent = Agent(settings, build(made, fill_random, SecretMemory(room_for(made), require=False)))
     caller = Caller(Peer(uid=1, gids=frozenset(), pid=1, listener="default"))
     caller.refresh(agent.policy)
     return agent, caller

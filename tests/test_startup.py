@@ -135,14 +135,13 @@ def test_a_listener_that_cannot_be_had_leaves_none_of_them(tmp_path: Path) -> No
 def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     """By the system's own reason."""
     with pytest.raises(listening.ListeningError, match="too long"):
-        listening.take(Listener(path=tmp_path / ("x" * 200)))
-    made = listening.take(Listener(path=tmp_path / "sock"))
-    status = (tmp_path / "sock").lstat()
-    made.close()
+        listening.open_all([Listener(path=tmp_path / ("x" * 200))], [])
+    (made,) = listening.open_all([Listener(path=tmp_path / "sock")], [])
+    assert not made.lost()
     (tmp_path / "sock").unlink()
+    assert made.lost()
     (tmp_path / "sock").write_text("somebody else's")
-    listening.remove(tmp_path / "sock", status)
-    listening.remove(tmp_path / "none", status)
+    made.close()
     assert (tmp_path / "sock").read_text() == "somebody else's"
 
 

@@ -146,6 +146,15 @@ class Agent:
         kinds: tuple[Protection, ...] = ("none", "mlock", "memfd_secret")
         return min(self.scratch.protection, self.keyring.memory.protection, key=kinds.index)
 
+    def status(self) -> str:
+        """How it is, in one line for people."""
+        keys, connections = len(self.keyring.keys), self.counters.connections
+        return (
+            f"{'Draining' if self.draining else 'Serving'}: {keys} {'key' if keys == 1 else 'keys'} in "
+            f"{self.memory_protection} memory, loaded {self.keyring.loaded_at}; {connections} "
+            f"{'connection' if connections == 1 else 'connections'}, {self.counters.requests_total} requests so far"
+        )
+
     def arn(self, resource: str) -> str:
         """The ARN of `key/ID` or `alias/NAME`."""
         return f"acs:kms:{self.settings.region}:{self.settings.account}:{resource}"

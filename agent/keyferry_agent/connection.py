@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 import trio
@@ -22,8 +22,9 @@ from keyferry.errors import KmsError, ProtocolError, kms_error
 
 from . import handlers
 from .agent import Agent, Audited, Caller
-from .audit import AuditLog
+from .audit import Appended
 from .limits import Rate
+from .metrics import Metrics
 from .peer import Peer, Process
 
 __all__ = ["LINGER", "Connection", "Shared", "refuse"]
@@ -43,14 +44,21 @@ _SLOW_PER_CONNECTION: Final = 8
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
+class Record(Protocol):
+    """What requests are recorded in before they are answered."""
+
+    def record(self, peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended: ...
+
+
 @dataclass
 class Shared:
     """What all connections of an agent have in common."""
 
     agent: Agent
-    audit: AuditLog
+    audit: Record
     rate: Rate
     slow: trio.CapacityLimiter
+    metrics: Metrics | None = None
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
     last_look: float = math.inf
@@ -217,10 +225,12 @@ class Connection:
         """Write the record of requests, and only then make their answers."""
         if not decided:
             return b""
-        recorded, failure = self._shared.audit.record(
-            self._caller.peer,
-            [(a, outcome.code if isinstance(outcome, KmsError) else "OK") for _, a, outcome in decided],
-        )
+        outcomes = [(a, outcome.code if isinstance(outcome, KmsError) else "OK") for _, a, outcome in decided]
+        recorded, failure = self._shared.audit.record(self._caller.peer, outcomes)
+        if self._shared.metrics is not None:
+            now = time.monotonic()
+            for audited, outcome in outcomes:
+                self._shared.metrics.observe(audited.operation, outcome, now - audited.started)
         if failure is not None:
             ids = [audited.request_id for _, audited, _ in decided[recorded:]]
             log.error("audit.failed", error=failure.strerror, request_ids=ids)

@@ -1,17 +1,19 @@
-"""The socket files: made with the right mode from the start, never taken from an agent that lives, gone at the end."""
+"""The sockets: given by the service manager, or made: with the right mode from the start, never taken from an agent that lives,
+gone at the end.
+"""
 
 import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from .settings import Listener
 
-__all__ = ["ListeningError", "is_own", "remove", "take"]
+__all__ = ["Listening", "ListeningError", "open_all"]
 
 _BACKLOG: Final = 512
 
@@ -20,12 +22,110 @@ class ListeningError(Exception):
     """The socket cannot be had. The message says why, and what to do."""
 
 
-def take(listener: Listener) -> socket.socket:
+class Listening(NamedTuple):
+    """A socket that is listened on. `made`: how its file was when this agent made it; None where the manager did."""
+
+    name: str
+    path: Path
+    socket: socket.socket
+    seen: os.stat_result | None
+    made: bool
+
+    def close(self) -> None:
+        """Stop listening; the file goes, if this agent has made it and it is still the one."""
+        self.socket.close()
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the socket's file at the end, if this agent has made it: another agent may have its own there."""
+        if self.made and not self.lost():
+            with suppress(OSError):
+                self.path.unlink()
+
+    def lost(self) -> bool:
+        """Whether the socket's file is gone, or is another one."""
+        if self.seen is None:
+            return False
+        try:
+            now = self.path.lstat()
+        except OSError:
+            return True
+        # The number of a removed file is soon another file's: its time tells them apart.
+        seen = self.seen
+        return (now.st_dev, now.st_ino, now.st_mtime_ns) != (seen.st_dev, seen.st_ino, seen.st_mtime_ns)
+
+
+def open_all(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.socket]]) -> list[Listening]:
+    """Listen as the configuration says: on a socket that was given for it, else on one of its own.
+
+    A given socket belongs to the listener of its name, or of its path; a sole one that has neither, to the only listener that
+    has none. Raises `ListeningError`, also for a given socket that belongs to nobody.
+    """
+    found = _assign(listeners, given)
+    opened: list[Listening] = []
+    try:
+        for listener in listeners:
+            if listener.name in found:
+                opened.append(_adopt(listener, found[listener.name]))
+            else:
+                made = _take(listener)
+                opened.append(Listening(listener.name, listener.path, made, listener.path.lstat(), made=True))
+    except ListeningError:
+        for each in opened:
+            each.close()
+        raise
+    return opened
+
+
+def _assign(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.socket]]) -> dict[str, socket.socket]:
+    found: dict[str, socket.socket] = {}
+    strangers = []
+    for name, sock in given:
+        path = _path(sock)
+        by_name = [each.name for each in listeners if each.name == name and each.name not in found]
+        by_path = [each.name for each in listeners if each.path == path and each.name not in found]
+        for owner in (by_name or by_path)[:1]:
+            found[owner] = sock
+        if not by_name and not by_path:
+            strangers.append((name, path, sock))
+    rest = [each.name for each in listeners if each.name not in found]
+    if len(strangers) == len(rest) == 1:  # one socket, one listener: nobody had to name anything
+        found[rest[0]] = strangers.pop()[2]
+    if strangers:
+        name, path, _ = strangers[0]
+        raise ListeningError(
+            f"the service manager gave a socket named {name!r} at {path}, which no listener is called, or listens on: "
+            f"the socket unit's FileDescriptorName= is to be the name of a [[listener]] ({', '.join(rest) or 'all have one'})"
+        )
+    return found
+
+
+def _path(sock: socket.socket) -> Path | None:
+    name = sock.getsockname() if sock.family == socket.AF_UNIX else ""
+    return Path(name) if isinstance(name, str) and name else None
+
+
+def _adopt(listener: Listener, sock: socket.socket) -> Listening:
+    if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+        raise ListeningError(
+            f"the socket for {listener.name!r} is no Unix stream socket: use ListenStream=/an/absolute/path"
+        )
+    if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ListeningError(f"the socket for {listener.name!r} is not listening: the socket unit needs Accept=no")
+    path = _path(sock)
+    try:
+        seen = path.lstat() if path else None
+    except OSError:  # not to be seen from here
+        seen = None
+    return Listening(listener.name, path or listener.path, sock, seen, made=False)
+
+
+def _take(listener: Listener) -> socket.socket:
     """Make the socket file and listen on it; a stale one is replaced. Raises `ListeningError`."""
     path = listener.path
     _check_directory(path.parent)
     with _alone_in(path.parent):
-        return _take(listener, path)
+        return _make(listener, path)
 
 
 @contextmanager
@@ -42,7 +142,7 @@ def _alone_in(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(listener: Listener, path: Path) -> socket.socket:
+def _make(listener: Listener, path: Path) -> socket.socket:
     _clear(path)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o177)  # nobody but the owner can connect before the mode is set
@@ -58,23 +158,6 @@ def _take(listener: Listener, path: Path) -> socket.socket:
     finally:
         os.umask(old)
     return made
-
-
-def remove(path: Path, made: os.stat_result) -> None:
-    """Remove a socket file at the end, if it is still the one that was made: another agent may have its own there."""
-    if is_own(path, made):
-        with suppress(OSError):
-            path.unlink()
-
-
-def is_own(path: Path, made: os.stat_result) -> bool:
-    """Whether a socket file is still the one that was made."""
-    try:
-        now = path.lstat()
-    except OSError:
-        return False
-    # The number of a removed file is soon another file's: its time tells them apart.
-    return (now.st_dev, now.st_ino, now.st_mtime_ns) == (made.st_dev, made.st_ino, made.st_mtime_ns)
 
 
 def _check_directory(directory: Path) -> None:

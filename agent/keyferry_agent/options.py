@@ -5,14 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from .grants import Grant
 from .keyring import loader
+from .keyring.kept import Keeper, Look
 from .keyring.loaded import Keyring, development_keyring
 from .settings import Settings, SettingsError, read
 
 __all__ = ["Options", "StartError"]
 
 _DEV_GRANT: Final = "dev"
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class StartError(Exception):
@@ -50,8 +55,8 @@ class Options:
             settings = replace(settings, memory="prefer", grants=(*settings.grants, everything))
         return settings
 
-    def load_keyring(self, settings: Settings) -> Keyring:
-        """Load the keyring that the settings name; with `--dev`, make one.
+    def load_keyring(self, settings: Settings, keeper: Keeper | None = None, looked: Look = None) -> Keyring:
+        """Load the keyring that the settings name, of a file that looked like this, and have it kept; with `--dev`, make one.
 
         Raises `StartError`, `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
         """
@@ -61,7 +66,11 @@ class Options:
         if settings.keyring is None or settings.unseal is None:
             missing = "keyring" if settings.keyring is None else "unseal"
             raise StartError(f"no {missing} is configured: set {missing} = in the file, give --{missing}, or try --dev")
-        return loader.load(settings.keyring, settings.unseal, backing=backing, require=require)
+        share = keeper.share if keeper else None
+        keyring = loader.load(settings.keyring, settings.unseal, backing=backing, require=require, share=share)
+        if keeper and not keeper.keep(keyring, looked):
+            log.warning("keyring.not_kept", what="it takes memfd_secret, and a service manager that keeps descriptors")
+        return keyring
 
     def files(self, settings: Settings) -> list[Path]:
         """The files that all this was read from."""

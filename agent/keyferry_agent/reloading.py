@@ -18,7 +18,9 @@ from keyferry.secret import SecretMemoryError
 
 from .agent import Agent
 from .audit import AuditLog
+from .host import Host
 from .keyring.document import KeyringError
+from .keyring.kept import Keeper
 from .options import Options, StartError
 from .settings import Settings, SettingsError
 
@@ -28,7 +30,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 _LOOK_EVERY: Final = 0.5
 """Seconds. A file is read when two looks in a row saw the same change: it was not being written any more."""
-_FIXED: Final = ("listeners", "limits", "audit", "memory", "memory_backing", "sm2_fallback")
+_FIXED: Final = ("listeners", "limits", "audit", "memory", "memory_backing", "sm2_fallback", "keep_keys", "metrics")
 
 T = TypeVar("T")
 Looks: TypeAlias = Mapping[Path, tuple[int, ...] | None]
@@ -51,10 +53,14 @@ def _look(path: Path) -> tuple[int, ...] | None:
 class Reloader:
     """Keeps an agent as its files say. `seen`: how they looked before they were first read."""
 
-    def __init__(self, options: Options, agent: Agent, audit: AuditLog, seen: Looks) -> None:
+    def __init__(
+        self, options: Options, agent: Agent, audit: AuditLog, seen: Looks, host: Host, keeper: Keeper | None
+    ) -> None:
         self._options = options
         self._agent = agent
         self._audit = audit
+        self._host = host
+        self._keeper = keeper
         self._record_lost = False
         self._seen = seen
         self._asked = trio.Event()
@@ -94,6 +100,12 @@ class Reloader:
 
     async def _reload(self, looks: Looks) -> None:
         """Read both again, and swap both at once. `looks`: how the files looked just before."""
+        self._host.reloading()
+        self._seen, failure = await self._replace(looks)
+        self._host.ready(self._agent.status() if failure is None else f"Not reloaded, the old state serves: {failure}")
+
+    async def _replace(self, looks: Looks) -> tuple[Looks, str | None]:
+        """Read and swap; give how the files looked that were read, and what was wrong with them."""
         options, agent = self._options, self._agent
         try:
             settings = await _in_thread(options.settings)
@@ -101,17 +113,21 @@ class Reloader:
             # What was looked at before it was read stays so: what changes meanwhile is noticed.
             looks = {**await _in_thread(look, files), **{path: looks[path] for path in files if path in looks}}
             settings = _keep_fixed(settings, agent.settings)
-            keyring = agent.keyring if options.dev else await _in_thread(options.load_keyring, settings)
+            looked = looks.get(settings.keyring) if settings.keyring else None
+            keyring = (
+                agent.keyring if options.dev else await _in_thread(options.load_keyring, settings, self._keeper, looked)
+            )
         except (SettingsError, KeyringError, SecretMemoryError, StartError, OSError) as error:
             log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at)
+            return looks, str(error)
         except Exception as error:
             log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at, exc_info=error)
-        else:
-            for what in settings.warnings:
-                log.warning("reload.limited", what=what)
-            agent.adopt(settings, keyring)
-            log.info("reload.done", keys=len(keyring.keys), grants=len(settings.grants))
-        self._seen = looks
+            return looks, type(error).__name__
+        for what in settings.warnings:
+            log.warning("reload.limited", what=what)
+        agent.adopt(settings, keyring)
+        log.info("reload.done", keys=len(keyring.keys), grants=len(settings.grants))
+        return looks, None
 
 
 async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:

@@ -3,8 +3,8 @@
 import gc
 import os
 import signal
+import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import structlog
@@ -13,13 +13,17 @@ import trio
 from keyferry import libcrypto
 from keyferry.secret import SecretMemoryError
 
-from . import __version__, listening, startup
+from . import __version__, listening, metrics, startup, watchdog
 from .agent import Agent, locked_memory_needed
 from .audit import AuditLog
 from .crypto import selftest
+from .grants import PROGRAM
+from .host import Given, Host
 from .keyring.document import KeyringError
+from .keyring.kept import Keeper
 from .options import Options, StartError
-from .reloading import Reloader, look
+from .peer import processes_visible
+from .reloading import Looks, Reloader, look
 from .serving import Server
 from .settings import Settings, SettingsError
 
@@ -33,26 +37,58 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 def daemon(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises `StartError`."""
-    failures = startup.harden()
+    host, given = Host.take(), Given.take()
+    failures = startup.harden(keep=given.descriptors)
     if not startup.clears_freed_memory():
         failures.append("freed memory is not overwritten, which takes glibc: libraries may leave copies of keys there")
     for failure in failures:
         log.warning("startup.not_hardened", what=failure)
+    sockets = given.sockets()
     try:
         seen = look(options.files(Settings()))
         settings = options.settings()
         seen = {**look(options.files(settings)), **seen}  # before anything is read: what changes meanwhile is noticed
-        agent = _agent(options, settings)
+        keeper = Keeper(host.store, host.forget)
+        agent, current = _agent(options, settings, keeper, given, seen)
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
         audit = AuditLog(settings.audit)
-    except (SettingsError, KeyringError, selftest.SelfTestError, libcrypto.LibcryptoError) as error:
+        served = metrics.of(agent, audit, settings)
+    except (
+        SettingsError,
+        KeyringError,
+        selftest.SelfTestError,
+        libcrypto.LibcryptoError,
+        metrics.MetricsError,
+    ) as error:
         raise StartError(str(error)) from None
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None
+    _say_what_is_not(options, agent, unavailable)
+    gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
+    reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None)
+    if not current:
+        reloader.ask()
+    server = Server(agent, audit, served[0] if served else None)
+    try:
+        trio.run(_serve, agent, server, reloader, host, sockets, strict_exception_groups=True)
+    finally:
+        if served:
+            served[1].close()
+        if settings.keep_keys:
+            agent.keyring.memory.outlive()
+
+
+def _say_what_is_not(options: Options, agent: Agent, unavailable: list[str]) -> None:
+    settings = agent.settings
     for what in (*settings.warnings, *unavailable):
         log.warning("startup.limited", what=what)
     if agent.memory_protection == "none":
         log.warning("startup.memory_unprotected", what="keys are in ordinary memory, and can reach swap and core dumps")
+    if any(PROGRAM & grant.to.keys() for grant in settings.grants) and not processes_visible():
+        log.warning(
+            "startup.limited",
+            what="it takes CAP_SYS_PTRACE to see the programs of other users: exe and sha256 match none of theirs",
+        )
     if options.dev:
         log.warning(
             "startup.development",
@@ -61,63 +97,73 @@ def daemon(options: Options) -> None:
         )
     elif not settings.grants:
         log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
-    gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
-    trio.run(_serve, agent, audit, Reloader(options, agent, audit, seen), strict_exception_groups=True)
 
 
-def _agent(options: Options, settings: Settings) -> Agent:
-    # In a function of its own: nothing may hold on to the keyring but the agent, or no reload would retire it.
+def _agent(options: Options, settings: Settings, keeper: Keeper, given: Given, seen: Looks) -> tuple[Agent, bool]:
+    """The agent, and whether its keyring is as the file is now.
+
+    In a function of its own: nothing may hold on to the keyring but the agent, or no reload would retire it.
+    """
     size = None
+    looked = seen.get(settings.keyring) if settings.keyring else None
     try:
-        keyring = options.load_keyring(settings)
+        restored = keeper.restore(given.named) if settings.keep_keys and not options.dev else None
+        if restored is None:
+            keyring = options.load_keyring(settings, keeper if settings.keep_keys else None, looked)
+            current = True
+        else:
+            keyring, look_then = restored
+            current = look_then is not None and looked is not None and [*look_then] == [*looked]
+            log.info("keyring.kept", keys=len(keyring.keys), loaded_at=keyring.loaded_at)
         size = keyring.memory.size
-        return Agent(settings, keyring)
+        return Agent(settings, keyring), current
     except SecretMemoryError as error:
         raise StartError(f"{error}. {locked_memory_needed(error.size if size is None else size)}") from None
 
 
-async def _serve(agent: Agent, audit: AuditLog, reloader: Reloader) -> None:
-    made = []
+async def _serve(
+    agent: Agent, server: Server, reloader: Reloader, host: Host, sockets: list[tuple[str, socket.socket]]
+) -> None:
     try:
-        for listener in agent.settings.listeners:
-            sock = listening.take(listener)
-            made.append((listener, sock, listener.path.lstat()))
+        opened = listening.open_all(agent.settings.listeners, sockets)
     except listening.ListeningError as error:
-        for listener, sock, status in made:
-            sock.close()
-            listening.remove(listener.path, status)
         raise StartError(str(error)) from None
-    server = Server(agent, audit)
-    listeners = [(at.name, trio.SocketListener(trio.socket.from_stdlib_socket(sock))) for at, sock, _ in made]
+    listeners = [(at.name, trio.SocketListener(trio.socket.from_stdlib_socket(at.socket))) for at in opened]
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(_handle_signals, agent, server, reloader)
+            await nursery.start(_handle_signals, agent, server, reloader, host)
             nursery.start_soon(reloader.run)
-            nursery.start_soon(_watch_sockets, [(listener.path, status) for listener, _, status in made])
+            nursery.start_soon(_watch_sockets, opened)
             await nursery.start(_serve_then, server, listeners, nursery.cancel_scope.cancel)
+            if host.watchdog:
+                near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
+                nursery.start_soon(server.serve_own, far)
+                nursery.start_soon(watchdog.feed, host, near, agent.status)
+            host.ready(agent.status())
             log.info(
                 "agent.serving",
                 version=__version__,
-                sockets=[str(listener.path) for listener, _, _ in made],
+                sockets=[str(listening.path) for listening in opened],
                 keys=len(agent.keyring.keys),
                 memory_protection=agent.memory_protection,
                 libcrypto=libcrypto.version(),
             )
     finally:
-        for listener, _, status in made:
-            listening.remove(listener.path, status)
+        for each in opened:
+            each.remove()
     log.info("agent.stopped")
 
 
-async def _watch_sockets(made: list[tuple[Path, os.stat_result]]) -> None:
+async def _watch_sockets(opened: list[listening.Listening]) -> None:
     """Say when a socket's file is gone, or is somebody else's: nobody new will find this agent then."""
-    lost: set[Path] = set()
+    lost: set[str] = set()
     while True:
         await trio.sleep(_LOOK_EVERY)
-        for path, status in made:
-            if path not in lost and not listening.is_own(path, status):
-                lost.add(path)
-                log.error("socket.lost", path=str(path), what="its file was removed or replaced; restart the agent")
+        for each in opened:
+            if each.name not in lost and each.lost():
+                lost.add(each.name)
+                whose = "the agent" if each.made else "its socket unit"
+                log.error("socket.lost", path=str(each.path), what=f"its file was removed or replaced; restart {whose}")
 
 
 async def _serve_then(
@@ -134,6 +180,7 @@ async def _handle_signals(
     agent: Agent,
     server: Server,
     reloader: Reloader,
+    host: Host,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -145,4 +192,5 @@ async def _handle_signals(
                 server.drain(grace=0)
             else:
                 log.info("agent.draining", signal=signal.Signals(number).name, connections=agent.counters.connections)
+                host.stopping()
                 server.drain()

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -13,10 +14,11 @@ import trio
 
 from keyferry import libcrypto
 
-from .agent import SLOW_JOBS, Agent
-from .audit import AuditLog
+from .agent import SLOW_JOBS, Agent, Audited
+from .audit import Appended, AuditLog
 from .connection import LINGER, Connection, Shared, refuse
 from .limits import Rate
+from .metrics import Metrics
 from .peer import Peer, Process, evidence
 
 __all__ = ["GRACE", "Server"]
@@ -31,10 +33,17 @@ _MOST_REFUSALS: Final = 16
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
+class _Nowhere:
+    """The record of what nobody asked for but the agent itself."""
+
+    def record(self, _peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended:
+        return Appended(len(requests))
+
+
 class Server:
     """Serves an agent on listeners until `drain` is called."""
 
-    def __init__(self, agent: Agent, audit: AuditLog) -> None:
+    def __init__(self, agent: Agent, audit: AuditLog, metrics: Metrics | None = None) -> None:
         self.agent = agent
         self._shared = Shared(
             agent,
@@ -42,6 +51,7 @@ class Server:
             Rate(agent.settings.limits.requests_per_second),
             # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
             trio.CapacityLimiter(SLOW_JOBS if libcrypto.has_sm2() else 1),
+            metrics,
         )
         self._per_user: Counter[int | None] = Counter()
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -65,6 +75,13 @@ class Server:
                         task_status.started()
         if self._all.cancelled_caught:
             log.warning("drain.grace_over", connections=self.agent.counters.connections)
+
+    async def serve_own(self, stream: trio.SocketStream) -> None:
+        """Serve a connection of the agent's own, which is neither recorded nor limited."""
+        own = replace(self._shared, audit=_Nowhere(), rate=Rate(0), metrics=None)
+        peer = Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener="")
+        async with stream:
+            await Connection(own, stream, peer, None).run()
 
     def drain(self, grace: float = GRACE) -> None:
         """Stop accepting, let every connection answer what it has received, and close them; at the latest after `grace`.

@@ -77,6 +77,10 @@ class Settings:
     memory: Literal["require", "prefer"] = "require"
     memory_backing: Backing = "auto"
     sm2_fallback: Literal["none", "gmssl"] = "none"
+    keep_keys: bool = False
+    """Have the service manager keep the keyring's memory over a restart, so that no unseal secret is needed then."""
+    metrics: str = ""
+    """Where metrics are served: the path of a socket, or a port of a loopback address; empty: nowhere."""
     limits: Limits = Limits()
     audit: Audit = Audit()
     grants: tuple[Grant, ...] = ()
@@ -118,7 +122,7 @@ def _settings(table: toml.Table) -> Settings:
         values = [getattr(listener, attribute) for listener in listeners]
         if len(set(values)) != len(values):
             table.wrong("listener", f"two listeners have the same {attribute}")
-    limits, audit = table.table("limits"), table.table("audit")
+    limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
     settings = Settings(
         listeners=listeners or (single,),
         keyring=table.take("keyring", "the path of a keyring file", toml.path, None),
@@ -128,6 +132,10 @@ def _settings(table: toml.Table) -> Settings:
         memory=table.take("memory", "", toml.one_of("require", "prefer"), "require"),
         memory_backing=table.take("memory_backing", "", toml.one_of("auto", "memfd_secret", "mlock"), "auto"),
         sm2_fallback=table.take("sm2_fallback", "", toml.one_of("none", "gmssl"), "none"),
+        keep_keys=table.take("keep_keys", "true or false", toml.boolean, False),
+        metrics=metrics.take(
+            "listen", 'an absolute path, or a loopback address like "127.0.0.1:9464"', toml.address, ""
+        ),
         limits=_limits(limits),
         audit=Audit(
             path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
@@ -136,6 +144,7 @@ def _settings(table: toml.Table) -> Settings:
         grants=tuple(_grant(entry) for entry in table.tables("grant")),
     )
     audit.done()
+    metrics.done()
     table.done()
     _check_grants(table, settings)
     return settings

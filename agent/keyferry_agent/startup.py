@@ -4,6 +4,7 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Final
 
@@ -45,11 +46,11 @@ def clear_freed_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this very program
 
 
-def harden() -> list[str]:
-    """Harden this process; give what could not be done, a line each."""
+def harden(keep: Collection[int] = ()) -> list[str]:
+    """Harden this process, and close all that it inherited but `keep`; give what could not be done, a line each."""
     failures = []
     _standard_descriptors()
-    _close_inherited()
+    _close_inherited(keep)
     os.umask(0o077)  # nothing is created that others can read, until somebody says so
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _DESCRIPTORS)), hard))
@@ -83,9 +84,9 @@ def _standard_descriptors() -> None:
     os.close(descriptor)
 
 
-def _close_inherited() -> None:
+def _close_inherited(keep: Collection[int]) -> None:
     """Close what somebody left open by mistake: a connection, a terminal, somebody else's secret."""
     for name in os.listdir("/proc/self/fd"):
-        if int(name) >= _FIRST_FREE:
+        if int(name) >= _FIRST_FREE and int(name) not in keep:
             with suppress(OSError):  # the listing's own is closed already
                 os.close(int(name))

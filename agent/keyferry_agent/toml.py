@@ -6,6 +6,7 @@ import pwd
 import re
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
+from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -13,6 +14,7 @@ from typing import Any, Final
 from .grants import ACTIONS
 
 _LONGEST_SOCKET: Final = 107  # sun_path of sockaddr_un, less its NUL
+_PORTS: Final = 65_536
 _NO_ID: Final = 2**32 - 1  # (uid_t) -1
 
 
@@ -125,6 +127,24 @@ def unseal(value: Any) -> Path:
         raise _Problem(f"expected credential:NAME, not {_shown(value)}")
     directory = os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials/keyferry-agent.service")
     return Path(directory, name)
+
+
+def address(value: Any) -> str:
+    """The path of a socket, or a port of this host's loopback: ADDRESS:PORT."""
+    text = string(value)
+    if text.startswith("/"):
+        return str(socket_path(text))
+    host, _, port = text.rpartition(":")
+    if not ip_address(host.strip("[]")).is_loopback or not 0 < int(port) < _PORTS:
+        raise ValueError
+    return text
+
+
+def boolean(value: Any) -> bool:
+    """True or false."""
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
 
 
 def mode(value: Any) -> int:

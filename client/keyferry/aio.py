@@ -21,6 +21,7 @@ from .declaration import Awaiting, Operation
 from .errors import AgentUnavailable, KeyferryError, KmsError
 from .exchange import (
     CONNECT_STEP,
+    LOST_MOST,
     RECEIVE,
     Call,
     Chunk,
@@ -100,6 +101,7 @@ class Client(Operations, Awaiting):
     async def _exchange(self, asked: list[Call]) -> list[Response | KmsError]:
         """Ask everything, on as many connections as it takes."""
         answers: dict[int, Response | KmsError] = {}
+        lost = 0
         if not asked:
             return []
         try:
@@ -113,7 +115,8 @@ class Client(Operations, Awaiting):
                     except ConnectionAbortedError:
                         pass  # another task was cancelled while it sent: neither the agent's fault nor this task's
                     except ConnectionError:
-                        if fresh and len(answers) == before:
+                        lost += fresh and len(answers) == before
+                        if lost == LOST_MOST:
                             raise
         except OSError as error:
             raise AgentUnavailable(why_unreachable(self._path, error)) from error

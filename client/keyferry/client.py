@@ -22,7 +22,18 @@ from typing import Any, Final, Self, TypeVar
 
 from .declaration import Blocking, Operation
 from .errors import AgentUnavailable, KmsError
-from .exchange import CONNECT_STEP, RECEIVE, Call, Chunk, Exchange, calls, default_socket, seconds, why_unreachable
+from .exchange import (
+    CONNECT_STEP,
+    LOST_MOST,
+    RECEIVE,
+    Call,
+    Chunk,
+    Exchange,
+    calls,
+    default_socket,
+    seconds,
+    why_unreachable,
+)
 from .operations import Operations
 from .wire import Response
 
@@ -100,13 +111,17 @@ class Client(Operations, Blocking):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
             answers: dict[int, Response | KmsError] = {}
+            lost = 0
             while asked:
                 fresh, before = self._connection is None, len(answers)
                 try:
                     self._go(asked, answers, deadline)
                     return [answers[place] for place in range(len(asked))]
                 except ConnectionError:
-                    if fresh and len(answers) == before:
+                    if self._connection is None:
+                        raise  # nobody listens
+                    lost += fresh and len(answers) == before
+                    if lost == LOST_MOST:
                         raise
                     self._disconnect()  # an agent that was restarted closed the old connection; it may be back
             return []

@@ -13,6 +13,7 @@ from .parameters import MAX_PAGE, PLAINTEXT, PUBLIC_KEY_BLOB, encode_base64
 __all__ = [
     "CONNECT_STEP",
     "DEFAULT_SOCKET",
+    "LOST_MOST",
     "RECEIVE",
     "Call",
     "Chunk",
@@ -28,6 +29,8 @@ __all__ = [
 DEFAULT_SOCKET: Final = "/run/keyferry/agent.sock"
 RECEIVE: Final = 65_536
 """Bytes to receive at once."""
+LOST_MOST: Final = 3
+"""Fresh connections that may end without an answer: over a restart, one can meet the agent that goes, and another a crash."""
 CONNECT_STEP: Final = 0.005
 """Seconds between two attempts to connect to an agent that has no room in its queue."""
 _CHUNK: Final = 32_768

@@ -19,6 +19,7 @@ import os
 import resource
 import threading
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Final, Literal, TypeAlias
 
@@ -37,6 +38,8 @@ Backing: TypeAlias = Literal["auto", "memfd_secret", "mlock"]
 Protection: TypeAlias = Literal["memfd_secret", "mlock", "none"]
 
 _SYS_MEMFD_SECRET: Final = 447  # the same number on every architecture that has it
+_MEMFD_NAME: Final = "/secretmem"
+"""What /proc calls the file behind memfd_secret(2)'s descriptors."""
 _MADV_DONTDUMP: Final = 16
 _MAP_FIXED: Final = 0x10
 _PROT_NONE: Final = 0
@@ -137,10 +140,22 @@ class SecretMemory:
 
     `backing` insists on one kind; "auto" takes the best the system gives. With `require` (the default) memory that is not
     locked raises `SecretMemoryError`, which says what is missing; without it, `protection` may come out as "none".
+
+    `given` is a descriptor of secret memory that another process has made, to be mapped instead; it is closed. `share` is
+    called with the descriptor of memory that is made here, if it has one: only memfd_secret's can be given to anybody.
     """
 
-    def __init__(self, size: int, *, backing: Backing = "auto", require: bool = True) -> None:
+    def __init__(
+        self,
+        size: int,
+        *,
+        backing: Backing = "auto",
+        require: bool = True,
+        given: int | None = None,
+        share: Callable[[int], object] | None = None,
+    ) -> None:
         self.size = whole_pages(size)
+        self._share = share
         self.protection: Protection = "none"
         # Reentrant: the garbage collector may free a secret anywhere, also while its own thread holds the lock.
         self._lock = threading.RLock()
@@ -156,8 +171,8 @@ class SecretMemory:
         # Every Secret and every loan holds on to its memory: when nobody does any more, it is wiped and unmapped.
         self._release = weakref.finalize(self, _release, self._reserved, self.size)
         self._release.atexit = False  # the kernel clears what a process leaves; a thread may still be at work then
-        failures = self._map(backing)
-        if failures and require:
+        failures = self._map(backing) if given is None else self._map_given(given)
+        if failures and (require or given is not None):
             self.close()
             raise SecretMemoryError(_advice(self.size, failures), self.size)
         self._bytes = memoryview((ctypes.c_ubyte * self.size).from_address(self._address)).cast("B")
@@ -192,6 +207,10 @@ class SecretMemory:
         if self._bytes is not None:
             self._bytes.release()
         self._release()
+
+    def outlive(self) -> None:
+        """Leave everything as it is when nobody uses it here any more: whoever shares it goes on with it."""
+        self._release.detach()
 
     def _view(self, offset: int, size: int) -> memoryview:
         assert self._bytes is not None
@@ -228,13 +247,31 @@ class SecretMemory:
             return _errno()
         try:
             os.ftruncate(descriptor, self.size)
-            flags = mmap.MAP_SHARED | _MAP_FIXED
-            mapped = _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
-            return _errno() if mapped == _FAILED else ""
+            failure = self._map_descriptor(descriptor)
+            if not failure and self._share is not None:
+                self._share(descriptor)
+            return failure
         except OSError as error:
             return error.strerror or str(error)
         finally:
             os.close(descriptor)  # with the descriptor open, another process could map it too (pidfd_getfd)
+
+    def _map_given(self, descriptor: int) -> list[str]:
+        try:
+            if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(_MEMFD_NAME):
+                return ["what was given is no secret memory"]
+            if os.fstat(descriptor).st_size != self.size:
+                return ["what was given has another size"]
+            failure = self._map_descriptor(descriptor)
+            self.protection = "none" if failure else "memfd_secret"
+            return [failure] if failure else []
+        finally:
+            os.close(descriptor)
+
+    def _map_descriptor(self, descriptor: int) -> str:
+        flags = mmap.MAP_SHARED | _MAP_FIXED
+        mapped = _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+        return _errno() if mapped == _FAILED else ""
 
 
 def _release(reserved: int, size: int) -> None:

@@ -50,6 +50,11 @@ class AuditLog:
             return True
         return (there.st_dev, there.st_ino) != self._file.identity
 
+    @property
+    def lag(self) -> float:
+        """Seconds that the last write took, or that one has taken which is not done in time."""
+        return self._hand.lag
+
     def record(self, peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended:
         """Write a line for each request of a peer, with its outcome; say how many were written, and why not all.
 

@@ -3,6 +3,7 @@
 import errno
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -25,6 +26,8 @@ class Hand:
         self._asked: queue.SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._late = False
+        self._asked_at = 0.0
+        self._took = 0.0
         # A daemon: an agent ends, even if its disk does not answer any more.
         threading.Thread(target=self._work, name="keyferry-audit", daemon=True).start()
 
@@ -35,15 +38,22 @@ class Hand:
                 raise _timed_out()
             self._done.get()
             self._late = False
+        self._asked_at = time.monotonic()
         self._asked.put((function, arguments))
         try:
             result, error = self._done.get(timeout=PATIENCE)
         except queue.Empty:
             self._late = True
             raise _timed_out() from None
+        self._took = time.monotonic() - self._asked_at
         if error is not None:
             raise error
         return result  # type: ignore[no-any-return]
+
+    @property
+    def lag(self) -> float:
+        """Seconds that the last thing took, or that one has taken for which nobody waits any more."""
+        return time.monotonic() - self._asked_at if self._late else self._took
 
     def _work(self) -> None:
         while True:

@@ -7,14 +7,16 @@ deletion date is unusable at once, without a reload.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from keyferry.secret import Backing, Secret, SecretMemory, fill_random
 
 from ..crypto.seal import KEY_SIZES
 from .document import new_id, now
 
-__all__ = ["Key", "KeyVersion", "Keyring", "development_keyring"]
+__all__ = ["CHECK", "Key", "KeyVersion", "Keyring", "build", "development_keyring", "room_for"]
+
+CHECK: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +54,22 @@ class Key:
 class Keyring:
     """All keys, found by ID, alias or version. Owns the secret memory their material is in."""
 
-    def __init__(self, keys: Iterable[Key], memory: SecretMemory) -> None:
+    def __init__(self, keys: Iterable[Key], memory: SecretMemory, check: Secret) -> None:
         self.keys = {key.key_id: key for key in keys}
         self.by_alias = {alias: key for key in self.keys.values() for alias in key.aliases}
         self.by_version = {
             version.version_id: (key, version) for key in self.keys.values() for version in key.versions.values()
         }
         self.memory = memory
+        self.check = check
+        """Room behind the material, for whoever wants to find this memory again."""
         self.loaded_at = now()
         self._dated = [key for key in self.keys.values() if key.delete_date]
+
+    @property
+    def loaded_timestamp(self) -> float:
+        """When it was loaded, in seconds since 1970."""
+        return datetime.fromisoformat(self.loaded_at).timestamp()
 
     def gone(self) -> set[str]:
         """The IDs of keys whose deletion date has come since they were loaded."""
@@ -70,15 +79,16 @@ class Keyring:
         return f"Keyring({len(self.keys)} keys)"
 
 
-def build(
-    description: list[dict[str, Any]], fill: Callable[[memoryview], None], *, backing: Backing, require: bool
-) -> Keyring:
+def room_for(description: list[dict[str, Any]]) -> int:
+    """Bytes that the material of all versions takes, with a check of 32 bytes behind it (`kept`)."""
+    return CHECK + sum(-(-KEY_SIZES[key["KeySpec"]] // 16) * 16 * len(key["KeyVersions"]) for key in description)
+
+
+def build(description: list[dict[str, Any]], fill: Callable[[memoryview], None], memory: SecretMemory) -> Keyring:
     """Make a keyring of a description (`loader.describe`), taking each version's material, in order, from `fill`.
 
-    Raises `SecretMemoryError` when there is not enough locked memory.
+    `memory` is fresh, and has `room_for` it.
     """
-    size = sum(-(-KEY_SIZES[key["KeySpec"]] // 16) * 16 * len(key["KeyVersions"]) for key in description)
-    memory = SecretMemory(size, backing=backing, require=require)
     keys = []
     for key in description:
         versions = {}
@@ -102,7 +112,7 @@ def build(
                 aliases=tuple(key["Aliases"]),
             )
         )
-    return Keyring(keys, memory)
+    return Keyring(keys, memory, memory.allocate(CHECK))
 
 
 def development_keyring(*, backing: Backing, require: bool) -> Keyring:
@@ -124,4 +134,4 @@ def development_keyring(*, backing: Backing, require: bool) -> Keyring:
                 "Aliases": [alias],
             }
         )
-    return build(description, fill_random, backing=backing, require=require)
+    return build(description, fill_random, SecretMemory(room_for(description), backing=backing, require=require))

@@ -12,15 +12,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from keyferry.secret import Backing
+from keyferry.secret import Backing, SecretMemory
 
 from ..startup import harden
 from .document import Document, KeyringError
 from .file import read
-from .loaded import Keyring, build
+from .loaded import Keyring, build, room_for
 from .sealing import Unsealer
 
 __all__ = ["load"]
@@ -33,8 +34,13 @@ _LONGEST_MESSAGE: Final = 2_000
 """Characters of an error to hand on: less than a pipe holds, as it is read last."""
 
 
-def load(path: Path, unseal: Path, *, backing: Backing, require: bool) -> Keyring:
-    """Load a keyring file. Raises `KeyringError`, or `SecretMemoryError` when there is not enough locked memory."""
+def load(
+    path: Path, unseal: Path, *, backing: Backing, require: bool, share: Callable[[int], object] | None = None
+) -> Keyring:
+    """Load a keyring file; `share` is told its memory's descriptor.
+
+    Raises `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
+    """
     arguments = [sys.executable, "-P", "-m", __spec__.name, os.fspath(path), os.fspath(unseal)]
     # -P: nothing is imported from the working directory. stderr is small (one line) and read last.
     with subprocess.Popen(  # noqa: S603 - this interpreter, this module
@@ -61,7 +67,8 @@ def load(path: Path, unseal: Path, *, backing: Backing, require: bool) -> Keyrin
             fill(memoryview(description))
             # A line at a time: reading one text of megabytes would keep every other thread waiting.
             keys = [json.loads(line) for line in description.splitlines()]
-            return build(keys, fill, backing=backing, require=require)
+            memory = SecretMemory(room_for(keys), backing=backing, require=require, share=share)
+            return build(keys, fill, memory)
         except EOFError:
             message = (
                 child.stderr.read().decode(errors="replace").strip()

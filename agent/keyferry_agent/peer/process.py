@@ -12,7 +12,7 @@ import socket
 import struct
 from typing import Final, NamedTuple, Protocol
 
-__all__ = ["PeerSocket", "Process", "Program", "pod_of", "unit_of"]
+__all__ = ["PeerSocket", "Process", "Program", "pod_of", "processes_visible", "unit_of"]
 
 _SO_PEERPIDFD: Final = 77  # Linux 6.5
 _INT: Final = struct.Struct("i")
@@ -112,6 +112,15 @@ class Process:
 
 
 _hashes: dict[tuple[int, ...], str] = {}
+
+
+def processes_visible() -> bool:
+    """Whether the programs of other users' processes may be seen: with CAP_SYS_PTRACE, and without hidepid."""
+    try:
+        os.readlink("/proc/1/exe")
+    except OSError:
+        return False
+    return True
 
 
 def _identity(path: str | int) -> tuple[int, ...]:
