@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection, RunningAgent, dev_agent
 from support.keys import ALGORITHMS, recipient
-from support.scripted import client_of, says
+from support.scripted import answers, client_of, says
 
 import keyferry
 from keyferry import (
@@ -32,7 +32,7 @@ from keyferry import (
     wire,
 )
 from keyferry.errors import CODES, kms_error
-from keyferry.exchange import default_socket, pem_to_der, why_unreachable
+from keyferry.exchange import LOST_MOST, default_socket, pem_to_der, why_unreachable
 from keyferry.parameters import encode_base64
 
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -222,10 +222,16 @@ def test_an_agent_that_does_not_answer_in_time_is_unavailable(agent: RunningAgen
         late.get_agent_status()
 
 
-def test_a_connection_that_breaks_is_tried_again_once(socket_path: Path) -> None:
-    """An old connection may be a restarted agent's; a fresh one that breaks is a fault."""
-    with client_of(socket_path, says(b"")) as client, pytest.raises(AgentUnavailable):
+def test_fresh_connections_that_break_are_tried_again_a_few_times(socket_path: Path) -> None:
+    """One can meet an agent that goes, another its crash; more of them are a fault."""
+    with client_of(socket_path, *[says(b"")] * LOST_MOST) as client, pytest.raises(AgentUnavailable):
         client.call("GetAgentStatus", {})
+
+
+def test_a_fresh_connection_that_breaks_is_not_the_end(socket_path: Path) -> None:
+    """The next one meets an agent that answers."""
+    with client_of(socket_path, *[says(b"")] * (LOST_MOST - 1), answers(1)) as client:
+        assert client.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
 
 
 @pytest.mark.parametrize(

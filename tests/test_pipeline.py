@@ -10,6 +10,7 @@ from support.keys import recipient
 from support.scripted import answers, client_of, says
 
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations, wire
+from keyferry.exchange import LOST_MOST
 from keyferry.parameters import decode_base64, encode_base64
 
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -133,7 +134,7 @@ def test_what_a_lost_connection_left_open_is_asked_again(socket_path: Path) -> N
 
 def test_a_fresh_connection_that_answers_nothing_ends_the_pipeline(socket_path: Path) -> None:
     """It would go on for ever."""
-    with client_of(socket_path, answers(1), says(b"")) as kms, pytest.raises(AgentUnavailable):
+    with client_of(socket_path, answers(1), *[says(b"")] * LOST_MOST) as kms, pytest.raises(AgentUnavailable):
         kms.pipeline((f"Method{n}", {}) for n in range(8))
 
 
