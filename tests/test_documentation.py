@@ -80,3 +80,19 @@ def test_every_setting_is_explained() -> None:
     names = [*settings.Limits.__dataclass_fields__, *settings.Settings.__dataclass_fields__]
     for name in set(names) - {"listeners", "grants", "warnings"}:
         assert f"`{name}`" in text or f"`[{name}]`" in text, name
+
+
+def test_every_event_of_the_log_is_explained() -> None:
+    """agent/README.md names each, and none that there is not."""
+    code = "".join(path.read_text() for path in (ROOT / "agent" / "keyferry_agent").rglob("*.py"))
+    logged = set(re.findall(r'\.(?:info|warning|error)\(\s*"([a-z_]+\.[a-z_]+)"', code))
+    table = (ROOT / "agent" / "README.md").read_text().split("## The log")[1].split("With `[audit]` unset")[0]
+    assert logged == set(re.findall(r"`([a-z_]+\.[a-z_]+)`", table))
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    """Each that it names is one of the agent's."""
+    asked = set(re.findall(r"keyferry_[a-z_]+", (ROOT / "deploy" / "grafana-dashboard.json").read_text()))
+    text = (ROOT / "agent" / "README.md").read_text()
+    for name in asked:
+        assert f"`{name.removesuffix('_bucket')}" in text, name

@@ -73,8 +73,8 @@ class Machine:
         options = ["--disable-pip-version-check", "--root-user-action=ignore"]
         self.pip = [*pip, *options]
         subprocess.run([*chroot, *self.pip, *self.wheels], check=True, capture_output=True)
-        for command in ("keyferry", "keyferry-agent"):
-            (self.root / "usr/local/bin" / command).symlink_to(f"{HOME}/bin/{command}")
+        for name in ("keyferry", "keyferry-agent"):
+            (self.root / "usr/local/bin" / name).symlink_to(f"{HOME}/bin/{name}")
 
     def _boot(self) -> None:
         name = self._folder.name
