@@ -44,13 +44,10 @@ class _Queue(logging.handlers.QueueHandler):
                 self.queue.all_tasks_done.wait(left)
 
 
-class _Descriptor(logging.Handler):
-    """Writes lines to standard error, without Python's buffer: its lock would be waited for when the process ends."""
+class _Writer(logging.handlers.QueueListener):
+    """Writes lines to standard error. No handler of logging, no buffer of Python: the end would wait for their locks."""
 
-    def createLock(self) -> None:  # noqa: N802 - logging's name
-        self.lock = None  # one thread writes
-
-    def emit(self, record: logging.LogRecord) -> None:
+    def handle(self, record: logging.LogRecord) -> None:
         rest = f"{record.getMessage()}\n".encode(errors="backslashreplace")
         while rest:
             rest = rest[os.write(sys.stderr.fileno(), rest) :]
@@ -80,7 +77,7 @@ def configure() -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    logging.handlers.QueueListener(waiting.queue, _Descriptor()).start()
+    _Writer(waiting.queue).start()
     root = logging.getLogger()
     root.handlers[:] = [waiting]
     root.setLevel(logging.INFO)

@@ -73,6 +73,11 @@ def machine() -> Iterator[Machine]:
         made.write("/srv/load.py", LOAD)
         for line in commands():
             made.run("sh", "-ec", f"cd /srv && {line}")
+        if int(made.run("systemctl", "--version").split()[1]) >= 253:
+            made.write(
+                f"/etc/systemd/system/{AGENT}.d/notify-reload.conf", (SYSTEMD / "notify-reload.conf").read_text()
+            )
+            made.run("systemctl", "daemon-reload")
         yield made
 
 
@@ -88,7 +93,7 @@ def afresh(machine: Machine) -> Iterator[None]:
     machine.run("systemctl", "stop", AGENT)
     machine.run("systemctl", "start", "keyferry-agent.socket")
     yield
-    machine.run("rm", "-rf", f"/etc/systemd/system/{AGENT}.d")
+    machine.run("rm", "-f", f"/etc/systemd/system/{AGENT}.d/test.conf")
     machine.write("/etc/keyferry/agent.toml", SETTINGS.format(more="", to='user = "orders"'))
     machine.run("systemctl", "daemon-reload")
 
@@ -285,11 +290,7 @@ def test_the_package_is_upgraded_while_the_agent_serves(machine: Machine) -> Non
     """Its files are replaced under it; then it is restarted, and nobody notices."""
     status(machine)
     with load(machine):
-        subprocess.run(
-            ["chroot", machine.root, *machine.pip, "--no-deps", "--force-reinstall", "--no-index", *machine.wheels],
-            check=True,
-            capture_output=True,
-        )
+        machine.install()
         call(machine, "call", "DescribeKey", "--KeyId", "alias/orders")
         machine.run("systemctl", "restart", AGENT)
         assert status(machine)["State"] == "Serving"

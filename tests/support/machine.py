@@ -1,5 +1,6 @@
 """A machine with a real systemd: nspawn boots the host's own root file system under a throw-away overlay. It takes root."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,14 @@ _OF_THE_KERNEL = ["--capability=CAP_IPC_LOCK", "--system-call-filter=memfd_secre
 
 
 class Machine:
-    """Booted when it is entered; forgotten when it is left. `lower`: the root file system that it is made of."""
+    """Booted when it is entered; forgotten when it is left. `lower`: the root file system that it is made of, by default this
+    host's; KEYFERRY_MACHINE names another, with systemd and Python 3.11 or newer in it (debootstrap makes one).
+    """
 
-    def __init__(self, lower: Path = Path("/")) -> None:
+    def __init__(self, lower: Path | None = None) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="keyferry-machine-"))
         self.root = self._folder / "root"
-        self._lower = lower
+        self._lower = lower or Path(os.environ.get("KEYFERRY_MACHINE", "/"))
         self._process: subprocess.Popen[bytes] | None = None
         self._leader = 0
 
@@ -66,15 +69,25 @@ class Machine:
         for distribution in ("client", "agent"):
             command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(made), str(ROOT / distribution)]
             subprocess.run(command, check=True, capture_output=True)
-        self.wheels = [f"/srv/wheels/{wheel.name}" for wheel in made.iterdir()]
+        self._wheels = [str(wheel) for wheel in made.iterdir()]
         chroot = ["chroot", str(self.root)]
         subprocess.run([*chroot, "/usr/bin/python3", "-m", "venv", "--without-pip", HOME], check=True)
-        pip = [sys.executable, "-m", "pip", "--python", f"{HOME}/bin/python", "install", "--quiet"]
-        options = ["--disable-pip-version-check", "--root-user-action=ignore"]
-        self.pip = [*pip, *options]
-        subprocess.run([*chroot, *self.pip, *self.wheels], check=True, capture_output=True)
-        for name in ("keyferry", "keyferry-agent"):
-            (self.root / "usr/local/bin" / name).symlink_to(f"{HOME}/bin/{name}")
+        version = "import sys; print('%d.%d' % sys.version_info[:2])"
+        self._python = subprocess.check_output([*chroot, "/usr/bin/python3", "-c", version], text=True).strip()
+        self.install()
+        for name, module in (("keyferry", "keyferry"), ("keyferry-agent", "keyferry_agent")):
+            script = self.root / "usr/local/bin" / name
+            script.write_text(
+                f"#!{HOME}/bin/python\nimport sys\nfrom {module}.__main__ import main\nsys.exit(main())\n"
+            )
+            script.chmod(0o755)
+
+    def install(self) -> None:
+        """Install what was built, or install it anew: for the machine's Python, which need not be this one."""
+        target = f"{self.root}{HOME}/lib/python{self._python}/site-packages"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", target, *self._wheels]
+        options = ["--python-version", self._python, "--only-binary=:all:", "--disable-pip-version-check"]
+        subprocess.run([*command, *options, "--root-user-action=ignore"], check=True, capture_output=True)
 
     def _boot(self) -> None:
         name = self._folder.name
