@@ -145,9 +145,14 @@ class Decoder:
 
     def messages(self) -> Iterator[Message]:
         """Yield each whole message received so far. Raises `ProtocolError`, for good, at the first that is none."""
+        walking = self._position > 0  # a message that came in pieces: what was looked at is not looked at again
         while self._buffer:
             if self._broken:
                 raise self._broken
+            if not walking:
+                yield from self._whole()
+                walking = True
+                continue
             try:
                 if not self._walk():
                     return
@@ -155,11 +160,47 @@ class Decoder:
             except ProtocolError as error:
                 self._broken = error
                 raise
-            self._buffer[: self._position] = bytes(self._position)  # a request can hold a plaintext
-            del self._buffer[: self._position]
-            self._position = 0
-            self._left = 1
+            self._forget(self._position)
+            walking, self._position, self._left = False, 0, 1
             yield message
+
+    def _whole(self) -> Iterator[Message]:
+        """The messages at the beginning of the buffer that are there whole, by msgpack's own parser.
+
+        It is three times as fast as the walk, and knows less: at whatever is out of the ordinary it leaves off, and the walk
+        finds out what that is. What it may allocate for what a header claims is bounded by its limits.
+        """
+        unpacker = msgpack.Unpacker(
+            max_buffer_size=0,  # what is in the buffer was bounded by whoever has received it
+            read_size=_RECEIVE_LEAST,
+            max_array_len=self._max_array,
+            max_map_len=MAX_MAP,
+            max_ext_len=0,
+            unicode_errors=_UNICODE_ERRORS,
+            object_pairs_hook=_unique,
+        )
+        unpacker.feed(self._buffer)
+        begin = 0
+        while True:
+            try:
+                body = unpacker.unpack()
+                end = unpacker.tell()
+            except Exception:  # whatever it is: the walk knows
+                return
+            if end - begin > MAX_MESSAGE or not _is_plain(body):
+                return
+            try:
+                message = _message(body)
+            except ProtocolError as error:
+                self._broken = error
+                raise
+            self._forget(end - begin)
+            begin = end
+            yield message
+
+    def _forget(self, size: int) -> None:
+        self._buffer[:size] = bytes(size)  # a request can hold a plaintext
+        del self._buffer[:size]
 
     def _walk(self) -> bool:  # noqa: C901, PLR0912 - one loop, once for each byte's worth: calls would double its time
         """Follow the headers to the end of the first message; False if that has not been received yet."""
@@ -221,10 +262,32 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+_RECEIVE_LEAST: Final = 1_024
+"""Bytes of buffer that msgpack's parser begins with."""
+# A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs text refuses
+# them by the parameter's name, instead of the whole connection.
+_UNICODE_ERRORS: Final = "surrogateescape"
+
+
 def _unpack(packed: bytearray) -> Any:
-    # A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs
-    # text refuses them by the parameter's name, instead of the whole connection.
-    return msgpack.unpackb(packed, unicode_errors="surrogateescape", object_pairs_hook=_unique)
+    return msgpack.unpackb(packed, unicode_errors=_UNICODE_ERRORS, object_pairs_hook=_unique)
+
+
+def _is_plain(value: Any, depth: int = 1) -> bool:
+    """Whether what msgpack's parser took is in the protocol, too. `depth`: containers that it is in, itself included."""
+    values: Any = value
+    if type(value) is dict:
+        if not _TEXT.issuperset(map(type, value)):
+            return False
+        values = value.values()
+    elif type(value) is not list:
+        return type(value) in _SENDABLE
+    if depth > MAX_DEPTH:
+        return False
+    # Types as a set, as far as that says all: a loop in Python would take as long as the parsing.
+    return _SENDABLE.issuperset(map(type, values)) or all(
+        type(each) in _SENDABLE or _is_plain(each, depth + 1) for each in values
+    )
 
 
 def _message(body: Any) -> Message:
@@ -279,10 +342,15 @@ def check_sendable(value: Any, depth: int = 3) -> None:
 
 
 _SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
+_TEXT: Final = frozenset({str})
+
+
+# packb's own buffer of 256 KiB costs more than packing, where freed memory is cleared. Older packers have no such option.
+_SMALL: Final[dict[str, int]] = {"buf_size": 2_048} if msgpack.version >= (1, 1) else {}
 
 
 def _pack(body: list[Any]) -> bytes:
-    packed: bytes = msgpack.packb(body)
+    packed: bytes = msgpack.Packer(**_SMALL).pack(body)
     if len(packed) > MAX_MESSAGE:
         raise ProtocolError(f"a message of {len(packed)} bytes is longer than {MAX_MESSAGE}")
     return packed

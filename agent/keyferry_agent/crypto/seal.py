@@ -78,10 +78,13 @@ def _aes_decrypt_into(key: memoryview, sealed: memoryview, aad: bytes, out: memo
         _clear_registers()
 
 
+_OTHER: Final = AESGCM(_NOTHING)
+
+
 def _clear_registers() -> None:
     # OpenSSL's vector AES returns with the round keys in registers, and with plaintext: a core dump holds them, and so does
     # the stack after a signal. Another AES takes their place.
-    AESGCM(_NOTHING).encrypt(_NONCE, _NOTHING, None)
+    _OTHER.encrypt(_NONCE, _NOTHING, None)
 
 
 def _sm4(key: memoryview) -> SM4:
