@@ -134,14 +134,14 @@ class Connection:
         timeout = self._agent.settings.limits.request_timeout
         if self._decoder.incomplete:
             with trio.move_on_at(self._started + timeout):
-                return await self._stream.receive_some(_RECEIVE)
+                return await self._receive_some()
             log.info("connection.slow_request", **self._who())
             return b""
         if not self._agent.draining:
             with trio.CancelScope() as idle:
                 self._shared.idle.add(idle)
                 try:
-                    received = await self._stream.receive_some(_RECEIVE)
+                    received = await self._receive_some()
                     self._started = trio.current_time()
                     return received
                 finally:
@@ -149,8 +149,20 @@ class Connection:
         # Draining, and nothing half-received: take what had been sent by then, and otherwise hang up.
         with trio.move_on_at(self._shared.last_look):
             self._started = trio.current_time()
-            return await self._stream.receive_some(_RECEIVE)
+            return await self._receive_some()
         return b""
+
+    async def _receive_some(self) -> bytes:
+        # trio's stream would try first, and wait then: but whoever asks one thing at a time has nothing there yet.
+        await trio.lowlevel.wait_readable(self._stream.socket)
+        try:
+            return os.read(self._number(), _RECEIVE)
+        except OSError as error:
+            raise trio.BrokenResourceError from error
+
+    def _number(self) -> int:
+        # Asked for each time: once the stream is closed the number is another connection's, and this is -1.
+        return self._stream.socket.fileno()
 
     async def _answer_all(self, slow: trio.Nursery) -> bool:
         """Answer every whole message received so far; False when the stream cannot go on."""
@@ -262,6 +274,16 @@ class Connection:
         """Send answers whole, in the time that a client has to take them. False: it did not, or it is gone."""
         if not answers:
             return True
+        if not self._sending.locked():  # most answers fit the socket's buffer: then nobody has to wait for anything
+            try:
+                sent = os.write(self._number(), answers)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                return False
+            if sent == len(answers):
+                return True
+            answers = answers[sent:]
         with trio.move_on_after(self._agent.settings.limits.request_timeout) as scope:
             async with self._sending:
                 try:

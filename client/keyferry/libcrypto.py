@@ -9,7 +9,6 @@ a public key, so callers parse keys strictly first. Needs OpenSSL 3.0 or newer (
 
 import ctypes
 import functools
-from collections.abc import Iterable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_long, c_size_t, c_void_p
 from typing import Any, Final, TypeAlias
 
@@ -26,7 +25,7 @@ __all__ = [
 ]
 
 Buffer: TypeAlias = bytearray | memoryview
-Options: TypeAlias = Iterable[tuple[bytes, bytes]]
+Options: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 _NAMES: Final = ("libcrypto.so.3", "libcrypto.so")
 _RSA: Final = b"RSA"
@@ -59,6 +58,7 @@ def load() -> ctypes.CDLL:
         "EVP_PKEY2PKCS8": (c_void_p, [c_void_p]),
         "i2d_PKCS8_PRIV_KEY_INFO": (c_int, [c_void_p, c_void_p]),
         "PKCS8_PRIV_KEY_INFO_free": (None, [c_void_p]),
+        "EVP_PKEY_get_size": (c_int, [c_void_p]),
         "EVP_PKEY_is_a": (c_int, [c_void_p, c_char_p]),
         "EVP_PKEY_free": (None, [c_void_p]),
         "EVP_PKEY_Q_keygen": (c_void_p, [c_void_p, c_char_p, c_char_p]),  # and a size_t, for RSA
@@ -95,13 +95,21 @@ def version() -> str:
 class Key:
     """A public or private key inside libcrypto. Safe to use from several threads: each call has a context of its own."""
 
-    __slots__ = ("_library", "_pkey")
+    __slots__ = ("_contexts", "_library", "_pkey", "_size")
 
     def __init__(self, pkey: int) -> None:
         self._library = load()
         self._pkey = pkey
+        # Contexts that were set up and are used by nobody now: to set one up, libcrypto looks every algorithm up by its name,
+        # which takes as long as RSA itself. A list gives each to one thread only.
+        self._contexts: dict[tuple[str, Options], list[int]] = {}
+        # What RSA makes is as long as its modulus. What SM2 makes, libcrypto says for each plaintext.
+        self._size = self._library.EVP_PKEY_get_size(pkey) if self.is_a(_RSA) else 0
 
     def __del__(self) -> None:
+        for contexts in self._contexts.values():
+            for context in contexts:
+                self._library.EVP_PKEY_CTX_free(context)
         self._library.EVP_PKEY_free(self._pkey)
 
     def __repr__(self) -> str:
@@ -114,7 +122,7 @@ class Key:
     def encrypt(self, plaintext: Buffer, options: Options = ()) -> bytes:
         """Encrypt the buffer's bytes, at least one. Raises `LibcryptoError`."""
         out, used = self._run("encrypt", plaintext, None, options)
-        return bytes(out[:used])
+        return bytes(out) if used == len(out) else bytes(out[:used])
 
     def decrypt_into(self, ciphertext: Buffer, out: Buffer, options: Options = ()) -> int:
         """Decrypt into `out`, and give the number of bytes written there. Raises `LibcryptoError`, whatever is wrong."""
@@ -157,27 +165,37 @@ class Key:
         # look at the size it is given, so where the output is ours it is as large as libcrypto says.
         if not data or (out is not None and not out):
             raise LibcryptoError(f"libcrypto could not {verb}: nothing to {verb}, or no room for it")
+        library, contexts = self._library, self._contexts.setdefault((verb, options), [])
+        try:
+            context = contexts.pop()
+        except IndexError:
+            context = self._set_up(verb, options)
+        function = library.EVP_PKEY_encrypt if verb == "encrypt" else library.EVP_PKEY_decrypt
+        used, address = c_size_t(self._size), _address(data)
+        if out is None and (self._size or function(context, None, byref(used), address, len(data)) > 0):
+            out = bytearray(used.value)
+        used.value = len(out or b"")
+        if not out or function(context, _address(out), byref(used), address, len(data)) <= 0:
+            library.EVP_PKEY_CTX_free(context)
+            library.ERR_clear_error()
+            raise LibcryptoError(f"libcrypto could not {verb}")
+        contexts.append(context)
+        return out, used.value
+
+    def _set_up(self, verb: str, options: Options) -> int:
         library = self._library
-        context = library.EVP_PKEY_CTX_new(self._pkey, None)
+        context: int | None = library.EVP_PKEY_CTX_new(self._pkey, None)
         try:
             if not context or getattr(library, f"EVP_PKEY_{verb}_init")(context) <= 0:
                 raise LibcryptoError(f"this libcrypto cannot {verb} with such a key")
             for name, value in options:
                 if library.EVP_PKEY_CTX_ctrl_str(context, name, value) <= 0:
                     raise LibcryptoError(f"this libcrypto refuses {name.decode()}={value.decode()}")
-            function = getattr(library, f"EVP_PKEY_{verb}")
-            used = c_size_t()
-            if out is None and function(context, None, byref(used), _address(data), len(data)) > 0:
-                out = bytearray(used.value)
-            used.value = len(out or b"")
-            if not out or function(context, _address(out), byref(used), _address(data), len(data)) <= 0:
-                raise LibcryptoError(f"libcrypto could not {verb}")
-            return out, used.value
         except LibcryptoError:
+            library.EVP_PKEY_CTX_free(context)
             library.ERR_clear_error()
             raise
-        finally:
-            library.EVP_PKEY_CTX_free(context)
+        return context
 
 
 def public_key(der: bytes) -> Key:

@@ -49,6 +49,8 @@ SCRATCH_SIZES: Final = (64, 1_024, 6_144)
 """Bytes that borrowed blocks are rounded up to. With few sizes, what one call gives back fits what the next one asks for, and
 memory for n calls at a time never runs out: n times the sum of these."""
 
+_ZEROS: Final = {room: bytes(room) for room in SCRATCH_SIZES}
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
@@ -89,7 +91,7 @@ class Secret:
 
     def lend(self) -> "_Loan":
         """Lend the bytes as a writable memoryview, for a `with` block."""
-        return _Loan(self, wipe=False)
+        return _Loan(self)
 
     def free(self) -> None:
         """Wipe the bytes and give the room back: at once, or when the last loan of them ends. May be called again."""
@@ -104,13 +106,12 @@ class Secret:
 
 
 class _Loan:
-    """What `with` holds: the view, which is released, and for scratch memory wiped, at the end of the block."""
+    """What `with` holds: the view, which is released at the end of the block."""
 
-    __slots__ = ("_secret", "_view", "_wipe")
+    __slots__ = ("_secret", "_view")
 
-    def __init__(self, secret: Secret, *, wipe: bool) -> None:
+    def __init__(self, secret: Secret) -> None:
         self._secret = secret
-        self._wipe = wipe
 
     def __enter__(self) -> memoryview:
         secret = self._secret
@@ -131,8 +132,29 @@ class _Loan:
             wipe = secret._freed and not secret._loans
         if wipe:
             secret._memory._wipe(secret)
-        elif self._wipe:
-            secret.free()
+
+
+class _Borrowed:
+    """What `with` holds of scratch memory: a block that nobody else has until its end. Then it is wiped."""
+
+    __slots__ = ("_block", "_memory", "_room", "_size", "_view")
+
+    def __init__(self, memory: "SecretMemory", block: memoryview, room: int, size: int) -> None:
+        self._memory = memory
+        self._block = block
+        self._room = room
+        self._size = size
+
+    def __enter__(self) -> memoryview:
+        self._view = self._block[: self._size]
+        return self._view
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._view.release()
+        self._block[:] = _ZEROS[self._room]
+        self._memory._blocks[self._room].append(self._block)
 
 
 class SecretMemory:
@@ -162,6 +184,7 @@ class SecretMemory:
         self._used = 0
         self._bytes: memoryview | None = None
         self._freed: dict[int, list[int]] = {}
+        self._blocks: dict[int, list[memoryview]] = {room: [] for room in SCRATCH_SIZES}
         # The guard pages come with the reservation: what is mapped into its middle leaves them inaccessible.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._reserved = _libc.mmap(None, self.size + 2 * mmap.PAGESIZE, _PROT_NONE, flags, -1, 0)
@@ -184,12 +207,18 @@ class SecretMemory:
         """Set `size` bytes aside, all zero. Raises `SecretMemoryError` when there is no room."""
         return self._allocate(size, max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT)
 
-    def borrow(self, size: int) -> _Loan:
+    def borrow(self, size: int) -> _Borrowed:
         """Set `size` bytes aside for one `with` block, and wipe them at its end. Raises `SecretMemoryError`."""
-        room = next((room for room in SCRATCH_SIZES if size <= room), 0)
-        if not room:
+        for room in SCRATCH_SIZES:
+            if size <= room:
+                break
+        else:
             raise SecretMemoryError(f"at most {SCRATCH_SIZES[-1]} bytes can be borrowed; {size} were asked for")
-        return _Loan(self._allocate(size, room), wipe=True)
+        try:
+            block = self._blocks[room].pop()
+        except IndexError:
+            block = self._view(self._allocate(room, room)._offset, room)
+        return _Borrowed(self, block, room, size)
 
     def _allocate(self, size: int, room: int) -> Secret:
         with self._lock:
@@ -205,6 +234,9 @@ class SecretMemory:
     def close(self) -> None:
         """Wipe everything and unmap it. No loan may be open: views into it would point nowhere."""
         if self._bytes is not None:
+            for blocks in self._blocks.values():
+                while blocks:
+                    blocks.pop().release()
             self._bytes.release()
         self._release()
 

@@ -145,7 +145,7 @@ def _seal(
     with scratch.borrow(suite.key_size + _COMMITMENT) as derived:
         HKDF(suite.hash, len(derived), salt, suite.info).derive_into(cmk, derived)
         sealed = suite.encrypt(derived[: suite.key_size], plaintext, associated_data(header, key_id, context))
-        return header + salt + bytes(derived[suite.key_size :]) + sealed
+        return b"".join((header, salt, derived[suite.key_size :], sealed))
 
 
 def key_version_id(blob: bytes) -> str:
