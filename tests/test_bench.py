@@ -76,10 +76,13 @@ def test_a_table_says_median_spread_target_and_what_was_not_measured() -> None:
     """In a terminal, and between the marks of a page; the rest of the page stays."""
     lines = [figure(0.25, 0.5, 1000.0, target=Target("at least", 0.6), note="a note"), figure(note="not there")]
     shown = table.text(lines)
-    page = table.between_marks(f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter", table.markdown(lines, ["N."]))
+    page = table.between_marks(
+        f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter", table.markdown(lines, ["N."], ["a/b.png"])
+    )
     for wanted in ("0.5 × bare", "0.25 to 1,000", "1,234/s", "at least 0.6", "missed", "–", "a note", "not there"):
         assert wanted in shown, wanted
         assert wanted in page, wanted
+    assert "![b](a/b.png)" in page
     assert page.startswith("before\n")
     assert page.endswith("\nafter")
     assert "old" not in page

@@ -52,9 +52,12 @@ def main() -> int:
     folder = KEPT if whole else CACHE
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    written = [folder / "results.json", *_pictures(session, folder)]
+    pictures = _pictures(session, folder)
+    written = [folder / "results.json", *pictures]
     if whole:
-        PAGE.write_text(table.between_marks(PAGE.read_text(), table.markdown(session.figures, results["notes"])))
+        shown = [str(path.relative_to(PAGE.parent)) for path in pictures]
+        made = table.markdown(session.figures, results["notes"], shown)
+        PAGE.write_text(table.between_marks(PAGE.read_text(), made))
         written.append(PAGE)
     print("Written:", *(path.relative_to(ROOT) for path in written))
     return _check(session.figures) if arguments.check else 0
@@ -109,11 +112,15 @@ def _processor() -> str:
 
 
 def _check(figures: list[Figure]) -> int:
+    """0: nothing is much worse; 1: something is; 2: there is nothing to compare with."""
     path = KEPT / "results.json"
+    if not path.exists():
+        print(f"There is nothing to compare with: make bench writes {path.relative_to(ROOT)}.", file=sys.stderr)
+        return 2
     kept = [Figure.from_json(each) for each in json.loads(path.read_text())["figures"]]
     found = worse(figures, kept)
     print("\n".join(found) if found else "Nothing is much worse than docs/performance/results.json.")
-    return bool(found)
+    return int(bool(found))
 
 
 if __name__ == "__main__":

@@ -59,8 +59,8 @@ def text(figures: Sequence[Figure]) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def markdown(figures: Sequence[Figure], notes: Sequence[str]) -> str:
-    """For a page: one table, a line in bold for each part, notes beneath it."""
+def markdown(figures: Sequence[Figure], notes: Sequence[str], pictures: Sequence[str] = ()) -> str:
+    """For a page: one table, a line in bold for each part, and beneath it notes, and pictures by their paths."""
     lines = ["| | median | all rounds | middle round | target | |", "|---|---|---|---|---|---|"]
     said: list[str] = []
     for part, members in _parts(figures).items():
@@ -72,7 +72,8 @@ def markdown(figures: Sequence[Figure], notes: Sequence[str]) -> str:
             mark = f" ({said.index(figure.note) + 1})" if figure.note else ""
             lines.append(f"| {name}{mark} | {' | '.join(rest)} |")
     numbered = [f"{at}. {note}." for at, note in enumerate(said, 1)]
-    return "\n".join([*lines, "", *numbered, "", *notes]) + "\n"
+    shown = [f"![{path.rpartition('/')[2].removesuffix('.png')}]({path})" for path in pictures]
+    return "\n".join([*lines, "", *numbered, "", *notes, "", *shown]) + "\n"
 
 
 def between_marks(page: str, table: str) -> str:
