@@ -34,7 +34,7 @@ def run(session: Session) -> None:
         target=Target("at most", 16),
         note=f"{IDLE:,} connections that have asked two things each",
     )
-    took = []
+    took = []  # by now everything is compiled
     with startable() as start:
         for _ in range(session.rounds):
             began = time.perf_counter()
