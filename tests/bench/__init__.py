@@ -10,6 +10,7 @@
     worker.py       a process on a core of its own that runs those loops
     subject.py      the agent in its full configuration
     load.py         load generators: bytes made beforehand, answers counted and not read
+    stub.py         a server that computes nothing
     session.py      what all measurements share: cores, rounds, the bare loop beside each
     measure/        what is measured: a module for each part of the table
     peers/          other programs that do the same job
