@@ -18,6 +18,8 @@ from keyferry import wire
 __all__ = ["Connection", "beside_greedy", "many", "one_at_a_time", "open_loop", "pipelined", "serially"]
 
 _RECEIVE: Final = 1 << 18
+_TURNS: Final = 4
+"""How often each of many connections is answered, at least: an agent may work on all of them before it answers the first."""
 _TRIED: Final = 2
 """Requests whose answers are read, before others' are counted."""
 
@@ -107,12 +109,14 @@ def _chunks(requests: Sequence[bytes], size: int) -> deque[bytes]:
 def many(connections: Sequence[Connection], depth: int, seconds: float) -> float:
     """Keep `depth` requests under way on each of many connections; give the answers each second.
 
-    In two halves, each sent when all answers to it have come: so that the agent always has the other.
+    In two halves, each sent when all answers to it have come: so that the agent always has the other. It takes longer than so
+    many seconds where there are many connections: each is to be answered a few times.
     """
     half = max(1, depth // 2)
     by_number = {each.socket.fileno(): each for each in connections}
     queues = {number: _chunks(each.requests, half) for number, each in by_number.items()}
     left = {number: each.size * half for number, each in by_number.items()}  # bytes until the next half is answered
+    fewest = _TURNS * half * len(connections)
     answers, elapsed, began = 0, 0.0, time.perf_counter()
     with select.epoll() as poll:
         for number, each in by_number.items():
@@ -120,7 +124,7 @@ def many(connections: Sequence[Connection], depth: int, seconds: float) -> float
             for _ in range(min(2, depth)):
                 each.socket.sendall(queues[number][0])
                 queues[number].rotate()
-        while elapsed < seconds or not answers:
+        while elapsed < seconds or answers < fewest:
             for number, _ in poll.poll():
                 connection = by_number[number]
                 left[number] -= connection.receive()
