@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo test check format coverage memory docs wheels requirements test-requirements clean help
+.PHONY: demo test check format coverage memory bench bench-check docs wheels requirements test-requirements clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -35,6 +35,12 @@ format: $(VENV)/.development  ## put every file into the project's form
 memory: $(VENV)/.development  ## measure what is in the agent's memory while it works (docs/memory.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_memory.py
 
+bench: $(VENV)/.bench  ## measure speed beside the bare computation, and write docs/performance.md (QUICK=1: fast, and writes no page)
+	PYTHONPATH=tests $(BIN)/python -m bench $(if $(QUICK),--quick) $(PART)
+
+bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one that is kept
+	PYTHONPATH=tests $(BIN)/python -m bench --check
+
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
 	PYTHONPATH=tests $(BIN)/python tests/support/reference.py
 
@@ -63,6 +69,11 @@ $(VENV)/.runtime: $(VENV)/.created $(PROJECTS)
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
 	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,async]' -e 'agent[metrics]' --group dev
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.development
+	@echo "Installing what the benchmark compares with into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) --group bench
 	@touch $@
 
 clean:  ## remove what was made

@@ -1,0 +1,201 @@
+"""Load generators that are cheap enough not to be the limit: requests are bytes made beforehand, answers are only counted.
+
+All requests of one kind have answers of one size (message IDs are chosen so that each takes five bytes), so that counting bytes
+counts answers, and an error, whose size is another, does not pass unnoticed.
+"""
+
+import random
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Final, Self
+
+from keyferry import wire
+
+__all__ = ["Connection", "beside_greedy", "many", "one_at_a_time", "open_loop", "pipelined", "serially"]
+
+_RECEIVE: Final = 1 << 18
+_TURNS: Final = 4
+"""How often each of many connections is answered, at least: an agent may work on all of them before it answers the first."""
+_TRIED: Final = 2
+"""Requests whose answers are read, before others' are counted."""
+
+
+class Connection:
+    """A socket to the agent, and the requests that go over it again and again. `answer` is the first one's."""
+
+    def __init__(self, path: str, requests: Sequence[bytes]) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.requests = requests
+        try:
+            self.socket.connect(path)
+            answers = [self._try(request) for request in requests[:_TRIED]]
+            self.answer = answers[0]
+            self.size = len(self.answer)
+            if any(len(answer) != self.size for answer in answers):
+                raise ValueError("these requests have answers of different sizes")
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.socket.close()
+
+    def _try(self, request: bytes) -> bytes:
+        """Give the bytes of an answer, which has to be good."""
+        self.socket.sendall(request)
+        decoder, answer = wire.Decoder(), b""
+        while received := self.socket.recv(_RECEIVE):
+            answer += received
+            decoder.feed(received)
+            for message in decoder.messages():
+                if not isinstance(message, wire.Response) or message.error is not None:
+                    raise ValueError(f"not the answer that was expected: {message}")
+                return answer
+        raise ConnectionError("the agent hung up")
+
+    def receive(self) -> int:
+        """Take what has come; give how many bytes."""
+        received = len(self.socket.recv(_RECEIVE))
+        if not received:
+            raise ConnectionError("the agent hung up")
+        return received
+
+    def finish(self, left: int) -> None:
+        """Take the rest of answers that are still to come: so many bytes, and no other number."""
+        while left > 0:
+            left -= self.receive()
+        if left:
+            raise ValueError("the answers are not as long as they should be: some are errors")
+
+
+def one_at_a_time(connection: Connection, seconds: float) -> list[float]:
+    """Ask, wait for the answer, ask again. Gives the seconds that each took."""
+    took: list[float] = []
+    requests, turn, until = connection.requests, 0, time.perf_counter() + seconds
+    while (began := time.perf_counter()) < until:
+        connection.socket.sendall(requests[turn])
+        connection.finish(connection.size)
+        took.append(time.perf_counter() - began)
+        turn = (turn + 1) % len(requests)
+    return took
+
+
+def serially(connection: Connection, seconds: float) -> float:
+    """The same, as answers each second."""
+    took = one_at_a_time(connection, seconds)
+    return len(took) / sum(took)
+
+
+def pipelined(connection: Connection, depth: int, seconds: float) -> float:
+    """Keep `depth` requests under way on one connection; give the answers each second."""
+    return many([connection], depth, seconds)
+
+
+def _chunks(requests: Sequence[bytes], size: int) -> deque[bytes]:
+    """All requests, so many at a time; over and over, where there are fewer."""
+    count = len(requests)
+    return deque(
+        b"".join(requests[(first + place) % count] for place in range(size)) for first in range(0, max(count, 1), size)
+    )
+
+
+def many(connections: Sequence[Connection], depth: int, seconds: float) -> float:
+    """Keep `depth` requests under way on each of many connections; give the answers each second.
+
+    In two halves, each sent when all answers to it have come: so that the agent always has the other. It takes longer than so
+    many seconds where there are many connections: each is to be answered a few times.
+    """
+    half = max(1, depth // 2)
+    by_number = {each.socket.fileno(): each for each in connections}
+    queues = {number: _chunks(each.requests, half) for number, each in by_number.items()}
+    left = {number: each.size * half for number, each in by_number.items()}  # bytes until the next half is answered
+    fewest = _TURNS * half * len(connections)
+    answers, elapsed, began = 0, 0.0, time.perf_counter()
+    with select.epoll() as poll:
+        for number, each in by_number.items():
+            poll.register(number, select.EPOLLIN)
+            for _ in range(min(2, depth)):
+                each.socket.sendall(queues[number][0])
+                queues[number].rotate()
+        while elapsed < seconds or answers < fewest:
+            for number, _ in poll.poll():
+                connection = by_number[number]
+                left[number] -= connection.receive()
+                while left[number] <= 0:
+                    left[number] += connection.size * half
+                    answers += half
+                    connection.socket.sendall(queues[number][0])
+                    queues[number].rotate()
+            elapsed = time.perf_counter() - began
+    for number, each in by_number.items():
+        each.finish(left[number] + each.size * half * (min(2, depth) - 1))
+    return answers / elapsed
+
+
+def open_loop(connection: Connection, rate: float, seconds: float) -> list[float]:
+    """Send at a rate that does not wait for answers; give each request's seconds from when it was *due*.
+
+    Arrivals are independent of each other (exponential gaps). What a slow agent holds up is late from the moment at which it
+    should have been sent, so its slowness is not left out of the figures (no "coordinated omission").
+    """
+    clock, due = 0.0, []
+    chance = random.Random(rate)
+    while (clock := clock + chance.expovariate(rate)) < seconds:
+        due.append(clock)
+    took: list[float] = []
+    requests, size, sock = connection.requests, connection.size, connection.socket
+    sent, received, unsent = 0, 0, b""
+    sock.setblocking(False)
+    began = time.perf_counter()
+    try:
+        while len(took) < len(due):
+            now = time.perf_counter() - began
+            while sent < len(due) and due[sent] <= now:
+                unsent += requests[sent % len(requests)]
+                sent += 1
+            if unsent:
+                with suppress(BlockingIOError):
+                    unsent = unsent[sock.send(unsent) :]
+            if len(took) < sent:
+                with suppress(BlockingIOError):
+                    received += connection.receive()
+                    now = time.perf_counter() - began
+                    took += [now - due[place] for place in range(len(took), received // size)]
+    finally:
+        sock.setblocking(True)
+    return took
+
+
+def beside_greedy(honest: Connection, greedy: Connection, seconds: float) -> list[float]:
+    """One at a time on one connection, while another is sent as much as it takes; it is of no use afterwards.
+
+    Gives the seconds that each honest request took. One thread does both, and looks at the honest one first: the scheduler has
+    no say.
+    """
+    took: list[float] = []
+    flood = memoryview(b"".join(greedy.requests))
+    rest, turn, until = flood, 0, time.perf_counter() + seconds
+    greedy.socket.setblocking(False)
+    with select.epoll() as poll:
+        poll.register(honest.socket, select.EPOLLIN)
+        poll.register(greedy.socket, select.EPOLLIN | select.EPOLLOUT)
+        while (began := time.perf_counter()) < until:
+            honest.socket.sendall(honest.requests[turn])
+            turn = (turn + 1) % len(honest.requests)
+            while honest.socket.fileno() not in (ready := dict(poll.poll())):
+                events = ready[greedy.socket.fileno()]
+                if events & select.EPOLLIN:
+                    greedy.receive()
+                if events & select.EPOLLOUT:
+                    with suppress(BlockingIOError):
+                        rest = rest[greedy.socket.send(rest) :] or flood
+            honest.finish(honest.size)
+            took.append(time.perf_counter() - began)
+    return took

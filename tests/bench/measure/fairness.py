@@ -1,0 +1,27 @@
+"""What an honest client, who asks one thing at a time, notices of a greedy one beside it whose pipeline is always full."""
+
+from ..figures import percentile, ratios
+from ..load import Connection, beside_greedy, one_at_a_time
+from ..session import Session
+from ..subject import requests, subject
+
+PART = "Fairness"
+
+
+def run(session: Session) -> None:
+    """The honest client's 99th percentile, over what it is alone."""
+    alone, beside = [], []
+    with subject() as agent, Connection(agent.path, requests(agent.aliases)) as honest:
+        for _ in range(session.rounds):
+            alone.append(percentile(one_at_a_time(honest, 2 * session.seconds), 99))
+            with Connection(agent.path, requests(agent.aliases)) as greedy:
+                beside.append(percentile(beside_greedy(honest, greedy, 2 * session.seconds), 99))
+            one_at_a_time(honest, session.seconds / 4)  # until what the greedy one left has been answered
+    session.add(
+        PART,
+        "one at a time beside a full pipeline, 99th percentile",
+        ratios(beside, alone),
+        unit="× alone",
+        absolute=f"{percentile(beside, 50) * 1e6:,.0f} µs",
+        note="both on connections of their own, of one user",
+    )

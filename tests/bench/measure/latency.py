@@ -1,0 +1,43 @@
+"""How long an answer takes when requests come at a rate of their own, and do not wait for each other."""
+
+import math
+
+from ..figures import Curve, percentile
+from ..load import Connection, open_loop, pipelined
+from ..session import Bare, Session
+from ..subject import requests, subject
+from .throughput import DEPTH
+
+PART = "Latency at a rate that does not wait"
+LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+PERCENTILES = (50, 99)
+
+
+def run(session: Session) -> None:
+    """Median and 99th percentile at shares of what the agent can do."""
+    curves = [
+        Curve("latency", f"{percent}th percentile", "offered load, × bare loop", "latency, × bare loop's turn")
+        for percent in PERCENTILES
+    ]
+    with subject() as agent, Connection(agent.path, requests(agent.aliases)) as line:
+        for load in (0.2, 0.5, 0.8) if session.quick else LOADS:
+            offered: list[float] = []
+            took: dict[int, list[float]] = {percent: [] for percent in PERCENTILES}
+            for _ in range(session.rounds):
+                bare = session.bare(Bare())
+                rate = load * pipelined(line, DEPTH, session.seconds / 2)
+                latencies = open_loop(line, rate, session.seconds)
+                offered.append(rate / bare)
+                for percent in PERCENTILES:
+                    took[percent].append(percentile(latencies, percent) * bare)
+            for curve, percent in zip(curves, PERCENTILES, strict=True):
+                curve.add(percentile(offered, 50), took[percent])
+            if math.isclose(load, 0.5):
+                for percent in PERCENTILES:
+                    session.add(
+                        PART,
+                        f"half of what it can do, {percent}th percentile",
+                        took[percent],
+                        note="from when a request was due, not from when it was sent",
+                    )
+    session.curves += curves

@@ -1,0 +1,20 @@
+"""Other programs that do the same job as nearly as they can, measured in the same way."""
+
+from ..peers import PEERS
+from ..session import Session
+
+PART = "Peers, beside the same bare loop"
+
+
+def run(session: Session) -> None:
+    """A line, or two, for each; one that is not there says so."""
+    for peer in PEERS:
+        missing = peer.missing()
+        if missing:
+            session.say(f"{peer.name}: {missing}")
+            session.add(PART, peer.name, [], note=f"not measured: {missing}")
+            continue
+        with peer.running() as ways:
+            made = session.beside(ways, peer.bare)
+        for name, measured in made.items():
+            session.add(PART, f"{peer.name}, {name}", measured.ratios, absolute=measured.absolute, note=peer.does)

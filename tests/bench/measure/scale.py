@@ -1,0 +1,97 @@
+"""What connections, keys and grants cost: the same load on agents that have few and many of them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+
+from ..figures import Curve, Target, ratios
+from ..load import Connection, many, pipelined, serially
+from ..session import Session
+from ..subject import Subject, requests, subject
+from .throughput import DEPTH
+
+PART = "What much of something costs"
+CONNECTIONS = (1, 10, 100, 300, 1_000)
+_SOME = 100
+KEYS = GRANTS = (10, 100, 1_000, 10_000)
+_LITTLE = Target("at least", 0.9)
+_SETTLE = 1.0
+"""Seconds in which the agent takes leave of a thousand connections."""
+
+
+def run(session: Session) -> None:
+    """Connections, keys, grants."""
+    _connections(session)
+    _of(session, "keys", session.places(KEYS), lambda number: subject(keys=number))
+    _of(session, "grants", session.places(GRANTS), lambda number: subject(grants=number))
+
+
+def _connections(session: Session) -> None:
+    """The same number of requests under way, over few connections and over many; and one busy among idle ones."""
+    with subject() as agent, ExitStack() as stack:
+        lines = [
+            stack.enter_context(Connection(agent.path, requests(agent.aliases)[at % 10 :]))
+            for at in range(CONNECTIONS[-1])
+        ]
+        active = session.beside(
+            {
+                str(number): partial(many, lines[:number], 1)
+                for number in (CONNECTIONS[2:] if session.quick else CONNECTIONS)
+            },
+            watched=[agent.pid],
+        )
+        among = session.beside({"among": partial(pipelined, lines[0], DEPTH)}, watched=[agent.pid])["among"]
+        for line in lines[1:]:
+            line.socket.close()
+        serially(lines[0], _SETTLE)
+        alone = session.beside({"alone": partial(pipelined, lines[0], DEPTH)}, watched=[agent.pid])["alone"]
+    curve = Curve("connections", "all active", "connections", "throughput, × bare loop")
+    for number, measured in active.items():
+        curve.add(int(number), measured.ratios)
+    session.curves.append(curve)
+    few, all_of_them = active[str(_SOME)], active[str(CONNECTIONS[-1])]
+    session.add(
+        PART,
+        f"{CONNECTIONS[-1]:,} connections, all but one idle",
+        ratios(among.ratios, alone.ratios),
+        unit="× one connection",
+        absolute=among.absolute,
+        target=_LITTLE,
+    )
+    session.add(
+        PART,
+        f"{CONNECTIONS[-1]:,} connections, each one request at a time",
+        ratios(all_of_them.ratios, few.ratios),
+        unit=f"× {_SOME} such connections",
+        absolute=all_of_them.absolute,
+        target=_LITTLE,
+    )
+
+
+def _of(
+    session: Session, what: str, numbers: tuple[int, ...], make: Callable[[int], AbstractContextManager[Subject]]
+) -> None:
+    """Agents with few and many, side by side, each in turn."""
+    curve = Curve(what, "RSA_2048", what, "throughput, × bare loop")
+    with ExitStack() as stack:
+        agents: dict[int, Subject] = {number: stack.enter_context(make(number)) for number in numbers}
+        lines = {
+            number: stack.enter_context(Connection(agent.path, requests(agent.aliases)))
+            for number, agent in agents.items()
+        }
+        made = session.beside(
+            {str(number): partial(pipelined, line, DEPTH) for number, line in lines.items()},
+            watched=[agent.pid for agent in agents.values()],
+        )
+    for number, measured in made.items():
+        curve.add(int(number), measured.ratios)
+    session.curves.append(curve)
+    least, most = made[str(numbers[0])], made[str(numbers[-1])]
+    session.add(
+        PART,
+        f"{numbers[-1]:,} {what}",
+        ratios(most.ratios, least.ratios),
+        unit=f"× {numbers[0]} {what}",
+        absolute=most.absolute,
+        target=_LITTLE,
+    )

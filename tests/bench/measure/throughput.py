@@ -1,0 +1,40 @@
+"""How many GenerateAndExportDataKey to an RSA key the agent answers on one core: one at a time, in pipelines, of any size."""
+
+from functools import partial
+
+from ..figures import Curve, Target
+from ..load import Connection, pipelined, serially
+from ..session import Bare, Session
+from ..subject import requests, subject
+
+PART = "RSA_2048, agent on one core"
+DEPTH = 64
+"""Requests under way at a time, where nothing else is said."""
+DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (16, 32, 64, 128, 190)
+
+
+def run(session: Session) -> None:
+    """One at a time and pipelined; by depth of the pipeline; by size of the data key."""
+    with subject() as agent:
+        with Connection(agent.path, requests(agent.aliases)) as line:
+            made = session.beside(
+                {"one": partial(serially, line), "many": partial(pipelined, line, DEPTH)}, watched=[agent.pid]
+            )
+            by_depth = session.beside(
+                {str(depth): partial(pipelined, line, depth) for depth in session.places(DEPTHS)}, watched=[agent.pid]
+            )
+        by_size = Curve("size", "RSA_2048", "bytes of the data key", "throughput, × bare loop with that size")
+        for size in session.places(SIZES):
+            with Connection(agent.path, requests(agent.aliases, size=size)) as line:
+                ways = {"many": partial(pipelined, line, DEPTH)}
+                by_size.add(size, session.beside(ways, Bare(size=size), [agent.pid])["many"].ratios)
+    one, many = made["one"], made["many"]
+    session.add(
+        PART, f"pipelined, {DEPTH} under way", many.ratios, absolute=many.absolute, target=Target("at least", 0.5)
+    )
+    session.add(PART, "one request at a time", one.ratios, absolute=one.absolute, target=Target("at least", 0.28))
+    curve = Curve("depth", "RSA_2048", "requests under way on one connection", "throughput, × bare loop")
+    for depth, measured in by_depth.items():
+        curve.add(int(depth), measured.ratios)
+    session.curves += [curve, by_size]

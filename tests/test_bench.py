@@ -1,0 +1,172 @@
+"""The benchmark's arithmetic and tables, and that what it calls the bare loop is what the agent computes. Nothing is timed."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from bench import check, loops, table
+from bench.figures import Curve, Figure, Target, percentile, ratios
+from bench.load import Connection, beside_greedy, many, one_at_a_time, open_loop
+from bench.stub import answer_to
+from bench.subject import Subject, requests, subject
+from hypothesis import given
+from hypothesis import strategies as st
+
+from keyferry import wire
+from keyferry.parameters import decode_base64
+from keyferry.secret import SecretMemory
+from keyferry_agent.crypto import seal
+
+ROOT = Path(__file__).parents[1]
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0.1, 100))
+def test_a_percentile_is_the_smallest_value_that_enough_are_not_above(values: list[float], percent: float) -> None:
+    """Nearest rank: always one of the values."""
+    found = percentile(values, percent)
+    enough = percent / 100 * len(values)
+    assert found in values
+    assert sum(value <= found for value in values) >= enough
+    below = [value for value in values if value < found]
+    assert len(below) < enough or not below
+
+
+def test_percentiles_of_a_hundred_values_are_those_values() -> None:
+    """The 50th is the 50th, the 99th the 99th."""
+    values = list(range(100, 0, -1))
+    assert [percentile(values, percent) for percent in (1, 50, 99, 100)] == [1, 50, 99, 100]
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 50)
+
+
+def test_ratios_are_made_round_by_round() -> None:
+    """Each over its own base, and rounds that do not pair are refused."""
+    assert ratios([2.0, 9.0], [4.0, 3.0]) == [0.5, 3.0]
+    with pytest.raises(ValueError, match="shorter"):
+        ratios([1.0, 2.0], [1.0])
+
+
+def figure(*samples: float, target: Target | None = None, note: str = "") -> Figure:
+    """A line of a table."""
+    return Figure("Part", "a line", list(samples), absolute="1,234/s", target=target, note=note)
+
+
+@pytest.mark.parametrize(
+    ("target", "met"),
+    [(Target("at least", 0.4), True), (Target("at least", 0.5), False), (Target("at most", 0.4), True), (None, None)],
+)
+def test_the_median_of_the_rounds_is_held_against_the_target(target: Target | None, met: bool | None) -> None:
+    """Neither the best round nor the mean; the bound itself is met."""
+    assert figure(0.9, 0.4, 0.1, target=target).met is met
+    assert figure(0.9, 0.4, 0.1).spread == (0.1, 0.9)
+
+
+def test_figures_and_curves_survive_their_json() -> None:
+    """What is kept can be compared with."""
+    for each in (figure(1.0, 2.0, target=Target("at least", 3)), figure()):
+        assert Figure.from_json(json.loads(json.dumps(each.to_json()))) == each
+    kept = {"plot": "p", "name": "n", "x": "x", "y": "y", "points": [{"x": 1, "samples": [2.0]}]}
+    curve = Curve("p", "n", "x", "y")
+    curve.add(1, [2.0])
+    assert Curve.from_json(kept) == curve
+
+
+def test_a_table_says_median_spread_target_and_what_was_not_measured() -> None:
+    """In a terminal, and between the marks of a page; the rest of the page stays."""
+    lines = [figure(0.25, 0.5, 1000.0, target=Target("at least", 0.6), note="a note"), figure(note="not there")]
+    shown = table.text(lines)
+    page = table.between_marks(
+        f"before\n{table.MARKS[0]}\nold\n{table.MARKS[1]}\nafter", table.markdown(lines, ["N."], ["a/b.png"])
+    )
+    for wanted in ("0.5 × bare", "0.25 to 1,000", "1,234/s", "at least 0.6", "missed", "–", "a note", "not there"):
+        assert wanted in shown, wanted
+        assert wanted in page, wanted
+    assert "![b](a/b.png)" in page
+    assert page.startswith("before\n")
+    assert page.endswith("\nafter")
+    assert "old" not in page
+    with pytest.raises(ValueError, match="no place"):
+        table.between_marks("a page", "a table")
+
+
+def test_the_page_has_a_place_for_the_table() -> None:
+    """`make bench` finds it."""
+    assert table.between_marks((ROOT / "docs" / "performance.md").read_text(), "a table").count("a table") == 1
+
+
+@pytest.mark.parametrize(
+    ("now", "kept", "found"),
+    [
+        (figure(0.2, target=Target("at least", 0.5)), figure(0.4), 1),
+        (figure(0.3, target=Target("at least", 0.5)), figure(0.4), 0),
+        (figure(0.5, target=Target("at least", 0.5)), figure(5.0), 0),
+        (figure(9.0, target=Target("at most", 4)), figure(3.0), 1),
+        (figure(9.0), figure(1.0), 0),
+        (figure(target=Target("at most", 4)), figure(3.0), 0),
+    ],
+)
+def test_only_what_misses_its_target_and_became_much_worse_is_reported(now: Figure, kept: Figure, found: int) -> None:
+    """In either direction of better."""
+    assert len(check.worse([now], [kept])) == found
+
+
+def test_the_bare_loop_computes_what_the_agent_computes() -> None:
+    """Its blob opens as a CiphertextBlob, and what is wrapped is what is in it."""
+    wrapped: list[bytes] = []
+
+    def wrap(data_key: bytes) -> bytes:
+        wrapped.append(data_key)
+        return data_key
+
+    blob, exported = loops.bare(wrap, 48)()
+    opened = bytearray(48)
+    scratch, cmk = SecretMemory(4096, require=False), memoryview(bytearray(loops.CMK))
+    raw = decode_base64(blob.decode())
+    seal.open_into("Aliyun_AES_256", cmk, raw, loops.KEY_ID, loops.CONTEXT, memoryview(opened), scratch)
+    scratch.close()
+    assert [bytes(opened)] == wrapped == [decode_base64(exported.decode())]
+
+
+@pytest.mark.parametrize("loop", sorted(loops.LOOPS))
+def test_every_loop_can_be_repeated(loop: str) -> None:
+    """Twice in a row."""
+    step = loops.LOOPS[loop](32)
+    step()
+    step()
+
+
+@pytest.mark.parametrize("msgid", [0, 0x7F, 0x80, 0xFFFF, 1 << 16, wire.MAX_MSGID])
+def test_the_canned_answer_has_the_request_s_message_id(msgid: int) -> None:
+    """However many bytes that takes."""
+    answer = answer_to(wire.encode_request(msgid, "X", {}), wire.encode_response(1 << 20, None, {"KeyId": "k"}))
+    decoder = wire.Decoder()
+    decoder.feed(answer)
+    assert list(decoder.messages()) == [wire.Response(msgid, None, {"KeyId": "k"})]
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[Subject]:
+    """The agent as it is measured."""
+    with subject(keys=2, grants=3) as agent:
+        yield agent
+
+
+def test_load_generators_leave_a_connection_as_they_found_it(measured: Subject) -> None:
+    """No answer is left over, so that one can follow the other."""
+    with (
+        Connection(measured.path, requests(measured.aliases)) as line,
+        Connection(measured.path, line.requests) as other,
+    ):
+        assert many([line, other], 1, 0) > 0
+        assert many([line], 16, 0) > 0
+        assert len(one_at_a_time(line, 0.001)) >= 1
+        assert all(took > 0 for took in open_loop(line, 1_000, 0.02))
+        assert len(beside_greedy(line, other, 0.001)) >= 1
+        assert len(one_at_a_time(line, 0.001)) >= 1
+
+
+def test_a_load_generator_notices_errors(measured: Subject) -> None:
+    """A refusal is no answer."""
+    with pytest.raises(ValueError, match="not the answer"):
+        Connection(measured.path, requests(["alias/nothing"]))
