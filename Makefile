@@ -47,7 +47,7 @@ requirements: $(VENV)/.development  ## write deploy/requirements.txt: what an ag
 	$(BIN)/uv pip compile agent/pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-package keyferry --output-file deploy/requirements.txt
 
-test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, zsh
+test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, zsh, PKCS#11 tokens
 	.ci/provide
 
 $(VENV)/.created:
@@ -62,7 +62,7 @@ $(VENV)/.runtime: $(VENV)/.created $(PROJECTS)
 
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
-	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,async]' -e agent --group dev
+	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,pkcs11,async]' -e agent --group dev
 	@touch $@
 
 clean:  ## remove what was made

@@ -1,0 +1,145 @@
+"""Libraries and tokens that are not what they should be: corrected where that is possible, else refused with the reason."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from pkcs11 import Attribute, AttributeReadOnly, AttributeTypeInvalid
+from support import requires
+from support.tokens import RealToken
+
+from keyferry.module import ModuleError, Pkcs11Module, trial
+from keyferry.module import token as token_module
+
+
+def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> None:
+    """Not there, no library, no PKCS#11."""
+    (tmp_path / "text.so").write_text("text")
+    for path in (tmp_path / "missing.so", tmp_path / "text.so", "libc.so.6"):
+        with pytest.raises(ModuleError, match="PKCS#11 library does not load"):
+            Pkcs11Module.open(path, token_label="app", key_label="wrapping")
+
+
+def test_a_token_that_is_not_there_is_answered_with_those_that_are(app: RealToken) -> None:
+    """By their labels."""
+    with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):
+        Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
+
+
+def test_nss_without_its_parameters_says_what_was_wrong() -> None:
+    """Its library wants to be told where its database is."""
+    library = requires.library("*/libsoftokn3.so", "libnss3")
+    code = f"""
+from keyferry.module import ModuleError, Pkcs11Module, trial
+try:
+    Pkcs11Module.open({str(library)!r}, token_label="x", key_label="x")
+except ModuleError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "does not open: " in out
+    assert "library_parameters" in out
+
+
+@requires.root()
+@requires.program("pkcsslotd", "opencryptoki")
+@requires.program("pkcs11-tool", "opensc")
+def test_a_token_that_leaves_an_imported_key_readable_is_corrected(tmp_path: Path) -> None:
+    """Opencryptoki's soft token, which ignores what it is asked for when it unwraps; what it cannot do, it is refused for."""
+    library = requires.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
+    (tmp_path / "pin").write_text("11223344")
+    here = Path(__file__).parent
+    script = [str(here / "support" / "opencryptoki.sh"), "11223344", str(tmp_path)]
+    probe = [sys.executable, str(here / "opencryptoki_token.py"), str(library), str(tmp_path / "pin")]
+    unshare = ["unshare", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]
+    ran = subprocess.run([*unshare, *script, *probe], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert said["before"] == [False, True, said["known"]]
+    assert said["after"] == [True, False, None]
+    assert said["wrong sizes"] == ["this data key is no AES key: 16, 24 or 32 bytes are"] * 3
+    # Version 3.8.1, of Debian 12, has no AES-GCM; later ones have.
+    assert said.get("opened") == "RSAES_OAEP_SHA_256" or "does not encrypt with AES-GCM" in said["refused"]
+
+
+# Tokens that no machine has: what the product asks of one, answered
+
+
+class Key(dict[Attribute, Any]):
+    """A key object: attributes, some of which cannot be changed."""
+
+    def __init__(self, *fixed: Attribute, **attributes: Any) -> None:
+        super().__init__({Attribute[name]: value for name, value in attributes.items()})
+        self._fixed = fixed
+
+    def __setitem__(self, attribute: Attribute, value: Any) -> None:
+        if attribute in self._fixed:
+            raise AttributeReadOnly
+        super().__setitem__(attribute, value)
+
+    def __getitem__(self, attribute: Attribute) -> Any:
+        if attribute not in self:
+            raise AttributeTypeInvalid
+        return super().__getitem__(attribute)
+
+
+STUBBORN = {
+    "is not changed": (Key(Attribute.SENSITIVE, SENSITIVE=False, EXTRACTABLE=False), "AttributeReadOnly"),
+    "does not tell": (Key(SENSITIVE=True), "AttributeTypeInvalid"),
+}
+
+
+@pytest.mark.parametrize("case", STUBBORN)
+def test_a_key_that_stays_readable_is_refused(case: str) -> None:
+    """Whatever the reason."""
+    key, reason = STUBBORN[case]
+    with pytest.raises(ModuleError, match=f"leaves an imported data key readable .{reason}."):
+        token_module._harden(key, "an imported data key")
+
+
+def test_a_key_that_only_seems_to_have_been_changed_is_refused() -> None:
+    """It is read back."""
+
+    class Liar(Key):
+        def __setitem__(self, attribute: Attribute, value: Any) -> None:
+            pass
+
+    with pytest.raises(ModuleError, match=r"readable \(SENSITIVE, EXTRACTABLE\)"):
+        token_module._harden(Liar(SENSITIVE=False, EXTRACTABLE=True), "an imported data key")
+
+
+class Odd:
+    """A connection to a token whose AES-GCM is not everybody's."""
+
+    def __init__(self, data_key: bytes, *, nonce: bytes | None) -> None:
+        self._aes = AESGCM(data_key)
+        self._nonce = nonce
+
+    def encrypt(self, _key: Any, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
+        return self._aes.encrypt(self._nonce or nonce, plaintext, aad)
+
+    def decrypt(self, _key: Any, nonce: bytes, ciphertext: bytes, aad: bytes) -> bytes:
+        return self._aes.decrypt(nonce, ciphertext, aad)
+
+
+def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
+    """Nobody else could decrypt what it encrypts."""
+    known = os.urandom(32)
+    usual: Any = Odd(known, nonce=None)
+    trial._try_key(usual, Key(), known)
+    odd: Any = Odd(known, nonce=bytes(12))
+    with pytest.raises(ModuleError, match="does it choose the nonce itself"):
+        trial._try_key(odd, Key(), known)
+
+
+def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
+    """Although its attributes say otherwise."""
+    known = os.urandom(32)
+    odd: Any = Odd(known, nonce=None)
+    with pytest.raises(ModuleError, match="cannot be read, and then shows it"):
+        trial._try_key(odd, Key(VALUE=known), known)
