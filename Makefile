@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo test check format coverage memory docs wheels requirements test-requirements clean help
+.PHONY: demo demo-hsm test check format coverage memory docs wheels requirements test-requirements clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 demo: $(VENV)/.runtime  ## the main job, step by step, with an agent of its own
 	@$(BIN)/python docs/demo/main_job.py
+
+demo-hsm: $(VENV)/.tokens  ## the same with a PKCS#11 token: SoftHSM2, in a folder of its own
+	@$(BIN)/python docs/demo/hsm.py
 
 test: $(VENV)/.development  ## linters, types, and the whole test suite with its coverage gate
 	@$(MAKE) --no-print-directory check coverage
@@ -58,6 +61,11 @@ $(VENV)/.created:
 $(VENV)/.runtime: $(VENV)/.created $(PROJECTS)
 	@echo "Installing keyferry and keyferry-agent into $(VENV) ..."
 	@.ci/pip $(PYTHON) $(VENV) -e 'client[module]' -e agent
+	@touch $@
+
+$(VENV)/.tokens: $(VENV)/.runtime
+	@echo "Installing what PKCS#11 tokens need into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) -e 'client[pkcs11]'
 	@touch $@
 
 $(VENV)/.development: $(VENV)/.runtime

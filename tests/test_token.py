@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import Attribute, AttributeReadOnly, AttributeTypeInvalid
-from support import requires
+from support import requires, tokens
 from support.tokens import RealToken
 
 from keyferry.module import ModuleError, Pkcs11Module, trial
@@ -29,6 +29,21 @@ def test_a_token_that_is_not_there_is_answered_with_those_that_are(app: RealToke
     """By their labels."""
     with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):
         Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
+
+
+@requires.program(*tokens.PROGRAMS["softokn"])
+def test_a_library_that_the_application_initialised_already_is_used_as_it_is(tmp_path: Path) -> None:
+    """NSS, which would not initialise without its parameters."""
+    token = tokens.softokn(tmp_path)
+    code = f"""
+from keyferry.module import Pkcs11Module, cryptoki
+assert cryptoki.Library({str(token.library)!r}, {token.parameters!r}).initialize()
+module = Pkcs11Module.open({str(token.library)!r}, token_label={token.label!r}, key_label="wrapping",
+    pin_file={str(token.pin_file)!r}, generate=True)
+print(module.wrapping_algorithm)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "RSAES_OAEP_SHA_256\n"
 
 
 def test_nss_without_its_parameters_says_what_was_wrong() -> None:
