@@ -25,6 +25,13 @@ def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> No
             Pkcs11Module.open(path, token_label="app", key_label="wrapping")
 
 
+def test_p11_kits_proxy_is_refused() -> None:
+    """It gives every caller a PKCS#11 of its own; the library behind it is to be named."""
+    proxy = requires.library("*/p11-kit-proxy.so", "p11-kit-modules")
+    with pytest.raises(ModuleError, match="name the token's own library"):
+        Pkcs11Module.open(proxy, token_label="app", key_label="wrapping")
+
+
 def test_a_token_that_is_not_there_is_answered_with_those_that_are(app: RealToken) -> None:
     """By their labels."""
     with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):

@@ -103,19 +103,18 @@ _FUNCTIONS: Final[dict[str, tuple[int, list[Any]]]] = {
 
 
 class Library:
-    """A PKCS#11 library in this process: what python-pkcs11 gives of it is `pkcs11`. Raises OSError when it does not load."""
+    """A PKCS#11 library in this process; what python-pkcs11 gives of it is `pkcs11`. Raises OSError for what is none."""
 
     def __init__(self, path: str | os.PathLike[str], parameters: str | None) -> None:
         self.path = os.fspath(path)
         self._arguments = _Arguments(flags=_OS_LOCKING_OK, library_parameters=parameters and parameters.encode())
-        library = ctypes.CDLL(self.path)
-        functions = POINTER(c_void_p)()
-        try:
-            found = library.C_GetFunctionList(ctypes.byref(functions))
-        except AttributeError:
-            raise OSError(f"{self.path}: not a PKCS#11 library: it has no C_GetFunctionList") from None
-        _check(found)
+        functions = _function_list(self.path)
         self._address = ctypes.addressof(functions.contents)
+        if self._address != ctypes.addressof(_function_list(self.path).contents):
+            # Then python-pkcs11 and this file would not see each other's sessions.
+            raise OSError(
+                f"{self.path} gives every caller a PKCS#11 of its own (p11-kit's): name the token's own library"
+            )
         self._functions = {
             name: ctypes.CFUNCTYPE(c_ulong, *arguments)(functions[place])
             for name, (place, arguments) in _FUNCTIONS.items()
@@ -169,6 +168,15 @@ class Library:
         if size.value != expected:
             raise pkcs11.PKCS11Error(f"C_{verb} gave {size.value} bytes instead of {expected}")
         return bytes(memoryview(out)[:expected])
+
+
+def _function_list(path: str) -> Any:
+    functions = POINTER(c_void_p)()
+    try:
+        _check(ctypes.CDLL(path).C_GetFunctionList(ctypes.byref(functions)))
+    except AttributeError:
+        raise OSError(f"{path}: not a PKCS#11 library: it has no C_GetFunctionList") from None
+    return functions
 
 
 def _check(returned: int, also_good: int = _OK) -> None:

@@ -222,7 +222,7 @@ class Connection:
 
     def _generate(self, label: str) -> None:
         with self._token.open(rw=True) as session:
-            # To unwrap, and nothing else: not even who has the PIN can decrypt an exported data key with it.
+            # To unwrap, and nothing else: C_Decrypt with it would give an exported data key to whoever has the PIN.
             public, private = session.generate_keypair(
                 KeyType.RSA,
                 _BITS,
