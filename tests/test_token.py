@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from pkcs11 import Attribute, AttributeReadOnly, AttributeTypeInvalid
+from pkcs11 import Attribute, AttributeReadOnly, AttributeTypeInvalid, DeviceError
 from support import requires, tokens
 from support.tokens import RealToken
 
 from keyferry.module import ModuleError, Pkcs11Module, trial
 from keyferry.module import token as token_module
+from keyferry.module.token import Connection
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> None:
@@ -165,3 +166,51 @@ def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
     odd: Any = Odd(known, nonce=None)
     with pytest.raises(ModuleError, match="cannot be read, and then shows it"):
         trial._try_key(odd, Key(VALUE=known), known)
+
+
+def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that makes such keys is left as it was."""
+
+    def readable(_key: Any, what: str) -> None:
+        raise ModuleError(f"the token leaves {what} readable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_module, "_harden", readable)
+        with pytest.raises(ModuleError, match="leaves a private key that it made readable"):
+            app.open("never")
+    with pytest.raises(ModuleError, match="has no RSA key pair 'never'"):
+        app.open("never", generate=False)
+
+
+@pytest.mark.parametrize("verb", ["encrypt", "decrypt"])
+def test_trouble_with_the_token_is_not_taken_for_damaged_data(
+    app: RealToken, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """It is named; and what the token says of the data is not."""
+    module = app.open()
+    key, _ = tokens.imported(module)
+    sealed = module.encrypt(key, b"x")
+
+    def fails(*_: Any) -> bytes:
+        raise DeviceError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Connection, verb, fails)
+        with pytest.raises(ModuleError, match=f"the token could not {verb} .*: DeviceError"):
+            getattr(module, verb)(key, sealed)
+    assert module.decrypt(key, sealed) == b"x"
+    module.close()
+
+
+def test_two_tokens_with_one_label_are_one_too_many(
+    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them is meant is not guessed."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back
+        twins = tokens.softhsm(tmp_path, "twin", "twin")
+        app.finalize()
+        with pytest.raises(ModuleError, match="has 2 tokens 'twin'"):
+            twins[0].open()
+    app.finalize()
+    app.open().close()
