@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from pkcs11 import Attribute, PKCS11Error
 from support.tokens import KEY, RealToken
 
-from keyferry.module import ModuleError
+from keyferry.module import ModuleError, Pkcs11Module
 from keyferry.module import token as token_module
 from keyferry.module.cryptoki import Library
 from keyferry.module.pin import read_pin
@@ -64,4 +65,13 @@ try:
 except ModuleError as error:
     said["refused"] = str(error)
 connection.close()
+
+said["wrong PINs"] = []
+for _ in range(9):
+    try:
+        Pkcs11Module.open(library, token_label="ock", key_label=KEY, pin=lambda: "99999999")
+    except ModuleError as error:
+        said["wrong PINs"].append(str(error))
+tool = ["pkcs11-tool", "--module", str(library), "--token-label", "ock", "--login", "--pin", pin_file.read_text()]
+subprocess.run([*tool, "--list-objects"], check=True, capture_output=True)
 print(json.dumps(said))

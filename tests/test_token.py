@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +70,56 @@ except ModuleError as error:
     assert "library_parameters" in out
 
 
-@requires.root()
-@requires.program("pkcsslotd", "opencryptoki")
-@requires.program("pkcs11-tool", "opensc")
-def test_a_token_that_leaves_an_imported_key_readable_is_corrected(tmp_path: Path) -> None:
-    """Opencryptoki's soft token, which ignores what it is asked for when it unwraps; what it cannot do, it is refused for."""
+@pytest.fixture(scope="module")
+def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What opencryptoki_token.py says of opencryptoki's soft token, a fresh one."""
     library = requires.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
-    (tmp_path / "pin").write_text("11223344")
-    here = Path(__file__).parent
-    script = [str(here / "support" / "opencryptoki.sh"), "11223344", str(tmp_path)]
-    probe = [sys.executable, str(here / "opencryptoki_token.py"), str(library), str(tmp_path / "pin")]
+    folder, here = tmp_path_factory.mktemp("opencryptoki"), Path(__file__).parent
+    (folder / "pin").write_text("11223344")
+    script = [str(here / "support" / "opencryptoki.sh"), "11223344", str(folder)]
+    probe = [sys.executable, str(here / "opencryptoki_token.py"), str(library), str(folder / "pin")]
     unshare = ["unshare", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]
     ran = subprocess.run([*unshare, *script, *probe], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    said = json.loads(ran.stdout)
-    assert said["before"] == [False, True, said["known"]]
-    assert said["after"] == [True, False, None]
-    assert said["wrong sizes"] == ["this data key is no AES key: 16, 24 or 32 bytes are"] * 3
-    # Version 3.8.1, of Debian 12, has no AES-GCM; later ones have.
-    assert said.get("opened") == "RSAES_OAEP_SHA_256" or "does not encrypt with AES-GCM" in said["refused"]
+    said: dict[str, Any] = json.loads(ran.stdout)
+    return said
+
+
+def beside_opencryptoki(test: Callable[..., None]) -> Callable[..., None]:
+    """What these tests need."""
+    for mark in (
+        requires.program("pkcs11-tool", "opensc"),
+        requires.program("pkcsslotd", "opencryptoki"),
+        requires.root(),
+    ):
+        test = mark(test)
+    return test
+
+
+@beside_opencryptoki
+def test_a_token_that_leaves_an_imported_key_readable_is_corrected(opencryptoki: dict[str, Any]) -> None:
+    """It ignores what it is asked for when it unwraps, and takes it afterwards."""
+    assert opencryptoki["before"] == [False, True, opencryptoki["known"]]
+    assert opencryptoki["after"] == [True, False, None]
+
+
+@beside_opencryptoki
+def test_a_token_without_aes_gcm_is_refused_when_it_is_opened(opencryptoki: dict[str, Any]) -> None:
+    """Version 3.8.1, of Debian 12, has none; later ones have it, and work."""
+    assert opencryptoki["wrong sizes"] == ["this data key is no AES key: 16, 24 or 32 bytes are"] * 3
+    if "opened" not in opencryptoki:
+        assert "does not encrypt with AES-GCM" in opencryptoki["refused"]
+    else:
+        assert opencryptoki["opened"] == "RSAES_OAEP_SHA_256"
+
+
+@beside_opencryptoki
+def test_wrong_pins_never_lock_a_token(opencryptoki: dict[str, Any]) -> None:
+    """It would lock with the third; it is not asked then. pkcs11-tool, with the right one, still gets in."""
+    refused, kept = opencryptoki["wrong PINs"][:2], opencryptoki["wrong PINs"][2:]
+    assert all("refused the PIN" in message for message in refused)
+    assert len(kept) == 7
+    assert all("one more wrong PIN locks the token" in message for message in kept)
 
 
 # Tokens that no machine has: what the product asks of one, answered
