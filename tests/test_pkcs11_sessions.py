@@ -123,27 +123,52 @@ def test_a_token_that_is_gone_is_named_and_works_again_when_it_is_back(
 
 
 def test_a_forked_child_opens_its_own_session_and_both_go_on(token: RealToken) -> None:
-    """With the parent's data keys; what the child forgets, the parent keeps; a lock that a thread held is no hindrance."""
+    """With the parent's data keys; what the child forgets, the parent keeps."""
     module = token.open()
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"plaintext")
-    with module._lock:
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                good = module.decrypt(key, sealed) == b"plaintext"
-                fresh, data_key = tokens.imported(module)
-                made = module.encrypt(fresh, b"y")
-                good = good and AESGCM(data_key).decrypt(made[:12], made[12:], None) == b"y"
-                module.forget(key)
-                module.close()
-                code = 0 if good else 2
-            finally:
-                os._exit(code)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            good = module.decrypt(key, sealed) == b"plaintext"
+            fresh, data_key = tokens.imported(module)
+            made = module.encrypt(fresh, b"y")
+            good = good and AESGCM(data_key).decrypt(made[:12], made[12:], None) == b"y"
+            module.forget(key)
+            module.close()
+            code = 0 if good else 2
+        finally:
+            os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert module.decrypt(key, sealed) == b"plaintext"
     tokens.imported(module)
+    module.close()
+
+
+def test_a_fork_waits_for_the_calls_of_other_threads(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the child a library that does not notice the fork would wait for them for ever."""
+    module = app.open()
+    key, _ = tokens.imported(module)
+    began, under_way = threading.Event(), [False]
+    encrypt = Connection.encrypt
+
+    def watched(*arguments: Any) -> bytes:
+        under_way[0] = True
+        began.set()
+        made = encrypt(*arguments)
+        under_way[0] = False
+        return made
+
+    with monkeypatch.context() as slowly, ThreadPoolExecutor(1) as pool:
+        slowly.setattr(Connection, "encrypt", watched)
+        call = pool.submit(module.encrypt, key, bytes(16 * 1024 * 1024))
+        began.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(1 if under_way[0] else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        call.result()
     module.close()
 
 

@@ -38,6 +38,7 @@ _TROUBLE: Final = (
 """What says nothing of the data: not to be taken for a ciphertext that is not authentic."""
 
 _modules: "weakref.WeakSet[Pkcs11Module]" = weakref.WeakSet()
+_registry: Final = threading.Lock()
 
 
 class _Held:
@@ -71,7 +72,8 @@ class Pkcs11Module(CryptographicModule):
             public = rsa.RSAPublicNumbers(connection.exponent, connection.modulus).public_key()
             self._public_key_blob = encode_base64(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
             self.wrapping_algorithm = try_out(connection, public)
-        _modules.add(self)
+        with _registry:
+            _modules.add(self)
 
     def __repr__(self) -> str:
         return f"Pkcs11Module({self._wanted.token_label!r}, {self._wanted.key_label!r})"
@@ -234,16 +236,33 @@ class Pkcs11Module(CryptographicModule):
                 raise
 
     def _after_fork(self) -> None:
-        self._lock = threading.RLock()  # another thread of the parent may have held it
         self._connection = None  # the parent's
 
 
-def _after_fork() -> None:
+# A fork waits for calls that are under way: a library that does not notice it would leave their locks to the child for ever.
+_stopped: Final[list[Pkcs11Module]] = []
+
+
+def _before_fork() -> None:
+    _registry.acquire()
     for module in _modules:
+        module._lock.acquire()
+        _stopped.append(module)
+
+
+def _go_on() -> None:
+    while _stopped:
+        _stopped.pop()._lock.release()
+    _registry.release()
+
+
+def _after_fork() -> None:
+    for module in _stopped:
         module._after_fork()
+    _go_on()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_after_fork)
 
 
 def _close(connection: Connection) -> None:
