@@ -5,13 +5,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo test check format coverage memory bench bench-check docs wheels requirements test-requirements clean help
+.PHONY: demo demo-hsm test check format coverage memory bench bench-check docs wheels requirements test-requirements clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 demo: $(VENV)/.runtime  ## the main job, step by step, with an agent of its own
 	@$(BIN)/python docs/demo/main_job.py
+
+demo-hsm: $(VENV)/.tokens  ## the same with a PKCS#11 token: SoftHSM2, in a folder of its own
+	@$(BIN)/python docs/demo/hsm.py
 
 test: $(VENV)/.development  ## linters, types, and the whole test suite with its coverage gate
 	@$(MAKE) --no-print-directory check coverage
@@ -53,7 +56,7 @@ requirements: $(VENV)/.development  ## write deploy/requirements.txt: what an ag
 	$(BIN)/uv pip compile agent/pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-package keyferry --output-file deploy/requirements.txt
 
-test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, zsh
+test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, zsh, PKCS#11 tokens
 	.ci/provide
 
 $(VENV)/.created:
@@ -66,9 +69,14 @@ $(VENV)/.runtime: $(VENV)/.created $(PROJECTS)
 	@.ci/pip $(PYTHON) $(VENV) -e 'client[module]' -e agent
 	@touch $@
 
+$(VENV)/.tokens: $(VENV)/.runtime
+	@echo "Installing what PKCS#11 tokens need into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) -e 'client[pkcs11]'
+	@touch $@
+
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
-	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,async]' -e 'agent[metrics]' --group dev
+	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,pkcs11,async]' -e 'agent[metrics]' --group dev
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.development

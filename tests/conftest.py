@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import requires, tokens
 from support.agent import RunningAgent, dev_agent
 from support.keyring import Command, new_keyring, run
 from support.requires import ROOT
+from support.tokens import RealToken
+
+from keyferry.module import Pkcs11Module
 
 PROVIDE = "sudo make test-requirements (and what a line itself says)"
 NO_SKIPS = "KEYFERRY_NO_SKIPS"
@@ -46,6 +50,38 @@ def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
         return json.loads(capsys.readouterr().out)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def softhsm(tmp_path_factory: pytest.TempPathFactory) -> list[RealToken]:
+    """Two tokens in one SoftHSM2: app, which most tests share, and spare."""
+    return tokens.softhsm(tmp_path_factory.mktemp("softhsm"), "app", "spare")
+
+
+@pytest.fixture(scope="session")
+def app(softhsm: list[RealToken]) -> RealToken:
+    """The SoftHSM2 token that most tests share."""
+    return softhsm[0]
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(name, marks=requires.program(*tokens.PROGRAMS[name])) for name in tokens.PROGRAMS],
+)
+def token(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RealToken:
+    """A PKCS#11 token of each kind."""
+    if request.param == "softokn":
+        return tokens.softokn(tmp_path_factory.mktemp("nss"))
+    token: RealToken = request.getfixturevalue("app")
+    return token
+
+
+@pytest.fixture
+def module(token: RealToken) -> Iterator[Pkcs11Module]:
+    """A module in a token of each kind."""
+    module = token.open()
+    yield module
+    module.close()
 
 
 @pytest.hookimpl(trylast=True)

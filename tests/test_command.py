@@ -1,6 +1,7 @@
 """The commands, as a shell sees them: arguments, output, exit codes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from support import requires
 from support.agent import PATIENCE, RunningAgent, dev_agent
 from support.keys import recipient, rsa_private_key, spki
 
@@ -216,3 +218,21 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("the same file again") == 2
     assert ended.stdout.count("in hex or in Base64: 0 times") == 2
+
+
+@requires.program("softhsm2-util", "softhsm2")
+def test_the_demo_with_a_token_runs() -> None:
+    """And leaves nothing behind."""
+    command = [sys.executable, str(ROOT / "docs" / "demo" / "hsm.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("the same file again") == 2
+
+
+def test_the_demo_with_a_token_says_what_to_install() -> None:
+    """Where SoftHSM2 is missing."""
+    command = [sys.executable, str(ROOT / "docs" / "demo" / "hsm.py")]
+    environment = {**os.environ, "PATH": "/nowhere"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)
+    assert ended.returncode == 1
+    assert "apt-get install softhsm2" in ended.stderr

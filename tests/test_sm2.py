@@ -1,14 +1,16 @@
-"""SM2 public-key encryption: the standard's example, three implementations crosswise, and the two forms of a ciphertext.
+"""SM2 public-key encryption: the standard's example, three implementations crosswise, and the three forms of a ciphertext.
 
 The three are libcrypto, the agent's portable fallback, and gmssl's own CryptSM2, which the product never calls.
 """
 
+import ctypes
 import secrets
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pytest
 from Cryptodome.Util.asn1 import DerOctetString, DerSequence
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from support import requires
 
 from keyferry import libcrypto
-from keyferry.sm2_ciphertext import RAW_OVERHEAD, der_to_raw, raw_to_der
+from keyferry.sm2_ciphertext import RAW_OVERHEAD, der_to_raw, raw_to_der, raw_to_sdf, sdf_to_raw
 from keyferry_agent.crypto import sm2_portable, wrapping
 
 libcrypto_sm2 = pytest.mark.skipif(not libcrypto.has_sm2(), reason="needs a libcrypto with SM2 (Debian: libssl3)")
@@ -235,7 +237,7 @@ def test_another_private_key_is_refused(decrypt: Run) -> None:
         decrypt(generated(), RAW)
 
 
-# The two forms of a ciphertext
+# The three forms of a ciphertext
 
 small = st.integers(0, 2**72).map(lambda value: value.to_bytes(32, "big"))
 high = st.binary(min_size=31, max_size=31).map(lambda rest: b"\x80" + rest)
@@ -277,7 +279,7 @@ NOT_DER = {
     "a SET": b"\x31" + DER[1:],
     "the length of the SEQUENCE in two bytes": bytes.fromhex("30817C") + DER[2:],
     "a length of two bytes with a zero before it": b"\x30\x82\0" + raw_to_der(RAW + bytes(100))[2:],
-    "more than 64 KiB": raw_to_der(RAW + bytes(2**16)),
+    "more than 64 KiB": bytes.fromhex(f"3083010070 0220{C1_X} 022100{C1_Y} 0420{C3} 0483010000") + bytes(2**16),
     "the length of the SEQUENCE indefinite": bytes.fromhex("3080") + DER[2:] + bytes(2),
     "the length of the SEQUENCE cut off": bytes.fromhex("308201"),
     "the length of x in two bytes": sequence(x=f"028120{C1_X}"),
@@ -309,10 +311,90 @@ def test_what_is_not_the_der_of_a_ciphertext_is_refused(der: bytes) -> None:
         der_to_raw(der)
 
 
+@pytest.mark.parametrize("convert", [raw_to_der, raw_to_sdf])
 @pytest.mark.parametrize("raw", [b"", RAW[:96], RAW[:97], b"\x02" + RAW[1:], b"\0" + RAW])
-def test_what_is_not_a_raw_ciphertext_has_no_der(raw: bytes) -> None:
+def test_what_is_not_a_raw_ciphertext_has_no_other_form(raw: bytes, convert: Callable[[bytes], bytes]) -> None:
     with pytest.raises(ValueError, match="not a raw SM2 ciphertext"):
-        raw_to_der(raw)
+        convert(raw)
+
+
+def test_the_longest_der_that_is_written_is_read_and_one_byte_more_is_not_written() -> None:
+    longest = RAW[:RAW_OVERHEAD] + bytes(2**16 - 1 - (34 + 35 + 34 + 4))
+    assert der_to_raw(raw_to_der(longest)) == longest
+    with pytest.raises(ValueError, match="more than 64 KiB"):
+        raw_to_der(longest + b"\0")
+
+
+def ecc_cipher(x: bytes, y: bytes, c3: bytes, c2: bytes) -> bytes:
+    """The structure as a C compiler lays it out, filled in by its members' names."""
+
+    class EccCipher(ctypes.Structure):
+        _fields_ = (
+            ("x", ctypes.c_ubyte * 64),
+            ("y", ctypes.c_ubyte * 64),
+            ("M", ctypes.c_ubyte * 32),
+            ("L", ctypes.c_uint),
+            ("C", ctypes.c_ubyte * len(c2)),
+        )
+
+    filled = EccCipher()
+    filled.x[32:], filled.y[32:], filled.M[:], filled.L, filled.C[:] = x, y, c3, len(c2), c2
+    return bytes(filled)[: EccCipher.C.offset + len(c2)]
+
+
+@settings(deadline=None)
+@given(coordinates, coordinates, st.binary(min_size=32, max_size=32), st.binary(min_size=1, max_size=300))
+def test_the_ecccipher_is_what_c_makes_of_its_members_and_is_read_back(
+    x: bytes, y: bytes, c3: bytes, c2: bytes
+) -> None:
+    """Coordinates at the end of their 64 bytes, L in the host's byte order."""
+    raw, made = b"\x04" + x + y + c3 + c2, ecc_cipher(x, y, c3, c2)
+    assert (raw_to_sdf(raw), sdf_to_raw(made)) == (made, raw)
+
+
+SDF = raw_to_sdf(RAW)
+
+
+@settings(deadline=None, max_examples=1_000)
+@given(st.integers(0, len(SDF)), st.integers(0, 3), st.binary(max_size=3))
+def test_an_ecccipher_that_is_read_is_the_one_text_of_its_ciphertext(
+    position: int, dropped: int, inserted: bytes
+) -> None:
+    """Whatever is changed anywhere: either it is refused, or it is an ECCCipher again."""
+    changed = SDF[:position] + inserted + SDF[position + dropped :]
+    try:
+        raw = sdf_to_raw(changed)
+    except ValueError:
+        return
+    assert raw_to_sdf(raw) == changed
+
+
+def length_of_c(length: int, order: Literal["little", "big"] = sys.byteorder) -> bytes:
+    """The standard's ciphertext as an ECCCipher with another L."""
+    return SDF[:160] + length.to_bytes(4, order) + SDF[164:]
+
+
+OTHER_ORDER: Literal["little", "big"] = "big" if sys.byteorder == "little" else "little"
+NOT_SDF = {
+    **{f"cut off after {size} bytes": SDF[:size] for size in range(len(SDF))},
+    "a byte after it": SDF + b"\0",
+    "L too small": length_of_c(len(MESSAGE) - 1),
+    "L too large": length_of_c(len(MESSAGE) + 1),
+    "L in the other byte order": length_of_c(len(MESSAGE), OTHER_ORDER),
+    "C empty": length_of_c(0)[:164],
+    "x of 257 bits": SDF[:31] + b"\1" + SDF[32:],
+    "x of 512 bits": b"\x80" + SDF[1:],
+    "y of 257 bits": SDF[:95] + b"\1" + SDF[96:],
+    "x at the beginning of its bytes": SDF[32:64] + bytes(32) + SDF[64:],
+    "coordinates of 32 bytes": SDF[32:64] + SDF[96:],
+}
+
+
+@pytest.mark.parametrize("changed", NOT_SDF.values(), ids=NOT_SDF)
+def test_what_is_not_an_ecccipher_is_refused(changed: bytes) -> None:
+    assert length_of_c(len(MESSAGE)) == SDF
+    with pytest.raises(ValueError, match="ECCCipher"):
+        sdf_to_raw(changed)
 
 
 # The openssl program as the other end
@@ -334,7 +416,7 @@ def test_what_openssl_encrypts_the_product_reads(size: int, tmp_path: Path) -> N
     (tmp_path / "public").write_bytes(SPKI_PREFIX + pair.point)
     der = openssl(tmp_path, message, "-encrypt", "-pubin", "-inkey", str(tmp_path / "public"))
     raw = der_to_raw(der)
-    assert raw_to_der(raw) == der
+    assert raw_to_der(raw) == raw_to_der(sdf_to_raw(raw_to_sdf(raw))) == der
     assert len(raw) == size + RAW_OVERHEAD
     assert libcrypto_decrypt(pair, raw) == portable_decrypt(pair, raw) == message
 
@@ -350,4 +432,5 @@ def test_what_the_product_encrypts_openssl_decrypts(size: int, tmp_path: Path) -
     recipient = wrapping.recipient(sm2pke, SPKI_PREFIX + pair.point, sm2_fallback=False)
     for raw in (recipient.wrap(memoryview(bytearray(message))), portable_encrypt(pair, message)):
         assert len(raw) == size + RAW_OVERHEAD
-        assert openssl(tmp_path, raw_to_der(raw), "-decrypt", "-inkey", str(tmp_path / "private")) == message
+        der = raw_to_der(sdf_to_raw(raw_to_sdf(raw)))
+        assert openssl(tmp_path, der, "-decrypt", "-inkey", str(tmp_path / "private")) == message

@@ -37,6 +37,14 @@ def wycheproof(name: str) -> Path:
     return path
 
 
+def library(pattern: str, package: str) -> Path:
+    """The path of a shared library, by a pattern below /usr/lib; skips where it is not installed."""
+    found = sorted(Path("/usr/lib").glob(pattern))
+    if not found:
+        pytest.skip(f"needs {Path(pattern).name} (Debian package {package})")
+    return found[0]
+
+
 @functools.cache
 def _openssl_sm2() -> bool:
     if shutil.which("openssl") is None:

@@ -5,7 +5,28 @@ to them; `import_data_key` turns an ExportedDataKey into a handle; `encrypt`, `d
 data key out again.
 """
 
-from .interface import CryptographicModule, DataKey, DataKeyRecord, ModuleError
-from .software import SoftwareModule
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
-__all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError", "SoftwareModule"]
+from .interface import CryptographicModule, DataKey, DataKeyRecord, ModuleError
+
+if TYPE_CHECKING:
+    from .pkcs11 import Pkcs11Module
+    from .software import SoftwareModule
+
+__all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError", "Pkcs11Module", "SoftwareModule"]
+
+_EXTRAS: Final = {"SoftwareModule": ("software", "module"), "Pkcs11Module": ("pkcs11", "pkcs11")}
+"""The module file of each class, and the extra that brings what it needs: who has one need not have the other."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXTRAS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    file, extra = _EXTRAS[name]
+    try:
+        found = getattr(importlib.import_module(f".{file}", __name__), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{name} needs {error.name}: pip install 'keyferry[{extra}]'", name=error.name) from None
+    globals()[name] = found
+    return found

@@ -2,16 +2,32 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 from ..client import Client
 from ..errors import KeyferryError
 
 __all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError"]
 
+NONCE: Final = 12
+TAG: Final = 16
+"""Bytes before and after what AES-GCM encrypted, in every module."""
+AES_KEYS: Final = (16, 24, 32)
+
+NOT_OURS: Final = "this is not a data key that was exported to this module"
+NO_AES_KEY: Final = "this data key is no AES key: 16, 24 or 32 bytes are"
+NOT_HELD: Final = "this module does not hold that key (any more)"
+NOT_AUTHENTIC: Final = "this was not encrypted with this key and this aad, or it is damaged"
+
 
 class ModuleError(KeyferryError):
     """The module refused: a key or a ciphertext that is not what it should be. One error for all causes: no oracle."""
+
+
+def check_size(size: int) -> None:
+    """Raise `ModuleError` for a data key whose size in bytes is none of AES."""
+    if size not in AES_KEYS:
+        raise ModuleError(f"a data key of {size} bytes is no AES key: 16, 24 or 32 are")
 
 
 class DataKey:

@@ -20,23 +20,22 @@ from .. import libcrypto
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
-from .interface import CryptographicModule, DataKey, ModuleError
+from .interface import (
+    NONCE,
+    NOT_AUTHENTIC,
+    NOT_HELD,
+    NOT_OURS,
+    TAG,
+    CryptographicModule,
+    DataKey,
+    ModuleError,
+    check_size,
+)
 
-_NONCE: Final = 12
-_TAG: Final = 16
-_AES_KEYS: Final = (16, 24, 32)
 _ROOM: Final = 256
 """Bytes that libcrypto wants to have room for when it decrypts: the size of an RSA-2048 modulus."""
-_NOT_OURS: Final = "this is not a data key that was exported to this module"
-_NOT_HELD: Final = "this module does not hold that key (any more)"
-_NOT_AUTHENTIC: Final = "this was not encrypted with this key and this aad, or it is damaged"
 _CHUNK: Final = 16 * 1024
 """Bytes of locked memory to take at a time: 512 keys of 32 bytes."""
-
-
-def _check_size(size: int) -> None:
-    if size not in _AES_KEYS:
-        raise ModuleError(f"a data key of {size} bytes is no AES key: 16, 24 or 32 are")
 
 
 class SoftwareModule(CryptographicModule):
@@ -105,10 +104,10 @@ class SoftwareModule(CryptographicModule):
             sm2 = self.wrapping_key_spec == "EC_SM2"
             if sm2:
                 if len(wrapped) - RAW_OVERHEAD > _ROOM:
-                    _check_size(len(wrapped) - RAW_OVERHEAD)
+                    check_size(len(wrapped) - RAW_OVERHEAD)
                 wrapped = raw_to_der(wrapped)
         except ValueError:
-            raise ModuleError(_NOT_OURS) from None
+            raise ModuleError(NOT_OURS) from None
         scratch = self._allocate(2 * _ROOM)
         try:
             with scratch.lend() as room:
@@ -117,12 +116,12 @@ class SoftwareModule(CryptographicModule):
                     size = self._private_key.decrypt_into(bytearray(wrapped), opened)
                 else:
                     size = self._private_key.decrypt_oaep_into(bytearray(wrapped), padded, opened, b"sha256")
-                _check_size(size)
+                check_size(size)
                 secret = self._allocate(size)
                 with secret.lend() as data_key:
                     data_key[:] = opened[:size]
         except libcrypto.LibcryptoError:
-            raise ModuleError(_NOT_OURS) from None
+            raise ModuleError(NOT_OURS) from None
         finally:
             scratch.free()
         key = DataKey()
@@ -131,24 +130,24 @@ class SoftwareModule(CryptographicModule):
         return key
 
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
-        nonce = os.urandom(_NONCE)
+        nonce = os.urandom(NONCE)
         with self._lent(key) as data_key:
             return nonce + AESGCM(data_key).encrypt(nonce, plaintext, aad)
 
     def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
-        if len(sealed) < _NONCE + _TAG:
-            raise ModuleError(_NOT_AUTHENTIC)
+        if len(sealed) < NONCE + TAG:
+            raise ModuleError(NOT_AUTHENTIC)
         view = memoryview(sealed)
         with self._lent(key) as data_key:
             try:
-                return AESGCM(data_key).decrypt(view[:_NONCE], view[_NONCE:], aad)
+                return AESGCM(data_key).decrypt(view[:NONCE], view[NONCE:], aad)
             except InvalidTag:
-                raise ModuleError(_NOT_AUTHENTIC) from None
+                raise ModuleError(NOT_AUTHENTIC) from None
 
     def forget(self, key: DataKey) -> None:
         secret = self._keys.pop(key, None)
         if secret is None:
-            raise ModuleError(_NOT_HELD)
+            raise ModuleError(NOT_HELD)
         secret.free()  # a thread that is encrypting with it finishes first
 
     @contextlib.contextmanager
@@ -157,7 +156,7 @@ class SoftwareModule(CryptographicModule):
             try:
                 data_key = stack.enter_context(self._keys[key].lend())
             except (KeyError, SecretMemoryError):
-                raise ModuleError(_NOT_HELD) from None
+                raise ModuleError(NOT_HELD) from None
             yield data_key
 
     def _allocate(self, size: int) -> Secret:

@@ -1,0 +1,184 @@
+"""What python-pkcs11 does not give of PKCS#11 (Cryptoki, OASIS PKCS #11 2.40), by ctypes, beside it on the same library.
+
+* C_Initialize as this process needs it: with the system's locks, because threads share the library; with the parameters that
+  NSS wants; and content with a library that somebody has initialised already. python-pkcs11's passes NULL and is not.
+* C_Login apart from C_OpenSession, with a PIN in memory that can be wiped.
+* AES-GCM with room for the tag. python-pkcs11 asks the token for the size first, and NSS forgets the tag in its answer.
+
+Errors are python-pkcs11's, whichever way a call went.
+"""
+
+import ctypes
+import os
+from ctypes import POINTER, Structure, c_char, c_char_p, c_ubyte, c_ulong, c_void_p
+from typing import Any, Final
+
+import pkcs11
+from pkcs11 import _pkcs11
+
+__all__ = ["Library"]
+
+_OS_LOCKING_OK: Final = 2
+_USER: Final = 1
+_AES_GCM: Final = 0x1087
+_TAG: Final = 16
+
+_OK: Final = 0x000
+_ARGUMENTS_BAD: Final = 0x007
+_ALREADY_LOGGED_IN: Final = 0x100
+_ALREADY_INITIALIZED: Final = 0x191
+_ERRORS: Final[dict[int, type[pkcs11.PKCS11Error]]] = {
+    _ARGUMENTS_BAD: pkcs11.ArgumentsBad,
+    0x021: pkcs11.DataLenRange,
+    0x030: pkcs11.DeviceError,
+    0x031: pkcs11.DeviceMemory,
+    0x032: pkcs11.DeviceRemoved,
+    0x002: pkcs11.HostMemory,
+    0x040: pkcs11.EncryptedDataInvalid,
+    0x041: pkcs11.EncryptedDataLenRange,
+    0x060: pkcs11.KeyHandleInvalid,
+    0x062: pkcs11.KeySizeRange,
+    0x063: pkcs11.KeyTypeInconsistent,
+    0x070: pkcs11.MechanismInvalid,
+    0x071: pkcs11.MechanismParamInvalid,
+    0x082: pkcs11.ObjectHandleInvalid,
+    0x090: pkcs11.OperationActive,
+    0x0A0: pkcs11.PinIncorrect,
+    0x0A1: pkcs11.PinInvalid,
+    0x0A2: pkcs11.PinLenRange,
+    0x0A3: pkcs11.PinExpired,
+    0x0A4: pkcs11.PinLocked,
+    0x0B0: pkcs11.SessionClosed,
+    0x0B3: pkcs11.SessionHandleInvalid,
+    0x0E0: pkcs11.TokenNotPresent,
+    0x101: pkcs11.UserNotLoggedIn,
+    0x102: pkcs11.UserPinNotInitialized,
+    0x104: pkcs11.AnotherUserAlreadyLoggedIn,
+}
+"""What the few functions here return, and callers tell apart."""
+
+
+class _Arguments(Structure):
+    """CK_C_INITIALIZE_ARGS, with NSS's member in place of its reserved one: NULL for everybody else."""
+
+    _fields_ = (
+        ("mutexes", c_void_p * 4),
+        ("flags", c_ulong),
+        ("library_parameters", c_char_p),
+        ("reserved", c_void_p),
+    )
+
+
+class _GcmParams(Structure):
+    """CK_GCM_PARAMS of version 2.40 and later: with ulIvBits, which NSS reads."""
+
+    _fields_ = (
+        ("iv", c_char_p),
+        ("iv_len", c_ulong),
+        ("iv_bits", c_ulong),
+        ("aad", c_char_p),
+        ("aad_len", c_ulong),
+        ("tag_bits", c_ulong),
+    )
+
+
+class _Mechanism(Structure):
+    _fields_ = (("mechanism", c_ulong), ("parameter", c_void_p), ("parameter_len", c_ulong))
+
+
+class _SessionInfo(Structure):
+    _fields_ = (("slot_id", c_ulong), ("state", c_ulong), ("flags", c_ulong), ("device_error", c_ulong))
+
+
+# Place in CK_FUNCTION_LIST, where CK_VERSION takes the room of the first pointer; and what follows the session.
+_FUNCTIONS: Final[dict[str, tuple[int, list[Any]]]] = {
+    "C_Initialize": (1, [POINTER(_Arguments)]),
+    "C_GetSessionInfo": (16, [c_ulong, POINTER(_SessionInfo)]),
+    "C_Login": (19, [c_ulong, c_ulong, c_void_p, c_ulong]),
+    "C_EncryptInit": (30, [c_ulong, POINTER(_Mechanism), c_ulong]),
+    "C_Encrypt": (31, [c_ulong, c_char_p, c_ulong, c_void_p, POINTER(c_ulong)]),
+    "C_DecryptInit": (34, [c_ulong, POINTER(_Mechanism), c_ulong]),
+    "C_Decrypt": (35, [c_ulong, c_char_p, c_ulong, c_void_p, POINTER(c_ulong)]),
+}
+
+
+class Library:
+    """A PKCS#11 library in this process; what python-pkcs11 gives of it is `pkcs11`. Raises OSError for what is none."""
+
+    def __init__(self, path: str | os.PathLike[str], parameters: str | None) -> None:
+        self.path = os.fspath(path)
+        self._arguments = _Arguments(flags=_OS_LOCKING_OK, library_parameters=parameters and parameters.encode())
+        functions = _function_list(self.path)
+        self._address = ctypes.addressof(functions.contents)
+        if self._address != ctypes.addressof(_function_list(self.path).contents):
+            # Then python-pkcs11 and this file would not see each other's sessions.
+            raise OSError(
+                f"{self.path} gives every caller a PKCS#11 of its own (p11-kit's): name the token's own library"
+            )
+        self._functions = {
+            name: ctypes.CFUNCTYPE(c_ulong, *arguments)(functions[place])
+            for name, (place, arguments) in _FUNCTIONS.items()
+        }
+        # Made without its __init__, which would initialise: it loads the library, and finalises only what it initialised.
+        self.pkcs11: _pkcs11.lib = _pkcs11.lib.__new__(_pkcs11.lib, self.path)  # type: ignore[call-arg]
+
+    def initialize(self) -> bool:
+        """C_Initialize: at first, in a child after fork, and whenever somebody may have finalised the library.
+
+        Whether it did something: then all sessions of this process are gone.
+        """
+        # A library that has not noticed a fork says "already", too. It is not finalised then: the child would speak on the
+        # parent's connection to a device.
+        returned = self._functions["C_Initialize"](ctypes.byref(self._arguments))
+        if returned == _ARGUMENTS_BAD:
+            raise pkcs11.ArgumentsBad("of C_Initialize: library_parameters are wrong, or missing")
+        _check(returned, _ALREADY_INITIALIZED)
+        return bool(returned == _OK)
+
+    def is_same(self, other: "Library") -> bool:
+        """Whether this is the same library, whatever path it was loaded by."""
+        return self._address == other._address
+
+    def login(self, session: int, pin: memoryview | None) -> None:
+        """C_Login as the user, which counts for all sessions of the process; None for a token that asks for its PIN itself."""
+        address, size = (None, 0) if pin is None else (ctypes.addressof(c_char.from_buffer(pin)), len(pin))
+        _check(self._functions["C_Login"](session, _USER, address, size), _ALREADY_LOGGED_IN)
+
+    def state(self, session: int) -> int | None:
+        """The state of a session, as C_GetSessionInfo has it (CKS_...); None for one that the token does not know any more."""
+        info = _SessionInfo()
+        return info.state if self._functions["C_GetSessionInfo"](session, ctypes.byref(info)) == _OK else None
+
+    def encrypt_gcm(self, session: int, key: int, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
+        """C_Encrypt with CKM_AES_GCM: ciphertext ‖ tag (16)."""
+        return self._gcm("Encrypt", session, key, nonce, plaintext, aad, len(plaintext) + _TAG)
+
+    def decrypt_gcm(self, session: int, key: int, nonce: bytes, ciphertext: bytes, aad: bytes) -> bytes:
+        """C_Decrypt with CKM_AES_GCM, of ciphertext ‖ tag (16)."""
+        return self._gcm("Decrypt", session, key, nonce, ciphertext, aad, len(ciphertext) - _TAG)
+
+    def _gcm(self, verb: str, session: int, key: int, nonce: bytes, data: bytes, aad: bytes, expected: int) -> bytes:
+        parameter = _GcmParams(nonce, len(nonce), 8 * len(nonce), aad or None, len(aad), 8 * _TAG)
+        mechanism = _Mechanism(_AES_GCM, ctypes.addressof(parameter), ctypes.sizeof(parameter))
+        _check(self._functions[f"C_{verb}Init"](session, ctypes.byref(mechanism), key))
+        # More room than is needed: decrypting, some tokens want as much as they are given.
+        out = (c_ubyte * (len(data) + _TAG))()
+        size = c_ulong(len(out))
+        _check(self._functions[f"C_{verb}"](session, data, len(data), out, ctypes.byref(size)))
+        if size.value != expected:
+            raise pkcs11.PKCS11Error(f"C_{verb} gave {size.value} bytes instead of {expected}")
+        return bytes(memoryview(out)[:expected])
+
+
+def _function_list(path: str) -> Any:
+    functions = POINTER(c_void_p)()
+    try:
+        _check(ctypes.CDLL(path).C_GetFunctionList(ctypes.byref(functions)))
+    except AttributeError:
+        raise OSError(f"{path}: not a PKCS#11 library: it has no C_GetFunctionList") from None
+    return functions
+
+
+def _check(returned: int, also_good: int = _OK) -> None:
+    if returned not in (_OK, also_good):
+        raise _ERRORS.get(returned, pkcs11.PKCS11Error)(f"CKR {returned:#x}")

@@ -1,0 +1,67 @@
+"""Where a token's PIN comes from: a file, a systemd credential, or a prompt. Kept in locked memory, wiped with its module."""
+
+import os
+from collections.abc import Callable
+from typing import Final
+
+from ..secret import Secret, SecretMemory
+from .interface import ModuleError
+
+__all__ = ["read_pin"]
+
+_MOST: Final = 255
+"""Bytes of a PIN. PKCS#11 sets no limit; tokens do, well below this."""
+_CREDENTIAL: Final = "credential:"
+
+
+def read_pin(pin_file: str | os.PathLike[str] | None, prompt: Callable[[], str] | None) -> Secret | None:
+    """Read the PIN from a file's first line ("credential:NAME": systemd's), else by calling `prompt`; None without either.
+
+    Raises `ModuleError`, ValueError for both at once.
+    """
+    if pin_file is not None and prompt is not None:
+        raise ValueError("pin_file or pin is expected, not both")
+    # Not memfd_secret: that is shared with a forked child, which would wipe the parent's with its own.
+    memory = SecretMemory(2 * _MOST, backing="mlock", require=False)
+    if pin_file is not None:
+        return _from_file(_path(os.fspath(pin_file)), memory)
+    return _keep(bytearray(prompt().encode()), memory, "what was typed") if prompt is not None else None
+
+
+def _path(pin_file: str) -> str:
+    if not pin_file.startswith(_CREDENTIAL):
+        return pin_file
+    name, directory = pin_file.removeprefix(_CREDENTIAL), os.environ.get("CREDENTIALS_DIRECTORY")
+    if not name or "/" in name:
+        raise ModuleError(f"pin_file={pin_file!r}: credential:NAME is expected")
+    if directory is None:
+        raise ModuleError(
+            f"pin_file={pin_file!r}: systemd gave this process no credentials (LoadCredential={name}:PATH)"
+        )
+    return os.path.join(directory, name)
+
+
+def _from_file(path: str, memory: SecretMemory) -> Secret:
+    content = bytearray(_MOST + 2)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            size = file.readinto(content)
+    except OSError as error:
+        raise ModuleError(f"{path}: the PIN cannot be read: {error.strerror}") from None
+    end = content.find(b"\n", 0, size)
+    del content[end if end >= 0 else size :]
+    if content.endswith(b"\r"):
+        del content[-1]
+    return _keep(content, memory, f"{path}: its first line")
+
+
+def _keep(pin: bytearray, memory: SecretMemory, source: str) -> Secret:
+    try:
+        if not 1 <= len(pin) <= _MOST:
+            raise ModuleError(f"{source} is {'no PIN: it is empty' if not pin else f'longer than {_MOST} bytes'}")
+        secret = memory.allocate(len(pin))
+        with secret.lend() as kept:
+            kept[:] = pin
+        return secret
+    finally:
+        pin[:] = bytes(len(pin))

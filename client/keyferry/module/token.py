@@ -1,0 +1,297 @@
+"""A session on a PKCS#11 token: logged in, the wrapping key pair at hand. Works for as long as the token knows the session.
+
+Raises python-pkcs11's errors as they come, and `ModuleError` where a person has to do something.
+"""
+
+import contextlib
+import hmac
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple
+
+import pkcs11
+from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, TokenFlag
+
+from ..secret import Secret
+from .cryptoki import Library
+from .interface import NO_AES_KEY, NONCE, ModuleError, check_size
+
+__all__ = ["OAEP", "Connection", "Wanted", "WrongPinError", "describe"]
+
+OAEP: Final = {
+    "RSAES_OAEP_SHA_256": (Mechanism.SHA256, pkcs11.MGF.SHA256, None),
+    "RSAES_OAEP_SHA_1": (Mechanism.SHA_1, pkcs11.MGF.SHA1, None),
+}
+"""The parameters of CKM_RSA_PKCS_OAEP for each WrappingAlgorithm, the better one first."""
+
+_BITS: Final = 2048
+_EXPONENT: Final = b"\x01\x00\x01"
+_LOGGED_IN: Final = (1, 3)
+"""CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS."""
+_DATA_KEY: Final = "keyferry data key"
+_TEMPLATE: Final = {Attribute.PRIVATE: True, Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False}
+"""Of a data key; it is an object of the session, not of the token."""
+_STALE: Final = (
+    pkcs11.ObjectHandleInvalid,
+    pkcs11.KeyHandleInvalid,
+    pkcs11.UnwrappingKeyHandleInvalid,
+    pkcs11.OperationActive,
+    pkcs11.UserNotLoggedIn,
+)
+"""What a token says in a session that it knows, but that is of no further use: its objects are gone, or a call never ended."""
+
+_UNREADABLE: Final = ((Attribute.SENSITIVE, True), (Attribute.EXTRACTABLE, False))
+
+_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
+_registry: Final = threading.Lock()
+os.register_at_fork(before=_registry.acquire, after_in_parent=_registry.release, after_in_child=_registry.release)
+
+
+class WrongPinError(ModuleError):
+    """The token did not take the PIN. The same one must not be tried again."""
+
+
+class Wanted(NamedTuple):
+    """What to look for: a token and a key pair in it, both by label. No PIN: the token needs none, or asks for it itself."""
+
+    token_label: str
+    key_label: str
+    pin: Secret | None
+
+
+class Connection:
+    """A session with the wrapping private key in it, which is made if `generate`. One call at a time."""
+
+    def __init__(self, library: Library, wanted: Wanted, *, generate: bool) -> None:
+        fresh = library.initialize()
+        self._library = library
+        self._pin = wanted.pin
+        self._token = _find_token(library, wanted.token_label)
+        self._session: Any = self._token.open()
+        self._process = os.getpid()
+        self.is_overtaken = False
+        self._overtake(everybody=fresh)
+        try:
+            self._login()
+            private = self._find_private(wanted.key_label)
+            if private is None and generate:
+                self._generate(wanted.key_label)
+                private = self._find_private(wanted.key_label)
+            if private is None:
+                raise ModuleError(f"the token {wanted.token_label!r} has no RSA key pair {wanted.key_label!r}")
+            self._private = private
+            self.modulus, self.exponent = self._public_numbers(wanted.key_label)
+            self._check_private(wanted.key_label)
+        except BaseException:
+            with contextlib.suppress(pkcs11.PKCS11Error):
+                self.close()
+            raise
+        with _registry:
+            _connections.add(self)
+
+    def close(self) -> None:
+        """Close the session, and with it all of its data keys; in a child after fork it is the parent's, and left alone."""
+        if self._process == os.getpid() and not self.is_overtaken:
+            self._session.close()
+
+    def _overtake(self, *, everybody: bool) -> None:
+        """Tell older connections that their handles name something else now: after a reset, tokens count from 1 again.
+
+        Used all the same, such a handle might be the one of another data key.
+        """
+        with _registry:
+            for other in _connections:
+                same = other._session.handle == self._session.handle
+                other.is_overtaken |= (everybody or same) and other._library.is_same(self._library)
+
+    def is_lost(self, error: pkcs11.PKCS11Error) -> bool:
+        """Whether it was not the call that was wrong, but this session that is of no further use."""
+        return isinstance(error, _STALE) or self._library.state(self._session.handle) is None
+
+    def unwrap(self, wrapped: bytes, algorithm: str) -> Any:
+        """C_UnwrapKey into a key object of this session that nobody can read.
+
+        Raises `ModuleError` where the token leaves it readable, or for a size that is none of AES.
+        """
+        try:
+            key = self._private.unwrap_key(
+                ObjectClass.SECRET_KEY,
+                KeyType.AES,
+                wrapped,
+                label=_DATA_KEY,
+                mechanism=Mechanism.RSA_PKCS_OAEP,
+                mechanism_param=OAEP[algorithm],
+                capabilities=MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT,
+                template=_TEMPLATE,
+            )
+        except (pkcs11.KeySizeRange, pkcs11.WrappedKeyLenRange):
+            raise ModuleError(NO_AES_KEY) from None
+        try:
+            self._check_size(key)
+            _harden(key, "an imported data key")
+        except BaseException:
+            with contextlib.suppress(pkcs11.PKCS11Error):
+                key.destroy()
+            raise
+        return key
+
+    def encrypt(self, key: Any, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
+        """Encrypt with AES-GCM: ciphertext ‖ tag."""
+        return self._library.encrypt_gcm(self._session.handle, key.handle, nonce, plaintext, aad)
+
+    def decrypt(self, key: Any, nonce: bytes, ciphertext: bytes, aad: bytes) -> bytes:
+        """Decrypt ciphertext ‖ tag."""
+        return self._library.decrypt_gcm(self._session.handle, key.handle, nonce, ciphertext, aad)
+
+    def _check_size(self, key: Any) -> None:
+        size = 0
+        with contextlib.suppress(pkcs11.AttributeTypeInvalid, pkcs11.AttributeSensitive, pkcs11.FunctionFailed):
+            size = key[Attribute.VALUE_LEN]
+        if size:
+            return check_size(size)
+        # SoftHSM unwraps whatever it gets, and says 0. It notices at the first use.
+        try:
+            self.encrypt(key, os.urandom(NONCE), b"", b"")
+        except pkcs11.PKCS11Error as error:
+            if self.is_lost(error):
+                raise
+            raise ModuleError(NO_AES_KEY) from None
+        return None
+
+    def _login(self) -> None:
+        if self._library.state(self._session.handle) in _LOGGED_IN:
+            return self._compare()
+        flags, label = self._token.flags, self._token.label
+        if not flags & TokenFlag.LOGIN_REQUIRED:
+            return None
+        if flags & TokenFlag.USER_PIN_LOCKED:
+            raise ModuleError(
+                f"the token {label!r} has locked its user PIN after wrong ones: its security officer unlocks it"
+            )
+        if flags & TokenFlag.USER_PIN_FINAL_TRY:
+            # A service that is started again and again with a wrong PIN must not be what locks the token.
+            raise ModuleError(
+                f"one more wrong PIN locks the token {label!r}: log in to it once with another program first"
+            )
+        if self._pin is None:
+            if not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
+                raise ModuleError(f"the token {label!r} wants a PIN: give pin_file, or pin to prompt for it")
+            return self._library.login(self._session.handle, None)
+        try:
+            with self._pin.lend() as pin:
+                self._library.login(self._session.handle, pin)
+        except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange):
+            raise WrongPinError(
+                f"the token {label!r} refused the PIN. It was tried once: a token locks after a few wrong ones"
+            ) from None
+        except (pkcs11.PinLocked, pkcs11.PinExpired, pkcs11.UserPinNotInitialized) as error:
+            raise WrongPinError(f"the token {label!r} takes no user PIN now: {type(error).__name__}") from None
+        return None
+
+    def _compare(self) -> None:
+        """The process is logged in: a wrong PIN would be noticed only after a reset. Compare it with the one that was taken."""
+        with _registry:
+            others = [other._pin for other in _connections if other._pin and other._is_beside(self)]
+        if self._pin is None or not others:
+            return
+        with self._pin.lend() as ours:
+            for pin in others:
+                with pin.lend() as theirs:
+                    if hmac.compare_digest(ours, theirs):
+                        return
+        raise WrongPinError(f"this process is logged in to the token {self._token.label!r} with another PIN")
+
+    def _is_beside(self, other: "Connection") -> bool:
+        """Whether this is a session on the other's token, and still logged in."""
+        same = self._library.is_same(other._library) and self._token.slot.slot_id == other._token.slot.slot_id
+        return same and not self.is_overtaken and self._library.state(self._session.handle) in _LOGGED_IN
+
+    def _find_private(self, label: str) -> Any:
+        objects = self._objects(ObjectClass.PRIVATE_KEY, label)
+        if len(objects) > 1:
+            raise ModuleError(
+                f"the token has {len(objects)} RSA private keys {label!r}: a label must say which one is meant"
+            )
+        return objects[0] if objects else None
+
+    def _objects(self, kind: ObjectClass, label: str) -> list[Any]:
+        template = {Attribute.CLASS: kind, Attribute.KEY_TYPE: KeyType.RSA, Attribute.LABEL: label}
+        return list(self._session.get_objects(template))
+
+    def _generate(self, label: str) -> None:
+        with self._token.open(rw=True) as session:
+            # To unwrap, and nothing else: C_Decrypt with it would give an exported data key to whoever has the PIN.
+            public, private = session.generate_keypair(
+                KeyType.RSA,
+                _BITS,
+                id=os.urandom(16),
+                label=label,
+                store=True,
+                capabilities=MechanismFlag.WRAP | MechanismFlag.UNWRAP,
+                public_template={Attribute.PUBLIC_EXPONENT: _EXPONENT},
+                private_template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
+            )
+            try:
+                _harden(private, "a private key that it made")
+            except BaseException:
+                private.destroy()
+                public.destroy()
+                raise
+
+    def _public_numbers(self, label: str) -> tuple[int, int]:
+        for source in (self._private, *self._objects(ObjectClass.PUBLIC_KEY, label)):
+            found = source.get_attributes((Attribute.MODULUS, Attribute.PUBLIC_EXPONENT))
+            if found.get(Attribute.MODULUS) and found.get(Attribute.PUBLIC_EXPONENT):
+                modulus, exponent = (
+                    int.from_bytes(found[each], "big") for each in (Attribute.MODULUS, Attribute.PUBLIC_EXPONENT)
+                )
+                if modulus.bit_length() != _BITS:
+                    raise ModuleError(f"the key pair {label!r} has {modulus.bit_length()} bits; RSA_2048 is expected")
+                return modulus, exponent
+        raise ModuleError(f"the token does not tell the public key of {label!r}")
+
+    def _check_private(self, label: str) -> None:
+        if not self._private[Attribute.UNWRAP]:
+            raise ModuleError(f"the private key {label!r} may not unwrap keys (CKA_UNWRAP is false)")
+        # One of them is enough for the token to keep it to itself; an operator may want to have it wrapped, for a backup.
+        if not self._private[Attribute.SENSITIVE] and self._private[Attribute.EXTRACTABLE]:
+            raise ModuleError(f"the private key {label!r} can be read out of the token: generate one that cannot")
+
+
+def describe(error: pkcs11.PKCS11Error) -> str:
+    """Name what a token said, for a person."""
+    return f"{type(error).__name__} {error}".rstrip()
+
+
+def _find_token(library: Library, label: str) -> Any:
+    tokens = list(_tokens(library))
+    found = [token for token in tokens if token.label == label]
+    if not found:
+        others = ", ".join(repr(token.label) for token in tokens if token.label) or "none"
+        raise ModuleError(f"{library.path} has no token {label!r}; it has: {others}")
+    if len(found) > 1:
+        raise ModuleError(f"{library.path} has {len(found)} tokens {label!r}: a label must say which one is meant")
+    return found[0]
+
+
+def _tokens(library: Library) -> Iterable[Any]:
+    for slot in library.pkcs11.get_slots(token_present=True):
+        try:
+            yield slot.get_token()
+        except (pkcs11.TokenNotPresent, pkcs11.TokenNotRecognised):
+            continue
+
+
+def _harden(key: Any, what: str) -> None:
+    """Make sure that a key cannot be read. Some tokens ignore what the template said of it, but take it afterwards."""
+    try:
+        for attribute, wanted in _UNREADABLE:
+            if key[attribute] != wanted:
+                key[attribute] = wanted
+        left = [attribute.name for attribute, wanted in _UNREADABLE if key[attribute] != wanted]
+    except pkcs11.PKCS11Error as error:
+        left = [type(error).__name__]
+    if left:
+        raise ModuleError(f"the token leaves {what} readable ({', '.join(left)}), and does not let itself be corrected")

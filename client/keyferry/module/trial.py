@@ -1,0 +1,60 @@
+"""Tries a token out, when it is opened: what it says that it can do is less than what it does with a throw-away key."""
+
+import contextlib
+import os
+from typing import Any, Final
+
+import pkcs11
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from .interface import NONCE, ModuleError
+from .token import Connection, describe
+
+__all__ = ["try_out"]
+
+_HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
+    "RSAES_OAEP_SHA_256": hashes.SHA256(),
+    "RSAES_OAEP_SHA_1": hashes.SHA1(),  # noqa: S303 - OAEP does not need what SHA-1 lost; some tokens know nothing else
+}
+
+
+def try_out(connection: Connection, public: rsa.RSAPublicKey) -> str:
+    """Import a throw-away key and use it, in the token and here. Give the first WrappingAlgorithm with which that works."""
+    known, refusals = os.urandom(32), []
+    for algorithm, digest in _HASHES.items():
+        wrapped = public.encrypt(known, padding.OAEP(padding.MGF1(digest), digest, None))
+        try:
+            key = connection.unwrap(wrapped, algorithm)
+        except pkcs11.PKCS11Error as error:
+            refusals.append(f"{algorithm}: {describe(error)}")
+            continue
+        try:
+            _try_key(connection, key, known)
+        finally:
+            key.destroy()
+        return algorithm
+    raise ModuleError(f"the token does not unwrap an AES key into an object of its own ({'; '.join(refusals)})")
+
+
+def _try_key(connection: Connection, key: Any, known: bytes) -> None:
+    with contextlib.suppress(pkcs11.PKCS11Error):
+        if key[pkcs11.Attribute.VALUE]:
+            raise ModuleError("the token says that an imported key cannot be read, and then shows it")
+    aes, nonce = AESGCM(known), os.urandom(NONCE)
+    try:
+        sealed = connection.encrypt(key, nonce, known, b"aad")
+        opened = connection.decrypt(key, nonce, aes.encrypt(nonce, b"", b"aad"), b"aad")
+        same = opened == b"" and aes.decrypt(nonce, sealed, b"aad") == known
+    except pkcs11.PKCS11Error as error:
+        raise ModuleError(
+            f"the token does not encrypt with AES-GCM under a nonce of 12 bytes: {describe(error)}"
+        ) from None
+    except InvalidTag:
+        same = False
+    if not same:
+        raise ModuleError(
+            "what the token encrypts with AES-GCM is not what others decrypt: does it choose the nonce itself?"
+        )

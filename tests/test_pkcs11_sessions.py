@@ -1,0 +1,207 @@
+"""Modules in real tokens over time: keys that nobody holds, tokens that are reset, processes that fork, threads."""
+
+import gc
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from support import tokens
+from support.tokens import RealToken
+
+from keyferry.module import ModuleError, Pkcs11Module
+from keyferry.module.token import Connection
+
+
+def test_a_key_that_nobody_holds_leaves_the_token_with_the_next_call(module: Pkcs11Module) -> None:
+    """Thousands of keys, one after the other, need the room of one; a closed module leaves none."""
+    kept, _ = tokens.imported(module)
+    before = len(tokens.data_keys(module))
+    for _ in range(20):
+        tokens.imported(module)
+    gc.collect()
+    module.encrypt(kept, b"x")
+    assert len(tokens.data_keys(module)) == before
+
+
+def test_a_module_that_nobody_holds_closes_its_session(token: RealToken) -> None:
+    """And the token forgets its data keys."""
+    beside, module = token.open(), token.open()
+    before = len(tokens.data_keys(beside))
+    key, _ = tokens.imported(module)
+    assert len(tokens.data_keys(beside)) == before + 1
+    del module
+    gc.collect()
+    assert len(tokens.data_keys(beside)) == before
+    del key
+    beside.close()
+
+
+def test_a_token_that_is_lost_again_at_once_says_so_of_itself_not_of_the_data(
+    app: RealToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a data key is as good as before."""
+    module = app.open()
+    blob = tokens.exported(module, os.urandom(32))
+    unwrap = Connection.unwrap
+
+    def lost(connection: Connection, wrapped: bytes, algorithm: str) -> Any:
+        app.close_all_sessions()
+        return unwrap(connection, wrapped, algorithm)
+
+    with monkeypatch.context() as pulled:
+        pulled.setattr(Connection, "unwrap", lost)
+        with pytest.raises(ModuleError, match="the token 'app' was lost twice: SessionHandleInvalid"):
+            module.import_data_key(blob)
+    module.import_data_key(blob)
+    module.close()
+
+
+def test_a_closed_module_is_of_no_further_use(token: RealToken) -> None:
+    """And says so."""
+    module = token.open()
+    key, _ = tokens.imported(module)
+    module.close()
+    module.close()
+    for use in (lambda: module.import_data_key(bytes(256)), lambda: module.encrypt(key, b"x")):
+        with pytest.raises(ModuleError, match=r"closed|does not hold"):
+            use()
+
+
+# Resets, forks, threads
+
+
+@pytest.mark.parametrize("reset", tokens.RESETS.values(), ids=tokens.RESETS)
+def test_a_data_key_survives_a_reset_of_the_token(token: RealToken, reset: Callable[[RealToken], None]) -> None:
+    """It is unwrapped once more; new ones are imported, and old ones forgotten, as if nothing had happened."""
+    module = token.open()
+    first, second = tokens.imported(module)[0], tokens.imported(module)[0]
+    sealed = module.encrypt(first, b"plaintext", b"aad")
+    reset(token)
+    assert module.decrypt(first, sealed, b"aad") == b"plaintext"
+    reset(token)
+    third, data_key = tokens.imported(module)
+    made = module.encrypt(third, b"x")
+    assert AESGCM(data_key).decrypt(made[:12], made[12:], None) == b"x"
+    reset(token)
+    module.forget(second)
+    with pytest.raises(ModuleError, match="does not hold"):
+        module.encrypt(second, b"x")
+    assert module.decrypt(first, sealed, b"aad") == b"plaintext"
+    module.close()
+
+
+def test_a_data_key_that_somebody_destroyed_in_the_token_is_imported_again(module: Pkcs11Module) -> None:
+    """The session is good, but the object is gone."""
+    key, _ = tokens.imported(module)
+    sealed = module.encrypt(key, b"plaintext")
+    module._keys[key].key.destroy()
+    assert module.decrypt(key, sealed) == b"plaintext"
+
+
+def test_a_token_that_is_gone_is_named_and_works_again_when_it_is_back(
+    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is lost meanwhile."""
+    module = app.open()
+    key, _ = tokens.imported(module)
+    sealed = module.encrypt(key, b"plaintext")
+    (tmp_path / "conf").write_text(f"directories.tokendir = {tmp_path}\n")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("SOFTHSM2_CONF", str(tmp_path / "conf"))
+        app.finalize()
+        for _ in range(2):
+            with pytest.raises(ModuleError, match="has no token 'app'"):
+                module.decrypt(key, sealed)
+    app.finalize()
+    assert module.decrypt(key, sealed) == b"plaintext"
+    module.close()
+
+
+def test_a_forked_child_opens_its_own_session_and_both_go_on(token: RealToken) -> None:
+    """With the parent's data keys; what the child forgets, the parent keeps."""
+    module = token.open()
+    key, _ = tokens.imported(module)
+    sealed = module.encrypt(key, b"plaintext")
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            good = module.decrypt(key, sealed) == b"plaintext"
+            fresh, data_key = tokens.imported(module)
+            made = module.encrypt(fresh, b"y")
+            good = good and AESGCM(data_key).decrypt(made[:12], made[12:], None) == b"y"
+            module.forget(key)
+            module.close()
+            code = 0 if good else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert module.decrypt(key, sealed) == b"plaintext"
+    tokens.imported(module)
+    module.close()
+
+
+def test_a_fork_waits_for_the_calls_of_other_threads(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the child a library that does not notice the fork would wait for them for ever."""
+    module = app.open()
+    key, _ = tokens.imported(module)
+    began, under_way = threading.Event(), [False]
+    encrypt = Connection.encrypt
+
+    def watched(*arguments: Any) -> bytes:
+        under_way[0] = True
+        began.set()
+        made = encrypt(*arguments)
+        under_way[0] = False
+        return made
+
+    with monkeypatch.context() as slowly, ThreadPoolExecutor(1) as pool:
+        slowly.setattr(Connection, "encrypt", watched)
+        call = pool.submit(module.encrypt, key, bytes(16 * 1024 * 1024))
+        began.wait()
+        child = os.fork()
+        if child == 0:
+            os._exit(1 if under_way[0] else 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        call.result()
+    module.close()
+
+
+def test_threads_take_turns(token: RealToken) -> None:
+    """Eight of them, with two modules in the one token."""
+    modules = [token.open(), token.open()]
+    start = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        module = modules[number % 2]
+        start.wait()
+        for _ in range(5):
+            key, data_key = tokens.imported(module)
+            sealed = module.encrypt(key, b"plaintext", data_key[:3])
+            assert AESGCM(data_key).decrypt(sealed[:12], sealed[12:], data_key[:3]) == b"plaintext"
+            assert module.decrypt(key, sealed, data_key[:3]) == b"plaintext"
+            module.forget(key)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    for module in modules:
+        module.close()
+
+
+def test_a_handle_that_means_another_key_after_a_reset_is_not_used(app: RealToken) -> None:
+    """SoftHSM2 counts sessions and objects from 1 again: the first module back gets the numbers that the second one had."""
+    second = app.open()
+    key, data_key = tokens.imported(second)
+    first = app.open()
+    app.finalize()
+    others = [tokens.imported(first)[0] for _ in range(60)]
+    sealed = second.encrypt(key, b"plaintext")
+    assert AESGCM(data_key).decrypt(sealed[:12], sealed[12:], None) == b"plaintext"
+    assert first.decrypt(others[0], first.encrypt(others[0], b"x")) == b"x"
+    for module in (first, second):
+        module.close()

@@ -1,0 +1,248 @@
+"""Libraries and tokens that are not what they should be: corrected where that is possible, else refused with the reason."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from pkcs11 import Attribute, AttributeReadOnly, AttributeTypeInvalid, DeviceError
+from support import requires, tokens
+from support.tokens import RealToken
+
+from keyferry.module import ModuleError, Pkcs11Module, trial
+from keyferry.module import token as token_module
+from keyferry.module.token import Connection
+
+
+def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> None:
+    """Not there, no library, no PKCS#11."""
+    (tmp_path / "text.so").write_text("text")
+    for path in (tmp_path / "missing.so", tmp_path / "text.so", "libc.so.6"):
+        with pytest.raises(ModuleError, match="PKCS#11 library does not load"):
+            Pkcs11Module.open(path, token_label="app", key_label="wrapping")
+
+
+def test_p11_kits_proxy_is_refused() -> None:
+    """It gives every caller a PKCS#11 of its own; the library behind it is to be named."""
+    proxy = requires.library("*/p11-kit-proxy.so", "p11-kit-modules")
+    with pytest.raises(ModuleError, match="name the token's own library"):
+        Pkcs11Module.open(proxy, token_label="app", key_label="wrapping")
+
+
+def test_a_token_that_is_not_there_is_answered_with_those_that_are(app: RealToken) -> None:
+    """By their labels."""
+    with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):
+        Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
+
+
+@requires.program(*tokens.PROGRAMS["softokn"])
+def test_a_library_that_the_application_initialised_already_is_used_as_it_is(tmp_path: Path) -> None:
+    """NSS, which would not initialise without its parameters."""
+    token = tokens.softokn(tmp_path)
+    code = f"""
+from keyferry.module import Pkcs11Module, cryptoki
+assert cryptoki.Library({str(token.library)!r}, {token.parameters!r}).initialize()
+module = Pkcs11Module.open({str(token.library)!r}, token_label={token.label!r}, key_label="wrapping",
+    pin_file={str(token.pin_file)!r}, generate=True)
+print(module.wrapping_algorithm)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "RSAES_OAEP_SHA_256\n"
+
+
+def test_nss_without_its_parameters_says_what_was_wrong() -> None:
+    """Its library wants to be told where its database is."""
+    library = requires.library("*/libsoftokn3.so", "libnss3")
+    code = f"""
+from keyferry.module import ModuleError, Pkcs11Module, trial
+try:
+    Pkcs11Module.open({str(library)!r}, token_label="x", key_label="x")
+except ModuleError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "does not open: " in out
+    assert "library_parameters" in out
+
+
+@pytest.fixture(scope="module")
+def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What opencryptoki_token.py says of opencryptoki's soft token, a fresh one."""
+    library = requires.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
+    folder, here = tmp_path_factory.mktemp("opencryptoki"), Path(__file__).parent
+    (folder / "pin").write_text("11223344")
+    script = [str(here / "support" / "opencryptoki.sh"), "11223344", str(folder)]
+    probe = [sys.executable, str(here / "opencryptoki_token.py"), str(library), str(folder / "pin")]
+    unshare = ["unshare", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]
+    ran = subprocess.run([*unshare, *script, *probe], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    said: dict[str, Any] = json.loads(ran.stdout)
+    return said
+
+
+def beside_opencryptoki(test: Callable[..., None]) -> Callable[..., None]:
+    """What these tests need."""
+    for mark in (
+        requires.program("pkcs11-tool", "opensc"),
+        requires.program("pkcsslotd", "opencryptoki"),
+        requires.root(),
+    ):
+        test = mark(test)
+    return test
+
+
+@beside_opencryptoki
+def test_a_token_that_leaves_an_imported_key_readable_is_corrected(opencryptoki: dict[str, Any]) -> None:
+    """It ignores what it is asked for when it unwraps, and takes it afterwards."""
+    assert opencryptoki["before"] == [False, True, opencryptoki["known"]]
+    assert opencryptoki["after"] == [True, False, None]
+
+
+@beside_opencryptoki
+def test_a_token_without_aes_gcm_is_refused_when_it_is_opened(opencryptoki: dict[str, Any]) -> None:
+    """Version 3.8.1, of Debian 12, has none; later ones have it, and work."""
+    assert opencryptoki["wrong sizes"] == ["this data key is no AES key: 16, 24 or 32 bytes are"] * 3
+    if "opened" not in opencryptoki:
+        assert "does not encrypt with AES-GCM" in opencryptoki["refused"]
+    else:
+        assert opencryptoki["opened"] == "RSAES_OAEP_SHA_256"
+
+
+@beside_opencryptoki
+def test_wrong_pins_never_lock_a_token(opencryptoki: dict[str, Any]) -> None:
+    """It would lock with the third; it is not asked then. pkcs11-tool, with the right one, still gets in."""
+    refused, kept = opencryptoki["wrong PINs"][:2], opencryptoki["wrong PINs"][2:]
+    assert all("refused the PIN" in message for message in refused)
+    assert len(kept) == 7
+    assert all("one more wrong PIN locks the token" in message for message in kept)
+
+
+# Tokens that no machine has: what the product asks of one, answered
+
+
+class Key(dict[Attribute, Any]):
+    """A key object: attributes, some of which cannot be changed."""
+
+    def __init__(self, *fixed: Attribute, **attributes: Any) -> None:
+        super().__init__({Attribute[name]: value for name, value in attributes.items()})
+        self._fixed = fixed
+
+    def __setitem__(self, attribute: Attribute, value: Any) -> None:
+        if attribute in self._fixed:
+            raise AttributeReadOnly
+        super().__setitem__(attribute, value)
+
+    def __getitem__(self, attribute: Attribute) -> Any:
+        if attribute not in self:
+            raise AttributeTypeInvalid
+        return super().__getitem__(attribute)
+
+
+STUBBORN = {
+    "is not changed": (Key(Attribute.SENSITIVE, SENSITIVE=False, EXTRACTABLE=False), "AttributeReadOnly"),
+    "does not tell": (Key(SENSITIVE=True), "AttributeTypeInvalid"),
+}
+
+
+@pytest.mark.parametrize("case", STUBBORN)
+def test_a_key_that_stays_readable_is_refused(case: str) -> None:
+    """Whatever the reason."""
+    key, reason = STUBBORN[case]
+    with pytest.raises(ModuleError, match=f"leaves an imported data key readable .{reason}."):
+        token_module._harden(key, "an imported data key")
+
+
+def test_a_key_that_only_seems_to_have_been_changed_is_refused() -> None:
+    """It is read back."""
+
+    class Liar(Key):
+        def __setitem__(self, attribute: Attribute, value: Any) -> None:
+            pass
+
+    with pytest.raises(ModuleError, match=r"readable \(SENSITIVE, EXTRACTABLE\)"):
+        token_module._harden(Liar(SENSITIVE=False, EXTRACTABLE=True), "an imported data key")
+
+
+class Odd:
+    """A connection to a token whose AES-GCM is not everybody's."""
+
+    def __init__(self, data_key: bytes, *, nonce: bytes | None) -> None:
+        self._aes = AESGCM(data_key)
+        self._nonce = nonce
+
+    def encrypt(self, _key: Any, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
+        return self._aes.encrypt(self._nonce or nonce, plaintext, aad)
+
+    def decrypt(self, _key: Any, nonce: bytes, ciphertext: bytes, aad: bytes) -> bytes:
+        return self._aes.decrypt(nonce, ciphertext, aad)
+
+
+def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
+    """Nobody else could decrypt what it encrypts."""
+    known = os.urandom(32)
+    usual: Any = Odd(known, nonce=None)
+    trial._try_key(usual, Key(), known)
+    odd: Any = Odd(known, nonce=bytes(12))
+    with pytest.raises(ModuleError, match="does it choose the nonce itself"):
+        trial._try_key(odd, Key(), known)
+
+
+def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
+    """Although its attributes say otherwise."""
+    known = os.urandom(32)
+    odd: Any = Odd(known, nonce=None)
+    with pytest.raises(ModuleError, match="cannot be read, and then shows it"):
+        trial._try_key(odd, Key(VALUE=known), known)
+
+
+def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that makes such keys is left as it was."""
+
+    def readable(_key: Any, what: str) -> None:
+        raise ModuleError(f"the token leaves {what} readable")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(token_module, "_harden", readable)
+        with pytest.raises(ModuleError, match="leaves a private key that it made readable"):
+            app.open("never")
+    with pytest.raises(ModuleError, match="has no RSA key pair 'never'"):
+        app.open("never", generate=False)
+
+
+@pytest.mark.parametrize("verb", ["encrypt", "decrypt"])
+def test_trouble_with_the_token_is_not_taken_for_damaged_data(
+    app: RealToken, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """It is named; and what the token says of the data is not."""
+    module = app.open()
+    key, _ = tokens.imported(module)
+    sealed = module.encrypt(key, b"x")
+
+    def fails(*_: Any) -> bytes:
+        raise DeviceError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Connection, verb, fails)
+        with pytest.raises(ModuleError, match=f"the token could not {verb} .*: DeviceError"):
+            getattr(module, verb)(key, sealed)
+    assert module.decrypt(key, sealed) == b"x"
+    module.close()
+
+
+def test_two_tokens_with_one_label_are_one_too_many(
+    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them is meant is not guessed."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back
+        twins = tokens.softhsm(tmp_path, "twin", "twin")
+        app.finalize()
+        with pytest.raises(ModuleError, match="has 2 tokens 'twin'"):
+            twins[0].open()
+    app.finalize()
+    app.open().close()
