@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VERSION = $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' client/keyferry/__init__.py)
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo demo-hsm test check format coverage memory bench bench-check docs wheels requirements test-requirements clean help
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check docs wheels image requirements \
+	test-requirements clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -18,6 +20,9 @@ demo-hsm: $(VENV)/.tokens  ## the same with a PKCS#11 token: SoftHSM2, in a fold
 
 test: $(VENV)/.development  ## linters, types, and the whole test suite with its coverage gate
 	@$(MAKE) --no-print-directory check coverage
+
+test-hosts: $(VENV)/.hosts  ## (as root) what an operator installs, run for real: units on systemd, pods in podman; minutes
+	$(BIN)/pytest -o faulthandler_timeout=300 tests/hosts  # one test may build an image, or boot a system
 
 check: $(VENV)/.development
 	$(BIN)/ruff format --check --quiet .
@@ -51,12 +56,17 @@ wheels: $(VENV)/.development  ## build both distributions into dist/
 	$(BIN)/python -m build --quiet --outdir dist client
 	$(BIN)/python -m build --quiet --outdir dist agent
 
+image: $(VENV)/.development  ## build the agent's image with podman (BASE=... for another base than Python's own)
+	rm -f dist/keyferry*.whl
+	@$(MAKE) --no-print-directory wheels
+	podman build $(if $(BASE),--build-arg BASE=$(BASE)) --file deploy/Containerfile --tag keyferry-agent:$(VERSION) .
+
 requirements: $(VENV)/.development  ## write deploy/requirements.txt: what an agent needs, pinned and hashed
 	@.ci/pip $(PYTHON) $(VENV) uv==0.13.9
 	$(BIN)/uv pip compile agent/pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-package keyferry --output-file deploy/requirements.txt
 
-test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, zsh, PKCS#11 tokens
+test-requirements:  ## (as root) install what tests need of the system: neovim, age, gdb, node, zsh, PKCS#11 tokens, podman, ...
 	.ci/provide
 
 $(VENV)/.created:
@@ -82,6 +92,11 @@ $(VENV)/.development: $(VENV)/.runtime
 $(VENV)/.bench: $(VENV)/.development
 	@echo "Installing what the benchmark compares with into $(VENV) ..."
 	@.ci/pip $(PYTHON) $(VENV) --group bench
+	@touch $@
+
+$(VENV)/.hosts: $(VENV)/.development
+	@echo "Installing the validator of Kubernetes' manifests (108 MB) into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) --group hosts
 	@touch $@
 
 clean:  ## remove what was made

@@ -4,18 +4,33 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 NODE_MODULES = ROOT / ".cache" / "node" / "node_modules"
+CACHE = ROOT / ".cache" / "hosts"
+BASE = CACHE / "debian.tar"
+"""A small Debian with Python, as the base of images: .ci/provide makes it."""
 WYCHEPROOF = Path(os.environ.get("KEYFERRY_WYCHEPROOF", ROOT.parent / "shared" / "vectors"))
 
 
 def program(name: str, package: str) -> pytest.MarkDecorator:
     """Skip where a program is not installed; `package` is Debian's name of what brings it."""
     return pytest.mark.skipif(shutil.which(name) is None, reason=f"needs the program {name} (Debian package {package})")
+
+
+def installed(name: str, how: str) -> pytest.MarkDecorator:
+    """Skip where a Python package's program is not in this environment."""
+    missing = not Path(sys.executable).with_name(name).is_file()
+    return pytest.mark.skipif(missing, reason=f"needs the program {name} in this environment: {how}")
+
+
+def base_image() -> pytest.MarkDecorator:
+    """Skip where there is no file system to build an image on."""
+    return pytest.mark.skipif(not BASE.is_file(), reason=f"needs {BASE.relative_to(ROOT)}, which .ci/provide makes")
 
 
 def root() -> pytest.MarkDecorator:
