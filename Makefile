@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo test check format coverage memory docs wheels requirements test-requirements clean help
+.PHONY: demo test check format coverage memory records docs wheels requirements test-requirements clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -35,6 +35,9 @@ format: $(VENV)/.development  ## put every file into the project's form
 memory: $(VENV)/.development  ## measure what is in the agent's memory while it works (docs/memory.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_memory.py
 
+records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
+	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
+
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
 	PYTHONPATH=tests $(BIN)/python tests/support/reference.py
 
@@ -47,7 +50,7 @@ requirements: $(VENV)/.development  ## write deploy/requirements.txt: what an ag
 	$(BIN)/uv pip compile agent/pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-header --no-annotate --no-emit-package keyferry --output-file deploy/requirements.txt
 
-test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, zsh
+test-requirements:  ## (as root) install what some tests need of the system: neovim, age, gdb, node, openssl, postgresql, zsh
 	.ci/provide
 
 $(VENV)/.created:
@@ -62,7 +65,7 @@ $(VENV)/.runtime: $(VENV)/.created $(PROJECTS)
 
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
-	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,async]' -e agent --group dev
+	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,async,store]' -e agent --group dev
 	@touch $@
 
 clean:  ## remove what was made

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from support.agent import RunningAgent, dev_agent
 from support.keyring import Command, new_keyring, run
-from support.requires import ROOT
+from support.postgres import Cluster
+from support.requires import ROOT, postgresql
 
 PROVIDE = "sudo make test-requirements (and what a line itself says)"
 NO_SKIPS = "KEYFERRY_NO_SKIPS"
@@ -46,6 +47,22 @@ def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
         return json.loads(capsys.readouterr().out)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """One PostgreSQL server for all tests: whoever stops it starts it again."""
+    with Cluster() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=postgresql())])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a test's own records go: to each kind of database in turn."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'records.sqlite'}"
+    cluster: Cluster = request.getfixturevalue("cluster")
+    return cluster.new_database()
 
 
 @pytest.hookimpl(trylast=True)
