@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from support.records import fill, opened
 from support.requires import ROOT, postgresql
 
 from keyferry import AgentUnavailable, Client
+from keyferry.errors import kms_error
 from keyferry.module import SoftwareModule
 from keyferry.parameters import decode_base64, encode_base64
 from keyferry.store import Outcome, Record, Store, StoreError, rewrap
@@ -379,6 +381,24 @@ class Lying:
         requests = list(wanted)
         answers = self._kms.pipeline(requests)
         return answers if requests and requests[0].dry_run else self._change(answers)
+
+
+def test_an_agent_that_cannot_now_is_asked_again_and_one_that_never_can_is_a_failure(
+    lite: Store, kms: Client, rotating: Rotating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of requests that is not taken for a moment, say. Nothing waits for ever."""
+    keys = fill(lite, kms, 3)
+    rotating.rotate()
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    unavailable = kms_error("ServiceUnavailableTemporary")
+    never: Any = Lying(kms, lambda answers: [unavailable for _ in answers])
+    failures: list[str] = []
+    assert rewrap(lite, never, failed=failures.append) == Outcome(3, 3, 0, 0, 3)
+    assert all("ServiceUnavailableTemporary" in why for why in failures)
+    times = iter(range(10))
+    soon: Any = Lying(kms, lambda answers: [unavailable, *answers[1:]] if next(times) < 5 else answers)
+    assert rewrap(lite, soon) == Outcome(3, 3, 3, 0, 0)
+    assert opened(lite, kms) == keys
 
 
 OTHER = "00000000-0000-0000-0000-000000000000"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from keyferry import Client, operations
+from keyferry import Client, KmsError, operations
 from keyferry.store import Record, Store
 from keyferry.store.record import context_text, now
 
@@ -28,4 +28,7 @@ def opened(records: Iterable[Record], kms: Client) -> dict[str, str]:
         operations.Decrypt(ciphertext_blob=record.ciphertext_blob, encryption_context=record.encryption_context or None)
         for record in read
     )
+    for answer in answers:
+        if isinstance(answer, KmsError):
+            raise answer
     return {record.name: answer.plaintext for record, answer in zip(read, answers, strict=True)}

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TextIO
 
 from ..declaration import Operation
 from ..errors import KeyferryError
@@ -51,9 +51,10 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in _EXTRAS[name]:
+        missing = (error.name or "").split(".")[0]
+        if missing not in _EXTRAS[name]:
             raise
-        raise Failed(f"this needs {error.name}, which is not installed: pip install 'keyferry[{name}]'") from None
+        raise Failed(f"this needs {missing}, which is not installed: pip install 'keyferry[{name}]'") from None
 
 
 def usage(message: str) -> NoReturn:
@@ -135,11 +136,27 @@ def _value(parameter: Parameter[Any], text: str) -> Any:
 # --- progress ---------------------------------------------------------------------------------------------------------
 
 
+class _NoBar:
+    """What is used of a bar, where nobody sees one."""
+
+    def update(self, _count: int) -> None:
+        pass
+
+    def reset(self, _total: int) -> None:
+        pass
+
+    def write(self, text: str, file: TextIO) -> None:
+        print(text, file=file)
+
+
 @contextmanager
 def progress(what: str, unit: str, *, scale: bool = False, total: int | None = None) -> Iterator[Any]:
-    """Lend a bar of tqdm's, which shows itself on a terminal only."""
-    with extra("store"):
+    """Lend a bar of tqdm's, which shows itself on a terminal only. It is missed by nobody where it is not installed."""
+    try:
         from tqdm import tqdm  # noqa: PLC0415
+    except ModuleNotFoundError:
+        yield _NoBar()
+        return
     with tqdm(
         desc=what,
         unit=unit,

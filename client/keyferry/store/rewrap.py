@@ -28,6 +28,7 @@ from .store import Store
 __all__ = ["Outcome", "rewrap"]
 
 _WOULD_SUCCEED: Final = "DryRunOperationError"
+_UNAVAILABLE: Final = "ServiceUnavailableTemporary"
 _PAUSE: Final = 0.5
 """Seconds to wait for an agent that has too much to do."""
 _PATIENCE: Final = 60
@@ -184,16 +185,16 @@ class _Rewrap:
         return True
 
     def _ask(self, requests: Iterable[operations.ReEncrypt]) -> list[Any]:
-        """What came of each, in one pipeline; what was too much for the agent's limits is asked again, later."""
+        """What came of each, in one pipeline; what the agent could not take now is asked again, later."""
         wanted = list(requests)
         answers = self._kms.pipeline(wanted)
         patience = _PATIENCE
-        while patience and (again := [place for place, each in enumerate(answers) if isinstance(each, Throttled)]):
+        while patience and (again := [place for place, each in enumerate(answers) if _later(each)]):
             time.sleep(_PAUSE)
             answered = self._kms.pipeline(wanted[place] for place in again)
             for place, answer in zip(again, answered, strict=True):
                 answers[place] = answer
-            stuck = all(isinstance(answer, Throttled) for answer in answered)
+            stuck = all(_later(answer) for answer in answered)
             patience = patience - 1 if stuck else _PATIENCE
         return answers
 
@@ -201,6 +202,11 @@ class _Rewrap:
         self.failures += 1
         self._failed(f"{ascii(record.name)[1:-1]}: {why}")
         return False
+
+
+def _later(answer: Any) -> bool:
+    """Whether the agent would have done it at another time."""
+    return isinstance(answer, Throttled) or getattr(answer, "code", None) == _UNAVAILABLE
 
 
 def _re_encrypt(record: Record, blob: str, *, dry_run: bool = False) -> operations.ReEncrypt:
