@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import change, serving
 from support.keys import recipient
@@ -93,6 +94,15 @@ def test_an_empty_list_is_one_all_the_same(shell: Shell) -> None:
     """As text and as JSON."""
     assert shell("list") == ("", "")
     assert json.loads(shell("list", "--json")[0]) == []
+
+
+def test_a_list_shows_no_control_characters(shell: Shell) -> None:
+    """Whoever can write to the database does not write to this terminal."""
+    shell("add", "a", "--KeyId", "alias/dev")
+    with Store(shell.store) as store, store._engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE keyferry_records SET name = :name"), {"name": "a\x1b[2J\n\u202eb"})
+    assert shell("list")[0].startswith("a\\x1b[2J\\n\\u202eb\t")
+    assert "\x1b" not in shell("list", "--json")[0]
 
 
 def test_rewrap_says_what_it_did(

@@ -233,6 +233,7 @@ def test_a_url_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypat
         (f"mysql://u:{PASSWORD}@h/db", "not in mysql"),
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
+        ("postgresql+psycopg2://h/db", "its driver, psycopg2, is not installed"),
         (f"postgresql+x{PASSWORD}://h/db", "knows no such driver"),
         (f"postgresql://u:{PASSWORD}@127.0.0.1:1/db", "PostgreSQL database db at 127.0.0.1: "),
         (f"postgresql://u@/db?host=/nowhere&password={PASSWORD}", "PostgreSQL database db at /nowhere: "),

@@ -104,8 +104,11 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _lines(store: "Store") -> Iterator[str]:
+    from ..store.record import printable  # noqa: PLC0415
+
     for record in store:
-        yield "\t".join((record.name, record.key_id, record.key_version_id, record.created, record.rewrapped or "-"))
+        fields = (record.name, record.key_id, record.key_version_id, record.created, record.rewrapped or "-")
+        yield "\t".join(map(printable, fields))
 
 
 def _json_lines(store: "Store") -> Iterator[str]:

@@ -63,6 +63,7 @@ def _check(path: str, source: BinaryIO | None) -> None:
 def _create(name: str, mode: int, folder: int) -> tuple[bool, int]:
     """A new file, and whether it has no name."""
     with contextlib.suppress(OSError):
+        os.stat("/proc/self/fd")  # it is given a name through there
         return True, os.open(".", _UNNAMED, mode, dir_fd=folder)
     return False, os.open(name, _NAMED, mode, dir_fd=folder)
 

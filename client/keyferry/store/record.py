@@ -19,6 +19,7 @@ __all__ = [
     "context_text",
     "new_record",
     "now",
+    "printable",
     "version_prefix",
 ]
 
@@ -57,7 +58,7 @@ class Record(NamedTuple):
         except (ValueError, RecursionError):
             context = None
         if not isinstance(context, dict) or not all(isinstance(value, str) for value in context.values()):
-            raise StoreError(f"{self.name}: its EncryptionContext in the store is damaged")
+            raise StoreError(f"{printable(self.name)}: its EncryptionContext in the store is damaged")
         return context
 
     def data_key_record(self) -> DataKeyRecord:
@@ -123,8 +124,13 @@ def check_name(name: str) -> None:
     """Refuse what cannot be typed or shown. Raises `StoreError`."""
     if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable() or name != name.strip():
         raise StoreError(
-            f"{name[:40]!a} is no name for a record: 1 to {LONGEST_NAME} printable characters, no space at its ends"
+            f"'{printable(name[:40])}' is no name for a record: 1 to {LONGEST_NAME} printable characters, no space at its ends"
         )
+
+
+def printable(text: str) -> str:
+    """What is in a database, as a terminal may have it: its control characters are somebody else's."""
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def now() -> str:

@@ -22,7 +22,7 @@ from ..client import Client
 from ..errors import KmsError, Throttled
 from ..module.interface import CryptographicModule, ModuleError
 from ..parameters import decode_base64
-from .record import VERSION_PREFIX, Record, StoreError, version_prefix
+from .record import VERSION_PREFIX, Record, StoreError, printable, version_prefix
 from .store import Store
 
 __all__ = ["Outcome", "rewrap"]
@@ -104,14 +104,14 @@ class _Rewrap:
         for key_id in self._store.key_ids():
             if key_id in self._known and self._known[key_id] is None:
                 continue
-            try:
-                version = self._kms.describe_key(key_id=key_id).key_metadata.primary_key_version
-            except KmsError as error:
+            (answer,) = self._ask([operations.DescribeKey(key_id=key_id)])
+            if isinstance(answer, KmsError):
                 count, self._known[key_id] = self._store.count(key_id), None
                 self.found += count
                 self.failures += count
-                self._failed(f"{count} records of master key {ascii(key_id)[1:-1]}: {error}")
+                self._failed(f"{count} records of master key {printable(key_id)}: {answer}")
                 continue
+            version = answer.key_metadata.primary_key_version
             if self._known.get(key_id) == version:
                 continue
             versions[key_id] = self._known[key_id] = version
@@ -174,17 +174,20 @@ class _Rewrap:
         if module is None:
             return True
         stored = record.data_key_record()
+        keys = []
         try:
-            old = module.recover_data_key(self._kms, stored)
-            new = module.recover_data_key(self._kms, {**stored, "CiphertextBlob": blob})
+            keys.append(module.recover_data_key(self._kms, stored))
+            keys.append(module.recover_data_key(self._kms, {**stored, "CiphertextBlob": blob}))
+            old, new = keys
             module.decrypt(new, module.encrypt(old, _PROBE))
-            module.forget(old)
-            module.forget(new)
         except (KmsError, ModuleError) as error:
             return self._fail(record, f"the module cannot prove that its data key stayed the same: {error}")
+        finally:
+            for key in keys:
+                module.forget(key)
         return True
 
-    def _ask(self, requests: Iterable[operations.ReEncrypt]) -> list[Any]:
+    def _ask(self, requests: Iterable[Any]) -> list[Any]:
         """What came of each, in one pipeline; what the agent could not take now is asked again, later."""
         wanted = list(requests)
         answers = self._kms.pipeline(wanted)
@@ -200,7 +203,7 @@ class _Rewrap:
 
     def _fail(self, record: Record, why: object) -> bool:
         self.failures += 1
-        self._failed(f"{ascii(record.name)[1:-1]}: {why}")
+        self._failed(f"{printable(record.name)}: {why}")
         return False
 
 

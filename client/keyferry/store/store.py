@@ -13,7 +13,7 @@ import sqlalchemy as sql
 from sqlalchemy import event, exc
 
 from .location import find, make_room, shown
-from .record import LONGEST_NAME, VERSION_PREFIX, Record, StoreError, check_name, now, version_prefix
+from .record import LONGEST_NAME, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
 
 __all__ = ["Store"]
 
@@ -21,6 +21,12 @@ _PAGE: Final = 500
 """Records to have in memory at a time."""
 _PATIENCE: Final = 60
 """Seconds to wait for another writer of an SQLite file, and for a PostgreSQL server to take a connection."""
+_WAITING: Final = {
+    "pysqlite": {"timeout": _PATIENCE},
+    "psycopg": {"connect_timeout": _PATIENCE},
+    "psycopg2": {"connect_timeout": _PATIENCE},
+}
+"""How each driver is told so."""
 
 _records: Final = sql.Table(
     "keyferry_records",
@@ -86,10 +92,12 @@ class Store:
             self._engine = sql.create_engine(
                 self._url,
                 hide_parameters=True,
-                connect_args={"timeout": _PATIENCE} if sqlite else {"connect_timeout": _PATIENCE},
+                connect_args=_WAITING.get(self._url.get_driver_name(), {}),
             )
         except (exc.ArgumentError, exc.NoSuchModuleError):
             raise StoreError(f"{self._place}: SQLAlchemy knows no such driver") from None
+        except ModuleNotFoundError as error:
+            raise StoreError(f"{self._place}: its driver, {error.name}, is not installed") from None
         except ImportError:
             raise StoreError(
                 f"{self._place}: its driver does not start. PostgreSQL's needs the system's libpq (Debian package libpq5)"
@@ -139,7 +147,7 @@ class Store:
         """The record of this name."""
         record = self._one(name)
         if record is None:
-            raise StoreError(f"there is no record {ascii(name)[1:-1]} in {self._place}")
+            raise StoreError(f"there is no record {printable(name)} in {self._place}")
         return record
 
     def __iter__(self) -> Iterator[Record]:
