@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import event
 
-from keyferry import Client
+from keyferry import Client, operations
 from keyferry.store import Store, rewrap, store
 
 POINTS = ("re-encrypted", "checked", "replacing", "committing", "committed")
@@ -41,7 +41,8 @@ def main(url: str, socket: str, point: str, count: str) -> None:
     def pipeline(kms: Client, wanted: Any) -> list[Any]:
         requests = list(wanted)
         answers = asked(kms, requests)
-        death.at("checked" if requests and requests[0].dry_run else "re-encrypted")
+        if requests and isinstance(requests[0], operations.ReEncrypt):
+            death.at("checked" if requests[0].dry_run else "re-encrypted")
         return answers
 
     Client.pipeline = pipeline  # type: ignore[assignment,method-assign]

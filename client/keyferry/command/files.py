@@ -48,7 +48,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _add_places(parser: argparse.ArgumentParser, output: str) -> None:
-    parser.add_argument("source", metavar="IN|FILE", help="what to read; -: standard input")
+    parser.add_argument("source", metavar="IN", help="what to read; -: standard input")
     parser.add_argument("target", metavar="OUT", help=f"the result; a file of that name is replaced; -: {output}")
 
 
