@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' client/keyferry/__init__.py)
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check docs wheels image requirements \
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check records docs wheels image requirements \
 	test-requirements clean help
 
 help:  ## this list
@@ -49,6 +49,9 @@ bench: $(VENV)/.bench  ## measure speed beside the bare computation, and write d
 bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one that is kept
 	PYTHONPATH=tests $(BIN)/python -m bench --check
 
+records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
+	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
+
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
 	PYTHONPATH=tests $(BIN)/python tests/support/reference.py
 
@@ -86,7 +89,7 @@ $(VENV)/.tokens: $(VENV)/.runtime
 
 $(VENV)/.development: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
-	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,pkcs11,async]' -e 'agent[metrics]' --group dev
+	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,pkcs11,async,store]' -e 'agent[metrics]' --group dev
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.development

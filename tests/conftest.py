@@ -11,7 +11,8 @@ import pytest
 from support import requires, tokens
 from support.agent import RunningAgent, dev_agent
 from support.keyring import Command, new_keyring, run
-from support.requires import ROOT
+from support.postgres import Cluster
+from support.requires import ROOT, postgresql
 from support.tokens import RealToken
 
 from keyferry.module import Pkcs11Module
@@ -82,6 +83,21 @@ def module(token: RealToken) -> Iterator[Pkcs11Module]:
     module = token.open()
     yield module
     module.close()
+
+
+def cluster() -> Iterator[Cluster]:
+    """One PostgreSQL server for all tests: whoever stops it starts it again."""
+    with Cluster() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=postgresql())])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a test's own records go: to each kind of database in turn."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'records.sqlite'}"
+    cluster: Cluster = request.getfixturevalue("cluster")
+    return cluster.new_database()
 
 
 @pytest.hookimpl(trylast=True)

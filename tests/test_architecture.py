@@ -119,6 +119,24 @@ def test_there_are_no_cycles() -> None:
     assert not graph, f"in a cycle: {sorted(graph)}"
 
 
+def test_only_the_store_knows_databases_and_only_the_command_uses_it() -> None:
+    """A library's user has a database of their own."""
+    for name in ALL:
+        roots = {other.split(".")[0] for other in imports(name)}
+        assert not roots & {"sqlalchemy", "psycopg"} or name.startswith("keyferry.store."), name
+        assert "tqdm" not in roots or name == "keyferry.command.common", name
+        stores = [other for other in imports(name) if other.startswith("keyferry.store")]
+        assert not stores or name.startswith(("keyferry.store", "keyferry.command.")), name
+
+
+def test_files_are_encrypted_over_the_interface_of_modules() -> None:
+    """Whichever module it is: none by its name."""
+    for name in modules(CLIENT):
+        if name.startswith("keyferry.files"):
+            known = [other for other in imports(name) if other.startswith("keyferry.module")]
+            assert set(known) <= {"keyferry.module.interface"}, name
+
+
 def test_files_stay_short() -> None:
     """A longer one is a question whether two ideas live in it."""
     long = {str(path): n for path in ALL.values() if (n := len(path.read_text().splitlines())) > LONGEST}

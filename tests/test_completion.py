@@ -36,6 +36,9 @@ def offered(script: str, function: str, *words: str) -> set[str]:
         ),
         (("keyferry", "call", "ExportDataKey", "--WrappingKeySpec", ""), {"RSA_2048", "EC_SM2"}),
         (("keyferry", "status", "--w"), {"--wait"}),
+        (("keyferry", "records", "re"), {"recover", "rewrap"}),
+        (("keyferry", "records", "add", "a", "--Ke"), {"--KeyId", "--KeySpec"}),
+        (("keyferry", "module", "init", "m", "--key-spec", ""), {"RSA_2048", "EC_SM2"}),
     ],
 )
 def test_bash_offers_operations_parameters_and_their_values(words: tuple[str, ...], expected: set[str]) -> None:

@@ -11,6 +11,10 @@
 _shtab_keyferry_commands() {
   local _commands=(
     call:'Call one operation.'
+    decrypt-file:'Decrypt IN to OUT. The file itself holds its record. OUT appears only when all of IN was authentic.'
+    encrypt-file:'Encrypt IN to OUT, inside a module, with the data key of a record. OUT appears when it is complete.'
+    module:'cryptographic modules in files'
+    records:'data keys in a database, by their names'
     status:'Ask the agent for its health. For probes.'
   )
   _describe 'keyferry commands' _commands
@@ -32,6 +36,24 @@ _shtab_keyferry_call_commands() {
     ReEncrypt:'Open a CiphertextBlob and encrypt what is in it under another key, or the same key'"'"'s primary version. Needs `kms:ReEncryptFrom` on the key that opens it, and `kms:ReEncryptTo` on the destination.'
   )
   _describe 'keyferry call commands' _commands
+}
+
+_shtab_keyferry_module_commands() {
+  local _commands=(
+    init:'Make a software module: a key pair in a new file, sealed with a passphrase. Prints its public key and its pin.'
+  )
+  _describe 'keyferry module commands' _commands
+}
+
+_shtab_keyferry_records_commands() {
+  local _commands=(
+    add:'Make a data key that nobody sees, and store its record.'
+    list:'List all records, in the order in which they were added.'
+    recover:'Export a record'"'"'s data key to a module'"'"'s public key (ExportDataKey).'
+    rewrap:'Move every record under its master key'"'"'s primary version (ReEncrypt).'
+    show:'Show a record, as JSON.'
+  )
+  _describe 'keyferry records commands' _commands
 }
 
 _shtab_keyferry_options=(
@@ -189,6 +211,114 @@ _shtab_keyferry_call_ReEncrypt_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_call_ReEncrypt_defaults_added=0
 
+_shtab_keyferry_decrypt_file_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--module[a software module that \`keyferry module init\` made]:FILE:_files"
+  "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  ":what to read\; -\: standard input:_files"
+  ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_decrypt_file_defaults_added=0
+
+_shtab_keyferry_encrypt_file_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--record[the record in the store]:NAME:"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--module[a software module that \`keyferry module init\` made]:FILE:_files"
+  "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  ":what to read\; -\: standard input:_files"
+  ":the result\; a file of that name is replaced\; -\: standard output:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_encrypt_file_defaults_added=0
+
+_shtab_keyferry_module_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_module_defaults_added=0
+
+_shtab_keyferry_module_init_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--key-spec[default\: RSA_2048]:key_spec:(RSA_2048 EC_SM2)"
+  ":the new file:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_module_init_defaults_added=0
+
+_shtab_keyferry_records_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_defaults_added=0
+
+_shtab_keyferry_records_add_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
+  "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default) or AES_128 (16).]:VALUE:(AES_256 AES_128)"
+  "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  ":the record\'s name:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_add_defaults_added=0
+
+_shtab_keyferry_records_list_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--json[one JSON array on stdout, with all there is of each]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_list_defaults_added=0
+
+_shtab_keyferry_records_recover_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads a PEM or DER file. (required)]:VALUE:"
+  "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
+  "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
+  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  ":NAME:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_recover_defaults_added=0
+
+_shtab_keyferry_records_rewrap_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--dry-run[change nothing\; say of each whether it could be moved]"
+  "--module[a software module that \`keyferry module init\` made\; then each data key is proved to be the same as before]:FILE:_files"
+  "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_rewrap_defaults_added=0
+
+_shtab_keyferry_records_show_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  ":NAME:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_show_defaults_added=0
+
 _shtab_keyferry_status_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
@@ -218,6 +348,10 @@ _shtab_keyferry() {
       curcontext="${curcontext%:*:*}:_shtab_keyferry-$line[1]:"
       case $line[1] in
         call) _shtab_keyferry_call ;;
+        decrypt-file) _arguments -C -s $_shtab_keyferry_decrypt_file_options ;;
+        encrypt-file) _arguments -C -s $_shtab_keyferry_encrypt_file_options ;;
+        module) _shtab_keyferry_module ;;
+        records) _shtab_keyferry_records ;;
         status) _arguments -C -s $_shtab_keyferry_status_options ;;
       esac
   esac
@@ -253,6 +387,56 @@ _shtab_keyferry_call() {
         ListKeyVersions) _arguments -C -s $_shtab_keyferry_call_ListKeyVersions_options ;;
         ListKeys) _arguments -C -s $_shtab_keyferry_call_ListKeys_options ;;
         ReEncrypt) _arguments -C -s $_shtab_keyferry_call_ReEncrypt_options ;;
+      esac
+  esac
+}
+
+_shtab_keyferry_module() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->module'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_keyferry_module_defaults_added )); then
+    if (( ${_shtab_keyferry_module_options[(I)${(q)one_or_more}*]} +          ${_shtab_keyferry_module_options[(I)${(q)remainder}*]} +          ${_shtab_keyferry_module_options[(I)${(q)default}]} == 0 )); then
+      _shtab_keyferry_module_options+=(': :_shtab_keyferry_module_commands' '*::: :->module')
+    fi
+    _shtab_keyferry_module_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_keyferry_module_options
+
+  case $state in
+    module)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_keyferry_module-$line[1]:"
+      case $line[1] in
+        init) _arguments -C -s $_shtab_keyferry_module_init_options ;;
+      esac
+  esac
+}
+
+_shtab_keyferry_records() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->records'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_keyferry_records_defaults_added )); then
+    if (( ${_shtab_keyferry_records_options[(I)${(q)one_or_more}*]} +          ${_shtab_keyferry_records_options[(I)${(q)remainder}*]} +          ${_shtab_keyferry_records_options[(I)${(q)default}]} == 0 )); then
+      _shtab_keyferry_records_options+=(': :_shtab_keyferry_records_commands' '*::: :->records')
+    fi
+    _shtab_keyferry_records_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_keyferry_records_options
+
+  case $state in
+    records)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_keyferry_records-$line[1]:"
+      case $line[1] in
+        add) _arguments -C -s $_shtab_keyferry_records_add_options ;;
+        list) _arguments -C -s $_shtab_keyferry_records_list_options ;;
+        recover) _arguments -C -s $_shtab_keyferry_records_recover_options ;;
+        rewrap) _arguments -C -s $_shtab_keyferry_records_rewrap_options ;;
+        show) _arguments -C -s $_shtab_keyferry_records_show_options ;;
       esac
   esac
 }

@@ -69,7 +69,7 @@ def _help_the_shell(parser: argparse.ArgumentParser) -> None:
         if isinstance(action.choices, dict):
             for each in action.choices.values():
                 _help_the_shell(each)
-        elif set(str(action.metavar).split("|")) & {"FILE", "PATH", "F", "OUT"}:
+        elif set(str(action.metavar).split("|")) & {"FILE", "PATH", "F", "IN", "OUT"}:
             anything: Any = action
             anything.complete = shtab.FILE
         elif action.option_strings and values.get(action.option_strings[0]):

@@ -15,6 +15,8 @@ CACHE = ROOT / ".cache" / "hosts"
 BASE = CACHE / "debian.tar"
 """A small Debian with Python, as the base of images: .ci/provide makes it."""
 WYCHEPROOF = Path(os.environ.get("KEYFERRY_WYCHEPROOF", ROOT.parent / "shared" / "vectors"))
+POSTGRESQL = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+"""The programs of a PostgreSQL server, where Debian puts them."""
 
 
 def program(name: str, package: str) -> pytest.MarkDecorator:
@@ -71,3 +73,8 @@ def _openssl_sm2() -> bool:
 def openssl_sm2() -> pytest.MarkDecorator:
     """Skip where the openssl program is missing, or was built without SM2."""
     return pytest.mark.skipif(not _openssl_sm2(), reason="needs the program openssl with SM2 (Debian package openssl)")
+
+
+def postgresql() -> pytest.MarkDecorator:
+    """Skip where there is no PostgreSQL server to start."""
+    return pytest.mark.skipif(POSTGRESQL is None, reason="needs a PostgreSQL server (Debian package postgresql)")

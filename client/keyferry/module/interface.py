@@ -2,10 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Final, TypedDict
+from typing import Any, Final
 
 from ..client import Client
 from ..errors import KeyferryError
+from ..record import DataKeyRecord
 
 __all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError"]
 
@@ -37,15 +38,6 @@ class DataKey:
 
     def __repr__(self) -> str:
         return "DataKey(...)"
-
-
-class DataKeyRecord(TypedDict):
-    """What an application stores to get a data key back: JSON-able, and not secret, but needed."""
-
-    KeyId: str
-    KeyVersionId: str
-    CiphertextBlob: str
-    EncryptionContext: dict[str, str]
 
 
 class CryptographicModule(ABC):

@@ -1,0 +1,56 @@
+"""The `keyferry` command: its arguments and exit codes. What each part of it does is in the module of its name.
+
+    operations.py  call, status
+    records.py     records add, list, show, recover, rewrap
+    files.py       encrypt-file, decrypt-file
+    modules.py     module init
+
+Nothing beyond the standard library and msgpack is imported before a command that needs it runs.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import AgentUnavailable, KeyferryError, KmsError, ProtocolError
+from . import files, modules, operations, records
+from .common import INTERRUPTED, REFUSED, UNREACHABLE
+
+__all__ = ["main"]
+
+_EPILOG = """exit codes: 0 done; 1 the agent refused (its error is on stderr, as JSON), or it could not be done
+(why is on stderr); 2 usage; 3 the agent cannot be reached; 74 standard output could not be written"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="keyferry",
+        description="Ask the key agent of this host.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"keyferry {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for room in (operations, records, files, modules):
+        room.add_parsers(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with `argv` (default: the process's own arguments) and give its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+    except KmsError as error:
+        refusal = {"Code": error.code, "Message": error.message, "RequestId": error.request_id}
+        print(json.dumps(refusal, indent=2, ensure_ascii=False), file=sys.stderr)
+        return REFUSED
+    except KeyferryError as error:
+        print(f"keyferry: {error}", file=sys.stderr)
+        return UNREACHABLE if isinstance(error, (AgentUnavailable, ProtocolError)) else REFUSED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code

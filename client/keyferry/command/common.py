@@ -1,0 +1,170 @@
+"""What the commands share: exit codes, arguments that several take, extras that may be missing, and progress on a terminal."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, NoReturn, TextIO
+
+from ..declaration import Operation
+from ..errors import KeyferryError
+from ..exchange import DEFAULT_SOCKET, pem_to_der
+from ..output import show
+from ..parameters import PUBLIC_KEY_BLOB, Parameter, encode_base64
+
+__all__ = [
+    "INTERRUPTED",
+    "REFUSED",
+    "UNREACHABLE",
+    "USAGE",
+    "Failed",
+    "add_parameters",
+    "extra",
+    "given",
+    "progress",
+    "show_json",
+    "socket_option",
+    "usage",
+]
+
+REFUSED: Final = 1
+USAGE: Final = 2
+UNREACHABLE: Final = 3
+INTERRUPTED: Final = 130
+"""What a shell makes of SIGINT."""
+
+_EXTRAS: Final = {
+    "module": {"cryptography", "pyrage"},
+    "store": {"cryptography", "pyrage", "sqlalchemy", "psycopg", "tqdm"},
+}
+"""Packages that an extra brings (client/pyproject.toml)."""
+
+
+class Failed(KeyferryError):
+    """It could not be done, for a reason that is neither the agent's nor the store's."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """For imports of what an extra brings. Raises `Failed`, with what to install, where it is not there."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing not in _EXTRAS[name]:
+            raise
+        raise Failed(f"this needs {missing}, which is not installed: pip install 'keyferry[{name}]'") from None
+
+
+def usage(message: str) -> NoReturn:
+    """Say what is wrong with the arguments, and end."""
+    print(f"keyferry: {message}", file=sys.stderr)
+    raise SystemExit(USAGE)
+
+
+def show_json(result: Any) -> int:
+    """Print a result as JSON; give the exit code."""
+    return show("keyferry", json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def socket_option() -> argparse.ArgumentParser:
+    """--socket, for all that ask an agent."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "--socket", metavar="PATH", help=f"the agent's socket (default: $KEYFERRY_SOCKET, else {DEFAULT_SOCKET})"
+    )
+    return parser
+
+
+# --- an operation's parameters, by the API's own names ----------------------------------------------------------------
+
+
+class _Once(argparse.Action):
+    """A parameter that is given twice is a mistake, not a correction."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option_string} is given twice")
+        setattr(namespace, self.dest, values)
+
+
+def add_parameters(
+    parser: argparse.ArgumentParser,
+    operation: Operation[..., Any],
+    *,
+    without: Iterable[str] = (),
+    enforce: bool = False,
+) -> None:
+    """Add an operation's parameters as options; with `enforce`, what it requires is required here, not by the agent only."""
+    for name, parameter in operation.parameters.items():
+        if name in without:
+            continue
+        required = name in operation.required
+        file = " @FILE reads a PEM or DER file." if parameter is PUBLIC_KEY_BLOB else ""
+        help_text = f"{parameter.doc}{file}{' (required)' if required else ''}".replace("%", "%%")
+        parser.add_argument(f"--{name}", action=_Once, metavar="VALUE", required=enforce and required, help=help_text)
+
+
+def given(arguments: argparse.Namespace, operation: Operation[..., Any]) -> dict[str, Any]:
+    """The parameters that were given, as they travel. Ends the command where one cannot be."""
+    texts = {name: getattr(arguments, name, None) for name in operation.parameters}
+    return {name: _value(operation.parameters[name], text) for name, text in texts.items() if text is not None}
+
+
+def _value(parameter: Parameter[Any], text: str) -> Any:
+    if parameter is PUBLIC_KEY_BLOB and text.startswith("@"):
+        try:
+            with open(text[1:], "rb") as file:
+                return encode_base64(pem_to_der(file.read()))
+        except (OSError, ValueError) as error:
+            usage(f"--{parameter.name} {text}: {error}")
+    if parameter.integer:
+        try:
+            return int(text)
+        except ValueError:
+            usage(f"--{parameter.name}: an integer is expected, not {text!r}")
+    return text
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+
+class _NoBar:
+    """What is used of a bar, where nobody sees one."""
+
+    def update(self, _count: int) -> None:
+        pass
+
+    def reset(self, _total: int) -> None:
+        pass
+
+    def write(self, text: str, file: TextIO) -> None:
+        print(text, file=file)
+
+
+@contextmanager
+def progress(what: str, unit: str, *, scale: bool = False, total: int | None = None) -> Iterator[Any]:
+    """Lend a bar of tqdm's, which shows itself on a terminal only. It is missed by nobody where it is not installed."""
+    try:
+        from tqdm import tqdm  # noqa: PLC0415
+    except ModuleNotFoundError:
+        yield _NoBar()
+        return
+    with tqdm(
+        desc=what,
+        unit=unit,
+        unit_scale=scale,
+        unit_divisor=1024,
+        total=total,
+        disable=None,
+        file=sys.stderr,
+        leave=False,
+    ) as bar:
+        yield bar

@@ -1,0 +1,75 @@
+"""`keyferry call` and `keyferry status`: one operation, and the agent's health."""
+
+import argparse
+import math
+import time
+from typing import Any, Final
+
+from ..client import Client
+from ..errors import AgentUnavailable
+from ..operations import OPERATIONS
+from .common import add_parameters, given, show_json, socket_option
+
+__all__ = ["add_parsers"]
+
+_WAIT_STEP: Final = 0.1
+"""Seconds between two attempts of `status --wait`."""
+
+_PROBE: Final = 5.0
+"""Seconds that an agent that is there has to answer a probe."""
+
+
+def add_parsers(commands: Any) -> None:
+    """Add `call`, with every operation, and `status`."""
+    socket = socket_option()
+    call = commands.add_parser(
+        "call", help="one operation, by the API's own names", description="Call one operation.", allow_abbrev=False
+    )
+    operations = call.add_subparsers(dest="operation", required=True, metavar="OPERATION")
+    for operation in OPERATIONS.values():
+        parser = operations.add_parser(
+            operation.name, help=operation.doc, description=operation.doc, parents=[socket], allow_abbrev=False
+        )
+        add_parameters(parser, operation)
+        parser.set_defaults(run=_call)
+    status = commands.add_parser(
+        "status",
+        help="the agent's health, as JSON",
+        description="Ask the agent for its health. For probes.",
+        parents=[socket],
+        allow_abbrev=False,
+    )
+    status.add_argument(
+        "--wait",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long to wait for an agent that is not there yet",
+    )
+    status.set_defaults(run=_status)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < math.inf:
+        raise ValueError
+    return seconds
+
+
+def _call(arguments: argparse.Namespace) -> int:
+    operation = OPERATIONS[arguments.operation]
+    params = given(arguments, operation)
+    with Client(arguments.socket) as kms:
+        return show_json(kms.call(operation.name, params))
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    deadline = time.monotonic() + arguments.wait
+    with Client(arguments.socket, timeout=max(arguments.wait, _PROBE)) as kms:
+        while True:
+            try:
+                return show_json(kms.call("GetAgentStatus", {}))
+            except AgentUnavailable:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(_WAIT_STEP)

@@ -1,0 +1,169 @@
+"""`keyferry records`: data keys in a database, by their names."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..client import Client
+from ..operations import OPERATIONS
+from ..output import DONE, show_lines
+from .common import REFUSED, add_parameters, extra, given, progress, show_json, socket_option
+from .modules import add_module_options, open_module
+
+if TYPE_CHECKING:
+    from ..store import Record, Store
+
+__all__ = ["add_parsers", "add_store_option", "open_store"]
+
+_ADD = OPERATIONS["GenerateDataKeyWithoutPlaintext"]
+_RECOVER = OPERATIONS["ExportDataKey"]
+_OF_THE_RECORD = ("CiphertextBlob", "EncryptionContext")
+
+
+def add_parsers(commands: Any) -> None:
+    """Add `records` and its verbs."""
+    records = commands.add_parser("records", help="data keys in a database, by their names", allow_abbrev=False)
+    verbs = records.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(
+        name: str, text: str, run: Callable[[argparse.Namespace], int], *, agent: bool = True
+    ) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = verbs.add_parser(
+            name, help=text, description=text, parents=[socket_option()] if agent else [], allow_abbrev=False
+        )
+        add_store_option(parser)
+        parser.set_defaults(run=run)
+        return parser
+
+    add = verb("add", "Make a data key that nobody sees, and store its record.", _add)
+    add.add_argument("name", metavar="NAME", help="the record's name")
+    add_parameters(add, _ADD, without=["DryRun"], enforce=True)
+
+    listing = verb("list", "List all records, in the order in which they were added.", _list, agent=False)
+    listing.add_argument("--json", action="store_true", help="one JSON array on stdout, with all there is of each")
+
+    show = verb("show", "Show a record, as JSON.", _show, agent=False)
+    show.add_argument("name", metavar="NAME")
+
+    recover = verb("recover", "Export a record's data key to a module's public key (ExportDataKey).", _recover)
+    recover.add_argument("name", metavar="NAME")
+    add_parameters(recover, _RECOVER, without=_OF_THE_RECORD, enforce=False)
+
+    rewrap = verb("rewrap", "Move every record under its master key's primary version (ReEncrypt).", _rewrap)
+    rewrap.add_argument("--dry-run", action="store_true", help="change nothing; say of each whether it could be moved")
+    add_module_options(rewrap, required=False, why="; then each data key is proved to be the same as before")
+
+
+def add_store_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names a store."""
+    parser.add_argument(
+        "--store",
+        metavar="URL",
+        help="an SQLAlchemy URL of SQLite or PostgreSQL, or @FILE with one in it "
+        "(default: $KEYFERRY_STORE, else an SQLite file under $XDG_DATA_HOME/keyferry)",
+    )
+
+
+def open_store(arguments: argparse.Namespace) -> "Store":
+    """The store that the options name. Raises `KeyferryError`."""
+    with extra("store"):
+        from ..store import Store  # noqa: PLC0415
+    store = Store(arguments.store)
+    if arguments.store and store.has_password and not arguments.store.startswith("@"):
+        print(
+            "keyferry: a password on the command line can be read by every user of this host: "
+            "use --store @FILE, $KEYFERRY_STORE, or PostgreSQL's own ~/.pgpass",
+            file=sys.stderr,
+        )
+    return store
+
+
+def _add(arguments: argparse.Namespace) -> int:
+    with open_store(arguments) as store, Client(arguments.socket) as kms:
+        from ..store import new_record  # noqa: PLC0415
+
+        store.check_free(arguments.name)
+        params = given(arguments, _ADD)
+        record = new_record(
+            kms,
+            arguments.name,
+            key_id=params["KeyId"],
+            encryption_context=params.get("EncryptionContext"),
+            key_spec=params.get("KeySpec"),
+            number_of_bytes=params.get("NumberOfBytes"),
+        )
+        store.add(record)
+    return show_json(record.to_json())
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    with open_store(arguments) as store:
+        return show_lines("keyferry", _json_lines(store) if arguments.json else _lines(store))
+
+
+def _lines(store: "Store") -> Iterator[str]:
+    from ..store.record import printable  # noqa: PLC0415
+
+    for record in store:
+        fields = (record.name, record.key_id, record.key_version_id, record.created, record.rewrapped or "-")
+        yield "\t".join(map(printable, fields))
+
+
+def _json_lines(store: "Store") -> Iterator[str]:
+    """One array, an element to a line, as they come."""
+    before: Record | None = None
+    yield "["
+    for record in store:
+        if before:
+            yield f"  {json.dumps(before.to_json(), ensure_ascii=False)},"
+        before = record
+    if before:
+        yield f"  {json.dumps(before.to_json(), ensure_ascii=False)}"
+    yield "]"
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    with open_store(arguments) as store:
+        return show_json(store.get(arguments.name).to_json())
+
+
+def _recover(arguments: argparse.Namespace) -> int:
+    params = given(arguments, _RECOVER)
+    with open_store(arguments) as store:
+        record = store.get(arguments.name).data_key_record()
+    params.update({name: record[name] for name in _OF_THE_RECORD})  # type: ignore[literal-required]
+    with Client(arguments.socket) as kms:
+        return show_json(kms.call(_RECOVER.name, params))
+
+
+def _rewrap(arguments: argparse.Namespace) -> int:
+    with open_store(arguments) as store, Client(arguments.socket) as kms:
+        from ..store import rewrap  # noqa: PLC0415
+
+        with progress("rewrapping", " records") as bar:
+
+            def found(count: int) -> None:
+                bar.reset(count)
+
+            outcome = rewrap(
+                store,
+                kms,
+                dry_run=arguments.dry_run,
+                module=open_module(arguments) if arguments.module else None,
+                failed=lambda why: bar.write(f"keyferry: {why}", file=sys.stderr),
+                found=found,
+                advanced=bar.update,
+            )
+    done = show_json(
+        {
+            "DryRun": arguments.dry_run,
+            "Records": outcome.records,
+            "Found": outcome.found,
+            "Moved": outcome.moved,
+            "Changed": outcome.changed,
+            "Failed": outcome.failed,
+        }
+    )
+    return REFUSED if outcome.failed and done == DONE else done

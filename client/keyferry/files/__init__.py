@@ -1,0 +1,17 @@
+"""Files encrypted with a data key that is in a cryptographic module, in chunks: any size, in constant memory.
+
+    with open("report.pdf", "rb") as source, open("report.kf", "wb") as target:
+        encrypt(source, target, module, key, record)
+
+    with open("report.kf", "rb") as source, replacing("report.pdf") as target:
+        header = read_header(source)
+        decrypt(source, target, module, module.recover_data_key(kms, header.record), header)
+
+docs/files.md has the format, and why it is as it is. Needs the extra `module`.
+"""
+
+from .header import FileError, Header, read_header
+from .output import replacing
+from .stream import decrypt, encrypt
+
+__all__ = ["FileError", "Header", "decrypt", "encrypt", "read_header", "replacing"]

@@ -1,0 +1,14 @@
+"""Records of data keys in a database, SQLite or PostgreSQL: the backup that brings data keys back (extra `store`).
+
+    with Store() as store, Client() as kms:
+        store.add(new_record(kms, "orders", key_id="alias/orders", encryption_context={"tenant": "acme"}))
+        key = module.recover_data_key(kms, store.get("orders").data_key_record())
+
+`rewrap` moves all of them under their master keys' newest versions. docs/records.md has it for operators.
+"""
+
+from .record import Record, StoreError, new_record
+from .rewrap import Outcome, rewrap
+from .store import Store
+
+__all__ = ["Outcome", "Record", "Store", "StoreError", "new_record", "rewrap"]

@@ -1,0 +1,228 @@
+"""Move every record under its master key's primary version, by ReEncrypt: nobody sees a data key, and none is lost.
+
+For each page of records:
+
+1. ReEncrypt each, in one pipeline. The answer names both versions, and so does the new blob itself.
+2. Have the agent open each new blob under the record's context: a ReEncrypt with DryRun, which decrypts and gives nothing.
+   It needs no grant that step 1 did not need, least of all kms:Decrypt.
+3. Where a module was given, prove in it that old and new hold the same data key: what one encrypts, the other decrypts.
+4. Replace the old blobs in the database by those that passed, in one transaction, each only if its row is as it was read.
+
+Until the commit of 4 nothing has changed, and after it the page is done: a kill at any point leaves every record readable,
+under its old version or its new one, and the next run finds those that are left. Two runs at once do the same work twice; one
+of them finds its rows changed, and leaves them.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+from .. import operations
+from ..client import Client
+from ..errors import KmsError, Throttled
+from ..module.interface import CryptographicModule, ModuleError
+from ..parameters import decode_base64
+from .record import VERSION_PREFIX, Record, StoreError, printable, version_prefix
+from .store import Store
+
+__all__ = ["Outcome", "rewrap"]
+
+_WOULD_SUCCEED: Final = "DryRunOperationError"
+_UNAVAILABLE: Final = "ServiceUnavailableTemporary"
+_PAUSE: Final = 0.5
+"""Seconds to wait for an agent that has too much to do."""
+_PATIENCE: Final = 60
+"""Pauses in which not one request was taken, before that is a failure."""
+_PROBE: Final = b"keyferry rewrap"
+
+
+class Outcome(NamedTuple):
+    """What a rewrap did, in numbers of records."""
+
+    records: int
+    """In the store."""
+    found: int
+    """Under another version than their master key's primary one."""
+    moved: int
+    """Replaced; with a dry run, those that would be."""
+    changed: int
+    """Left, because somebody else changed them meanwhile: another rewrap, most likely."""
+    failed: int
+    """Left as they were, each reported."""
+
+
+def rewrap(
+    store: Store,
+    kms: Client,
+    *,
+    dry_run: bool = False,
+    module: CryptographicModule | None = None,
+    failed: Callable[[str], None] = lambda _why: None,
+    found: Callable[[int], None] = lambda _count: None,
+    advanced: Callable[[int], None] = lambda _count: None,
+) -> Outcome:
+    """Move every record that is not under its master key's primary version to it; with `dry_run`, only ask whether it could be.
+
+    The caller needs kms:DescribeKey, kms:ReEncryptFrom and kms:ReEncryptTo on the keys; with `module`, which then proves that
+    each data key stayed the same, also kms:ExportDataKey to it. `failed` is told why of each record that has to stay as it is,
+    `found` of how many there are to move, `advanced` of how many more are dealt with. Raises `StoreError`, `AgentUnavailable`
+    or `ProtocolError`, when nothing more can be done; what was moved is moved, and the next run goes on from there.
+    """
+    work = _Rewrap(store, kms, dry_run=dry_run, module=module, failed=failed, advanced=advanced)
+    while versions := work.new_primary_versions():  # again when a key was rotated meanwhile
+        found(work.found)
+        for key_id, version in versions.items():
+            work.move_all(key_id, version)
+    return Outcome(store.count(), work.found, work.moved, work.changed, work.failures)
+
+
+class _Rewrap:
+    """One run over a store."""
+
+    def __init__(
+        self,
+        store: Store,
+        kms: Client,
+        *,
+        dry_run: bool,
+        module: CryptographicModule | None,
+        failed: Callable[[str], None],
+        advanced: Callable[[int], None],
+    ) -> None:
+        self._store = store
+        self._kms = kms
+        self._dry_run = dry_run
+        self._module = module
+        self._failed = failed
+        self._advanced = advanced
+        self._known: dict[str, str | None] = {}
+        self.found = self.moved = self.changed = self.failures = 0
+
+    def new_primary_versions(self) -> dict[str, str]:
+        """The primary version of each master key that has records, if it is news; counts what is under others."""
+        versions = {}
+        for key_id in self._store.key_ids():
+            if key_id in self._known and self._known[key_id] is None:
+                continue
+            (answer,) = self._ask([operations.DescribeKey(key_id=key_id)])
+            if isinstance(answer, KmsError):
+                count, self._known[key_id] = self._store.count(key_id), None
+                self.found += count
+                self.failures += count
+                self._failed(f"{count} records of master key {printable(key_id)}: {answer}")
+                continue
+            version = answer.key_metadata.primary_key_version
+            if self._known.get(key_id) == version:
+                continue
+            versions[key_id] = self._known[key_id] = version
+            self.found += self._store.count(key_id, not_under=version)
+        return versions
+
+    def move_all(self, key_id: str, version: str) -> None:
+        """Move the records of one master key, page by page."""
+        for page in self._store.not_under(key_id, version):
+            self._move(page)
+            self._advanced(len(page))
+
+    def _move(self, page: Sequence[Record]) -> None:
+        records = [record for record in page if self._sound(record)]
+        if self._dry_run:
+            self.moved += len(self._opening([(record, record.ciphertext_blob) for record in records]))
+            return
+        answers = self._ask(_re_encrypt(record, record.ciphertext_blob) for record in records)
+        new = [
+            (record, answer.ciphertext_blob)
+            for record, answer in zip(records, answers, strict=True)
+            if self._agrees(record, answer)
+        ]
+        good = [(record, blob) for record, blob in self._opening(new) if self._same_key(record, blob)]
+        moved = self._store.replace((record, blob, _version_of(blob)) for record, blob in good)
+        self.moved += moved
+        self.changed += len(good) - moved
+
+    def _sound(self, record: Record) -> bool:
+        """Whether there is a context to ask with."""
+        try:
+            return record.encryption_context is not None
+        except StoreError as error:
+            return self._fail(record, error)
+
+    def _agrees(self, record: Record, answer: Any) -> bool:
+        """Whether a ReEncrypt did what it was asked to do, as far as its answer tells."""
+        if isinstance(answer, KmsError):
+            return self._fail(record, answer)
+        blob, version = answer.ciphertext_blob, answer.destination_key_version_id
+        stayed = answer.key_id == answer.destination_key_id == record.key_id
+        from_it = record.ciphertext_blob.startswith(version_prefix(answer.key_version_id))
+        to_it = blob.startswith(version_prefix(version)) and blob != record.ciphertext_blob
+        return (stayed and from_it and to_it) or self._fail(
+            record, "the agent's answer does not fit it; left as it was"
+        )
+
+    def _opening(self, blobs: Sequence[tuple[Record, str]]) -> list[tuple[Record, str]]:
+        """Those that the agent opens under their records' contexts, and would seal under the primary version."""
+        answers = self._ask(_re_encrypt(record, blob, dry_run=True) for record, blob in blobs)
+        return [
+            (record, blob)
+            for (record, blob), answer in zip(blobs, answers, strict=True)
+            if getattr(answer, "code", None) == _WOULD_SUCCEED or self._fail(record, answer)
+        ]
+
+    def _same_key(self, record: Record, blob: str) -> bool:
+        """Whether the module, if there is one, decrypts with the new blob's data key what it encrypted with the old one's."""
+        module = self._module
+        if module is None:
+            return True
+        stored = record.data_key_record()
+        keys = []
+        try:
+            keys.append(module.recover_data_key(self._kms, stored))
+            keys.append(module.recover_data_key(self._kms, {**stored, "CiphertextBlob": blob}))
+            old, new = keys
+            module.decrypt(new, module.encrypt(old, _PROBE))
+        except (KmsError, ModuleError) as error:
+            return self._fail(record, f"the module cannot prove that its data key stayed the same: {error}")
+        finally:
+            for key in keys:
+                module.forget(key)
+        return True
+
+    def _ask(self, requests: Iterable[Any]) -> list[Any]:
+        """What came of each, in one pipeline; what the agent could not take now is asked again, later."""
+        wanted = list(requests)
+        answers = self._kms.pipeline(wanted)
+        patience = _PATIENCE
+        while patience and (again := [place for place, each in enumerate(answers) if _later(each)]):
+            time.sleep(_PAUSE)
+            answered = self._kms.pipeline(wanted[place] for place in again)
+            for place, answer in zip(again, answered, strict=True):
+                answers[place] = answer
+            stuck = all(_later(answer) for answer in answered)
+            patience = patience - 1 if stuck else _PATIENCE
+        return answers
+
+    def _fail(self, record: Record, why: object) -> bool:
+        self.failures += 1
+        self._failed(f"{printable(record.name)}: {why}")
+        return False
+
+
+def _later(answer: Any) -> bool:
+    """Whether the agent would have done it at another time."""
+    return isinstance(answer, Throttled) or getattr(answer, "code", None) == _UNAVAILABLE
+
+
+def _re_encrypt(record: Record, blob: str, *, dry_run: bool = False) -> operations.ReEncrypt:
+    context = record.encryption_context or None
+    return operations.ReEncrypt(
+        ciphertext_blob=blob,
+        source_encryption_context=context,
+        destination_key_id=record.key_id,
+        destination_encryption_context=context,
+        dry_run=dry_run,
+    )
+
+
+def _version_of(blob: str) -> str:
+    """The KeyVersionId in a CiphertextBlob, whose beginning has been compared with one."""
+    return decode_base64(blob[:VERSION_PREFIX]).decode()

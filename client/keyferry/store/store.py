@@ -1,0 +1,270 @@
+"""The table of records, over SQLAlchemy Core. Every method is one short transaction: no lock is held while an agent is asked.
+
+Columns are text, as the API gives things: the same in both databases, and readable in either's shell. A column is never given
+another meaning; a later one is added with a default.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+import sqlalchemy as sql
+from sqlalchemy import event, exc
+
+from .location import find, make_room, shown
+from .record import LONGEST_NAME, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
+
+__all__ = ["Store"]
+
+_PAGE: Final = 500
+"""Records to have in memory at a time."""
+_PATIENCE: Final = 60
+"""Seconds to wait for another writer of an SQLite file, and for a PostgreSQL server to take a connection."""
+_WAITING: Final = {
+    "pysqlite": {"timeout": _PATIENCE},
+    "psycopg": {"connect_timeout": _PATIENCE},
+    "psycopg2": {"connect_timeout": _PATIENCE},
+}
+"""How each driver is told so."""
+
+_records: Final = sql.Table(
+    "keyferry_records",
+    sql.MetaData(),
+    # Pages go by this number: it is the same order in every database, whatever the names are and however they collate.
+    # An identity, not a serial: who may insert needs no grant on a sequence besides.
+    sql.Column("row_id", sql.BigInteger().with_variant(sql.Integer(), "sqlite"), sql.Identity(), primary_key=True),
+    # Collation C: an index over text in a language's order breaks when an update of the C library changes that order.
+    sql.Column(
+        "name",
+        sql.String(LONGEST_NAME).with_variant(sql.String(LONGEST_NAME, collation="C"), "postgresql"),
+        nullable=False,
+        unique=True,
+    ),
+    sql.Column("key_id", sql.Text, nullable=False),
+    sql.Column("key_version_id", sql.Text, nullable=False),
+    sql.Column("ciphertext_blob", sql.Text, nullable=False),
+    sql.Column("encryption_context", sql.Text, nullable=False),
+    sql.Column("created", sql.Text, nullable=False),
+    sql.Column("rewrapped", sql.Text),
+    sqlite_autoincrement=True,
+)
+_c: Final = _records.c
+_SELECT: Final = sql.select(
+    _c.name,
+    _c.key_id,
+    _c.key_version_id,
+    _c.ciphertext_blob,
+    _c.encryption_context,
+    _c.created,
+    _c.rewrapped,
+    _c.row_id,
+)
+# Compare and swap: a row that somebody else has changed in the meantime is not the one that was read, and stays as it is.
+_REPLACE: Final = (
+    sql.update(_records)
+    .where(
+        _c.row_id == sql.bindparam("of_row"),
+        _c.ciphertext_blob == sql.bindparam("old_blob"),
+        _c.key_id == sql.bindparam("of_key"),
+        _c.encryption_context == sql.bindparam("of_context"),
+    )
+    .values(
+        ciphertext_blob=sql.bindparam("new_blob"),
+        key_version_id=sql.bindparam("new_version"),
+        rewrapped=sql.bindparam("at"),
+    )
+)
+
+
+class Store:
+    """A database of records. Safe to use from several processes at once.
+
+    `url` is an SQLAlchemy URL of SQLite or PostgreSQL, `@FILE` with one in it, or None: `$KEYFERRY_STORE`, else an SQLite file
+    under `$XDG_DATA_HOME/keyferry`. The table is made with the first record. Everything raises `StoreError`.
+    """
+
+    def __init__(self, url: str | None = None) -> None:
+        self._url = find(url)
+        self._place = shown(self._url)
+        sqlite = self._url.get_backend_name() == "sqlite"
+        try:
+            self._engine = sql.create_engine(
+                self._url,
+                hide_parameters=True,
+                connect_args=_WAITING.get(self._url.get_driver_name(), {}),
+            )
+        except (exc.ArgumentError, exc.NoSuchModuleError):
+            raise StoreError(f"{self._place}: SQLAlchemy knows no such driver") from None
+        except ModuleNotFoundError as error:
+            raise StoreError(f"{self._place}: its driver, {error.name}, is not installed") from None
+        except ImportError:
+            raise StoreError(
+                f"{self._place}: its driver does not start. PostgreSQL's needs the system's libpq (Debian package libpq5)"
+            ) from None
+        if sqlite:
+            event.listen(self._engine, "connect", _tolerate)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Store({self._place!r})"
+
+    @property
+    def has_password(self) -> bool:
+        """Whether the URL itself holds a password."""
+        return any(self._secrets())
+
+    def close(self) -> None:
+        """Close the connections to the database."""
+        self._engine.dispose()
+
+    def add(self, *records: Record) -> None:
+        """Add records, all or none. A name that is taken is refused."""
+        for record in records:
+            check_name(record.name)
+        rows = [_row(record) for record in records]
+        make_room(self._url)
+        try:
+            with self._doing() as connection:
+                self._make_table(connection)
+                connection.execute(sql.insert(_records), rows)
+        except exc.IntegrityError:
+            names = records[0].name if len(records) == 1 else "one of these names"
+            raise StoreError(f"{names} is taken: a record is never overwritten") from None
+
+    def check_free(self, name: str) -> None:
+        """Refuse a name that is no good or taken, before a data key is made in vain."""
+        check_name(name)
+        if self._one(name) is not None:
+            raise StoreError(f"{name} is taken: a record is never overwritten")
+
+    def get(self, name: str) -> Record:
+        """The record of this name."""
+        record = self._one(name)
+        if record is None:
+            raise StoreError(f"there is no record {printable(name)} in {self._place}")
+        return record
+
+    def __iter__(self) -> Iterator[Record]:
+        """All records in the order in which they were added, however many."""
+        yield from self._pages()
+
+    def count(self, key_id: str | None = None, *, not_under: str | None = None) -> int:
+        """How many records there are; of a master key only; and of those, only the ones under another version than this."""
+        asked = sql.select(sql.func.count()).select_from(_records).where(*_matching(key_id, not_under))
+        return int(self._rows(asked)[0][0]) if self._exists() else 0
+
+    def key_ids(self) -> list[str]:
+        """The master keys that there are records of."""
+        rows = self._rows(sql.select(_c.key_id).distinct().order_by(_c.key_id)) if self._exists() else []
+        return [row[0] for row in rows]
+
+    def not_under(self, key_id: str, key_version_id: str) -> Iterator[list[Record]]:
+        """The records of a master key that are under another version than this, in pages. They may be replaced meanwhile."""
+        after = 0
+        while page := self._page(after, _matching(key_id, key_version_id)):
+            yield page
+            after = page[-1].row_id
+
+    def replace(self, changes: Iterable[tuple[Record, str, str]]) -> int:
+        """Give records a new CiphertextBlob and KeyVersionId, in one transaction: those that in the database are still as they
+        were read, and the number of these. To be called with records in the order of their pages.
+        """
+        at = now()
+        rows = [
+            {
+                "of_row": record.row_id,
+                "of_key": record.key_id,
+                "of_context": record.context_text,
+                "old_blob": record.ciphertext_blob,
+                "new_blob": blob,
+                "new_version": version,
+                "at": at,
+            }
+            for record, blob, version in changes
+        ]
+        if not rows:
+            return 0
+        with self._doing() as connection:
+            # In one order everywhere: two that replace the same rows wait for each other, and never both ways.
+            return connection.execute(_REPLACE, rows).rowcount
+
+    def _one(self, name: str) -> Record | None:
+        rows = self._rows(_SELECT.where(_c.name == name)) if name.isprintable() and self._exists() else []
+        return Record(*rows[0]) if rows else None
+
+    def _pages(self) -> Iterator[Record]:
+        after = 0
+        while page := self._page(after, []) if after or self._exists() else []:
+            yield from page
+            after = page[-1].row_id
+
+    def _page(self, after: int, conditions: list[Any]) -> list[Record]:
+        asked = _SELECT.where(_c.row_id > after, *conditions).order_by(_c.row_id).limit(_PAGE)
+        return [Record(*row) for row in self._rows(asked)]
+
+    def _rows(self, asked: Any) -> list[Any]:
+        with self._doing() as connection:
+            return list(connection.execute(asked))
+
+    def _exists(self) -> bool:
+        """Whether there is a table yet. Looking for it makes no file."""
+        if self._url.get_backend_name() == "sqlite" and not os.path.exists(str(self._url.database)):
+            return False
+        with self._doing() as connection:
+            return sql.inspect(connection).has_table(_records.name)
+
+    def _make_table(self, connection: sql.Connection) -> None:
+        if not sql.inspect(connection).has_table(_records.name):
+            if connection.dialect.name == "postgresql":  # IF NOT EXISTS alone fails where two make it at once
+                connection.execute(sql.text("SELECT pg_advisory_xact_lock(hashtext('keyferry_records'))"))
+            connection.execute(sql.schema.CreateTable(_records, if_not_exists=True))
+
+    @contextmanager
+    def _doing(self) -> Iterator[sql.Connection]:
+        """A transaction, whose failures are told in this package's words."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except exc.IntegrityError:
+            raise
+        except (exc.SQLAlchemyError, OSError, ImportError) as error:
+            raise StoreError(f"{self._place}: {self._why(error)}") from None
+
+    def _why(self, error: Exception) -> str:
+        """The driver's own first line, without the statement that SQLAlchemy adds; and never a password."""
+        cause = getattr(error, "orig", None) or error
+        why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        return type(cause).__name__ if any(secret in why for secret in self._secrets()) else why
+
+    def _secrets(self) -> list[str]:
+        url = self._url
+        found = [url.password, *(url.query.get(name) for name in ("password", "sslpassword"))]
+        return [str(secret) for secret in found if secret]
+
+
+def _matching(key_id: str | None, not_under: str | None) -> list[Any]:
+    conditions: list[Any] = []
+    if key_id is not None:
+        conditions.append(_c.key_id == key_id)
+    if not_under is not None:  # the blob is what counts; the column beside it may be wrong
+        begins = sql.func.substr(_c.ciphertext_blob, 1, VERSION_PREFIX)
+        conditions.append(sql.or_(_c.key_version_id != not_under, begins != version_prefix(not_under)))
+    return conditions
+
+
+def _row(record: Record) -> dict[str, Any]:
+    row = record._asdict()
+    row["encryption_context"] = row.pop("context_text")
+    del row["row_id"]
+    return row
+
+
+def _tolerate(connection: Any, _record: object) -> None:
+    """Bytes of an SQLite file that are no UTF-8 spoil one record, not the page that it is on."""
+    connection.text_factory = lambda text: text.decode(errors="replace")

@@ -1,0 +1,292 @@
+"""`keyferry records`, as a shell sees it, and what the command does without the packages that it needs."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy
+from support.agent import PATIENCE, RunningAgent
+from support.keyring import change, serving
+from support.keys import recipient
+from support.records import fill, opened
+from support.requires import ROOT
+
+from keyferry import command
+from keyferry.module import SoftwareModule
+from keyferry.store import Store
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+
+
+class Shell:
+    """Runs `keyferry records` in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], store: str, socket: Path) -> None:
+        self._capsys = capsys
+        self._where = {"store": ["--store", store], "socket": ["--socket", str(socket)]}
+        self.store = store
+
+    def __call__(self, verb: str, *arguments: object, code: int = 0) -> tuple[str, str]:
+        """What it printed, on both."""
+        self._capsys.readouterr()
+        socket = [] if verb in ("list", "show") else self._where["socket"]
+        assert command.main(["records", verb, *map(str, arguments), *self._where["store"], *socket]) == code
+        out, err = self._capsys.readouterr()
+        return out, err
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str], store_url: str, agent: RunningAgent) -> Shell:
+    """On each kind of database."""
+    return Shell(capsys, store_url, agent.socket)
+
+
+def test_a_record_is_added_listed_shown_and_recovered(shell: Shell, agent: RunningAgent, tmp_path: Path) -> None:
+    """Its data key comes out wrapped for a module, and is the one that the agent has."""
+    added = json.loads(shell("add", "a", "--KeyId", "alias/dev", "--EncryptionContext", '{"tenant": "acme"}')[0])
+    assert added["EncryptionContext"] == {"tenant": "acme"}
+    assert "Plaintext" not in added
+    shell("add", "b", "--KeyId", "alias/dev-sm4", "--NumberOfBytes", "16")
+    lines = [line.split("\t") for line in shell("list")[0].splitlines()]
+    assert [line[0] for line in lines] == ["a", "b"]
+    assert lines[0][1:] == [added["KeyId"], added["KeyVersionId"], added["Created"], "-"]
+    listed = json.loads(shell("list", "--json")[0])
+    assert listed[0] == added == json.loads(shell("show", "a")[0])
+    assert list(added) == [
+        "Name", "KeyId", "KeyVersionId", "CiphertextBlob", "EncryptionContext", "Created", "Rewrapped",
+    ]  # fmt: skip
+    (tmp_path / "der").write_bytes(RSA.der)
+    wrapping = ["--WrappingKeySpec", "RSA_2048", "--WrappingAlgorithm", "RSAES_OAEP_SHA_256"]
+    recovered = json.loads(shell("recover", "a", "--PublicKeyBlob", f"@{tmp_path / 'der'}", *wrapping)[0])
+    assert list(recovered) == ["KeyId", "KeyVersionId", "ExportedDataKey", "RequestId"]
+    with agent.client() as kms:
+        made = kms.decrypt(ciphertext_blob=added["CiphertextBlob"], encryption_context={"tenant": "acme"})
+        assert kms.decrypt(ciphertext_blob=listed[1]["CiphertextBlob"]).key_id == listed[1]["KeyId"]
+    import base64  # noqa: PLC0415
+
+    assert RSA.unwrap(recovered["ExportedDataKey"]) == base64.b64decode(made.plaintext)
+
+
+def test_what_is_refused_makes_no_record(shell: Shell) -> None:
+    """By the agent, in its JSON; by the store, in words."""
+    shell("add", "a", "--KeyId", "alias/dev")
+    for arguments, code in (
+        (["b", "--KeyId", "alias/none"], "Forbidden.AliasNotFound"),
+        (["b", "--KeyId", "alias/dev", "--EncryptionContext", '{"a": 1}'], "InvalidParameter"),
+        (["b", "--KeyId", "alias/dev", "--NumberOfBytes", "2000"], "InvalidParameter"),
+    ):
+        assert json.loads(shell("add", *arguments, code=1)[1])["Code"] == code
+    for arguments, why in ((["a", "--KeyId", "alias/dev"], "is taken"), (["", "--KeyId", "alias/dev"], "is no name")):
+        assert why in shell("add", *arguments, code=1)[1]
+    assert "there is no record b" in shell("show", "b", code=1)[1]
+    assert "there is no record b" in shell("recover", "b", code=1)[1]
+    assert json.loads(shell("recover", "a", code=1)[1])["Code"] == "MissingParameter"
+    assert len(shell("list")[0].splitlines()) == 1
+
+
+def test_an_empty_list_is_one_all_the_same(shell: Shell) -> None:
+    """As text and as JSON."""
+    assert shell("list") == ("", "")
+    assert json.loads(shell("list", "--json")[0]) == []
+
+
+def test_a_list_shows_no_control_characters(shell: Shell) -> None:
+    """Whoever can write to the database does not write to this terminal."""
+    shell("add", "a", "--KeyId", "alias/dev")
+    with Store(shell.store) as store, store._engine.begin() as connection:
+        connection.execute(sqlalchemy.text("UPDATE keyferry_records SET name = :name"), {"name": "a\x1b[2J\n\u202eb"})
+    assert shell("list")[0].startswith("a\\x1b[2J\\n\\u202eb\t")
+    assert "\x1b" not in shell("list", "--json")[0]
+
+
+def test_rewrap_says_what_it_did(
+    capsys: pytest.CaptureFixture[str], store_url: str, keyring: Path, socket_path: Path
+) -> None:
+    """A dry run first; a failure is exit code 1, with the record's name. Nothing of a bar where there is no terminal."""
+    shell = Shell(capsys, store_url, socket_path)
+    with serving(keyring, socket_path) as agent, agent.client() as kms, Store(store_url) as store:
+        keys = fill(store, kms, 30)
+        change(keyring, "rotate", "alias/a")
+        agent.wait_for("reload.done")
+        (keyring.parent / "passphrase").write_text("x")
+        SoftwareModule.generate("RSA_2048").save(keyring.parent / "module", "x")
+        counts = {"Records": 30, "Found": 30, "Moved": 30, "Changed": 0, "Failed": 0}
+        out, err = shell("rewrap", "--dry-run")
+        assert (json.loads(out), err) == ({"DryRun": True, **counts}, "")
+        proof = ["--module", keyring.parent / "module", "--passphrase-file", keyring.parent / "passphrase"]
+        out, err = shell("rewrap", *proof)
+        assert (json.loads(out), err) == ({"DryRun": False, **counts}, "")
+        out, _ = shell("rewrap")
+        assert json.loads(out) == {"DryRun": False, **dict.fromkeys(counts, 0), "Records": 30}
+        assert opened(store, kms) == keys
+        change(keyring, "disable", "alias/a")
+        agent.wait_for("reload.done", count=2)
+        out, _ = shell("rewrap")
+        change(keyring, "enable", "alias/a")
+        agent.wait_for("reload.done", count=3)
+        change(keyring, "rotate", "alias/a")
+        agent.wait_for("reload.done", count=4)
+        change(keyring, "disable", "alias/a")
+        agent.wait_for("reload.done", count=5)
+        out, err = shell("rewrap", code=1)
+        assert json.loads(out)["Failed"] == 30
+        assert err.count("Rejected.Disabled") == 30
+        assert "keyferry: r0: " in err
+
+
+def test_a_module_without_its_passphrase_file_is_wrong_usage(shell: Shell) -> None:
+    """Before anything is done."""
+    with pytest.raises(SystemExit) as ended:
+        shell("rewrap", "--module", "m")
+    assert ended.value.code == 2
+
+
+def test_progress_is_shown_on_a_terminal(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """And only there: on standard error, never between the lines of the result."""
+    url = f"sqlite:///{tmp_path / 'records.sqlite'}"
+    with serving(keyring, socket_path) as agent, agent.client() as kms, Store(url) as store:
+        fill(store, kms, 5)
+        change(keyring, "rotate", "alias/a")
+        agent.wait_for("reload.done")
+        near, far = pty.openpty()
+        termios.tcsetwinsize(far, (24, 80))
+        arguments = ["records", "rewrap", "--store", url, "--socket", str(socket_path)]
+        ended = subprocess.run(
+            [sys.executable, "-m", "keyferry", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=far,
+            timeout=PATIENCE,
+            check=True,
+        )
+        os.set_blocking(near, False)
+        shown = os.read(near, 65_536).decode()
+        os.close(near)
+        os.close(far)
+    assert json.loads(ended.stdout)["Moved"] == 5
+    assert "rewrapping" in shown
+    assert "0/5" in shown
+
+
+def test_a_password_on_the_command_line_is_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Not one that comes from a file; and it is not repeated."""
+    url = "postgresql://u:hunter2@127.0.0.1:1/db"
+    (tmp_path / "url").write_text(url)
+    assert command.main(["records", "list", "--store", url]) == 1
+    err = capsys.readouterr().err
+    assert "a password on the command line can be read by every user" in err
+    assert "hunter2" not in err
+    assert command.main(["records", "list", "--store", f"@{tmp_path / 'url'}"]) == 1
+    assert "command line" not in capsys.readouterr().err
+
+
+def test_an_agent_that_is_not_there_is_exit_code_3(shell: Shell, tmp_path: Path) -> None:
+    """As for every command."""
+    arguments = ["records", "add", "a", "--KeyId", "alias/dev", "--store", shell.store]
+    assert command.main([*arguments, "--socket", str(tmp_path / "none")]) == 3
+
+
+def test_a_list_that_cannot_be_written_is_no_traceback(agent: RunningAgent, tmp_path: Path) -> None:
+    """A full disk; a reader that has read enough."""
+    url = f"sqlite:///{tmp_path / 'records.sqlite'}"
+    with agent.client() as kms, Store(url) as store:
+        fill(store, kms, 2_000, key_id="alias/dev")
+    asked = [sys.executable, "-m", "keyferry", "records", "list", "--store", url]
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(asked, stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stderr) == (74, "keyferry: standard output: No space left on device\n")
+
+
+# --- what is not installed --------------------------------------------------------------------------------------------
+
+
+def without(packages: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The command where some packages are not installed; it prints what it has imported in the end."""
+    code = (
+        "import sys\n"
+        f"for name in {packages.split()!r}: sys.modules[name] = None\n"
+        "from keyferry.command import main\n"
+        "code = main(sys.argv[1:])\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules} & {'sqlalchemy', 'tqdm', 'cryptography', 'psycopg'}))\n"
+        "sys.exit(code)\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [
+        ("sqlalchemy", ["records", "list"]),
+        ("sqlalchemy", ["records", "add", "a", "--KeyId", "k"]),
+        ("cryptography", ["records", "rewrap"]),
+        ("sqlalchemy", ["encrypt-file", "in", "out", "--record", "r", "--module", "m", "--passphrase-file", "p"]),
+    ],
+)
+def test_what_is_not_installed_is_named_with_how_to_install_it(
+    missing: str, arguments: list[str], tmp_path: Path
+) -> None:
+    """And no traceback."""
+    (tmp_path / "in").write_bytes(b"x")
+    ended = without(missing, *[str(tmp_path / "in") if each == "in" else each for each in arguments])
+    assert ended.returncode == 1
+    assert f"this needs {missing}, which is not installed: pip install 'keyferry[store]'" in ended.stderr
+
+
+def test_a_module_needs_less(tmp_path: Path) -> None:
+    """Only its own extra; and so does what decrypts a file."""
+    (tmp_path / "p").write_text("x")
+    arguments = ["module", "init", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "p")]
+    ended = without("pyrage", *arguments)
+    assert "pip install 'keyferry[module]'" in ended.stderr
+    nothing_else = "sqlalchemy tqdm psycopg"
+    assert without(nothing_else, *arguments).returncode == 0
+    decrypting = [
+        "decrypt-file",
+        str(tmp_path / "p"),
+        str(tmp_path / "out"),
+        "--module",
+        str(tmp_path / "m"),
+        *arguments[3:],
+    ]
+    assert "not a file that keyferry encrypted" in without(nothing_else, *decrypting).stderr
+    assert "pip install 'keyferry[module]'" in without("cryptography", *decrypting).stderr
+
+
+def test_what_is_broken_inside_a_package_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a bug, and says so."""
+    from keyferry.command.common import extra  # noqa: PLC0415
+
+    with pytest.raises(ModuleNotFoundError), extra("store"):
+        raise ModuleNotFoundError("No module named 'x'", name="x")
+
+
+def test_asking_an_agent_imports_no_database(agent: RunningAgent) -> None:
+    """Nor anything else that only other commands need."""
+    for arguments in (["status"], ["call", "DescribeKey", "--KeyId", "alias/dev"]):
+        ended = without("", *arguments, "--socket", str(agent.socket))
+        assert ended.returncode == 0
+        assert ended.stdout.splitlines()[-1] == ""
+
+
+def test_the_extra_brings_what_the_command_says_it_does() -> None:
+    """client/pyproject.toml."""
+    import tomllib  # noqa: PLC0415
+
+    from packaging.requirements import Requirement  # noqa: PLC0415
+
+    from keyferry.command.common import _EXTRAS  # noqa: PLC0415
+
+    extras: dict[str, Any] = tomllib.loads((ROOT / "client" / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    module = {Requirement(each).name for each in extras["module"]}
+    assert module == _EXTRAS["module"]
+    store = {Requirement(each).name for each in extras["store"]} - {"keyferry"} | module
+    assert store == _EXTRAS["store"]

@@ -1,0 +1,501 @@
+"""Moving records under their master keys' newest versions: every record opens to the same data key before, during and after."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import sqlalchemy
+from support import dying
+from support.agent import RunningAgent, configured
+from support.keyring import Command, change, configuration, serving
+from support.postgres import Cluster
+from support.records import fill, opened
+from support.requires import ROOT, postgresql
+
+from keyferry import AgentUnavailable, Client, operations
+from keyferry.errors import kms_error
+from keyferry.module import SoftwareModule
+from keyferry.parameters import decode_base64, encode_base64
+from keyferry.store import Outcome, Record, Store, StoreError, rewrap
+from keyferry.store import store as store_module
+
+COUNT = 50
+
+
+class Rotating(NamedTuple):
+    """An agent whose master key, alias/a, gets new versions."""
+
+    agent: RunningAgent
+    keyring: Path
+    said: Command
+
+    def does(self, verb: str, *arguments: str) -> Any:
+        """Change the keyring, and wait until the agent has taken that up; give what the verb printed."""
+        reloads = sum(line.get("event") == "reload.done" for line in self.agent.log)
+        printed = self.said(verb, *arguments)
+        self.agent.wait_for("reload.done", count=reloads + 1)
+        return printed
+
+    def rotate(self) -> str:
+        """Give the key a new version; give its ID."""
+        version: str = self.does("rotate", "alias/a")["KeyVersion"]["KeyVersionId"]
+        return version
+
+
+@pytest.fixture
+def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotating]:
+    """An agent with a keyring of its own."""
+    with serving(keyring, socket_path) as agent:
+        yield Rotating(agent, keyring, said)
+
+
+@pytest.fixture
+def kms(rotating: Rotating) -> Iterator[Client]:
+    """A client of it."""
+    with rotating.agent.client() as client:
+        yield client
+
+
+@pytest.fixture
+def store(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An empty store, with pages so small that there are several."""
+    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
+    with Store(store_url) as made:
+        yield made
+
+
+@pytest.fixture
+def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """The same in SQLite only, for what no database changes."""
+    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
+    with Store(f"sqlite:///{tmp_path / 'records.sqlite'}") as made:
+        yield made
+
+
+def versions(store: Store) -> set[str]:
+    """The versions of all records, as their columns and their blobs say."""
+    said = {record.key_version_id for record in store}
+    assert said == {decode_base64(record.ciphertext_blob)[:36].decode() for record in store}
+    return said
+
+
+def test_every_record_moves_to_the_primary_version_and_keeps_its_data_key(
+    store: Store, kms: Client, rotating: Rotating
+) -> None:
+    """From several versions at once; what is there already is left alone; the second time there is nothing to do."""
+    keys = fill(store, kms, COUNT)
+    rotating.rotate()
+    keys |= fill(store, kms, COUNT, start=COUNT)
+    primary = rotating.rotate()
+    keys |= fill(store, kms, 5, start=2 * COUNT)
+    before = {record.name: record for record in store}
+    advanced: list[int] = []
+    found: list[int] = []
+    outcome = rewrap(store, kms, advanced=advanced.append, found=found.append)
+    assert outcome == Outcome(records=105, found=100, moved=100, changed=0, failed=0)
+    assert (found, sum(advanced)) == ([100], 100)
+    assert len(advanced) == 5
+    assert versions(store) == {primary}
+    assert opened(store, kms) == keys
+    for record in store:
+        old = before[record.name]
+        assert (record.created, record.context_text, record.key_id) == (old.created, old.context_text, old.key_id)
+        assert (record.rewrapped is None) == (int(record.name[1:]) >= 2 * COUNT)
+        assert (record == old) == (int(record.name[1:]) >= 2 * COUNT)
+    assert rewrap(store, kms) == Outcome(records=105, found=0, moved=0, changed=0, failed=0)
+
+
+def test_an_empty_store_is_no_failure(store: Store, kms: Client) -> None:
+    """Nothing to do."""
+    assert rewrap(store, kms) == Outcome(0, 0, 0, 0, 0)
+
+
+def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, kms: Client, rotating: Rotating) -> None:
+    """A record that would fail is found by it."""
+    fill(store, kms, COUNT)
+    rotating.rotate()
+    damage(store, "r7", "ciphertext_blob", lambda text: text[:100] + ("A" if text[100] != "A" else "B") + text[101:])
+    before = list(store)
+    failures: list[str] = []
+    outcome = rewrap(store, kms, dry_run=True, failed=failures.append)
+    assert outcome == Outcome(records=COUNT, found=COUNT, moved=COUNT - 1, changed=0, failed=1)
+    assert [each.split(":")[0] for each in failures] == ["r7"]
+    assert list(store) == before
+
+
+def damage(store: Store, name: str, column: str, change_of: Callable[[str], str]) -> None:
+    """Change one column of one row, as somebody with the database's own shell would."""
+    with store._engine.begin() as connection:
+        table = store_module._records
+        (text,) = connection.execute(sqlalchemy.select(table.c[column]).where(table.c.name == name)).one()
+        connection.execute(sqlalchemy.update(table).where(table.c.name == name).values({column: change_of(text)}))
+
+
+def flipped(blob: str, bit: int) -> str:
+    """A blob with one bit changed."""
+    raw = bytearray(decode_base64(blob))
+    raw[bit // 8] ^= 1 << bit % 8
+    return encode_base64(raw)
+
+
+def test_a_record_with_one_wrong_bit_stays_as_it_is_and_the_others_move(
+    lite: Store, kms: Client, rotating: Rotating
+) -> None:
+    """Wherever the bit is: version, format, salt, commitment, ciphertext, tag."""
+    bits = [*range(0, 149 * 8, 9), 149 * 8 - 1]
+    keys = fill(lite, kms, len(bits) + 3)
+    primary = rotating.rotate()
+    for number, bit in enumerate(bits):
+        damage(lite, f"r{number}", "ciphertext_blob", lambda text, bit=bit: flipped(text, bit))  # type: ignore[misc]
+    before = {record.name: record for record in lite}
+    failures: list[str] = []
+    outcome = rewrap(lite, kms, failed=failures.append)
+    assert outcome == Outcome(records=len(bits) + 3, found=len(bits) + 3, moved=3, changed=0, failed=len(bits))
+    assert [each.split(":")[0] for each in failures] == [f"r{number}" for number in range(len(bits))]
+    after = list(lite)
+    assert [record for record in after if record.rewrapped] == after[-3:]
+    assert all(record == before[record.name] for record in after[:-3])
+    whole = after[-3:]
+    assert opened(whole, kms) == {record.name: keys[record.name] for record in whole}
+    assert {record.key_version_id for record in whole} == {primary}
+
+
+def test_a_record_with_a_damaged_column_is_reported_or_repaired(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """A context or a key that is not the record's: reported. A version that is not: put right, as the blob says it."""
+    keys = fill(lite, kms, 6)
+    primary = rotating.rotate()
+    damage(lite, "r1", "encryption_context", lambda text: text.replace("t1", "t2"))
+    damage(lite, "r2", "encryption_context", lambda text: text[:-1])
+    damage(lite, "r3", "key_id", lambda text: "x" + text[1:])
+    damage(lite, "r4", "key_version_id", lambda _text: primary)
+    failures: list[str] = []
+    outcome = rewrap(lite, kms, failed=failures.append)
+    assert outcome == Outcome(records=6, found=6, moved=3, changed=0, failed=3)
+    assert sorted(each.split(":")[0].split(" of ")[0] for each in failures) == ["1 records", "r1", "r2"]
+    moved = [record for record in lite if record.rewrapped]
+    assert opened(moved, kms) == {name: keys[name] for name in ("r0", "r4", "r5")}
+    damage(lite, "r0", "key_version_id", lambda text: "x" + text[1:])
+    damage(lite, "r3", "key_id", lambda _text: moved[0].key_id)
+    assert rewrap(lite, kms) == Outcome(records=6, found=4, moved=2, changed=0, failed=2)
+    assert lite.get("r0").key_version_id == primary
+    assert opened([lite.get("r0"), lite.get("r3")], kms) == {"r0": keys["r0"], "r3": keys["r3"]}
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", dying.POINTS)
+def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
+    store: Store, store_url: str, kms: Client, rotating: Rotating, point: str
+) -> None:
+    """By SIGKILL, at every point of its second page: each record opens to its data key then, and the next run moves all."""
+    keys = fill(store, kms, COUNT)
+    primary = rotating.rotate()
+    arguments = [store_url, str(rotating.agent.socket), point, "2"]
+    ended = subprocess.run(
+        [sys.executable, ROOT / "tests" / "support" / "dying.py", *arguments], check=False, timeout=60
+    )
+    assert ended.returncode == -signal.SIGKILL
+    assert opened(store, kms) == keys
+    moved = sum(record.key_version_id == primary for record in store)
+    assert moved == (2 if point == "committed" else 1) * dying.PAGE
+    outcome = rewrap(store, kms)
+    assert outcome == Outcome(records=COUNT, found=COUNT - moved, moved=COUNT - moved, changed=0, failed=0)
+    assert versions(store) == {primary}
+    assert opened(store, kms) == keys
+
+
+@postgresql()
+@pytest.mark.parametrize("point", ["between pages", "in a transaction"])
+def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
+    cluster: Cluster, kms: Client, rotating: Rotating, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL, stopped in this very moment: the run ends with an error, the next one does the rest."""
+    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
+    with Store(cluster.new_database()) as store:
+        keys = fill(store, kms, COUNT)
+        primary = rotating.rotate()
+        stopped: list[int] = []
+
+        def stop(*_arguments: object) -> None:
+            if not stopped:
+                stopped.append(1)
+                cluster.stop()
+
+        def updated(*arguments: Any) -> None:
+            if "UPDATE" in arguments[2]:
+                stop()
+
+        if point == "in a transaction":
+            sqlalchemy.event.listen(store._engine, "after_cursor_execute", updated)
+        try:
+            with pytest.raises(StoreError, match="PostgreSQL database"):
+                rewrap(store, kms, advanced=stop if point == "between pages" else lambda _count: None)
+        finally:
+            cluster.start()
+        assert opened(store, kms) == keys
+        left = sum(record.key_version_id != primary for record in store)
+        assert left == (COUNT - dying.PAGE if point == "between pages" else COUNT)
+        assert rewrap(store, kms) == Outcome(records=COUNT, found=left, moved=left, changed=0, failed=0)
+        assert versions(store) == {primary}
+        assert opened(store, kms) == keys
+
+
+def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, rotating: Rotating) -> None:
+    """And the rest for the next time."""
+    with rotating.agent.client() as kms:
+        fill(lite, kms, COUNT)
+    primary = rotating.rotate()
+    with rotating.agent.client() as kms, pytest.raises(AgentUnavailable):
+        rewrap(lite, kms, advanced=lambda _count: rotating.agent.kill())
+    assert [record.key_version_id == primary for record in lite] == [True] * dying.PAGE + [False] * (COUNT - dying.PAGE)
+
+
+# --- others at the same time ------------------------------------------------------------------------------------------
+
+
+def test_two_rewraps_at_once_do_no_harm(store: Store, store_url: str, kms: Client, rotating: Rotating) -> None:
+    """Each record is moved by one of them, once."""
+    keys = fill(store, kms, 6 * COUNT)
+    primary = rotating.rotate()
+    start = threading.Barrier(2)
+
+    def wait(_count: int) -> None:
+        start.wait()
+
+    outcomes: list[Outcome] = []
+
+    def run() -> None:
+        with Store(store_url) as own, rotating.agent.client() as client:
+            outcomes.append(rewrap(own, client, found=wait))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [outcome.failed for outcome in outcomes] == [0, 0]
+    assert sum(outcome.moved for outcome in outcomes) == 6 * COUNT
+    assert versions(store) == {primary}
+    assert opened(store, kms) == keys
+
+
+def test_a_record_that_changes_meanwhile_keeps_the_change(
+    store: Store, kms: Client, rotating: Rotating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody gave it another data key between its being read and its being replaced; somebody deleted another."""
+    keys = fill(store, kms, 5)
+    rotating.rotate()
+    other = kms.generate_data_key(key_id="alias/a")
+    replace = Store.replace
+
+    def meanwhile(self: Store, changes: Any) -> int:
+        damage(store, "r2", "ciphertext_blob", lambda _text: other.ciphertext_blob)
+        damage(store, "r2", "encryption_context", lambda _text: "{}")
+        with store._engine.begin() as connection:
+            connection.execute(sqlalchemy.text("DELETE FROM keyferry_records WHERE name = 'r3'"))
+        return replace(self, changes)
+
+    monkeypatch.setattr(Store, "replace", meanwhile)
+    assert rewrap(store, kms) == Outcome(records=4, found=5, moved=3, changed=2, failed=0)
+    del keys["r3"]
+    assert opened(store, kms) == {**keys, "r2": other.plaintext}
+
+
+def test_a_key_that_is_rotated_meanwhile_is_followed(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """In the end all are under the version that is primary then."""
+    keys = fill(lite, kms, COUNT)
+    rotating.rotate()
+    newest: list[str] = []
+
+    def rotate(_count: int) -> None:
+        if not newest:
+            newest.append(rotating.rotate())
+
+    assert rewrap(lite, kms, advanced=rotate).failed == 0
+    assert versions(lite) == set(newest)
+    assert opened(lite, kms) == keys
+
+
+# --- what is asked, and what is believed ------------------------------------------------------------------------------
+
+
+def test_it_needs_no_grant_to_see_a_data_key(lite: Store, keyring: Path, socket_path: Path) -> None:
+    """DescribeKey and both halves of ReEncrypt, also under a grant that pins its recipients."""
+    with serving(keyring, socket_path) as agent, agent.client() as kms:
+        keys = fill(lite, kms, 30)
+    change(keyring, "rotate", "alias/a")
+    actions = 'kms:DescribeKey", "kms:ReEncryptFrom", "kms:ReEncryptTo'
+    config = keyring.parent / "narrow.toml"
+    config.write_text(configuration(keyring, actions=actions) + f'recipients = ["sha256:{"0" * 64}"]\n')
+    with RunningAgent(["--config", str(config)], socket_path) as agent, agent.client() as kms:
+        assert rewrap(lite, kms) == Outcome(30, 30, 30, 0, 0)
+    with serving(keyring, socket_path) as agent, agent.client() as kms:
+        assert opened(lite, kms) == keys
+
+
+def test_without_the_grants_nothing_happens_and_why_is_said(lite: Store, keyring: Path, socket_path: Path) -> None:
+    """Each record that stays, or all of a key at once."""
+    with serving(keyring, socket_path) as agent, agent.client() as kms:
+        fill(lite, kms, 30)
+    change(keyring, "rotate", "alias/a")
+    before = list(lite)
+    for actions, expected in (("kms:ReEncrypt*", 1), ("kms:DescribeKey", 30)):
+        config = keyring.parent / "narrow.toml"
+        config.write_text(configuration(keyring, actions=actions))
+        failures: list[str] = []
+        with RunningAgent(["--config", str(config)], socket_path) as agent, agent.client() as kms:
+            assert rewrap(lite, kms, failed=failures.append) == Outcome(30, 30, 0, 0, 30)
+        assert len(failures) == expected
+        assert all("Forbidden.NoPermission" in why for why in failures)
+    assert list(lite) == before
+
+
+def test_an_agent_with_a_limit_is_waited_for(lite: Store, keyring: Path, socket_path: Path) -> None:
+    """Rejected.Throttling is no failure."""
+    with serving(keyring, socket_path) as agent, agent.client() as kms:
+        fill(lite, kms, 30)
+    change(keyring, "rotate", "alias/a")
+    with serving(keyring, socket_path, more="[limits]\nrequests_per_second = 25") as agent, agent.client() as kms:
+        assert rewrap(lite, kms) == Outcome(30, 30, 30, 0, 0)
+
+
+class Lying:
+    """A client whose answers to ReEncrypt are changed on their way."""
+
+    def __init__(self, kms: Client, change_of: Callable[[list[Any]], list[Any]]) -> None:
+        self._kms = kms
+        self._change = change_of
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kms, name)
+
+    def pipeline(self, wanted: Any) -> list[Any]:
+        """Ask; change what came of it, if it is no check."""
+        requests = list(wanted)
+        answers = self._kms.pipeline(requests)
+        moving = requests and isinstance(requests[0], operations.ReEncrypt) and not requests[0].dry_run
+        return self._change(answers) if moving else answers
+
+
+def test_an_agent_that_cannot_now_is_asked_again_and_one_that_never_can_is_a_failure(
+    lite: Store, kms: Client, rotating: Rotating, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of requests that is not taken for a moment, say. Nothing waits for ever."""
+    keys = fill(lite, kms, 3)
+    rotating.rotate()
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
+    unavailable = kms_error("ServiceUnavailableTemporary")
+    never: Any = Lying(kms, lambda answers: [unavailable for _ in answers])
+    failures: list[str] = []
+    assert rewrap(lite, never, failed=failures.append) == Outcome(3, 3, 0, 0, 3)
+    assert all("ServiceUnavailableTemporary" in why for why in failures)
+    times = iter(range(10))
+    soon: Any = Lying(kms, lambda answers: [unavailable, *answers[1:]] if next(times) < 5 else answers)
+    assert rewrap(lite, soon) == Outcome(3, 3, 3, 0, 0)
+    assert opened(lite, kms) == keys
+
+
+OTHER = "00000000-0000-0000-0000-000000000000"
+
+
+@pytest.mark.parametrize(
+    "change_of",
+    [
+        lambda answer: answer._replace(ciphertext_blob=flipped(answer.ciphertext_blob, 300)),
+        lambda answer: answer._replace(ciphertext_blob=flipped(answer.ciphertext_blob, 1_190)),
+        lambda answer: answer._replace(ciphertext_blob=answer.ciphertext_blob[:-4]),
+        lambda answer: answer._replace(ciphertext_blob=""),
+        lambda answer: answer._replace(destination_key_version_id=OTHER),
+        lambda answer: answer._replace(key_version_id=OTHER),
+        lambda answer: answer._replace(key_id=OTHER),
+        lambda answer: answer._replace(destination_key_id=OTHER),
+    ],
+)
+def test_an_answer_that_is_not_right_replaces_nothing(
+    lite: Store, kms: Client, rotating: Rotating, change_of: Callable[[Any], Any]
+) -> None:
+    """Whatever became of it on its way."""
+    fill(lite, kms, 3)
+    rotating.rotate()
+    before = list(lite)
+    lying: Any = Lying(kms, lambda answers: [answers[0], change_of(answers[1]), answers[2]])
+    failures: list[str] = []
+    assert rewrap(lite, lying, failed=failures.append) == Outcome(3, 3, 2, 0, 1)
+    assert failures[0].startswith("r1: ")
+    assert lite.get("r1") == before[1]
+
+
+def test_a_module_proves_that_no_data_key_took_anothers_place(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """Two blobs of the same key and context, exchanged on their way, both open: only who uses them sees it."""
+    keys = fill(lite, kms, 4)
+    for name in keys:
+        damage(lite, name, "encryption_context", lambda _text: "{}")
+        damage(lite, name, "ciphertext_blob", lambda _text: kms.generate_data_key(key_id="alias/a").ciphertext_blob)
+    keys = opened(lite, kms)
+    rotating.rotate()
+
+    def exchanged(answers: list[Any]) -> list[Any]:
+        first, second = answers[0].ciphertext_blob, answers[1].ciphertext_blob
+        return [
+            answers[0]._replace(ciphertext_blob=second),
+            answers[1]._replace(ciphertext_blob=first),
+            *answers[2:],
+        ]
+
+    lying: Any = Lying(kms, exchanged)
+    module = SoftwareModule.generate("RSA_2048")
+    failures: list[str] = []
+    assert rewrap(lite, lying, module=module, failed=failures.append) == Outcome(4, 4, 2, 0, 2)
+    assert all("the module cannot prove" in why for why in failures)
+    assert opened(lite, kms) == keys
+    assert rewrap(lite, kms, module=module) == Outcome(4, 2, 2, 0, 0)
+    assert opened(lite, kms) == keys
+    assert not module._keys
+
+
+def test_records_of_several_master_keys_each_go_to_their_own(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """SM4 among them; one that is disabled keeps its own, and says so."""
+    rotating.does("create-key", "--alias", "alias/b", "--key-spec", "Aliyun_SM4")
+    rotating.does("create-key", "--alias", "alias/c")
+    aliases = ("alias/a", "alias/b", "alias/c")
+    keys: dict[str, str] = {}
+    for number, alias in enumerate(aliases):
+        keys |= fill(lite, kms, 10, key_id=alias, start=number * 10)
+    for alias in aliases:
+        rotating.does("rotate", alias)
+    rotating.does("disable", "alias/c")
+    failures: list[str] = []
+    assert rewrap(lite, kms, failed=failures.append) == Outcome(30, 30, 20, 0, 10)
+    assert all("Rejected.Disabled" in why for why in failures)
+    rotating.does("enable", "alias/c")
+    assert rewrap(lite, kms) == Outcome(30, 10, 10, 0, 0)
+    assert opened(lite, kms) == keys
+
+
+def test_a_record_of_none_but_dev_is_left(lite: Store, socket_path: Path) -> None:
+    """A development keyring ends with its agent: its records say that the key is not there."""
+    with RunningAgent(configured(socket_path, ""), socket_path) as agent, agent.client() as kms:
+        fill(lite, kms, 3, key_id="alias/dev")
+    failures: list[str] = []
+    with RunningAgent(["--dev"], socket_path) as agent, agent.client() as kms:
+        assert rewrap(lite, kms, failed=failures.append) == Outcome(3, 3, 0, 0, 3)
+    assert len(failures) == 1
+    assert "Forbidden.KeyNotFound" in failures[0]
+
+
+def test_a_record_may_be_made_and_read_without_a_database() -> None:
+    """What the documentation calls JSON-able."""
+    record = Record("a", "k", "v", "b", '{"x": "y"}', "2026-01-31T12:00:00Z")
+    assert record.data_key_record() == {
+        "KeyId": "k",
+        "KeyVersionId": "v",
+        "CiphertextBlob": "b",
+        "EncryptionContext": {"x": "y"},
+    }
