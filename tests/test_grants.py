@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from support.agent import RawConnection, RunningAgent
 from support.keys import recipient
 from support.policy import allows, may_name
@@ -13,7 +15,7 @@ from support.requires import root
 
 from keyferry.parameters import decode_base64
 from keyferry_agent.crypto.public_key import fingerprint
-from keyferry_agent.grants import PLAINTEXT, Grant, to_caller
+from keyferry_agent.grants import PLAINTEXT, Grant, Granted, to_caller
 from keyferry_agent.peer import Peer
 
 PIN = "sha256:" + "0" * 64
@@ -265,3 +267,18 @@ def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) 
             assert status is not None
             assert status["Keys"] == 0
             assert "Counters" not in status
+
+
+NAMES = st.sampled_from(["alias/a", "alias/ab", "alias/b/c", "alias/b", "k1", "k2", "acs:kms:local:0:key/k1"])
+KEYS = st.sampled_from(["*", "alias/*", "alias/a*", "alias/*/c", "k*", "acs:kms:*:0:key/*", "*1"]) | NAMES
+
+
+@given(st.lists(st.tuples(st.lists(KEYS, min_size=1), st.sampled_from(["kms:*", "kms:Encrypt"]))), st.lists(NAMES))
+def test_grants_are_found_by_names_and_prefixes_as_if_each_had_been_looked_at(
+    made: list[tuple[list[str], str]], names: list[str]
+) -> None:
+    """In their order, for an action that some of them have."""
+    grants = tuple(Grant(str(place), {"uid": 1}, (action,), tuple(keys)) for place, (keys, action) in enumerate(made))
+    for action in ("kms:Encrypt", "kms:Decrypt"):
+        each = tuple(grant for grant in grants if grant.has_action(action) and grant.has_key(names))
+        assert Granted(grants).covering(action, "key", lambda: names) == each

@@ -29,8 +29,8 @@ __all__ = [
 PLAINTEXT: Final = "plaintext"
 """The recipient of an answer that is not wrapped for anybody: the caller itself. No pin is equal to it."""
 
-_REMEMBERED: Final = 4_096
-"""Answers to remember at most, of each kind; then it begins anew."""
+_REMEMBERED: Final = 32_768
+"""Answers to remember at most, of each kind; then it begins anew. Each takes some 200 bytes."""
 
 ACTIONS: Final = frozenset(
     f"kms:{name}"
@@ -123,34 +123,64 @@ def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives) or r"(?!)", re.DOTALL)
 
 
+class _Covering:
+    """The grants that cover one action, found by the names of keys: most grants name theirs, and few have patterns."""
+
+    def __init__(self, grants: Sequence[Grant]) -> None:
+        self.grants = tuple(grants)
+        self._by_name: dict[str, list[int]] = {}
+        self._by_prefix: dict[str, list[int]] = {}  # patterns, by what they have before their first `*`
+        for place, grant in enumerate(grants):
+            for key in grant.keys:
+                prefix, wild, _ = key.partition("*")
+                (self._by_prefix if wild else self._by_name).setdefault(prefix, []).append(place)
+        self._prefix_lengths = sorted({len(prefix) for prefix in self._by_prefix})
+
+    def with_key(self, names: Sequence[str]) -> tuple[Grant, ...]:
+        """Those that cover a key that is called by these names, in the configuration's order."""
+        places = {place for name in names for place in self._by_name.get(name, ())}
+        perhaps = {
+            place
+            for name in names
+            for length in self._prefix_lengths
+            for place in self._by_prefix.get(name[:length], ())
+        }
+        places.update(place for place in perhaps - places if self.grants[place].has_key(names))
+        return tuple(self.grants[place] for place in sorted(places))
+
+
 class Granted:
     """The grants to one kind of caller, and what they cover as far as was asked before: so that a request costs a look-up."""
 
-    __slots__ = ("_covering", "actions_known", "grants", "on_program")
+    __slots__ = ("_actions", "_known", "grants", "on_program")
 
     def __init__(self, grants: tuple[Grant, ...]) -> None:
         self.grants = grants
         self.on_program = any(PROGRAM & grant.to.keys() for grant in grants)
-        self.actions_known: dict[str, tuple[Grant, ...]] = {}
-        self._covering: dict[tuple[str, str], tuple[Grant, ...]] = {}
+        self._actions: dict[str, _Covering] = {}
+        self._known: dict[tuple[str, str], tuple[Grant, ...]] = {}
 
     def with_action(self, action: str) -> tuple[Grant, ...]:
         """Those that cover an action."""
-        known = self.actions_known.get(action)
-        if known is None:
-            known = self.actions_known[action] = tuple(grant for grant in self.grants if grant.has_action(action))
-        return known
+        return self._covering(action).grants
 
     def covering(self, action: str, name: str, names: Callable[[], Iterable[str]]) -> tuple[Grant, ...]:
         """Those that cover an action on the key that is known by `name`; `names` are all that it can be called by."""
-        known = self._covering.get((action, name))
+        known = self._known.get((action, name))
         if known is None:
-            if len(self._covering) >= _REMEMBERED:
-                self._covering.clear()
-            called = tuple(names())
-            known = self._covering[action, name] = tuple(
-                grant for grant in self.with_action(action) if grant.has_key(called)
-            )
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            known = self._known[action, name] = self._covering(action).with_key(tuple(names()))
+        return known
+
+    def _covering(self, action: str) -> _Covering:
+        known = self._actions.get(action)
+        if known is None:
+            # Many grants have the same actions: each list is looked at once.
+            matching = {
+                grant.actions: grant.has_action(action) for grant in {g.actions: g for g in self.grants}.values()
+            }
+            known = self._actions[action] = _Covering([grant for grant in self.grants if matching[grant.actions]])
         return known
 
 

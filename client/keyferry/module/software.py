@@ -7,6 +7,7 @@ saved; whoever can read this process's memory, or the file and its passphrase, h
 """
 
 import contextlib
+import io
 import os
 import weakref
 from collections.abc import Iterator
@@ -131,8 +132,13 @@ class SoftwareModule(CryptographicModule):
 
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
         nonce = os.urandom(NONCE)
-        with self._lent(key) as data_key:
-            return nonce + AESGCM(data_key).encrypt(nonce, plaintext, aad)
+        # Into its place in what is returned: putting the nonce before it afterwards would copy, and a megabyte more of fresh
+        # memory costs four times what AES does.
+        out = io.BytesIO(bytes(NONCE + len(plaintext) + TAG))
+        with self._lent(key) as data_key, out.getbuffer() as room:
+            room[:NONCE] = nonce
+            AESGCM(data_key).encrypt_into(nonce, plaintext, aad, room[NONCE:])
+        return out.getvalue()
 
     def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
         if len(sealed) < NONCE + TAG:
