@@ -180,7 +180,7 @@ def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(recor
     def hangs() -> None:
         begun.set()
         hanging.wait()
-        audit._file.append([{"event": "audit", "request_id": "late"}])
+        audit._file.append(['{"event": "audit", "request_id": "late"'])
 
     with pytest.raises(OSError, match="does not answer"):
         audit._hand.call(hangs)

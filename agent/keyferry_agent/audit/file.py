@@ -1,14 +1,13 @@
 """The file of the record: opened, continued, and appended to line by line. What it does may hang; `log` has a thread for it."""
 
 import errno
-import json
 import os
 import select
 import stat
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from .chain import BEGINNING, link
 
@@ -49,11 +48,11 @@ class RecordFile:
                 os.close(old)
             self._open()
 
-    def append(self, records: Sequence[dict[str, Any]]) -> Appended:
-        """Write a line for each record, in their order, all at once where that is possible."""
+    def append(self, records: Sequence[str]) -> Appended:
+        """Write a line for each record, a JSON object not closed yet, in their order, and at once where that is possible."""
         lines, previous = [], self._previous
         for record in records:
-            line = json.dumps({**record, "previous": previous}).encode()
+            line = f'{record}, "previous": "{previous}"}}'.encode()
             previous = link(line)
             lines.append(line + b"\n")
         if self._waits:  # a pipe takes one line whole, or not at all; more than that it may take in part
