@@ -7,7 +7,7 @@ the answer holds, tuples in it included. Fields have the API's names in snake_ca
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Generic, ParamSpec, Self, TypeVar, cast, get_args, get_type_hints, overload
+from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast, get_args, get_type_hints, overload
 
 from .errors import invalid_parameter, missing_parameter
 from .parameters import DRY_RUN, Parameter, Values
@@ -142,23 +142,46 @@ def result_from_wire(kind: type[Any], answer: Mapping[str, Any]) -> Any:
     Raises KeyError when the answer lacks a field, TypeError when one is not what it should be.
     """
     values: dict[str, Any] = {}
-    for field, hint in _hints(kind).items():
-        name = wire_name(field)
-        if name in answer or field not in kind._field_defaults:
-            values[field] = _from_wire(hint, answer[name])
+    for field, name, needed, plain, make in _plan(kind):  # type: ignore[arg-type]  # types are hashable
+        if needed or name in answer:
+            value = answer[name]
+            if plain is not None and type(value) is not plain:
+                raise TypeError(f"{plain.__name__} is expected, not {type(value).__name__}")
+            values[field] = value if make is None else make(value)
     return kind(**values)
 
 
-_hints: Callable[[type[Any]], dict[str, Any]] = functools.cache(get_type_hints)  # type: ignore[assignment]  # types are hashable
+class _Field(NamedTuple):
+    """How one field of a result is made: its name on the wire, what it has to be, and what is made of it."""
+
+    field: str
+    name: str
+    needed: bool
+    plain: type[Any] | None
+    make: Callable[[Any], Any] | None
 
 
-def _from_wire(hint: Any, value: Any) -> Any:
+@functools.cache
+def _plan(kind: type[Any]) -> tuple[_Field, ...]:
+    """What there is to know of a result, looked up in its declaration once: that takes longer than an answer."""
+    return tuple(
+        _Field(
+            field,
+            wire_name(field),
+            field not in kind._field_defaults,
+            hint if hint in (str, int) else None,
+            _maker(hint),
+        )
+        for field, hint in get_type_hints(kind).items()
+    )
+
+
+def _maker(hint: Any) -> Callable[[Any], Any] | None:
     if hasattr(hint, "_fields"):
-        return result_from_wire(hint, value)
+        return functools.partial(result_from_wire, hint)
     arguments = get_args(hint)
     if Ellipsis in arguments:  # tuple[KeyListEntry, ...]
-        return tuple(result_from_wire(arguments[0], each) for each in value)
-    if hint in (str, int) and type(value) is not hint:
-        raise TypeError(f"{hint.__name__} is expected, not {type(value).__name__}")
+        entry = arguments[0]
+        return lambda value: tuple(result_from_wire(entry, each) for each in value)
     nested = next((each for each in arguments if hasattr(each, "_fields")), None)  # Counters | None
-    return value if nested is None else result_from_wire(nested, value)
+    return None if nested is None else functools.partial(result_from_wire, nested)

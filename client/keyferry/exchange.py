@@ -90,7 +90,7 @@ class Call(NamedTuple):
         if isinstance(plaintext, bytes):
             params[PLAINTEXT.name] = encode_base64(plaintext)
         for key, value in params.items():
-            if isinstance(value, Mapping):
+            if type(value) is not str and isinstance(value, Mapping):
                 params[key] = dict(value)
         return cls(operation.name, params, operation.result)
 

@@ -334,11 +334,12 @@ def check_sendable(value: Any, depth: int = 3) -> None:
     if len(value) > (MAX_MAP if kind is dict else MAX_ARRAY) or depth > MAX_DEPTH:
         raise ProtocolError("a container has too many entries, or is nested too deep")
     if kind is dict:
-        if not all(isinstance(key, str) for key in value):
+        if not _TEXT.issuperset(map(type, value)) and not all(isinstance(key, str) for key in value):
             raise ProtocolError("a map key is not a string")
         value = value.values()
-    for each in value:
-        check_sendable(each, depth + 1)
+    if not _SENDABLE.issuperset(map(type, value)):
+        for each in value:
+            check_sendable(each, depth + 1)
 
 
 _SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
