@@ -31,7 +31,7 @@ check: $(VENV)/.development
 
 coverage: $(VENV)/.development
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest -n auto --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	@cat .cache/skipped

@@ -85,6 +85,7 @@ def module(token: RealToken) -> Iterator[Pkcs11Module]:
     module.close()
 
 
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """One PostgreSQL server for all tests: whoever stops it starts it again."""
     with Cluster() as running:
@@ -103,6 +104,8 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Write down what was skipped, for `make test` to end with; where no skip is allowed, one is a failure."""
+    if hasattr(session.config, "workerinput"):
+        return  # one of several processes that run tests: the one that started them knows all
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)

@@ -148,7 +148,7 @@ encryption_context = {{ tenant = "acme" }}
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
     """An agent that any user can reach, with one grant to another user."""
     folder = tmp_path_factory.mktemp("grants")
-    for parent in (folder, *folder.parents[:2]):
+    for parent in (folder, *list(folder.parents)[:-2]):
         parent.chmod(0o755)
     (folder / "agent.toml").write_text(CONFIG)
     with RunningAgent(["--dev", "--config", str(folder / "agent.toml")], folder / "agent.sock") as agent:

@@ -138,7 +138,7 @@ def test_the_status_counts_for_whoever_is_granted_it(connection: RawConnection) 
         ("alias/none", "Forbidden.AliasNotFound"),
         ("alias/", "Forbidden.AliasNotFound"),
         ("acs:kms:local:0:alias/none", "Forbidden.AliasNotFound"),
-        (str(uuid.uuid4()), "Forbidden.KeyNotFound"),
+        ("6f0b0d9e-3a55-4c1c-9f64-0c7d52e0a9b1", "Forbidden.KeyNotFound"),
         ("1234abcd-12ab-34cd-56ef-12345678****", "Forbidden.KeyNotFound"),
         ("acs:kms:local:0:key/none", "Forbidden.KeyNotFound"),
         ("acs:kms:local:1:alias/dev", "InvalidParameter"),

@@ -225,7 +225,6 @@ def without(packages: str, *arguments: str) -> "subprocess.CompletedProcess[str]
     [
         ("sqlalchemy", ["records", "list"]),
         ("sqlalchemy", ["records", "add", "a", "--KeyId", "k"]),
-        ("cryptography", ["records", "rewrap"]),
         ("sqlalchemy", ["encrypt-file", "in", "out", "--record", "r", "--module", "m", "--passphrase-file", "p"]),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """And closed standard descriptors are opened, so that no key file becomes one."""
     monkeypatch.setattr(startup, "_PR_SET_DUMPABLE", 10_000)
-    monkeypatch.setattr(startup, "_close_inherited", lambda: None)  # this process needs its own
+    monkeypatch.setattr(startup, "_close_inherited", lambda _keep: None)  # this process needs its own
     monkeypatch.setattr("os.umask", lambda mode: mode)
     monkeypatch.setattr("resource.setrlimit", lambda _which, _limits: None)
     monkeypatch.setattr(startup, "_PR_SET_NO_NEW_PRIVS", 10_001)
@@ -250,7 +250,7 @@ def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
         raise SelfTestError("Aliyun_SM4: wrong")
 
     monkeypatch.setattr("keyferry_agent.crypto.selftest.run", wrong)
-    monkeypatch.setattr("keyferry_agent.startup.harden", list)
+    monkeypatch.setattr("keyferry_agent.startup.harden", lambda keep: [])
     options = Options(config=None, socket=Path("/nowhere"), keyring=None, unseal=None, dev=True)
     with pytest.raises(StartError, match="Aliyun_SM4: wrong"):
         daemon(options)
