@@ -250,7 +250,7 @@ def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
         raise SelfTestError("Aliyun_SM4: wrong")
 
     monkeypatch.setattr("keyferry_agent.crypto.selftest.run", wrong)
-    monkeypatch.setattr("keyferry_agent.startup.harden", lambda keep: [])
+    monkeypatch.setattr("keyferry_agent.startup.harden", lambda **_: [])
     options = Options(config=None, socket=Path("/nowhere"), keyring=None, unseal=None, dev=True)
     with pytest.raises(StartError, match="Aliyun_SM4: wrong"):
         daemon(options)
