@@ -22,6 +22,7 @@ from keyferry.parameters import decode_base64
 
 _WORD = 8
 _CHUNK = 1 << 22
+_DIGITS = 100
 
 
 class Needles:
@@ -44,8 +45,11 @@ class Needles:
     def add_key(self, name: str, key: bytes) -> None:
         """Seek a key: raw, as text, and as the round keys that ciphers make of it."""
         self.add(name, key)
-        self.add(f"{name} in hex", key.hex().encode())
-        self.add(f"{name} in HEX", key.hex().upper().encode())
+        # Of a long one the beginning: eight digits are 32 bits, and some 100,000 windows of them would be found by chance,
+        # in the RequestIds that are there.
+        beginning = key[:_DIGITS].hex()
+        self.add(f"{name} in hex", beginning.encode())
+        self.add(f"{name} in HEX", beginning.upper().encode())
         self.add(f"{name} in Base64", base64.b64encode(key))
         if len(key) in (16, 24, 32):
             self.add(f"{name} as AES round keys", aes_round_keys(key))
