@@ -107,7 +107,7 @@ class Machine:
         assert self._process is not None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         for child in children:
-            with suppress(FileNotFoundError):  # nspawn's own helper, which ends
+            with suppress(OSError):  # nspawn's own helper, which ends
                 if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
                     return int(child)
         return 0

@@ -111,6 +111,11 @@ class Podman:
         python = self.run(
             "run", "--rm", "--network=none", _BASE_IMAGE, "/usr/bin/python3", "-c", version
         ).stdout.strip()
+        for old in (ROOT / "dist").glob("keyferry*.whl"):
+            old.unlink()
+        for distribution in ("client", "agent"):
+            command = [sys.executable, "-m", "build", "--wheel", "--outdir", ROOT / "dist", ROOT / distribution]
+            subprocess.run(command, check=True, capture_output=True, timeout=_BUILDING)
         wheels = CACHE / "wheels"
         _pip("download", "--python-version", python, "--only-binary=:all:", "--require-hashes", "--dest", wheels)
         offline = self._folder / "pip.conf"
