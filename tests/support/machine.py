@@ -90,16 +90,18 @@ class Machine:
         subprocess.run([*command, *options, "--root-user-action=ignore"], check=True, capture_output=True)
 
     def _boot(self) -> None:
-        name = self._folder.name
+        name = f"keyferry-{os.getpid()}"  # a host's name: not the folder's, which may have an underscore
+        console = self._folder / "console"
         command = ["systemd-nspawn", "-q", "-D", str(self.root), "--boot", "--private-network", f"--machine={name}"]
         options = ["--register=no", "--keep-unit", *_OF_THE_KERNEL, "--", "systemd.unit=multi-user.target"]
-        self._process = subprocess.Popen(
-            [*command, *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-        )
+        with open(console, "wb") as out:
+            self._process = subprocess.Popen(
+                [*command, *options], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT
+            )
         deadline = time.monotonic() + PATIENCE
         while self.run("systemctl", "is-system-running", "--wait", check=False) not in ("running", "degraded"):
             assert time.monotonic() < deadline
-            assert self._process.poll() is None
+            assert self._process.poll() is None, console.read_text(errors="replace")
             self._leader = self._first()
 
     def _first(self) -> int:

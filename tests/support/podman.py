@@ -114,7 +114,15 @@ class Podman:
         for old in (ROOT / "dist").glob("keyferry*.whl"):
             old.unlink()
         for distribution in ("client", "agent"):
-            command = [sys.executable, "-m", "build", "--wheel", "--outdir", ROOT / "dist", ROOT / distribution]
+            command = [
+                sys.executable,
+                "-m",
+                "build",
+                "--wheel",
+                "--outdir",
+                str(ROOT / "dist"),
+                str(ROOT / distribution),
+            ]
             subprocess.run(command, check=True, capture_output=True, timeout=_BUILDING)
         wheels = CACHE / "wheels"
         _pip("download", "--python-version", python, "--only-binary=:all:", "--require-hashes", "--dest", wheels)
