@@ -79,6 +79,45 @@ def test_any_bytes_give_messages_or_a_protocol_error_however_they_are_cut(pieces
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1]), st.sampled_from("abc")),
+        min_size=1,
+    ),
+    st.integers(1, 40),
+)
+def test_a_request_that_was_seen_before_is_recalled_by_its_bytes_however_they_are_cut(
+    asked: list[tuple[int, str]], step: int
+) -> None:
+    """With its own message ID."""
+    data = b"".join(wire.encode_request(msgid, method, {"k": method * 9}) for msgid, method in asked)
+    known: dict[bytes, str] = {}
+    decoder = wire.Decoder(recall=known.get)
+    got = []
+    for start in range(0, len(data), step):
+        decoder.feed(data[start : start + step])
+        for message in decoder.messages():
+            if isinstance(message, wire.Request):
+                assert message.method not in known.values()
+                known[message.tail] = message.method
+                got.append((message.msgid, message.method))
+            else:
+                assert isinstance(message, wire.Recalled)
+                got.append((message.msgid, message.what))
+    assert got == asked
+
+
+def test_what_is_no_request_is_never_recalled() -> None:
+    """Whatever is behind its first bytes."""
+    asked: list[bytes] = []
+    decoder = wire.Decoder(recall=asked.append)
+    bodies: list[list[object]] = [[1, 5, None, {}], [2, "m", [{}]], [0, 5, "m"], [True, 5, "m", [{}]]]
+    for body in bodies:
+        decoder.feed(msgpack.packb(body))
+    assert len(list(decoder.messages())) == 4
+    assert asked == []
+
+
 @given(values)
 def test_any_well_formed_message_gives_a_message_or_a_protocol_error(body: object) -> None:
     """The same promise, for bytes that are msgpack."""

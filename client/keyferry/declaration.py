@@ -124,15 +124,18 @@ def request_to_wire(request: Any) -> dict[str, Any]:
 def result_to_wire(result: Any) -> dict[str, Any]:
     """A result tuple as it travels: nested tuples become maps and arrays, None is left out."""
     return {
-        wire_name(field): _to_wire(value)
-        for field, value in zip(result._fields, result, strict=True)
+        name: _to_wire(value) if isinstance(value, tuple) else value
+        for name, value in zip(_wire_names(type(result)), result, strict=True)  # type: ignore[arg-type]  # types are hashable
         if value is not None
     }
 
 
+@functools.cache
+def _wire_names(kind: Any) -> tuple[str, ...]:
+    return tuple(map(wire_name, kind._fields))
+
+
 def _to_wire(value: Any) -> Any:
-    if not isinstance(value, tuple):
-        return value
     return result_to_wire(value) if hasattr(value, "_fields") else [result_to_wire(each) for each in value]
 
 
