@@ -67,7 +67,7 @@ def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
 def _check_seal(key_spec: str, expected: bytes, scratch: SecretMemory) -> None:
     cmk = memoryview(bytearray(range(seal.KEY_SIZES[key_spec])))
     plaintext = memoryview(bytearray(_PLAINTEXT))
-    sealed = seal._seal(key_spec, cmk, _VERSION, _KEY, {}, plaintext, scratch, _SALT)
+    sealed = seal.bind(key_spec, _VERSION, _KEY, {}).seal(cmk, plaintext, scratch, _SALT)
     if sealed != expected:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not have the bytes it must have")
     opened = bytearray(len(_PLAINTEXT))
