@@ -48,9 +48,11 @@ def test_the_client_never_imports_the_agent() -> None:
     "room",
     [
         "keyferry.wire",
+        "keyferry.headers",
         "keyferry.operations",
         "keyferry.parameters",
         "keyferry.errors",
+        "keyferry_agent.answering",
         "keyferry_agent.grants",
         "keyferry_agent.handlers",
         "keyferry_agent.limits",

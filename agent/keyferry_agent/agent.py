@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
@@ -13,6 +13,7 @@ from .grants import Granted, Policy
 from .keyring.document import now
 from .keyring.loaded import Key, Keyring
 from .peer import Peer
+from .repeats import Repeats
 from .settings import Settings
 
 __all__ = ["SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
@@ -49,6 +50,24 @@ class Audited:
     destination_key_version_id: str = ""
     recipient: str = ""
     context_keys: tuple[str, ...] = ()
+    line: str = ""
+    """The part of its line that all requests equal to it share, once it was written (`audit`)."""
+
+    def again(self, request_id: str, started: float) -> "Audited":
+        """The same, of another request that is equal to this one."""
+        return Audited(
+            request_id,
+            started,
+            self.operation,
+            self.grant,
+            self.key_id,
+            self.key_version_id,
+            self.destination_key_id,
+            self.destination_key_version_id,
+            self.recipient,
+            self.context_keys,
+            self.line,
+        )
 
 
 class Caller:
@@ -114,6 +133,8 @@ class Agent:
     counters: Count = field(default_factory=Count)
     started_at: str = field(default_factory=now)
     draining: bool = False
+    repeats: Repeats[Any] = field(default_factory=Repeats)
+    """What was decided of requests that may come again: it holds on to keys, so it goes with their keyring."""
     _covered: dict[Granted, Covered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -125,6 +146,7 @@ class Agent:
         """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
         self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
+        self.repeats.clear()
 
     def covered(self, granted: Granted) -> Covered:
         """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""

@@ -23,7 +23,8 @@ __all__ = [
     "open_blob",
     "permit",
     "plaintext_size",
-    "seal_bytes",
+    "sealing",
+    "still_usable",
     "usable",
     "would_succeed",
 ]
@@ -37,10 +38,14 @@ _DOES_NOT_OPEN: Final = (
 
 
 class Job(NamedTuple):
-    """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more."""
+    """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more.
+
+    `again`, where there is one, says whether this decision still holds for an equal request: then `run` does that, too.
+    """
 
     run: Callable[[], Any]
     slow: bool = False
+    again: Callable[[], bool] | None = None
 
 
 class Request(NamedTuple):
@@ -124,10 +129,15 @@ def usable(key: Key) -> None:
         raise kms_error(f"Rejected.{state}")
 
 
-def seal_bytes(key: Key, version: KeyVersion, context: Context, data: memoryview, scratch: SecretMemory) -> bytes:
-    """A CiphertextBlob of what is in secret memory."""
-    with version.material.lend() as cmk:
-        return seal.seal(key.key_spec, cmk, version.version_id, key.key_id, context, data, scratch)
+def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> Callable[[memoryview], bytes]:
+    """What makes a CiphertextBlob of bytes in secret memory: all that does not depend on them is done here."""
+    bound, material = seal.bind(key.key_spec, version.version_id, key.key_id, context), version.material
+
+    def run(data: memoryview) -> bytes:
+        with material.lend() as cmk:
+            return bound.seal(cmk, data, scratch)
+
+    return run
 
 
 def open_blob(
@@ -139,6 +149,11 @@ def open_blob(
             seal.open_into(key.key_spec, cmk, blob, key.key_id, context, out, scratch)
         except SealError:
             raise _does_not_open() from None
+
+
+def still_usable(key: Key) -> Callable[[], bool]:
+    """Asks whether a key that was `usable` is so still."""
+    return lambda: key.state() == "Enabled"
 
 
 def would_succeed() -> KmsError:
