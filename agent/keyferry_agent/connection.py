@@ -23,6 +23,7 @@ from .agent import Caller
 from .answering import TURN, Answering, Asked, Decided, Service, SlowJob, closing, next_turn, refusal
 from .arrivals import Arrivals
 from .peer import Peer, Process
+from .workers import Workers
 
 __all__ = ["LINGER", "Connection", "Shared", "refuse"]
 
@@ -43,7 +44,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 class Shared(Service):
     """What all connections of an agent have in common."""
 
-    slow: trio.CapacityLimiter
+    workers: Workers
     arrivals: Arrivals | None = None
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
@@ -65,6 +66,9 @@ class Connection:
         self._started = trio.current_time()  # when the request that is being received began
         self._sending = trio.Lock()
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
+        self._under_way = 0  # slow jobs that are not answered yet
+        self._done: list[Decided] = []
+        self._some_done = trio.Event()
         self._turns = 0
 
     async def run(self) -> None:
@@ -142,7 +146,7 @@ class Connection:
     def _asks_on(self) -> bool:
         """Whether the client, just answered, has sent its next request, or does in a moment. Asks without awaiting anything."""
         arrivals = self._shared.arrivals
-        if arrivals is None or not self._turns or self._shared.slow.borrowed_tokens:
+        if arrivals is None or not self._turns or self._shared.workers.busy:
             return False
         if self._turns % _TURNS_ALONE == 0:  # also a client that never pauses leaves room for what is no connection
             return False
@@ -191,9 +195,9 @@ class Connection:
                     return False
                 decided.clear()
                 await trio.lowlevel.checkpoint()
-            if not isinstance(outcome, Decided):
+            if isinstance(outcome, SlowJob):
                 await self._slots.acquire()
-                slow.start_soon(self._run_slow, outcome)
+                self._begin(outcome, slow)
         return await self._finish(decided)
 
     async def _end_with(self, error: ProtocolError) -> None:
@@ -209,17 +213,35 @@ class Connection:
         alone = self._agent.counters.connections == 1
         return not alone and time.monotonic() - first.audited.started > _SHORT_TURN
 
-    async def _run_slow(self, slow: SlowJob) -> None:
+    def _begin(self, slow: SlowJob, nursery: trio.Nursery) -> None:
+        """Have a slow job done, and its answer sent, beside whatever else there is."""
+
+        def done(result: Any, error: Exception | None) -> None:
+            outcome = result if error is None else refusal(error, slow.audited)
+            self._done.append(Decided(slow.msgid, slow.audited, outcome))
+            self._some_done.set()
+
         try:
-            outcome: Any
-            try:
-                outcome = await trio.to_thread.run_sync(slow.job.run, limiter=self._shared.slow)
-            except Exception as error:
-                outcome = refusal(error, slow.audited)
-            if not await self._finish([Decided(slow.msgid, slow.audited, outcome)]):
+            self._shared.workers.submit(slow.job.run, done)
+        except RuntimeError as error:
+            done(None, error)
+        self._under_way += 1
+        if self._under_way == 1:
+            nursery.start_soon(self._answer_slow)
+
+    async def _answer_slow(self) -> None:
+        """Answer slow jobs, as many at a time as are done, until none is under way."""
+        while self._under_way:
+            await self._some_done.wait()
+            self._some_done = trio.Event()
+            done, self._done = self._done, []
+            taken = await self._finish(done)
+            self._under_way -= len(done)
+            for _ in done:
+                self._slots.release()
+            if not taken:
                 await self._stream.aclose()  # wakes the reader, which then ends the connection
-        finally:
-            self._slots.release()
+                return
 
     async def _finish(self, decided: Sequence[Decided]) -> bool:
         """Record requests, and only then send their answers; False when nobody takes them."""

@@ -21,6 +21,7 @@ from .connection import LINGER, Connection, Shared, refuse
 from .limits import Rate
 from .metrics import Metrics
 from .peer import Peer, Process, evidence
+from .workers import Workers
 
 __all__ = ["GRACE", "Server"]
 
@@ -52,7 +53,7 @@ class Server:
             rate=Rate(agent.settings.limits.requests_per_second),
             metrics=metrics,
             # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
-            slow=trio.CapacityLimiter(SLOW_JOBS if libcrypto.has_sm2() else 1),
+            workers=Workers(SLOW_JOBS if libcrypto.has_sm2() else 1),
             arrivals=Arrivals(),
         )
         self._per_user: Counter[int | None] = Counter()
