@@ -10,7 +10,6 @@ from typing import Final, NamedTuple, TypeAlias
 from keyferry import libcrypto
 from keyferry.sm2_ciphertext import der_to_raw
 
-from . import sm2_portable
 from .public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 
 __all__ = ["Recipient", "Wrapping", "WrappingError", "find", "pairs", "recipient"]
@@ -83,6 +82,8 @@ def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipien
     if wrapping.wrapper is _sm2 and not libcrypto.has_sm2():
         if not sm2_fallback:
             raise WrappingError("SM2PKE is not available: this system's libcrypto was built without SM2.")
+        from . import sm2_portable  # noqa: PLC0415 - takes 15 ms to import, and most systems never need it
+
         return Recipient(wrapping, fingerprint(der), functools.partial(sm2_portable.encrypt, der[-64:]))
     try:
         return Recipient(wrapping, fingerprint(der), wrapping.wrapper(libcrypto.public_key(der)))
