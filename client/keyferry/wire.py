@@ -135,6 +135,11 @@ class Decoder:
         It is three times as fast as the walk, and knows less: at whatever is out of the ordinary it leaves off, and the walk
         finds out what that is. What it may allocate for what a header claims is bounded by its limits.
         """
+        only = self._first(len(self._buffer))  # most often there is one message, and nothing behind it
+        if only is not None:
+            self._forget(len(self._buffer))
+            yield only
+            return
         unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=_RECEIVE_LEAST)
         unpacker.feed(self._buffer)
         begin = 0
@@ -198,7 +203,7 @@ def _unpack(packed: bytearray, **limits: int) -> Any:
 
 def _split(buffer: bytearray, size: int) -> tuple[int, bytes] | None:
     """The msgid of the request that the first `size` bytes are, and what is behind it; None for what begins otherwise."""
-    if buffer[0] != _ARRAY_OF_FOUR or buffer[1] != 0:
+    if size < _SHORTEST or buffer[0] != _ARRAY_OF_FOUR or buffer[1] != 0:
         return None
     first = buffer[2]
     end = _BEHIND_MSGID.get(first, 3)
@@ -209,6 +214,8 @@ def _split(buffer: bytearray, size: int) -> tuple[int, bytes] | None:
 
 _ARRAY_OF_FOUR: Final = 0x94
 _LAST_FIXINT: Final = 0x7F
+_SHORTEST: Final = 8
+"""Bytes of a request whose msgid takes five."""
 _BEHIND_MSGID: Final = {0xCC: 4, 0xCD: 5, 0xCE: 7}
 """Where the bytes behind a msgid begin, by its first byte. One in 64 bits, which no client sends, is parsed as a whole."""
 
@@ -224,10 +231,13 @@ def _is_plain(value: Any, depth: int = 1) -> bool:
         return type(value) in _SENDABLE
     if depth > MAX_DEPTH:
         return False
-    # Types as a set, as far as that says all: a loop in Python would take as long as the parsing.
-    return _SENDABLE.issuperset(map(type, values)) or all(
-        type(each) in _SENDABLE or _is_plain(each, depth + 1) for each in values
-    )
+    kinds = set(map(type, values))  # as a set, as far as that says all: a loop would take as long as the parsing
+    if kinds <= _SENDABLE:
+        return True
+    for each in values if kinds <= _PLAIN else ():
+        if type(each) not in _SENDABLE and not _is_plain(each, depth + 1):
+            return False
+    return kinds <= _PLAIN
 
 
 def _message(body: Any) -> Message:
@@ -267,9 +277,9 @@ def check_sendable(value: Any, depth: int = 3) -> None:
     `depth` is how many containers it is in. Raises `ProtocolError`.
     """
     kind = type(value)
-    if kind in _SENDABLE or isinstance(value, str | int | bytes | bytearray | memoryview):
-        return
     if kind not in (dict, list, tuple):
+        if kind in _SENDABLE or isinstance(value, str | int | bytes | bytearray | memoryview):
+            return
         raise ProtocolError(f"{kind.__name__} is not part of the protocol")
     if len(value) > (MAX_MAP if kind is dict else MAX_ARRAY) or depth > MAX_DEPTH:
         raise ProtocolError("a container has too many entries, or is nested too deep")
@@ -279,10 +289,12 @@ def check_sendable(value: Any, depth: int = 3) -> None:
         value = value.values()
     if not _SENDABLE.issuperset(map(type, value)):
         for each in value:
-            check_sendable(each, depth + 1)
+            if type(each) not in _SENDABLE:
+                check_sendable(each, depth + 1)
 
 
 _SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
+_PLAIN: Final = _SENDABLE | {dict, list}
 _TEXT: Final = frozenset({str})
 
 
