@@ -65,6 +65,7 @@ class Connection:
         self._decoder = wire.Decoder(recall=self._answering.recall)
         self._started = trio.current_time()  # when the request that is being received began
         self._sending = trio.Lock()
+        self._torn = False  # part of an answer was sent, and the rest is still to come
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
         self._under_way = 0  # slow jobs that are not answered yet
         self._done: list[Decided] = []
@@ -251,22 +252,27 @@ class Connection:
         """Send answers whole, in the time that a client has to take them. False: it did not, or it is gone."""
         if not answers:
             return True
-        if not self._sending.locked():  # most answers fit the socket's buffer: then nobody has to wait for anything
+        sent = 0
+        if not self._sending.locked() and not self._torn:  # most answers fit: then nobody has to wait for anything
             try:
                 sent = os.write(self._number(), answers)
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError:
                 return False
             if sent == len(answers):
                 return True
-            answers = answers[sent:]
+            self._torn = sent > 0
         with trio.move_on_after(self._agent.settings.limits.request_timeout) as scope:
             async with self._sending:
+                if self._torn and not sent:
+                    return False  # behind half an answer, whose sender gave up, comes no other
+                self._torn = True
                 try:
-                    await self._stream.send_all(answers)
+                    await self._stream.send_all(answers[sent:])
                 except trio.BrokenResourceError:
                     return False
+                self._torn = False
         if scope.cancelled_caught:
             log.info("connection.answers_not_taken", **self._who())
         return not scope.cancelled_caught
