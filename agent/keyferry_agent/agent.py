@@ -16,14 +16,18 @@ from .peer import Peer
 from .repeats import Repeats
 from .settings import Settings
 
-__all__ = ["SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
+__all__ = ["AT_ONCE", "MOST_AT_ONCE", "SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
 
 SLOW_JOBS: Final = 4
 """Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
 _REMEMBERED: Final = 64
 """Sets of grants whose keys are remembered: one for each kind of caller."""
-_SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0])
-"""Bytes, 36 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
+AT_ONCE: Final = 16
+"""Requests that the event loop does in one go."""
+MOST_AT_ONCE: Final = SCRATCH_SIZES[0]
+"""Bytes of a data key of which there may be one for each of them at the same time."""
+_SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + AT_ONCE * MOST_AT_ONCE
+"""Bytes, 37 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
 
 
 def locked_memory_needed(keyring: int) -> str:

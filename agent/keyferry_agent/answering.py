@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
@@ -13,15 +13,15 @@ from keyferry.declaration import result_to_wire
 from keyferry.errors import KmsError, ProtocolError, kms_error
 
 from . import handlers
-from .agent import Agent, Audited, Caller
+from .agent import AT_ONCE, Agent, Audited, Caller
 from .audit import Appended
 from .limits import Rate
 from .metrics import Metrics
 from .peer import Peer
 
-__all__ = ["TURN", "Answering", "Asked", "Decided", "Service", "SlowJob", "closing", "next_turn", "refusal"]
+__all__ = ["TURN", "Answering", "Asked", "Begun", "Decided", "Service", "SlowJob", "closing", "next_turn", "refusal"]
 
-TURN: Final = 16
+TURN: Final = AT_ONCE
 """Requests answered in one go: each turn costs a hand-over to the record, a write, and a look at all connections."""
 _LONGEST_NAME: Final = 64
 """Characters of an operation's name to record: what a client calls an operation may be anything."""
@@ -65,6 +65,14 @@ class _Remembered(NamedTuple):
     audited: Audited
 
 
+class Begun(NamedTuple):
+    """A request of which the first step is done."""
+
+    msgid: int
+    audited: Audited
+    rest: Generator[None, None, Any]
+
+
 class SlowJob(NamedTuple):
     """A request that was decided, and is done in a thread."""
 
@@ -87,8 +95,8 @@ class Answering:
         known: _Remembered | None = self._agent.repeats.recall(self._caller.granted, request)
         return known if known is not None and known.holds() else None
 
-    def decide(self, message: Asked) -> "Decided | SlowJob":
-        """The outcome of one request, or a slow job that will give it."""
+    def decide(self, message: Asked) -> "Decided | Begun | SlowJob":
+        """The outcome of one request, or what will give it: the second step of it, or a slow job."""
         msgid, request_id, started = message.msgid, new_request_id(), time.monotonic()
         if isinstance(message, wire.Recalled):
             known: _Remembered | None = message.what
@@ -104,6 +112,10 @@ class Answering:
             job = message.what.job if isinstance(message, wire.Recalled) else self._prepare(message, audited)
             if job.slow:
                 return SlowJob(job, msgid, audited)
+            if job.begin is not None:
+                begun = job.begin()
+                next(begun)
+                return Begun(msgid, audited, begun)
             return Decided(msgid, audited, job.run())
         except Exception as error:
             return Decided(msgid, audited, refusal(error, audited))
@@ -116,10 +128,11 @@ class Answering:
             agent.repeats.remember(caller.granted, request.tail, _Remembered(job, job.again, audited))
         return job
 
-    def answers(self, decided: Sequence[Decided]) -> bytes:
+    def answers(self, done: Sequence[Decided | Begun]) -> bytes:
         """Write the record of requests, and only then make their answers."""
-        if not decided:
+        if not done:
             return b""
+        decided = [each if isinstance(each, Decided) else _ended(each) for each in done]
         outcomes = [(a, outcome.code if isinstance(outcome, KmsError) else "OK") for _, a, outcome in decided]
         recorded, failure = self._service.audit.record(self._caller.peer, outcomes)
         if self._service.metrics is not None:
@@ -154,6 +167,14 @@ class Answering:
         return wire.encode_response(
             msgid, _error(error.code, error.message, audited.request_id, error.http_status), None
         )
+
+
+def _ended(begun: Begun) -> Decided:
+    msgid, audited, rest = begun
+    try:
+        return Decided(msgid, audited, handlers.in_one_go(rest))
+    except Exception as error:
+        return Decided(msgid, audited, refusal(error, audited))
 
 
 def next_turn(messages: Iterator[wire.Message]) -> tuple[list[Asked], ProtocolError | None]:

@@ -20,7 +20,7 @@ from keyferry import wire
 from keyferry.errors import ProtocolError
 
 from .agent import Caller
-from .answering import TURN, Answering, Asked, Decided, Service, SlowJob, closing, next_turn, refusal
+from .answering import TURN, Answering, Asked, Begun, Decided, Service, SlowJob, closing, next_turn, refusal
 from .arrivals import Arrivals
 from .peer import Peer, Process
 from .workers import Workers
@@ -186,18 +186,23 @@ class Connection:
 
     async def _answer_turn(self, turn: Sequence[Asked], slow: trio.Nursery) -> bool:
         """Answer some messages, in one write unless that takes too long; False when the stream cannot go on."""
-        decided: list[Decided] = []
+        decided: list[Decided | Begun] = []
         for message in turn:
             outcome = self._answering.decide(message)
-            if isinstance(outcome, Decided):
+            full = isinstance(outcome, SlowJob) and self._slots.value == 0
+            if not isinstance(outcome, SlowJob):
                 decided.append(outcome)
-            if decided and (self._slots.value == 0 or self._others_wait(decided[0])):
+            # What is begun holds a data key: nothing is awaited before it is ended.
+            if decided and (full or self._others_wait(decided[0])):
                 if not await self._finish(decided):
                     return False
                 decided.clear()
                 await trio.lowlevel.checkpoint()
             if isinstance(outcome, SlowJob):
-                await self._slots.acquire()
+                if self._slots.value:
+                    self._slots.acquire_nowait()
+                else:
+                    await self._slots.acquire()
                 self._begin(outcome, slow)
         return await self._finish(decided)
 
@@ -210,7 +215,7 @@ class Connection:
         if await self._send(closing("ProtocolError", f"{error}.", 400)):
             await _linger(self._stream)
 
-    def _others_wait(self, first: Decided) -> bool:
+    def _others_wait(self, first: Decided | Begun) -> bool:
         alone = self._agent.counters.connections == 1
         return not alone and time.monotonic() - first.audited.started > _SHORT_TURN
 
@@ -244,7 +249,7 @@ class Connection:
                 await self._stream.aclose()  # wakes the reader, which then ends the connection
                 return
 
-    async def _finish(self, decided: Sequence[Decided]) -> bool:
+    async def _finish(self, decided: Sequence[Decided | Begun]) -> bool:
         """Record requests, and only then send their answers; False when nobody takes them."""
         return await self._send(self._answering.answers(decided))
 

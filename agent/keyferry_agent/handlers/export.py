@@ -1,5 +1,7 @@
 """Data keys for a cryptographic module: GenerateAndExportDataKey, ExportDataKey. No answer holds one in plaintext."""
 
+from collections.abc import Generator
+
 from keyferry import operations
 from keyferry.errors import invalid_parameter, kms_error
 from keyferry.parameters import (
@@ -14,6 +16,7 @@ from keyferry.parameters import (
 )
 from keyferry.secret import fill_random
 
+from ..agent import MOST_AT_ONCE
 from ..crypto import wrapping
 from ..crypto.public_key import PublicKeyError
 from .generation import data_key_size
@@ -22,6 +25,7 @@ from .steps import (
     Request,
     find_key,
     find_version,
+    in_one_go,
     open_blob,
     plaintext_size,
     sealing,
@@ -46,16 +50,20 @@ def generate_and_export_data_key(request: Request) -> Job:
         raise would_succeed()
     seal = sealing(key, version, context, scratch)
 
-    def run() -> operations.GenerateAndExportDataKeyResult:
+    def begin() -> Generator[None, None, operations.GenerateAndExportDataKeyResult]:
         with scratch.borrow(size) as data_key:
             fill_random(data_key)
             blob = seal(data_key)
+            yield
             exported = recipient.wrap(data_key)
         return operations.GenerateAndExportDataKeyResult(
             key.key_id, version.version_id, encode_base64(blob), encode_base64(exported)
         )
 
-    return Job(run, slow=recipient.wrapping.slow, again=still_usable(key))
+    def run() -> operations.GenerateAndExportDataKeyResult:
+        return in_one_go(begin())
+
+    return Job(run, recipient.wrapping.slow, still_usable(key), begin if size <= MOST_AT_ONCE else None)
 
 
 def export_data_key(request: Request) -> Job:

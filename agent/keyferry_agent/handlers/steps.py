@@ -1,7 +1,7 @@
 """The steps that handlers share: from a KeyId or a blob to a key that the caller may use, and from there to sealed bytes."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
@@ -19,6 +19,7 @@ __all__ = [
     "Request",
     "find_key",
     "find_version",
+    "in_one_go",
     "no_permission",
     "open_blob",
     "permit",
@@ -29,6 +30,7 @@ __all__ = [
     "would_succeed",
 ]
 
+T = TypeVar("T")
 Context = Mapping[str, str]
 
 # One text for every reason why a ciphertext does not open: which one it was would help only somebody who tampers.
@@ -41,11 +43,24 @@ class Job(NamedTuple):
     """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more.
 
     `again`, where there is one, says whether this decision still holds for an equal request: then `run` does that, too.
+
+    `begin`, where there is one, does the same in two steps, for who does several: the first step of all, and then the second,
+    finds libcrypto's code and tables where the one before has left them, in the processor's caches.
     """
 
     run: Callable[[], Any]
     slow: bool = False
     again: Callable[[], bool] | None = None
+    begin: Callable[[], Generator[None, None, Any]] | None = None
+
+
+def in_one_go(steps: Generator[None, None, T]) -> T:
+    """What comes of all steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 class Request(NamedTuple):
