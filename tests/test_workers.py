@@ -24,7 +24,7 @@ async def results(made: Workers, jobs: int) -> list[object]:
             every.set()
 
     for number in range(jobs):
-        made.submit(lambda number=number: 1 // (number % 3 - 1) and number, done)  # type: ignore[misc]
+        made.submit("somebody", lambda number=number: 1 // (number % 3 - 1) and number, done)  # type: ignore[misc]
     assert made.busy == jobs
     await every.wait()
     return got
@@ -38,6 +38,27 @@ async def test_each_job_gives_what_it_gave_or_what_it_raised() -> None:
     assert sorted(numbers) == [number for number in range(30) if number % 3 != 1]
     assert sum(isinstance(each, ZeroDivisionError) for each in got) == 10
     assert made.busy == 0
+
+
+async def test_users_are_served_in_turn() -> None:
+    """Nobody's job waits for all that another has asked for; a few of them may be in the threads' hands already."""
+    made, ended, every = Workers(1), list[str](), trio.Event()
+
+    def ask(user: str) -> None:
+        def done(_result: object, _error: Exception | None) -> None:
+            ended.append(user)
+            if len(ended) == 103:
+                every.set()
+
+        made.submit(user, int, done)
+
+    for _ in range(100):
+        ask("greedy")
+    for user in ("first", "second", "first"):
+        ask(user)
+    await every.wait()
+    assert ended[:10].count("first") == 2
+    assert ended[:10].count("second") == 1
 
 
 async def test_no_more_threads_than_that_are_made() -> None:
@@ -60,7 +81,7 @@ async def test_with_one_thread_jobs_are_done_although_no_other_can_be_had(monkey
     monkeypatch.setattr(threading.Thread, "start", refused)
     assert len(await results(made, 12)) == 12
     with pytest.raises(RuntimeError, match="thread"):
-        Workers(4).submit(int, lambda _result, _error: None)
+        Workers(4).submit("somebody", int, lambda _result, _error: None)
 
 
 @contextmanager

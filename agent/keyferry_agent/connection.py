@@ -228,7 +228,7 @@ class Connection:
             self._some_done.set()
 
         try:
-            self._shared.workers.submit(slow.job.run, done)
+            self._shared.workers.submit(self._caller.peer.uid, slow.job.run, done)
         except RuntimeError as error:
             done(None, error)
         self._under_way += 1

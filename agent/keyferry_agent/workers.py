@@ -7,7 +7,7 @@ together is recorded and answered together.
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import suppress
 from typing import Any, TypeAlias
 
@@ -20,18 +20,21 @@ _Done: TypeAlias = Callable[[Any, Exception | None], None]
 
 
 class Workers:
-    """At most `most` threads, made when there is something to do. For one event loop."""
+    """At most `most` threads, made when there is something to do; who waits for them is served in turn. For one event loop."""
 
     def __init__(self, most: int) -> None:
         self.busy = 0
         """Jobs that were taken and have not come back."""
         self._most = most
         self._threads = 0
+        self._waiting: dict[Hashable, deque[_Job]] = {}
+        """By whose they are; whose turn is next is first."""
+        self._handed = 0
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._results: deque[tuple[_Done, Any, Exception | None]] = deque()
 
-    def submit(self, job: Callable[[], Any], done: _Done) -> None:
-        """Do a job in a thread; call `done`, in the event loop, with what it gave, or with what it raised.
+    def submit(self, user: Hashable, job: Callable[[], Any], done: _Done) -> None:
+        """Do a user's job in a thread; call `done`, in the event loop, with what it gave, or with what it raised.
 
         Raises RuntimeError where the system lets no thread be started at all.
         """
@@ -44,7 +47,18 @@ class Workers:
                 if not self._threads:
                     raise
         self.busy += 1
-        self._jobs.put((job, done, trio.lowlevel.current_trio_token()))
+        self._waiting.setdefault(user, deque()).append((job, done, trio.lowlevel.current_trio_token()))
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        # So many that no thread waits for the event loop; what is handed over cannot be overtaken any more.
+        while self._waiting and self._handed < 2 * self._most:
+            user = next(iter(self._waiting))
+            jobs = self._waiting.pop(user)
+            self._handed += 1
+            self._jobs.put(jobs.popleft())
+            if jobs:
+                self._waiting[user] = jobs  # behind all others
 
     def _work(self) -> None:
         with suppress(trio.RunFinishedError):
@@ -61,4 +75,6 @@ class Workers:
         while self._results:
             done, result, error = self._results.popleft()
             self.busy -= 1
+            self._handed -= 1
             done(result, error)
+        self._hand_over()
