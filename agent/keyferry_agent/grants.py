@@ -119,8 +119,22 @@ def _carries(grant: Grant, pin: str | None, context: Mapping[str, str] | None) -
 @functools.lru_cache(maxsize=1_024)
 def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
     """One expression for all patterns: a sole `*` is everything, else `*` is `part`."""
-    alternatives = (".*" if p == "*" else re.escape(p).replace(r"\*", part) for p in patterns)
+    alternatives = (".*" if p == "*" else _STARS.sub(functools.partial(_piece, part), p) for p in patterns)
     return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives) or r"(?!)", re.DOTALL)
+
+
+# Stars and, where another star follows in the same part of the name, the text between them; or text.
+_STARS: Final = re.compile(r"\*+(?:([^*/:]+)(?=\*))?|[^*]+")
+
+
+def _piece(part: str, found: re.Match[str]) -> str:
+    if not found[0].startswith("*"):
+        return re.escape(found[0])
+    if found[1] is None:
+        return part
+    # The first place where the text is leaves the most to the stars after it: there is no other to come back for. Else a name
+    # that nearly matches (whoever asks says the name) would be tried in as many ways as its length to the power of the stars.
+    return f"(?>{part}?{re.escape(found[1])})"
 
 
 class _Covering:
