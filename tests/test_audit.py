@@ -77,9 +77,10 @@ def test_every_request_has_its_line_and_the_chain_is_whole(
         (lambda lines: [*lines[:4], lines[4][:-1]], "line 5: cut off"),
         (lambda lines: [*lines[:2], lines[0], *lines[2:]], "line 3: begins a new chain"),
         (lambda lines: [*lines[:2], b"nonsense\n", *lines[2:]], "line 3: not a line"),
+        (lambda lines: [*lines[:2], b"[" * 100_000 + b"\n", *lines[2:]], "line 3: not a line"),
         (lambda _: [], "no line"),
     ],
-    ids=["changed", "taken out", "moved", "cut off", "begun anew", "nonsense", "empty"],
+    ids=["changed", "taken out", "moved", "cut off", "begun anew", "nonsense", "nested", "empty"],
 )
 def test_what_was_done_to_a_record_is_found(
     record: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[bytes]], list[bytes]], why: str
