@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' client/keyferry/__init__.py)
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check records docs wheels image requirements \
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check fuzz records docs wheels image requirements \
 	test-requirements clean help
 
 help:  ## this list
@@ -48,6 +48,9 @@ bench: $(VENV)/.bench  ## measure speed beside the bare computation, and write d
 
 bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one that is kept
 	PYTHONPATH=tests $(BIN)/python -m bench --check
+
+fuzz: $(VENV)/.fuzz  ## fuzz what reads what others wrote (MINUTES=10 in all, TARGET=codec for one; docs/fuzzing.md)
+	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(or $(MINUTES),2) $(TARGET)
 
 records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
@@ -95,6 +98,11 @@ $(VENV)/.development: $(VENV)/.runtime
 $(VENV)/.bench: $(VENV)/.development
 	@echo "Installing what the benchmark compares with into $(VENV) ..."
 	@.ci/pip $(PYTHON) $(VENV) --group bench
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.development
+	@echo "Installing the fuzzer into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) --group fuzz
 	@touch $@
 
 $(VENV)/.hosts: $(VENV)/.development
