@@ -1,5 +1,6 @@
 """The codec: any bytes give messages or ProtocolError, in whatever pieces they come."""
 
+import tracemalloc
 from contextlib import suppress
 
 import msgpack
@@ -163,6 +164,20 @@ def test_the_limits_themselves_are_allowed() -> None:
         assert decode(data) == [wire.Request(1, "x", params)]
         assert decode(data, step=1000) == [wire.Request(1, "x", params)]
     assert len(data) == wire.MAX_MESSAGE
+
+
+@pytest.mark.parametrize("claim", [b"\xde\x04\x00\xa0", b"\xdc\x00\x40", b"\x8f\xa0", b"\x9f"])
+def test_what_nested_headers_claim_is_not_allocated(claim: bytes) -> None:
+    """A few hundred bytes for each that was sent, whatever they say: no more than the smallest values take."""
+    sent = claim * 1_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="nested"):
+            decode(sent)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 256 * len(sent) + 65_536
 
 
 def test_a_message_one_byte_too_long_is_refused_before_its_end_arrives() -> None:

@@ -174,7 +174,7 @@ class Decoder:
             max_buffer_size=0,  # what is in the buffer was bounded by whoever has received it
             read_size=_RECEIVE_LEAST,
             max_array_len=self._max_array,
-            max_map_len=MAX_MAP,
+            max_map_len=_MAP_AT_ONCE,
             max_ext_len=0,
             unicode_errors=_UNICODE_ERRORS,
             object_pairs_hook=_unique,
@@ -262,6 +262,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+_MAP_AT_ONCE: Final = 64
+"""Entries of a map that msgpack's parser is left to: it makes room for all that a header claims, a thousand headers deep."""
 _RECEIVE_LEAST: Final = 1_024
 """Bytes of buffer that msgpack's parser begins with."""
 # A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs text refuses

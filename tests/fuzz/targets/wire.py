@@ -20,7 +20,7 @@ def codec(data: bytes) -> None:
     """The first two bytes say how the rest is cut into what is received at a time."""
     cuts, stream = data[:2], data[2:]
     for most in (wire.MAX_ARRAY, _CLIENT):
-        with frugal(len(stream), times=200):
+        with frugal(len(stream), times=256):
             whole = _decoded(iter([stream]), most)
         step = 1 + len(stream) // _MOST_STEPS
         stepwise = _decoded((stream[at : at + step] for at in range(0, len(stream), step)), most)
