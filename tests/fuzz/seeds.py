@@ -21,6 +21,7 @@ from keyferry_agent.keyring.document import Document, KeyEntry, VersionEntry
 
 from .corpus import CORPUS
 from .targets import ciphertexts, files, operators, requests
+from .targets.answers import CALLS
 
 _DATE = "2026-01-31T12:00:00Z"
 _TENANT = {"tenant": "acme"}
@@ -76,6 +77,24 @@ def _agent() -> list[bytes]:
     return [wire.encode_request(number, *each) for number, each in enumerate(found)]
 
 
+def _answers() -> list[bytes]:
+    msgids = {call.name: msgid for msgid, call in enumerate(CALLS, 1)}
+    found = [wire.encode_response(None, {"Code": "ProtocolError", "Message": "x"}, None)]
+    for packed in _agent():
+        decoder = wire.Decoder()
+        decoder.feed(packed)
+        (request,) = decoder.messages()
+        assert isinstance(request, wire.Request)
+        msgid = msgids.get(request.method, 1)
+        result = requests.answered(request)
+        if isinstance(result, dict):
+            found.append(wire.encode_response(msgid, None, result))
+        else:
+            code, message = result
+            found.append(wire.encode_response(msgid, {"Code": code, "Message": message, "HttpStatus": 400}, None))
+    return found
+
+
 def _ciphertext() -> list[bytes]:
     made = [b"\1" + bytes(32) + b"plaintext", b"\3" + bytes(32) + b"plaintext", b"\7" + bytes(33)]
     for number, spec in enumerate(ciphertexts.SPECS):
@@ -106,7 +125,9 @@ def _sm2() -> list[bytes]:
 
 
 def _public_key() -> list[bytes]:
-    return [recipient(algorithm).der for algorithm in ("RSAES_OAEP_SHA_256", "SM2PKE")]
+    ders = [recipient(algorithm).der for algorithm in ("RSAES_OAEP_SHA_256", "SM2PKE")]
+    armour = [f"-----{word} PUBLIC KEY-----\n".encode() for word in ("BEGIN", "END")]
+    return [*ders, armour[0] + encode_base64(ders[1]).encode() + b"\n" + armour[1]]
 
 
 def _encrypted_file() -> list[bytes]:
@@ -189,6 +210,7 @@ def _audit() -> list[bytes]:
 SEEDS = {
     "codec": _codec,
     "agent": _agent,
+    "answers": _answers,
     "ciphertext": _ciphertext,
     "context": _context,
     "sm2_ciphertext": _sm2,

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from .answers import answers
 from .ciphertexts import ciphertext, context, sm2_ciphertext
 from .files import encrypted_file
 from .operators import audit, configuration, identity, keyring
@@ -23,6 +24,7 @@ class Target(NamedTuple):
 TARGETS = {
     "codec": Target(codec, 70_000),
     "agent": Target(agent, 16_384),
+    "answers": Target(answers, 16_384),
     "ciphertext": Target(ciphertext, 512),
     "context": Target(context, 2_048),
     "sm2_ciphertext": Target(sm2_ciphertext, 1_024),

@@ -1,9 +1,12 @@
 """Public keys: what is taken is the one encoding of a key that two other parsers read as the same."""
 
-from Cryptodome.PublicKey import RSA
+from contextlib import suppress
+from typing import Any
+
 from Cryptodome.Util.asn1 import DerBitString, DerInteger, DerNull, DerObjectId, DerSequence
 
 from keyferry import libcrypto
+from keyferry.exchange import pem_to_der
 from keyferry_agent.crypto import wrapping
 from keyferry_agent.crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2
 
@@ -15,7 +18,9 @@ _SM2_HEAD = bytes.fromhex("3059301306072a8648ce3d020106082a811ccf5501822d0342000
 
 
 def public_key(data: bytes) -> None:
-    """The DER of a SubjectPublicKeyInfo, for both kinds of key."""
+    """The DER of a SubjectPublicKeyInfo, for both kinds of key; or a PEM, which the client takes the armour off."""
+    with suppress(ValueError):
+        pem_to_der(data)
     with frugal(len(data), times=64):
         as_rsa, as_sm2 = _accepts(check_rsa_2048, data), _accepts(check_sm2, data)
     assert as_rsa == _is_rsa(data)
@@ -47,15 +52,21 @@ def _wrapped(way: wrapping.Wrapping, der: bytes) -> bytes:
 
 
 def _is_rsa(data: bytes) -> bool:
-    """By pycryptodomex, and written anew: the one DER of it."""
+    """By pycryptodomex's reader of DER, and written anew: the one DER of it. (Its reader of keys refuses more: an exponent that
+    has a factor in common with the modulus, which hurts only whoever sends such a key.)
+    """
     try:
-        key = RSA.import_key(data)
+        outer: Any = DerSequence().decode(data, strict=True)
+        inner: Any = DerSequence().decode(DerBitString().decode(outer[1], strict=True).value, strict=True)
+        n, e = inner
     except (ValueError, IndexError, TypeError):
         return False
-    if key.has_private() or key.n.bit_length() != 2048 or not key.n & 1 or not (key.e & 1 and 3 <= key.e <= 2**32):
+    if not isinstance(n, int) or not isinstance(e, int):
+        return False
+    if n.bit_length() != 2048 or n < 0 or not n & 1 or not (e & 1 and 3 <= e <= 2**32):
         return False
     algorithm = DerSequence([DerObjectId("1.2.840.113549.1.1.1"), DerNull()])
-    numbers = DerSequence([DerInteger(key.n), DerInteger(key.e)])
+    numbers = DerSequence([DerInteger(n), DerInteger(e)])
     return bool(DerSequence([algorithm, DerBitString(numbers.encode())]).encode() == data)
 
 
