@@ -4,6 +4,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fuzz import corpus
@@ -12,7 +13,17 @@ from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-EXAMPLES = 100
+from keyferry import exchange, sm2_ciphertext, wire
+from keyferry.files import stream
+from keyferry.parameters import encode_base64
+from keyferry_agent import toml
+from keyferry_agent.audit import chain
+from keyferry_agent.crypto import context, public_key, seal
+from keyferry_agent.grants import Grant
+from keyferry_agent.handlers import steps
+from keyferry_agent.keyring import document, sealing
+
+EXAMPLES = 300
 MOST_BYTES = 300_000
 
 edits = st.lists(
@@ -58,9 +69,40 @@ def test_every_promise_is_kept_on_variations_of_the_corpus(target: str) -> None:
     varied()
 
 
+FAULTS: dict[str, tuple[Any, str, Any]] = {
+    "codec": (wire, "MAX_DEPTH", 9),
+    "agent": (steps, "carrying", lambda *_: Grant("", {}, (), ())),
+    "answers": (exchange, "result_from_wire", lambda *_: None),
+    "ciphertext": (seal, "associated_data", lambda header, *_: header),
+    "context": (context, "_string", lambda text: text),
+    "sm2_ciphertext": (sm2_ciphertext, "_integer", lambda coordinate: b"\x02\x21\0" + coordinate),
+    "public_key": (public_key, "_RSA_BITS", 4_096),
+    "encrypted_file": (stream, "_nonce", lambda counter, **_: counter.to_bytes(12, "big")),
+    "configuration": (toml, "_shown", lambda value: str(int(repr(value)))),
+    "keyring": (document, "encode_base64", lambda data: encode_base64(bytes(data).upper())),
+    "identity": (sealing, "_SHOWN", 4_096),
+    "audit": (chain, "link", lambda _: chain.BEGINNING),
+}
+"""One for each target: a module, a name in it, and what it is replaced by."""
+
+
+@pytest.mark.parametrize("target", FAULTS)
+def test_a_planted_fault_breaks_a_promise(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the promise, or the corpus, would be worth nothing."""
+    module, name, replacement = FAULTS[target]
+    monkeypatch.setattr(module, name, replacement)
+    broken = 0
+    for path in corpus.kept(target):
+        try:
+            TARGETS[target].run(path.read_bytes())
+        except Exception:
+            broken += 1
+    assert broken
+
+
 def test_every_target_has_a_corpus_that_is_small() -> None:
     """It is read on every run, and kept for ever."""
-    assert SEEDS.keys() == TARGETS.keys() == {folder.name for folder in corpus.CORPUS.iterdir()}
+    assert SEEDS.keys() == TARGETS.keys() == FAULTS.keys() == {folder.name for folder in corpus.CORPUS.iterdir()}
     assert sum(path.stat().st_size for target in TARGETS for path in corpus.kept(target)) < MOST_BYTES
 
 
