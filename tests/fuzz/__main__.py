@@ -7,11 +7,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from .corpus import CORPUS, FOUND, ROOT, grow
+from .corpus import CORPUS, FOUND, ROOT, grow, kept
 from .targets import TARGETS
 
 _SECONDS_FOR_ONE = 10
 _MEMORY = 2_048
+_WORD = re.compile(rb"[A-Za-z][\w.:/-]{2,31}")
 _PROGRESS = re.compile(r"#(\d+)\t.*cov: (\d+) ft: (\d+) corp: (\d+)/")
 
 
@@ -57,6 +58,7 @@ def _fuzz(target: str, seconds: int) -> int:
         f"-timeout={_SECONDS_FOR_ONE}",
         f"-rss_limit_mb={_MEMORY}",
         f"-artifact_prefix={findings}/{target}-",
+        f"-dict={_dictionary(target)}",
         str(grown),  # the first folder is the one that it writes to
         str(CORPUS / target),
     ]
@@ -77,6 +79,14 @@ def _fuzz(target: str, seconds: int) -> int:
     else:
         print(f"\nThe fuzzer did not run, or was ended: see {_shown(str(log))}")
     return 1
+
+
+def _dictionary(target: str) -> Path:
+    """The words of the corpus, for the fuzzer to put where it likes."""
+    words = {word for path in kept(target) for word in _WORD.findall(path.read_bytes())}
+    made = FOUND / f"{target}.dict"
+    made.write_text("".join(f'"{word.decode()}"\n' for word in sorted(words)))
+    return made
 
 
 def _shown(path: str) -> str:

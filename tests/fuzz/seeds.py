@@ -17,13 +17,12 @@ from keyferry.parameters import encode_base64
 from keyferry.sm2_ciphertext import raw_to_der, raw_to_sdf
 from keyferry_agent.audit import chain
 from keyferry_agent.crypto import selftest
-from keyferry_agent.keyring.document import Document, KeyEntry, VersionEntry
+from keyferry_agent.keyring.document import Document
 
 from .corpus import CORPUS
-from .targets import ciphertexts, files, operators, requests
+from .targets import ciphertexts, files, keyrings, operators, requests
 from .targets.answers import CALLS
 
-_DATE = "2026-01-31T12:00:00Z"
 _TENANT = {"tenant": "acme"}
 
 
@@ -149,30 +148,16 @@ def _page(path: str) -> str:
 
 
 def _keyring() -> list[bytes]:
-    entries = [
-        KeyEntry(
-            key_id=requests.KEYS[place],
-            key_spec=spec,
-            created=_DATE,
-            versions=[VersionEntry(requests.VERSIONS[place], _DATE, bytearray(requests.material(place)))],
-            primary=requests.VERSIONS[place],
-            state=state,
-            delete_date=date,
-        )
-        for place, (spec, state, date) in enumerate(
-            [("Aliyun_AES_256", "Enabled", ""), ("Aliyun_SM4", "PendingDeletion", "2999-01-31T12:00:00Z")]
-        )
-    ]
-    whole = Document([], entries, {"alias/a": requests.KEYS[0], "alias/b/c-d_e": requests.KEYS[1]})
-    return [each.to_json() for each in (whole, Document(["age1"]), Document([], entries[:1]))]
+    alone = Document([], keyrings.WHOLE.keys[:1])
+    return [each.to_json() for each in (keyrings.WHOLE, Document(["age1"]), alone)] + [b"\xff", b"\xff\5\1"]
 
 
 def _identity() -> list[bytes]:
-    mine = pyrage.x25519.Identity.from_str(operators.IDENTITY)
+    mine = pyrage.x25519.Identity.from_str(keyrings.IDENTITY)
     sealed = bytes(pyrage.encrypt(b"payload", [mine.to_public()]))
     ssh = b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8PBpxRnWYhlZmfTlUNEBwSjU0xkmwMBp5pNBPXvtdY"
     return [
-        operators.IDENTITY.encode() + b"\n",
+        keyrings.IDENTITY.encode() + b"\n",
         str(mine.to_public()).encode(),
         sealed,
         ssh,

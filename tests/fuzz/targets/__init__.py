@@ -6,7 +6,8 @@ from typing import NamedTuple
 from .answers import answers
 from .ciphertexts import ciphertext, context, sm2_ciphertext
 from .files import encrypted_file
-from .operators import audit, configuration, identity, keyring
+from .keyrings import identity, keyring
+from .operators import audit, configuration
 from .public_keys import public_key
 from .requests import agent
 from .wire import codec

@@ -1,28 +1,18 @@
-"""What operators write, and programs for them: the configuration, the keyring's content, identities, the record of requests."""
+"""What operators write and read: the configuration, and the record of requests."""
 
 import argparse
-import functools
 import hashlib
 import io
 import json
 import os
-import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import pyrage
-
-from keyferry.secret import SecretMemory
 from keyferry_agent import settings
 from keyferry_agent.audit import chain, command
 from keyferry_agent.grants import Policy
-from keyferry_agent.keyring import loader
-from keyferry_agent.keyring.document import Document, KeyringError
-from keyferry_agent.keyring.loaded import build, room_for
-from keyferry_agent.keyring.sealing import Unsealer, check_recipient, count_recipients, seal
 from keyferry_agent.peer import Peer
 
 from ..frugal import frugal
@@ -30,15 +20,10 @@ from ..frugal import frugal
 PEER = Peer(uid=1000, gids=frozenset({1000}), pid=7, listener="default", unit="orders.service")
 LONGEST_NAME = "alias/" + "a" * 500
 _NO_ID = 2**32 - 1
-IDENTITY = "AGE-SECRET-KEY-1WPLMEMA7G9KRZEMLLPXMZP6WNSS6PKW85DZS3KXFDVXM28JS66RQQWFWFG"
-"""Of nobody: what is sealed in the corpus is sealed to it."""
-
-
-time.strptime("", "")  # imports a module the first time, which would count as memory for an input
 
 
 @contextmanager
-def _file(data: bytes) -> Iterator[Path]:
+def in_a_file(data: bytes) -> Iterator[Path]:
     """A file with these bytes, which is on no disk."""
     descriptor = os.memfd_create("fuzz")
     try:
@@ -50,7 +35,7 @@ def _file(data: bytes) -> Iterator[Path]:
 
 def configuration(data: bytes) -> None:
     """A configuration file: settings that an agent can start with, or all that is wrong, a line each."""
-    with _file(data) as path:
+    with in_a_file(data) as path:
         try:
             read = settings.read(path)
         except settings.SettingsError as error:
@@ -68,76 +53,13 @@ def configuration(data: bytes) -> None:
         granted.covering(action, LONGEST_NAME, lambda: (LONGEST_NAME, f"acs:kms:local:0:{LONGEST_NAME}"))
 
 
-def keyring(data: bytes) -> None:
-    """A keyring's content, as somebody with the age program may have changed it."""
-    with frugal(len(data), times=64):
-        try:
-            document: Document | str = Document.from_json(data)
-        except KeyringError as error:
-            document = str(error)
-    if isinstance(document, str):
-        document.encode()
-        materials = re.findall(rb'"Material"\s*:\s*"([^"]{16,})"', data)
-        assert not any(material.decode(errors="replace") in document for material in materials), document
-        return
-    again = Document.from_json(document.to_json())
-    assert again == document
-    _built(document)
-    document.purge()
-    assert len(document.keys) <= len(again.keys)
-
-
-def _built(document: Document) -> None:
-    """What the daemon makes of it: the same keys, with the same material."""
-    description = loader.describe(document)
-    assert [json.loads(json.dumps(key)) for key in description] == description
-    materials = [version.material for key in document.keys for version in key.versions]
-    left = iter(materials)
-
-    def fill(view: memoryview) -> None:
-        view[:] = next(left)
-
-    made = build(description, fill, SecretMemory(room_for(description), backing="mlock", require=False))
-    for key, version in made.by_version.values():
-        assert key.state()
-        with version.material.lend() as view:
-            assert view in materials
-    assert len(made.by_alias) == len(document.aliases)
-    made.memory.close()
-
-
-@functools.cache
-def _unsealer() -> Unsealer:
-    return Unsealer([pyrage.x25519.Identity.from_str(IDENTITY)], None)
-
-
-def identity(data: bytes) -> None:
-    """As an identity or passphrase file, as a recipient, and as a sealed file."""
-    with _file(data) as path:
-        try:
-            assert isinstance(Unsealer.read(path), Unsealer)
-        except KeyringError as error:
-            assert not any(line.decode(errors="replace") in str(error) for line in data.split() if len(line) > 16)
-    try:
-        text = data.decode("utf-8", "surrogateescape")
-        check_recipient(text)
-        assert seal(b"payload", [text], None)
-    except KeyringError as error:
-        assert len(str(error)) < 200
-    assert 0 <= count_recipients(data) <= len(data)
-    try:
-        _unsealer().unseal(data)
-    except KeyringError as error:
-        assert len(str(error)) < 500
-
-
 def audit(data: bytes) -> None:
     """A record of requests. With FF before it, the lines of one that is written here, of which a byte is changed: the next two
     bytes say where, and the third how.
     """
     if data[:1] == b"\xff" and len(data) > 4:
         return _changed(data[4:], int.from_bytes(data[1:3], "big"), data[3] or 1)
-    with _file(data) as path:
+    with in_a_file(data) as path:
         with frugal(len(data), times=64):
             mine = _verified(path)
         assert mine == _second(data)
@@ -194,8 +116,8 @@ def _changed(texts: bytes, at: int, how: int) -> None:
         lines.append(json.dumps(record).encode())
         previous = chain.link(lines[-1])
     whole = b"".join(line + b"\n" for line in lines)
-    with _file(whole) as path:
+    with in_a_file(whole) as path:
         assert _verified(path) == chain.Verified(len(lines), previous, beginning=True)
     if at < len(whole) - len(lines[-1]) - 1:  # a change in the last line is one that no chain shows
-        with _file(whole[:at] + bytes([whole[at] ^ how]) + whole[at + 1 :]) as path:
+        with in_a_file(whole[:at] + bytes([whole[at] ^ how]) + whole[at + 1 :]) as path:
             assert _verified(path) is None
