@@ -1,5 +1,6 @@
 """The codec: any bytes give messages or ProtocolError, in whatever pieces they come."""
 
+import sys
 import tracemalloc
 from contextlib import suppress
 
@@ -147,6 +148,25 @@ def test_what_is_no_message_is_refused_with_the_reason(data: bytes, why: str) ->
 def test_well_formed_messages_are_told_apart(data: bytes, message: wire.Message) -> None:
     """What has a usable msgid can be answered, and the stream goes on."""
     assert decode(data + REQUEST) == [message, DECODED]
+
+
+def test_the_keys_of_maps_are_not_interned_where_that_would_be_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects chooses them: each would be kept as long as the process lives."""
+    monkeypatch.setattr(wire, "_INTERNED_FOR_EVER", True)
+    for step in (None, 1):
+        (message,) = decode(wire.encode_request(1, "x", {"a": {f"nobody has {1}": [{"": "b"}, 5]}}), step)
+        assert message == wire.Request(1, "x", {"a": {"nobody has 1": [{"": "b"}, 5]}})
+        assert isinstance(message, wire.Request)
+        (key,) = message.params["a"]
+        same = key[:3] + key[3:]
+        assert sys.intern(same) is not key
+        with pytest.raises(ProtocolError, match="twice"):
+            decode(b"\x94\0\x01\xa1x\x91\x82\xa1k\x01\xa1k\x02", step)
+
+
+def test_whether_interned_strings_stay_for_ever_is_known() -> None:
+    """As the interpreter itself counts references: those of what stays are never counted down to nothing."""
+    assert (sys.getrefcount(sys.intern(f"something new {id(sys)}")) > 10_000) is wire._INTERNED_FOR_EVER
 
 
 def test_the_limits_themselves_are_allowed() -> None:

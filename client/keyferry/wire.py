@@ -7,6 +7,7 @@ billion entries, or nest arrays a thousand deep, and costs nobody more than the 
 structure is walked here first, and the msgpack library is only ever shown one whole message that is known to be small.
 """
 
+import sys
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -145,7 +146,8 @@ class Decoder:
 
     def messages(self) -> Iterator[Message]:
         """Yield each whole message received so far. Raises `ProtocolError`, for good, at the first that is none."""
-        walking = self._position > 0  # a message that came in pieces: what was looked at is not looked at again
+        # A message that came in pieces: what was looked at is not looked at again.
+        walking = self._position > 0 or _INTERNED_FOR_EVER
         while self._buffer:
             if self._broken:
                 raise self._broken
@@ -161,7 +163,7 @@ class Decoder:
                 self._broken = error
                 raise
             self._forget(self._position)
-            walking, self._position, self._left = False, 0, 1
+            walking, self._position, self._left = _INTERNED_FOR_EVER, 0, 1
             yield message
 
     def _whole(self) -> Iterator[Message]:
@@ -271,8 +273,27 @@ _RECEIVE_LEAST: Final = 1_024
 _UNICODE_ERRORS: Final = "surrogateescape"
 
 
+# msgpack interns the keys of maps. The first releases of Python 3.12 keep what is interned as long as the process lives
+# (python/cpython#113993): whoever sends ever new keys would fill the memory. There, values are read one by one.
+_INTERNED_FOR_EVER: Final = sys.getrefcount(sys.intern(f"{__name__} {id(object())}")) > 2**16
+
+
 def _unpack(packed: bytearray) -> Any:
+    if _INTERNED_FOR_EVER:
+        unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=_RECEIVE_LEAST, unicode_errors=_UNICODE_ERRORS)
+        unpacker.feed(packed)
+        return _one_by_one(unpacker, packed)
     return msgpack.unpackb(packed, unicode_errors=_UNICODE_ERRORS, object_pairs_hook=_unique)
+
+
+def _one_by_one(unpacker: Any, packed: bytearray) -> Any:
+    kind = _FORMATS[packed[unpacker.tell()]].kind
+    if kind == _ARRAY:
+        return [_one_by_one(unpacker, packed) for _ in range(unpacker.read_array_header())]
+    if kind == _MAP:
+        size = unpacker.read_map_header()
+        return _unique([(unpacker.unpack(), _one_by_one(unpacker, packed)) for _ in range(size)])
+    return unpacker.unpack()
 
 
 def _is_plain(value: Any, depth: int = 1) -> bool:

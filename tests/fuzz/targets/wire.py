@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
+from unittest.mock import patch
 
 import second_wire_decoder
 
@@ -26,6 +27,8 @@ def codec(data: bytes) -> None:
         stepwise = _decoded((stream[at : at + step] for at in range(0, len(stream), step)), most)
         assert stepwise == whole
         assert _decoded(_cut(stream, cuts), most) == whole
+        with patch.object(wire, "_INTERNED_FOR_EVER", not wire._INTERNED_FOR_EVER):
+            assert _decoded(iter([stream]), most) == whole
         messages, error = whole
         second = second_wire_decoder.read(stream, most_entries=most)
         assert ([_plain(message) for message in messages], bool(error)) == second
