@@ -28,8 +28,7 @@ def encrypted_file(data: bytes) -> None:
     """A file as it is. With FF before it, it is the plaintext of a file, and opens: in pieces, after its length in a byte."""
     if data[:1] == b"\xff":
         return _written(data[1:])
-    with frugal(len(data), times=64):
-        header = _header(data)
+    header = frugal(lambda: _header(data), len(data), times=64)
     if header is not None:
         assert data.startswith(header.to_bytes())
         assert second_file_decoder.record_of(data) == {"Name": header.name, **header.record}

@@ -4,7 +4,6 @@ import copy
 import functools
 import json
 import re
-import time
 import uuid
 from typing import Any
 
@@ -56,8 +55,6 @@ VALUES: list[Any] = [
     *(_IDS[0], _IDS[2], _IDS[4], _IDS[0].upper(), "AAECAwQFBgcICQoLDA0ODw==", "AAECAwQFBgcICQoLDA0ODx=="),
 ]
 
-time.strptime("", "")  # imports a module the first time, which would count as memory for an input
-
 
 def keyring(data: bytes) -> None:
     """A keyring's content. With FF before it, a whole keyring of which some values are replaced: each byte that says which is
@@ -65,11 +62,7 @@ def keyring(data: bytes) -> None:
     """
     if data[:1] == b"\xff":
         data = _changed(data[1:])
-    with frugal(len(data), times=64):
-        try:
-            document: Document | str = Document.from_json(data)
-        except KeyringError as error:
-            document = str(error)
+    document = frugal(lambda: _read(data), len(data), times=64)
     if isinstance(document, str):
         document.encode()
         materials = re.findall(rb'"Material"\s*:\s*"([^"]{16,})"', data)
@@ -80,6 +73,13 @@ def keyring(data: bytes) -> None:
     _built(document)
     document.purge()
     assert len(document.keys) <= len(again.keys)
+
+
+def _read(data: bytes) -> Document | str:
+    try:
+        return Document.from_json(data)
+    except KeyringError as error:
+        return str(error)
 
 
 def _changed(how: bytes) -> bytes:

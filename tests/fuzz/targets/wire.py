@@ -1,5 +1,6 @@
 """The codec: its two ways through a stream, and a second reader, agree on every stream, however it is cut."""
 
+import functools
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
@@ -21,19 +22,22 @@ def codec(data: bytes) -> None:
     """The first two bytes say how the rest is cut into what is received at a time."""
     cuts, stream = data[:2], data[2:]
     for most in (wire.MAX_ARRAY, _CLIENT):
-        with frugal(len(stream), times=256):
-            whole = _decoded(iter([stream]), most)
+        whole = frugal(functools.partial(_whole, stream, most), len(stream), times=256)
         step = 1 + len(stream) // _MOST_STEPS
         stepwise = _decoded((stream[at : at + step] for at in range(0, len(stream), step)), most)
         assert stepwise == whole
         assert _decoded(_cut(stream, cuts), most) == whole
         with patch.object(wire, "_INTERNED_FOR_EVER", not wire._INTERNED_FOR_EVER):
-            assert _decoded(iter([stream]), most) == whole
+            assert _whole(stream, most) == whole
         messages, error = whole
         second = second_wire_decoder.read(stream, most_entries=most)
         assert ([_plain(message) for message in messages], bool(error)) == second
     for message in messages:
         _goes_round(message)
+
+
+def _whole(stream: bytes, most: int) -> tuple[list[wire.Message], str]:
+    return _decoded(iter([stream]), most)
 
 
 def _decoded(pieces: Iterator[bytes], most: int) -> tuple[list[wire.Message], str]:
