@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' client/keyferry/__init__.py)
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	--no-emit-package keyferry --no-emit-package keyferry-agent $(if $(UPGRADE),--upgrade --exclude-newer "7 days")
-AS_TESTED = --constraint .ci/requirements.txt
+	--no-emit-package keyferry --no-emit-package keyferry-agent $(UPGRADE:%=--upgrade) $(PACKAGE:%=--upgrade-package %)
+A_WEEK_OLD = $(UPGRADE:%=--exclude-newer "7 days")
 
 .PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check fuzz records docs wheels image requirements audit \
 	test-requirements clean help
@@ -70,15 +70,16 @@ image: $(VENV)/.development  ## build the agent's image with podman (BASE=... fo
 	@$(MAKE) --no-print-directory wheels
 	podman build $(if $(BASE),--build-arg BASE=$(BASE)) --file deploy/Containerfile --tag keyferry-agent:$(VERSION) .
 
-# The first has all that is tested; the others hold the same versions, as far as they go.
-requirements: $(VENV)/.created  ## write every file of pinned and hashed requirements (UPGRADE=1: anew, with what is a week old)
+# Each holds the versions of those before it: what is deployed is what is tested.
+requirements: $(VENV)/.created  ## write the pinned and hashed requirements (UPGRADE=1: anew; PACKAGE=name: one of them)
 	@.ci/pip $(PYTHON) $(VENV) uv==0.13.9
-	$(PIN) client/pyproject.toml agent/pyproject.toml --all-extras --group dev --output-file .ci/requirements.txt
-	$(PIN) agent/pyproject.toml $(AS_TESTED) --output-file deploy/requirements.txt
-	$(PIN) client/pyproject.toml --all-extras $(AS_TESTED) --output-file deploy/requirements-client.txt
-	$(PIN) --group audit $(AS_TESTED) --output-file .ci/requirements-audit.txt
-	$(PIN) --group fuzz $(AS_TESTED) --output-file .ci/requirements-fuzz.txt
-	$(PIN) --group hosts $(AS_TESTED) --output-file .ci/requirements-hosts.txt
+	$(PIN) $(A_WEEK_OLD) agent/pyproject.toml --output-file deploy/requirements.txt
+	$(PIN) $(A_WEEK_OLD) client/pyproject.toml --all-extras -c deploy/requirements.txt --output-file deploy/requirements-client.txt
+	$(PIN) client/pyproject.toml agent/pyproject.toml --all-extras --group dev -c deploy/requirements.txt \
+		-c deploy/requirements-client.txt --output-file .ci/requirements.txt
+	$(PIN) --group audit -c .ci/requirements.txt --output-file .ci/requirements-audit.txt
+	$(PIN) --group fuzz -c .ci/requirements.txt --output-file .ci/requirements-fuzz.txt
+	$(PIN) --group hosts -c .ci/requirements.txt --output-file .ci/requirements-hosts.txt
 
 audit: $(VENV)/.audit  ## look every pinned requirement up in a database of known vulnerabilities
 	PYTHONPATH=tests $(BIN)/python -m support.advisories

@@ -10,7 +10,7 @@ from pathlib import Path
 from .corpus import CORPUS, FOUND, ROOT, grow, kept
 from .targets import TARGETS
 
-_SECONDS_FOR_ONE = 10
+_SECONDS_FOR_ONE = 25
 _MEMORY = 2_048
 _WORD = re.compile(rb"[A-Za-z][\w.:/-]{2,31}")
 _PROGRESS = re.compile(r"#(\d+)\t.*cov: (\d+) ft: (\d+) corp: (\d+)/")
