@@ -2,6 +2,7 @@
 
 import os
 import re
+import tracemalloc
 import uuid
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -290,6 +291,20 @@ def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) 
             assert status is not None
             assert status["Keys"] == 0
             assert "Counters" not in status
+
+
+def test_names_of_keys_that_are_not_there_are_not_remembered() -> None:
+    """Whoever connects makes them up: a name of 512 characters can take two kilobytes."""
+    granted = Granted((Grant("g", {"uid": 1}, ("kms:*",), ("alias/a*",)),))
+    assert may_name(granted.grants, "kms:Decrypt", ["alias/ab"])
+    tracemalloc.start()
+    try:
+        for number in range(1_000):
+            name = f"alias/{number}" + "\N{GRINNING FACE}" * 500
+            assert not granted.would_cover("kms:Decrypt", [name])
+        assert tracemalloc.get_traced_memory()[0] < 65_536
+    finally:
+        tracemalloc.stop()
 
 
 NAMES = st.sampled_from(["alias/a", "alias/ab", "alias/b/c", "alias/b", "k1", "k2", "acs:kms:local:0:key/k1"])

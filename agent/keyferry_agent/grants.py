@@ -187,6 +187,12 @@ class Granted:
             known = self._known[action, name] = self._covering(action).with_key(tuple(names()))
         return known
 
+    def would_cover(self, action: str, names: Iterable[str]) -> tuple[Grant, ...]:
+        """Those that would cover an action on a key of these names. Not remembered: of keys that are not there, callers make up
+        as many as they like.
+        """
+        return self._covering(action).with_key(tuple(names))
+
     def _covering(self, action: str) -> _Covering:
         known = self._actions.get(action)
         if known is None:
