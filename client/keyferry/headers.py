@@ -4,11 +4,11 @@ Every limit is applied as the headers arrive, before an object is made of them: 
 or nest arrays a thousand deep, and costs nobody more than the bytes it really sent.
 """
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .errors import ProtocolError
 
-__all__ = ["MAX_ARRAY", "MAX_DEPTH", "MAX_MAP", "MAX_MESSAGE", "Walk"]
+__all__ = ["MAX_ARRAY", "MAX_DEPTH", "MAX_MAP", "MAX_MESSAGE", "Walk", "container"]
 
 MAX_MESSAGE: Final = 65_536
 """Bytes in one message. The largest legitimate request (6,144 bytes to encrypt, 8,192 characters of context) is a third."""
@@ -116,3 +116,8 @@ class Walk:
             raise ProtocolError(f"a message is longer than {MAX_MESSAGE} bytes")
         self.position, self._left, self._map = position, left, in_map
         return False
+
+
+def container(first: int) -> type[Any] | None:
+    """What a byte begins, where that holds other values: list, or dict."""
+    return {_ARRAY: list, _MAP: dict}.get(_FORMATS[first].kind)

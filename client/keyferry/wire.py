@@ -6,13 +6,14 @@ The msgpack library is only ever shown one whole message that is known to be sma
 library without making anything of it, or by `headers`, which knows every limit and why a message breaks it.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
 
 from .errors import ProtocolError
-from .headers import MAX_ARRAY, MAX_DEPTH, MAX_MAP, MAX_MESSAGE, Walk
+from .headers import MAX_ARRAY, MAX_DEPTH, MAX_MAP, MAX_MESSAGE, Walk, container
 
 __all__ = [
     "MAX_ARRAY",
@@ -163,11 +164,8 @@ class Decoder:
         request = None if self._recall is None else _split(self._buffer, size)
         if request is not None and self._recall is not None and (what := self._recall(request[1])) is not None:
             return Recalled(request[0], what)
-        try:
-            body = _unpack(self._buffer[:size], max_array_len=self._max_array, max_map_len=MAX_MAP, max_ext_len=0)
-        except Exception:
-            return None
-        if not _is_plain(body):
+        body = self._parsed(size)
+        if body is None:
             return None
         try:
             message = _message(body)
@@ -177,6 +175,16 @@ class Decoder:
         if request is not None and isinstance(message, Request):
             return Request(*message[:3], request[1])
         return message
+
+    def _parsed(self, size: int) -> Any:
+        """What msgpack's own parser makes of so many bytes; None where that is not quite in the protocol."""
+        if _INTERNED_FOR_EVER:
+            return None
+        try:
+            body = _unpack(self._buffer[:size], max_array_len=self._max_array, max_map_len=_MAP_AT_ONCE, max_ext_len=0)
+        except Exception:  # whatever it is: the walk knows
+            return None
+        return body if _is_plain(body) else None
 
     def _forget(self, size: int) -> None:
         self._buffer[:size] = bytes(size)  # a request can hold a plaintext
@@ -190,6 +198,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+_MAP_AT_ONCE: Final = 64
+"""Entries of a map that msgpack's parser is left to: it makes room for all that a header claims, a thousand headers deep."""
 _RECEIVE_LEAST: Final = 1_024
 """Bytes of buffer that msgpack's parser begins with."""
 # A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs text refuses
@@ -197,7 +207,16 @@ _RECEIVE_LEAST: Final = 1_024
 _UNICODE_ERRORS: Final = "surrogateescape"
 
 
+# msgpack interns the keys of maps. The first releases of Python 3.12 keep what is interned as long as the process lives
+# (python/cpython#113993): whoever sends ever new keys would fill the memory. There, values are read one by one.
+_INTERNED_FOR_EVER: Final = sys.getrefcount(sys.intern(f"{__name__} {id(object())}")) > 2**16
+
+
 def _unpack(packed: bytearray, **limits: int) -> Any:
+    if _INTERNED_FOR_EVER:
+        unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=_RECEIVE_LEAST, unicode_errors=_UNICODE_ERRORS)
+        unpacker.feed(packed)
+        return _one_by_one(unpacker, packed)
     return msgpack.unpackb(packed, unicode_errors=_UNICODE_ERRORS, object_pairs_hook=_unique, **limits)
 
 
@@ -218,6 +237,16 @@ _SHORTEST: Final = 8
 """Bytes of a request whose msgid takes five."""
 _BEHIND_MSGID: Final = {0xCC: 4, 0xCD: 5, 0xCE: 7}
 """Where the bytes behind a msgid begin, by its first byte. One in 64 bits, which no client sends, is parsed as a whole."""
+
+
+def _one_by_one(unpacker: Any, packed: bytearray) -> Any:
+    kind = container(packed[unpacker.tell()])
+    if kind is list:
+        return [_one_by_one(unpacker, packed) for _ in range(unpacker.read_array_header())]
+    if kind is dict:
+        size = unpacker.read_map_header()
+        return _unique([(unpacker.unpack(), _one_by_one(unpacker, packed)) for _ in range(size)])
+    return unpacker.unpack()
 
 
 def _is_plain(value: Any, depth: int = 1) -> bool:

@@ -27,6 +27,8 @@ _MOST_LISTED: Final = 64
 _MOST_KEYS: Final = 32
 _LONGEST_KEY: Final = 40
 """Characters of a context's key to record. A line stays below 4,096 bytes: so much a pipe takes whole, or not at all."""
+_LONGEST_KEYS: Final = 1_536
+"""Bytes of all of them in the line, for the same reason: one character may take twelve."""
 
 
 class AuditLog:
@@ -90,9 +92,12 @@ def _line(now: str, caller: str, audited: Audited, outcome: str) -> str:
 
 def _of_request(audited: Audited) -> str:
     keys = sorted(key[:_LONGEST_KEY] for key in audited.context_keys)[:_MOST_KEYS]
+    listed = json.dumps(keys) if keys else "[]"
+    while len(listed) > _LONGEST_KEYS:
+        listed = json.dumps(keys := keys[:-1])
     return (
         f'"grant": {quoted(audited.grant)}, "key_id": {quoted(audited.key_id)}, '
-        f'"key_version_id": {quoted(audited.key_version_id)}, "context_keys": {json.dumps(keys) if keys else "[]"}, '
+        f'"key_version_id": {quoted(audited.key_version_id)}, "context_keys": {listed}, '
         f'"recipient": {quoted(audited.recipient)}, "destination_key_id": {quoted(audited.destination_key_id)}, '
         f'"destination_key_version_id": {quoted(audited.destination_key_version_id)}'
     )

@@ -95,7 +95,7 @@ def find_key(
     name = agent.plain_name(parameter, request.values.need(parameter))
     key = agent.keyring.by_alias.get(name) if name.startswith("alias/") else agent.keyring.keys.get(name)
     if key is None or key.state() == "Deleted":
-        may = request.caller.granted.covering(action, f"no key {name}", lambda: agent.names_of(name))
+        may = request.caller.granted.would_cover(action, agent.names_of(name))
         if carrying(may, pin, context):
             raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
         raise no_permission()
