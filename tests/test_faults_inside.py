@@ -25,9 +25,12 @@ from keyferry_agent.audit import AuditLog
 from keyferry_agent.crypto import selftest, wrapping
 from keyferry_agent.grants import Grant
 from keyferry_agent.handlers.status import get_agent_status
+from keyferry_agent.host import Host
 from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.limits import Rate
+from keyferry_agent.options import Options
 from keyferry_agent.peer import evidence
+from keyferry_agent.reloading import Reloader
 from keyferry_agent.serving import Server
 from keyferry_agent.settings import Audit, Settings
 
@@ -194,6 +197,33 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
                 assert await stream.receive_some() == b""
         assert [entry["event"] for entry in logged] == ["connection.failed"]
         assert (await ask(other, *STATUS)).error is None
+
+
+async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
+    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """It is said once; what was asked for meanwhile is done then."""
+    real = trio.to_thread.run_sync
+    failures = [RuntimeError("can't start new thread")] * 3
+
+    async def run_sync(*arguments: Any, **more: Any) -> Any:
+        if failures:
+            await trio.lowlevel.checkpoint()
+            raise failures.pop()
+        return await real(*arguments, **more)
+
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    reloader = Reloader(options, agent, audit, {}, Host(), None)
+    before = agent.policy
+    with structlog.testing.capture_logs() as logged:
+        monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            reloader.ask()
+            while agent.policy is before:
+                await trio.sleep(0.1)
+            nursery.cancel_scope.cancel()
+    assert [entry["event"] for entry in logged if entry["log_level"] != "info"] == ["reload.failed"]
 
 
 def test_the_rate_is_per_user_and_comes_back() -> None:
