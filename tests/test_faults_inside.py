@@ -214,14 +214,14 @@ async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
 
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
     reloader = Reloader(options, agent, audit, {}, Host(), None)
-    before = agent.policy
+    adopted = trio.Event()
+    monkeypatch.setattr(agent, "adopt", lambda *_: adopted.set())
     with structlog.testing.capture_logs() as logged:
         monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reloader.run)
             reloader.ask()
-            while agent.policy is before:
-                await trio.sleep(0.1)
+            await adopted.wait()
             nursery.cancel_scope.cancel()
     assert [entry["event"] for entry in logged if entry["log_level"] != "info"] == ["reload.failed"]
 

@@ -125,6 +125,8 @@ class Client:
                     nursery.start_soon(self._read, sock, nursery.cancel_scope)
                     await self._write(sock)
                     if self._way == "vanishes":
+                        self.spoiled("vanished")
+                    if self._way == "vanishes" or not self.expected:
                         nursery.cancel_scope.cancel()
             if patience.cancelled_caught:
                 self.fault = self.fault or "waited in vain"

@@ -137,7 +137,7 @@ class Line:
         fields = world.record.lines.get(answer.request_id)
         failed = answer.request_id in world.record.failed
         if answer.outcome == "ServiceUnavailableTemporary":
-            if not failed or (fields is not None and not world.record.hung):
+            if not failed or (fields is not None and not (world.record.hung or world.plan.struck["take back"])):
                 world.violate(f"{self}: {answer.outcome}, and its record did not fail")
         elif fields is None:
             if not failed or world.on_failure != "serve":

@@ -12,6 +12,8 @@ from .world import World
 
 __all__ = ["act", "calm_down", "write_files"]
 
+_SEES_IT: Final = 12.0
+"""Seconds in which a reload comes to its end, however long its threads take."""
 _DAMAGED: Final = "this = is = no configuration"
 
 
@@ -105,4 +107,4 @@ async def calm_down(world: World) -> None:
     world.on_disk = (world.on_disk[0] % len(stock.RINGS), world.on_disk[1] % len(stock.CONFIGURATIONS))
     _replace(world.directory / "keyring", str(world.on_disk[0]))
     _configure(world, world.on_disk[1])
-    await trio.sleep(5)
+    await trio.sleep(_SEES_IT)

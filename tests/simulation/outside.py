@@ -210,7 +210,7 @@ class Outside:
             line.end_process()
         elif fault == STOPS:
             world.stop()
-            world.stop()
+            world.stop(signal.SIGINT)
         elif fault > 0:
             if fault != errno.EAGAIN:
                 line.fault = line.fault or errno.errorcode[fault]
@@ -254,7 +254,7 @@ class Outside:
             world.note("fault", "accept", errno.errorcode.get(fault, fault))
         if fault == STOPS:
             world.stop()
-            world.stop()
+            world.stop(signal.SIGINT)
         elif fault:
             raise _error(fault)
         world.takes_descriptor()

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import traceback
@@ -90,11 +91,18 @@ def _collect() -> None:
 
 def _live(world: World) -> None:
     operator.write_files(world)
+    manager = str(world.directory / "manager")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(manager)
+        _live_with(world, manager)
+
+
+def _live_with(world: World, manager: str) -> None:
     descriptors, threads = _descriptors(), threading.active_count()
     play = _Play(world)
     with replaced(world, play.run):
         if world.watchdog:
-            os.environ["NOTIFY_SOCKET"] = str(world.directory / "manager")
+            os.environ["NOTIFY_SOCKET"] = manager
             os.environ["WATCHDOG_USEC"] = str(world.watchdog * 1_000_000)
         try:
             life.daemon(
@@ -112,9 +120,9 @@ def _live(world: World) -> None:
     kept = [_what(descriptor) for descriptor in sorted(left)]
     for descriptor in left:
         os.close(descriptor)
-    for once in (os.devnull, str(world.record.path)):  # what an agent has until its process ends: one of each
-        if once in kept:
-            kept.remove(once)
+    for once in ([os.devnull], map(str, (world.record.path, *world.record.rotated))):
+        for path in [path for path in once if path in kept][:1]:  # what an agent has until its process ends: one of each
+            kept.remove(path)
     wrong = {"descriptors": kept, "threads": threading.active_count() - threads, **play.left}
     if world.serving.is_set():
         checks.check_clients(world)

@@ -15,6 +15,8 @@ from .world import World
 __all__ = ["Lockstep", "simulated_run_sync"]
 
 T = TypeVar("T")
+_TURNS = 10
+"""As many as a thread takes to its end."""
 
 
 class Lockstep:
@@ -96,7 +98,7 @@ class Lockstep:
         """The process ends, and the thread with it."""
         self._over, self._parked = True, False
         if self._thread is not None:
-            self._go.release()
+            self._go.release(_TURNS)
             self._thread.join()
 
 
