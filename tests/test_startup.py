@@ -147,6 +147,24 @@ def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     assert (tmp_path / "sock").read_text() == "somebody else's"
 
 
+def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a folder that may be listed and not entered."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        if path == second:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    with pytest.raises(listening.ListeningError, match="second: Permission denied"):
+        listening.open_all([Listener("first", first), Listener("second", second)], [])
+    assert not first.exists()
+
+
 def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """And closed standard descriptors are opened, so that no key file becomes one."""
     monkeypatch.setattr(startup, "_PR_SET_DUMPABLE", 10_000)
