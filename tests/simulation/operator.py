@@ -45,9 +45,13 @@ def _replace(path: Path, text: str) -> None:
     # What was there stays, under another name: the number of a file is not given to another one, or not every time.
     new = path.with_suffix(".new")
     new.write_text(text)
-    if path.exists():
+    if _is_there(path):
         os.link(path, path.with_suffix(f".{len(list(path.parent.iterdir()))}"))
     new.rename(path)
+
+
+def _is_there(path: Path) -> bool:
+    return path.name in os.listdir(path.parent)  # Path.exists is the agent's, here
 
 
 async def act(world: World) -> None:
@@ -85,7 +89,7 @@ async def act(world: World) -> None:
 
 def _rotate(world: World) -> None:
     record = world.record
-    if record.path.exists():
+    if _is_there(record.path):
         to = record.path.with_suffix(f".{len(record.rotated)}")
         record.path.rename(to)
         record.rotated.append(to)
