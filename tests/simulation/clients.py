@@ -38,7 +38,7 @@ class Client:
     def __init__(self, world: World, rng: random.Random, number: int, *, well_behaved: bool = False) -> None:
         self._world = world
         self.name = f"client{number}"
-        self.uid = rng.choice((stock.ADMIN, *stock.USERS))
+        self.uid = rng.choice((stock.ADMIN,) * 6 + stock.USERS)
         self.pid = 2**30 + number  # larger than any there is
         self.listener = rng.choice(("first", "second"))
         self.asks: dict[int, Sent] = {}
@@ -147,7 +147,7 @@ class Client:
             if not self._pipelines and self._way != "never reads":
                 await self._until_answered(number)
             for start in range(0, len(piece), self._chunk):
-                if start and self._way == "too slow" and number >= self._after:
+                if start and self._way == "too slow" and number >= self._after and not self.fault:
                     self.spoiled("too slow")
                     await trio.sleep(_TOO_SLOW)
                 if not await self._send(sock, piece[start : start + self._chunk]):
@@ -184,7 +184,7 @@ class Client:
         slow = self._way == "reads slowly"
         if self._way == "never reads":
             self.spoiled("does not read")
-            await trio.sleep(3 * _TOO_SLOW)
+            await trio.sleep(_TOO_SLOW)
         while True:
             if slow:
                 self.spoiled("reads slowly")

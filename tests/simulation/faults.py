@@ -56,6 +56,11 @@ POINTS: Final[dict[str, tuple[int, ...]]] = {
 """Each point, and what can happen there: an errno, or one of the above."""
 
 
+_WHILE_IT_SERVES: Final = [
+    point for point in POINTS if point not in ("keep a reserve", "open the folder", "set the mode", "read the record's end")
+]
+
+
 class Plan:
     """What goes wrong in one simulation: nothing; one thing, or two, in an exact place; or anything, now and then."""
 
@@ -66,13 +71,15 @@ class Plan:
         self._rate = 0.0
         self.struck: Counter[str] = Counter()
         """What has gone wrong so far, by point."""
+        self.started = rng.random() < 0.15
+        """Whether the agent serves; in some simulations things go wrong before, too."""
         kind = rng.random()
         if kind < 0.15:
             self.kind = "calm"
         elif kind < 0.6:
             self.kind = "placed"
             for _ in range(rng.choice((1, 1, 2, 3))):
-                point = rng.choice([*POINTS])
+                point = rng.choice([*POINTS] if self.started else _WHILE_IT_SERVES)
                 first = rng.choice((1, 1, 2, 3, 5, 8, 13, 21))
                 fault = rng.choice(POINTS[point])
                 for again in range(rng.choice((1, 1, 2, 4))):
@@ -84,9 +91,9 @@ class Plan:
 
     def strike(self, point: str) -> int:
         """What goes wrong at this point, this time; 0 for nothing."""
-        self._crossed[point] += 1
-        if self.over:
+        if self.over or not self.started:
             return 0
+        self._crossed[point] += 1
         fault = self._planned.get((point, self._crossed[point]), 0)
         if not fault and self._rate and self._rng.random() < self._rate:
             fault = self._rng.choice(POINTS[point])

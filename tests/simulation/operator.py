@@ -111,4 +111,7 @@ async def calm_down(world: World) -> None:
     world.on_disk = (world.on_disk[0] % len(stock.RINGS), world.on_disk[1] % len(stock.CONFIGURATIONS))
     _replace(world.directory / "keyring", str(world.on_disk[0]))
     _configure(world, world.on_disk[1])
-    await trio.sleep(_SEES_IT)
+    await trio.sleep(2)
+    with trio.move_on_after(_SEES_IT):
+        while world.adopted[-1][1:] != world.on_disk and world.ended is None:
+            await trio.sleep(1)

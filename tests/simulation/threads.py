@@ -15,8 +15,6 @@ from .world import World
 __all__ = ["Lockstep", "simulated_run_sync"]
 
 T = TypeVar("T")
-_TURNS = 10
-"""As many as a thread takes to its end."""
 
 
 class Lockstep:
@@ -27,11 +25,12 @@ class Lockstep:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._go = threading.Semaphore(0)
-        self._still = threading.Semaphore(0)
+        self._go, self._still = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._still.acquire()
         self._thread: threading.Thread | None = None
         self._parked = False
-        self._over = False
+        self._over = self._ended = False
 
     Empty = queue.Empty
 
@@ -48,6 +47,7 @@ class Lockstep:
                 if not self._over:
                     target()
             finally:
+                self._ended = True
                 self._still.release()
 
         assert self._thread is None
@@ -98,7 +98,11 @@ class Lockstep:
         """The process ends, and the thread with it."""
         self._over, self._parked = True, False
         if self._thread is not None:
-            self._go.release(_TURNS)
+            while self._thread.is_alive():  # each turn brings it nearer to its end
+                self._go.release()
+                self._still.acquire()
+                if self._ended:
+                    break
             self._thread.join()
 
 
@@ -145,9 +149,9 @@ async def simulated_run_sync(
             raise RuntimeError("can't start new thread")
         with trio.CancelScope(shield=not abandon_on_cancel):
             await trio.sleep(rng.choice((0, 0, 0.0001, 0.01, 0.4)))
-        result = function(*arguments)
-        with trio.CancelScope(shield=not abandon_on_cancel):
-            await trio.sleep(rng.choice((0, 0, 0.0001, 0.01, 1.5)))
+            result = function(*arguments)
+            if after := rng.choice((0, 0, 0.0001, 0.01, 1.5)):
+                await trio.sleep(after)
         return result
     finally:
         if limiter is not None:

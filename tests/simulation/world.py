@@ -148,6 +148,7 @@ class World:
         if name == "agent.serving":
             self.adopted.append(Adopted(self.now, self.loaded, self.read))
             self.serving.set()
+            self.plan.started = True
         elif name == "reload.done":
             self.adopted.append(Adopted(self.now, self.loaded, self.read))
         elif name == "audit.failed":
