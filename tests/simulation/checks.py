@@ -39,6 +39,9 @@ def check_clients(world: World) -> None:
             continue
         if not line.sent.startswith(client.received):
             world.violate(f"{client.name} received what was not sent")
+        closed = world.now if line.closed is None else line.closed
+        if line.process_ended is not None and closed > line.process_ended + _AT_ONCE + world.stalled:
+            world.violate(f"{client.name}: its process ended, and its connection did not")
         if line.closed is None:
             world.violate(f"{client.name}: its connection is still open in the agent")
         for msgid, sent in client.asks.items():
@@ -166,7 +169,7 @@ def _open_blob(key: MasterKey, version: Version, context: Mapping[str, str], blo
 
 def check_record(world: World) -> None:
     """One line for each answer, and none but for requests that the agent had received."""
-    world.record.check(cut_off=world.plan.struck["take back"] > 0)
+    world.record.check(cut_off=world.record.may_be_cut_off)
     lines = {line.client.pid: line for line in world.all_lines}
     recorded: Counter[int] = Counter()
     answers = {answer.request_id: answer for line in world.all_lines for answer in line.answers.values()}

@@ -1,5 +1,6 @@
 """Simulated clients: each a process with a user, a connection, requests, and ways of its own, good and bad."""
 
+import itertools
 import random
 import socket
 from contextlib import suppress
@@ -98,6 +99,11 @@ class Client:
         at = self.garbage_at
         return len(self.asks) if at is None else sum(sent.end <= at for sent in self.asks.values()) + 1
 
+    @property
+    def boundaries(self) -> set[int]:
+        """How many bytes it may have sent when it is in the middle of nothing."""
+        return {0, *itertools.accumulate(map(len, self._pieces))}
+
     def spoiled(self, why: str) -> None:
         """From now on it may miss answers, and it is its own fault."""
         self.fault = self.fault or why
@@ -149,13 +155,21 @@ class Client:
             for start in range(0, len(piece), self._chunk):
                 if start and self._way == "too slow" and number >= self._after and not self.fault:
                     self.spoiled("too slow")
-                    await trio.sleep(_TOO_SLOW)
+                    await self._be_too_slow()
                 if not await self._send(sock, piece[start : start + self._chunk]):
                     return
                 await trio.sleep(self._rng.choice(self._pauses))
         if self._half_closes:
             with suppress(OSError):
                 sock.shutdown(socket.SHUT_WR)
+
+    async def _be_too_slow(self) -> None:
+        await trio.sleep(2)
+        line, stalled = self.line, self._world.stalled
+        waits = line is not None and line.quiet and line.received == self.sent
+        await trio.sleep(_TOO_SLOW)
+        if waits and line is not None and line.closed is None and self._world.stalled - stalled < 1:
+            self._world.violate(f"{self.name} is waited for in the middle of a request")
 
     async def _until_answered(self, count: int) -> None:
         while self._answered < count and not self._ended:

@@ -47,6 +47,9 @@ class Line:
         self.answers: dict[int, Answer] = {}
         self._unpacker = msgpack.Unpacker(raw=False)
         self._process: int | None = None
+        self.process_ended: float | None = None
+        self._alive_until = 0
+        """Bytes that had come when the process ended."""
         client.line = self
         world.all_lines.append(self)
 
@@ -57,6 +60,16 @@ class Line:
     def admitted(self) -> bool:
         """Whether it is open, and not refused."""
         return self.closed is None and not self.refused
+
+    @property
+    def quiet(self) -> bool:
+        """Whether all requests that have come whole are answered."""
+        return all(msgid in self.answers for msgid, sent in self.client.asks.items() if sent.end <= self.received)
+
+    @property
+    def half_received(self) -> bool:
+        """Whether it has received a part of something that it has not received whole."""
+        return self.received < self.client.sent or self.received not in self.client.boundaries
 
     def hold_process(self) -> int:
         """A descriptor that becomes readable when the process at the other end ends."""
@@ -69,6 +82,7 @@ class Line:
         """The process ends."""
         self.client.process_ended = True
         if self._process is not None:
+            self.process_ended, self._alive_until = self._world.now, self.received
             os.close(self._process)
             self._process = None
 
@@ -111,6 +125,8 @@ class Line:
             world.violate(f"{self}: {msgid} is answered {'twice' if sent else 'and was never asked'}")
             return
         self.answers[msgid] = answer
+        if self.process_ended is not None and sent.end > self._alive_until:
+            world.violate(f"{self}: {msgid} is answered to whom its process has left")
         if sent.end > self.received:
             world.violate(f"{self}: {msgid} is answered before it was received")
         self._recorded(sent.ask.method, answer)
@@ -137,7 +153,7 @@ class Line:
         fields = world.record.lines.get(answer.request_id)
         failed = answer.request_id in world.record.failed
         if answer.outcome == "ServiceUnavailableTemporary":
-            if not failed or (fields is not None and not (world.record.hung or world.plan.struck["take back"])):
+            if not failed or (fields is not None and not (world.record.hung or world.record.may_be_cut_off)):
                 world.violate(f"{self}: {answer.outcome}, and its record did not fail")
         elif fields is None:
             if not failed or world.on_failure != "serve":

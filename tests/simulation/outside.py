@@ -142,6 +142,7 @@ class Outside:
         world.stall(self._weather.choice((0, 0, 0, 0.0003, 0.02)))
         part = data
         if self._at_record("write the record") == SHORT:
+            world.record.may_be_cut_off = True
             part = data[: self._weather.randrange(len(data))]
         written = REAL.write(descriptor, part)
         world.note("recorded", data.count(b"\n"), written)
@@ -157,6 +158,7 @@ class Outside:
         if descriptor in self.world.record.descriptors:
             self._at_record("take back")
             self.world.note("taken back", length)
+            self.world.record.may_be_cut_off = False
             self.world.record.taken_back(REAL.pread(descriptor, 2**24, length))
         REAL.ftruncate(descriptor, length)
 

@@ -24,6 +24,8 @@ class Record:
         """What is recorded by now, by RequestId."""
         self.failed: set[str] = set()
         """The requests of which the log says that they could not be recorded."""
+        self.may_be_cut_off = False
+        """Whether a part of a line was written, and could not be taken back at once."""
         self.hung = False
         """Whether the file has ever not answered: then a request may be recorded that was refused because of that."""
 

@@ -125,7 +125,10 @@ def _live_with(world: World, manager: str) -> None:
     for once in ([os.devnull], map(str, (world.record.path, *world.record.rotated))):
         for path in [path for path in once if path in kept][:1]:  # what an agent has until its process ends: one of each
             kept.remove(path)
-    wrong = {"descriptors": kept, "threads": threading.active_count() - threads, **play.left}
+    sockets = {"first", "second"} & {*os.listdir(world.directory)}
+    if world.plan.struck["look"] or world.plan.struck["remove the socket"]:
+        sockets.clear()
+    wrong = {"sockets": sockets, "descriptors": kept, "threads": threading.active_count() - threads, **play.left}
     if world.serving.is_set():
         checks.check_clients(world)
         checks.check_record(world)
@@ -193,6 +196,7 @@ class _Play:
         agent_, server = arguments[:2]
         self.left["connections counted"] = agent_.counters.connections
         self.left["users counted"] = dict(server._per_user)
+        self.left["connections that wait"] = len(server._shared.idle)
         if failed:
             raise failed[0]
 
@@ -231,6 +235,8 @@ class _Play:
             await trio.sleep(0.5)
         if probe.line is None or len(probe.line.answers) != len(probe.asks):
             world.violate("all is well, and a client is not answered")
+        if world.record.path.name not in os.listdir(world.directory):
+            world.violate("the record's file was moved away, and is not opened anew")
 
 
 async def _until(ended: trio.Event, scope: trio.CancelScope) -> None:

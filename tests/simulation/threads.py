@@ -17,6 +17,10 @@ __all__ = ["Lockstep", "simulated_run_sync"]
 T = TypeVar("T")
 
 
+class _ProcessEnds(BaseException):
+    """What ends a thread that has no end of its own."""
+
+
 class Lockstep:
     """Threads of the record's kind: each runs only while the event loop's stands still and waits for it.
 
@@ -46,6 +50,8 @@ class Lockstep:
             try:
                 if not self._over:
                     target()
+            except _ProcessEnds:
+                pass
             finally:
                 self._ended = True
                 self._still.release()
@@ -75,7 +81,7 @@ class Lockstep:
         self._still.release()
         self._go.acquire()
         if self._over:
-            raise SystemExit
+            raise _ProcessEnds
 
     def hang(self) -> None:
         """In the thread: do not come back from a system call, until `release`."""

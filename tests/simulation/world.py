@@ -155,6 +155,9 @@ class World:
             self.record.failed.update(event.get("request_ids", ()))
         elif name == "drain.grace_over":
             self.grace_over = True
+            for line in self.all_lines if len(self.stops) < 2 else ():
+                if line.closed == self.now and line.quiet and not (line.client.fault or line.fault or line.half_received):
+                    self.violate(f"{line} had nothing to wait for, and was there until the grace was over")
         elif name in ("connection.failed", "request.failed") and not self._excused(name):
             self.violate(f"{name}: {event.get('exc_info')!r}")
         raise drop()
