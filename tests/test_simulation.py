@@ -1,13 +1,11 @@
 """The whole daemon in simulated time, under faults that a seed chooses: docs/simulation.md. And that the simulation is one."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from simulation import simulate as simulation
 from simulation.simulate import simulate
 
 TESTS = Path(__file__).parent

@@ -43,7 +43,9 @@ def _many(first: int, runs: int, minutes: float | None) -> int:
             said = time.monotonic()
             print(f"{count:,} simulations from seed {first}: {len(wrong)} went wrong", flush=True)
     took = time.monotonic() - began
-    print(f"{count:,} simulations from seed {first} in {took:.0f} s ({took / max(count, 1) * 1000:.1f} ms each): {dict(kinds)}")
+    print(
+        f"{count:,} simulations from seed {first} in {took:.0f} s ({took / max(count, 1) * 1000:.1f} ms each): {dict(kinds)}"
+    )
     print(f"{len(wrong)} went wrong{': ' if wrong else ''}{' '.join(map(str, wrong[:20]))}")
     return bool(wrong)
 

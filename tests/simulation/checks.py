@@ -14,8 +14,9 @@ from second_decoder import SUITES, associated_data
 from keyferry.errors import CODES
 
 from . import stock
-from .asking import Ask, judge
+from .asking import Ask
 from .clients import Client
+from .judge import judge
 from .line import Answer, Line
 from .stock import MasterKey, Version
 from .world import World
@@ -32,26 +33,28 @@ def check_clients(world: World) -> None:
     """Every request was answered as it should have been, or there is a reason why it was not."""
     fresh: Counter[bytes] = Counter()
     for client in world.clients.values():
-        line = client.line
-        if line is None:
-            if client.connected is not None and not (client.fault or world.stops or _accept_failed(world)):
-                world.violate(f"{client.name} was never accepted")
-            continue
-        if not line.sent.startswith(client.received):
-            world.violate(f"{client.name} received what was not sent")
-        closed = world.now if line.closed is None else line.closed
-        if line.process_ended is not None and closed > line.process_ended + _AT_ONCE + world.stalled:
-            world.violate(f"{client.name}: its process ended, and its connection did not")
-        if line.closed is None:
-            world.violate(f"{client.name}: its connection is still open in the agent")
-        for msgid, sent in client.asks.items():
-            answer = line.answers.get(msgid)
-            if answer is not None:
-                _check_answer(world, line, sent.ask, answer, fresh)
-            elif not _excuse(world, client, line, sent.end):
-                world.violate(f"{client.name}: {msgid} ({sent.ask.method}) was not answered")
+        if client.line is not None:
+            _check_line(world, client, client.line, fresh)
+        elif client.connected is not None and not (client.fault or world.stops or _accept_failed(world)):
+            world.violate(f"{client.name} was never accepted")
     if any(count > 1 for count in fresh.values()):
         world.violate("a data key was given twice")
+
+
+def _check_line(world: World, client: Client, line: Line, fresh: Counter[bytes]) -> None:
+    if not line.sent.startswith(client.received):
+        world.violate(f"{client.name} received what was not sent")
+    closed = world.now if line.closed is None else line.closed
+    if line.process_ended is not None and closed > line.process_ended + _AT_ONCE + world.stalled:
+        world.violate(f"{client.name}: its process ended, and its connection did not")
+    if line.closed is None:
+        world.violate(f"{client.name}: its connection is still open in the agent")
+    for msgid, sent in client.asks.items():
+        answer = line.answers.get(msgid)
+        if answer is not None:
+            _check_answer(world, line, sent.ask, answer, fresh)
+        elif not _excuse(world, client, line, sent.end):
+            world.violate(f"{client.name}: {msgid} ({sent.ask.method}) was not answered")
 
 
 def _accept_failed(world: World) -> bool:

@@ -57,7 +57,9 @@ POINTS: Final[dict[str, tuple[int, ...]]] = {
 
 
 _WHILE_IT_SERVES: Final = [
-    point for point in POINTS if point not in ("keep a reserve", "open the folder", "set the mode", "read the record's end")
+    point
+    for point in POINTS
+    if point not in ("keep a reserve", "open the folder", "set the mode", "read the record's end")
 ]
 
 

@@ -1,7 +1,6 @@
 """What a simulated operator, and the system, do to an agent while it serves: files, signals, shortages, and its end."""
 
 import os
-import signal
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +11,7 @@ from .world import World
 
 __all__ = ["act", "calm_down", "write_files"]
 
-_SEES_IT: Final = 12.0
+_SEES_IT: Final = 12
 """Seconds in which a reload comes to its end, however long its threads take."""
 _DAMAGED: Final = "this = is = no configuration"
 
@@ -72,7 +71,7 @@ async def act(world: World) -> None:
             world.on_disk = (world.on_disk[0], number)
             _configure(world, number)
         elif what == "hang up":
-            signal.raise_signal(signal.SIGHUP)
+            world.hang_up()
         elif what == "rotate":
             _rotate(world)
         elif what == "starve":
@@ -93,6 +92,8 @@ def _rotate(world: World) -> None:
         to = record.path.with_suffix(f".{len(record.rotated)}")
         record.path.rename(to)
         record.rotated.append(to)
+        if world.weather.random() < 0.5:  # as logrotate's `create` does
+            record.path.touch(0o600)
 
 
 async def see_to_hangs(world: World) -> None:
@@ -112,6 +113,6 @@ async def calm_down(world: World) -> None:
     _replace(world.directory / "keyring", str(world.on_disk[0]))
     _configure(world, world.on_disk[1])
     await trio.sleep(2)
-    with trio.move_on_after(_SEES_IT):
-        while world.adopted[-1][1:] != world.on_disk and world.ended is None:
+    for _ in range(_SEES_IT):
+        if world.adopted[-1][1:] != world.on_disk and world.ended is None:
             await trio.sleep(1)

@@ -1,10 +1,10 @@
 """What the agent calls when it touches the outside world, replaced for one simulation: by the same, with faults, and noted.
 
-Sockets, files and epoll are the kernel's own; time, chance, threads, the loader's process and who is calling are not. The agent is
-unchanged: what is replaced are names of the standard library and of trio, and one function that starts a process.
+Sockets, files and epoll are the kernel's own; time, chance, threads, the loader's process and who is calling are not. The agent
+is unchanged: what is replaced are names of the standard library and of trio, and one function that starts a process.
 """
 
-import datetime as real_datetime
+import datetime as dt
 import errno
 import io
 import os
@@ -323,7 +323,7 @@ class Outside:
     async def run_sync(self, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         return await simulated_run_sync(self.world, function, *arguments, **more)
 
-    def load(self, path: Path, unseal: Path, *, backing: Any, require: bool, share: Any = None) -> loaded.Keyring:
+    def load(self, path: Path, _unseal: Path, **_: Any) -> loaded.Keyring:
         """What a loader's process gives."""
         world = self.world
         fault = world.plan.strike("load the keyring")
@@ -339,7 +339,9 @@ class Outside:
             raise KeyringError(f"{path}: it does not open")
         world.loaded = number
         keys = stock.description(stock.RINGS[number])
-        material = iter([version.material for entry in stock.RINGS[number] for version in entry.key.versions[: entry.versions]])
+        material = iter(
+            [version.material for entry in stock.RINGS[number] for version in entry.key.versions[: entry.versions]]
+        )
 
         def fill(view: memoryview) -> None:
             view[:] = next(material)
@@ -363,13 +365,17 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
     world.lockstep = Lockstep(world)
     mine = threading.get_ident()
 
-    class Datetime(real_datetime.datetime):
+    class Datetime(dt.datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
-            return real_datetime.datetime.fromtimestamp(world.wall, tz)
+            return dt.datetime.fromtimestamp(world.wall, tz)
 
     def method(function: Callable[..., Any]) -> Any:
-        return lambda self, *arguments, **more: function(self, *arguments, **more)
+        # A function, which becomes a method of the class that it is put into; what is bound already would not.
+        def call(itself: Any, *arguments: Any, **more: Any) -> Any:
+            return function(itself, *arguments, **more)
+
+        return call
 
     names: list[tuple[Any, str, Any]] = [
         *((os, name, getattr(outside, name)) for name in _OS),
@@ -393,7 +399,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         *(
             (module, "datetime", Datetime)
             for name, module in [*sys.modules.items()]
-            if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is real_datetime.datetime
+            if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is dt.datetime
         ),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
@@ -401,8 +407,9 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
     processors = [*logging]
     state = trio_run._r.getstate()
     trio_run._r.seed(f"{world.seed}: who goes first")
-    logging[:] = [lambda logger, name, event: world.logs(logger, name, event, structlog.DropEvent)]
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    logging[:] = [lambda logger, name, event: world.logs(logger, name, event, structlog.DropEvent())]
+    # A signal in the agent's last moment, when it takes none any more, is not to end this process.
+    handlers = {number: signal.signal(number, _nobody) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for owner, name, value in names:
         setattr(owner, name, value)
     try:
@@ -414,8 +421,12 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         trio_run._r.setstate(state)
         world.lockstep.end()
         for number, handler in handlers.items():
-            if signal.getsignal(number) is not handler:
+            if signal.signal(number, handler) is not _nobody:
                 world.violate(f"{number.name} is still taken")
+
+
+def _nobody(_number: int, _frame: object) -> None:
+    """Take a signal, and do nothing."""
 
 
 _OS: Final = (

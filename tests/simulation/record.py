@@ -1,4 +1,4 @@
-"""The record of requests, as its file says, seen from outside: what is in it at the moment when an answer leaves, and at the end."""
+"""The record of requests, as its file says, seen from outside: what is in it when an answer leaves, and at the end."""
 
 import hashlib
 import json

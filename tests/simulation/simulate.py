@@ -118,21 +118,34 @@ def _live_with(world: World, manager: str) -> None:
             world.violate(f"the agent failed: {''.join(traceback.format_exception(errors))}")
     for line in world.all_lines:
         line.end_process()
-    left = _descriptors() - descriptors
-    kept = [_what(descriptor) for descriptor in sorted(left)]
-    for descriptor in left:
-        os.close(descriptor)
-    for once in ([os.devnull], map(str, (world.record.path, *world.record.rotated))):
-        for path in [path for path in once if path in kept][:1]:  # what an agent has until its process ends: one of each
-            kept.remove(path)
-    sockets = {"first", "second"} & {*os.listdir(world.directory)}
-    if world.plan.struck["look"] or world.plan.struck["remove the socket"]:
-        sockets.clear()
-    wrong = {"sockets": sockets, "descriptors": kept, "threads": threading.active_count() - threads, **play.left}
+    left = {
+        "descriptors": _kept(world, _descriptors() - descriptors),
+        "threads": threading.active_count() - threads,
+        "sockets": _sockets(world),
+        **play.left,
+    }
     if world.serving.is_set():
         checks.check_clients(world)
         checks.check_record(world)
-        checks.check_end(world, wrong)
+        checks.check_end(world, left)
+
+
+def _kept(world: World, left: set[int]) -> list[str]:
+    """What descriptors were left behind, but for the two that an agent has until its process ends. They are closed here."""
+    names = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in sorted(left)]
+    for descriptor in left:
+        os.close(descriptor)
+    record = [str(path) for path in (world.record.path, *world.record.rotated)]
+    for once in ([os.devnull], record):
+        for name in [name for name in names if name in once][:1]:
+            names.remove(name)
+    return names
+
+
+def _sockets(world: World) -> set[str]:
+    if world.plan.struck["look"] or world.plan.struck["remove the socket"]:
+        return set()
+    return {"first", "second"} & {*os.listdir(world.directory)}
 
 
 def _descriptors() -> set[int]:
@@ -144,10 +157,6 @@ def _descriptors() -> set[int]:
             continue  # the one that listed them
         found.add(int(name))
     return found
-
-
-def _what(descriptor: int) -> str:
-    return os.readlink(f"/proc/self/fd/{descriptor}").removesuffix(" (deleted)")
 
 
 class _Play:
@@ -173,7 +182,7 @@ class _Play:
                     await serve(*arguments)
                 except trio.Cancelled:
                     raise
-                except BaseException as error:  # noqa: BLE001
+                except BaseException as error:
                     failed.append(error)
                 finally:
                     world.ended = world.now
@@ -203,17 +212,18 @@ class _Play:
     async def _around(self, around: trio.Nursery, ended: trio.Event) -> None:
         world, rng = self._world, self._world.weather
         clients = [Client(world, world.rng, number) for number in range(rng.choice((1, 1, 2, 3, 5)))]
-        for client in clients:
-            around.start_soon(client.run)
         around.start_soon(operator.act, world)
         if rng.random() < 0.5:
+            for client in clients:
+                around.start_soon(client.run)
             await trio.sleep(rng.choice((0, 0.001, 0.02, 0.3, 1, 4)))
         else:
-            while not all(client.done for client in clients) and world.ended is None:
-                await trio.sleep(2)
+            async with trio.open_nursery() as all_of_it:
+                for client in clients:
+                    all_of_it.start_soon(client.run)
             if not world.stops and world.ended is None:
                 await operator.calm_down(world)
-                await self._probe(around, len(clients))
+                await self._probe(len(clients))
         world.stop()
         if rng.random() < 0.3:
             await trio.sleep(rng.choice((0, 0.05, 1)))
@@ -224,15 +234,13 @@ class _Play:
             world.violate("the drain does not end")
             around.cancel_scope.cancel()
 
-    async def _probe(self, around: trio.Nursery, number: int) -> None:
+    async def _probe(self, number: int) -> None:
         """When all is well again, the agent is as its files say, and answers."""
         world = self._world
         if world.adopted[-1][1:] != world.on_disk:
             world.violate(f"it goes by {world.adopted[-1][1:]}, and the files are {world.on_disk}")
         probe = Client(world, world.rng, number, well_behaved=True)
-        around.start_soon(probe.run)
-        while not probe.done and world.ended is None:
-            await trio.sleep(0.5)
+        await probe.run()
         if probe.line is None or len(probe.line.answers) != len(probe.asks):
             world.violate("all is well, and a client is not answered")
         if world.record.path.name not in os.listdir(world.directory):

@@ -90,9 +90,23 @@ _DATE: Final = "2026-01-31T12:00:06Z"
 _GOING: Final = RingKey(GOING, ("alias/going",), "PendingDeletion", delete_date=_DATE)
 
 RINGS: Final[tuple[Ring, ...]] = (
-    (RingKey(ORDERS, ("alias/orders",)), RingKey(PAY, ("alias/pay",)), RingKey(OFF, ("alias/off",), "Disabled"), _GOING),
-    (RingKey(ORDERS, ("alias/orders",), versions=2), RingKey(PAY, ("alias/pay",)), RingKey(OFF, ("alias/off",)), _GOING),
-    (RingKey(ORDERS, (), versions=2), RingKey(PAY, ("alias/pay", "alias/orders"), "Disabled"), RingKey(OFF, ("alias/off",))),
+    (
+        RingKey(ORDERS, ("alias/orders",)),
+        RingKey(PAY, ("alias/pay",)),
+        RingKey(OFF, ("alias/off",), "Disabled"),
+        _GOING,
+    ),
+    (
+        RingKey(ORDERS, ("alias/orders",), versions=2),
+        RingKey(PAY, ("alias/pay",)),
+        RingKey(OFF, ("alias/off",)),
+        _GOING,
+    ),
+    (
+        RingKey(ORDERS, (), versions=2),
+        RingKey(PAY, ("alias/pay", "alias/orders"), "Disabled"),
+        RingKey(OFF, ("alias/off",)),
+    ),
 )
 
 

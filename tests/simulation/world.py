@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -58,10 +57,10 @@ class World:
         self.plan = Plan(random.Random(f"{self.seed}: what fails"))
         self.clock = trio.testing.MockClock(autojump_threshold=0)
         self.record = Record(self.directory / "audit.jsonl", self.violate)
-        self.lines: dict[int, "Line"] = {}
-        self.all_lines: list["Line"] = []
-        self.clients: dict[bytes, "Client"] = {}
-        self.lockstep: "Lockstep"
+        self.lines: dict[int, Line] = {}
+        self.all_lines: list[Line] = []
+        self.clients: dict[bytes, Client] = {}
+        self.lockstep: Lockstep
         self.adopted: list[Adopted] = []
         self.on_disk = (0, 0)
         """The keyring and the configuration that are in the files; -1 for one that is damaged."""
@@ -120,6 +119,12 @@ class World:
             self.stops.append(self.now)
             signal.raise_signal(number)
 
+    def hang_up(self) -> None:
+        """Tell the agent to read its files again."""
+        if self.ended is None:
+            self.note("signal", "SIGHUP")
+            signal.raise_signal(signal.SIGHUP)
+
     def fails(self, point: str) -> None:
         """Fail here, if that is planned, as a system call does. For points at which nothing else can happen."""
         fault = self.plan.strike(point)
@@ -139,7 +144,7 @@ class World:
         if self.starved:
             self.spare += 1
 
-    def logs(self, _logger: Any, _method: str, event: dict[str, Any], drop: Callable[[], Exception]) -> Any:
+    def logs(self, _logger: Any, _method: str, event: dict[str, Any], drop: BaseException) -> Any:
         """Take a line of the agent's log."""
         name = str(event.pop("event"))
         self.logged.append((self.now, name))
@@ -156,11 +161,15 @@ class World:
         elif name == "drain.grace_over":
             self.grace_over = True
             for line in self.all_lines if len(self.stops) < 2 else ():
-                if line.closed == self.now and line.quiet and not (line.client.fault or line.fault or line.half_received):
+                if (
+                    line.closed == self.now
+                    and line.quiet
+                    and not (line.client.fault or line.fault or line.half_received)
+                ):
                     self.violate(f"{line} had nothing to wait for, and was there until the grace was over")
         elif name in ("connection.failed", "request.failed") and not self._excused(name):
             self.violate(f"{name}: {event.get('exc_info')!r}")
-        raise drop()
+        raise drop
 
     def _excused(self, name: str) -> bool:
         return name == "request.failed" and bool(self.plan.struck["thread"])
