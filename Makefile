@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' client/keyferry/__init__.py)
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check records docs wheels image requirements \
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check simulate records docs wheels image requirements \
 	test-requirements clean help
 
 help:  ## this list
@@ -48,6 +48,10 @@ bench: $(VENV)/.bench  ## measure speed beside the bare computation, and write d
 
 bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one that is kept
 	PYTHONPATH=tests $(BIN)/python -m bench --check
+
+simulate: $(VENV)/.development  ## the whole daemon in simulated time, under faults: SEED=... again, or MINUTES=... of new ones
+	PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(FIRST),--first $(FIRST)) $(if $(RUNS),--runs $(RUNS)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py

@@ -51,8 +51,11 @@ _ALIASES: Final = ("alias/orders",) * 4 + ("alias/pay", "alias/off", "alias/goin
 _RECIPIENTS: Final = ("RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_1", "SM2PKE", "SM2PKE")
 
 
-def random_ask(rng: random.Random) -> Ask:
-    """Any request."""
+def random_ask(rng: random.Random, *, slow: bool = False) -> Ask:
+    """Any request; or one that takes a thread."""
+    if slow:
+        params = {"KeyId": "alias/orders", **stock.recipients()["SM2PKE"].params}
+        return Ask("GenerateAndExportDataKey", params, "alias/orders", to="SM2PKE")
     ask = Ask(rng.choices([*_METHODS], [*_METHODS.values()])[0], {})
     if ask.method == "Nonsense":
         return ask._replace(always="InvalidAction.NotFound")

@@ -26,7 +26,7 @@ __all__ = ["check_clients", "check_record"]
 _DRAIN: Final = 10.0
 _GRACE_AND_MORE: Final = 10.0 + 4.0
 """Seconds that a drain may take: its grace, and what a thread that was begun in it may take to its end."""
-_AT_ONCE: Final = 4.0
+_AT_ONCE: Final = 2.5
 
 
 def check_clients(world: World) -> None:

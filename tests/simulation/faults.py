@@ -62,6 +62,8 @@ _WHILE_IT_SERVES: Final = [
     if point not in ("keep a reserve", "open the folder", "set the mode", "read the record's end")
 ]
 
+_OFTEN: Final = ["receive", "send", "send", "send the rest", "write the record", "write the record", "write the record"]
+
 
 class Plan:
     """What goes wrong in one simulation: nothing; one thing, or two, in an exact place; or anything, now and then."""
@@ -81,7 +83,7 @@ class Plan:
         elif kind < 0.6:
             self.kind = "placed"
             for _ in range(rng.choice((1, 1, 2, 3))):
-                point = rng.choice([*POINTS] if self.started else _WHILE_IT_SERVES)
+                point = rng.choice([*POINTS] if self.started else _WHILE_IT_SERVES + _OFTEN)
                 first = rng.choice((1, 1, 2, 3, 5, 8, 13, 21))
                 fault = rng.choice(POINTS[point])
                 for again in range(rng.choice((1, 1, 2, 4))):

@@ -93,7 +93,7 @@ def _rotate(world: World) -> None:
         record.path.rename(to)
         record.rotated.append(to)
         if world.weather.random() < 0.5:  # as logrotate's `create` does
-            record.path.touch(0o600)
+            record.path.write_text("")
 
 
 async def see_to_hangs(world: World) -> None:

@@ -6,6 +6,7 @@ is unchanged: what is replaced are names of the standard library and of trio, an
 
 import datetime as dt
 import errno
+import gc
 import io
 import os
 import signal
@@ -53,6 +54,8 @@ class _Real:
 REAL: Final = _Real
 _PEERPIDFD: Final = 77
 _PEERGROUPS: Final = 59
+_WHILE_IT_HEARS: Final = 3.0
+"""Seconds in which a signal is heard, also while the record is waited for."""
 _SMALL: Final = 4_608
 """Bytes of a small socket buffer: the least that the kernel takes."""
 _self_tested = False
@@ -265,6 +268,8 @@ class Outside:
         except OSError:
             world.gives_descriptor()
             raise
+        if world.stops and world.now > world.stops[0] + _WHILE_IT_HEARS:
+            world.violate("a connection is accepted in a drain")
         line = Line(world, world.clients[connection.getpeername()], listener)
         if world.small_buffers:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALL)
@@ -395,6 +400,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (loader, "load", outside.load),
         (selftest, "run", outside.self_test),
         (startup, "harden", lambda **_: []),
+        (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
         (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         *(
             (module, "datetime", Datetime)

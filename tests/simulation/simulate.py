@@ -68,7 +68,7 @@ def simulate(seed: int) -> Result:
     signal.setitimer(signal.ITIMER_REAL, _TOO_LONG)
     try:
         _live(world)
-    except _Stuck:
+    except* _Stuck:
         world.violate(f"it did not end in {_TOO_LONG} seconds of real time, or in its steps:\n{traceback.format_exc()}")
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -213,7 +213,7 @@ class _Play:
         world, rng = self._world, self._world.weather
         clients = [Client(world, world.rng, number) for number in range(rng.choice((1, 1, 2, 3, 5)))]
         around.start_soon(operator.act, world)
-        if rng.random() < 0.5:
+        if world.early:
             for client in clients:
                 around.start_soon(client.run)
             await trio.sleep(rng.choice((0, 0.001, 0.02, 0.3, 1, 4)))
@@ -225,7 +225,7 @@ class _Play:
                 await operator.calm_down(world)
                 await self._probe(len(clients))
         world.stop()
-        if rng.random() < 0.3:
+        if rng.random() < 0.5:
             await trio.sleep(rng.choice((0, 0.05, 1)))
             world.stop(signal.SIGINT)
         with trio.move_on_after(_TOO_LONG):

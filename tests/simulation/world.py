@@ -24,7 +24,7 @@ __all__ = ["Adopted", "World"]
 
 MONOTONIC: Final = 1_000.0
 """What the steady clock says at the beginning."""
-_MOST: Final = 200_000
+_MOST: Final = 20_000
 """Lines of a trace: an agent that does more than that turns in a circle."""
 
 
@@ -81,7 +81,9 @@ class World:
         self.limits = self.rng.choice(((1024, 256), (1024, 256), (3, 2)))
         self.rate = self.rng.choice((0, 0, 0, 0, 5))
         self.watchdog = self.rng.choice((0, 0, 6))
-        self.small_buffers = self.rng.random() < 0.3
+        self.early = self.rng.random() < 0.5
+        """Whether it is told to stop while it has work to do."""
+        self.small_buffers = self.rng.random() < 0.5
 
     @property
     def now(self) -> float:
@@ -160,16 +162,20 @@ class World:
             self.record.failed.update(event.get("request_ids", ()))
         elif name == "drain.grace_over":
             self.grace_over = True
-            for line in self.all_lines if len(self.stops) < 2 else ():
-                if (
-                    line.closed == self.now
-                    and line.quiet
-                    and not (line.client.fault or line.fault or line.half_received)
-                ):
-                    self.violate(f"{line} had nothing to wait for, and was there until the grace was over")
+            if len(self.stops) < 2:
+                self._judge_grace()
         elif name in ("connection.failed", "request.failed") and not self._excused(name):
             self.violate(f"{name}: {event.get('exc_info')!r}")
         raise drop
+
+    def _judge_grace(self) -> None:
+        """Until the end of the grace somebody was waited for, and each for something."""
+        until_then = [line for line in self.all_lines if line.closed == self.now]
+        if not until_then:
+            self.violate("the grace was over, and there was nobody to wait for")
+        for line in until_then:
+            if line.quiet and not (line.client.fault or line.fault or line.half_received):
+                self.violate(f"{line} had nothing to wait for, and was there until the grace was over")
 
     def _excused(self, name: str) -> bool:
         return name == "request.failed" and bool(self.plan.struck["thread"])
