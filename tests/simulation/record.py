@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ class Record:
         """Whether a part of a line was written, and could not be taken back at once."""
         self.hung = False
         """Whether the file has ever not answered: then a request may be recorded that was refused because of that."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the agent has the file open that is at the record's path."""
+        if self.path.name not in os.listdir(self.path.parent):
+            return False
+        there = os.stat(self.path)
+        return any(os.path.samestat(os.fstat(descriptor), there) for descriptor in self.descriptors)
 
     def written(self, part: bytes) -> None:
         """Bytes were appended. A line counts when its end is there."""

@@ -243,7 +243,7 @@ class _Play:
         await probe.run()
         if probe.line is None or len(probe.line.answers) != len(probe.asks):
             world.violate("all is well, and a client is not answered")
-        if world.record.path.name not in os.listdir(world.directory):
+        if world.ended is None and not world.record.in_place:
             world.violate("the record's file was moved away, and is not opened anew")
 
 

@@ -78,7 +78,7 @@ class World:
         self.serving = trio.Event()
         self.ended: float | None = None
         self.on_failure: str = self.rng.choice(("refuse", "refuse", "serve"))
-        self.limits = self.rng.choice(((1024, 256), (1024, 256), (3, 2)))
+        self.limits = self.rng.choice(((1024, 256), (1024, 256), (3, 2), (2, 2)))
         self.rate = self.rng.choice((0, 0, 0, 0, 5))
         self.watchdog = self.rng.choice((0, 0, 6))
         self.early = self.rng.random() < 0.5
