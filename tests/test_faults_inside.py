@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -162,6 +163,39 @@ async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit:
         assert response.result is None
         server._shared.audit = audit
         assert (await ask(stream, *STATUS)).error is None
+
+
+async def test_nothing_follows_an_answer_that_was_cut_off(
+    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the answer of a slow job that was under way: it would be read as the rest of the other."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def takes_long() -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def cut_off(descriptor: int, data: bytes) -> int:
+        return real(descriptor, data[:5] if bytes(data[:2]) == b"\x94\x01" else data)  # not what is recorded
+
+    async def no_memory(_stream: trio.SocketStream, _data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        monkeypatch.undo()
+        go_on.set()
+        raise trio.BrokenResourceError
+
+    real = os.write
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(takes_long, slow=True))
+    async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
+        await stream.send_all(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}))
+        await trio.to_thread.run_sync(begun.wait)
+        monkeypatch.setattr("keyferry_agent.connection.os.write", cut_off)
+        monkeypatch.setattr(trio.SocketStream, "send_all", no_memory)
+        stream.socket._sock.send(wire.encode_request(2, *STATUS))  # type: ignore[attr-defined]
+        received = b""
+        while more := await stream.receive_some():
+            received += more
+        assert len(received) == 5
 
 
 async def test_accepting_goes_on_after_the_system_had_no_memory(

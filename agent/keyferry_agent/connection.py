@@ -85,6 +85,7 @@ class Connection:
         self._decoder = wire.Decoder()
         self._started = trio.current_time()  # when the request that is being received began
         self._sending = trio.Lock()
+        self._cut_off = False  # whether a part of an answer is out: then nothing may follow it but its rest
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
 
     async def run(self) -> None:
@@ -274,7 +275,10 @@ class Connection:
         """Send answers whole, in the time that a client has to take them. False: it did not, or it is gone."""
         if not answers:
             return True
+        begun = False
         if not self._sending.locked():  # most answers fit the socket's buffer: then nobody has to wait for anything
+            if self._cut_off:
+                return False
             try:
                 sent = os.write(self._number(), answers)
             except BlockingIOError:
@@ -284,15 +288,17 @@ class Connection:
             if sent == len(answers):
                 return True
             answers = answers[sent:]
-        with trio.move_on_after(self._agent.settings.limits.request_timeout) as scope:
+            begun = self._cut_off = sent > 0
+        with trio.move_on_after(self._agent.settings.limits.request_timeout):
             async with self._sending:
-                try:
-                    await self._stream.send_all(answers)
-                except trio.BrokenResourceError:
-                    return False
-        if scope.cancelled_caught:
-            log.info("connection.answers_not_taken", **self._who())
-        return not scope.cancelled_caught
+                if begun or not self._cut_off:
+                    self._cut_off = True  # until all of it is out: it may fail, or be cancelled
+                    with suppress(trio.BrokenResourceError):
+                        await self._stream.send_all(answers)
+                        self._cut_off = False
+                return not self._cut_off
+        log.info("connection.answers_not_taken", **self._who())
+        return False
 
     def _who(self) -> dict[str, Any]:
         return {"uid": self._caller.peer.uid, "pid": self._caller.peer.pid}
