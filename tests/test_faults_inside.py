@@ -23,6 +23,7 @@ from keyferry.sm2_ciphertext import raw_to_der
 from keyferry_agent import handlers
 from keyferry_agent.agent import Agent
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.connection import Connection
 from keyferry_agent.crypto import selftest, wrapping
 from keyferry_agent.grants import Grant
 from keyferry_agent.handlers.status import get_agent_status
@@ -196,6 +197,19 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
         while more := await stream.receive_some():
             received += more
         assert len(received) == 5
+
+
+async def test_a_connection_that_was_closed_from_inside_has_not_failed(agent: Agent, audit: AuditLog) -> None:
+    """A slow job's answer could not be sent, and closed it, while other requests were being answered."""
+    shared = Server(agent, audit)._shared
+    near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
+    peer, _ = evidence(far.socket, "default")
+    async with near:
+        connection = Connection(shared, far, peer, None)
+        await far.aclose()
+        with pytest.raises(ExceptionGroup) as raised:
+            await connection.run()
+        assert raised.group_contains(trio.ClosedResourceError)
 
 
 async def test_accepting_goes_on_after_the_system_had_no_memory(

@@ -155,7 +155,10 @@ class Connection:
 
     async def _receive_some(self) -> bytes:
         # trio's stream would try first, and wait then: but whoever asks one thing at a time has nothing there yet.
-        await trio.lowlevel.wait_readable(self._stream.socket)
+        try:
+            await trio.lowlevel.wait_readable(self._stream.socket)
+        except ValueError:  # it has no number any more: a slow job has closed it meanwhile
+            raise trio.ClosedResourceError from None
         try:
             return os.read(self._number(), _RECEIVE)
         except OSError as error:
