@@ -15,10 +15,10 @@ from keyferry.errors import CODES
 
 from . import stock
 from .asking import Ask
-from .clients import Client
+from .clients import Client, Sent
 from .judge import judge
 from .line import Answer, Line
-from .stock import MasterKey, Version
+from .stock import RINGS, MasterKey, Ring, Version
 from .world import World
 
 __all__ = ["check_clients", "check_record"]
@@ -26,6 +26,7 @@ __all__ = ["check_clients", "check_record"]
 _DRAIN: Final = 10.0
 _GRACE_AND_MORE: Final = 10.0 + 4.0
 """Seconds that a drain may take: its grace, and what a thread that was begun in it may take to its end."""
+_LONGEST_GARBAGE: Final = 16
 _AT_ONCE: Final = 2.5
 
 
@@ -49,10 +50,14 @@ def _check_line(world: World, client: Client, line: Line, fresh: Counter[bytes])
         world.violate(f"{client.name}: its process ended, and its connection did not")
     if line.closed is None:
         world.violate(f"{client.name}: its connection is still open in the agent")
+    at = client.garbage_at
+    unexplained = not _excuse(world, client, line, 0 if at is None else at) and not line.last_words
+    if at is not None and line.received > at + _LONGEST_GARBAGE and unexplained:
+        world.violate(f"{client.name} sent garbage, and was not told")
     for msgid, sent in client.asks.items():
         answer = line.answers.get(msgid)
         if answer is not None:
-            _check_answer(world, line, sent.ask, answer, fresh)
+            _check_answer(world, line, sent, answer, fresh)
         elif not _excuse(world, client, line, sent.end):
             world.violate(f"{client.name}: {msgid} ({sent.ask.method}) was not answered")
 
@@ -75,8 +80,9 @@ def _excuse(world: World, client: Client, line: Line, end: int) -> str:
     )
 
 
-def _check_answer(world: World, line: Line, ask: Ask, answer: Answer, fresh: Counter[bytes]) -> None:
+def _check_answer(world: World, line: Line, sent: Sent, answer: Answer, fresh: Counter[bytes]) -> None:
     """The outcome is one that the judge gives for some moment of the request's time; and what is in it is right."""
+    ask, arrived = sent.ask, line.arrived(sent.end)
     if answer.outcome in _ALWAYS and _may_happen(world, answer):
         _check_error(world, line, answer)
         return
@@ -84,9 +90,9 @@ def _check_answer(world: World, line: Line, ask: Ask, answer: Answer, fresh: Cou
         adopted
         for place, adopted in enumerate(world.adopted)
         if adopted.since <= answer.when
-        and (place + 1 == len(world.adopted) or world.adopted[place + 1].since >= line.opened)
+        and (place + 1 == len(world.adopted) or world.adopted[place + 1].since >= arrived)
     ]
-    times = (line.opened, answer.when)
+    times = (arrived, answer.when)
     possible = {judge(ask, line.client.uid, *adopted.state, when) for adopted in seen for when in times}
     if answer.outcome not in possible:
         world.violate(f"{line}: {ask.method} {ask.alias} gave {answer.outcome}; expected {sorted(possible)}")
@@ -95,6 +101,7 @@ def _check_answer(world: World, line: Line, ask: Ask, answer: Answer, fresh: Cou
     elif answer.result is not None:
         try:
             _check_result(ask, answer.result, fresh)
+            _check_key(ask, answer.result, [RINGS[adopted.ring] for adopted in seen])
         except Exception as error:
             world.violate(f"{line}: {ask.method} has a wrong result: {error!r}")
 
@@ -146,6 +153,17 @@ def _check_result(ask: Ask, result: Mapping[str, Any], fresh: Counter[bytes]) ->
         assert "Plaintext" not in result
     if ask.to:
         assert stock.recipients()[ask.to].unwrap(result["ExportedDataKey"]) == opened, "another data key"
+
+
+def _check_key(ask: Ask, result: Mapping[str, Any], rings: list[Ring]) -> None:
+    """What was sealed is under the primary version of the key that was named, in one of the keyrings of the time."""
+    if "CiphertextBlob" not in result:
+        return
+    prefix = "Destination" if ask.method == "ReEncrypt" else ""
+    primary = [
+        (entry.key.key_id, entry.primary.version_id) for ring in rings for entry in ring if ask.alias in entry.aliases
+    ]
+    assert (result[f"{prefix}KeyId"], result[f"{prefix}KeyVersionId"]) in primary, "not the primary version"
 
 
 def _open(result: Mapping[str, Any], key_field: str, version_field: str, context: Mapping[str, str]) -> bytes:

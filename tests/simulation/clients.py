@@ -212,7 +212,8 @@ class Client:
                 received = b""
             self.received += received
             unpacker.feed(received)
-            self._answered += len(list(unpacker))
+            with suppress(ValueError):  # no answer: said where it was sent
+                self._answered += len(list(unpacker))
             self._ended = not received
             self._changed.set()
             self._changed = trio.Event()

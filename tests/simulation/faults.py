@@ -92,6 +92,8 @@ class Plan:
             self.kind = "noisy"
             self._rate = rng.choice((0.004, 0.02, 0.1))
         self.over = False
+        self.hangs = HANGS in self._planned.values() or (self._rate > 0 and rng.random() < 0.25)
+        """Whether anything can hang."""
 
     def strike(self, point: str) -> int:
         """What goes wrong at this point, this time; 0 for nothing."""
@@ -101,6 +103,8 @@ class Plan:
         fault = self._planned.get((point, self._crossed[point]), 0)
         if not fault and self._rate and self._rng.random() < self._rate:
             fault = self._rng.choice(POINTS[point])
+            if fault == HANGS and not self.hangs:
+                fault = 0
         if fault:
             self.struck[point] += 1
         return fault

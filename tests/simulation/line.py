@@ -39,6 +39,7 @@ class Line:
         self.opened = world.now
         self.closed: float | None = None
         self.received = 0
+        self._arrivals: list[tuple[int, float]] = []
         self.sent = bytearray()
         self.fault = ""
         """What went wrong with it that is not the agent's doing."""
@@ -60,6 +61,10 @@ class Line:
     def admitted(self) -> bool:
         """Whether it is open, and not refused."""
         return self.closed is None and not self.refused
+
+    def arrived(self, end: int) -> float:
+        """When it had received everything up to this byte."""
+        return next((when for received, when in self._arrivals if received >= end), self._world.now)
 
     @property
     def quiet(self) -> bool:
@@ -90,6 +95,7 @@ class Line:
         """The agent has received this."""
         world = self._world
         self.received += len(data)
+        self._arrivals.append((self.received, world.now))
         world.note("received", self, len(data))
         if self.refused:
             return

@@ -26,6 +26,7 @@ import trio._core._run as trio_run
 from trio._socket import _SocketType
 
 from keyferry.secret import SecretMemory, SecretMemoryError
+from keyferry_agent import run as _run  # noqa: F401 - all of the agent's modules are there
 from keyferry_agent import startup
 from keyferry_agent.audit import waiting
 from keyferry_agent.crypto import selftest
@@ -59,6 +60,12 @@ _WHILE_IT_HEARS: Final = 3.0
 _SMALL: Final = 4_608
 """Bytes of a small socket buffer: the least that the kernel takes."""
 _self_tested = False
+_DATED: Final = [
+    module
+    for name, module in [*sys.modules.items()]
+    if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is dt.datetime
+]
+"""The agent's modules that ask what time it is."""
 
 
 def _error(number: int) -> OSError:
@@ -402,11 +409,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (startup, "harden", lambda **_: []),
         (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
         (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
-        *(
-            (module, "datetime", Datetime)
-            for name, module in [*sys.modules.items()]
-            if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is dt.datetime
-        ),
+        *((module, "datetime", Datetime) for module in _DATED),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
     logging = structlog.get_config()["processors"]

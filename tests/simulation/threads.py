@@ -21,22 +21,28 @@ class _ProcessEnds(BaseException):
     """What ends a thread that has no end of its own."""
 
 
+class _StandsStill(BaseException):
+    """What brings a thread that has nothing to do back to whoever let it work."""
+
+
 class Lockstep:
     """Threads of the record's kind: each runs only while the event loop's stands still and waits for it.
 
-    It stands in for `threading` and `queue`, as far as such a thread uses them.
+    It stands in for `threading` and `queue`, as far as such a thread uses them. Where nothing can hang, there is no second
+    thread at all, which would take most of a simulation's time: its function is called when the other waits, and left where it
+    waits for something to do. That is the same, as it has nothing in hand there.
     """
+
+    Empty = queue.Empty
 
     def __init__(self, world: World) -> None:
         self._world = world
         self._go, self._still = threading.Lock(), threading.Lock()
         self._go.acquire()
         self._still.acquire()
+        self._target: Callable[[], None] | None = None
         self._thread: threading.Thread | None = None
-        self._parked = False
-        self._over = self._ended = False
-
-    Empty = queue.Empty
+        self._inside = self._parked = self._over = self._ended = False
 
     def SimpleQueue(self) -> "_Queue":  # noqa: N802 - queue's name
         """A queue between such a thread and the event loop's."""
@@ -44,40 +50,52 @@ class Lockstep:
 
     def Thread(self, *, target: Callable[[], None], name: str, daemon: bool) -> "Lockstep":  # noqa: N802 - threading's name
         """Such a thread; there is one."""
-
-        def body() -> None:
-            self._go.acquire()
-            try:
-                if not self._over:
-                    target()
-            except _ProcessEnds:
-                pass
-            finally:
-                self._ended = True
-                self._still.release()
-
-        assert self._thread is None
-        self._thread = threading.Thread(target=body, name=name, daemon=daemon)
+        assert self._target is None
+        self._target = target
+        if self._world.plan.hangs:
+            self._thread = threading.Thread(target=self._body, name=name, daemon=daemon)
         return self
 
     def start(self) -> None:
         """Start the thread: it waits for its turn."""
-        assert self._thread is not None
-        self._thread.start()
+        if self._thread is not None:
+            self._thread.start()
+
+    def _body(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._over and self._target is not None:
+                self._target()
+        except _ProcessEnds:
+            pass
+        finally:
+            self._ended = True
+            self._still.release()
 
     @property
     def inside(self) -> bool:
         """Whether this is such a thread."""
-        return threading.current_thread() is self._thread
+        return self._inside or threading.current_thread() is self._thread
 
     def let_work(self) -> None:
         """Have the thread do what it can."""
-        if self._thread is not None and not self._parked:
-            self._go.release()
-            self._still.acquire()
+        if self._thread is not None:
+            if not self._parked:
+                self._go.release()
+                self._still.acquire()
+        elif self._target is not None:
+            self._inside = True
+            try:
+                self._target()
+            except _StandsStill:
+                pass
+            finally:
+                self._inside = False
 
     def wait_for_turn(self) -> None:
         """In the thread: stand still until the other lets it work."""
+        if self._thread is None:
+            raise _StandsStill
         self._still.release()
         self._go.acquire()
         if self._over:

@@ -98,7 +98,8 @@ class World:
     def note(self, what: str, *details: Any) -> None:
         """Add a line to the trace."""
         if len(self.trace) == _MOST:
-            self.violate("the agent turns in a circle")
+            self.trace.append("...")
+            self.violations.append("the agent turns in a circle")
             signal.raise_signal(signal.SIGALRM)
         text = " ".join(str(detail) for detail in details).replace(str(self.directory), "~")
         self.trace.append(f"{self.now:10.6f} {what} {text}")
