@@ -70,9 +70,11 @@ def open_all(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.so
             else:
                 made = _take(listener)
                 opened.append(Listening(listener.name, listener.path, made, listener.path.lstat(), made=True))
-    except ListeningError:
+    except (ListeningError, OSError) as error:
         for each in opened:
             each.close()
+        if isinstance(error, OSError):
+            raise ListeningError(f"{error.filename}: {error.strerror}") from None
         raise
     return opened
 

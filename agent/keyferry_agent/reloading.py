@@ -62,6 +62,7 @@ class Reloader:
         self._host = host
         self._keeper = keeper
         self._record_lost = False
+        self._blind = False
         self._seen = seen
         self._asked = trio.Event()
 
@@ -75,7 +76,15 @@ class Reloader:
         while True:
             with trio.move_on_after(_LOOK_EVERY):
                 await self._asked.wait()
-            now, moved = await _in_thread(self._look_around)
+            try:
+                now, moved = await _in_thread(self._look_around)
+            except RuntimeError as error:  # no thread can be had: the system's limit, or its memory
+                if not self._blind:  # said once, not twice a second
+                    log.error("reload.failed", why=str(error), still_serving=self._agent.keyring.loaded_at)
+                self._blind = True
+                await trio.sleep(_LOOK_EVERY)
+                continue
+            self._blind = False
             if self._asked.is_set() or moved:
                 self._reopen_record()
             if self._asked.is_set() or (now != self._seen and now == before):
