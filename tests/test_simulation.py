@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,16 @@ FIRST = int(SEED) if SEED else 0
 """KEYFERRY_SEED: the first seed, for others than those of every day."""
 
 
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """Without coverage's tracer, which takes as long as all the rest: the question is not which lines there are."""
+    tracer = sys.gettrace()
+    sys.settrace(None)
+    yield
+    sys.settrace(tracer)
+
+
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("part", range(ITEMS))
 def test_whatever_happens_each_request_is_answered_once_rightly_and_on_record(part: int) -> None:
     """In so many worlds, each of them a seed; a failure says how to see it again."""

@@ -147,22 +147,25 @@ def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     assert (tmp_path / "sock").read_text() == "somebody else's"
 
 
+@pytest.mark.parametrize("when", ["before it is made", "after it was made"])
 def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """As in a folder that may be listed and not entered."""
     first, second = tmp_path / "first", tmp_path / "second"
     real = Path.lstat
 
     def lstat(path: Path) -> os.stat_result:
-        if path == second:
+        if path == second and (when == "before it is made" or second in first.parent.iterdir()):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
         return real(path)
 
     monkeypatch.setattr(Path, "lstat", lstat)
     with pytest.raises(listening.ListeningError, match="second: Permission denied"):
         listening.open_all([Listener("first", first), Listener("second", second)], [])
+    monkeypatch.undo()
     assert not first.exists()
+    assert not second.exists()
 
 
 def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

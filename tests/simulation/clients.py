@@ -57,12 +57,12 @@ class Client:
         self._starts = 0.0 if well_behaved else rng.choice((0, 0, 0.01, 0.5, 2))
         self._pipelines = rng.random() < 0.6
         self._pauses = (0,) if well_behaved else rng.choice(((0,), (0, 0, 0.001), (0, 0.2)))
-        self._chunk = rng.choice((65_536, 65_536, 900, 60))
+        self._chunk = rng.choice((65_536, 65_536, 900, 120))
         self._half_closes = rng.random() < 0.3
         self._after = rng.randrange(1, 6)
         self._rng = rng
         self._pieces: list[bytes] = []
-        self._plan(rng, rng.choice((1, 2, 3, 5, 12, 12, 40) if self._way != "never reads" else (60,)))
+        self._plan(rng, rng.choice((1, 2, 2, 3, 5, 12, 40) if self._way != "never reads" else (60,)))
         self._answered = 0
         self._changed = trio.Event()
         self._ended = False

@@ -114,5 +114,6 @@ async def calm_down(world: World) -> None:
     _configure(world, world.on_disk[1])
     await trio.sleep(2)
     for _ in range(_SEES_IT):
-        if world.adopted[-1][1:] != world.on_disk and world.ended is None:
+        seen = world.adopted[-1][1:] == world.on_disk and world.record.in_place
+        if not seen and world.ended is None:
             await trio.sleep(1)
