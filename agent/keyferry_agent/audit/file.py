@@ -49,7 +49,8 @@ class RecordFile:
                 self._take_back()
             old, self._descriptor, self.identity, self._cut_off = self._descriptor, _NONE, None, 0
             if old != _NONE:
-                os.close(old)
+                with suppress(OSError):  # what could not be written long ago: the descriptor is gone all the same
+                    os.close(old)
             self._open()
 
     def append(self, records: Sequence[str]) -> Appended:
