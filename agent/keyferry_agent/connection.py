@@ -109,10 +109,13 @@ class Connection:
                     return  # what slow jobs are under way is still answered: the nursery waits for them
                 self._decoder.feed(received)
                 del received  # what a request holds is kept no longer than the request
+                began = trio.current_time()
                 if not await self._answer_all(slow):
                     slow.cancel_scope.cancel()
                     return
-                self._started = trio.current_time()  # the time that answering took is not the client's
+                # The time that answering took is not the client's; all other time is, however many pieces a request comes in.
+                now = trio.current_time()
+                self._started = min(self._started + now - began, now)
 
     async def _identified(self) -> bool:
         """Whether who connected is still there and is what it was, with all evidence that grants are about."""
