@@ -38,6 +38,8 @@ _TURN: Final = 16
 """Requests answered in one go: each turn costs a hand-over to the record, a write, and a look at all connections."""
 _SHORT_TURN: Final = 0.0004
 """Seconds that a turn takes where there are other connections: so long they wait for each that has a full pipeline."""
+_IGNORED: Final = 256
+"""Notifications that a turn takes: they get no answer, but take time all the same."""
 _SLOW_PER_CONNECTION: Final = 8
 """Slow jobs that one connection may have under way; then it is not read from. Twice the threads keeps them busy."""
 
@@ -170,10 +172,14 @@ class Connection:
     async def _answer_all(self, slow: trio.Nursery) -> bool:
         """Answer every whole message received so far; False when the stream cannot go on."""
         decided: list[_Decided] = []
+        ignored = 0
         try:
             for message in self._decoder.messages():
                 self._started = trio.current_time()  # the rest of the buffer belongs to the next request
                 if isinstance(message, wire.Notification):
+                    ignored += 1
+                    if ignored % _IGNORED == 0:
+                        await trio.lowlevel.checkpoint()
                     continue
                 outcome = self._decide(message)
                 if isinstance(outcome, _Decided):
