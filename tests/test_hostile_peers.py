@@ -1,6 +1,5 @@
 """Peers that mean harm, beside an honest client that has to be served all the while: slow ones, many, and those that vanish."""
 
-import os
 import signal
 import socket
 from pathlib import Path
@@ -15,10 +14,14 @@ def test_a_request_that_comes_byte_by_byte_has_no_longer_than_any_other(tmp_path
     """Each byte in time does not make the whole of it so."""
     endless = b"\xda\xff\x00" + bytes(5_000)
     with besieged(tmp_path, "request_timeout = 0.3") as siege, siege.connect() as dribbling:
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+
+        def dribble() -> None:
             for byte in endless:
                 dribbling.send(bytes([byte]))
                 siege.honest.is_served(1)
+
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            dribble()
         siege.agent.wait_for("connection.slow_request")
 
 

@@ -86,6 +86,7 @@ class Connection:
         self._process = process
         self._decoder = wire.Decoder()
         self._started = trio.current_time()  # when the request that is being received began
+        self._ignored = 0
         self._sending = trio.Lock()
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
 
@@ -172,14 +173,11 @@ class Connection:
     async def _answer_all(self, slow: trio.Nursery) -> bool:
         """Answer every whole message received so far; False when the stream cannot go on."""
         decided: list[_Decided] = []
-        ignored = 0
         try:
             for message in self._decoder.messages():
                 self._started = trio.current_time()  # the rest of the buffer belongs to the next request
                 if isinstance(message, wire.Notification):
-                    ignored += 1
-                    if ignored % _IGNORED == 0:
-                        await trio.lowlevel.checkpoint()
+                    await self._ignore()
                     continue
                 outcome = self._decide(message)
                 if isinstance(outcome, _Decided):
@@ -202,6 +200,11 @@ class Connection:
                 await _linger(self._stream)
             return False
         return await self._finish(decided)
+
+    async def _ignore(self) -> None:
+        self._ignored += 1
+        if self._ignored % _IGNORED == 0:
+            await trio.lowlevel.checkpoint()
 
     def _others_wait(self, first: _Decided) -> bool:
         alone = self._agent.counters.connections == 1

@@ -4,6 +4,7 @@ The rule that users keep: what was read from /proc/PID belongs to the process on
 alone may be another process's by then. SO_PEERPIDFD gives a handle even of a process that is dead.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -16,6 +17,8 @@ __all__ = ["PeerSocket", "Process", "Program", "pod_of", "processes_visible", "u
 
 _SO_PEERPIDFD: Final = 77  # Linux 6.5
 _INT: Final = struct.Struct("i")
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What says nothing about a process, but that this one has no room to look."""
 _REMEMBERED: Final = 1_024
 _HIERARCHIES: Final = re.compile(r"^0::(/.+)$", re.MULTILINE), re.compile(r"^\d+:name=systemd:(/.+)$", re.MULTILINE)
 """Where a unit's path is: in the unified hierarchy, or in systemd's own of version 1."""
@@ -52,16 +55,20 @@ class Process:
 
     @classmethod
     def of(cls, connection: PeerSocket, pid: int | None) -> "Process | None":
-        """The process that SO_PEERCRED numbers; None for one that is gone, or in a pid namespace that is not seen from here."""
+        """The process that SO_PEERCRED numbers; None for one in a pid namespace that is not seen from here.
+
+        Raises ProcessLookupError for one that is gone, or OSError.
+        """
         if pid is None:
             return None
         try:
             (fd,) = _INT.unpack(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _INT.size))
-        except OSError:  # an older kernel: between connect and here the number could have changed hands
-            try:
-                fd = os.pidfd_open(pid)
-            except OSError:
-                return None
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # how Linux before 6.16 says that it is gone
+                raise ProcessLookupError from None
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            fd = os.pidfd_open(pid)  # an older kernel: between connect and here the number could have changed hands
         return cls(pid, fd)
 
     def close(self) -> None:
@@ -73,11 +80,13 @@ class Process:
         return not self._poll.poll(0)
 
     def cgroups(self) -> str:
-        """Its control groups, as /proc has them; empty where they cannot be read."""
+        """Its control groups, as /proc has them; empty where they may not be read. Raises OSError where there is no room to."""
         try:
             with open(f"/proc/{self.pid}/cgroup") as file:
                 return file.read()
-        except OSError:
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
             return ""
 
     def program(self) -> Program | None:
