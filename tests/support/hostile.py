@@ -1,5 +1,6 @@
 """An agent under siege: an honest client beside whatever is done to it, and what has to be true afterwards."""
 
+import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,10 +15,16 @@ from keyferry_agent.audit import chain
 from .agent import PATIENCE, RawConnection, RunningAgent, configured
 from .scrape import scraped
 
+HEAVY = "KEYFERRY_HOSTILE" in os.environ
 PING = wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"})
 _FAULTS = ("connection.failed", "request.failed", "audit.failed", "accept.failed")
 _GROWS = 16 * 2**20
 """Bytes that resident memory may differ by afterwards: how an allocator scatters, not what thousands of peers sent."""
+
+
+def many(usual: int, heavy: int) -> int:
+    """How many: as usual, or in a run that may take minutes (`make hostile`)."""
+    return heavy if HEAVY else usual
 
 
 class Honest:
