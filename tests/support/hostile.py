@@ -97,19 +97,22 @@ class Siege:
         """One more connection."""
         return RawConnection(self.socket)
 
-    def answered(self) -> int:
-        """How many requests are in the record."""
-        return len(self.record.read_bytes().splitlines())
+    def answered(self, operation: str = "") -> int:
+        """How many requests are in the record: all, or of one operation."""
+        return self.record.read_bytes().count(f'"operation": "{operation}'.encode())
 
-    def is_over(self) -> None:
+    def begins_here(self) -> None:
+        """What is to be come back to is what is there now."""
+        self._before = self.look()
+
+    def is_over(self, grows: int = _GROWS) -> None:
         """The honest client is served, all that the peers took has come back, and nothing was the agent's fault."""
         self.honest.is_served()
         connections, descriptors, memory = self._before
         while self.look()[:2] != (connections, descriptors):  # it has not seen all of them leave yet
             self.honest.is_served(1)
         grown = self.look()[2] - memory
-        assert grown < _GROWS, f"{grown / 2**20:.1f} MiB more than before"
-        chain.verify([self.record])
+        assert grown < grows, f"{grown / 2**20:.1f} MiB more than before"
         assert not [line for line in self.agent.log if line["event"] in _FAULTS]
         assert "Traceback" not in "".join(self.agent.output)
 
@@ -132,6 +135,7 @@ def besieged(folder: Path, tables: str = "connections_per_user = 1024") -> Itera
             yield siege
             siege.is_over()
         assert agent.stop() == 0
+    assert chain.verify([siege.record]).beginning
 
 
 def until_closed(connection: RawConnection) -> list[wire.Response]:
