@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' client/keyferry/__init__.py)
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
 
-.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check records soak docs wheels image requirements \
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check records hostile soak docs wheels image requirements \
 	test-requirements clean help
 
 help:  ## this list
@@ -51,6 +51,9 @@ bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one th
 
 records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
+
+hostile: $(VENV)/.development  ## a million invalid requests, a thousand slow peers, and so on, against a running agent: minutes
+	KEYFERRY_HOSTILE=1 $(BIN)/pytest -p no:xdist -o faulthandler_timeout=900 tests/test_hostile_*.py
 
 soak: $(VENV)/.development  ## clients, an operator and accidents on one agent for MINUTES (60); then all is checked (docs/soak.md)
 	PYTHONPATH=tests $(BIN)/python -m soak $(if $(MINUTES),--minutes $(MINUTES))

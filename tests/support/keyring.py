@@ -55,11 +55,18 @@ def configuration(keyring: Path, *, actions: str = "kms:*", more: str = "", to: 
     )
 
 
-def serving(keyring: Path, socket: Path, *, preexec: Callable[[], None] | None = None, **what: str) -> RunningAgent:
+def serving(
+    keyring: Path,
+    socket: Path,
+    *,
+    preexec: Callable[[], None] | None = None,
+    environment: dict[str, str] | None = None,
+    **what: str,
+) -> RunningAgent:
     """An agent, to be entered, with this keyring and a `configuration` beside it (`agent.toml`)."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring, **what))
-    return RunningAgent(["--config", str(config)], socket, preexec=preexec)
+    return RunningAgent(["--config", str(config)], socket, preexec=preexec, environment=environment)
 
 
 @contextmanager
