@@ -77,8 +77,8 @@ def _check(host: Host) -> tuple[Opened, Recorded]:
     host.stop_clients()
     host.settle()
     notes = host.folder / "checks.jsonl"
-    with Client(host.socket, timeout=PATIENCE) as kms:
-        opened = open_all(kms, host.journals, Journal(notes))
+    with Client(host.socket, timeout=PATIENCE) as kms, Journal(notes) as checks:
+        opened = open_all(kms, host.journals, checks)
     host.end()
     return opened, check_record(host.records(), [*host.journals, notes], host.killed, host.cut)
 

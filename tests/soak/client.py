@@ -110,24 +110,23 @@ def _in_threads(path: str, askers: list[Asker], stop: _Stop, journal: Journal) -
 
 def main(kind: str, algorithm: str, path: str, notes: str, pace: str, seed: str) -> None:
     """Ask until SIGTERM."""
-    stop, journal, to = _Stop(), Journal(Path(notes)), recipient(algorithm)
+    stop, to = _Stop(), recipient(algorithm)
     count = 1 if kind == "blocking" else _TOGETHER
-    askers = [
-        Asker(Mix(int(seed) * _TOGETHER + number, to, journal).requests(), journal, float(pace) / count)
-        for number in range(count)
-    ]
-    try:
-        if kind == "trio":
-            trio.run(_in_trio, path, askers, stop)
-        elif kind == "asyncio":
-            asyncio.run(_in_asyncio(path, askers, stop))
-        else:
-            _in_threads(path, askers, stop, journal)
-    except BaseException as error:
-        journal.write(Wrong(repr(error)))
-        raise
-    finally:
-        journal.close()
+    with Journal(Path(notes)) as journal:
+        askers = [
+            Asker(Mix(int(seed) * _TOGETHER + number, to, journal).requests(), journal, float(pace) / count)
+            for number in range(count)
+        ]
+        try:
+            if kind == "trio":
+                trio.run(_in_trio, path, askers, stop)
+            elif kind == "asyncio":
+                asyncio.run(_in_asyncio(path, askers, stop))
+            else:
+                _in_threads(path, askers, stop, journal)
+        except BaseException as error:
+            journal.write(Wrong(repr(error)))
+            raise
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from keyferry import KmsError
 from keyferry.parameters import decode_base64
@@ -47,6 +47,12 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._file = path.open("ab", buffering=0)  # a line is one write: threads share a journal
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+
     def write(self, entry: Answer | Made | Wrong) -> None:
         """Write an entry down."""
         self._file.write(json.dumps([type(entry).__name__, *entry]).encode() + b"\n")
@@ -60,10 +66,6 @@ class Journal:
         """Note what is wrong, unless it is right."""
         if not right:
             self.write(Wrong(what))
-
-    def close(self) -> None:
-        """Write no more."""
-        self._file.close()
 
 
 def read(paths: list[Path]) -> Iterator[Answer | Made | Wrong]:
