@@ -1,16 +1,21 @@
 """Peers that mean harm, beside an honest client that has to be served all the while: slow ones, many, and those that vanish."""
 
+import hashlib
 import os
 import resource
+import shutil
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
+from support.asking import ok
 from support.hostile import PING, Siege, besieged, limits, many, until_closed
+from support.keyring import serving
 from support.peers import peers
 
 from keyferry import wire
@@ -112,14 +117,14 @@ def test_processes_that_connect_say_something_and_end_leave_nothing(siege: Siege
 
 def test_greedy_connections_by_the_dozen_keep_nobody_out(siege: Siege) -> None:
     """Each is full of requests, and reads all answers: an honest request waits for a turn of each, and no longer."""
-    with peers("greedy", siege.socket, many(30, 500)):
-        while siege.look()[0] < many(30, 500):
+    with peers("greedy", siege.socket, many(30, 200)):
+        while siege.look()[0] < many(30, 200):
             siege.honest.is_served(1)
         for _ in range(5):
             before = siege.answered()
             siege.honest.is_served(1)
             # Two requests, and the rest of a turn that had begun: 16 for each of the others, twice, and some.
-            assert siege.answered() - before < 3 * 3 * 16 * many(30, 500)
+            assert siege.answered() - before < 3 * 3 * 16 * many(30, 200)
 
 
 def test_connections_that_are_closed_before_they_are_accepted_are_none(siege: Siege) -> None:
@@ -269,3 +274,25 @@ def test_a_drain_ends_while_others_ask_without_end(tmp_path: Path) -> None:
         assert agent.wait() == 0
     assert not path.exists()
     assert agent.log[-1]["event"] == "agent.stopped"
+
+
+# --- a program that is to be hashed -----------------------------------------------------------------------------------
+
+
+def test_a_program_without_end_holds_up_nobody_elses_hash_and_no_drain(
+    keyring: Path, socket_path: Path, tmp_path: Path
+) -> None:
+    """With a hole of 64 GiB behind it. It has no hash, and its connections take no thread that others need."""
+    huge = tmp_path / "huge"
+    shutil.copy(os.path.realpath(sys.executable), huge)
+    this = hashlib.sha256(huge.read_bytes()).hexdigest()
+    os.truncate(huge, 64 << 30)
+    with (
+        serving(keyring, socket_path, to=f'sha256="sha256:{this}"') as agent,
+        peers("once", socket_path, 45, program=huge) as endless,
+    ):
+        assert endless.stdout is not None
+        endless.stdout.readline()
+        with RawConnection(socket_path) as connection:
+            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        assert agent.stop() == 0

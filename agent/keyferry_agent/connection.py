@@ -8,10 +8,11 @@ full pipeline gives way to the others after each handful.
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import structlog
 import trio
@@ -61,6 +62,8 @@ class Shared:
     rate: Rate
     slow: trio.CapacityLimiter
     metrics: Metrics | None = None
+    hashing: MutableMapping[int | None, trio.CapacityLimiter] = field(default_factory=WeakValueDictionary)
+    """One program of each user's is hashed at a time: nobody's waits for another's."""
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
     last_look: float = math.inf
@@ -126,7 +129,8 @@ class Connection:
         if process is None:
             return True
         if agent.policy.hashes_programs and self._caller.peer.sha256 is None and process.seen is not None:
-            hashed = await trio.to_thread.run_sync(process.hash_program)
+            limiter = self._shared.hashing.setdefault(self._caller.peer.uid, trio.CapacityLimiter(1))
+            hashed = await trio.to_thread.run_sync(process.hash_program, limiter=limiter, abandon_on_cancel=True)
             if not process.changed():
                 self._caller.know(self._caller.peer._replace(sha256=hashed))
         self._caller.refresh(agent.policy)

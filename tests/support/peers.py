@@ -3,6 +3,7 @@
 short    COUNT processes, each of which connects, says a little, and ends; nobody waits for anything
 greedy   connects COUNT times, and asks on all of them without end, reading only what comes
 deaf     connects COUNT times, and asks without ever reading; says so on standard output when nobody takes more
+once     connects COUNT times, asks once on each, says so, and waits for the answers
 gone     COUNT processes, one after the other, each of which asks and is killed; says their IDs
 """
 
@@ -63,6 +64,15 @@ def _ask(path: str, count: int, *, deaf: bool) -> None:
                 left -= 1
 
 
+def _once(path: str, count: int) -> None:
+    made = [_connect(path) for _ in range(count)]
+    for each in made:
+        each.sendall(_ASK)
+    print("asked", flush=True)
+    for each in made:
+        each.recv(1 << 16)
+
+
 def _gone(path: str, count: int) -> None:
     for _ in range(count):
         if os.fork() == 0:
@@ -72,10 +82,13 @@ def _gone(path: str, count: int) -> None:
 
 
 @contextmanager
-def peers(how: str, path: Path, count: int) -> Iterator["subprocess.Popen[bytes]"]:
-    """Such a process, for the time of a block; then it is killed."""
-    arguments = [sys.executable, "-S", __file__, how, str(path), str(count)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
+def peers(
+    how: str, path: Path, count: int, *, program: str | Path = sys.executable
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """Such a process, for the time of a block; then it is killed. `program`: a copy of this Python."""
+    arguments = [program, "-S", __file__, how, str(path), str(count)]
+    environment = {**os.environ, "PYTHONHOME": sys.base_prefix}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
         try:
             yield process
         finally:
@@ -87,6 +100,8 @@ if __name__ == "__main__":
     how, path, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
     if how == "short":
         _short(path, count)
+    elif how == "once":
+        _once(path, count)
     elif how == "gone":
         _gone(path, count)
     else:

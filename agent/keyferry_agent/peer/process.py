@@ -20,6 +20,8 @@ _INT: Final = struct.Struct("i")
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What says nothing about a process, but that this one has no room to look."""
 _REMEMBERED: Final = 1_024
+_LARGEST: Final = 2**30
+"""Bytes of a program that is hashed. A file with a hole behind it costs who makes it nothing, however long it is."""
 _HIERARCHIES: Final = re.compile(r"^0::(/.+)$", re.MULTILINE), re.compile(r"^\d+:name=systemd:(/.+)$", re.MULTILINE)
 """Where a unit's path is: in the unified hierarchy, or in systemd's own of version 1."""
 _UNITS: Final = (".service", ".scope")
@@ -103,10 +105,15 @@ class Process:
         return self.program() != self.seen
 
     def hash_program(self) -> str | None:
-        """`sha256:` and the hash of the file that it runs, whatever is at its path. Reads it all: not for the event loop."""
+        """`sha256:` and the hash of the file that it runs, whatever is at its path; None for one that is huge or unreadable.
+
+        Reads it all: not for the event loop.
+        """
         try:
             with open(f"/proc/{self.pid}/exe", "rb", buffering=0) as file:
                 identity = _identity(file.fileno())
+                if os.fstat(file.fileno()).st_size > _LARGEST:
+                    return None
                 known = _hashes.get(identity)
                 if known is None:
                     digest = hashlib.file_digest(file, "sha256")
