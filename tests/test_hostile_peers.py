@@ -34,6 +34,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
 @pytest.fixture
 def siege(agent: Siege) -> Iterator[Siege]:
     """The same, which has to be as it was after each test."""
+    agent.begins_here()
     yield agent
     agent.is_over()
 
