@@ -88,10 +88,10 @@ def test_slow_readers_cost_their_own_answers_only(tmp_path: Path) -> None:
             siege.begins_here()
 
 
-def test_a_flood_of_notifications_lets_others_have_their_turns(tmp_path: Path) -> None:
+def test_a_flood_of_notifications_lets_others_have_their_turns(siege: Siege) -> None:
     """Nobody is answered, so nothing else would make the agent look at others: the record tells who was first."""
     flood = wire.encode_notification("x", {}) * 8_000 + PING
-    with besieged(tmp_path) as siege, siege.connect() as loud, siege.connect() as quiet:
+    with siege.connect() as loud, siege.connect() as quiet:
         loud.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         for _ in range(8):  # which of two that wait has the first turn is left to chance
             siege.agent.signal(signal.SIGSTOP)
@@ -262,9 +262,9 @@ def test_a_drain_ends_while_others_ask_without_end(tmp_path: Path) -> None:
     with (
         RunningAgent(limits(tmp_path, "request_timeout = 1"), path) as agent,
         RawConnection(path) as honest,
-        peers("greedy", path, 20),
+        peers("greedy", path, 8),
         peers("short", path, 10_000),
-        peers("deaf", path, 5) as deaf,
+        peers("deaf", path, 2) as deaf,
     ):
         assert deaf.stdout is not None
         deaf.stdout.readline()

@@ -206,32 +206,31 @@ def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["gone", "a folder", "a loop", "not text"])
-def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(
-    keyring: Path, socket_path: Path, what: str
-) -> None:
-    """Until there is a good one again."""
+def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(keyring: Path, socket_path: Path) -> None:
+    """Whether it is gone, a folder, a link to itself, or no text: until there is a good one again."""
     config = keyring.parent / "agent.toml"
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         good = config.read_bytes()
-        config.unlink()
-        if what == "a folder":
-            config.mkdir()
-        elif what == "a loop":
-            config.symlink_to(config)
-        elif what == "not text":
-            config.write_bytes(b"\xff\xfe")
-        agent.signal(signal.SIGHUP)
-        assert str(config) in agent.wait_for("reload.failed")["why"]
-        ok(connection, *DESCRIBE)
-        if what == "a folder":
-            config.rmdir()
-        else:
-            config.unlink(missing_ok=True)
-        config.write_bytes(good)
-        agent.signal(signal.SIGHUP)
-        agent.wait_for("reload.done")
-        ok(connection, *DESCRIBE)
+        ways: tuple[Callable[[], object], ...] = (
+            lambda: None,
+            config.mkdir,
+            lambda: config.symlink_to(config),
+            lambda: config.write_bytes(b"\xff"),
+        )
+        for count, spoil in enumerate(ways, 1):
+            config.unlink()
+            spoil()
+            agent.signal(signal.SIGHUP)
+            assert str(config) in agent.wait_for("reload.failed", count)["why"]
+            ok(connection, *DESCRIBE)
+            if config.is_dir():
+                config.rmdir()
+            else:
+                config.unlink(missing_ok=True)
+            config.write_bytes(good)
+            agent.signal(signal.SIGHUP)
+            agent.wait_for("reload.done", count)
+            ok(connection, *DESCRIBE)
 
 
 def test_two_agents_that_were_made_to_share_a_name_leave_each_other_alone(socket_path: Path) -> None:
