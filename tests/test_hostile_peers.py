@@ -16,7 +16,9 @@ from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.asking import ok
 from support.hostile import PING, Siege, besieged, limits, many, until_closed
 from support.keyring import serving
+from support.keys import recipient
 from support.peers import peers
+from support.requires import root
 
 from keyferry import wire
 
@@ -126,6 +128,31 @@ def test_greedy_connections_by_the_dozen_keep_nobody_out(siege: Siege) -> None:
             siege.honest.is_served(1)
             # Two requests, and the rest of a turn that had begun: 16 for each of the others, twice, and some.
             assert siege.answered() - before < 3 * 3 * 16 * many(30, 200)
+
+
+@root()
+def test_a_slow_request_waits_for_a_few_of_another_users_and_not_for_all(tmp_path: Path) -> None:
+    """However many connections are full of them: what was answered before it and after one that is not slow is counted."""
+    other = 12_345
+    grant = f'[[grant]]\nname = "o"\nto = {{ uid = {other} }}\nactions = ["kms:*"]\nkeys = ["*"]\n'
+    slow = wire.encode_request(1, "GenerateAndExportDataKey", {"KeyId": "alias/dev", **recipient("SM2PKE").params})
+    for folder in [*list(tmp_path.parents)[:-2], tmp_path]:  # not /tmp, and not /
+        folder.chmod(folder.stat().st_mode | 0o011)
+    with (
+        besieged(tmp_path, grant, mode="0666") as siege,
+        siege.connect() as mine,
+        peers("greedy", siege.socket, 30, user=other, ask=slow),
+    ):
+        while siege.answered("GenerateAndExportDataKey") < 1_000:  # all of them are under way
+            siege.honest.is_served(1)
+        mine.send(PING + slow)
+        quick, late = mine.response(), mine.response()
+        assert quick is not None
+        assert late is not None
+        assert quick.result is not None
+        assert late.result is not None
+        between = siege.record.read_text().split(quick.result["RequestId"])[1].split(late.result["RequestId"])[0]
+        assert between.count(f'"uid": {other},') < 64  # of 240 that wait
 
 
 def test_connections_that_are_closed_before_they_are_accepted_are_none(siege: Siege) -> None:

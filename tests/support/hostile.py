@@ -125,19 +125,20 @@ class Siege:
         assert "Traceback" not in "".join(self.agent.output)
 
 
-def limits(folder: Path, tables: str) -> list[str]:
+def limits(folder: Path, tables: str, mode: str = "0660") -> list[str]:
     """Arguments for an agent with a development keyring, a record, metrics, and these limits."""
     return configured(
         folder / "agent.sock",
-        f'[limits]\n{tables}\n[audit]\npath = "{folder}/audit.jsonl"\n[metrics]\nlisten = "{folder}/metrics.sock"\n',
+        f'mode = "{mode}"\n[limits]\n{tables}\n'
+        f'[audit]\npath = "{folder}/audit.jsonl"\n[metrics]\nlisten = "{folder}/metrics.sock"\n',
     )
 
 
 @contextmanager
-def besieged(folder: Path, tables: str = "connections_per_user = 1024") -> Iterator[Siege]:
+def besieged(folder: Path, tables: str = "connections_per_user = 1024", mode: str = "0660") -> Iterator[Siege]:
     """An agent of a test's own, with these limits; at the end it has to be as it was, and to stop as it should."""
     path = folder / "agent.sock"
-    with RunningAgent(limits(folder, tables), path) as agent:
+    with RunningAgent(limits(folder, tables, mode), path) as agent:
         with Honest(path) as honest:
             siege = Siege(agent, folder, honest)
             yield siege

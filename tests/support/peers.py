@@ -38,7 +38,7 @@ def _short(path: str, count: int) -> None:
                 os.wait()
 
 
-def _ask(path: str, count: int, *, deaf: bool) -> None:
+def _ask(path: str, count: int, ask: bytes, *, deaf: bool) -> None:
     chosen = selectors.DefaultSelector()
     events = selectors.EVENT_WRITE | (0 if deaf else selectors.EVENT_READ)
     for _ in range(count):
@@ -54,7 +54,7 @@ def _ask(path: str, count: int, *, deaf: bool) -> None:
         for key, event in ready:
             try:
                 if event & selectors.EVENT_WRITE:
-                    key.fileobj.send(_ASK * 50)  # type: ignore[union-attr]
+                    key.fileobj.send(ask * 50)  # type: ignore[union-attr]
                 elif not key.fileobj.recv(1 << 16):  # type: ignore[union-attr]
                     raise ConnectionResetError
             except BlockingIOError:
@@ -83,10 +83,19 @@ def _gone(path: str, count: int) -> None:
 
 @contextmanager
 def peers(
-    how: str, path: Path, count: int, *, program: str | Path = sys.executable
+    how: str,
+    path: Path,
+    count: int,
+    *,
+    program: str | Path = sys.executable,
+    user: int | None = None,
+    ask: bytes = _ASK,
 ) -> Iterator["subprocess.Popen[bytes]"]:
-    """Such a process, for the time of a block; then it is killed. `program`: a copy of this Python."""
-    arguments = [program, "-S", __file__, how, str(path), str(count)]
+    """Such a process, for the time of a block; then it is killed.
+
+    `program`: a copy of this Python; `user`: whom it becomes, for which it takes root; `ask`: the request that it makes.
+    """
+    arguments = [program, "-S", __file__, how, str(path), str(count), ask.hex(), *([str(user)] if user else [])]
     environment = {**os.environ, "PYTHONHOME": sys.base_prefix}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment) as process:
         try:
@@ -98,6 +107,8 @@ def peers(
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     how, path, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    for user in map(int, sys.argv[5:]):
+        os.setresuid(user, user, user)
     if how == "short":
         _short(path, count)
     elif how == "once":
@@ -105,4 +116,4 @@ if __name__ == "__main__":
     elif how == "gone":
         _gone(path, count)
     else:
-        _ask(path, count, deaf=how == "deaf")
+        _ask(path, count, bytes.fromhex(sys.argv[4]), deaf=how == "deaf")
