@@ -64,6 +64,8 @@ class Shared:
     metrics: Metrics | None = None
     hashing: MutableMapping[int | None, trio.CapacityLimiter] = field(default_factory=WeakValueDictionary)
     """One program of each user's is hashed at a time: nobody's waits for another's."""
+    slow_of: MutableMapping[int | None, trio.CapacityLimiter] = field(default_factory=WeakValueDictionary)
+    """No more of a user's slow jobs wait for `slow` than may run: nobody's wait for all of another's."""
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
     last_look: float = math.inf
@@ -92,6 +94,7 @@ class Connection:
         self._ignored = 0
         self._sending = trio.Lock()
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
+        self._slow_of_user = shared.slow_of.setdefault(peer.uid, trio.CapacityLimiter(shared.slow.total_tokens))
 
     async def run(self) -> None:
         """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
@@ -237,7 +240,8 @@ class Connection:
         try:
             outcome: Any
             try:
-                outcome = await trio.to_thread.run_sync(job.run, limiter=self._shared.slow)
+                async with self._slow_of_user:
+                    outcome = await trio.to_thread.run_sync(job.run, limiter=self._shared.slow)
             except Exception as error:
                 outcome = _refusal(error, audited)
             if not await self._finish([_Decided(msgid, audited, outcome)]):
