@@ -11,16 +11,27 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
+import trio
+import trio.testing
 from support.agent import RawConnection, RunningAgent, dev_agent
 from support.asking import ok, refused
 from support.keyring import change, opened, serving
 from support.requires import library, root
 
 from keyferry import wire
-from keyferry_agent.audit import chain
+from keyferry_agent import reloading
+from keyferry_agent.agent import Agent
+from keyferry_agent.audit import AuditLog, chain
+from keyferry_agent.host import Host
+from keyferry_agent.keyring.loaded import development_keyring
+from keyferry_agent.options import Options
 from keyferry_agent.peer import Process, evidence
+from keyferry_agent.reloading import Reloader
+from keyferry_agent.settings import Audit, Settings
 
 DESCRIBE = ("DescribeKey", {"KeyId": "alias/a"})
 
@@ -246,6 +257,37 @@ def test_two_agents_that_were_made_to_share_a_name_leave_each_other_alone(socket
                 ok(another, "GetAgentStatus", {})
             assert second.stop() == 0
     assert not socket_path.exists()
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    """A host, or a pod, may be full of processes: that is said once, and is not the end of the agent."""
+    looked = trio.Event()
+    left = 5
+
+    async def in_thread(function: Callable[[], Any], *_: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left > 0:
+            raise RuntimeError("can't start new thread")
+        looked.set()
+        return function()
+
+    monkeypatch.setattr(reloading, "_in_thread", in_thread)
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    settings = Settings(memory="prefer")
+    agent = Agent(settings, development_keyring(backing="auto", require=False))
+    reloader = Reloader(options, agent, AuditLog(Audit(str(tmp_path / "record"))), {}, Host(), None)
+    with structlog.testing.capture_logs() as logged:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            await looked.wait()
+            nursery.cancel_scope.cancel()
+    assert [line["event"] for line in logged] == ["reload.failed"]
 
 
 # --- the clock --------------------------------------------------------------------------------------------------------
