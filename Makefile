@@ -5,8 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 VERSION = $(shell sed -n 's/^__version__.*"\(.*\)"/\1/p' client/keyferry/__init__.py)
 PROJECTS := client/pyproject.toml agent/pyproject.toml pyproject.toml
+PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+	--no-emit-package keyferry --no-emit-package keyferry-agent $(UPGRADE:%=--upgrade) $(PACKAGE:%=--upgrade-package %)
+A_WEEK_OLD = $(UPGRADE:%=--exclude-newer "7 days")
 
-.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check records hostile soak docs wheels image requirements \
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check fuzz records hostile soak docs wheels image requirements audit \
 	test-requirements clean help
 
 help:  ## this list
@@ -49,6 +52,9 @@ bench: $(VENV)/.bench  ## measure speed beside the bare computation, and write d
 bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one that is kept
 	PYTHONPATH=tests $(BIN)/python -m bench --check
 
+fuzz: $(VENV)/.fuzz  ## fuzz what reads what others wrote (MINUTES=10 in all, TARGET=codec for one; docs/fuzzing.md)
+	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(or $(MINUTES),2) $(TARGET)
+
 records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
 
@@ -70,10 +76,19 @@ image: $(VENV)/.development  ## build the agent's image with podman (BASE=... fo
 	@$(MAKE) --no-print-directory wheels
 	podman build $(if $(BASE),--build-arg BASE=$(BASE)) --file deploy/Containerfile --tag keyferry-agent:$(VERSION) .
 
-requirements: $(VENV)/.development  ## write deploy/requirements.txt: what an agent needs, pinned and hashed
+# Each holds the versions of those before it: what is deployed is what is tested.
+requirements: $(VENV)/.created  ## write the pinned and hashed requirements (UPGRADE=1: anew; PACKAGE=name: one of them)
 	@.ci/pip $(PYTHON) $(VENV) uv==0.13.9
-	$(BIN)/uv pip compile agent/pyproject.toml --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-header --no-annotate --no-emit-package keyferry --output-file deploy/requirements.txt
+	$(PIN) $(A_WEEK_OLD) agent/pyproject.toml --output-file deploy/requirements.txt
+	$(PIN) $(A_WEEK_OLD) client/pyproject.toml --all-extras -c deploy/requirements.txt --output-file deploy/requirements-client.txt
+	$(PIN) client/pyproject.toml agent/pyproject.toml --all-extras --group dev -c deploy/requirements.txt \
+		-c deploy/requirements-client.txt --output-file .ci/requirements.txt
+	$(PIN) --group audit -c .ci/requirements.txt --output-file .ci/requirements-audit.txt
+	$(PIN) --group fuzz -c .ci/requirements.txt --output-file .ci/requirements-fuzz.txt
+	$(PIN) --group hosts -c .ci/requirements.txt --output-file .ci/requirements-hosts.txt
+
+audit: $(VENV)/.audit  ## look every pinned requirement up in a database of known vulnerabilities
+	PYTHONPATH=tests $(BIN)/python -m support.advisories
 
 test-requirements:  ## (as root) install what tests need of the system: neovim, age, gdb, node, zsh, PKCS#11 tokens, podman, ...
 	.ci/provide
@@ -93,9 +108,9 @@ $(VENV)/.tokens: $(VENV)/.runtime
 	@.ci/pip $(PYTHON) $(VENV) -e 'client[pkcs11]'
 	@touch $@
 
-$(VENV)/.development: $(VENV)/.runtime
-	@echo "Installing the development tools into $(VENV) ..."
-	@.ci/pip $(PYTHON) $(VENV) -e 'client[module,pkcs11,async,store]' -e 'agent[metrics]' --group dev
+$(VENV)/.development: $(VENV)/.runtime .ci/requirements.txt
+	@echo "Installing the development tools, and the versions that are tested, into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) --require-hashes -r .ci/requirements.txt
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.development
@@ -103,9 +118,19 @@ $(VENV)/.bench: $(VENV)/.development
 	@.ci/pip $(PYTHON) $(VENV) --group bench
 	@touch $@
 
-$(VENV)/.hosts: $(VENV)/.development
+$(VENV)/.fuzz: $(VENV)/.development .ci/requirements-fuzz.txt
+	@echo "Installing the fuzzer into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) --require-hashes -r .ci/requirements-fuzz.txt
+	@touch $@
+
+$(VENV)/.audit: $(VENV)/.development .ci/requirements-audit.txt
+	@echo "Installing what asks for known vulnerabilities into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) --require-hashes -r .ci/requirements-audit.txt
+	@touch $@
+
+$(VENV)/.hosts: $(VENV)/.development .ci/requirements-hosts.txt
 	@echo "Installing the validator of Kubernetes' manifests (108 MB) into $(VENV) ..."
-	@.ci/pip $(PYTHON) $(VENV) --group hosts
+	@.ci/pip $(PYTHON) $(VENV) --require-hashes -r .ci/requirements-hosts.txt
 	@touch $@
 
 clean:  ## remove what was made

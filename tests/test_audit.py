@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,21 @@ def test_every_request_has_its_line_and_the_chain_is_whole(
     assert capsys.readouterr().out.startswith("whole: 3 lines, from the beginning; the last has the SHA-256 ")
 
 
+@pytest.mark.parametrize("letter", ["a", "密", "\N{GRINNING FACE}", "\x01"])
+def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> None:
+    """Whatever the keys of a context are: what is too long is left out."""
+    peer = Peer(4294967294, frozenset(range(2**32 - 100, 2**32)), 2**22, "default", unit="u" * 255 + ".service")
+    keys = tuple(f"{letter * 39}{number}" for number in range(40))
+    audited = Audited("i" * 36, 0.0, "GenerateDataKeyWithoutPlaintext", "g" * 64, recipient="p" * 71, context_keys=keys)
+    for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
+        setattr(audited, name, "k" * 36)
+    AuditLog(Audit(str(record))).record(peer, [(audited, "Rejected.PendingDeletion")])
+    assert record.stat().st_size <= select.PIPE_BUF
+    listed = json.loads(record.read_bytes())["context_keys"]
+    assert listed == sorted(key[:40] for key in keys)[: len(listed)]
+    assert len(listed) >= 2
+
+
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
@@ -77,9 +93,10 @@ def test_every_request_has_its_line_and_the_chain_is_whole(
         (lambda lines: [*lines[:4], lines[4][:-1]], "line 5: cut off"),
         (lambda lines: [*lines[:2], lines[0], *lines[2:]], "line 3: begins a new chain"),
         (lambda lines: [*lines[:2], b"nonsense\n", *lines[2:]], "line 3: not a line"),
+        (lambda lines: [*lines[:2], b"[" * 100_000 + b"\n", *lines[2:]], "line 3: not a line"),
         (lambda _: [], "no line"),
     ],
-    ids=["changed", "taken out", "moved", "cut off", "begun anew", "nonsense", "empty"],
+    ids=["changed", "taken out", "moved", "cut off", "begun anew", "nonsense", "nested", "empty"],
 )
 def test_what_was_done_to_a_record_is_found(
     record: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[bytes]], list[bytes]], why: str

@@ -56,7 +56,9 @@ def seal_with(case: Case, scratch: SecretMemory) -> bytes:
     cmk, plaintext = view(bytes.fromhex(case["cmk"])), view(bytes.fromhex(case["plaintext"]))
     context = case["encryption_context"] or {}
     salt = bytes.fromhex(case["salt"])
-    return seal._seal(case["key_spec"], cmk, case["key_version_id"], case["key_id"], context, plaintext, scratch, salt)
+    return seal.bind(case["key_spec"], case["key_version_id"], case["key_id"], context).seal(
+        cmk, plaintext, scratch, salt
+    )
 
 
 def open_blob(
@@ -166,7 +168,7 @@ def test_what_the_second_implementation_seals_the_agent_opens(
     cmk, salt = random[: seal.KEY_SIZES[key_spec]], random[32:]
     blob = second_decoder.seal_blob(key_spec, cmk, VERSION_ID, KEY_ID, context, plaintext, salt)
     assert open_blob(scratch, key_spec, cmk, KEY_ID, context, blob) == plaintext
-    same = seal._seal(key_spec, view(cmk), VERSION_ID, KEY_ID, context, view(plaintext), scratch, salt)
+    same = seal.bind(key_spec, VERSION_ID, KEY_ID, context).seal(view(cmk), view(plaintext), scratch, salt)
     assert same == blob
 
 

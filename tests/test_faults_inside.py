@@ -22,14 +22,16 @@ from keyferry.sm2_ciphertext import raw_to_der
 from keyferry_agent import handlers
 from keyferry_agent.agent import Agent
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.connection import Connection, Shared
 from keyferry_agent.crypto import selftest, wrapping
 from keyferry_agent.grants import Grant
 from keyferry_agent.handlers.status import get_agent_status
 from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.limits import Rate
-from keyferry_agent.peer import evidence
+from keyferry_agent.peer import Peer, evidence
 from keyferry_agent.serving import Server
 from keyferry_agent.settings import Audit, Settings
+from keyferry_agent.workers import Workers
 
 STATUS = ("GetAgentStatus", dict[str, Any]())
 
@@ -213,6 +215,26 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
                 assert await stream.receive_some() == b""
         assert [entry["event"] for entry in logged] == ["connection.failed"]
         assert (await ask(other, *STATUS)).error is None
+
+
+async def test_behind_half_an_answer_comes_no_other(agent: Agent, audit: AuditLog) -> None:
+    """Who was sending it was cancelled, as at the end of a drain; another job of the same connection was not, yet."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
+        shared = Shared(agent=agent, audit=audit, rate=Rate(0), workers=Workers(1))
+        connection = Connection(shared, stream, Peer(uid=1, gids=frozenset(), pid=1, listener="default"), None)
+        long = b"A" * 2**22
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection._send, long)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.cancel_scope.cancel()
+        received = theirs.recv(2**22)
+        assert 0 < len(received) < len(long)
+        assert not await connection._send(b"another")
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
 
 
 def test_the_rate_is_per_user_and_comes_back() -> None:

@@ -1,8 +1,11 @@
 """Grants: what matches, what does not, what a caller without any may learn; then with real other users."""
 
 import os
+import re
+import tracemalloc
 import uuid
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -75,11 +78,32 @@ def test_evidence_that_cannot_be_had_matches_nothing() -> None:
         ("acs:kms:local:0:key/*", "acs:kms:local:0:key/1-2", True),
         ("acs:kms:*:0:key/*", "acs:kms:local:0:key/1-2", True),
         ("acs:kms:*:key/*", "acs:kms:local:0:key/1-2", False),
+        ("alias/*-a-*-b-*", "alias/1-a-2-a-3-b-4-b-5", True),
+        ("alias/*-a-*-b", "alias/1-a-2-b-3-b", True),
+        ("alias/*-a-*-b", "alias/1-b-2-a", False),
+        ("alias/*-a-*-b", "alias/1-a-2/1-b", False),
+        ("alias/*a*/*b*/c", "alias/xaax/xbbx/c", True),
+        ("alias/a**b", "alias/ab", True),
     ],
 )
 def test_a_star_stays_within_one_part_of_a_name(pattern: str, name: str, *, matches: bool) -> None:
     """A sole star is every key."""
     assert Grant("g", {"uid": 1}, ("kms:*",), (pattern,)).has_key([name]) is matches
+
+
+@given(st.text("ab*/:", max_size=12).filter(lambda text: text != "*"), st.text("ab/:", max_size=12))
+def test_stars_match_as_in_a_shell_part_by_part(pattern: str, name: str) -> None:
+    """Also where they could match in several ways."""
+    pieces, names = re.split("([/:])", pattern), re.split("([/:])", name)
+    same = len(pieces) == len(names) and all(map(fnmatchcase, names, pieces))
+    assert Grant("g", {"uid": 1}, ("kms:*",), (pattern,)).has_key([name]) is same
+
+
+def test_a_name_that_nearly_matches_many_stars_is_told_at_once() -> None:
+    """Whoever connects says the name. Looking for every way in which stars could share it out would take for ever."""
+    grant = Grant("g", {"uid": 1}, ("kms:*",), ("alias/" + "*a" * 20 + "*b", "alias/**********"))
+    assert not grant.has_key(["alias/" + "a" * 500 + "/"])
+    assert grant.has_key(["alias/" + "a" * 500 + "b"])
 
 
 @pytest.mark.parametrize(
@@ -267,6 +291,20 @@ def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) 
             assert status is not None
             assert status["Keys"] == 0
             assert "Counters" not in status
+
+
+def test_names_of_keys_that_are_not_there_are_not_remembered() -> None:
+    """Whoever connects makes them up: a name of 512 characters can take two kilobytes."""
+    granted = Granted((Grant("g", {"uid": 1}, ("kms:*",), ("alias/a*",)),))
+    assert may_name(granted.grants, "kms:Decrypt", ["alias/ab"])
+    tracemalloc.start()
+    try:
+        for number in range(1_000):
+            name = f"alias/{number}" + "\N{GRINNING FACE}" * 500
+            assert not granted.would_cover("kms:Decrypt", [name])
+        assert tracemalloc.get_traced_memory()[0] < 65_536
+    finally:
+        tracemalloc.stop()
 
 
 NAMES = st.sampled_from(["alias/a", "alias/ab", "alias/b/c", "alias/b", "k1", "k2", "acs:kms:local:0:key/k1"])

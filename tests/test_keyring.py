@@ -191,7 +191,11 @@ def test_a_wrong_identity_or_passphrase_does_not_open_it(
     ("change", "why"),
     [
         (lambda raw: raw.update(Format="x"), "no keyring"),
-        (lambda raw: raw.update(Version=2), "upgrade"),
+        (lambda raw: raw.update(Version=2), "version 2; .* upgrade"),
+        (lambda raw: raw.update(Version=True), "upgrade"),
+        (lambda raw: raw.update(Version=1.0), "upgrade"),
+        (lambda raw: raw.update(Version={"Material": "*secret*"}), "upgrade"),
+        (lambda raw: raw.update({"x" * 9_000 + "secret": 1}), "unknown"),
         (lambda raw: raw.update(Surprise=1), "Surprise"),
         (lambda raw: raw.pop("Keys"), "Keys"),
         (lambda raw: raw.update(Keys=[5]), r"Keys\[0\]"),

@@ -95,6 +95,12 @@ def test_an_identity_that_is_given_as_a_recipient_is_not_shown(
     assert "abc" not in said
 
 
+def test_a_recipient_that_is_not_text_is_refused(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As any other that is none."""
+    run("reseal", keyring, "--recipient", "age1\udcff", "--unseal", keyring.parent / "identity", code=1)
+    assert "is no recipient" in capsys.readouterr().err
+
+
 def test_what_is_no_file_is_not_read(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A pipe that nobody writes would be waited for, and a device has no end."""
     fifo, identity = keyring.parent / "fifo", keyring.parent / "identity"

@@ -150,6 +150,12 @@ def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkey
             "not of this agent",
         ),
         (GRANT.format(to="uid = 5") + GRANT.format(to="uid = 6"), "grant", "same name"),
+        ('[[listener]]\nname = "a"\npath = "/a"\nuser = -1', "listener[0].user", "user of this host"),
+        ('[[listener]]\nname = "a"\npath = "/a"\ngroup = 4294967295', "listener[0].group", "group of this host"),
+        ('[[listener]]\nname = "a"\npath = "/a"\nuser = "a\\u0000"', "listener[0].user", "user of this host"),
+        (f"mode = 0x{'f' * 5_000}", "mode", "thousands of digits"),
+        (f"keyring = [0x{'f' * 5_000}]", "keyring", "thousands of digits"),
+        ('"a\\nb" = 1', "a\\nb", "unknown"),
     ],
 )
 def test_what_is_wrong_is_named_by_its_path(tmp_path: Path, text: str, path: str, why: str) -> None:
@@ -186,7 +192,23 @@ def test_a_grant_to_the_overflow_uid_is_a_warning(tmp_path: Path) -> None:
     assert "overflow" in read(written(tmp_path, GRANT.format(to="uid = 65534"))).warnings[0]
 
 
-@pytest.mark.parametrize(("content", "why"), [(b"a = = 1", "line 1"), (b"a = '\xff'", "not UTF-8")])
+def test_a_name_that_no_host_can_have_matches_nobody(tmp_path: Path) -> None:
+    """Like every other that this host does not have."""
+    for selector in ("user", "group"):
+        settings = read(written(tmp_path, GRANT.format(to=f'{selector} = "a\\u0000b"')))
+        assert settings.grants[0].to == {selector: -1}
+        assert "matches nobody" in settings.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"a = = 1", "line 1"),
+        (b"a = '\xff'", "not UTF-8"),
+        (b"a = " + b"[" * 5_000, "not TOML"),
+        (b"a = " + b"1" * 5_000, "not TOML"),
+    ],
+)
 def test_what_is_not_toml_is_said_with_its_line(tmp_path: Path, content: bytes, why: str) -> None:
     """The parser's own position."""
     path = tmp_path / "agent.toml"

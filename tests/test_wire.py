@@ -1,5 +1,7 @@
 """The codec: any bytes give messages or ProtocolError, in whatever pieces they come."""
 
+import sys
+import tracemalloc
 from contextlib import suppress
 
 import msgpack
@@ -79,6 +81,45 @@ def test_any_bytes_give_messages_or_a_protocol_error_however_they_are_cut(pieces
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 1, 127, 128, 255, 256, 65_535, 65_536, 2**32 - 1]), st.sampled_from("abc")),
+        min_size=1,
+    ),
+    st.integers(1, 40),
+)
+def test_a_request_that_was_seen_before_is_recalled_by_its_bytes_however_they_are_cut(
+    asked: list[tuple[int, str]], step: int
+) -> None:
+    """With its own message ID."""
+    data = b"".join(wire.encode_request(msgid, method, {"k": method * 9}) for msgid, method in asked)
+    known: dict[bytes, str] = {}
+    decoder = wire.Decoder(recall=known.get)
+    got = []
+    for start in range(0, len(data), step):
+        decoder.feed(data[start : start + step])
+        for message in decoder.messages():
+            if isinstance(message, wire.Request):
+                assert message.method not in known.values()
+                known[message.tail] = message.method
+                got.append((message.msgid, message.method))
+            else:
+                assert isinstance(message, wire.Recalled)
+                got.append((message.msgid, message.what))
+    assert got == asked
+
+
+def test_what_is_no_request_is_never_recalled() -> None:
+    """Whatever is behind its first bytes."""
+    asked: list[bytes] = []
+    decoder = wire.Decoder(recall=asked.append)
+    bodies: list[list[object]] = [[1, 5, None, {}], [2, "m", [{}]], [0, 5, "m"], [True, 5, "m", [{}]]]
+    for body in bodies:
+        decoder.feed(msgpack.packb(body))
+    assert len(list(decoder.messages())) == 4
+    assert asked == []
+
+
 @given(values)
 def test_any_well_formed_message_gives_a_message_or_a_protocol_error(body: object) -> None:
     """The same promise, for bytes that are msgpack."""
@@ -148,6 +189,25 @@ def test_well_formed_messages_are_told_apart(data: bytes, message: wire.Message)
     assert decode(data + REQUEST) == [message, DECODED]
 
 
+def test_the_keys_of_maps_are_not_interned_where_that_would_be_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects chooses them: each would be kept as long as the process lives."""
+    monkeypatch.setattr(wire, "_INTERNED_FOR_EVER", True)
+    for step in (None, 1):
+        (message,) = decode(wire.encode_request(1, "x", {"a": {f"nobody has {1}": [{"": "b"}, 5]}}), step)
+        assert message == wire.Request(1, "x", {"a": {"nobody has 1": [{"": "b"}, 5]}})
+        assert isinstance(message, wire.Request)
+        (key,) = message.params["a"]
+        same = key[:3] + key[3:]
+        assert sys.intern(same) is not key
+        with pytest.raises(ProtocolError, match="twice"):
+            decode(b"\x94\0\x01\xa1x\x91\x82\xa1k\x01\xa1k\x02", step)
+
+
+def test_whether_interned_strings_stay_for_ever_is_known() -> None:
+    """As the interpreter itself counts references: those of what stays are never counted down to nothing."""
+    assert (sys.getrefcount(sys.intern(f"something new {id(sys)}")) > 10_000) is wire._INTERNED_FOR_EVER
+
+
 def test_the_limits_themselves_are_allowed() -> None:
     """At most means at most: the largest map, array, nesting and message pass."""
     nested: object = {}
@@ -163,6 +223,20 @@ def test_the_limits_themselves_are_allowed() -> None:
         assert decode(data) == [wire.Request(1, "x", params)]
         assert decode(data, step=1000) == [wire.Request(1, "x", params)]
     assert len(data) == wire.MAX_MESSAGE
+
+
+@pytest.mark.parametrize("claim", [b"\xde\x04\x00\xa0", b"\xdc\x00\x40", b"\x8f\xa0", b"\x9f"])
+def test_what_nested_headers_claim_is_not_allocated(claim: bytes) -> None:
+    """A few hundred bytes for each that was sent, whatever they say: no more than the smallest values take."""
+    sent = claim * 1_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="nested"):
+            decode(sent)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 256 * len(sent) + 65_536
 
 
 def test_a_message_one_byte_too_long_is_refused_before_its_end_arrives() -> None:

@@ -2,13 +2,13 @@
 
 import sys
 
-from . import startup
+from .clearing import clear_freed_memory
 
 
 def main() -> int:
     """Run the command; the daemon in a process that overwrites what it frees."""
     if sys.argv[1:2] == ["run"]:
-        startup.clear_freed_memory()
+        clear_freed_memory()
     from .command import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice
 
     return command()

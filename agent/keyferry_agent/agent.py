@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
@@ -13,16 +13,21 @@ from .grants import Granted, Policy
 from .keyring.document import now
 from .keyring.loaded import Key, Keyring
 from .peer import Peer
+from .repeats import Repeats
 from .settings import Settings
 
-__all__ = ["SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
+__all__ = ["AT_ONCE", "MOST_AT_ONCE", "SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
 
 SLOW_JOBS: Final = 4
 """Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
 _REMEMBERED: Final = 64
 """Sets of grants whose keys are remembered: one for each kind of caller."""
-_SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0])
-"""Bytes, 36 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
+AT_ONCE: Final = 16
+"""Requests that the event loop does in one go."""
+MOST_AT_ONCE: Final = SCRATCH_SIZES[0]
+"""Bytes of a data key of which there may be one for each of them at the same time."""
+_SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + AT_ONCE * MOST_AT_ONCE
+"""Bytes, 37 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
 
 
 def locked_memory_needed(keyring: int) -> str:
@@ -49,6 +54,24 @@ class Audited:
     destination_key_version_id: str = ""
     recipient: str = ""
     context_keys: tuple[str, ...] = ()
+    line: str = ""
+    """The part of its line that all requests equal to it share, once it was written (`audit`)."""
+
+    def again(self, request_id: str, started: float) -> "Audited":
+        """The same, of another request that is equal to this one."""
+        return Audited(
+            request_id,
+            started,
+            self.operation,
+            self.grant,
+            self.key_id,
+            self.key_version_id,
+            self.destination_key_id,
+            self.destination_key_version_id,
+            self.recipient,
+            self.context_keys,
+            self.line,
+        )
 
 
 class Caller:
@@ -114,6 +137,8 @@ class Agent:
     counters: Count = field(default_factory=Count)
     started_at: str = field(default_factory=now)
     draining: bool = False
+    repeats: Repeats[Any] = field(default_factory=Repeats)
+    """What was decided of requests that may come again: it holds on to keys, so it goes with their keyring."""
     _covered: dict[Granted, Covered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -125,6 +150,7 @@ class Agent:
         """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
         self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
+        self.repeats.clear()
 
     def covered(self, granted: Granted) -> Covered:
         """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""

@@ -11,73 +11,48 @@ import time
 from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 import structlog
 import trio
 
 from keyferry import wire
-from keyferry.declaration import result_to_wire
-from keyferry.errors import KmsError, ProtocolError, kms_error
+from keyferry.errors import ProtocolError
 
-from . import handlers
-from .agent import Agent, Audited, Caller
-from .audit import Appended
-from .limits import Rate
-from .metrics import Metrics
+from .agent import Caller
+from .answering import Answering, Asked, Begun, Decided, Service, SlowJob, closing, next_turn, refusal
+from .arrivals import Arrivals
 from .peer import Peer, Process
+from .workers import Workers
 
 __all__ = ["LINGER", "Connection", "Shared", "refuse"]
 
 LINGER: Final = 1.0
 """Seconds in which a client that was refused may finish its write and read why."""
-_LONGEST_NAME: Final = 64
-"""Characters of an operation's name to record: what a client calls an operation may be anything."""
 _RECEIVE: Final = 65_536
-_TURN: Final = 16
-"""Requests answered in one go: each turn costs a hand-over to the record, a write, and a look at all connections."""
+_TURNS_ALONE: Final = 32
+"""Turns of one connection after which all tasks are looked at, although no other connection has sent anything."""
 _SHORT_TURN: Final = 0.0004
 """Seconds that a turn takes where there are other connections: so long they wait for each that has a full pipeline."""
-_IGNORED: Final = 256
-"""Notifications that a turn takes: they get no answer, but take time all the same."""
 _SLOW_PER_CONNECTION: Final = 8
 """Slow jobs that one connection may have under way; then it is not read from. Twice the threads keeps them busy."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
-class Record(Protocol):
-    """What requests are recorded in before they are answered."""
-
-    def record(self, peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended: ...
-
-
-@dataclass
-class Shared:
+@dataclass(kw_only=True)
+class Shared(Service):
     """What all connections of an agent have in common."""
 
-    agent: Agent
-    audit: Record
-    rate: Rate
-    slow: trio.CapacityLimiter
-    metrics: Metrics | None = None
+    workers: Workers
+    arrivals: Arrivals | None = None
     hashing: MutableMapping[int | None, trio.CapacityLimiter] = field(default_factory=WeakValueDictionary)
     """One program of each user's is hashed at a time: nobody's waits for another's."""
-    slow_of: MutableMapping[int | None, trio.CapacityLimiter] = field(default_factory=WeakValueDictionary)
-    """No more of a user's slow jobs wait for `slow` than may run: nobody's wait for all of another's."""
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
     last_look: float = math.inf
     """When a draining agent stops taking requests from connections that have nothing half-received."""
-
-
-class _Decided(NamedTuple):
-    """A request whose outcome is known: a result, or the error that it ended in."""
-
-    msgid: int
-    audited: Audited
-    outcome: Any
 
 
 class Connection:
@@ -88,16 +63,23 @@ class Connection:
         self._agent = shared.agent
         self._stream = stream
         self._caller = Caller(peer)
+        self._answering = Answering(shared, self._caller)
         self._process = process
-        self._decoder = wire.Decoder()
+        self._decoder = wire.Decoder(recall=self._answering.recall)
         self._started = trio.current_time()  # when the request that is being received began
-        self._ignored = 0
         self._sending = trio.Lock()
+        self._torn = False  # part of an answer was sent, and the rest is still to come
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
-        self._slow_of_user = shared.slow_of.setdefault(peer.uid, trio.CapacityLimiter(shared.slow.total_tokens))
+        self._under_way = 0  # slow jobs that are not answered yet
+        self._done: list[Decided] = []
+        self._some_done = trio.Event()
+        self._turns = 0
 
     async def run(self) -> None:
         """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
+        if self._shared.arrivals is not None:
+            with suppress(OSError):  # then it is one that nobody waits for
+                self._shared.arrivals.add(self._number())
         async with trio.open_nursery() as watching:
             if self._process is not None:
                 watching.start_soon(self._until_process_ends, self._process, watching.cancel_scope)
@@ -122,6 +104,7 @@ class Connection:
                 if not await self._answer_all(slow):
                     slow.cancel_scope.cancel()
                     return
+                self._turns += 1
                 # The time that answering took is not the client's; all other time is, however many pieces a request comes in.
                 now = trio.current_time()
                 self._started = min(self._started + now - began, now)
@@ -151,6 +134,9 @@ class Connection:
             log.info("connection.slow_request", **self._who())
             return b""
         if not self._agent.draining:
+            if self._asks_on():
+                self._started = trio.current_time()
+                return self._read()
             with trio.CancelScope() as idle:
                 self._shared.idle.add(idle)
                 try:
@@ -165,9 +151,21 @@ class Connection:
             return await self._receive_some()
         return b""
 
+    def _asks_on(self) -> bool:
+        """Whether the client, just answered, has sent its next request, or does in a moment. Asks without awaiting anything."""
+        arrivals = self._shared.arrivals
+        if arrivals is None or not self._turns or self._shared.workers.busy:
+            return False
+        if self._turns % _TURNS_ALONE == 0:  # also a client that never pauses leaves room for what is no connection
+            return False
+        return arrivals.next_is(self._number())
+
     async def _receive_some(self) -> bytes:
         # trio's stream would try first, and wait then: but whoever asks one thing at a time has nothing there yet.
         await trio.lowlevel.wait_readable(self._stream.socket)
+        return self._read()
+
+    def _read(self) -> bytes:
         try:
             return os.read(self._number(), _RECEIVE)
         except OSError as error:
@@ -179,137 +177,114 @@ class Connection:
 
     async def _answer_all(self, slow: trio.Nursery) -> bool:
         """Answer every whole message received so far; False when the stream cannot go on."""
-        decided: list[_Decided] = []
-        try:
-            for message in self._decoder.messages():
+        messages = self._decoder.messages()
+        while True:
+            turn = next_turn(messages)
+            if turn.looked_at:
                 self._started = trio.current_time()  # the rest of the buffer belongs to the next request
-                if isinstance(message, wire.Notification):
-                    await self._ignore()
-                    continue
-                outcome = self._decide(message)
-                if isinstance(outcome, _Decided):
-                    decided.append(outcome)
-                if decided and (len(decided) == _TURN or self._slots.value == 0 or self._others_wait(decided[0])):
-                    if not await self._finish(decided):
-                        return False
-                    decided.clear()
-                    await trio.lowlevel.checkpoint()
-                if not isinstance(outcome, _Decided):
-                    await self._slots.acquire()
-                    slow.start_soon(self._run_slow, *outcome)
-        except ProtocolError as error:
-            self._agent.counters.requests_refused += 1
-            log.info("connection.protocol_error", why=str(error), **self._who())
-            for _ in range(_SLOW_PER_CONNECTION):  # what was asked before it is answered before it
-                await self._slots.acquire()
-            last = wire.encode_response(None, _error("ProtocolError", f"{error}.", new_request_id(), 400), None)
-            if await self._finish(decided, last):
-                await _linger(self._stream)
-            return False
-        return await self._finish(decided)
-
-    async def _ignore(self) -> None:
-        self._ignored += 1
-        if self._ignored % _IGNORED == 0:
+            if not await self._answer_turn(turn.asked, slow):
+                return False
+            if turn.error is not None:
+                await self._end_with(turn.error)
+                return False
+            if turn.last:
+                return True
             await trio.lowlevel.checkpoint()
 
-    def _others_wait(self, first: _Decided) -> bool:
+    async def _answer_turn(self, asked: Sequence[Asked], slow: trio.Nursery) -> bool:
+        """Answer some messages, in one write unless that takes too long; False when the stream cannot go on."""
+        decided: list[Decided | Begun] = []
+        for message in asked:
+            outcome = self._answering.decide(message)
+            full = isinstance(outcome, SlowJob) and self._slots.value == 0
+            if not isinstance(outcome, SlowJob):
+                decided.append(outcome)
+            # What is begun holds a data key: nothing is awaited before it is ended.
+            if decided and (full or self._others_wait(decided[0])):
+                if not await self._finish(decided):
+                    return False
+                decided.clear()
+                await trio.lowlevel.checkpoint()
+            if isinstance(outcome, SlowJob):
+                if self._slots.value:
+                    self._slots.acquire_nowait()
+                else:
+                    await self._slots.acquire()
+                self._begin(outcome, slow)
+        return await self._finish(decided)
+
+    async def _end_with(self, error: ProtocolError) -> None:
+        """Say why nothing more is read: the last message on this connection."""
+        self._agent.counters.requests_refused += 1
+        log.info("connection.protocol_error", why=str(error), **self._who())
+        for _ in range(_SLOW_PER_CONNECTION):  # what was asked before it is answered before it
+            await self._slots.acquire()
+        if await self._send(closing("ProtocolError", f"{error}.", 400)):
+            await _linger(self._stream)
+
+    def _others_wait(self, first: Decided | Begun) -> bool:
         alone = self._agent.counters.connections == 1
         return not alone and time.monotonic() - first.audited.started > _SHORT_TURN
 
-    def _decide(self, message: wire.Message) -> "_Decided | tuple[handlers.Job, int, Audited]":
-        """The outcome of one request, or a slow job that will give it."""
-        if isinstance(message, wire.Response | wire.Notification):
-            raise ProtocolError("a response, where a request is expected")
-        audited = Audited(new_request_id(), time.monotonic(), ascii(message.method[:_LONGEST_NAME])[1:-1])
-        if not self._shared.rate.allows(self._caller.peer.uid, audited.started):
-            return _Decided(message.msgid, audited, kms_error("Rejected.Throttling"))
-        if isinstance(message, wire.Unservable):
-            return _Decided(message.msgid, audited, kms_error("InvalidParameter", f"{message.why}."))
-        msgid, method, params = message
-        try:
-            self._caller.refresh(self._agent.policy)
-            job = handlers.prepare(self._agent, self._caller, method, params, audited)
-            if job.slow:
-                return job, msgid, audited
-            return _Decided(msgid, audited, job.run())
-        except Exception as error:
-            return _Decided(msgid, audited, _refusal(error, audited))
+    def _begin(self, slow: SlowJob, nursery: trio.Nursery) -> None:
+        """Have a slow job done, and its answer sent, beside whatever else there is."""
 
-    async def _run_slow(self, job: handlers.Job, msgid: int, audited: Audited) -> None:
+        def done(result: Any, error: Exception | None) -> None:
+            outcome = result if error is None else refusal(error, slow.audited)
+            self._done.append(Decided(slow.msgid, slow.audited, outcome))
+            self._some_done.set()
+
         try:
-            outcome: Any
-            try:
-                async with self._slow_of_user:
-                    outcome = await trio.to_thread.run_sync(job.run, limiter=self._shared.slow)
-            except Exception as error:
-                outcome = _refusal(error, audited)
-            if not await self._finish([_Decided(msgid, audited, outcome)]):
+            self._shared.workers.submit(self._caller.peer.uid, slow.job.run, done)
+        except RuntimeError as error:
+            done(None, error)
+        self._under_way += 1
+        if self._under_way == 1:
+            nursery.start_soon(self._answer_slow)
+
+    async def _answer_slow(self) -> None:
+        """Answer slow jobs, as many at a time as are done, until none is under way."""
+        while self._under_way:
+            await self._some_done.wait()
+            self._some_done = trio.Event()
+            done, self._done = self._done, []
+            taken = await self._finish(done)
+            self._under_way -= len(done)
+            for _ in done:
+                self._slots.release()
+            if not taken:
                 await self._stream.aclose()  # wakes the reader, which then ends the connection
-        finally:
-            self._slots.release()
+                return
 
-    async def _finish(self, decided: Sequence[_Decided], last: bytes = b"") -> bool:
-        """Record requests, and only then send their answers, with `last` behind them; False when nobody takes them."""
-        return await self._send(self._answers(decided) + last)
-
-    def _answers(self, decided: Sequence[_Decided]) -> bytes:
-        """Write the record of requests, and only then make their answers."""
-        if not decided:
-            return b""
-        outcomes = [(a, outcome.code if isinstance(outcome, KmsError) else "OK") for _, a, outcome in decided]
-        recorded, failure = self._shared.audit.record(self._caller.peer, outcomes)
-        if self._shared.metrics is not None:
-            now = time.monotonic()
-            for audited, outcome in outcomes:
-                self._shared.metrics.observe(audited.operation, outcome, now - audited.started)
-        if failure is not None:
-            ids = [audited.request_id for _, audited, _ in decided[recorded:]]
-            log.error("audit.failed", error=failure.strerror, request_ids=ids)
-        must = self._agent.settings.audit.on_failure == "refuse"
-        answers = bytearray()
-        for place, (msgid, audited, outcome) in enumerate(decided):
-            if place >= recorded and must:
-                unrecorded = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
-                answers += self._answer(msgid, audited, unrecorded)
-            else:
-                answers += self._answer(msgid, audited, outcome)
-        return bytes(answers)
-
-    def _answer(self, msgid: int, audited: Audited, outcome: Any) -> bytes:
-        counters = self._agent.counters
-        counters.requests_total += 1
-        error = outcome if isinstance(outcome, KmsError) else None
-        if error is None:
-            try:
-                return wire.encode_response(msgid, None, {**result_to_wire(outcome), "RequestId": audited.request_id})
-            except Exception as failure:  # nothing that a handler gives should be unsendable
-                error = _refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), audited)
-        counters.requests_refused += 1
-        return wire.encode_response(
-            msgid, _error(error.code, error.message, audited.request_id, error.http_status), None
-        )
+    async def _finish(self, decided: Sequence[Decided | Begun]) -> bool:
+        """Record requests, and only then send their answers; False when nobody takes them."""
+        return await self._send(self._answering.answers(decided))
 
     async def _send(self, answers: bytes) -> bool:
         """Send answers whole, in the time that a client has to take them. False: it did not, or it is gone."""
         if not answers:
             return True
-        if not self._sending.locked():  # most answers fit the socket's buffer: then nobody has to wait for anything
+        sent = 0
+        if not self._sending.locked() and not self._torn:  # most answers fit: then nobody has to wait for anything
             try:
                 sent = os.write(self._number(), answers)
             except BlockingIOError:
-                sent = 0
+                pass
             except OSError:
                 return False
             if sent == len(answers):
                 return True
-            answers = answers[sent:]
+            self._torn = sent > 0
         with trio.move_on_after(self._agent.settings.limits.request_timeout) as scope:
             async with self._sending:
+                if self._torn and not sent:
+                    return False  # behind half an answer, whose sender gave up, comes no other
+                self._torn = True
                 try:
-                    await self._stream.send_all(answers)
+                    await self._stream.send_all(answers[sent:])
                 except trio.BrokenResourceError:
                     return False
+                self._torn = False
         if scope.cancelled_caught:
             log.info("connection.answers_not_taken", **self._who())
         return not scope.cancelled_caught
@@ -318,22 +293,11 @@ class Connection:
         return {"uid": self._caller.peer.uid, "pid": self._caller.peer.pid}
 
 
-def new_request_id() -> str:
-    """A fresh RequestId: a random UUID (RFC 9562, version 4) in the cloud's upper-case form."""
-    digits = os.urandom(16).hex().upper()
-    # uuid4() and its text take four times as long, which counts where every request has one.
-    return (
-        f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89AB'[int(digits[16], 16) & 3]}{digits[17:20]}-{digits[20:]}"
-    )
-
-
 async def refuse(stream: trio.SocketStream, why: str) -> None:
     """Refuse a whole connection, and close it."""
-    refusal = kms_error("Rejected.Throttling", f"{why}.")
-    error = _error(refusal.code, refusal.message, new_request_id(), refusal.http_status)
     async with stream:
         with suppress(trio.BrokenResourceError):
-            await stream.send_all(wire.encode_response(None, error, None))
+            await stream.send_all(closing("Rejected.Throttling", f"{why}.", 429))
             await _linger(stream)
 
 
@@ -346,19 +310,3 @@ async def _linger(stream: trio.SocketStream) -> None:
         await stream.send_eof()
         while await stream.receive_some(_RECEIVE):
             pass
-
-
-def _refusal(error: Exception, audited: Audited) -> KmsError:
-    """What to answer instead of a result.
-
-    A fresh exception: the one that was raised holds on to every frame it came through, and with them to a plaintext, or to a
-    keyring that was replaced. Kept in one of these frames itself, it would do so until the next garbage collection.
-    """
-    if isinstance(error, KmsError):
-        return kms_error(error.code, message=error.message, http_status=error.http_status)
-    log.error("request.failed", request_id=audited.request_id, operation=audited.operation, exc_info=error)
-    return kms_error("InternalFailure")
-
-
-def _error(code: str, message: str, request_id: str, http_status: int) -> dict[str, Any]:
-    return {"Code": code, "Message": message, "RequestId": request_id, "HttpStatus": http_status}

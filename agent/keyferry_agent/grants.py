@@ -119,8 +119,22 @@ def _carries(grant: Grant, pin: str | None, context: Mapping[str, str] | None) -
 @functools.lru_cache(maxsize=1_024)
 def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
     """One expression for all patterns: a sole `*` is everything, else `*` is `part`."""
-    alternatives = (".*" if p == "*" else re.escape(p).replace(r"\*", part) for p in patterns)
+    alternatives = (".*" if p == "*" else _STARS.sub(functools.partial(_piece, part), p) for p in patterns)
     return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives) or r"(?!)", re.DOTALL)
+
+
+# Stars and, where another star follows in the same part of the name, the text between them; or text.
+_STARS: Final = re.compile(r"\*+(?:([^*/:]+)(?=\*))?|[^*]+")
+
+
+def _piece(part: str, found: re.Match[str]) -> str:
+    if not found[0].startswith("*"):
+        return re.escape(found[0])
+    if found[1] is None:
+        return part
+    # The first place where the text is leaves the most to the stars after it: there is no other to come back for. Else a name
+    # that nearly matches (whoever asks says the name) would be tried in as many ways as its length to the power of the stars.
+    return f"(?>{part}?{re.escape(found[1])})"
 
 
 class _Covering:
@@ -172,6 +186,12 @@ class Granted:
                 self._known.clear()
             known = self._known[action, name] = self._covering(action).with_key(tuple(names()))
         return known
+
+    def would_cover(self, action: str, names: Iterable[str]) -> tuple[Grant, ...]:
+        """Those that would cover an action on a key of these names. Not remembered: of keys that are not there, callers make up
+        as many as they like.
+        """
+        return self._covering(action).with_key(tuple(names))
 
     def _covering(self, action: str) -> _Covering:
         known = self._actions.get(action)

@@ -3,24 +3,17 @@
 Names of operations, codes and counts; nothing of keys, callers or contexts.
 """
 
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from typing import Any, Final
 
 from keyferry.operations import OPERATIONS
 
-from . import listening
 from .agent import Agent
 from .audit import AuditLog
-from .settings import Listener, Settings
 
-__all__ = ["Metrics", "MetricsError", "of"]
+__all__ = ["Metrics", "MetricsError"]
 
 _BUCKETS: Final = (0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_6, 0.003_2, 0.006_4, 0.025, 0.1, 1.0)
 """Seconds: an RSA call takes a tenth of a millisecond, an SM2 call one."""
-_SCRAPE: Final = 5.0
-"""Seconds that one scrape may take: the next one waits for it."""
 
 
 class MetricsError(Exception):
@@ -38,7 +31,7 @@ class Metrics:
             raise MetricsError(
                 "metrics need the package prometheus-client: pip install 'keyferry-agent[metrics]', or leave [metrics] out"
             ) from None
-        self._handler = prometheus.MetricsHandler
+        self.handler = prometheus.MetricsHandler
         self.registry = registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)
         self._requests = prometheus.Counter(
@@ -70,54 +63,3 @@ class Metrics:
             known = self._known[key] = self._requests.labels(*key), self._seconds.labels(key[0])
         known[0].inc()
         known[1].observe(seconds)
-
-    def serve(self, address: str) -> "_Served":
-        """Answer scrapes at a socket's path, or at ADDRESS:PORT. Raises `MetricsError`."""
-        handler = type("Handler", (self._handler.factory(self.registry),), {"timeout": _SCRAPE})
-        if address.startswith("/"):
-            try:
-                (made,) = listening.open_all([Listener("metrics", Path(address))], [])
-            except listening.ListeningError as error:
-                raise MetricsError(f"metrics: {error}") from None
-            return _Served(_UnixServer(made, handler), made)
-        host, _, port = address.rpartition(":")
-        try:
-            return _Served(HTTPServer((host.strip("[]"), int(port)), handler), None)
-        except OSError as error:
-            raise MetricsError(f"metrics: {address}: {error.strerror}") from None
-
-
-class _UnixServer(HTTPServer):
-    def __init__(self, made: listening.Listening, handler: type[BaseHTTPRequestHandler]) -> None:
-        super().__init__(("", 0), handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = made.socket
-
-    def get_request(self) -> tuple[Any, Any]:
-        connection, _ = self.socket.accept()
-        return connection, ("", 0)
-
-
-class _Served:
-    """An HTTP server in a thread, until it is closed."""
-
-    def __init__(self, server: HTTPServer, made: listening.Listening | None) -> None:
-        self._server = server
-        self._made = made
-        self._thread = threading.Thread(target=server.serve_forever, name="keyferry-metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Answer no more scrapes."""
-        self._server.shutdown()
-        self._server.server_close()
-        if self._made is not None:
-            self._made.remove()
-
-
-def of(agent: Agent, audit: AuditLog, settings: Settings) -> tuple[Metrics, _Served] | None:
-    """The metrics that the configuration asks for, being served; None where it does not. Raises `MetricsError`."""
-    if not settings.metrics:
-        return None
-    metrics = Metrics(agent, audit)
-    return metrics, metrics.serve(settings.metrics)

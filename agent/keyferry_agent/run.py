@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import trio
@@ -13,7 +13,7 @@ import trio
 from keyferry import libcrypto
 from keyferry.secret import SecretMemoryError
 
-from . import __version__, listening, metrics, startup, watchdog
+from . import __version__, listening, startup, watchdog
 from .agent import Agent, locked_memory_needed
 from .audit import AuditLog
 from .crypto import selftest
@@ -21,11 +21,15 @@ from .grants import PROGRAM
 from .host import Given, Host
 from .keyring.document import KeyringError
 from .keyring.kept import Keeper
+from .metrics import Metrics, MetricsError
 from .options import Options, StartError
 from .peer import processes_visible
 from .reloading import Looks, Reloader, look
 from .serving import Server
 from .settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from .scrapes import Served
 
 __all__ = ["daemon"]
 
@@ -52,13 +56,13 @@ def daemon(options: Options) -> None:
         agent, current = _agent(options, settings, keeper, given, seen)
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
         audit = AuditLog(settings.audit)
-        served = metrics.of(agent, audit, settings)
+        served = _metrics(agent, audit, settings)
     except (
         SettingsError,
         KeyringError,
         selftest.SelfTestError,
         libcrypto.LibcryptoError,
-        metrics.MetricsError,
+        MetricsError,
     ) as error:
         raise StartError(str(error)) from None
     except OSError as error:
@@ -76,6 +80,14 @@ def daemon(options: Options) -> None:
             served[1].close()
         if settings.keep_keys:
             agent.keyring.memory.outlive()
+
+
+def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, Served] | None":
+    if not settings.metrics:
+        return None
+    from .scrapes import of  # noqa: PLC0415 - an HTTP server takes as long to import as a keyring to load
+
+    return of(agent, audit, settings.metrics)
 
 
 def _say_what_is_not(options: Options, agent: Agent, unavailable: list[str]) -> None:

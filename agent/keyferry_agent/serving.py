@@ -15,11 +15,13 @@ import trio
 from keyferry import libcrypto
 
 from .agent import SLOW_JOBS, Agent, Audited
+from .arrivals import Arrivals
 from .audit import Appended, AuditLog
 from .connection import LINGER, Connection, Shared, refuse
 from .limits import Rate
 from .metrics import Metrics
 from .peer import Peer, Process, evidence
+from .workers import Workers
 
 __all__ = ["GRACE", "Server"]
 
@@ -47,12 +49,13 @@ class Server:
     def __init__(self, agent: Agent, audit: AuditLog, metrics: Metrics | None = None) -> None:
         self.agent = agent
         self._shared = Shared(
-            agent,
-            audit,
-            Rate(agent.settings.limits.requests_per_second),
+            agent=agent,
+            audit=audit,
+            rate=Rate(agent.settings.limits.requests_per_second),
+            metrics=metrics,
             # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
-            trio.CapacityLimiter(SLOW_JOBS if libcrypto.has_sm2() else 1),
-            metrics,
+            workers=Workers(SLOW_JOBS if libcrypto.has_sm2() else 1),
+            arrivals=Arrivals(),
         )
         self._per_user: Counter[int | None] = Counter()
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -79,7 +82,7 @@ class Server:
 
     async def serve_own(self, stream: trio.SocketStream) -> None:
         """Serve a connection of the agent's own, which is neither recorded nor limited."""
-        own = replace(self._shared, audit=_Nowhere(), rate=Rate(0), metrics=None)
+        own = replace(self._shared, audit=_Nowhere(), rate=Rate(0), metrics=None, arrivals=None)
         peer = Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener="")
         async with stream:
             await Connection(own, stream, peer, None).run()

@@ -95,7 +95,7 @@ def read(path: Path) -> Settings:
         raise SettingsError([f"{path}: {error.strerror}"]) from None
     except UnicodeDecodeError as error:
         raise SettingsError([f"{path}: not UTF-8: {error.reason} at byte {error.start}"]) from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits, and of arrays in arrays
         raise SettingsError([f"{path}: not TOML: {error}"]) from None
     table = toml.Table("", raw, [], [])
     settings = _settings(table)
@@ -264,7 +264,7 @@ def _to(table: toml.Table, present: bool) -> Mapping[str, Any]:
         if isinstance(to.get(selector), str):
             try:
                 to[selector] = lookup(to[selector])
-            except KeyError:
+            except (KeyError, ValueError):  # ValueError: no host can have it
                 # Not an error: the same file may serve several hosts. It matches nobody until a reload finds the name.
                 table.warnings.append(
                     f"{table._at(selector)}: this host has no {selector} {to[selector]!r}; matches nobody"

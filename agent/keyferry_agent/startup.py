@@ -8,7 +8,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Final
 
-__all__ = ["DUMPABLE", "clear_freed_memory", "clears_freed_memory", "harden"]
+__all__ = ["DUMPABLE", "clears_freed_memory", "harden"]
 
 DUMPABLE: Final = "KEYFERRY_DUMPABLE"
 """An environment variable, for tests only: with it, other processes of the same user may read this one's memory."""
@@ -19,31 +19,7 @@ _FIRST_FREE: Final = 3
 _DESCRIPTORS: Final = 8_192
 """To have, if the system allows it: the usual 1,024 are as many as connections, and leave none for anything else."""
 
-_CLEARED: Final = "KEYFERRY_CLEARED"
-_CLEARING: Final = {
-    # Libraries free padded messages and intermediate keys as they are, and Python its strings: all that is freed is
-    # overwritten, whoever frees it. glibc's caches per thread would go round that, and so would Python's own allocator.
-    "GLIBC_TUNABLES": "glibc.malloc.perturb=85:glibc.malloc.tcache_count=0",
-    "PYTHONMALLOC": "malloc",
-    # The first call of a library's function, bound when it is made, saves the vector registers on the stack: with the round
-    # keys that AES has just used.
-    "LD_BIND_NOW": "1",
-}
 _PROBE: Final = 200
-
-
-def clear_freed_memory() -> None:
-    """Start this program over, once, in an environment in which all memory is overwritten when it is freed.
-
-    The process keeps its ID, its arguments and its descriptors. To be called before anything large is imported.
-    """
-    if os.environ.get(_CLEARED) == str(os.getpid()):
-        for name in (_CLEARED, *_CLEARING):  # it is done, and nothing for the loader
-            del os.environ[name]
-        return
-    environment = {**os.environ, **_CLEARING, _CLEARED: str(os.getpid())}
-    with suppress(OSError):  # whoever goes on all the same sees it by `clears_freed_memory`
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this very program
 
 
 def harden(keep: Collection[int] = ()) -> list[str]:

@@ -76,7 +76,8 @@ class Table:
                 self.wrong(name, f"unknown; known here are {', '.join(self._taken)}")
 
     def _at(self, name: str) -> str:
-        return f"{self._path}.{name}" if self._path else name
+        shown = name if name.isprintable() else ascii(name)[1:-1]  # a problem is one line
+        return f"{self._path}.{shown}" if self._path else shown
 
 
 class _Problem(ValueError):
@@ -248,14 +249,17 @@ def pairs(value: Any) -> Mapping[str, str]:
 
 def uid(value: Any) -> int:
     """A user of this host, by name or number."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else pwd.getpwnam(string(value)).pw_uid
+    return identity(value) if isinstance(value, int) else pwd.getpwnam(string(value)).pw_uid
 
 
 def gid(value: Any) -> int:
     """A group of this host, by name or number."""
-    return value if isinstance(value, int) and not isinstance(value, bool) else grp.getgrnam(string(value)).gr_gid
+    return identity(value) if isinstance(value, int) else grp.getgrnam(string(value)).gr_gid
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer that has more; TOML's hexadecimal ones may
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -7,6 +7,7 @@ the answer holds, tuples in it included. Fields have the API's names in snake_ca
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping
+from types import MethodType
 from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast, get_args, get_type_hints, overload
 
 from .errors import invalid_parameter, missing_parameter
@@ -62,7 +63,7 @@ class Operation(Generic[P, R]):
         return f"Operation({self.name})"
 
     def __set_name__(self, owner: type[Any], name: str) -> None:
-        self.method = name
+        self.method = self.__name__ = name
 
     @overload
     def __get__(self, caller: None, owner: type[Any]) -> Self: ...
@@ -74,14 +75,13 @@ class Operation(Generic[P, R]):
         if caller is None:  # Client.decrypt, as pydoc reads it
             return self
 
-        def method(*args: P.args, **kwargs: P.kwargs) -> Any:
-            if args:
-                raise TypeError("parameters of an operation are keyword arguments")
-            return caller._operate(self, self.request(*args, **kwargs))
+        return MethodType(self, caller)  # as functions do: made for each call, so nothing else is
 
-        method.__name__ = self.method
-        method.__doc__ = self.doc
-        return method
+    def __call__(self, caller: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
+        """Have a caller do it: what its method does."""
+        if args:
+            raise TypeError("parameters of an operation are keyword arguments")
+        return caller._operate(self, self.request(*args, **kwargs))
 
     def check(self, params: Mapping[str, Any]) -> Values:
         """Check a request's parameters and give them in canonical form.
@@ -115,8 +115,8 @@ def wire_name(field: str) -> str:
 def request_to_wire(request: Any) -> dict[str, Any]:
     """The parameters of a request tuple as they travel; what is absent or false does not."""
     return {
-        wire_name(field): value
-        for field, value in zip(request._fields, request, strict=True)
+        name: value
+        for name, value in zip(_wire_names(type(request)), request, strict=True)  # type: ignore[arg-type]  # types are hashable
         if value is not None and value is not False
     }
 
@@ -124,15 +124,18 @@ def request_to_wire(request: Any) -> dict[str, Any]:
 def result_to_wire(result: Any) -> dict[str, Any]:
     """A result tuple as it travels: nested tuples become maps and arrays, None is left out."""
     return {
-        wire_name(field): _to_wire(value)
-        for field, value in zip(result._fields, result, strict=True)
+        name: _to_wire(value) if isinstance(value, tuple) else value
+        for name, value in zip(_wire_names(type(result)), result, strict=True)  # type: ignore[arg-type]  # types are hashable
         if value is not None
     }
 
 
+@functools.cache
+def _wire_names(kind: Any) -> tuple[str, ...]:
+    return tuple(map(wire_name, kind._fields))
+
+
 def _to_wire(value: Any) -> Any:
-    if not isinstance(value, tuple):
-        return value
     return result_to_wire(value) if hasattr(value, "_fields") else [result_to_wire(each) for each in value]
 
 

@@ -36,6 +36,8 @@ CONNECT_STEP: Final = 0.005
 _CHUNK: Final = 32_768
 """Bytes of requests to send at once, but for a single longer one."""
 
+_AS_THEY_ARE: Final = frozenset({str, int, bool, dict})
+
 
 def default_socket() -> str:
     """Where the agent listens: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock."""
@@ -90,7 +92,7 @@ class Call(NamedTuple):
         if isinstance(plaintext, bytes):
             params[PLAINTEXT.name] = encode_base64(plaintext)
         for key, value in params.items():
-            if type(value) is not str and isinstance(value, Mapping):
+            if type(value) not in _AS_THEY_ARE and isinstance(value, Mapping):
                 params[key] = dict(value)
         return cls(operation.name, params, operation.result)
 

@@ -9,6 +9,7 @@ a public key, so callers parse keys strictly first. Needs OpenSSL 3.0 or newer (
 
 import ctypes
 import functools
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_long, c_size_t, c_void_p
 from typing import Any, Final, TypeAlias
 
@@ -121,12 +122,39 @@ class Key:
 
     def encrypt(self, plaintext: Buffer, options: Options = ()) -> bytes:
         """Encrypt the buffer's bytes, at least one. Raises `LibcryptoError`."""
-        out, used = self._run("encrypt", plaintext, None, options)
-        return bytes(out) if used == len(out) else bytes(out[:used])
+        return self.encryptor(options)(plaintext)
+
+    def encryptor(self, options: Options = ()) -> Callable[[Buffer], bytes]:
+        """What encrypts a buffer's bytes, at least one, for as many buffers as there are. Raises `LibcryptoError`."""
+        function, size = self._library.EVP_PKEY_encrypt, self._size
+        contexts = self._contexts.setdefault(("encrypt", options), [])
+
+        def encrypt(plaintext: Buffer) -> bytes:
+            context = self._context("encrypt", options, contexts)
+            used, given, address = c_size_t(size), len(plaintext), _address(plaintext) if plaintext else None
+            # libcrypto's SM2 does not look at the size of the output that it is given: it is as large as it says itself.
+            if not given or (not size and function(context, None, byref(used), address, given) <= 0):
+                raise self._failed("encrypt", context)
+            out = bytearray(used.value)
+            if function(context, _address(out), byref(used), address, given) <= 0:
+                raise self._failed("encrypt", context)
+            contexts.append(context)
+            return bytes(out) if used.value == len(out) else bytes(out[: used.value])
+
+        return encrypt
 
     def decrypt_into(self, ciphertext: Buffer, out: Buffer, options: Options = ()) -> int:
         """Decrypt into `out`, and give the number of bytes written there. Raises `LibcryptoError`, whatever is wrong."""
-        return self._run("decrypt", ciphertext, out, options)[1]
+        contexts = self._contexts.setdefault(("decrypt", options), [])
+        context, used = self._context("decrypt", options, contexts), c_size_t(len(out))
+        # To libcrypto, no output means "how much would it be?": never a way to succeed here.
+        if not (ciphertext and out) or (
+            self._library.EVP_PKEY_decrypt(context, _address(out), byref(used), _address(ciphertext), len(ciphertext))
+            <= 0
+        ):
+            raise self._failed("decrypt", context)
+        contexts.append(context)
+        return used.value
 
     def decrypt_oaep_into(self, ciphertext: Buffer, padded: Buffer, out: Buffer, digest: bytes) -> int:
         """Decrypt RSAES-OAEP (RFC 8017; MGF1 with the same hash, empty label) into `out`, and give the number of bytes.
@@ -160,27 +188,16 @@ class Key:
         finally:
             self._library.PKCS8_PRIV_KEY_INFO_free(info)
 
-    def _run(self, verb: str, data: Buffer, out: Buffer | None, options: Options) -> tuple[Buffer, int]:
-        # To libcrypto, no output means "how much would it be?": never a way to succeed here. And its SM2 encryption does not
-        # look at the size it is given, so where the output is ours it is as large as libcrypto says.
-        if not data or (out is not None and not out):
-            raise LibcryptoError(f"libcrypto could not {verb}: nothing to {verb}, or no room for it")
-        library, contexts = self._library, self._contexts.setdefault((verb, options), [])
+    def _context(self, verb: str, options: Options, kept: list[int]) -> int:
         try:
-            context = contexts.pop()
+            return kept.pop()
         except IndexError:
-            context = self._set_up(verb, options)
-        function = library.EVP_PKEY_encrypt if verb == "encrypt" else library.EVP_PKEY_decrypt
-        used, address = c_size_t(self._size), _address(data)
-        if out is None and (self._size or function(context, None, byref(used), address, len(data)) > 0):
-            out = bytearray(used.value)
-        used.value = len(out or b"")
-        if not out or function(context, _address(out), byref(used), address, len(data)) <= 0:
-            library.EVP_PKEY_CTX_free(context)
-            library.ERR_clear_error()
-            raise LibcryptoError(f"libcrypto could not {verb}")
-        contexts.append(context)
-        return out, used.value
+            return self._set_up(verb, options)
+
+    def _failed(self, verb: str, context: int) -> LibcryptoError:
+        self._library.EVP_PKEY_CTX_free(context)
+        self._library.ERR_clear_error()
+        return LibcryptoError(f"libcrypto could not {verb}")
 
     def _set_up(self, verb: str, options: Options) -> int:
         library = self._library

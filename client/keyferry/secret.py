@@ -73,14 +73,14 @@ class SecretMemoryError(Exception):
 class Secret:
     """Bytes in a `SecretMemory`. Only `lend` shows them, only for the time of a block."""
 
-    __slots__ = ("_freed", "_loans", "_memory", "_offset", "_room", "size")
+    __slots__ = ("_freed", "_loans", "_memory", "_offset", "_room", "_wiped", "size")
 
     def __init__(self, memory: "SecretMemory", offset: int, room: int, size: int) -> None:
         self._memory = memory
         self._offset = offset
         self._room = room
-        self._loans = 0
-        self._freed = False
+        self._loans: list[None] = []  # as many as there are: unlike a number, a list is changed in one step
+        self._freed = self._wiped = False
         self.size = size
 
     def __repr__(self) -> str:
@@ -95,18 +95,17 @@ class Secret:
 
     def free(self) -> None:
         """Wipe the bytes and give the room back: at once, or when the last loan of them ends. May be called again."""
-        memory = self._memory
-        with memory._lock:
-            if self._freed:
-                return
-            self._freed = True
-            if self._loans:
-                return
-        memory._wipe(self)
+        self._freed = True
+        if not self._loans:
+            self._memory._wipe(self)
 
 
 class _Loan:
-    """What `with` holds: the view, which is released at the end of the block."""
+    """What `with` holds: the view, which is released at the end of the block.
+
+    Without a lock, since every request takes a loan: it is counted before it asks whether the bytes were freed, and they are
+    marked as freed before anybody asks whether there are loans. So at least one of the two sees the other, and wipes.
+    """
 
     __slots__ = ("_secret", "_view")
 
@@ -115,11 +114,11 @@ class _Loan:
 
     def __enter__(self) -> memoryview:
         secret = self._secret
-        with secret._memory._lock:
-            if secret._freed:
-                raise SecretMemoryError("these bytes were wiped")
-            self._view = secret._memory._view(secret._offset, secret.size)
-            secret._loans += 1
+        self._view = secret._memory._view(secret._offset, secret.size)
+        secret._loans.append(None)
+        if secret._freed:
+            self.__exit__(None, None, None)
+            raise SecretMemoryError("these bytes were wiped")
         return self._view
 
     def __exit__(
@@ -127,10 +126,8 @@ class _Loan:
     ) -> None:
         self._view.release()
         secret = self._secret
-        with secret._memory._lock:
-            secret._loans -= 1
-            wipe = secret._freed and not secret._loans
-        if wipe:
+        secret._loans.pop()
+        if secret._freed and not secret._loans:
             secret._memory._wipe(secret)
 
 
@@ -249,8 +246,11 @@ class SecretMemory:
         return self._bytes[offset : offset + size]
 
     def _wipe(self, secret: Secret) -> None:
-        ctypes.memset(self._address + secret._offset, 0, secret._room)
         with self._lock:
+            if secret._wiped:
+                return
+            secret._wiped = True
+            ctypes.memset(self._address + secret._offset, 0, secret._room)
             self._freed.setdefault(secret._room, []).append(secret._offset)
 
     def _map(self, backing: Backing) -> list[str]:

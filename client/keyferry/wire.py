@@ -2,17 +2,18 @@
 
 The one promise: whatever bytes are fed, `Decoder` gives messages or raises `ProtocolError`. Anything else is a bug.
 
-Every limit is applied to the *headers*, as they arrive, before an object is made of them: a peer can claim a map of four
-billion entries, or nest arrays a thousand deep, and costs nobody more than the bytes it really sent. That is why the
-structure is walked here first, and the msgpack library is only ever shown one whole message that is known to be small.
+The msgpack library is only ever shown one whole message that is known to be small: its structure was followed first, by the
+library without making anything of it, or by `headers`, which knows every limit and why a message breaks it.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
 
 from .errors import ProtocolError
+from .headers import MAX_ARRAY, MAX_DEPTH, MAX_MAP, MAX_MESSAGE, Walk, container
 
 __all__ = [
     "MAX_ARRAY",
@@ -22,6 +23,7 @@ __all__ = [
     "Decoder",
     "Message",
     "Notification",
+    "Recalled",
     "Request",
     "Response",
     "Unservable",
@@ -33,14 +35,6 @@ __all__ = [
 
 PROTOCOL_VERSION: Final = 1
 
-MAX_MESSAGE: Final = 65_536
-"""Bytes in one message. The largest legitimate request (6,144 bytes to encrypt, 8,192 characters of context) is a third."""
-MAX_MAP: Final = 1_024
-"""Entries in one map. A context of 8,192 characters as JSON cannot hold more than 1,365 of the shortest pairs."""
-MAX_ARRAY: Final = 64
-"""Entries in one array. A message has four, its parameters one; no parameter is a list."""
-MAX_DEPTH: Final = 8
-"""Containers in containers. A request with a context needs four."""
 MAX_MSGID: Final = 2**32 - 1
 
 
@@ -50,6 +44,15 @@ class Request(NamedTuple):
     msgid: int
     method: str
     params: dict[str, Any]
+    tail: bytes = b""
+    """Its bytes behind the msgid, where the decoder was asked to recall requests."""
+
+
+class Recalled(NamedTuple):
+    """A request of which the decoder's `recall` knew what to say, by its bytes behind the msgid."""
+
+    msgid: int
+    what: Any
 
 
 class Response(NamedTuple):
@@ -72,47 +75,7 @@ class Unservable(NamedTuple):
     method: str = ""
 
 
-Message: TypeAlias = Request | Response | Notification | Unservable
-
-
-# --- the walk over headers -------------------------------------------------------------------------------------------
-# What each first byte begins (the msgpack specification, "Formats").
-
-_SCALAR, _STRING, _BINARY, _ARRAY, _MAP, _REFUSED = range(6)
-
-
-class _Format(NamedTuple):
-    kind: int
-    length_bytes: int = 0  # how many bytes of length follow the first
-    size: int = 0  # without them: the bytes that follow, or the entries of a container
-    why: str = ""
-
-
-def _formats() -> list[_Format]:
-    formats = [_Format(_SCALAR)] * 256  # nil, booleans, and the integers that are their own first byte
-    for first in range(0x10):
-        formats[0x80 + first] = _Format(_MAP, size=first)
-        formats[0x90 + first] = _Format(_ARRAY, size=first)
-    for first in range(0x20):
-        formats[0xA0 + first] = _Format(_STRING, size=first)
-    for first, kind, width in (
-        *zip(range(0xC4, 0xC7), [_BINARY] * 3, (1, 2, 4), strict=True),
-        *zip(range(0xD9, 0xDC), [_STRING] * 3, (1, 2, 4), strict=True),
-        *zip(range(0xDC, 0xDE), [_ARRAY] * 2, (2, 4), strict=True),
-        *zip(range(0xDE, 0xE0), [_MAP] * 2, (2, 4), strict=True),
-    ):
-        formats[first] = _Format(kind, length_bytes=width)
-    for first in range(4):
-        formats[0xCC + first] = formats[0xD0 + first] = _Format(_SCALAR, size=2**first)
-    for first in (0xCA, 0xCB):
-        formats[first] = _Format(_REFUSED, why="floats are not part of the protocol")
-    for first in (*range(0xC7, 0xCA), *range(0xD4, 0xD9)):
-        formats[first] = _Format(_REFUSED, why="extension types are not part of the protocol")
-    formats[0xC1] = _Format(_REFUSED, why="byte 0xC1 begins nothing in msgpack")
-    return formats
-
-
-_FORMATS: Final = _formats()
+Message: TypeAlias = Request | Recalled | Response | Notification | Unservable
 
 
 class Decoder:
@@ -120,19 +83,20 @@ class Decoder:
 
     `max_array` is `MAX_ARRAY`, or more for a client, whose answers may hold a page of a list. After a `ProtocolError` the
     stream cannot be trusted any more: the decoder refuses to go on.
+
+    `recall` is asked what it knows of the bytes behind a request's msgid, before they are parsed: what it gives, unless it is
+    None, comes out as `Recalled`. It has to know nothing but what has come out as a `Request` with this `tail`.
     """
 
-    __slots__ = ("_broken", "_buffer", "_containers", "_left", "_map", "_max_array", "_position")
+    __slots__ = ("_broken", "_buffer", "_max_array", "_recall", "_walk")
 
-    def __init__(self, *, max_array: int = MAX_ARRAY) -> None:
+    def __init__(self, *, max_array: int = MAX_ARRAY, recall: Callable[[bytes], Any] | None = None) -> None:
         self._max_array = max_array
+        self._recall = recall
         self._buffer = bytearray()
         self._broken: ProtocolError | None = None
-        # Where the walk through the first message stands, so that each byte is looked at once however it arrives.
-        self._position = 0
-        self._left = 1  # entries still to come in the container around the position; in a map, keys and values each
-        self._map = False  # whether that container is a map
-        self._containers: list[tuple[int, bool]] = []  # the same two for the containers around that one
+        self._walk: Walk | None = None
+        """Through a message that came in pieces: what was looked at is not looked at again."""
 
     @property
     def incomplete(self) -> bool:
@@ -145,23 +109,25 @@ class Decoder:
 
     def messages(self) -> Iterator[Message]:
         """Yield each whole message received so far. Raises `ProtocolError`, for good, at the first that is none."""
-        walking = self._position > 0  # a message that came in pieces: what was looked at is not looked at again
         while self._buffer:
             if self._broken:
                 raise self._broken
-            if not walking:
+            if self._walk is None:
                 yield from self._whole()
-                walking = True
+                if self._buffer:
+                    self._walk = Walk(self._max_array)
                 continue
             try:
-                if not self._walk():
+                if not self._walk.follow(self._buffer):
                     return
-                message = _message(_unpack(self._buffer[: self._position]))
+                size, self._walk = self._walk.position, None
+                message = self._first(size)
+                if message is None:
+                    message = _message(_unpack(self._buffer[:size]))
             except ProtocolError as error:
                 self._broken = error
                 raise
-            self._forget(self._position)
-            walking, self._position, self._left = False, 0, 1
+            self._forget(size)
             yield message
 
     def _whole(self) -> Iterator[Message]:
@@ -170,89 +136,59 @@ class Decoder:
         It is three times as fast as the walk, and knows less: at whatever is out of the ordinary it leaves off, and the walk
         finds out what that is. What it may allocate for what a header claims is bounded by its limits.
         """
-        unpacker = msgpack.Unpacker(
-            max_buffer_size=0,  # what is in the buffer was bounded by whoever has received it
-            read_size=_RECEIVE_LEAST,
-            max_array_len=self._max_array,
-            max_map_len=MAX_MAP,
-            max_ext_len=0,
-            unicode_errors=_UNICODE_ERRORS,
-            object_pairs_hook=_unique,
-        )
+        only = self._first(len(self._buffer))  # most often there is one message, and nothing behind it
+        if only is not None:
+            self._forget(len(self._buffer))
+            yield only
+            return
+        unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=_RECEIVE_LEAST)
         unpacker.feed(self._buffer)
         begin = 0
         while True:
             try:
-                body = unpacker.unpack()
+                unpacker.skip()
                 end = unpacker.tell()
             except Exception:  # whatever it is: the walk knows
                 return
-            if end - begin > MAX_MESSAGE or not _is_plain(body):
+            message = self._first(end - begin)
+            if message is None:
                 return
-            try:
-                message = _message(body)
-            except ProtocolError as error:
-                self._broken = error
-                raise
             self._forget(end - begin)
             begin = end
             yield message
 
+    def _first(self, size: int) -> Message | None:
+        """The message of `size` bytes at the beginning of the buffer; None where the walk has to look at it."""
+        if size > MAX_MESSAGE:
+            return None
+        request = None if self._recall is None else _split(self._buffer, size)
+        if request is not None and self._recall is not None and (what := self._recall(request[1])) is not None:
+            return Recalled(request[0], what)
+        body = self._parsed(size)
+        if body is None:
+            return None
+        try:
+            message = _message(body)
+        except ProtocolError as error:
+            self._broken = error
+            raise
+        if request is not None and isinstance(message, Request):
+            return Request(*message[:3], request[1])
+        return message
+
+    def _parsed(self, size: int) -> Any:
+        """What msgpack's own parser makes of so many bytes; None where that is not quite in the protocol."""
+        if _INTERNED_FOR_EVER:
+            return None
+        try:
+            body = _unpack(self._buffer[:size], max_array_len=self._max_array, max_map_len=_MAP_AT_ONCE, max_ext_len=0)
+        except Exception:  # whatever it is: the walk knows
+            return None
+        return body if _is_plain(body) else None
+
     def _forget(self, size: int) -> None:
         self._buffer[:size] = bytes(size)  # a request can hold a plaintext
         del self._buffer[:size]
-
-    def _walk(self) -> bool:  # noqa: C901, PLR0912 - one loop, once for each byte's worth: calls would double its time
-        """Follow the headers to the end of the first message; False if that has not been received yet."""
-        buffer, position, left, in_map, containers = (
-            self._buffer,
-            self._position,
-            self._left,
-            self._map,
-            self._containers,
-        )
-        received = len(buffer)
-        while position < received:
-            kind, length_bytes, size, why = _FORMATS[buffer[position]]
-            if kind == _REFUSED:
-                raise ProtocolError(why)
-            if in_map and kind != _STRING and not left & 1:
-                raise ProtocolError("a map key is not a string")
-            after = position + 1
-            if length_bytes:
-                after += length_bytes
-                if after > received:
-                    break
-                size = int.from_bytes(buffer[position + 1 : after], "big")
-            if kind < _ARRAY:
-                after += size
-            if after > MAX_MESSAGE:
-                raise ProtocolError(f"a message is longer than {MAX_MESSAGE} bytes")
-            if after > received:
-                break
-            position = after
-            left -= 1
-            if kind >= _ARRAY:
-                if size > (MAX_MAP if kind == _MAP else self._max_array):
-                    raise ProtocolError(
-                        f"a map of {size} entries; at most {MAX_MAP} are allowed"
-                        if kind == _MAP
-                        else f"an array of {size} entries; at most {self._max_array} are allowed"
-                    )
-                if len(containers) == MAX_DEPTH:
-                    raise ProtocolError(f"containers are nested more than {MAX_DEPTH} deep")
-                containers.append((left, in_map))
-                in_map = kind == _MAP
-                left = 2 * size if in_map else size
-            while not left and containers:
-                left, in_map = containers.pop()
-            if not left:
-                self._position, self._map = position, False
-                return True
-        if received > MAX_MESSAGE:
-            raise ProtocolError(f"a message is longer than {MAX_MESSAGE} bytes")
-        self._position, self._left, self._map = position, left, in_map
-        return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -262,6 +198,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+_MAP_AT_ONCE: Final = 64
+"""Entries of a map that msgpack's parser is left to: it makes room for all that a header claims, a thousand headers deep."""
 _RECEIVE_LEAST: Final = 1_024
 """Bytes of buffer that msgpack's parser begins with."""
 # A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs text refuses
@@ -269,8 +207,46 @@ _RECEIVE_LEAST: Final = 1_024
 _UNICODE_ERRORS: Final = "surrogateescape"
 
 
-def _unpack(packed: bytearray) -> Any:
-    return msgpack.unpackb(packed, unicode_errors=_UNICODE_ERRORS, object_pairs_hook=_unique)
+# msgpack interns the keys of maps. The first releases of Python 3.12 keep what is interned as long as the process lives
+# (python/cpython#113993): whoever sends ever new keys would fill the memory. There, values are read one by one.
+_INTERNED_FOR_EVER: Final = sys.getrefcount(sys.intern(f"{__name__} {id(object())}")) > 2**16
+
+
+def _unpack(packed: bytearray, **limits: int) -> Any:
+    if _INTERNED_FOR_EVER:
+        unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=_RECEIVE_LEAST, unicode_errors=_UNICODE_ERRORS)
+        unpacker.feed(packed)
+        return _one_by_one(unpacker, packed)
+    return msgpack.unpackb(packed, unicode_errors=_UNICODE_ERRORS, object_pairs_hook=_unique, **limits)
+
+
+def _split(buffer: bytearray, size: int) -> tuple[int, bytes] | None:
+    """The msgid of the request that the first `size` bytes are, and what is behind it; None for what begins otherwise."""
+    if size < _SHORTEST or buffer[0] != _ARRAY_OF_FOUR or buffer[1] != 0:
+        return None
+    first = buffer[2]
+    end = _BEHIND_MSGID.get(first, 3)
+    if end == 3 and first > _LAST_FIXINT:
+        return None
+    return first if end == 3 else int.from_bytes(buffer[3:end], "big"), bytes(buffer[end:size])
+
+
+_ARRAY_OF_FOUR: Final = 0x94
+_LAST_FIXINT: Final = 0x7F
+_SHORTEST: Final = 8
+"""Bytes of a request whose msgid takes five."""
+_BEHIND_MSGID: Final = {0xCC: 4, 0xCD: 5, 0xCE: 7}
+"""Where the bytes behind a msgid begin, by its first byte. One in 64 bits, which no client sends, is parsed as a whole."""
+
+
+def _one_by_one(unpacker: Any, packed: bytearray) -> Any:
+    kind = container(packed[unpacker.tell()])
+    if kind is list:
+        return [_one_by_one(unpacker, packed) for _ in range(unpacker.read_array_header())]
+    if kind is dict:
+        size = unpacker.read_map_header()
+        return _unique([(unpacker.unpack(), _one_by_one(unpacker, packed)) for _ in range(size)])
+    return unpacker.unpack()
 
 
 def _is_plain(value: Any, depth: int = 1) -> bool:
@@ -284,10 +260,13 @@ def _is_plain(value: Any, depth: int = 1) -> bool:
         return type(value) in _SENDABLE
     if depth > MAX_DEPTH:
         return False
-    # Types as a set, as far as that says all: a loop in Python would take as long as the parsing.
-    return _SENDABLE.issuperset(map(type, values)) or all(
-        type(each) in _SENDABLE or _is_plain(each, depth + 1) for each in values
-    )
+    kinds = set(map(type, values))  # as a set, as far as that says all: a loop would take as long as the parsing
+    if kinds <= _SENDABLE:
+        return True
+    for each in values if kinds <= _PLAIN else ():
+        if type(each) not in _SENDABLE and not _is_plain(each, depth + 1):
+            return False
+    return kinds <= _PLAIN
 
 
 def _message(body: Any) -> Message:
@@ -327,9 +306,9 @@ def check_sendable(value: Any, depth: int = 3) -> None:
     `depth` is how many containers it is in. Raises `ProtocolError`.
     """
     kind = type(value)
-    if kind in _SENDABLE or isinstance(value, str | int | bytes | bytearray | memoryview):
-        return
     if kind not in (dict, list, tuple):
+        if kind in _SENDABLE or isinstance(value, str | int | bytes | bytearray | memoryview):
+            return
         raise ProtocolError(f"{kind.__name__} is not part of the protocol")
     if len(value) > (MAX_MAP if kind is dict else MAX_ARRAY) or depth > MAX_DEPTH:
         raise ProtocolError("a container has too many entries, or is nested too deep")
@@ -339,10 +318,12 @@ def check_sendable(value: Any, depth: int = 3) -> None:
         value = value.values()
     if not _SENDABLE.issuperset(map(type, value)):
         for each in value:
-            check_sendable(each, depth + 1)
+            if type(each) not in _SENDABLE:
+                check_sendable(each, depth + 1)
 
 
 _SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
+_PLAIN: Final = _SENDABLE | {dict, list}
 _TEXT: Final = frozenset({str})
 
 

@@ -27,5 +27,5 @@ def may_name(
 ) -> bool:
     """Whether a caller may learn that a key is missing of which these names are all that is known; None: nothing is."""
     granted = Granted(tuple(grants))
-    may = granted.with_action(action) if names is None else granted.covering(action, "no key", lambda: names)
+    may = granted.with_action(action) if names is None else granted.would_cover(action, names)
     return carrying(may, pin, context) is not None

@@ -75,7 +75,7 @@ def _is_recorded(record: dict[str, Any]) -> bool:
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise ChainError(f"{path}, line {number}: not a line of an audit record")

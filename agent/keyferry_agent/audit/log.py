@@ -27,6 +27,8 @@ _MOST_LISTED: Final = 64
 _MOST_KEYS: Final = 32
 _LONGEST_KEY: Final = 40
 """Characters of a context's key to record. A line stays below 4,096 bytes: so much a pipe takes whole, or not at all."""
+_LONGEST_KEYS: Final = 1_536
+"""Bytes of all of them in the line, for the same reason: one character may take twelve."""
 
 
 class AuditLog:
@@ -65,26 +67,39 @@ class AuditLog:
 
         A line that nobody waited for any more may still be written: of a request that was refused because of that.
         """
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        caller = _of_peer(peer)
+        lines = [_line(now, caller, audited, outcome) for audited, outcome in requests]
         try:
-            return self._hand.call(self._file.append, [_line(peer, audited, outcome) for audited, outcome in requests])
+            return self._hand.call(self._file.append, lines)
         except OSError as error:
             return Appended(0, error)
 
 
-def _line(peer: Peer, audited: Audited, outcome: str) -> str:
+def _line(now: str, caller: str, audited: Audited, outcome: str) -> str:
     """All of a line but the hash of the one before it, and what closes it.
 
     By hand, since every request has one: json.dumps takes three times as long for a dictionary of these.
     """
-    keys = sorted(key[:_LONGEST_KEY] for key in audited.context_keys)[:_MOST_KEYS]
+    if not audited.line:
+        audited.line = _of_request(audited)
     return (
-        f'{{"time": "{datetime.now(UTC).isoformat(timespec="milliseconds")}", "event": "audit", '
-        f'"request_id": {quoted(audited.request_id)}, "operation": {quoted(audited.operation)}, {_of_peer(peer)}, '
-        f'"grant": {quoted(audited.grant)}, "key_id": {quoted(audited.key_id)}, '
-        f'"key_version_id": {quoted(audited.key_version_id)}, "context_keys": {json.dumps(keys) if keys else "[]"}, '
-        f'"recipient": {quoted(audited.recipient)}, "destination_key_id": {quoted(audited.destination_key_id)}, '
-        f'"destination_key_version_id": {quoted(audited.destination_key_version_id)}, "outcome": {quoted(outcome)}, '
+        f'{{"time": "{now}", "event": "audit", "request_id": {quoted(audited.request_id)}, '
+        f'"operation": {quoted(audited.operation)}, {caller}, {audited.line}, "outcome": {quoted(outcome)}, '
         f'"microseconds": {round((time.monotonic() - audited.started) * 1e6)}'
+    )
+
+
+def _of_request(audited: Audited) -> str:
+    keys = sorted(key[:_LONGEST_KEY] for key in audited.context_keys)[:_MOST_KEYS]
+    listed = json.dumps(keys) if keys else "[]"
+    while len(listed) > _LONGEST_KEYS:
+        listed = json.dumps(keys := keys[:-1])
+    return (
+        f'"grant": {quoted(audited.grant)}, "key_id": {quoted(audited.key_id)}, '
+        f'"key_version_id": {quoted(audited.key_version_id)}, "context_keys": {listed}, '
+        f'"recipient": {quoted(audited.recipient)}, "destination_key_id": {quoted(audited.destination_key_id)}, '
+        f'"destination_key_version_id": {quoted(audited.destination_key_version_id)}'
     )
 
 

@@ -29,7 +29,9 @@ __all__ = [
     "KEY_SIZES",
     "MOST",
     "OVERHEAD",
+    "Bound",
     "SealError",
+    "bind",
     "key_version_id",
     "open_into",
     "plaintext_size",
@@ -125,27 +127,32 @@ def seal(
 
     `version_id` has 36 ASCII characters. Intermediate keys live in `scratch`.
     """
-    return _seal(key_spec, cmk, version_id, key_id, context, plaintext, scratch, os.urandom(_SALT))
+    return bind(key_spec, version_id, key_id, context).seal(cmk, plaintext, scratch)
 
 
-def _seal(
-    key_spec: str,
-    cmk: memoryview,
-    version_id: str,
-    key_id: str,
-    context: Mapping[str, str],
-    plaintext: memoryview,
-    scratch: SecretMemory,
-    salt: bytes,
-) -> bytes:
-    suite = _SUITES[key_spec]
+class Bound(NamedTuple):
+    """All of a CiphertextBlob that is known before what it seals: its suite, its header, and what it is bound to."""
+
+    suite: "_Suite"
+    header: bytes
+    associated: bytes
+
+    def seal(self, cmk: memoryview, plaintext: memoryview, scratch: SecretMemory, salt: bytes | None = None) -> bytes:
+        """Seal `plaintext` under the master key `cmk`. `salt` is random; a vector gives its own."""
+        suite, salt = self.suite, salt or os.urandom(_SALT)
+        size = suite.key_size
+        with scratch.borrow(size + _COMMITMENT) as derived:
+            HKDF(suite.hash, size + _COMMITMENT, salt, suite.info).derive_into(cmk, derived)
+            sealed = suite.encrypt(derived[:size], plaintext, self.associated)
+            return b"".join((self.header, salt, derived[size:], sealed))
+
+
+def bind(key_spec: str, version_id: str, key_id: str, context: Mapping[str, str]) -> Bound:
+    """What seals under one version of a key and one context: for as many plaintexts as there are."""
     header = version_id.encode("ascii") + bytes([FORMAT])
     if len(header) != _HEADER:
         raise ValueError("a KeyVersionId has 36 characters")
-    with scratch.borrow(suite.key_size + _COMMITMENT) as derived:
-        HKDF(suite.hash, len(derived), salt, suite.info).derive_into(cmk, derived)
-        sealed = suite.encrypt(derived[: suite.key_size], plaintext, associated_data(header, key_id, context))
-        return b"".join((header, salt, derived[suite.key_size :], sealed))
+    return Bound(_SUITES[key_spec], header, associated_data(header, key_id, context))
 
 
 def key_version_id(blob: bytes) -> str:

@@ -5,12 +5,11 @@ To add a wrapping algorithm: a line in `_TABLE`, its check in `public_key`, its 
 
 import functools
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from keyferry import libcrypto
 from keyferry.sm2_ciphertext import der_to_raw
 
-from . import sm2_portable
 from .public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 
 __all__ = ["Recipient", "Wrapping", "WrappingError", "find", "pairs", "recipient"]
@@ -31,44 +30,38 @@ class Wrapping(NamedTuple):
     capacity: int  # bytes of data key that it carries
     slow: bool  # takes half a millisecond or more: not for the event loop
     check: Callable[[bytes], None]
-    wrap: Callable[["Recipient", memoryview], bytes]
+    wrapper: Callable[[libcrypto.Key], "Wrap"]
+
+
+Wrap: TypeAlias = Callable[[memoryview], bytes]
 
 
 class Recipient(NamedTuple):
-    """A module's public key, checked and loaded, with the way to wrap for it."""
+    """A module's public key, checked and loaded."""
 
     wrapping: Wrapping
-    der: bytes
     pin: str
-    key: libcrypto.Key | None  # None: SM2 without libcrypto's help
-
-    def wrap(self, data_key: memoryview) -> bytes:
-        """Encrypt the bytes of a data key, at most `wrapping.capacity` of them."""
-        return self.wrapping.wrap(self, data_key)
+    wrap: Wrap
+    """Encrypts the bytes of a data key, at most `wrapping.capacity` of them."""
 
 
 def _oaep(name: str, digest: bytes, digest_size: int) -> Wrapping:
     """RSAES-OAEP with MGF1 over the same hash and an empty label (RFC 8017)."""
     options = ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", digest), (b"rsa_mgf1_md", digest))
-
-    def wrap(recipient: Recipient, data_key: memoryview) -> bytes:
-        assert recipient.key is not None
-        return recipient.key.encrypt(data_key, options)
-
-    return Wrapping(name, _RSA_BYTES - 2 * digest_size - 2, slow=False, check=check_rsa_2048, wrap=wrap)
+    capacity = _RSA_BYTES - 2 * digest_size - 2
+    return Wrapping(name, capacity, slow=False, check=check_rsa_2048, wrapper=lambda key: key.encryptor(options))
 
 
-def _sm2_wrap(recipient: Recipient, data_key: memoryview) -> bytes:
-    if recipient.key is None:
-        return sm2_portable.encrypt(recipient.der[-64:], data_key)
-    return der_to_raw(recipient.key.encrypt(data_key))
+def _sm2(key: libcrypto.Key) -> Wrap:
+    encrypt = key.encryptor()
+    return lambda data_key: der_to_raw(encrypt(data_key))
 
 
 _TABLE: Final = {
     ("RSA_2048", "RSAES_OAEP_SHA_256"): _oaep("RSA_2048 with RSAES_OAEP_SHA_256", b"sha256", 32),
     ("RSA_2048", "RSAES_OAEP_SHA_1"): _oaep("RSA_2048 with RSAES_OAEP_SHA_1", b"sha1", 20),
     # The cloud takes up to 6,047 bytes of plaintext for SM2PKE.
-    ("EC_SM2", "SM2PKE"): Wrapping("EC_SM2 with SM2PKE", 6_047, slow=True, check=check_sm2, wrap=_sm2_wrap),
+    ("EC_SM2", "SM2PKE"): Wrapping("EC_SM2 with SM2PKE", 6_047, slow=True, check=check_sm2, wrapper=_sm2),
 }
 
 
@@ -86,11 +79,13 @@ def pairs() -> str:
 def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipient:
     """Check and load a public key. Raises `PublicKeyError`, or `WrappingError` where the system has no SM2."""
     wrapping.check(der)
-    if wrapping.wrap is _sm2_wrap and not libcrypto.has_sm2():
+    if wrapping.wrapper is _sm2 and not libcrypto.has_sm2():
         if not sm2_fallback:
             raise WrappingError("SM2PKE is not available: this system's libcrypto was built without SM2.")
-        return Recipient(wrapping, der, fingerprint(der), None)
+        from . import sm2_portable  # noqa: PLC0415 - takes 15 ms to import, and most systems never need it
+
+        return Recipient(wrapping, fingerprint(der), functools.partial(sm2_portable.encrypt, der[-64:]))
     try:
-        return Recipient(wrapping, der, fingerprint(der), libcrypto.public_key(der))
+        return Recipient(wrapping, fingerprint(der), wrapping.wrapper(libcrypto.public_key(der)))
     except libcrypto.LibcryptoError as error:
         raise PublicKeyError(f"{error}.") from None

@@ -20,9 +20,9 @@ from .export import export_data_key, generate_and_export_data_key
 from .generation import generate_data_key, generate_data_key_without_plaintext
 from .lists import list_aliases, list_key_versions, list_keys
 from .status import describe_key, get_agent_status
-from .steps import Job, Request
+from .steps import Job, Request, in_one_go
 
-__all__ = ["HANDLERS", "Job", "prepare"]
+__all__ = ["HANDLERS", "Job", "in_one_go", "prepare"]
 
 T = TypeVar("T")
 

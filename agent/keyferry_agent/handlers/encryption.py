@@ -24,7 +24,7 @@ from .steps import (
     open_blob,
     permit,
     plaintext_size,
-    seal_bytes,
+    sealing,
     usable,
     would_succeed,
 )
@@ -44,9 +44,10 @@ def encrypt(request: Request) -> Job:
     request.audited.key_version_id = version.version_id
     if request.values.get(DRY_RUN):
         raise would_succeed()
+    seal = sealing(key, version, context, scratch)
 
     def run() -> operations.EncryptResult:
-        blob = seal_bytes(key, version, context, memoryview(plaintext), scratch)
+        blob = seal(memoryview(plaintext))
         return operations.EncryptResult(key.key_id, version.version_id, encode_base64(blob))
 
     return Job(run)
@@ -72,26 +73,30 @@ def decrypt(request: Request) -> Job:
 def re_encrypt(request: Request) -> Job:
     """Open a blob and seal what is in it anew, in one go: the caller never has it."""
     blob = request.values.need(CIPHERTEXT_BLOB)
-    opening, sealing = request.context(SOURCE_ENCRYPTION_CONTEXT), request.context(DESTINATION_ENCRYPTION_CONTEXT)
+    old_context, new_context = (
+        request.context(SOURCE_ENCRYPTION_CONTEXT),
+        request.context(DESTINATION_ENCRYPTION_CONTEXT),
+    )
     if not request.caller.granted.with_action(_TO):
         raise no_permission()  # before anything is said about the blob
-    source, old = find_version(request, blob, action=_FROM, context=opening)
-    destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=sealing)
+    source, old = find_version(request, blob, action=_FROM, context=old_context)
+    destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=new_context)
     # Under another key or another context, other grants decide who gets what is in it: no way round a grant's recipients.
-    stays = destination.key_id == source.key_id and sealing == opening
-    permit(request, source, _FROM, pin=None if stays else PLAINTEXT, context=opening)
+    stays = destination.key_id == source.key_id and new_context == old_context
+    permit(request, source, _FROM, pin=None if stays else PLAINTEXT, context=old_context)
     usable(source)
     usable(destination)
     new, scratch, dry_run = destination.primary, request.agent.scratch, request.values.get(DRY_RUN)
     request.audited.destination_key_id = destination.key_id
     request.audited.destination_key_version_id = new.version_id
+    seal = sealing(destination, new, new_context, scratch)
 
     def run() -> operations.ReEncryptResult:
         with scratch.borrow(plaintext_size(blob)) as plaintext:
-            open_blob(source, old, opening, blob, plaintext, scratch)
+            open_blob(source, old, old_context, blob, plaintext, scratch)
             if dry_run:
                 raise would_succeed()
-            sealed = seal_bytes(destination, new, sealing, plaintext, scratch)
+            sealed = seal(plaintext)
         return operations.ReEncryptResult(
             key_id=source.key_id,
             key_version_id=old.version_id,

@@ -1,5 +1,7 @@
 """Data keys for a cryptographic module: GenerateAndExportDataKey, ExportDataKey. No answer holds one in plaintext."""
 
+from collections.abc import Generator
+
 from keyferry import operations
 from keyferry.errors import invalid_parameter, kms_error
 from keyferry.parameters import (
@@ -14,10 +16,23 @@ from keyferry.parameters import (
 )
 from keyferry.secret import fill_random
 
+from ..agent import MOST_AT_ONCE
 from ..crypto import wrapping
 from ..crypto.public_key import PublicKeyError
 from .generation import data_key_size
-from .steps import Job, Request, find_key, find_version, open_blob, plaintext_size, seal_bytes, usable, would_succeed
+from .steps import (
+    Job,
+    Request,
+    find_key,
+    find_version,
+    in_one_go,
+    open_blob,
+    plaintext_size,
+    sealing,
+    still_usable,
+    usable,
+    would_succeed,
+)
 
 __all__ = ["export_data_key", "generate_and_export_data_key"]
 
@@ -33,17 +48,22 @@ def generate_and_export_data_key(request: Request) -> Job:
     request.audited.key_version_id = version.version_id
     if request.values.get(DRY_RUN):
         raise would_succeed()
+    seal = sealing(key, version, context, scratch)
 
-    def run() -> operations.GenerateAndExportDataKeyResult:
+    def begin() -> Generator[None, None, operations.GenerateAndExportDataKeyResult]:
         with scratch.borrow(size) as data_key:
             fill_random(data_key)
-            blob = seal_bytes(key, version, context, data_key, scratch)
+            blob = seal(data_key)
+            yield
             exported = recipient.wrap(data_key)
         return operations.GenerateAndExportDataKeyResult(
             key.key_id, version.version_id, encode_base64(blob), encode_base64(exported)
         )
 
-    return Job(run, slow=recipient.wrapping.slow)
+    def run() -> operations.GenerateAndExportDataKeyResult:
+        return in_one_go(begin())
+
+    return Job(run, recipient.wrapping.slow, still_usable(key), begin if size <= MOST_AT_ONCE else None)
 
 
 def export_data_key(request: Request) -> Job:

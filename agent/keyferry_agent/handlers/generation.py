@@ -7,7 +7,7 @@ from keyferry.parameters import DATA_KEY_SPECS, DRY_RUN, KEY_ID, KEY_SPEC, NUMBE
 from keyferry.secret import fill_random
 
 from ..grants import PLAINTEXT
-from .steps import Job, Request, find_key, seal_bytes, usable, would_succeed
+from .steps import Job, Request, find_key, sealing, still_usable, usable, would_succeed
 
 __all__ = ["data_key_size", "generate_data_key", "generate_data_key_without_plaintext"]
 
@@ -37,13 +37,14 @@ def _generate(request: Request, *, plaintext: bool) -> Job:
     request.audited.key_version_id = version.version_id
     if request.values.get(DRY_RUN):
         raise would_succeed()
+    seal = sealing(key, version, context, scratch)
 
     def run() -> operations.GenerateDataKeyResult | operations.GenerateDataKeyWithoutPlaintextResult:
         with scratch.borrow(size) as data_key:
             fill_random(data_key)
-            blob = encode_base64(seal_bytes(key, version, context, data_key, scratch))
+            blob = encode_base64(seal(data_key))
             if plaintext:
                 return operations.GenerateDataKeyResult(key.key_id, version.version_id, blob, encode_base64(data_key))
         return operations.GenerateDataKeyWithoutPlaintextResult(key.key_id, version.version_id, blob)
 
-    return Job(run)
+    return Job(run, again=still_usable(key))

@@ -1,7 +1,7 @@
 """The steps that handlers share: from a KeyId or a blob to a key that the caller may use, and from there to sealed bytes."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
@@ -19,15 +19,18 @@ __all__ = [
     "Request",
     "find_key",
     "find_version",
+    "in_one_go",
     "no_permission",
     "open_blob",
     "permit",
     "plaintext_size",
-    "seal_bytes",
+    "sealing",
+    "still_usable",
     "usable",
     "would_succeed",
 ]
 
+T = TypeVar("T")
 Context = Mapping[str, str]
 
 # One text for every reason why a ciphertext does not open: which one it was would help only somebody who tampers.
@@ -37,10 +40,27 @@ _DOES_NOT_OPEN: Final = (
 
 
 class Job(NamedTuple):
-    """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more."""
+    """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more.
+
+    `again`, where there is one, says whether this decision still holds for an equal request: then `run` does that, too.
+
+    `begin`, where there is one, does the same in two steps, for who does several: the first step of all, and then the second,
+    finds libcrypto's code and tables where the one before has left them, in the processor's caches.
+    """
 
     run: Callable[[], Any]
     slow: bool = False
+    again: Callable[[], bool] | None = None
+    begin: Callable[[], Generator[None, None, Any]] | None = None
+
+
+def in_one_go(steps: Generator[None, None, T]) -> T:
+    """What comes of all steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast("T", end.value)
 
 
 class Request(NamedTuple):
@@ -75,7 +95,7 @@ def find_key(
     name = agent.plain_name(parameter, request.values.need(parameter))
     key = agent.keyring.by_alias.get(name) if name.startswith("alias/") else agent.keyring.keys.get(name)
     if key is None or key.state() == "Deleted":
-        may = request.caller.granted.covering(action, f"no key {name}", lambda: agent.names_of(name))
+        may = request.caller.granted.would_cover(action, agent.names_of(name))
         if carrying(may, pin, context):
             raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
         raise no_permission()
@@ -124,10 +144,15 @@ def usable(key: Key) -> None:
         raise kms_error(f"Rejected.{state}")
 
 
-def seal_bytes(key: Key, version: KeyVersion, context: Context, data: memoryview, scratch: SecretMemory) -> bytes:
-    """A CiphertextBlob of what is in secret memory."""
-    with version.material.lend() as cmk:
-        return seal.seal(key.key_spec, cmk, version.version_id, key.key_id, context, data, scratch)
+def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> Callable[[memoryview], bytes]:
+    """What makes a CiphertextBlob of bytes in secret memory: all that does not depend on them is done here."""
+    bound, material = seal.bind(key.key_spec, version.version_id, key.key_id, context), version.material
+
+    def run(data: memoryview) -> bytes:
+        with material.lend() as cmk:
+            return bound.seal(cmk, data, scratch)
+
+    return run
 
 
 def open_blob(
@@ -139,6 +164,11 @@ def open_blob(
             seal.open_into(key.key_spec, cmk, blob, key.key_id, context, out, scratch)
         except SealError:
             raise _does_not_open() from None
+
+
+def still_usable(key: Key) -> Callable[[], bool]:
+    """Asks whether a key that was `usable` is so still."""
+    return lambda: key.state() == "Enabled"
 
 
 def would_succeed() -> KmsError:

@@ -36,6 +36,8 @@ ALIAS: Final = "alias/"
 _ALIAS_MOST: Final = 255
 _RESERVED: Final = "acs"
 _DESCRIPTION_MOST: Final = 8_192
+_SHOWN: Final = 24
+"""Unknown fields to name, and characters of each."""
 _DATE: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -144,10 +146,10 @@ class Document:
             raise KeyringError("the keyring does not hold JSON") from None
         if not isinstance(raw, dict) or raw.get("Format") != FORMAT:
             raise KeyringError(f'the content is no keyring: "Format" is not "{FORMAT}"')
-        if raw.get("Version") != VERSION:
-            raise KeyringError(
-                f"the keyring has format version {raw.get('Version')!r}; this program knows version {VERSION}: upgrade it"
-            )
+        version = raw.get("Version")
+        if type(version) is not int or version != VERSION:  # to Python, true and 1.0 are 1
+            shown = f"format version {version}" if type(version) is int else "a format version that is no number"
+            raise KeyringError(f"the keyring has {shown}; this program knows version {VERSION}: upgrade it")
         reader = _Reader("keyring", raw)
         document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
         document.aliases = reader.mapping("Aliases")
@@ -275,7 +277,8 @@ class _Reader:
     def done(self, *also: str) -> None:
         unknown = self._raw.keys() - self._taken - set(also)
         if unknown:
-            raise KeyringError(f"{self.path}: unknown fields {sorted(unknown)}: written by a newer program?")
+            shown = sorted(name[:_SHOWN] for name in unknown)[:_SHOWN]
+            raise KeyringError(f"{self.path}: unknown fields {shown}: written by a newer program?")
 
 
 def check_alias(alias: str) -> None:

@@ -95,7 +95,7 @@ def check_recipient(recipient: str) -> Any:
         if recipient.startswith("ssh-"):
             return pyrage.ssh.Recipient.from_str(recipient)
         return pyrage.x25519.Recipient.from_str(recipient)
-    except pyrage.RecipientError:
+    except (pyrage.RecipientError, UnicodeError):  # UnicodeError: an argument that is not text
         if _AGE_IDENTITY in recipient or "PRIVATE KEY" in recipient:  # and whatever is shown may be logged
             raise KeyringError("an identity was given as a recipient: it is secret; give its public half") from None
         shown = recipient if len(recipient) <= _SHOWN else f"{recipient[:_SHOWN]}..."

@@ -1,0 +1,80 @@
+"""Threads for slow jobs, whose results come back to the event loop: several at a time, where several are done.
+
+A trio thread costs 120 microseconds for each job, and each result a turn of the loop of its own. These cost 30, and what is
+together is recorded and answered together.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
+from typing import Any, TypeAlias
+
+import trio
+
+__all__ = ["Workers"]
+
+_Job: TypeAlias = tuple[Callable[[], Any], "_Done", trio.lowlevel.TrioToken]
+_Done: TypeAlias = Callable[[Any, Exception | None], None]
+
+
+class Workers:
+    """At most `most` threads, made when there is something to do; who waits for them is served in turn. For one event loop."""
+
+    def __init__(self, most: int) -> None:
+        self.busy = 0
+        """Jobs that were taken and have not come back."""
+        self._most = most
+        self._threads = 0
+        self._waiting: dict[Hashable, deque[_Job]] = {}
+        """By whose they are; whose turn is next is first."""
+        self._handed = 0
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._results: deque[tuple[_Done, Any, Exception | None]] = deque()
+
+    def submit(self, user: Hashable, job: Callable[[], Any], done: _Done) -> None:
+        """Do a user's job in a thread; call `done`, in the event loop, with what it gave, or with what it raised.
+
+        Raises RuntimeError where the system lets no thread be started at all.
+        """
+        if self._threads < self._most and self.busy >= self._threads:
+            try:
+                # A daemon: an agent ends without what nobody waits for any more.
+                threading.Thread(target=self._work, name="keyferry-slow", daemon=True).start()
+                self._threads += 1
+            except RuntimeError:
+                if not self._threads:
+                    raise
+        self.busy += 1
+        self._waiting.setdefault(user, deque()).append((job, done, trio.lowlevel.current_trio_token()))
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        # So many that no thread waits for the event loop; what is handed over cannot be overtaken any more.
+        while self._waiting and self._handed < 2 * self._most:
+            user = next(iter(self._waiting))
+            jobs = self._waiting.pop(user)
+            self._handed += 1
+            self._jobs.put(jobs.popleft())
+            if jobs:
+                self._waiting[user] = jobs  # behind all others
+
+    def _work(self) -> None:
+        with suppress(trio.RunFinishedError):
+            while True:
+                job, done, token = self._jobs.get()
+                try:
+                    self._results.append((done, job(), None))
+                except Exception as error:
+                    self._results.append((done, None, error))
+                del job, done  # and with them what the job holds on to, while there is no other
+                token.run_sync_soon(self._deliver, idempotent=True)
+
+    def _deliver(self) -> None:
+        while self._results:
+            done, result, error = self._results.popleft()
+            self.busy -= 1
+            self._handed -= 1
+            done(result, error)
+        self._hand_over()

@@ -1,0 +1,31 @@
+"""The promise about memory: what a reader takes is bounded by what it was given, whatever is claimed in there."""
+
+import tracemalloc
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["frugal"]
+
+T = TypeVar("T")
+
+_FREE = 64 * 1024
+"""Bytes that a reader may take for nothing: the buffers that it begins with."""
+
+
+def frugal(read: Callable[[], T], given: int, *, times: int) -> T:
+    """What `read` gives. Fails if it takes more than `times` the given bytes of memory at once, besides 64 KiB, twice in
+    a row: the first time it may import something, or the interpreter's own tables may grow.
+    """
+    result, most = _measured(read)
+    if most > times * given + _FREE:
+        result, most = _measured(read)
+    assert most <= times * given + _FREE, f"{most} bytes of memory for {given} bytes of input"
+    return result
+
+
+def _measured(read: Callable[[], T]) -> tuple[T, int]:
+    tracemalloc.start()
+    try:
+        return read(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,214 @@
+"""What each target begins with: a few inputs that are right, so that the fuzzer knows what right looks like.
+
+PYTHONPATH=tests python -m fuzz.seeds       writes them into the corpora
+"""
+
+import json
+from typing import Any
+
+import msgpack
+import pyrage
+import second_decoder
+import second_file_decoder
+from support.keys import ALGORITHMS, recipient
+
+from keyferry import wire
+from keyferry.parameters import encode_base64
+from keyferry.sm2_ciphertext import raw_to_der, raw_to_sdf
+from keyferry_agent.audit import chain
+from keyferry_agent.crypto import selftest
+from keyferry_agent.keyring.document import Document
+
+from .corpus import CORPUS
+from .targets import ciphertexts, files, keyrings, operators, requests
+from .targets.answers import CALLS
+
+_TENANT = {"tenant": "acme"}
+
+
+def _codec() -> list[bytes]:
+    found = [
+        wire.encode_request(
+            7, "DescribeKey", {"KeyId": "alias/a-0", "n": -5, "blob": b"\0\xff", "no": None, "yes": True}
+        ),
+        wire.encode_response(7, None, {"Keys": {"Key": [{"KeyId": str(n)} for n in range(70)]}, "TotalCount": 2**40}),
+        wire.encode_response(None, {"Code": "ProtocolError", "Message": "x" * 300}, None),
+        wire.encode_notification("x", {}),
+        msgpack.packb([0, 1, 2, [{}]]),
+        msgpack.packb([0, 1, "x", [{"float": 1.5}]]),
+        b"\x94\0\xce\0\0\0\1\xd9\1x\xdc\0\1\xde\0\2\xa1a\xc4\1b\xda\0\1b\xdf\0\0\0\0",
+        b"\x91" * 9,
+        b"\xdd\xff\xff\xff\xff",
+        b"\x94\0\x01\xa1x\x91\x82\xa1k\x01\xa1k\x02",
+    ]
+    return [b"\1\2" + data for data in [*found, b"".join(found[:4])]]
+
+
+def _agent() -> list[bytes]:
+    found: list[tuple[str, dict[str, Any]]] = [
+        ("Encrypt", {"KeyId": "alias/a-0", "Plaintext": "AAECAw==", "EncryptionContext": _TENANT}),
+        ("Encrypt", {"KeyId": "acs:kms:local:0:alias/b-1", "Plaintext": "AAECAw==", "DryRun": "true"}),
+        ("Decrypt", {"CiphertextBlob": requests.blob(0, _TENANT, b"data"), "EncryptionContext": '{"tenant": "acme"}'}),
+        ("Decrypt", {"CiphertextBlob": encode_base64(requests.blob(1, {}, b"data"))}),
+        ("Decrypt", {"CiphertextBlob": requests.blob(2, {}, b"data")}),
+        (
+            "ReEncrypt",
+            {
+                "CiphertextBlob": requests.blob(0, _TENANT, b"data"),
+                "SourceEncryptionContext": _TENANT,
+                "DestinationKeyId": "alias/b-0",
+                "DestinationEncryptionContext": _TENANT,
+            },
+        ),
+        ("GenerateDataKey", {"KeyId": "alias/a-1", "KeySpec": "AES_128", "NumberOfBytes": 40}),
+        ("GenerateDataKeyWithoutPlaintext", {"KeyId": requests.KEYS[0], "EncryptionContext": {"密" * 40: "größe"}}),
+        ("DescribeKey", {"KeyId": "alias/d-0"}),
+        ("ListKeys", {"PageNumber": 1, "PageSize": 100}),
+        ("ListKeyVersions", {"KeyId": "alias/a-0"}),
+        ("ListAliases", {}),
+        ("GetAgentStatus", {}),
+        ("Nothing", {}),
+    ]
+    for algorithm in ALGORITHMS:
+        to = recipient(algorithm)
+        found.append(("GenerateAndExportDataKey", {"KeyId": "alias/a-0", "NumberOfBytes": 32, **to.params}))
+        found.append(("ExportDataKey", {"CiphertextBlob": requests.blob(0, {}, b"k" * 32), **to.params}))
+    return [wire.encode_request(number, *each) for number, each in enumerate(found)]
+
+
+def _answers() -> list[bytes]:
+    msgids = {call.name: msgid for msgid, call in enumerate(CALLS, 1)}
+    found = [wire.encode_response(None, {"Code": "ProtocolError", "Message": "x"}, None)]
+    for packed in _agent():
+        decoder = wire.Decoder()
+        decoder.feed(packed)
+        (request,) = decoder.messages()
+        assert isinstance(request, wire.Request)
+        msgid = msgids.get(request.method, 1)
+        result = requests.answered(request)
+        if isinstance(result, dict):
+            found.append(wire.encode_response(msgid, None, result))
+        else:
+            code, message = result
+            found.append(wire.encode_response(msgid, {"Code": code, "Message": message, "HttpStatus": 400}, None))
+    return found
+
+
+def _ciphertext() -> list[bytes]:
+    made = [b"\1" + bytes(32) + b"plaintext", b"\3" + bytes(32) + b"plaintext", b"\7" + bytes(33)]
+    for number, spec in enumerate(ciphertexts.SPECS):
+        for place, context in enumerate(ciphertexts.CONTEXTS):
+            key_id, version = ciphertexts.KEY_ID, ciphertexts.VERSION_ID
+            sealed = second_decoder.seal_blob(spec, ciphertexts.cmk(spec), version, key_id, context, b"data", bytes(32))
+            made.append(bytes([place * 4 + number * 2]) + sealed)
+    return [*made, b"\0QUJDRA=="]
+
+
+def _context() -> list[bytes]:
+    texts = [
+        '{"tenant":"acme"}',
+        "{}",
+        '{"größe":"密","":""}',
+        r'{"a":"\ud800"}',
+        r'{"a":"\u0000\"\\"}',
+        '{"a":1}',
+        '{"a":"","a":""}',
+    ]
+    return [text.encode() for text in texts]
+
+
+def _sm2() -> list[bytes]:
+    raw = bytes.fromhex(selftest._SM2_CIPHERTEXT)
+    small = b"\x04" + bytes(31) + b"\x05" + bytes(31) + b"\xff" + bytes(32) + b"x" * 200
+    return [form for each in (raw, small) for form in (each, raw_to_der(each), raw_to_sdf(each))]
+
+
+def _public_key() -> list[bytes]:
+    ders = [recipient(algorithm).der for algorithm in ("RSAES_OAEP_SHA_256", "SM2PKE")]
+    armour = [f"-----{word} PUBLIC KEY-----\n".encode() for word in ("BEGIN", "END")]
+    return [*ders, armour[0] + encode_base64(ders[1]).encode() + b"\n" + armour[1]]
+
+
+def _encrypted_file() -> list[bytes]:
+    record = {"Name": "r", "KeyId": "k", "KeyVersionId": "v", "CiphertextBlob": "b", "EncryptionContext": _TENANT}
+    text = json.dumps(record).encode()
+    whole = second_file_decoder.write(files.DATA_KEY, text, bytes(32), bytes(12), b"plaintext")
+    return [whole, whole[: len(text) + 100], b"\xff", b"\xff" + bytes(32), b"\xff" + bytes(100)]
+
+
+def _configuration() -> list[bytes]:
+    pages = (operators.__file__.split("tests")[0], ("README.md", "docs/configuration.md"))
+    texts = [part.split("```")[0] for page in pages[1] for part in _page(pages[0] + page).split("```toml\n")[1:]]
+    return [text.encode() for text in texts]
+
+
+def _page(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _keyring() -> list[bytes]:
+    alone = Document([], keyrings.WHOLE.keys[:1])
+    return [each.to_json() for each in (keyrings.WHOLE, Document(["age1"]), alone)] + [b"\xff", b"\xff\5\1"]
+
+
+def _identity() -> list[bytes]:
+    mine = pyrage.x25519.Identity.from_str(keyrings.IDENTITY)
+    sealed = bytes(pyrage.encrypt(b"payload", [mine.to_public()]))
+    ssh = b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8PBpxRnWYhlZmfTlUNEBwSjU0xkmwMBp5pNBPXvtdY"
+    return [
+        keyrings.IDENTITY.encode() + b"\n",
+        str(mine.to_public()).encode(),
+        sealed,
+        ssh,
+        b"a passphrase\r\n",
+        b"-----BEGIN ",
+    ]
+
+
+def _audit() -> list[bytes]:
+    lines, previous = [], chain.BEGINNING
+    for operation in ("Decrypt", "ExportDataKey", "DescribeKey"):
+        record = {
+            "time": "2026-01-31T12:00:00.000+00:00",
+            "event": "audit",
+            "operation": operation,
+            "uid": 1000,
+            "gids": [1000],
+            "key_id": "k",
+            "recipient": "",
+            "outcome": "OK",
+            "previous": previous,
+        }
+        lines.append(json.dumps(record).encode())
+        previous = chain.link(lines[-1])
+    whole = b"".join(line + b"\n" for line in lines)
+    return [
+        whole,
+        whole + b'{"event": "startup"}\n',
+        whole[:-1],
+        b"\xff\0\5\1one\ntwo\nthree",
+        b"\xff\1\0\x20one\ntwo\nthree",
+    ]
+
+
+SEEDS = {
+    "codec": _codec,
+    "agent": _agent,
+    "answers": _answers,
+    "ciphertext": _ciphertext,
+    "context": _context,
+    "sm2_ciphertext": _sm2,
+    "public_key": _public_key,
+    "encrypted_file": _encrypted_file,
+    "configuration": _configuration,
+    "keyring": _keyring,
+    "identity": _identity,
+    "audit": _audit,
+}
+
+if __name__ == "__main__":
+    for target, make in SEEDS.items():
+        (CORPUS / target).mkdir(parents=True, exist_ok=True)
+        for number, seed in enumerate(make()):
+            (CORPUS / target / f"seed-{number:02}").write_bytes(seed)

@@ -1,0 +1,146 @@
+"""Keyrings: what is in one, as somebody with the age program may have written it, and what seals and opens it."""
+
+import copy
+import functools
+import json
+import re
+import uuid
+from typing import Any
+
+import pyrage
+
+from keyferry.secret import SecretMemory
+from keyferry_agent.keyring import loader
+from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, VersionEntry
+from keyferry_agent.keyring.loaded import build, room_for
+from keyferry_agent.keyring.sealing import Unsealer, check_recipient, count_recipients, seal
+
+from ..frugal import frugal
+from .operators import in_a_file
+
+IDENTITY = "AGE-SECRET-KEY-1WPLMEMA7G9KRZEMLLPXMZP6WNSS6PKW85DZS3KXFDVXM28JS66RQQWFWFG"
+"""Of nobody: what is sealed in the corpus is sealed to it."""
+_DATE = "2026-01-31T12:00:00Z"
+_FAR = "2999-01-31T12:00:00Z"
+_IDS = [str(uuid.UUID(int=number)) for number in range(1, 7)]
+WHOLE = Document(
+    [],
+    [
+        KeyEntry(
+            key_id=_IDS[place],
+            key_spec=spec,
+            created=_DATE,
+            versions=[
+                VersionEntry(_IDS[2 + place], _DATE, bytearray(range(90, 90 + size))),
+                VersionEntry(_IDS[4 + place], _DATE, bytearray(range(size)), staged=True),
+            ],
+            primary=_IDS[2 + place],
+            state=state,
+            delete_date=date,
+        )
+        for place, (spec, size, state, date) in enumerate(
+            [("Aliyun_AES_256", 32, "Enabled", ""), ("Aliyun_SM4", 16, "PendingDeletion", _FAR)]
+        )
+    ],
+    {"alias/a": _IDS[0], "alias/b/c-d_e": _IDS[1]},
+)
+"""A keyring with all there can be in one."""
+_MATERIAL = re.compile(r'"([A-Za-z0-9+/]{22}==|[A-Za-z0-9+/]{43}=)"')
+"""The Base64 of 16 or 32 bytes, wherever it is."""
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 1.0, 2**70),
+    *([], {}, [[]], [{}], {"": ""}),
+    *("", "x", "x" * 9_000, "\ud800", "\0", "alias/" + "x" * 256, "alias/acs"),
+    *("Enabled", "Disabled", "PendingDeletion", "PendingImport"),
+    *("Aliyun_SM4", "Aliyun_AES_256", "EXTERNAL", "Aliyun_KMS"),
+    *(_DATE, _FAR, "2000-01-01T00:00:00Z", "0001-01-01T00:00:00Z", "2026-1-31T12:00:00Z", "2026-02-30T12:00:00Z"),
+    *(_IDS[0], _IDS[2], _IDS[4], _IDS[0].upper(), "AAECAwQFBgcICQoLDA0ODw==", "AAECAwQFBgcICQoLDA0ODx=="),
+]
+
+
+def keyring(data: bytes) -> None:
+    """A keyring's content. With FF before it, a whole keyring of which some values are replaced: each byte that says which is
+    followed by one that says by what.
+    """
+    if data[:1] == b"\xff":
+        data = _changed(data[1:])
+    document = frugal(lambda: _read(data), len(data), times=64)
+    if isinstance(document, str):
+        document.encode()
+        materials = _MATERIAL.findall(data.decode(errors="replace"))
+        assert not any(material in document for material in materials), document
+        return
+    again = Document.from_json(document.to_json())
+    assert again == document
+    _built(document)
+    document.purge()
+    assert len(document.keys) <= len(again.keys)
+
+
+def _read(data: bytes) -> Document | str:
+    try:
+        return Document.from_json(data)
+    except KeyringError as error:
+        return str(error)
+
+
+def _changed(how: bytes) -> bytes:
+    content = json.loads(WHOLE.to_json())
+    for which, by in zip(how[::2], how[1::2], strict=False):
+        places = _places(content)
+        if places:
+            container, key = places[which % len(places)]
+            container[key] = copy.deepcopy(VALUES[by % len(VALUES)])
+    return json.dumps(content).encode()
+
+
+def _places(content: Any) -> list[tuple[Any, Any]]:
+    """Each value in some JSON, as the container that it is in and its key there."""
+    keys: Any = (
+        content.keys() if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+    )
+    return [place for key in keys for place in [(content, key), *_places(content[key])]]
+
+
+def _built(document: Document) -> None:
+    """What the daemon makes of it: the same keys, with the same material."""
+    description = loader.describe(document)
+    assert [json.loads(json.dumps(key)) for key in description] == description
+    materials = [version.material for key in document.keys for version in key.versions]
+    left = iter(materials)
+
+    def fill(view: memoryview) -> None:
+        view[:] = next(left)
+
+    made = build(description, fill, SecretMemory(room_for(description), backing="mlock", require=False))
+    for key, version in made.by_version.values():
+        assert key.state()
+        with version.material.lend() as view:
+            assert view in materials
+    assert len(made.by_alias) == len(document.aliases)
+    made.memory.close()
+
+
+@functools.cache
+def _unsealer() -> Unsealer:
+    return Unsealer([pyrage.x25519.Identity.from_str(IDENTITY)], None)
+
+
+def identity(data: bytes) -> None:
+    """As an identity or passphrase file, as a recipient, and as a sealed file."""
+    with in_a_file(data) as path:
+        try:
+            assert isinstance(Unsealer.read(path), Unsealer)
+        except KeyringError as error:
+            assert not any(line.decode(errors="replace") in str(error) for line in data.split() if len(line) > 16)
+    try:
+        text = data.decode("utf-8", "surrogateescape")
+        check_recipient(text)
+        assert seal(b"payload", [text], None)
+    except KeyringError as error:
+        assert len(str(error)) < 400
+    assert 0 <= count_recipients(data) <= len(data)
+    try:
+        _unsealer().unseal(data)
+    except KeyringError as error:
+        assert len(str(error)) < 500

@@ -1,0 +1,164 @@
+"""The agent behind the codec: whatever a request says, it is answered or refused with a documented code; and whoever has no
+grant is answered as if there were no keys.
+"""
+
+import functools
+import hashlib
+import json
+import select
+import time
+import uuid
+from typing import Any
+
+import second_decoder
+
+from keyferry import wire
+from keyferry.declaration import result_to_wire
+from keyferry.errors import CODES, KmsError, ProtocolError
+from keyferry.operations import OPERATIONS
+from keyferry.parameters import decode_base64
+from keyferry.secret import SecretMemory
+from keyferry_agent import handlers
+from keyferry_agent.agent import Agent, Audited, Caller
+from keyferry_agent.audit import log
+from keyferry_agent.grants import Grant
+from keyferry_agent.keyring.loaded import Keyring, build, room_for
+from keyferry_agent.peer import Peer
+from keyferry_agent.settings import Settings
+
+KEYS = [str(uuid.UUID(int=number)) for number in range(1, 5)]
+VERSIONS = [str(uuid.UUID(int=256 + number)) for number in range(1, 5)]
+_SPECS = ("Aliyun_AES_256", "Aliyun_SM4", "Aliyun_AES_256", "Aliyun_AES_256")
+_STATES = ("Enabled", "Enabled", "Disabled", "PendingDeletion")
+_DATE = "2026-01-31T12:00:00Z"
+_FAR = "2999-01-31T12:00:00Z"
+KNOWN, NOBODY = (Peer(uid=uid, gids=frozenset({uid}), pid=7, listener="default") for uid in (1000, 1001))
+REQUEST_ID = "00000000-0000-4000-8000-000000000000"
+_GRANTS = (
+    Grant("wild", {"uid": 1000}, ("kms:*",), ("alias/a*", "acs:kms:*:0:alias/b-*")),
+    Grant("context", {"uid": 1000}, ("kms:*Decrypt", "kms:ReEncrypt*"), ("*",), None, {"tenant": "acme"}),
+    Grant("pinned", {"gid": 1000}, ("kms:*Export*",), (KEYS[2],), frozenset({"sha256:" + "0" * 64})),
+    Grant("status", {"listener": "default", "uid": 1000}, ("kms:GetAgentStatus", "kms:List*"), ("*",)),
+)
+
+
+def material(version: int) -> bytes:
+    """The material of a version here."""
+    size = 16 if _SPECS[version] == "Aliyun_SM4" else 32
+    return hashlib.shake_256(bytes([version])).digest(size)
+
+
+def blob(version: int, context: dict[str, str], plaintext: bytes) -> bytes:
+    """A CiphertextBlob that one of the keys opens."""
+    spec = _SPECS[version]
+    return second_decoder.seal_blob(
+        spec, material(version), VERSIONS[version], KEYS[version], context, plaintext, bytes(32)
+    )
+
+
+def _keyring(count: int) -> Keyring:
+    description: list[dict[str, Any]] = [
+        {
+            "KeyId": KEYS[place],
+            "KeySpec": _SPECS[place],
+            "Description": "",
+            "Origin": "EXTERNAL",
+            "CreationDate": _DATE,
+            "DeleteDate": _FAR if _STATES[place] == "PendingDeletion" else "",
+            "KeyState": _STATES[place],
+            "PrimaryKeyVersion": VERSIONS[place],
+            "KeyVersions": [{"KeyVersionId": VERSIONS[place], "CreationDate": _DATE, "Staged": False}],
+            "Aliases": [f"alias/{'abcd'[place]}-{number}" for number in range(2)],
+        }
+        for place in range(count)
+    ]
+    left = iter([material(place) for place in range(count)])
+
+    def fill(view: memoryview) -> None:
+        view[:] = next(left)
+
+    return build(description, fill, SecretMemory(room_for(description), backing="mlock", require=False))
+
+
+@functools.cache
+def _agents() -> tuple[Agent, Agent]:
+    """One with keys, and one without any."""
+    settings = Settings(grants=_GRANTS, memory="prefer", memory_backing="mlock")
+    return Agent(settings, _keyring(len(KEYS))), Agent(settings, _keyring(0))
+
+
+def answered(request: wire.Request) -> dict[str, Any] | tuple[str, str]:
+    """What the one with keys answers to somebody who may do much."""
+    return _answered(_agents()[0], Caller(KNOWN), request)
+
+
+def agent(data: bytes) -> None:
+    """What a client sends."""
+    decoder = wire.Decoder()
+    decoder.feed(data)
+    try:
+        for message in decoder.messages():
+            if isinstance(message, wire.Request):
+                _asked(message)
+    except ProtocolError:
+        return
+
+
+def _asked(request: wire.Request) -> None:
+    full, empty = _agents()
+    outcome = _answered(full, Caller(KNOWN), request)
+    if isinstance(outcome, dict):
+        _right(request, outcome)
+    refused, nothing = (_answered(each, Caller(NOBODY), request) for each in (full, empty))
+    if request.method != "GetAgentStatus":  # which everybody may ask, and which says no more than how the agent is
+        assert isinstance(refused, tuple)
+        assert refused == nothing, "a caller without a grant has learnt something of the keys"
+
+
+def _answered(agent: Agent, caller: Caller, request: wire.Request) -> dict[str, Any] | tuple[str, str]:
+    """The result, or code and message, as a client reads them; the steps are those of a connection."""
+    audited = Audited(REQUEST_ID, time.monotonic(), ascii(request.method[:64])[1:-1])
+    caller.refresh(agent.policy)
+    try:
+        job = handlers.prepare(agent, caller, request.method, request.params, audited)
+        body = {**result_to_wire(job.run()), "RequestId": REQUEST_ID}
+        packed = wire.encode_response(request.msgid, None, body)
+        outcome = "OK"
+    except KmsError as error:
+        assert error.code in CODES
+        assert error.code != "InternalFailure"
+        outcome = error.code
+        body = {"Code": error.code, "Message": error.message, "RequestId": REQUEST_ID, "HttpStatus": error.http_status}
+        packed = wire.encode_response(request.msgid, body, None)
+    _recorded(caller.peer, audited, outcome)
+    decoder = wire.Decoder(max_array=100)
+    decoder.feed(packed)
+    (answer,) = decoder.messages()
+    assert isinstance(answer, wire.Response)
+    assert answer.msgid == request.msgid
+    if answer.error is not None:
+        return answer.error["Code"], answer.error["Message"]
+    assert answer.result == body
+    return body
+
+
+def _recorded(peer: Peer, audited: Audited, outcome: str) -> None:
+    line = f'{log._line("2026-11-25T00:00:00.000+00:00", log._of_peer(peer), audited, outcome)}, "previous": "{"0" * 64}"}}\n'
+    assert len(line.encode()) <= select.PIPE_BUF, "a pipe may take it in part"
+    assert line.count("\n") == 1
+    assert json.loads(line)["outcome"] == outcome
+
+
+def _right(request: wire.Request, result: dict[str, Any]) -> None:
+    """What is sealed here opens elsewhere, and what is opened here was sealed so."""
+    assert request.method in OPERATIONS
+    if request.method not in ("Encrypt", "Decrypt", "GenerateDataKey"):
+        return
+    given = result.get("CiphertextBlob", request.params.get("CiphertextBlob"))
+    sealed = decode_base64(given) if isinstance(given, str) else given
+    place = VERSIONS.index(result["KeyVersionId"])
+    context = request.params.get("EncryptionContext") or {}
+    context = json.loads(context) if isinstance(context, str) else context
+    assert isinstance(sealed, bytes)
+    opened = second_decoder.open_blob(_SPECS[place], material(place), KEYS[place], context, sealed)
+    assert opened == decode_base64(result.get("Plaintext", request.params.get("Plaintext", "")))

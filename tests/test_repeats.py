@@ -1,0 +1,137 @@
+"""Requests that come again: decided once, and not a moment longer than the decision holds."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.agent import RawConnection
+from support.keyring import change, configuration, serving
+from support.keys import recipient
+
+from keyferry_agent.repeats import Repeats
+
+GENERATE: dict[str, Any] = {
+    "KeyId": "alias/a",
+    "EncryptionContext": {"tenant": "acme"},
+    **recipient("RSAES_OAEP_SHA_256").params,
+}
+SM2 = GENERATE | recipient("SM2PKE").params
+THRICE = 3
+"""A request is remembered when it comes the second time, and so recalled the third time."""
+
+
+def test_what_came_once_is_not_kept_and_what_came_twice_is() -> None:
+    repeats: Repeats[str] = Repeats()
+    repeats.remember("who", b"request", "decided")
+    assert repeats.recall("who", b"request") is None
+    repeats.remember("who", b"request", "decided")
+    assert repeats.recall("who", b"request") == "decided"
+    assert repeats.recall("somebody else", b"request") is None
+    assert repeats.recall("who", b"another") is None
+    repeats.clear()
+    assert repeats.recall("who", b"request") is None
+    assert len(repeats) == 0
+
+
+def test_memory_for_what_is_kept_is_bounded() -> None:
+    """By the requests' size as well as by their number."""
+    repeats: Repeats[int] = Repeats()
+    most = 0
+    for number in range(20_000):
+        for _ in range(2):
+            repeats.remember("who", number.to_bytes(4, "big") * 100, number)
+        most = max(most, len(repeats))
+    assert 10_000 < most < 13_000
+    assert repeats.recall("who", number.to_bytes(4, "big") * 100) == number
+    for _ in range(THRICE):
+        repeats.remember("who", bytes(4_097), 0)
+    assert repeats.recall("who", bytes(4_097)) is None
+
+
+def codes(connection: RawConnection, operation: str = "GenerateAndExportDataKey", params: Any = None) -> list[str]:
+    """How the same request ends, so often that it is recalled."""
+    answers = [connection.call(operation, params or GENERATE, msgid) for msgid in range(2 * THRICE)]
+    return ["OK" if answer.error is None else answer.error["Code"] for answer in answers]
+
+
+@pytest.mark.parametrize("params", [GENERATE, SM2], ids=["RSA_2048", "EC_SM2"])
+def test_each_answer_to_the_same_request_is_another_one_and_each_line_of_the_record_is_whole(
+    keyring: Path, socket_path: Path, tmp_path: Path, params: dict[str, Any]
+) -> None:
+    """Another data key, another RequestId; and what is recorded of the first is recorded of all."""
+    record = tmp_path / "audit.jsonl"
+    with (
+        serving(keyring, socket_path, more=f'[audit]\npath = "{record}"\n') as agent,
+        RawConnection(agent.socket) as connection,
+    ):
+        made = [connection.call("GenerateAndExportDataKey", params, msgid).result for msgid in range(8)]
+        opened = [
+            connection.call(
+                "Decrypt",
+                {"CiphertextBlob": each["CiphertextBlob"], "EncryptionContext": params["EncryptionContext"]},
+            ).result
+            for each in made
+            if each is not None
+        ]
+    for name in ("CiphertextBlob", "ExportedDataKey", "RequestId"):
+        assert len({each[name] for each in made if each is not None}) == 8
+    assert len({each["Plaintext"] for each in opened if each is not None}) == 8
+    lines = [json.loads(line) for line in record.read_text().splitlines()][:8]
+    assert [line["request_id"] for line in lines] == [each["RequestId"] for each in made if each is not None]
+    own = ("request_id", "time", "microseconds", "previous")
+    assert len({json.dumps({k: v for k, v in line.items() if k not in own}) for line in lines}) == 1
+    assert lines[-1]["grant"] == "me"
+    assert lines[-1]["context_keys"] == ["tenant"]
+    assert lines[-1]["recipient"].startswith("sha256:")
+
+
+def test_a_reload_that_takes_a_grant_away_takes_what_was_decided_by_it(keyring: Path, socket_path: Path) -> None:
+    """On a connection that has asked the same often."""
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        assert set(codes(connection)) == {"OK"}
+        (keyring.parent / "agent.toml").write_text(configuration(keyring, actions="kms:Decrypt"))
+        agent.signal(signal.SIGHUP)
+        agent.wait_for("reload.done")
+        assert set(codes(connection)) == {"Forbidden.NoPermission"}
+
+
+@pytest.mark.parametrize("params", [GENERATE, SM2], ids=["RSA_2048", "EC_SM2"])
+def test_a_key_that_is_disabled_or_rotated_is_so_at_once(
+    keyring: Path, socket_path: Path, params: dict[str, Any]
+) -> None:
+    """As a reload says."""
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        assert set(codes(connection, params=params)) == {"OK"}
+        before = connection.call("GenerateAndExportDataKey", params).result
+        change(keyring, "rotate", "alias/a")
+        agent.signal(signal.SIGHUP)
+        agent.wait_for("reload.done")
+        after = connection.call("GenerateAndExportDataKey", params).result
+        assert before is not None
+        assert after is not None
+        assert before["KeyVersionId"] != after["KeyVersionId"]
+        change(keyring, "disable", "alias/a")
+        agent.signal(signal.SIGHUP)
+        agent.wait_for("reload.done", count=2)
+        assert set(codes(connection, params=params)) == {"Rejected.Disabled"}
+
+
+def test_what_is_recalled_counts_as_a_request_of_the_rate(keyring: Path, socket_path: Path) -> None:
+    """Ten a second, and as many again in the second that the test may take."""
+    with (
+        serving(keyring, socket_path, more="[limits]\nrequests_per_second = 10\n") as agent,
+        RawConnection(agent.socket) as connection,
+    ):
+        ended = [code for _ in range(200) for code in codes(connection)]
+    assert ended[:10] == ["OK"] * 10
+    assert ended.count("Rejected.Throttling") > 500
+
+
+def test_a_dry_run_is_never_taken_for_what_it_tried(keyring: Path, socket_path: Path) -> None:
+    """And the other way round."""
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        assert set(codes(connection)) == {"OK"}
+        assert set(codes(connection, params=GENERATE | {"DryRun": True})) == {"DryRunOperationError"}
+        assert set(codes(connection)) == {"OK"}

@@ -1,0 +1,121 @@
+"""What is pinned is what the projects ask for, hashed, in one version everywhere; and an audit never pretends."""
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from support import advisories
+from support.advisories import CLEAN, FILES, KNOWN, UNKNOWN, VULNERABLE, Report
+from support.requires import ROOT
+
+PINNED = re.compile(r"^([\w.-]+)==([\w.!+-]+)(.*)$", re.MULTILINE)
+
+
+def project(path: str) -> dict[str, Any]:
+    """A pyproject.toml."""
+    return tomllib.loads((ROOT / path / "pyproject.toml").read_text())
+
+
+def pinned(path: Path) -> dict[str, str]:
+    """The versions in a file, by name."""
+    return {name: version for name, version, _ in PINNED.findall(path.read_text())}
+
+
+def asked(path: str, *, extras: bool) -> list[str]:
+    """What a distribution depends on."""
+    of_project = project(path)["project"]
+    optional = of_project["optional-dependencies"].values() if extras else ()
+    return [*of_project["dependencies"], *(each for extra in optional for each in extra)]
+
+
+GROUPS = project(".")["dependency-groups"]
+ASKED = {
+    ".ci/requirements.txt": [*asked("client", extras=True), *asked("agent", extras=True), *GROUPS["dev"]],
+    "deploy/requirements.txt": asked("agent", extras=False),
+    "deploy/requirements-client.txt": asked("client", extras=True),
+    **{f".ci/requirements-{group}.txt": GROUPS[group] for group in ("audit", "fuzz", "hosts")},
+}
+
+
+def test_every_file_of_requirements_is_looked_at() -> None:
+    """By these tests, and by `make audit`."""
+    assert {str(path.relative_to(ROOT)) for path in FILES} == ASKED.keys()
+
+
+@pytest.mark.parametrize("file", ASKED)
+def test_what_is_pinned_is_what_is_asked_for(file: str) -> None:
+    """Each dependency is there in a version that is allowed: after a change to a pyproject.toml, `make requirements`."""
+    versions = pinned(ROOT / file)
+    for requirement in map(Requirement, ASKED[file]):
+        if requirement.name not in ("keyferry", "keyferry-agent"):
+            assert requirement.specifier.contains(versions[requirement.name]), f"make requirements: {requirement}"
+
+
+@pytest.mark.parametrize("file", ASKED)
+def test_what_is_pinned_is_hashed_and_says_nothing_of_where_it_is_from(file: str) -> None:
+    """Whoever installs it may have an index of their own."""
+    text = (ROOT / file).read_text()
+    assert "//" not in text
+    entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]
+    assert len(entries) == len(PINNED.findall(text))
+    for entry in entries:
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}", entry), entry
+
+
+def test_a_package_has_one_version_in_all_files() -> None:
+    """What is deployed is what was tested."""
+    versions: dict[str, set[str]] = {}
+    for file in FILES:
+        for name, version in pinned(file).items():
+            versions.setdefault(name, set()).add(version)
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+KNOWN_ONE = {"name": "cryptography", "version": "42.0.0", "vulns": [{"id": "PYSEC-1", "aliases": [KNOWN[1]]}]}
+GOOD = {"name": "msgpack", "version": "1.2.4", "vulns": []}
+BAD = {"name": "trio", "version": "0.35.0", "vulns": [{"id": "PYSEC-2", "fix_versions": ["0.36.0"]}]}
+SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not be audited"}
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "code", "said"),
+    [
+        ([KNOWN_ONE], [GOOD], CLEAN, "No vulnerability is known"),
+        ([KNOWN_ONE], [GOOD, BAD], VULNERABLE, "trio 0.35.0: PYSEC-2; fixed in: 0.36.0"),
+        ([KNOWN_ONE], [GOOD, BAD, SKIPPED], VULNERABLE, "PYSEC-2"),
+        ([KNOWN_ONE], [GOOD, SKIPPED], UNKNOWN, "NOT AUDITED: pypi knows nothing of gmssl"),
+        ([KNOWN_ONE], None, UNKNOWN, "NOT AUDITED: pypi does not answer"),
+        ([{"name": "cryptography", "version": "42.0.0", "vulns": []}], [GOOD], UNKNOWN, "NOT AUDITED: no database"),
+        ([{"name": "cryptography", "skip_reason": "not found"}], [GOOD], UNKNOWN, "NOT AUDITED: no database"),
+        (None, [GOOD], UNKNOWN, "NOT AUDITED: no database"),
+    ],
+)
+def test_nobody_is_told_that_nothing_is_known_by_somebody_who_knows_nothing(
+    capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, said: str
+) -> None:
+    """A service that does not find what is known to be there is not asked for anything else."""
+
+    def ask(service: str, files: Sequence[Path]) -> Report | None:
+        assert service == "pypi" or first != [KNOWN_ONE]
+        return then if files == FILES else first
+
+    assert advisories.main(ask) == code
+    captured = capsys.readouterr()
+    assert said in captured.out + captured.err
+
+
+def test_what_answers_no_report_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program that fails, as pip-audit does without a network."""
+    program = tmp_path / "pip-audit"
+    program.write_text("#!/bin/sh\necho oops; exit 1\n")
+    program.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    assert advisories.pip_audit("osv", FILES) is None
+    program.write_text(
+        """#!/bin/sh\necho '{"dependencies": [{"name": "x", "version": "1", "vulns": []}], "fixes": []}'\n"""
+    )
+    assert advisories.pip_audit("osv", FILES) == [{"name": "x", "version": "1", "vulns": []}]
