@@ -200,7 +200,9 @@ class Host:
         self.agent = self._start()
 
     def end(self) -> None:
-        """End the agent, and note what it has complained of."""
+        """End the agent, if it has not ended, and note what it has complained of."""
+        if self.agent.process.poll() is None and self.agent.stop():
+            self.wrong.append("the agent did not end as it should")
         self.agent.kill()
         self.wrong += [str(line) for line in self.agent.log if line["level"] in ("warning", "error")]
 
