@@ -9,7 +9,7 @@ PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate
 	--no-emit-package keyferry --no-emit-package keyferry-agent $(UPGRADE:%=--upgrade) $(PACKAGE:%=--upgrade-package %)
 A_WEEK_OLD = $(UPGRADE:%=--exclude-newer "7 days")
 
-.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check fuzz simulate records docs wheels image requirements audit \
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check fuzz simulate hostile soak records docs wheels image requirements audit \
 	test-requirements clean help
 
 help:  ## this list
@@ -61,6 +61,12 @@ simulate: $(VENV)/.development  ## the whole daemon in simulated time, under fau
 
 records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
+
+hostile: $(VENV)/.development  ## a million invalid requests, a thousand slow peers, and so on, against a running agent: minutes
+	KEYFERRY_HOSTILE=1 $(BIN)/pytest -p no:xdist -o faulthandler_timeout=900 tests/test_hostile_*.py
+
+soak: $(VENV)/.development  ## clients, an operator and accidents on one agent for MINUTES (60); then all is checked (docs/soak.md)
+	PYTHONPATH=tests $(BIN)/python -m soak $(if $(MINUTES),--minutes $(MINUTES))
 
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
 	PYTHONPATH=tests $(BIN)/python tests/support/reference.py

@@ -233,6 +233,25 @@ async def test_accepting_goes_on_after_the_system_had_no_memory(
     assert [entry["error"] for entry in logged if entry["event"] == "accept.failed"] == ["Cannot allocate memory"]
 
 
+async def test_who_ended_before_the_kernel_was_asked_is_hung_up_on(
+    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not served without a process that could be held; that is nobody's fault."""
+
+    def gone(*_: Any) -> None:
+        raise ProcessLookupError
+
+    async with served(agent, audit, socket_path):
+        monkeypatch.setattr("keyferry_agent.serving.evidence", gone)
+        with structlog.testing.capture_logs() as logged:
+            async with await trio.open_unix_socket(str(socket_path)) as stream:
+                assert await stream.receive_some() == b""
+        assert [(line["event"], line["log_level"]) for line in logged] == [("connection.process_ended", "info")]
+        monkeypatch.undo()
+        async with await trio.open_unix_socket(str(socket_path)) as stream:
+            assert (await ask(stream, *STATUS)).error is None
+
+
 async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
     agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

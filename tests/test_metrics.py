@@ -4,33 +4,15 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.asking import ok, refused
 from support.keyring import serving
+from support.scrape import scraped
 
 from keyferry_agent.command import main
-
-
-class UnixHTTP(HTTPConnection):
-    """HTTP over a Unix socket."""
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(PATIENCE)
-        self.sock.connect(self.host)
-
-
-def scraped(path: Path) -> dict[str, float]:
-    """What a scrape gives: each sample by its name and labels."""
-    connection = UnixHTTP(str(path))
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    connection.close()
-    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
 def test_a_scrape_tells_of_requests_connections_and_the_keyring(keyring: Path, socket_path: Path) -> None:

@@ -19,10 +19,24 @@ from .limits import Rate
 from .metrics import Metrics
 from .peer import Peer
 
-__all__ = ["TURN", "Answering", "Asked", "Begun", "Decided", "Service", "SlowJob", "closing", "next_turn", "refusal"]
+__all__ = [
+    "TURN",
+    "Answering",
+    "Asked",
+    "Begun",
+    "Decided",
+    "Service",
+    "SlowJob",
+    "Turn",
+    "closing",
+    "next_turn",
+    "refusal",
+]
 
 TURN: Final = AT_ONCE
 """Requests answered in one go: each turn costs a hand-over to the record, a write, and a look at all connections."""
+_LOOKED_AT: Final = 256
+"""Messages of a turn, notifications included: they get no answer, but take time all the same."""
 _LONGEST_NAME: Final = 64
 """Characters of an operation's name to record: what a client calls an operation may be anything."""
 _IDS_AT_ONCE: Final = 64
@@ -177,20 +191,35 @@ def _ended(begun: Begun) -> Decided:
         return Decided(msgid, audited, refusal(error, audited))
 
 
-def next_turn(messages: Iterator[wire.Message]) -> tuple[list[Asked], ProtocolError | None]:
-    """The next requests to answer in one go, and what is wrong behind them. Parsed together: one's code is the next one's."""
-    turn: list[Asked] = []
+class Turn(NamedTuple):
+    """The next requests to answer in one go, what is wrong behind them, and how many messages that took."""
+
+    asked: list[Asked]
+    error: ProtocolError | None
+    looked_at: int
+
+    @property
+    def last(self) -> bool:
+        """Whether there was no other message behind these."""
+        return len(self.asked) < TURN and self.looked_at < _LOOKED_AT
+
+
+def next_turn(messages: Iterator[wire.Message]) -> Turn:
+    """Parse a turn's requests together: one's code is the next one's."""
+    asked: list[Asked] = []
+    looked_at = 0
     try:
         for message in messages:
+            looked_at += 1
             if isinstance(message, wire.Response):
                 raise ProtocolError("a response, where a request is expected")
             if not isinstance(message, wire.Notification):
-                turn.append(message)
-                if len(turn) == TURN:
-                    break
+                asked.append(message)
+            if len(asked) == TURN or looked_at == _LOOKED_AT:
+                break
     except ProtocolError as error:
-        return turn, error
-    return turn, None
+        return Turn(asked, error, looked_at)
+    return Turn(asked, None, looked_at)
 
 
 def _request_ids() -> Iterator[str]:

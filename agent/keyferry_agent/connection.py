@@ -8,10 +8,11 @@ full pipeline gives way to the others after each handful.
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
+from weakref import WeakValueDictionary
 
 import structlog
 import trio
@@ -20,7 +21,7 @@ from keyferry import wire
 from keyferry.errors import ProtocolError
 
 from .agent import Caller
-from .answering import TURN, Answering, Asked, Begun, Decided, Service, SlowJob, closing, next_turn, refusal
+from .answering import Answering, Asked, Begun, Decided, Service, SlowJob, closing, next_turn, refusal
 from .arrivals import Arrivals
 from .peer import Peer, Process
 from .workers import Workers
@@ -46,6 +47,8 @@ class Shared(Service):
 
     workers: Workers
     arrivals: Arrivals | None = None
+    hashing: MutableMapping[int | None, trio.CapacityLimiter] = field(default_factory=WeakValueDictionary)
+    """One program of each user's is hashed at a time: nobody's waits for another's."""
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
     last_look: float = math.inf
@@ -97,11 +100,14 @@ class Connection:
                     return  # what slow jobs are under way is still answered: the nursery waits for them
                 self._decoder.feed(received)
                 del received  # what a request holds is kept no longer than the request
+                began = trio.current_time()
                 if not await self._answer_all(slow):
                     slow.cancel_scope.cancel()
                     return
                 self._turns += 1
-                self._started = trio.current_time()  # the time that answering took is not the client's
+                # The time that answering took is not the client's; all other time is, however many pieces a request comes in.
+                now = trio.current_time()
+                self._started = min(self._started + now - began, now)
 
     async def _identified(self) -> bool:
         """Whether who connected is still there and is what it was, with all evidence that grants are about."""
@@ -109,7 +115,8 @@ class Connection:
         if process is None:
             return True
         if agent.policy.hashes_programs and self._caller.peer.sha256 is None and process.seen is not None:
-            hashed = await trio.to_thread.run_sync(process.hash_program)
+            limiter = self._shared.hashing.setdefault(self._caller.peer.uid, trio.CapacityLimiter(1))
+            hashed = await trio.to_thread.run_sync(process.hash_program, limiter=limiter, abandon_on_cancel=True)
             if not process.changed():
                 self._caller.know(self._caller.peer._replace(sha256=hashed))
         self._caller.refresh(agent.policy)
@@ -175,22 +182,22 @@ class Connection:
         """Answer every whole message received so far; False when the stream cannot go on."""
         messages = self._decoder.messages()
         while True:
-            turn, error = next_turn(messages)
-            if turn:
+            turn = next_turn(messages)
+            if turn.looked_at:
                 self._started = trio.current_time()  # the rest of the buffer belongs to the next request
-            if not await self._answer_turn(turn, slow):
+            if not await self._answer_turn(turn.asked, slow):
                 return False
-            if error is not None:
-                await self._end_with(error)
+            if turn.error is not None:
+                await self._end_with(turn.error)
                 return False
-            if len(turn) < TURN:
+            if turn.last:
                 return True
             await trio.lowlevel.checkpoint()
 
-    async def _answer_turn(self, turn: Sequence[Asked], slow: trio.Nursery) -> bool:
+    async def _answer_turn(self, asked: Sequence[Asked], slow: trio.Nursery) -> bool:
         """Answer some messages, in one write unless that takes too long; False when the stream cannot go on."""
         decided: list[Decided | Begun] = []
-        for message in turn:
+        for message in asked:
             outcome = self._answering.decide(message)
             full = isinstance(outcome, SlowJob) and self._slots.value == 0
             if not isinstance(outcome, SlowJob):

@@ -62,7 +62,7 @@ class Reloader:
         self._host = host
         self._keeper = keeper
         self._record_lost = False
-        self._blind = False
+        self._threads = True
         self._seen = seen
         self._asked = trio.Event()
 
@@ -78,13 +78,10 @@ class Reloader:
                 await self._asked.wait()
             try:
                 now, moved = await _in_thread(self._look_around)
-            except RuntimeError as error:  # no thread can be had: the system's limit, or its memory
-                if not self._blind:  # said once, not twice a second
-                    log.error("reload.failed", why=str(error), still_serving=self._agent.keyring.loaded_at)
-                self._blind = True
-                await trio.sleep(_LOOK_EVERY)
+            except RuntimeError as error:  # no thread is to be had: the host, or the pod, is full of processes
+                await self._wait_for_threads(error)
                 continue
-            self._blind = False
+            self._threads = True
             if self._asked.is_set() or moved:
                 self._reopen_record()
             if self._asked.is_set() or (now != self._seen and now == before):
@@ -92,6 +89,12 @@ class Reloader:
                 await self._reload(now)
                 now = self._seen
             before = now
+
+    async def _wait_for_threads(self, error: RuntimeError) -> None:
+        if self._threads:  # said once, not twice a second
+            log.error("reload.failed", why=str(error), still_serving=self._agent.keyring.loaded_at)
+        self._threads = False
+        await trio.sleep(_LOOK_EVERY)
 
     def _look_around(self) -> tuple[Looks, bool]:
         return look(list(self._seen)), self._audit.moved()

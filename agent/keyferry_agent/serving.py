@@ -29,6 +29,7 @@ GRACE: Final = 10.0
 """Seconds that a drain may take: as long as a request may, by default."""
 _LAST_LOOK: Final = 0.05
 """Seconds in which a draining agent still takes requests: those that lie in its sockets were sent in good faith."""
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 _MOST_REFUSALS: Final = 16
 """Connections to explain a refusal to at one time; the others are closed without a word."""
 
@@ -106,14 +107,20 @@ class Server:
                     stream = await listener.accept()
                 except OSError as error:  # out of descriptors or memory: wait for some to come back, and say so
                     log.error("accept.failed", listener=name, error=error.strerror)
-                    if error.errno in (errno.EMFILE, errno.ENFILE):
+                    if error.errno in _NO_DESCRIPTORS:
                         await self._refuse_with_the_reserve(listener)
                     await trio.sleep(0.1)
                     continue
                 try:
                     peer, process = evidence(stream.socket, name)
+                except ProcessLookupError:
+                    log.info("connection.process_ended", listener=name)
+                    stream.socket.close()
+                    continue
                 except OSError as error:
                     log.error("accept.failed", listener=name, error=error.strerror)
+                    if error.errno in _NO_DESCRIPTORS:
+                        await _refuse_for_descriptors(stream)
                     stream.socket.close()
                     continue
                 connections.start_soon(self._connection, stream, peer, process)
@@ -125,7 +132,7 @@ class Server:
         os.close(self._reserve)
         self._reserve = None
         with trio.move_on_after(LINGER), suppress(OSError):
-            await refuse(await listener.accept(), "This agent has no file descriptor left for a connection")
+            await _refuse_for_descriptors(await listener.accept())
         with suppress(OSError):
             self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -179,3 +186,8 @@ class Server:
             await refuse(stream, why)
         finally:
             self._refusing -= 1
+
+
+async def _refuse_for_descriptors(stream: trio.SocketStream) -> None:
+    with trio.move_on_after(LINGER):
+        await refuse(stream, "This agent has no file descriptor left for a connection")

@@ -84,6 +84,15 @@ class RunningAgent:
         assert len(lines) >= count, f"no {event} in the agent's output:\n{''.join(self.output)}"
         return lines[count - 1]
 
+    def has_logged(self, event: str, **fields: object) -> bool:
+        """Wait until the log has a line of an event with these fields."""
+
+        def found() -> bool:
+            return any(line.get("event") == event and fields.items() <= line.items() for line in self.log)
+
+        with self._changed:
+            return self._changed.wait_for(lambda: self._ended or found(), PATIENCE) and found()
+
     def client(self) -> Client:
         """A client of this agent."""
         return Client(self.socket, timeout=PATIENCE)
@@ -126,8 +135,8 @@ class RawConnection:
 
     def __init__(self, path: Path) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket.connect(str(path))  # with a timeout it would not wait for room in the agent's queue
         self.socket.settimeout(PATIENCE)
-        self.socket.connect(str(path))
         self._decoder = wire.Decoder()
         self._messages: list[wire.Message] = []
 

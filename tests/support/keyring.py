@@ -47,19 +47,26 @@ def rewritten(keyring: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     keyring.write_bytes(seal(json.dumps(raw).encode(), raw["Recipients"], None))
 
 
-def configuration(keyring: Path, *, actions: str = "kms:*", more: str = "") -> str:
-    """The text of a configuration that grants this user actions on all keys."""
+def configuration(keyring: Path, *, actions: str = "kms:*", more: str = "", to: str = f"uid={os.getuid()}") -> str:
+    """The text of a configuration that grants this user, or somebody else, actions on all keys."""
     return (
         f'keyring = "{keyring}"\nunseal = "{keyring.parent / "identity"}"\nmemory = "prefer"\n{more}\n'
-        f'[[grant]]\nname="me"\nto={{uid={os.getuid()}}}\nactions=["{actions}"]\nkeys=["*"]\n'
+        f'[[grant]]\nname="me"\nto={{{to}}}\nactions=["{actions}"]\nkeys=["*"]\n'
     )
 
 
-def serving(keyring: Path, socket: Path, *, more: str = "", preexec: Callable[[], None] | None = None) -> RunningAgent:
-    """An agent, to be entered, with this keyring and a configuration beside it (`agent.toml`)."""
+def serving(
+    keyring: Path,
+    socket: Path,
+    *,
+    preexec: Callable[[], None] | None = None,
+    environment: dict[str, str] | None = None,
+    **what: str,
+) -> RunningAgent:
+    """An agent, to be entered, with this keyring and a `configuration` beside it (`agent.toml`)."""
     config = keyring.parent / "agent.toml"
-    config.write_text(configuration(keyring, more=more))
-    return RunningAgent(["--config", str(config)], socket, preexec=preexec)
+    config.write_text(configuration(keyring, **what))
+    return RunningAgent(["--config", str(config)], socket, preexec=preexec, environment=environment)
 
 
 @contextmanager

@@ -57,13 +57,20 @@ def _groups(connection: PeerSocket) -> bytes:
 
 
 def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | None]:
-    """Ask the kernel who connected, and hold the process, if it can be seen. Raises OSError when this is no Unix socket."""
+    """Ask the kernel who connected, and hold the process, if it can be seen.
+
+    Raises ProcessLookupError when it has ended, and OSError when this is no Unix socket, or there is no room to look.
+    """
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     gids = {gid, *(group for (group,) in struct.iter_unpack("I", _groups(connection)))} - {_OVERFLOW_GID}
     peer = Peer(uid=None if uid == OVERFLOW_UID else uid, gids=frozenset(gids), pid=pid or None, listener=listener)
     process = Process.of(connection, peer.pid)
     if process is not None:
-        cgroups, program = process.cgroups(), process.program()
+        try:
+            cgroups, program = process.cgroups(), process.program()
+        except OSError:
+            process.close()
+            raise
         process.seen = program
         if process.alive():  # after everything was read
             peer = peer._replace(unit=unit_of(cgroups), pod=pod_of(cgroups), exe=program.path if program else None)

@@ -4,6 +4,7 @@ The rule that users keep: what was read from /proc/PID belongs to the process on
 alone may be another process's by then. SO_PEERPIDFD gives a handle even of a process that is dead.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -16,7 +17,11 @@ __all__ = ["PeerSocket", "Process", "Program", "pod_of", "processes_visible", "u
 
 _SO_PEERPIDFD: Final = 77  # Linux 6.5
 _INT: Final = struct.Struct("i")
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What says nothing about a process, but that this one has no room to look."""
 _REMEMBERED: Final = 1_024
+_LARGEST: Final = 2**30
+"""Bytes of a program that is hashed. A file with a hole behind it costs who makes it nothing, however long it is."""
 _HIERARCHIES: Final = re.compile(r"^0::(/.+)$", re.MULTILINE), re.compile(r"^\d+:name=systemd:(/.+)$", re.MULTILINE)
 """Where a unit's path is: in the unified hierarchy, or in systemd's own of version 1."""
 _UNITS: Final = (".service", ".scope")
@@ -52,16 +57,20 @@ class Process:
 
     @classmethod
     def of(cls, connection: PeerSocket, pid: int | None) -> "Process | None":
-        """The process that SO_PEERCRED numbers; None for one that is gone, or in a pid namespace that is not seen from here."""
+        """The process that SO_PEERCRED numbers; None for one in a pid namespace that is not seen from here.
+
+        Raises ProcessLookupError for one that is gone, or OSError.
+        """
         if pid is None:
             return None
         try:
             (fd,) = _INT.unpack(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _INT.size))
-        except OSError:  # an older kernel: between connect and here the number could have changed hands
-            try:
-                fd = os.pidfd_open(pid)
-            except OSError:
-                return None
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # how Linux before 6.16 says that it is gone
+                raise ProcessLookupError from None
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+            fd = os.pidfd_open(pid)  # an older kernel: between connect and here the number could have changed hands
         return cls(pid, fd)
 
     def close(self) -> None:
@@ -73,11 +82,13 @@ class Process:
         return not self._poll.poll(0)
 
     def cgroups(self) -> str:
-        """Its control groups, as /proc has them; empty where they cannot be read."""
+        """Its control groups, as /proc has them; empty where they may not be read. Raises OSError where there is no room to."""
         try:
             with open(f"/proc/{self.pid}/cgroup") as file:
                 return file.read()
-        except OSError:
+        except OSError as error:
+            if error.errno in _EXHAUSTED:
+                raise
             return ""
 
     def program(self) -> Program | None:
@@ -94,10 +105,15 @@ class Process:
         return self.program() != self.seen
 
     def hash_program(self) -> str | None:
-        """`sha256:` and the hash of the file that it runs, whatever is at its path. Reads it all: not for the event loop."""
+        """`sha256:` and the hash of the file that it runs, whatever is at its path; None for one that is huge or unreadable.
+
+        Reads it all: not for the event loop.
+        """
         try:
             with open(f"/proc/{self.pid}/exe", "rb", buffering=0) as file:
                 identity = _identity(file.fileno())
+                if os.fstat(file.fileno()).st_size > _LARGEST:
+                    return None
                 known = _hashes.get(identity)
                 if known is None:
                     digest = hashlib.file_digest(file, "sha256")

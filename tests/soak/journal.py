@@ -1,0 +1,83 @@
+"""What a client writes down of all that it was answered, line by line: one that is killed loses no more than its last line."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from keyferry import KmsError
+from keyferry.parameters import decode_base64
+
+__all__ = ["Answer", "Journal", "Made", "Wrong", "digest", "read"]
+
+
+class Answer(NamedTuple):
+    """One answered request: its RequestId, when (on the host's monotonic clock), how long it took in seconds, what came."""
+
+    request_id: str
+    operation: str
+    at: float
+    seconds: float
+    outcome: str
+
+
+class Made(NamedTuple):
+    """One ciphertext, and what it has to open to: `plaintext` is the SHA-256 of that."""
+
+    blob: str
+    context: dict[str, str]
+    plaintext: str
+    key_id: str
+    version: str
+
+
+class Wrong(NamedTuple):
+    """Something that should not have been."""
+
+    what: str
+
+
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Answer, Made, Wrong)}
+
+
+class Journal:
+    """A client's notes, in a file of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("ab", buffering=0)  # a line is one write: threads share a journal
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+
+    def write(self, entry: Answer | Made | Wrong) -> None:
+        """Write an entry down."""
+        self._file.write(json.dumps([type(entry).__name__, *entry]).encode() + b"\n")
+
+    def answered(self, operation: str, outcome: Any, at: float, seconds: float) -> None:
+        """Note one answer: a result, or a refusal."""
+        code = outcome.code if isinstance(outcome, KmsError) else "OK"
+        self.write(Answer(outcome.request_id, operation, at, seconds, code))
+
+    def expect(self, what: str, *, right: bool) -> None:
+        """Note what is wrong, unless it is right."""
+        if not right:
+            self.write(Wrong(what))
+
+
+def read(paths: list[Path]) -> Iterator[Answer | Made | Wrong]:
+    """All entries of journals. A last line that was cut off is none."""
+    for path in paths:
+        with path.open() as file:
+            for line in file:
+                if line.endswith("\n"):
+                    kind, *fields = json.loads(line)
+                    yield _KINDS[kind](*fields)
+
+
+def digest(plaintext: str | bytes) -> str:
+    """What is kept of a plaintext, which comes as bytes or in Base64."""
+    return hashlib.sha256(decode_base64(plaintext) if isinstance(plaintext, str) else plaintext).hexdigest()
