@@ -207,8 +207,8 @@ _RECEIVE_LEAST: Final = 1_024
 _UNICODE_ERRORS: Final = "surrogateescape"
 
 
-# msgpack interns the keys of maps. The first releases of Python 3.12 keep what is interned as long as the process lives
-# (python/cpython#113993): whoever sends ever new keys would fill the memory. There, values are read one by one.
+# msgpack interns the keys of maps. The first releases of Python 3.12 keep what is interned as long as the process
+# lives: whoever sends ever new keys would fill the memory. There, values are read one by one.
 _INTERNED_FOR_EVER: Final = sys.getrefcount(sys.intern(f"{__name__} {id(object())}")) > 2**16
 
 

@@ -10,7 +10,8 @@ import msgpack
 import pyrage
 import second_decoder
 import second_file_decoder
-from support.keys import ALGORITHMS, recipient
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from support.keys import ALGORITHMS, recipient, spki
 
 from keyferry import wire
 from keyferry.parameters import encode_base64
@@ -125,6 +126,10 @@ def _sm2() -> list[bytes]:
 
 def _public_key() -> list[bytes]:
     ders = [recipient(algorithm).der for algorithm in ("RSAES_OAEP_SHA_256", "SM2PKE")]
+    others = [rsa.generate_private_key(65_537, size) for size in (1_024, 3_072)]
+    ders += [
+        spki(key) for key in (*others, ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate())
+    ]
     armour = [f"-----{word} PUBLIC KEY-----\n".encode() for word in ("BEGIN", "END")]
     return [*ders, armour[0] + encode_base64(ders[1]).encode() + b"\n" + armour[1]]
 
@@ -139,7 +144,34 @@ def _encrypted_file() -> list[bytes]:
 def _configuration() -> list[bytes]:
     pages = (operators.__file__.split("tests")[0], ("README.md", "docs/configuration.md"))
     texts = [part.split("```")[0] for page in pages[1] for part in _page(pages[0] + page).split("```toml\n")[1:]]
-    return [text.encode() for text in texts]
+    return [text.encode() for text in (*texts, _EVERYTHING)]
+
+
+_EVERYTHING = """
+keyring = "/k"
+unseal = "credential:name"
+region = "r"
+account = "a"
+memory = "prefer"
+memory_backing = "mlock"
+sm2_fallback = "gmssl"
+keep_keys = true
+metrics = { listen = "127.0.0.1:9464" }
+limits = { connections = 1, connections_per_user = 1, request_timeout = 1.5, requests_per_second = 1 }
+audit = { path = "/a", on_failure = "serve" }
+[[listener]]
+name = "l"
+path = "/l"
+mode = "0600"
+user = 0
+group = "root"
+[[grant]]
+name = "g"
+to = { user = "root", group = "root", uid = 0, gid = 0, listener = "l", unit = "a.service", exe = "/e" }
+actions = ["kms:*"]
+keys = ["alias/*-a-*", "acs:kms:r:a:key/*"]
+encryption_context = { a = "b" }
+"""
 
 
 def _page(path: str) -> str:
