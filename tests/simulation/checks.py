@@ -72,7 +72,7 @@ def _check_rate(world: World) -> None:
             for line in world.all_lines
             if line.client.uid == uid
             for msgid, answer in line.answers.items()
-            if answer.outcome != "Rejected.Throttling"
+            if answer.outcome not in ("Rejected.Throttling", "ServiceUnavailableTemporary")
         )
         latest = max((when for _, when in served), default=0.0)
         for place, (arrived, _) in enumerate(served):
