@@ -11,7 +11,7 @@ from simulation.simulate import simulate
 
 TESTS = Path(__file__).parent
 SEED = os.environ.get("KEYFERRY_SEED")
-ITEMS, EACH = 12, 125
+ITEMS, EACH = 12, 100
 FIRST = int(SEED) if SEED else 0
 """KEYFERRY_SEED: the first seed, for others than those of every day."""
 

@@ -40,6 +40,8 @@ def check_clients(world: World) -> None:
             world.violate(f"{client.name} was never accepted")
     if any(count > 1 for count in fresh.values()):
         world.violate("a data key was given twice")
+    if world.rate:
+        _check_rate(world)
 
 
 def _check_line(world: World, client: Client, line: Line, fresh: Counter[bytes]) -> None:
@@ -60,6 +62,23 @@ def _check_line(world: World, client: Client, line: Line, fresh: Counter[bytes])
             _check_answer(world, line, sent, answer, fresh)
         elif not _excuse(world, client, line, sent.end):
             world.violate(f"{client.name}: {msgid} ({sent.ask.method}) was not answered")
+
+
+def _check_rate(world: World) -> None:
+    """No user had more answers than the rate allows: so many at once, and so many a second."""
+    for uid in {client.uid for client in world.clients.values()}:
+        served = sorted(
+            (line.arrived(line.client.asks[msgid].end), answer.when)
+            for line in world.all_lines
+            if line.client.uid == uid
+            for msgid, answer in line.answers.items()
+            if answer.outcome not in ("Rejected.Throttling", "ServiceUnavailableTemporary")
+        )
+        latest = max((when for _, when in served), default=0.0)
+        for place, (arrived, _) in enumerate(served):
+            if len(served) - place > world.rate * (1 + latest - arrived) + 1:
+                world.violate(f"user {uid} had {len(served) - place} answers in {latest - arrived:.2f} s")
+                break
 
 
 def _accept_failed(world: World) -> bool:

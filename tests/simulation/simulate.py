@@ -229,6 +229,7 @@ class _Play:
                     all_of_it.start_soon(client.run)
             if not world.stops and world.ended is None:
                 await operator.calm_down(world)
+            if not world.stops and world.ended is None:
                 await self._probe(len(clients))
         world.stop()
         if rng.random() < 0.5:
