@@ -9,7 +9,7 @@ PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate
 	--no-emit-package keyferry --no-emit-package keyferry-agent $(UPGRADE:%=--upgrade) $(PACKAGE:%=--upgrade-package %)
 A_WEEK_OLD = $(UPGRADE:%=--exclude-newer "7 days")
 
-.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check fuzz records hostile soak docs wheels image requirements audit \
+.PHONY: demo demo-hsm test test-hosts check format coverage memory bench bench-check fuzz simulate hostile soak records docs wheels image requirements audit \
 	test-requirements clean help
 
 help:  ## this list
@@ -54,6 +54,10 @@ bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one th
 
 fuzz: $(VENV)/.fuzz  ## fuzz what reads what others wrote (MINUTES=10 in all, TARGET=codec for one; docs/fuzzing.md)
 	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(or $(MINUTES),2) $(TARGET)
+
+simulate: $(VENV)/.development  ## the whole daemon in simulated time, under faults: SEED=... again, or MINUTES=... of new ones
+	PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(FIRST),--first $(FIRST)) $(if $(RUNS),--runs $(RUNS)) $(if $(PROCESSES),--processes $(PROCESSES))
 
 records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite and PostgreSQL (docs/records.md)
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py

@@ -145,6 +145,44 @@ def test_a_record_that_is_deleted_is_begun_again(recording: tuple[RunningAgent, 
     assert len(record.read_text().splitlines()) == 1
 
 
+def test_what_a_full_disk_cut_off_does_not_run_into_the_next_line(
+    record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it cannot be taken back at once: nothing is recorded until it is."""
+    audit = AuditLog(Audit(str(record)))
+    request = [(Audited("id", 0.0, "Decrypt"), "OK")]
+    assert audit.record(PEER, request).lines == 1
+    with monkeypatch.context() as patch:
+        real = os.write
+        patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:10]))
+        patch.setattr(os, "ftruncate", lambda _descriptor, _length: os.fstat(-1))
+        assert audit.record(PEER, request).lines == 0
+        patch.setattr(os, "write", real)
+        assert audit.record(PEER, request).lines == 0
+    assert audit.record(PEER, request).lines == 1
+    assert chain.verify([record]).lines == 2
+
+
+def test_a_record_that_was_moved_away_is_opened_anew_although_closing_it_fails(
+    record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file system may report what it could not write: the descriptor is gone all the same."""
+    audit = AuditLog(Audit(str(record)))
+    request = [(Audited("id", 0.0, "Decrypt"), "OK")]
+    record.rename(record.with_suffix(".1"))
+    with monkeypatch.context() as patch:
+        real = os.close
+
+        def fails(descriptor: int) -> None:
+            real(descriptor)
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr(os, "close", fails)
+        audit.reopen()
+    assert audit.record(PEER, request).lines == 1
+    assert chain.verify([record]).lines == 1
+
+
 @pytest.mark.parametrize("tail", [b"", b'{"time": "cut o'])
 def test_a_restart_goes_on_with_the_chain(record: Path, tail: bytes) -> None:
     """A line that a crash has cut off is taken back: no answer left after it."""

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,9 +27,12 @@ from keyferry_agent.connection import Connection, Shared
 from keyferry_agent.crypto import selftest, wrapping
 from keyferry_agent.grants import Grant
 from keyferry_agent.handlers.status import get_agent_status
+from keyferry_agent.host import Host
 from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.limits import Rate
+from keyferry_agent.options import Options
 from keyferry_agent.peer import Peer, evidence
+from keyferry_agent.reloading import Reloader
 from keyferry_agent.serving import Server
 from keyferry_agent.settings import Audit, Settings
 from keyferry_agent.workers import Workers
@@ -163,6 +167,52 @@ async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit:
         assert (await ask(stream, *STATUS)).error is None
 
 
+async def test_nothing_follows_an_answer_that_was_cut_off(
+    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even the answer of a slow job that was under way: it would be read as the rest of the other."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def takes_long() -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def cut_off(descriptor: int, data: bytes) -> int:
+        return real(descriptor, data[:5] if bytes(data[:2]) == b"\x94\x01" else data)  # not what is recorded
+
+    async def no_memory(_stream: trio.SocketStream, _data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        monkeypatch.undo()
+        go_on.set()
+        raise trio.BrokenResourceError
+
+    real = os.write
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(takes_long, slow=True))
+    async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
+        await stream.send_all(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}))
+        await trio.to_thread.run_sync(begun.wait)
+        monkeypatch.setattr("keyferry_agent.connection.os.write", cut_off)
+        monkeypatch.setattr(trio.SocketStream, "send_all", no_memory)
+        stream.socket._sock.send(wire.encode_request(2, *STATUS))  # type: ignore[attr-defined]
+        received = b""
+        while more := await stream.receive_some():
+            received += more
+        assert len(received) == 5
+
+
+async def test_a_connection_that_was_closed_from_inside_has_not_failed(agent: Agent, audit: AuditLog) -> None:
+    """A slow job's answer could not be sent, and closed it, while other requests were being answered."""
+    shared = Server(agent, audit)._shared
+    near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
+    peer, _ = evidence(far.socket, "default")
+    async with near:
+        connection = Connection(shared, far, peer, None)
+        await far.aclose()
+        with pytest.raises(ExceptionGroup) as raised:
+            await connection.run()
+        assert raised.group_contains(trio.ClosedResourceError)
+
+
 async def test_accepting_goes_on_after_the_system_had_no_memory(
     agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
@@ -235,6 +285,33 @@ async def test_behind_half_an_answer_comes_no_other(agent: Agent, audit: AuditLo
         assert not await connection._send(b"another")
         with pytest.raises(BlockingIOError):
             theirs.recv(1)
+
+
+async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
+    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """It is said once; what was asked for meanwhile is done then."""
+    real = trio.to_thread.run_sync
+    failures = [RuntimeError("can't start new thread")] * 3
+
+    async def run_sync(*arguments: Any, **more: Any) -> Any:
+        if failures:
+            await trio.lowlevel.checkpoint()
+            raise failures.pop()
+        return await real(*arguments, **more)
+
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    reloader = Reloader(options, agent, audit, {}, Host(), None)
+    adopted = trio.Event()
+    monkeypatch.setattr(agent, "adopt", lambda *_: adopted.set())
+    with structlog.testing.capture_logs() as logged:
+        monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            reloader.ask()
+            await adopted.wait()
+            nursery.cancel_scope.cancel()
+    assert [entry["event"] for entry in logged if entry["log_level"] != "info"] == ["reload.failed"]
 
 
 def test_the_rate_is_per_user_and_comes_back() -> None:

@@ -1,17 +1,19 @@
 """Before the first request: socket files, and what the process does to itself. All with real agents."""
 
 import ctypes
+import errno
 import json
 import os
 import resource
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, configured, dev_agent
 
 from keyferry import Throttled, wire
-from keyferry_agent import listening, startup
+from keyferry_agent import listening, log, startup
 from keyferry_agent.command import main
 from keyferry_agent.crypto.selftest import SelfTestError
 from keyferry_agent.options import Options, StartError
@@ -145,6 +147,27 @@ def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     assert (tmp_path / "sock").read_text() == "somebody else's"
 
 
+@pytest.mark.parametrize("when", ["before it is made", "after it was made"])
+def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """As in a folder that may be listed and not entered."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    real = Path.lstat
+
+    def lstat(path: Path) -> os.stat_result:
+        if path == second and (when == "before it is made" or second in first.parent.iterdir()):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "lstat", lstat)
+    with pytest.raises(listening.ListeningError, match="second: Permission denied"):
+        listening.open_all([Listener("first", first), Listener("second", second)], [])
+    monkeypatch.undo()
+    assert not first.exists()
+    assert not second.exists()
+
+
 def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """And closed standard descriptors are opened, so that no key file becomes one."""
     monkeypatch.setattr(startup, "_PR_SET_DUMPABLE", 10_000)
@@ -241,6 +264,28 @@ def test_a_record_that_cannot_be_opened_stops_the_start(socket_path: Path, tmp_p
     assert agent.wait() == 1
     agent.kill()
     assert "none/audit.jsonl: No such file" in "".join(agent.output)
+
+
+@pytest.mark.parametrize("what", ["the record's file", "a descriptor in reserve"])
+def test_a_system_that_has_no_descriptor_left_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    """With one line that says so, and no traceback."""
+    config = tmp_path / "agent.toml"
+    config.write_text(f'memory = "prefer"\n[audit]\npath = "{tmp_path / "audit.jsonl"}"\n')
+    real = os.open
+    last = os.fspath(tmp_path / "audit.jsonl") if what == "the record's file" else os.devnull
+
+    def open_(path: Any, *arguments: Any, **more: Any) -> int:
+        if path == last:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(startup, "harden", lambda **_: [])
+    monkeypatch.setattr(log, "configure", lambda: None)
+    monkeypatch.setattr(os, "open", open_)
+    assert main(["run", "--dev", "--config", str(config), "--socket", str(tmp_path / "agent.sock")]) == 1
+    assert "keyferry-agent: Too many open files" in capsys.readouterr().err
 
 
 def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

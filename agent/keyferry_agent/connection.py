@@ -78,7 +78,7 @@ class Connection:
     async def run(self) -> None:
         """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
         if self._shared.arrivals is not None:
-            with suppress(OSError):  # then it is one that nobody waits for
+            with suppress(OSError, ValueError):  # no memory for it, or closed already: nobody waits for it
                 self._shared.arrivals.add(self._number())
         async with trio.open_nursery() as watching:
             if self._process is not None:
@@ -162,7 +162,10 @@ class Connection:
 
     async def _receive_some(self) -> bytes:
         # trio's stream would try first, and wait then: but whoever asks one thing at a time has nothing there yet.
-        await trio.lowlevel.wait_readable(self._stream.socket)
+        try:
+            await trio.lowlevel.wait_readable(self._stream.socket)
+        except ValueError:  # it has no number any more: a slow job has closed it meanwhile
+            raise trio.ClosedResourceError from None
         return self._read()
 
     def _read(self) -> bytes:
@@ -240,9 +243,9 @@ class Connection:
             done(None, error)
         self._under_way += 1
         if self._under_way == 1:
-            nursery.start_soon(self._answer_slow)
+            nursery.start_soon(self._answer_slow, nursery.cancel_scope)
 
-    async def _answer_slow(self) -> None:
+    async def _answer_slow(self, everything: trio.CancelScope) -> None:
         """Answer slow jobs, as many at a time as are done, until none is under way."""
         while self._under_way:
             await self._some_done.wait()
@@ -253,8 +256,7 @@ class Connection:
             for _ in done:
                 self._slots.release()
             if not taken:
-                await self._stream.aclose()  # wakes the reader, which then ends the connection
-                return
+                everything.cancel()  # also a reader that waits for room for another slow job
 
     async def _finish(self, decided: Sequence[Decided | Begun]) -> bool:
         """Record requests, and only then send their answers; False when nobody takes them."""

@@ -69,10 +69,13 @@ def open_all(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.so
                 opened.append(_adopt(listener, found[listener.name]))
             else:
                 made = _take(listener)
-                opened.append(Listening(listener.name, listener.path, made, listener.path.lstat(), made=True))
-    except ListeningError:
+                opened.append(Listening(listener.name, listener.path, made, None, made=True))
+                opened[-1] = opened[-1]._replace(seen=listener.path.lstat())
+    except (ListeningError, OSError) as error:
         for each in opened:
             each.close()
+        if isinstance(error, OSError):
+            raise ListeningError(f"{error.filename}: {error.strerror}") from None
         raise
     return opened
 

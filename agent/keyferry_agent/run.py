@@ -57,6 +57,7 @@ def daemon(options: Options) -> None:
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
         audit = AuditLog(settings.audit)
         served = _metrics(agent, audit, settings)
+        server = Server(agent, audit, served[0] if served else None)
     except (
         SettingsError,
         KeyringError,
@@ -66,13 +67,13 @@ def daemon(options: Options) -> None:
     ) as error:
         raise StartError(str(error)) from None
     except OSError as error:
-        raise StartError(f"{error.filename}: {error.strerror}") from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise StartError(f"{where}{error.strerror}") from None
     _say_what_is_not(options, agent, unavailable)
     gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
     reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None)
     if not current:
         reloader.ask()
-    server = Server(agent, audit, served[0] if served else None)
     try:
         trio.run(_serve, agent, server, reloader, host, sockets, strict_exception_groups=True)
     finally:

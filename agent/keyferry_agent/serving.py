@@ -5,7 +5,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Final
 
@@ -55,8 +55,9 @@ class Server:
             metrics=metrics,
             # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
             workers=Workers(SLOW_JOBS if libcrypto.has_sm2() else 1),
-            arrivals=Arrivals(),
+            arrivals=(arrivals := Arrivals()),
         )
+        self._arrivals = arrivals
         self._per_user: Counter[int | None] = Counter()
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._accepting = trio.CancelScope()
@@ -70,7 +71,7 @@ class Server:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept and answer until `drain`; returns when the last answer is out, or the grace period is over."""
-        with self._all:
+        with closing(self._arrivals), self._all:
             async with trio.open_nursery() as connections:
                 with self._accepting:
                     async with trio.open_nursery() as accepting:

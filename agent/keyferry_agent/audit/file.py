@@ -36,6 +36,8 @@ class RecordFile:
         self._descriptor = _NONE
         self._patience = _READER_PATIENCE
         self._previous = BEGINNING
+        self._cut_off = 0
+        """Bytes at the file's end that belong to lines which could not be written whole."""
         self.identity: tuple[int, int] | None = None
         """Device and inode of the file; None where there is none, or where nobody could move it away."""
         self._open()
@@ -43,9 +45,12 @@ class RecordFile:
     def reopen(self) -> None:
         """Open the file again, after it was moved away, and go on with the chain in the new one. Raises OSError."""
         if self._path != "stderr":
-            old, self._descriptor, self.identity = self._descriptor, _NONE, None
+            with suppress(OSError):  # what stays cut off is at the end of a file that nobody writes to any more
+                self._take_back()
+            old, self._descriptor, self.identity, self._cut_off = self._descriptor, _NONE, None, 0
             if old != _NONE:
-                os.close(old)
+                with suppress(OSError):  # what could not be written long ago: the descriptor is gone all the same
+                    os.close(old)
             self._open()
 
     def append(self, records: Sequence[str]) -> Appended:
@@ -79,11 +84,19 @@ class RecordFile:
         return Appended(len(lines))
 
     def _write(self, packed: bytes) -> None:
+        self._take_back()
         written = os.write(self._descriptor, packed)
         if written != len(packed):
-            with suppress(OSError):  # take back what would run into the next line; a pipe cannot
-                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            self._cut_off = written
+            with suppress(OSError):  # else before the next line
+                self._take_back()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _take_back(self) -> None:
+        """Remove what would run into the next line; from a pipe nothing can be removed. Raises OSError."""
+        if self._cut_off and self._waits is None:
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - self._cut_off)
+        self._cut_off = 0
 
     def _open(self) -> None:
         if self._path == "stderr":

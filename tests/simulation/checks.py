@@ -1,0 +1,239 @@
+"""What has to be true at the end of a simulation: of every request, of every answer, of the record, and of what is left."""
+
+import base64
+from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any, Final
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from second_decoder import SUITES, associated_data
+
+from keyferry.errors import CODES
+
+from . import stock
+from .asking import Ask
+from .clients import Client, Sent
+from .judge import judge
+from .line import Answer, Line
+from .stock import RINGS, MasterKey, Ring, Version
+from .world import World
+
+__all__ = ["check_clients", "check_record"]
+
+_DRAIN: Final = 10.0
+_GRACE_AND_MORE: Final = 10.0 + 4.0
+"""Seconds that a drain may take: its grace, and what a thread that was begun in it may take to its end."""
+_LONGEST_GARBAGE: Final = 16
+_AT_ONCE: Final = 2.5
+
+
+def check_clients(world: World) -> None:
+    """Every request was answered as it should have been, or there is a reason why it was not."""
+    fresh: Counter[bytes] = Counter()
+    for client in world.clients.values():
+        if client.line is not None:
+            _check_line(world, client, client.line, fresh)
+        elif client.connected is not None and not (client.fault or world.stops or _accept_failed(world)):
+            world.violate(f"{client.name} was never accepted")
+    if any(count > 1 for count in fresh.values()):
+        world.violate("a data key was given twice")
+
+
+def _check_line(world: World, client: Client, line: Line, fresh: Counter[bytes]) -> None:
+    if not line.sent.startswith(client.received):
+        world.violate(f"{client.name} received what was not sent")
+    closed = world.now if line.closed is None else line.closed
+    if line.process_ended is not None and closed > line.process_ended + _AT_ONCE + world.stalled:
+        world.violate(f"{client.name}: its process ended, and its connection did not")
+    if line.closed is None:
+        world.violate(f"{client.name}: its connection is still open in the agent")
+    at = client.garbage_at
+    unexplained = not _excuse(world, client, line, 0 if at is None else at) and not line.last_words
+    if at is not None and line.received > at + _LONGEST_GARBAGE and unexplained:
+        world.violate(f"{client.name} sent garbage, and was not told")
+    for msgid, sent in client.asks.items():
+        answer = line.answers.get(msgid)
+        if answer is not None:
+            _check_answer(world, line, sent, answer, fresh)
+        elif not _excuse(world, client, line, sent.end):
+            world.violate(f"{client.name}: {msgid} ({sent.ask.method}) was not answered")
+
+
+def _accept_failed(world: World) -> bool:
+    return any(world.plan.struck[point] for point in ("accept", "ask who it is")) or world.was_starved
+
+
+def _excuse(world: World, client: Client, line: Line, end: int) -> str:
+    """Why a request was not answered, if there is a reason."""
+    at = client.garbage_at
+    return (
+        ("never sent" if client.sent < end else "")
+        or ("behind garbage" if at is not None and end > at else "")
+        or ("refused" if line.refused else "")
+        or client.fault
+        or line.fault
+        or ("the grace period was over" if world.grace_over else "")
+        or ("came too late" if world.stops and line.received < end else "")
+    )
+
+
+def _check_answer(world: World, line: Line, sent: Sent, answer: Answer, fresh: Counter[bytes]) -> None:
+    """The outcome is one that the judge gives for some moment of the request's time; and what is in it is right."""
+    ask, arrived = sent.ask, line.arrived(sent.end)
+    if answer.outcome in _ALWAYS and _may_happen(world, answer):
+        _check_error(world, line, answer)
+        return
+    seen = [
+        adopted
+        for place, adopted in enumerate(world.adopted)
+        if adopted.since <= answer.when
+        and (place + 1 == len(world.adopted) or world.adopted[place + 1].since >= arrived)
+    ]
+    times = (arrived, answer.when)
+    possible = {judge(ask, line.client.uid, *adopted.state, when) for adopted in seen for when in times}
+    if answer.outcome not in possible:
+        world.violate(f"{line}: {ask.method} {ask.alias} gave {answer.outcome}; expected {sorted(possible)}")
+    if answer.error is not None:
+        _check_error(world, line, answer)
+    elif answer.result is not None:
+        try:
+            _check_result(ask, answer.result, fresh)
+            _check_key(ask, answer.result, [RINGS[adopted.ring] for adopted in seen])
+        except Exception as error:
+            world.violate(f"{line}: {ask.method} has a wrong result: {error!r}")
+
+
+_ALWAYS: Final = {"ServiceUnavailableTemporary", "Rejected.Throttling", "InternalFailure"}
+
+
+def _may_happen(world: World, answer: Answer) -> bool:
+    if answer.outcome == "InternalFailure":
+        return world.plan.struck["thread"] > 0
+    return world.rate > 0 if answer.outcome == "Rejected.Throttling" else answer.request_id in world.record.failed
+
+
+def _check_error(world: World, line: Line, answer: Answer) -> None:
+    error = answer.error or {}
+    known = CODES.get(error.get("Code", ""))
+    if error.keys() != {"Code", "Message", "RequestId", "HttpStatus"} or known is None:
+        world.violate(f"{line}: not a documented error: {error}")
+    elif error["HttpStatus"] != known.http_status:
+        world.violate(f"{line}: {error['Code']} with status {error['HttpStatus']}")
+
+
+def _check_result(ask: Ask, result: Mapping[str, Any], fresh: Counter[bytes]) -> None:
+    opened = None
+    if ask.method in ("DescribeKey", "ListKeys", "ListAliases", "GetAgentStatus"):
+        return
+    if ask.method == "ReEncrypt":
+        assert ask.blob is not None
+        opened = _open(result, "DestinationKeyId", "DestinationKeyVersionId", ask.destination_context)
+        assert opened == ask.blob.plaintext, "another plaintext"
+        assert (result["KeyId"], result["KeyVersionId"]) == (ask.blob.key.key_id, ask.blob.version.version_id)
+        return
+    if "CiphertextBlob" in result:
+        opened = _open(result, "KeyId", "KeyVersionId", ask.context)
+    if ask.blob is not None:
+        assert opened is None
+        opened = ask.blob.plaintext
+        assert (result["KeyId"], result["KeyVersionId"]) == (ask.blob.key.key_id, ask.blob.version.version_id)
+    assert opened is not None
+    if ask.method.startswith("Generate"):
+        assert len(opened) == ask.size, "another length"
+        if ask.size >= 16:
+            fresh[opened] += 1
+    if ask.method == "Encrypt":
+        assert opened == ask.plaintext, "another plaintext"
+    if ask.method in ("GenerateDataKey", "Decrypt"):
+        assert base64.b64decode(result["Plaintext"]) == opened, "another plaintext"
+    else:
+        assert "Plaintext" not in result
+    if ask.to:
+        assert stock.recipients()[ask.to].unwrap(result["ExportedDataKey"]) == opened, "another data key"
+
+
+def _check_key(ask: Ask, result: Mapping[str, Any], rings: list[Ring]) -> None:
+    """What was sealed is under the primary version of the key that was named, in one of the keyrings of the time."""
+    if "CiphertextBlob" not in result:
+        return
+    prefix = "Destination" if ask.method == "ReEncrypt" else ""
+    primary = [
+        (entry.key.key_id, entry.primary.version_id) for ring in rings for entry in ring if ask.alias in entry.aliases
+    ]
+    assert (result[f"{prefix}KeyId"], result[f"{prefix}KeyVersionId"]) in primary, "not the primary version"
+
+
+def _open(result: Mapping[str, Any], key_field: str, version_field: str, context: Mapping[str, str]) -> bytes:
+    """The plaintext of a blob in an answer, under the key and version that the answer names."""
+    key, version = stock.key_of_version(result[version_field])
+    assert result[key_field] == key.key_id, "another key's version"
+    return _open_blob(key, version, context, base64.b64decode(result["CiphertextBlob"]))
+
+
+def _open_blob(key: MasterKey, version: Version, context: Mapping[str, str], blob: bytes) -> bytes:
+    """As `second_decoder.open_blob`, which takes milliseconds for SM4, over another library's primitives."""
+    header, salt, commitment, ciphertext, tag = blob[:37], blob[37:69], blob[69:101], blob[101:-16], blob[-16:]
+    assert header == version.version_id.encode() + b"\x01", "another header"
+    suite = SUITES[key.spec]
+    digest = hashes.SM3() if key.spec == "Aliyun_SM4" else hashes.SHA256()
+    size = suite.key_size
+    okm = HKDF(digest, size + 32, salt, suite.info).derive(version.material)
+    assert okm[size:] == commitment, "another commitment"
+    algorithm = algorithms.SM4(okm[:size]) if key.spec == "Aliyun_SM4" else algorithms.AES(okm[:size])
+    decryptor = Cipher(algorithm, modes.GCM(bytes(12), tag)).decryptor()
+    decryptor.authenticate_additional_data(associated_data(header, key.key_id, context))
+    return decryptor.update(ciphertext) + decryptor.finalize()
+
+
+def check_record(world: World) -> None:
+    """One line for each answer, and none but for requests that the agent had received."""
+    world.record.check(cut_off=world.record.may_be_cut_off)
+    lines = {line.client.pid: line for line in world.all_lines}
+    recorded: Counter[int] = Counter()
+    answers = {answer.request_id: answer for line in world.all_lines for answer in line.answers.values()}
+    for request_id, fields in world.record.lines.items():
+        line = lines.get(fields["pid"])
+        if line is None:
+            world.violate(f"recorded of nobody: {fields}")
+            continue
+        recorded[line.client.pid] += 1
+        if request_id not in answers and not (line.fault or line.client.fault or world.grace_over):
+            world.violate(f"{line}: recorded, and not answered: {fields['operation']} {fields['outcome']}")
+    for pid, count in recorded.items():
+        line = lines[pid]
+        received = sum(sent.end <= line.received for sent in line.client.asks.values())
+        if count > received:
+            world.violate(f"{line}: {count} lines of {received} requests")
+
+
+def check_end(world: World, left: Mapping[str, Any]) -> None:
+    """The agent has ended in its time, and has said what it was to say. `left`: what is not to be there any more."""
+    for what, value in left.items():
+        if value:
+            world.violate(f"{what} left: {value}")
+    if not world.stops or world.ended is None:
+        return
+    took = world.ended - world.stops[0]
+    if took > _GRACE_AND_MORE + world.stalled:
+        world.violate(f"the drain took {took:.1f} s")
+    if len(world.stops) > 1 and world.ended - world.stops[1] > _AT_ONCE + world.stalled:
+        world.violate(f"it was told to stop at once, and took {world.ended - world.stops[1]:.1f} s")
+    if world.grace_over and len(world.stops) < 2 and took < _DRAIN:
+        world.violate(f"the grace was over after {took:.1f} s")
+    _check_told(world)
+
+
+def _check_told(world: World) -> None:
+    if not world.watchdog or world.plan.struck["tell the manager"]:
+        return
+    told = [(when, text.split("\n")[0]) for when, text in world.told]
+    states = [text for _, text in told if text != "WATCHDOG=1"]
+    if states[:1] != ["READY=1"] or "STOPPING=1" not in states:
+        world.violate(f"the manager was told {states}")
+    alive = [when for when, text in told if text == "WATCHDOG=1" and when <= world.stops[0]]
+    for before, after in pairwise([*alive, world.stops[0]]):
+        if after - before > world.watchdog + world.stalled:
+            world.violate(f"the watchdog was not fed for {after - before:.1f} s")

@@ -1,0 +1,172 @@
+"""One connection as the agent's system calls show it: what it has received, what it has sent, and whether that was in order."""
+
+import os
+from typing import Any, NamedTuple
+
+import msgpack
+
+from .clients import Client
+from .world import World
+
+__all__ = ["Answer", "Line"]
+
+
+class Answer(NamedTuple):
+    """An answer that has left the agent, and when."""
+
+    error: dict[str, Any] | None
+    result: dict[str, Any] | None
+    when: float
+
+    @property
+    def outcome(self) -> str:
+        """`OK`, or the code of the error."""
+        return str(self.error["Code"]) if self.error else "OK"
+
+    @property
+    def request_id(self) -> str:
+        """The RequestId."""
+        return str((self.error or self.result or {}).get("RequestId"))
+
+
+class Line:
+    """The agent's end of a connection."""
+
+    def __init__(self, world: World, client: Client, listener: str) -> None:
+        self._world = world
+        self.client = client
+        self.listener = listener
+        self.opened = world.now
+        self.closed: float | None = None
+        self.received = 0
+        self._arrivals: list[tuple[int, float]] = []
+        self.sent = bytearray()
+        self.fault = ""
+        """What went wrong with it that is not the agent's doing."""
+        self.refused = False
+        self.last_words = False
+        self.answers: dict[int, Answer] = {}
+        self._unpacker = msgpack.Unpacker(raw=False)
+        self._process: int | None = None
+        self.process_ended: float | None = None
+        self._alive_until = 0
+        """Bytes that had come when the process ended."""
+        client.line = self
+        world.all_lines.append(self)
+
+    def __str__(self) -> str:
+        return self.client.name
+
+    @property
+    def admitted(self) -> bool:
+        """Whether it is open, and not refused."""
+        return self.closed is None and not self.refused
+
+    def arrived(self, end: int) -> float:
+        """When it had received everything up to this byte."""
+        return next((when for received, when in self._arrivals if received >= end), self._world.now)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether all requests that have come whole are answered."""
+        return all(msgid in self.answers for msgid, sent in self.client.asks.items() if sent.end <= self.received)
+
+    @property
+    def half_received(self) -> bool:
+        """Whether it has received a part of something that it has not received whole."""
+        return self.received < self.client.sent or self.received not in self.client.boundaries
+
+    def hold_process(self) -> int:
+        """A descriptor that becomes readable when the process at the other end ends."""
+        readable, self._process = os.pipe2(os.O_CLOEXEC)
+        if self.client.process_ended:
+            self.end_process()
+        return readable
+
+    def end_process(self) -> None:
+        """The process ends."""
+        self.client.process_ended = True
+        if self._process is not None:
+            self.process_ended, self._alive_until = self._world.now, self.received
+            os.close(self._process)
+            self._process = None
+
+    def takes(self, data: bytes) -> None:
+        """The agent has received this."""
+        world = self._world
+        self.received += len(data)
+        self._arrivals.append((self.received, world.now))
+        world.note("received", self, len(data))
+        if self.refused:
+            return
+        together = [line for line in world.all_lines if line.admitted and line.received]
+        of_user = [line for line in together if line.client.uid == self.client.uid]
+        if len(together) > world.limits[0] or len(of_user) > world.limits[1]:
+            world.violate(f"{len(together)} connections are served, {len(of_user)} of one user")
+
+    def gives(self, data: bytes) -> None:
+        """The agent has sent this."""
+        self.sent += data
+        self._world.note("sent", self, len(data))
+        try:
+            self._unpacker.feed(data)
+            for message in self._unpacker:
+                self._answered(message)
+        except Exception as error:  # the agent must not catch it
+            self._world.violate(f"{self} was sent what is no answer: {error!r}")
+
+    def _answered(self, message: Any) -> None:
+        kind, msgid, error, result = message
+        world = self._world
+        answer = Answer(error, result, world.now)
+        world.note("answered", self, msgid, answer.outcome)
+        if kind != 1 or (error is None) == (result is None) or self.last_words:
+            world.violate(f"{self}: not one answer: {message!r}")
+        if msgid is None:
+            self.last_words = True
+            self._refused(answer.outcome)
+            return
+        sent = self.client.asks.get(msgid)
+        if sent is None or msgid in self.answers:
+            world.violate(f"{self}: {msgid} is answered {'twice' if sent else 'and was never asked'}")
+            return
+        self.answers[msgid] = answer
+        if self.process_ended is not None and sent.end > self._alive_until:
+            world.violate(f"{self}: {msgid} is answered to whom its process has left")
+        if sent.end > self.received:
+            world.violate(f"{self}: {msgid} is answered before it was received")
+        self._recorded(sent.ask.method, answer)
+
+    def _refused(self, outcome: str) -> None:
+        world = self._world
+        if outcome == "ProtocolError":
+            if self.client.garbage_at is None:
+                world.violate(f"{self}: ProtocolError, and it was none")
+            return
+        self.refused = True
+        others = [line for line in world.all_lines if line is not self and line.opened <= self.opened + 0.001]
+        # One that was closed in the meantime may have been open when this one was judged.
+        others = [line for line in others if not line.refused and (line.closed is None or line.closed >= self.opened)]
+        of_user = [line for line in others if line.client.uid == self.client.uid]
+        full = len(others) >= world.limits[0] or len(of_user) >= world.limits[1]
+        without = world.starved or world.plan.struck["accept"] > 0 or world.was_starved
+        if outcome != "Rejected.Throttling" or not (full or without):
+            world.violate(f"{self}: refused with {outcome}, beside {len(others)} others")
+
+    def _recorded(self, method: str, answer: Answer) -> None:
+        """An answer leaves: its request is in the record, as what it was; or the log says that it could not be."""
+        world = self._world
+        fields = world.record.lines.get(answer.request_id)
+        failed = answer.request_id in world.record.failed
+        if answer.outcome == "ServiceUnavailableTemporary":
+            if not failed or (fields is not None and not (world.record.hung or world.record.may_be_cut_off)):
+                world.violate(f"{self}: {answer.outcome}, and its record did not fail")
+        elif fields is None:
+            if not failed or world.on_failure != "serve":
+                world.violate(f"{self}: an answer leaves, and its request is not recorded")
+        elif fields["outcome"] != answer.outcome:
+            world.violate(f"{self}: recorded as {fields['outcome']}, answered {answer.outcome}")
+        if fields is not None:
+            who = {"uid": self.client.uid, "pid": self.client.pid, "listener": self.listener}
+            if {name: fields[name] for name in who} != who or (method and fields["operation"] != method):
+                world.violate(f"{self}: recorded of {fields}")

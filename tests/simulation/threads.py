@@ -1,0 +1,182 @@
+"""Threads in a simulation: one at a time, in an order that the seed gives. The agent's own code runs in them, unchanged."""
+
+import queue
+import random
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import trio
+
+from .faults import NO_THREAD
+from .world import World
+
+__all__ = ["Lockstep", "simulated_run_sync"]
+
+T = TypeVar("T")
+
+
+class _ProcessEnds(BaseException):
+    """What ends a thread that has no end of its own."""
+
+
+class _StandsStill(BaseException):
+    """What brings a thread that has nothing to do back to whoever let it work."""
+
+
+class Lockstep:
+    """Threads of the record's kind: each runs only while the event loop's stands still and waits for it.
+
+    It stands in for `threading` and `queue`, as far as such a thread uses them. Where nothing can hang, there is no second
+    thread at all, which would take most of a simulation's time: its function is called when the other waits, and left where it
+    waits for something to do. That is the same, as it has nothing in hand there.
+    """
+
+    Empty = queue.Empty
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._go, self._still = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._still.acquire()
+        self._target: Callable[[], None] | None = None
+        self._thread: threading.Thread | None = None
+        self._inside = self._parked = self._over = self._ended = False
+
+    def SimpleQueue(self) -> "_Queue":  # noqa: N802 - queue's name
+        """A queue between such a thread and the event loop's."""
+        return _Queue(self)
+
+    def Thread(self, *, target: Callable[[], None], name: str, daemon: bool) -> "Lockstep":  # noqa: N802 - threading's name
+        """Such a thread; there is one."""
+        assert self._target is None
+        self._target = target
+        if self._world.plan.hangs:
+            self._thread = threading.Thread(target=self._body, name=name, daemon=daemon)
+        return self
+
+    def start(self) -> None:
+        """Start the thread: it waits for its turn."""
+        if self._thread is not None:
+            self._thread.start()
+
+    def _body(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._over and self._target is not None:
+                self._target()
+        except _ProcessEnds:
+            pass
+        finally:
+            self._ended = True
+            self._still.release()
+
+    @property
+    def inside(self) -> bool:
+        """Whether this is such a thread."""
+        return self._inside or threading.current_thread() is self._thread
+
+    def let_work(self) -> None:
+        """Have the thread do what it can."""
+        if self._thread is not None:
+            if not self._parked:
+                self._go.release()
+                self._still.acquire()
+        elif self._target is not None:
+            self._inside = True
+            try:
+                self._target()
+            except _StandsStill:
+                pass
+            finally:
+                self._inside = False
+
+    def wait_for_turn(self) -> None:
+        """In the thread: stand still until the other lets it work."""
+        if self._thread is None:
+            raise _StandsStill
+        self._still.release()
+        self._go.acquire()
+        if self._over:
+            raise _ProcessEnds
+
+    def hang(self) -> None:
+        """In the thread: do not come back from a system call, until `release`."""
+        self._parked = True
+        while self._parked:
+            self.wait_for_turn()
+
+    def release(self) -> None:
+        """Let the system call return."""
+        if self._parked:
+            self._parked = False
+            self.let_work()
+
+    def wait(self, seconds: float) -> None:
+        """Time passes while the event loop's thread waits in vain."""
+        self._world.note("waited in vain", seconds)
+        self._world.stall(seconds)
+
+    def end(self) -> None:
+        """The process ends, and the thread with it."""
+        self._over, self._parked = True, False
+        if self._thread is not None:
+            while self._thread.is_alive():  # each turn brings it nearer to its end
+                self._go.release()
+                self._still.acquire()
+                if self._ended:
+                    break
+            self._thread.join()
+
+
+class _Queue:
+    def __init__(self, lockstep: Lockstep) -> None:
+        self._lockstep = lockstep
+        self._items: deque[Any] = deque()
+
+    def put(self, item: Any) -> None:
+        self._items.append(item)
+
+    def empty(self) -> bool:
+        return not self._items
+
+    def get(self, timeout: float = 0) -> Any:
+        if self._lockstep.inside:
+            while not self._items:
+                self._lockstep.wait_for_turn()
+        else:
+            self._lockstep.let_work()
+            if not self._items:
+                self._lockstep.wait(timeout)
+                raise queue.Empty
+        return self._items.popleft()
+
+
+async def simulated_run_sync(
+    world: World,
+    function: Callable[..., T],
+    *arguments: Any,
+    abandon_on_cancel: bool = False,
+    limiter: trio.CapacityLimiter | None = None,
+) -> T:
+    """`trio.to_thread.run_sync`: a thread that begins and ends when the seed says. Nothing else happens while it works."""
+    rng: random.Random = world.weather
+    await trio.lowlevel.checkpoint_if_cancelled()
+    me = object()
+    if limiter is not None:
+        await limiter.acquire_on_behalf_of(me)
+    try:
+        if world.plan.strike("thread") == NO_THREAD:
+            world.note("fault", "thread")
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            raise RuntimeError("can't start new thread")
+        with trio.CancelScope(shield=not abandon_on_cancel):
+            await trio.sleep(rng.choice((0, 0, 0.0001, 0.01, 0.4)))
+            result = function(*arguments)
+            if after := rng.choice((0, 0, 0.0001, 0.01, 1.5)):
+                await trio.sleep(after)
+        return result
+    finally:
+        if limiter is not None:
+            limiter.release_on_behalf_of(me)

@@ -1,0 +1,182 @@
+"""What one simulation knows: its seed, its time, what has happened so far, and what should not have."""
+
+import errno
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import trio
+import trio.testing
+
+from .faults import Plan
+from .record import Record
+from .stock import CONFIGURATIONS, EPOCH, RINGS, Grant, Ring
+
+if TYPE_CHECKING:
+    from .clients import Client
+    from .line import Line
+    from .threads import Lockstep
+
+__all__ = ["Adopted", "World"]
+
+MONOTONIC: Final = 1_000.0
+"""What the steady clock says at the beginning."""
+_MOST: Final = 20_000
+"""Lines of a trace: an agent that does more than that turns in a circle."""
+
+
+class Adopted(NamedTuple):
+    """A keyring and a configuration, and since when the agent goes by them."""
+
+    since: float
+    ring: int
+    grants: int
+
+    @property
+    def state(self) -> tuple[Ring, tuple[Grant, ...]]:
+        """What is in them."""
+        return RINGS[self.ring], CONFIGURATIONS[self.grants]
+
+
+@dataclass
+class World:
+    """Everything outside the agent, for one seed."""
+
+    seed: int
+    directory: Path
+    trace: list[str] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+    token: int = field(default_factory=os.getpid)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(f"{self.seed}: what is asked")
+        self.weather = random.Random(f"{self.seed}: what happens")
+        self.plan = Plan(random.Random(f"{self.seed}: what fails"))
+        self.clock = trio.testing.MockClock(autojump_threshold=0)
+        self.record = Record(self.directory / "audit.jsonl", self.violate)
+        self.lines: dict[int, Line] = {}
+        self.all_lines: list[Line] = []
+        self.clients: dict[bytes, Client] = {}
+        self.lockstep: Lockstep
+        self.adopted: list[Adopted] = []
+        self.on_disk = (0, 0)
+        """The keyring and the configuration that are in the files; -1 for one that is damaged."""
+        self.loaded = self.read = 0
+        """Which of them the agent has read last."""
+        self.told: list[tuple[float, str]] = []
+        self.logged: list[tuple[float, str]] = []
+        self.starved = self.was_starved = False
+        self.spare = 0
+        self.stalled = 0.0
+        """Seconds that the agent stood still, as it waited for something outside."""
+        self.stops: list[float] = []
+        """When it was told to stop."""
+        self.grace_over = False
+        self.serving = trio.Event()
+        self.ended: float | None = None
+        self.on_failure: str = self.rng.choice(("refuse", "refuse", "serve"))
+        self.limits = self.rng.choice(((1024, 256), (1024, 256), (3, 2), (2, 2)))
+        self.rate = self.rng.choice((0, 0, 0, 0, 5))
+        self.watchdog = self.rng.choice((0, 0, 6))
+        self.early = self.rng.random() < 0.5
+        """Whether it is told to stop while it has work to do."""
+        self.small_buffers = self.rng.random() < 0.5
+
+    @property
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return self.clock.current_time()
+
+    @property
+    def wall(self) -> float:
+        """Seconds since 1970."""
+        return EPOCH + self.now
+
+    def note(self, what: str, *details: Any) -> None:
+        """Add a line to the trace."""
+        if len(self.trace) == _MOST:
+            self.trace.append("...")
+            self.violations.append("the agent turns in a circle")
+            signal.raise_signal(signal.SIGALRM)
+        text = " ".join(str(detail) for detail in details).replace(str(self.directory), "~")
+        self.trace.append(f"{self.now:10.6f} {what} {text}")
+
+    def violate(self, what: str) -> None:
+        """Something happened that is promised never to happen."""
+        self.note("VIOLATION", what)
+        self.violations.append(what)
+
+    def stall(self, seconds: float) -> None:
+        """Let time pass while the agent stands still."""
+        if seconds:
+            self.stalled += seconds
+            self.clock.jump(seconds)
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Tell the agent to stop."""
+        if self.serving.is_set() and self.ended is None:
+            self.note("signal", number.name)
+            self.stops.append(self.now)
+            signal.raise_signal(number)
+
+    def hang_up(self) -> None:
+        """Tell the agent to read its files again."""
+        if self.ended is None:
+            self.note("signal", "SIGHUP")
+            signal.raise_signal(signal.SIGHUP)
+
+    def fails(self, point: str) -> None:
+        """Fail here, if that is planned, as a system call does. For points at which nothing else can happen."""
+        fault = self.plan.strike(point)
+        if fault:
+            self.note("fault", point, errno.errorcode.get(fault, fault))
+            raise OSError(fault, os.strerror(fault))
+
+    def takes_descriptor(self) -> None:
+        """Raise EMFILE, if there is none left."""
+        if self.starved:
+            if not self.spare:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self.spare -= 1
+
+    def gives_descriptor(self) -> None:
+        """One was closed."""
+        if self.starved:
+            self.spare += 1
+
+    def logs(self, _logger: Any, _method: str, event: dict[str, Any], drop: BaseException) -> Any:
+        """Take a line of the agent's log."""
+        name = str(event.pop("event"))
+        self.logged.append((self.now, name))
+        details = [f"{key}={event[key]}" for key in sorted(event) if key not in ("exc_info", "libcrypto")]
+        self.note("log", name, *details)
+        if name == "agent.serving":
+            self.adopted.append(Adopted(self.now, self.loaded, self.read))
+            self.serving.set()
+            self.plan.started = True
+        elif name == "reload.done":
+            self.adopted.append(Adopted(self.now, self.loaded, self.read))
+        elif name == "audit.failed":
+            self.record.failed.update(event.get("request_ids", ()))
+        elif name == "drain.grace_over":
+            self.grace_over = True
+            if len(self.stops) < 2:
+                self._judge_grace()
+        elif name in ("connection.failed", "request.failed") and not self._excused(name):
+            self.violate(f"{name}: {event.get('exc_info')!r}")
+        raise drop
+
+    def _judge_grace(self) -> None:
+        """Until the end of the grace somebody was waited for, and each for something."""
+        until_then = [line for line in self.all_lines if line.closed == self.now]
+        if not until_then:
+            self.violate("the grace was over, and there was nobody to wait for")
+        for line in until_then:
+            if line.quiet and not (line.client.fault or line.fault or line.half_received):
+                self.violate(f"{line} had nothing to wait for, and was there until the grace was over")
+
+    def _excused(self, name: str) -> bool:
+        return name == "request.failed" and bool(self.plan.struck["thread"])
