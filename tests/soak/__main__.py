@@ -123,7 +123,7 @@ def _report(
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     kept = {
         **results,
-        "figures": [figure._asdict() for figure in figures],
+        "figures": [figure[:4] for figure in figures],
         "not flat": moved,
         "what was wrong": wrong,
         "over time": [sample[:4] for sample in samples],
