@@ -149,7 +149,8 @@ class Line:
         others = [line for line in others if not line.refused and (line.closed is None or line.closed >= self.opened)]
         of_user = [line for line in others if line.client.uid == self.client.uid]
         full = len(others) >= world.limits[0] or len(of_user) >= world.limits[1]
-        without = world.starved or world.plan.struck["accept"] > 0 or world.was_starved
+        struck = world.plan.struck["accept"] + world.plan.struck["hold the process"]
+        without = world.starved or struck > 0 or world.was_starved
         if outcome != "Rejected.Throttling" or not (full or without):
             world.violate(f"{self}: refused with {outcome}, beside {len(others)} others")
 
