@@ -105,6 +105,7 @@ $(VENV)/.created:
 $(VENV)/.runtime: $(VENV)/.created $(PROJECTS)
 	@echo "Installing keyferry and keyferry-agent into $(VENV) ..."
 	@.ci/pip $(PYTHON) $(VENV) -e 'client[module]' -e agent
+	@$(BIN)/python -m compileall -q client/keyferry agent/keyferry_agent  # which an editable installation does not
 	@touch $@
 
 $(VENV)/.tokens: $(VENV)/.runtime

@@ -30,7 +30,9 @@ __all__ = ["LINGER", "Connection", "Shared", "refuse"]
 
 LINGER: Final = 1.0
 """Seconds in which a client that was refused may finish its write and read why."""
+_RECEIVE_FIRST: Final = 4_096
 _RECEIVE: Final = 65_536
+"""Bytes to receive at once, where there were more than a few the last time."""
 _TURNS_ALONE: Final = 32
 """Turns of one connection after which all tasks are looked at, although no other connection has sent anything."""
 _SHORT_TURN: Final = 0.0004
@@ -74,6 +76,7 @@ class Connection:
         self._done: list[Decided] = []
         self._some_done = trio.Event()
         self._turns = 0
+        self._room = _RECEIVE_FIRST
 
     async def run(self) -> None:
         """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
@@ -170,9 +173,12 @@ class Connection:
 
     def _read(self) -> bytes:
         try:
-            return os.read(self._number(), _RECEIVE)
+            received = os.read(self._number(), self._room)
         except OSError as error:
             raise trio.BrokenResourceError from error
+        # All of a buffer is written over when it is made: a large one, for a request of 500 bytes, empties the caches.
+        self._room = _RECEIVE if len(received) >= _RECEIVE_FIRST else _RECEIVE_FIRST
+        return received
 
     def _number(self) -> int:
         # Asked for each time: once the stream is closed the number is another connection's, and this is -1.

@@ -9,8 +9,7 @@ Importing this package loads the standard library and msgpack, nothing else. Cry
 `keyferry.module` (extra `module`).
 """
 
-from typing import TYPE_CHECKING, Any
-
+from .client import Client
 from .errors import (
     AccessDenied,
     AgentUnavailable,
@@ -23,9 +22,6 @@ from .errors import (
     ProtocolError,
     Throttled,
 )
-
-if TYPE_CHECKING:
-    from .client import Client
 
 __version__ = "0.1.0"
 
@@ -43,13 +39,3 @@ __all__ = [
     "Throttled",
     "__version__",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    # The client is imported when somebody wants it: the agent, and whoever only asks for the version, does not.
-    if name != "Client":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .client import Client  # noqa: PLC0415
-
-    globals()[name] = Client
-    return Client
