@@ -34,7 +34,7 @@ check: $(VENV)/.development
 
 coverage: $(VENV)/.development
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n auto --dist worksteal
+	PYTEST_XDIST_AUTO_NUM_WORKERS=$$(( $$(nproc) + 1 )) $(BIN)/coverage run -m pytest -n auto --dist worksteal  # some only wait
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	@cat .cache/skipped
@@ -65,8 +65,9 @@ records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite 
 hostile: $(VENV)/.development  ## a million invalid requests, a thousand slow peers, and so on, against a running agent: minutes
 	KEYFERRY_HOSTILE=1 $(BIN)/pytest -p no:xdist -o faulthandler_timeout=900 tests/test_hostile_*.py
 
-soak: $(VENV)/.development  ## clients, an operator and accidents on one agent for MINUTES (60); then all is checked (docs/soak.md)
-	PYTHONPATH=tests $(BIN)/python -m soak $(if $(MINUTES),--minutes $(MINUTES))
+soak: $(VENV)/.development  ## clients, an operator and accidents on one agent for MINUTES (60), then simulated lives for as long (docs/soak.md)
+	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(or $(MINUTES),60)
+	PYTHONPATH=tests $(BIN)/python -m simulation --minutes $(or $(MINUTES),60)
 
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
 	PYTHONPATH=tests $(BIN)/python tests/support/reference.py

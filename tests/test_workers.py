@@ -129,3 +129,15 @@ def test_who_does_not_ask_on_is_not_waited_for_the_next_times() -> None:
         looks = [arrivals.next_is(ours.fileno()) for _ in range(20)]
         assert not any(looks[:8])
         assert looks[-1]
+
+
+def test_others_wait_when_they_have_sent_something() -> None:
+    """Whatever the one that asks has sent itself."""
+    with two_connections() as (arrivals, (ours, theirs), (other, others)):
+        assert not arrivals.others_wait(ours.fileno())
+        theirs.send(b"request")
+        assert not arrivals.others_wait(ours.fileno())
+        others.send(b"request")
+        assert arrivals.others_wait(ours.fileno())
+        os.read(other.fileno(), 100)
+        assert not arrivals.others_wait(ours.fileno())

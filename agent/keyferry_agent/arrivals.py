@@ -47,3 +47,7 @@ class Arrivals:
             return True
         self._skipped = _SKIP_CROWD
         return False
+
+    def others_wait(self, connection: int) -> bool:
+        """Whether a connection other than this has sent something that was not read yet."""
+        return any(each != connection for each, _ in self._poll.poll(0, 2))

@@ -35,8 +35,8 @@ _RECEIVE: Final = 65_536
 """Bytes to receive at once, where there were more than a few the last time."""
 _TURNS_ALONE: Final = 32
 """Turns of one connection after which all tasks are looked at, although no other connection has sent anything."""
-_SHORT_TURN: Final = 0.0004
-"""Seconds that a turn takes where there are other connections: so long they wait for each that has a full pipeline."""
+_SHORT_TURN: Final = 0.0002
+"""Seconds after which a turn ends where others wait; its second steps take as long again."""
 _SLOW_PER_CONNECTION: Final = 8
 """Slow jobs that one connection may have under way; then it is not read from. Twice the threads keeps them busy."""
 
@@ -232,8 +232,10 @@ class Connection:
             await _linger(self._stream)
 
     def _others_wait(self, first: Decided | Begun) -> bool:
-        alone = self._agent.counters.connections == 1
-        return not alone and time.monotonic() - first.audited.started > _SHORT_TURN
+        if self._agent.counters.connections == 1 or time.monotonic() - first.audited.started <= _SHORT_TURN:
+            return False
+        arrivals = self._shared.arrivals
+        return arrivals is None or arrivals.others_wait(self._number())
 
     def _begin(self, slow: SlowJob, nursery: trio.Nursery) -> None:
         """Have a slow job done, and its answer sent, beside whatever else there is."""

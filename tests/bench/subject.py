@@ -21,7 +21,7 @@ from keyferry_agent.keyring.sealing import Unsealer
 from .cores import SERVER
 from .loops import CONTEXT
 
-__all__ = ["CONTEXT", "GRANTS", "KEYS", "Subject", "requests", "startable", "subject"]
+__all__ = ["CONTEXT", "GRANTS", "KEYS", "Subject", "requests", "startable", "subject", "unlike"]
 
 KEYS = 10
 """Keys in the keyring, where nothing else is said."""
@@ -29,6 +29,7 @@ GRANTS = 50
 """Grants in the configuration, where nothing else is said. All are to the caller; one in five covers the keys."""
 _CONNECTIONS = 1_100
 _FEWEST = 100
+_UNLIKE = 40_000
 MSGID = 1 << 16
 """Message IDs from here on are packed in five bytes each."""
 
@@ -113,6 +114,24 @@ def subject(*, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = S
     """An agent that serves, on its core."""
     with startable(keys=keys, grants=grants, cores=cores) as start, start() as agent:
         yield agent
+
+
+def unlike(aliases: Sequence[str]) -> list[bytes]:
+    """The same, each under a context that no other has: so many that none is remembered until it comes again."""
+    params = recipient("RSAES_OAEP_SHA_256").params
+    return [
+        wire.encode_request(
+            MSGID + turn,
+            "GenerateAndExportDataKey",
+            {
+                "KeyId": aliases[turn % len(aliases)],
+                "NumberOfBytes": 32,
+                "EncryptionContext": CONTEXT | {"record": f"{turn:06}"},
+                **params,
+            },
+        )
+        for turn in range(_UNLIKE)
+    ]
 
 
 def requests(aliases: Sequence[str], *, algorithm: str = "RSAES_OAEP_SHA_256", size: int = 32) -> list[bytes]:

@@ -5,7 +5,7 @@ from functools import partial
 from ..figures import Curve, Target
 from ..load import Connection, pipelined, serially
 from ..session import Bare, Session
-from ..subject import requests, subject
+from ..subject import requests, subject, unlike
 
 PART = "RSA_2048, agent on one core"
 DEPTH = 64
@@ -17,9 +17,17 @@ SIZES = (16, 32, 64, 128, 190)
 def run(session: Session) -> None:
     """One at a time and pipelined; by depth of the pipeline; by size of the data key."""
     with subject() as agent:
-        with Connection(agent.path, requests(agent.aliases)) as line:
+        with (
+            Connection(agent.path, requests(agent.aliases)) as line,
+            Connection(agent.path, unlike(agent.aliases)) as other,
+        ):
             made = session.beside(
-                {"one": partial(serially, line), "many": partial(pipelined, line, DEPTH)}, watched=[agent.pid]
+                {
+                    "one": partial(serially, line),
+                    "many": partial(pipelined, line, DEPTH),
+                    "unlike": partial(pipelined, other, DEPTH),
+                },
+                watched=[agent.pid],
             )
             by_depth = session.beside(
                 {str(depth): partial(pipelined, line, depth) for depth in session.places(DEPTHS)}, watched=[agent.pid]
@@ -29,9 +37,16 @@ def run(session: Session) -> None:
             with Connection(agent.path, requests(agent.aliases, size=size)) as line:
                 ways = {"many": partial(pipelined, line, DEPTH)}
                 by_size.add(size, session.beside(ways, Bare(size=size), [agent.pid])["many"].ratios)
-    one, many = made["one"], made["many"]
+    one, many, others = made["one"], made["many"], made["unlike"]
     session.add(
         PART, f"pipelined, {DEPTH} under way", many.ratios, absolute=many.absolute, target=Target("at least", 0.5)
+    )
+    session.add(
+        PART,
+        "the same, each under a context of its own",
+        others.ratios,
+        absolute=others.absolute,
+        note="above, ten different requests come again and again, and are recalled; here none is",
     )
     session.add(PART, "one request at a time", one.ratios, absolute=one.absolute, target=Target("at least", 0.28))
     curve = Curve("depth", "RSA_2048", "requests under way on one connection", "throughput, × bare loop")
