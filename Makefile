@@ -34,7 +34,7 @@ check: $(VENV)/.development
 
 coverage: $(VENV)/.development
 	$(BIN)/coverage erase
-	PYTEST_XDIST_AUTO_NUM_WORKERS=$$(( $$(nproc) + 1 )) $(BIN)/coverage run -m pytest -n auto --dist worksteal  # some only wait
+	$(BIN)/coverage run -m pytest -n auto --dist worksteal
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	@cat .cache/skipped

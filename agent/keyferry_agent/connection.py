@@ -33,8 +33,8 @@ LINGER: Final = 1.0
 _RECEIVE_FIRST: Final = 4_096
 _RECEIVE: Final = 65_536
 """Bytes to receive at once, where there were more than a few the last time."""
-_TURNS_ALONE: Final = 32
-"""Turns of one connection after which all tasks are looked at, although no other connection has sent anything."""
+_ALONE: Final = 0.004
+"""Seconds after which all tasks are looked at, although no other connection has sent anything: a reload waits so long."""
 _SHORT_TURN: Final = 0.0002
 """Seconds after which a turn ends where others wait; its second steps take as long again."""
 _SLOW_PER_CONNECTION: Final = 8
@@ -75,7 +75,7 @@ class Connection:
         self._under_way = 0  # slow jobs that are not answered yet
         self._done: list[Decided] = []
         self._some_done = trio.Event()
-        self._turns = 0
+        self._looked_around = -math.inf  # when other tasks had their turn
         self._room = _RECEIVE_FIRST
 
     async def run(self) -> None:
@@ -107,7 +107,6 @@ class Connection:
                 if not await self._answer_all(slow):
                     slow.cancel_scope.cancel()
                     return
-                self._turns += 1
                 # The time that answering took is not the client's; all other time is, however many pieces a request comes in.
                 now = trio.current_time()
                 self._started = min(self._started + now - began, now)
@@ -144,7 +143,7 @@ class Connection:
                 self._shared.idle.add(idle)
                 try:
                     received = await self._receive_some()
-                    self._started = trio.current_time()
+                    self._started, self._looked_around = trio.current_time(), time.monotonic()
                     return received
                 finally:
                     self._shared.idle.discard(idle)
@@ -157,9 +156,7 @@ class Connection:
     def _asks_on(self) -> bool:
         """Whether the client, just answered, has sent its next request, or does in a moment. Asks without awaiting anything."""
         arrivals = self._shared.arrivals
-        if arrivals is None or not self._turns or self._shared.workers.busy:
-            return False
-        if self._turns % _TURNS_ALONE == 0:  # also a client that never pauses leaves room for what is no connection
+        if arrivals is None or self._shared.workers.busy or time.monotonic() - self._looked_around > _ALONE:
             return False
         return arrivals.next_is(self._number())
 
