@@ -1,5 +1,6 @@
 """The Python client: what a call takes against the agent, and what of that is the client itself; what importing it takes."""
 
+import os
 import subprocess
 import sys
 import time
@@ -106,7 +107,8 @@ def _import(session: Session) -> None:
 
 def _interpreter(code: str) -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     return time.perf_counter() - began
 
 
