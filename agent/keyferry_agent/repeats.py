@@ -10,10 +10,10 @@ from typing import Final, Generic, TypeVar
 
 __all__ = ["Repeats"]
 
-_ROOM: Final = 24 * 2**20
+_ROOM: Final = 40 * 2**20
 """Bytes of memory for all that is remembered: some 10,000 requests."""
-_EACH: Final = 1_700
-"""Bytes that one takes besides its own: parameters, what is to be done, what is recorded of it."""
+_EACH: Final = 3_200
+"""Bytes that one takes besides its own, as measured: parameters, what is to be done, what is recorded of it."""
 _LONGEST: Final = 4_096
 """Bytes of a request to remember."""
 _ONCE: Final = 16_384
