@@ -200,19 +200,6 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
         assert len(received) == 5
 
 
-async def test_a_connection_that_was_closed_from_inside_has_not_failed(agent: Agent, audit: AuditLog) -> None:
-    """A slow job's answer could not be sent, and closed it, while other requests were being answered."""
-    shared = Server(agent, audit)._shared
-    near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
-    peer, _ = evidence(far.socket, "default")
-    async with near:
-        connection = Connection(shared, far, peer, None)
-        await far.aclose()
-        with pytest.raises(ExceptionGroup) as raised:
-            await connection.run()
-        assert raised.group_contains(trio.ClosedResourceError)
-
-
 async def test_accepting_goes_on_after_the_system_had_no_memory(
     agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:

@@ -23,7 +23,7 @@ SLOW_JOBS: Final = 4
 _REMEMBERED: Final = 64
 """Sets of grants whose keys are remembered: one for each kind of caller."""
 AT_ONCE: Final = 16
-"""Requests that the event loop does in one go."""
+"""Requests of one connection that are done in one go: each turn costs a hand-over to the record, a write, and a look around."""
 MOST_AT_ONCE: Final = SCRATCH_SIZES[0]
 """Bytes of a data key of which there may be one for each of them at the same time."""
 _SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + AT_ONCE * MOST_AT_ONCE

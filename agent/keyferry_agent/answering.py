@@ -20,7 +20,6 @@ from .metrics import Metrics
 from .peer import Peer
 
 __all__ = [
-    "TURN",
     "Answering",
     "Asked",
     "Begun",
@@ -33,8 +32,6 @@ __all__ = [
     "refusal",
 ]
 
-TURN: Final = AT_ONCE
-"""Requests answered in one go: each turn costs a hand-over to the record, a write, and a look at all connections."""
 _LOOKED_AT: Final = 256
 """Messages of a turn, notifications included: they get no answer, but take time all the same."""
 _LONGEST_NAME: Final = 64
@@ -197,11 +194,8 @@ class Turn(NamedTuple):
     asked: list[Asked]
     error: ProtocolError | None
     looked_at: int
-
-    @property
-    def last(self) -> bool:
-        """Whether there was no other message behind these."""
-        return len(self.asked) < TURN and self.looked_at < _LOOKED_AT
+    last: bool
+    """Whether there was no other message behind these."""
 
 
 def next_turn(messages: Iterator[wire.Message]) -> Turn:
@@ -215,11 +209,11 @@ def next_turn(messages: Iterator[wire.Message]) -> Turn:
                 raise ProtocolError("a response, where a request is expected")
             if not isinstance(message, wire.Notification):
                 asked.append(message)
-            if len(asked) == TURN or looked_at == _LOOKED_AT:
-                break
+            if len(asked) == AT_ONCE or looked_at == _LOOKED_AT:
+                return Turn(asked, None, looked_at, last=False)
     except ProtocolError as error:
-        return Turn(asked, error, looked_at)
-    return Turn(asked, None, looked_at)
+        return Turn(asked, error, looked_at, last=True)
+    return Turn(asked, None, looked_at, last=True)
 
 
 def _request_ids() -> Iterator[str]:

@@ -81,7 +81,7 @@ class Connection:
     async def run(self) -> None:
         """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
         if self._shared.arrivals is not None:
-            with suppress(OSError, ValueError):  # no memory for it, or closed already: nobody waits for it
+            with suppress(OSError):  # no memory for it: then nobody waits for this one
                 self._shared.arrivals.add(self._number())
         async with trio.open_nursery() as watching:
             if self._process is not None:
@@ -162,10 +162,7 @@ class Connection:
 
     async def _receive_some(self) -> bytes:
         # trio's stream would try first, and wait then: but whoever asks one thing at a time has nothing there yet.
-        try:
-            await trio.lowlevel.wait_readable(self._stream.socket)
-        except ValueError:  # it has no number any more: a slow job has closed it meanwhile
-            raise trio.ClosedResourceError from None
+        await trio.lowlevel.wait_readable(self._stream.socket)
         return self._read()
 
     def _read(self) -> bytes:
@@ -197,11 +194,14 @@ class Connection:
                 return True
             await trio.lowlevel.checkpoint()
 
-    async def _answer_turn(self, asked: Sequence[Asked], slow: trio.Nursery) -> bool:
+    async def _answer_turn(self, asked: list[Asked], slow: trio.Nursery) -> bool:
         """Answer some messages, in one write unless that takes too long; False when the stream cannot go on."""
         decided: list[Decided | Begun] = []
-        for message in asked:
-            outcome = self._answering.decide(message)
+        asked.reverse()
+        while asked:
+            outcome = self._answering.decide(
+                asked.pop()
+            )  # what a request holds is kept no longer, whoever waits for what
             full = isinstance(outcome, SlowJob) and self._slots.value == 0
             if not isinstance(outcome, SlowJob):
                 decided.append(outcome)

@@ -41,10 +41,10 @@ class Repeats(Generic[T]):
 
     def remember(self, who: Hashable, request: bytes, decided: T) -> None:
         """Note what was decided: for good, if it was noted before."""
-        key = who, request
-        seen = hash(key)
         if len(request) > _LONGEST:
             return
+        key = who, request
+        seen = hash(key)
         if seen not in self._once:
             if len(self._once) >= _ONCE:
                 self._once.clear()

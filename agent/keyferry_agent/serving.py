@@ -48,6 +48,7 @@ class Server:
 
     def __init__(self, agent: Agent, audit: AuditLog, metrics: Metrics | None = None) -> None:
         self.agent = agent
+        self._arrivals = Arrivals()
         self._shared = Shared(
             agent=agent,
             audit=audit,
@@ -55,9 +56,8 @@ class Server:
             metrics=metrics,
             # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
             workers=Workers(SLOW_JOBS if libcrypto.has_sm2() else 1),
-            arrivals=(arrivals := Arrivals()),
+            arrivals=self._arrivals,
         )
-        self._arrivals = arrivals
         self._per_user: Counter[int | None] = Counter()
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._accepting = trio.CancelScope()

@@ -1,7 +1,7 @@
 """Threads for slow jobs, whose results come back to the event loop: several at a time, where several are done.
 
 A trio thread costs 120 microseconds for each job, and each result a turn of the loop of its own. These cost 30, and what is
-together is recorded and answered together.
+done together is recorded and answered together.
 """
 
 import queue

@@ -136,7 +136,8 @@ class Decoder:
         It is three times as fast as the walk, and knows less: at whatever is out of the ordinary it leaves off, and the walk
         finds out what that is. What it may allocate for what a header claims is bounded by its limits.
         """
-        only = self._first(len(self._buffer))  # most often there is one message, and nothing behind it
+        # Most often there is one message, and nothing behind it; in a long buffer there are more.
+        only = self._first(len(self._buffer)) if len(self._buffer) <= _ONE_MESSAGE else None
         if only is not None:
             self._forget(len(self._buffer))
             yield only
@@ -161,9 +162,11 @@ class Decoder:
         """The message of `size` bytes at the beginning of the buffer; None where the walk has to look at it."""
         if size > MAX_MESSAGE:
             return None
-        request = None if self._recall is None else _split(self._buffer, size)
-        if request is not None and self._recall is not None and (what := self._recall(request[1])) is not None:
-            return Recalled(request[0], what)
+        request = None
+        if self._recall is not None and (request := _split(self._buffer, size)) is not None:
+            what = self._recall(request[1])
+            if what is not None:
+                return Recalled(request[0], what)
         body = self._parsed(size)
         if body is None:
             return None
@@ -200,6 +203,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _MAP_AT_ONCE: Final = 64
 """Entries of a map that msgpack's parser is left to: it makes room for all that a header claims, a thousand headers deep."""
+_ONE_MESSAGE: Final = 4_096
 _RECEIVE_LEAST: Final = 1_024
 """Bytes of buffer that msgpack's parser begins with."""
 # A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs text refuses
