@@ -11,7 +11,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_long, c_size_t, c_void_p
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 __all__ = [
     "Key",
@@ -103,14 +103,14 @@ class Key:
         self._pkey = pkey
         # Contexts that were set up and are used by nobody now: to set one up, libcrypto looks every algorithm up by its name,
         # which takes as long as RSA itself. A list gives each to one thread only.
-        self._contexts: dict[tuple[str, Options], list[int]] = {}
+        self._contexts: dict[tuple[str, Options], list[_Context]] = {}
         # What RSA makes is as long as its modulus. What SM2 makes, libcrypto says for each plaintext.
         self._size = self._library.EVP_PKEY_get_size(pkey) if self.is_a(_RSA) else 0
 
     def __del__(self) -> None:
         for contexts in self._contexts.values():
             for context in contexts:
-                self._library.EVP_PKEY_CTX_free(context)
+                self._library.EVP_PKEY_CTX_free(context.pointer)
         self._library.EVP_PKEY_free(self._pkey)
 
     def __repr__(self) -> str:
@@ -130,13 +130,20 @@ class Key:
         contexts = self._contexts.setdefault(("encrypt", options), [])
 
         def encrypt(plaintext: Buffer) -> bytes:
-            context = self._context("encrypt", options, contexts)
-            used, given, address = c_size_t(size), len(plaintext), _address(plaintext) if plaintext else None
+            try:
+                context = contexts.pop()
+            except IndexError:
+                context = self._set_up("encrypt", options)
+            pointer, out, out_address, used, used_address = context
+            given, address = len(plaintext), _reference(plaintext) if plaintext else None
+            used.value = size
             # libcrypto's SM2 does not look at the size of the output that it is given: it is as large as it says itself.
-            if not given or (not size and function(context, None, byref(used), address, given) <= 0):
+            if not given or (not size and function(pointer, None, used_address, address, given) <= 0):
                 raise self._failed("encrypt", context)
-            out = bytearray(used.value)
-            if function(context, _address(out), byref(used), address, given) <= 0:
+            if not size:
+                out = bytearray(used.value)
+                out_address = _reference(out)
+            if function(pointer, out_address, used_address, address, given) <= 0:
                 raise self._failed("encrypt", context)
             contexts.append(context)
             return bytes(out) if used.value == len(out) else bytes(out[: used.value])
@@ -149,7 +156,9 @@ class Key:
         context, used = self._context("decrypt", options, contexts), c_size_t(len(out))
         # To libcrypto, no output means "how much would it be?": never a way to succeed here.
         if not (ciphertext and out) or (
-            self._library.EVP_PKEY_decrypt(context, _address(out), byref(used), _address(ciphertext), len(ciphertext))
+            self._library.EVP_PKEY_decrypt(
+                context.pointer, _address(out), byref(used), _address(ciphertext), len(ciphertext)
+            )
             <= 0
         ):
             raise self._failed("decrypt", context)
@@ -188,18 +197,18 @@ class Key:
         finally:
             self._library.PKCS8_PRIV_KEY_INFO_free(info)
 
-    def _context(self, verb: str, options: Options, kept: list[int]) -> int:
+    def _context(self, verb: str, options: Options, kept: "list[_Context]") -> "_Context":
         try:
             return kept.pop()
         except IndexError:
             return self._set_up(verb, options)
 
-    def _failed(self, verb: str, context: int) -> LibcryptoError:
-        self._library.EVP_PKEY_CTX_free(context)
+    def _failed(self, verb: str, context: "_Context") -> LibcryptoError:
+        self._library.EVP_PKEY_CTX_free(context.pointer)
         self._library.ERR_clear_error()
         return LibcryptoError(f"libcrypto could not {verb}")
 
-    def _set_up(self, verb: str, options: Options) -> int:
+    def _set_up(self, verb: str, options: Options) -> "_Context":
         library = self._library
         context: int | None = library.EVP_PKEY_CTX_new(self._pkey, None)
         try:
@@ -212,7 +221,18 @@ class Key:
             library.EVP_PKEY_CTX_free(context)
             library.ERR_clear_error()
             raise
-        return context
+        out, used = bytearray(self._size if verb == "encrypt" else 0), c_size_t()
+        return _Context(c_void_p(context), out, _reference(out) if out else None, used, byref(used))
+
+
+class _Context(NamedTuple):
+    """What libcrypto calls a context, and what it writes to: one thread's at a time."""
+
+    pointer: c_void_p
+    out: bytearray
+    out_address: Any
+    used: c_size_t
+    used_address: Any
 
 
 def public_key(der: bytes) -> Key:
@@ -273,6 +293,10 @@ def _der(encode: Any, thing: int) -> bytearray:
     cursor = c_void_p(_address(out))  # libcrypto moves it behind what it wrote
     encode(thing, byref(cursor))
     return out
+
+
+def _reference(buffer: Buffer) -> Any:
+    return byref(c_char.from_buffer(buffer))
 
 
 def _address(buffer: Buffer) -> int:

@@ -60,6 +60,7 @@ _libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.getrandom.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint]
 _libc.getrandom.restype = ctypes.c_ssize_t
+_getrandom: Final = _libc.getrandom
 
 
 class SecretMemoryError(Exception):
@@ -319,10 +320,9 @@ def whole_pages(size: int) -> int:
 
 def fill_random(view: memoryview) -> None:
     """Fill a lent view from the kernel's generator, without a copy on the way."""
-    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
-    done = 0
-    while done < len(view):
-        got = _libc.getrandom(address + done, len(view) - done, 0)
+    done, size = 0, len(view)
+    while done < size:
+        got = _getrandom(ctypes.byref(ctypes.c_char.from_buffer(view, done)), size - done, 0)
         if got > 0:
             done += got
         elif ctypes.get_errno() != errno.EINTR:

@@ -332,7 +332,7 @@ _TEXT: Final = frozenset({str})
 
 
 # packb's own buffer of 256 KiB costs more than packing, where freed memory is cleared. Older packers have no such option.
-_SMALL: Final[dict[str, int]] = {"buf_size": 2_048} if msgpack.version >= (1, 1) else {}
+_SMALL: Final[dict[str, int]] = {"buf_size": 1_000} if msgpack.version >= (1, 1) else {}
 
 
 def _pack(body: list[Any]) -> bytes:
