@@ -1,9 +1,7 @@
 """Threads in a simulation: one at a time, in an order that the seed gives. The agent's own code runs in them, unchanged."""
 
-import queue
 import random
 import threading
-from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,12 +26,10 @@ class _StandsStill(BaseException):
 class Lockstep:
     """Threads of the record's kind: each runs only while the event loop's stands still and waits for it.
 
-    It stands in for `threading` and `queue`, as far as such a thread uses them. Where nothing can hang, there is no second
-    thread at all, which would take most of a simulation's time: its function is called when the other waits, and left where it
-    waits for something to do. That is the same, as it has nothing in hand there.
+    It stands in for `threading`, and makes the bells by which such a thread and the event loop's wake each other. Where nothing
+    can hang, there is no second thread at all, which would take most of a simulation's time: its function is called when the
+    other waits, and left where it waits for something to do. That is the same, as it has nothing in hand there.
     """
-
-    Empty = queue.Empty
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -44,9 +40,9 @@ class Lockstep:
         self._thread: threading.Thread | None = None
         self._inside = self._parked = self._over = self._ended = False
 
-    def SimpleQueue(self) -> "_Queue":  # noqa: N802 - queue's name
-        """A queue between such a thread and the event loop's."""
-        return _Queue(self)
+    def bell(self) -> "_Bell":
+        """A bell between such a thread and the event loop's."""
+        return _Bell(self)
 
     def Thread(self, *, target: Callable[[], None], name: str, daemon: bool) -> "Lockstep":  # noqa: N802 - threading's name
         """Such a thread; there is one."""
@@ -130,27 +126,26 @@ class Lockstep:
             self._thread.join()
 
 
-class _Queue:
+class _Bell:
     def __init__(self, lockstep: Lockstep) -> None:
         self._lockstep = lockstep
-        self._items: deque[Any] = deque()
+        self._rung = False
 
-    def put(self, item: Any) -> None:
-        self._items.append(item)
+    def ring(self) -> None:
+        self._rung = True
 
-    def empty(self) -> bool:
-        return not self._items
-
-    def get(self, timeout: float = 0) -> Any:
+    def wait(self, seconds: float | None = None) -> bool:
         if self._lockstep.inside:
-            while not self._items:
+            while not self._rung:
                 self._lockstep.wait_for_turn()
-        else:
+        elif not self._rung:
             self._lockstep.let_work()
-            if not self._items:
-                self._lockstep.wait(timeout)
-                raise queue.Empty
-        return self._items.popleft()
+            if not self._rung:
+                assert seconds is not None
+                self._lockstep.wait(seconds)
+                return False
+        self._rung = False
+        return True
 
 
 async def simulated_run_sync(

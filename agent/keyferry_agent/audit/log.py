@@ -67,13 +67,24 @@ class AuditLog:
 
         A line that nobody waited for any more may still be written: of a request that was refused because of that.
         """
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        now = _time_of_day(time.time())
         caller = _of_peer(peer)
         lines = [_line(now, caller, audited, outcome) for audited, outcome in requests]
         try:
             return self._hand.call(self._file.append, lines)
         except OSError as error:
             return Appended(0, error)
+
+
+def _time_of_day(now: float) -> str:
+    """In RFC 3339, to the millisecond."""
+    milliseconds = int(now * 1_000)
+    return f"{_second(milliseconds // 1_000)}.{milliseconds % 1_000:03}+00:00"
+
+
+@functools.lru_cache(maxsize=1)
+def _second(now: int) -> str:
+    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _line(now: str, caller: str, audited: Audited, outcome: str) -> str:
