@@ -101,15 +101,16 @@ class Connection:
                 received = await self._receive()
                 if not received or not await self._identified():
                     return  # what slow jobs are under way is still answered: the nursery waits for them
+                goes_on = self._decoder.incomplete
                 self._decoder.feed(received)
                 del received  # what a request holds is kept no longer than the request
-                began = trio.current_time()
-                if not await self._answer_all(slow):
+                looked_at = await self._answer_all(slow)
+                if looked_at is None:
                     slow.cancel_scope.cancel()
                     return
                 # The time that answering took is not the client's; all other time is, however many pieces a request comes in.
-                now = trio.current_time()
-                self._started = min(self._started + now - began, now)
+                if self._decoder.incomplete and (looked_at or not goes_on):
+                    self._started = trio.current_time()
 
     async def _identified(self) -> bool:
         """Whether who connected is still there and is what it was, with all evidence that grants are about."""
@@ -137,19 +138,17 @@ class Connection:
             return b""
         if not self._agent.draining:
             if self._asks_on():
-                self._started = trio.current_time()
                 return self._read()
             with trio.CancelScope() as idle:
                 self._shared.idle.add(idle)
                 try:
                     received = await self._receive_some()
-                    self._started, self._looked_around = trio.current_time(), time.monotonic()
+                    self._looked_around = time.monotonic()
                     return received
                 finally:
                     self._shared.idle.discard(idle)
         # Draining, and nothing half-received: take what had been sent by then, and otherwise hang up.
         with trio.move_on_at(self._shared.last_look):
-            self._started = trio.current_time()
             return await self._receive_some()
         return b""
 
@@ -178,21 +177,21 @@ class Connection:
         # Asked for each time: once the stream is closed the number is another connection's, and this is -1.
         return self._stream.socket.fileno()
 
-    async def _answer_all(self, slow: trio.Nursery) -> bool:
-        """Answer every whole message received so far; False when the stream cannot go on."""
+    async def _answer_all(self, slow: trio.Nursery) -> int | None:
+        """Answer every whole message received so far; how many those were, or None when the stream cannot go on."""
         messages = self._decoder.messages()
+        looked_at = 0
         while True:
             turn = next_turn(messages)
-            if turn.looked_at:
-                self._started = trio.current_time()  # the rest of the buffer belongs to the next request
+            looked_at += turn.looked_at
             if not await self._answer_turn(turn.asked, slow):
-                return False
+                return None
             if turn.error is not None:
                 await self._end_with(turn.error)
-                return False
+                return None
             if turn.last:
-                return True
-            await trio.lowlevel.checkpoint()
+                return looked_at
+            await self._look_around()
 
     async def _answer_turn(self, asked: list[Asked], slow: trio.Nursery) -> bool:
         """Answer some messages, in one write unless that takes too long; False when the stream cannot go on."""
@@ -227,6 +226,15 @@ class Connection:
             await self._slots.acquire()
         if await self._send(closing("ProtocolError", f"{error}.", 400)):
             await _linger(self._stream)
+
+    async def _look_around(self) -> None:
+        """Let all other tasks have their turn; not yet, where none has anything to do that can be seen from here."""
+        alone = self._agent.counters.connections == 1 or (
+            self._shared.arrivals is not None and not self._shared.arrivals.others_wait(self._number())
+        )
+        if not alone or self._shared.workers.busy or time.monotonic() - self._looked_around > _ALONE:
+            await trio.lowlevel.checkpoint()
+            self._looked_around = time.monotonic()
 
     def _others_wait(self, first: Decided | Begun) -> bool:
         if self._agent.counters.connections == 1 or time.monotonic() - first.audited.started <= _SHORT_TURN:
