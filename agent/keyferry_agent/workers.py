@@ -31,6 +31,7 @@ class Workers:
         """By whose they are; whose turn is next is first."""
         self._handed = 0
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._announced = False
         self._results: deque[tuple[_Done, Any, Exception | None]] = deque()
 
     def submit(self, user: Hashable, job: Callable[[], Any], done: _Done) -> None:
@@ -69,9 +70,12 @@ class Workers:
                 except Exception as error:
                     self._results.append((done, None, error))
                 del job, done  # and with them what the job holds on to, while there is no other
-                token.run_sync_soon(self._deliver, idempotent=True)
+                if not self._announced:  # to wake the event loop costs a system call, also where it was told before
+                    self._announced = True
+                    token.run_sync_soon(self._deliver)
 
     def _deliver(self) -> None:
+        self._announced = False  # first: what comes from now on is announced again
         while self._results:
             done, result, error = self._results.popleft()
             self.busy -= 1
