@@ -11,7 +11,7 @@ whoever waits for an answer reads for everybody, and exceptions are the plain on
 
 import os
 import socket as sockets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
 import anyio
@@ -27,13 +27,13 @@ from .exchange import (
     Chunk,
     Exchange,
     Pending,
+    answered,
     calls,
     default_socket,
     seconds,
     why_unreachable,
 )
 from .operations import Operations
-from .wire import Response
 
 __all__ = ["Client"]
 
@@ -83,68 +83,53 @@ class Client(Operations, Awaiting):
 
     async def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
         """Send many requests at once and give what came of each, as `keyferry.Client.pipeline` does."""
-        asked = calls(wanted)
-        responses = await self._exchange(asked)
-        return [call.outcome(response) for call, response in zip(asked, responses, strict=True)]
+        asked = [Pending(call) for call in calls(wanted)]
+        if asked:
+            await self._exchange(asked)
+        return [pending.outcome() for pending in asked]
 
     async def _operate(self, operation: Operation[..., R], request: Any) -> R:
         result: R = await self._one(Call.of(operation, request))
         return result
 
     async def _one(self, call: Call) -> Any:
-        (response,) = await self._exchange([call])
-        outcome = call.outcome(response)
+        pending = Pending(call)
+        await self._exchange([pending])
+        outcome = pending.outcome()
         if isinstance(outcome, KmsError):
             raise outcome
         return outcome
 
-    async def _exchange(self, asked: list[Call]) -> list[Response | KmsError]:
-        """Ask everything, on as many connections as it takes."""
-        answers: dict[int, Response | KmsError] = {}
-        lost = 0
-        if not asked:
-            return []
+    async def _exchange(self, asked: Sequence[Pending]) -> None:
+        """Have everything answered, on as many connections as it takes."""
+        lost = done = 0
         try:
             with anyio.move_on_after(self._timeout) as patience:
                 while True:
-                    fresh, before = self._connection is None or self._connection.broken is not None, len(answers)
+                    fresh = self._connection is None or self._connection.broken is not None
                     connection = await self._connected()
                     try:
-                        await self._go(connection, asked, answers, patience)
-                        return [answers[place] for place in range(len(asked))]
+                        await self._go(connection, asked, patience)
+                        return
                     except ConnectionAbortedError:
                         pass  # another task was cancelled while it sent: neither the agent's fault nor this task's
                     except ConnectionError:
-                        lost += fresh and len(answers) == before
+                        before, done = done, answered(asked)
+                        lost += fresh and done == before
                         if lost == LOST_MOST:
                             raise
         except OSError as error:
             raise AgentUnavailable(why_unreachable(self._path, error)) from error
         raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s")
 
-    async def _go(
-        self,
-        connection: "_Connection",
-        asked: list[Call],
-        answers: dict[int, Response | KmsError],
-        patience: anyio.CancelScope,
-    ) -> None:
+    async def _go(self, connection: "_Connection", asked: Sequence[Pending], patience: anyio.CancelScope) -> None:
         """Ask what is not answered yet, on one connection."""
-        sent: list[Chunk] = []
-        try:
-            for chunk in connection.exchange.chunks(
-                asked, [place for place in range(len(asked)) if place not in answers]
-            ):
-                sent.append(chunk)
-                await connection.send(chunk)
-                self._extend(patience)
-            for chunk in sent:
-                for _, pending in chunk.requests:
-                    await connection.answer(pending)
-                    self._extend(patience)
-        finally:  # what came before a connection broke is not asked again
-            for chunk in sent:
-                answers.update(chunk.answers())
+        for chunk in connection.exchange.chunks(asked):
+            await connection.send(chunk)
+            self._extend(patience)
+        for pending in asked:
+            await connection.answer(pending)
+            self._extend(patience)
 
     def _extend(self, patience: anyio.CancelScope) -> None:
         if not patience.cancel_called:  # else it is too late: the scope has begun to end
@@ -207,7 +192,7 @@ class _Connection:
                 self._sender, lambda: not self._under_way or self._under_way + sent.size <= _WINDOW, chunk
             )
             self._under_way += sent.size
-            for _, pending in chunk.requests:
+            for pending in chunk.requests:
                 if pending.response is None:
                     self._sent[pending] = sent
                     sent.left += 1

@@ -9,7 +9,6 @@ Every method is one operation of `operations`, with its parameters as keyword ar
         made.ciphertext_blob, made.exported_data_key
 """
 
-import contextlib
 import math
 import os
 import select
@@ -27,15 +26,15 @@ from .exchange import (
     LOST_MOST,
     RECEIVE,
     Call,
-    Chunk,
     Exchange,
+    Pending,
+    answered,
     calls,
     default_socket,
     seconds,
     why_unreachable,
 )
 from .operations import Operations
-from .wire import Response
 
 __all__ = ["Client"]
 
@@ -89,42 +88,44 @@ class Client(Operations, Blocking):
         one that its method gives; or a pair, an operation's name and its parameters by the API's own names, as `call` takes
         them. Raises what calls raise, but for refusals, and TypeError for what is no request.
         """
-        asked = calls(wanted)
-        return [call.outcome(response) for call, response in zip(asked, self._exchange(asked), strict=True)]
+        asked = [Pending(call) for call in calls(wanted)]
+        if asked:
+            self._exchange(asked)
+        return [pending.outcome() for pending in asked]
 
     def _operate(self, operation: Operation[..., R], request: Any) -> R:
         result: R = self._one(Call.of(operation, request))
         return result
 
     def _one(self, call: Call) -> Any:
-        (response,) = self._exchange([call])
-        outcome = call.outcome(response)
+        pending = Pending(call)
+        self._exchange([pending])
+        outcome = pending.outcome()
         if isinstance(outcome, KmsError):
             raise outcome
         return outcome
 
-    def _exchange(self, asked: Sequence[Call]) -> list[Response | KmsError]:
-        """Ask everything, on as many connections as it takes."""
+    def _exchange(self, asked: Sequence[Pending]) -> None:
+        """Have everything answered, on as many connections as it takes."""
         deadline = _Deadline(self._timeout)
         lock = self._lock  # this one: a fork in a signal handler, in the middle of a call, gives the child another
         if not lock.acquire(timeout=min(self._timeout, threading.TIMEOUT_MAX)):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
-            answers: dict[int, Response | KmsError] = {}
-            lost = 0
-            while asked:
-                fresh, before = self._connection is None, len(answers)
+            lost = done = 0
+            while True:
+                fresh = self._connection is None
                 try:
-                    self._go(asked, answers, deadline)
-                    return [answers[place] for place in range(len(asked))]
+                    self._go(asked, deadline)
+                    return
                 except ConnectionError:
                     if self._connection is None:
                         raise  # nobody listens
-                    lost += fresh and len(answers) == before
+                    before, done = done, answered(asked)
+                    lost += fresh and done == before
                     if lost == LOST_MOST:
                         raise
                     self._disconnect()  # an agent that was restarted closed the old connection; it may be back
-            return []
         except TimeoutError:
             self._disconnect()
             raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
@@ -137,36 +138,33 @@ class Client(Operations, Blocking):
         finally:
             lock.release()
 
-    def _go(self, asked: Sequence[Call], answers: dict[int, Response | KmsError], deadline: "_Deadline") -> None:
+    def _go(self, asked: Sequence[Pending], deadline: "_Deadline") -> None:
         """Ask what is not answered yet, on one connection."""
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect(deadline)
             self._under_way = Exchange()
             self._poll = select.poll()
-        sent: list[Chunk] = []
-        try:
-            for chunk in self._under_way.chunks(asked, [place for place in range(len(asked)) if place not in answers]):
-                sent.append(chunk)
-                self._send(connection, chunk.data, deadline)
-            for chunk in sent:
-                for _, pending in chunk.requests:
-                    while pending.response is None:
-                        self._wait(connection, select.POLLIN, deadline)
-                        self._receive(connection, deadline)
-        finally:  # what came before a connection broke is not asked again
-            for chunk in sent:
-                answers.update(chunk.answers())
+            self._poll.register(connection, select.POLLIN)
+        for chunk in self._under_way.chunks(asked):
+            self._send(connection, chunk.data, deadline)
+        for pending in asked:
+            while pending.response is None:
+                self._wait(deadline)
+                self._receive(connection, deadline)
 
     def _send(self, connection: sockets.socket, data: bytearray, deadline: "_Deadline") -> None:
         """Send it all, and read meanwhile: the agent, too, stops reading while its answers are not taken."""
-        rest = memoryview(data)
+        sent = _send_some(connection, data)
+        if sent == len(data):
+            return
+        rest = memoryview(data)[sent:]
+        self._poll.modify(connection, select.POLLIN | select.POLLOUT)
         while rest:
-            with contextlib.suppress(BlockingIOError):
-                rest = rest[connection.send(rest) :]
-                continue
-            if self._wait(connection, select.POLLIN | select.POLLOUT, deadline) & ~select.POLLOUT:
+            if self._wait(deadline) & ~select.POLLOUT:
                 self._receive(connection, deadline)
+            rest = rest[_send_some(connection, rest) :]
+        self._poll.modify(connection, select.POLLIN)
 
     def _receive(self, connection: sockets.socket, deadline: "_Deadline") -> None:
         received = connection.recv(RECEIVE)
@@ -175,12 +173,11 @@ class Client(Operations, Blocking):
         if self._under_way.receive(received):
             deadline.extend()
 
-    def _wait(self, connection: sockets.socket, events: int, deadline: "_Deadline") -> int:
-        self._poll.register(connection, events)
-        for _, happened in self._poll.poll(math.ceil(min(deadline.left(), _LONGEST_POLL) * 1_000)):
-            return happened
-        deadline.left()  # raises TimeoutError
-        return 0
+    def _wait(self, deadline: "_Deadline") -> int:
+        """Wait until something happens on the connection, and say what. Raises TimeoutError."""
+        while not (happened := self._poll.poll(math.ceil(min(deadline.left(), _LONGEST_POLL) * 1_000))):
+            pass
+        return happened[0][1]
 
     def _connect(self, deadline: "_Deadline") -> sockets.socket:
         deadline.left()
@@ -207,6 +204,13 @@ class Client(Operations, Blocking):
         """Start without a connection: in a new client, and in a child after fork, where the parent owns the old one."""
         self._lock = threading.Lock()
         self._under_way = Exchange()
+
+
+def _send_some(connection: sockets.socket, data: bytearray | memoryview) -> int:
+    try:
+        return connection.send(data)
+    except BlockingIOError:
+        return 0
 
 
 class _Deadline:

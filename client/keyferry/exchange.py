@@ -1,7 +1,7 @@
 """What both clients share, without any I/O: a call as it travels, and one connection's requests and answers."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from . import wire
@@ -19,6 +19,7 @@ __all__ = [
     "Chunk",
     "Exchange",
     "Pending",
+    "answered",
     "calls",
     "default_socket",
     "pem_to_der",
@@ -96,22 +97,6 @@ class Call(NamedTuple):
                 params[key] = dict(value)
         return cls(operation.name, params, operation.result)
 
-    def outcome(self, response: wire.Response | KmsError) -> Any:
-        """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
-        if isinstance(response, KmsError):
-            return response
-        if response.error is not None:
-            return _refusal(response.error)
-        answer = response.result or {}
-        if self.result is None:
-            return answer
-        try:
-            return result_from_wire(self.result, answer)
-        except KeyError as error:
-            raise ProtocolError(f"the answer to {self.name} lacks {error}") from None
-        except (TypeError, AttributeError) as error:
-            raise ProtocolError(f"the answer to {self.name} is not what it should be: {error}") from None
-
 
 def calls(wanted: Iterable[Any]) -> list[Call]:
     """Make calls of request tuples, and of pairs: an operation's name, and its parameters by the API's names.
@@ -131,26 +116,44 @@ def calls(wanted: Iterable[Any]) -> list[Call]:
 
 
 class Pending:
-    """A request under way. `response` is None until it is answered, or an error if it could not be sent at all."""
+    """A call under way. `response` is None until it is answered, or an error if it could not be sent at all."""
 
-    __slots__ = ("msgid", "response")
+    __slots__ = ("call", "msgid", "response")
 
-    def __init__(self, msgid: int) -> None:
-        self.msgid = msgid
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.msgid = 0
         self.response: wire.Response | KmsError | None = None
+
+    def outcome(self) -> Any:
+        """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
+        call, response = self.call, self.response
+        assert response is not None
+        if isinstance(response, KmsError):
+            return response
+        if response.error is not None:
+            return _refusal(response.error)
+        answer = response.result or {}
+        if call.result is None:
+            return answer
+        try:
+            return result_from_wire(call.result, answer)
+        except KeyError as error:
+            raise ProtocolError(f"the answer to {call.name} lacks {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise ProtocolError(f"the answer to {call.name} is not what it should be: {error}") from None
+
+
+def answered(asked: Iterable[Pending]) -> int:
+    """How many of these are answered."""
+    return sum(pending.response is not None for pending in asked)
 
 
 class Chunk(NamedTuple):
-    """Requests to send in one go: their bytes, and each one's place among its caller's."""
+    """Requests to send in one go, and their bytes."""
 
     data: bytearray
-    requests: list[tuple[int, Pending]]
-
-    def answers(self) -> Iterator[tuple[int, wire.Response | KmsError]]:
-        """What is answered already, with its place."""
-        for place, pending in self.requests:
-            if pending.response is not None:
-                yield place, pending.response
+    requests: list[Pending]
 
 
 class Exchange:
@@ -161,38 +164,40 @@ class Exchange:
         self._msgid = 0
         self._waiting: dict[int, Pending] = {}
 
-    def ask(self, call: Call) -> tuple[Pending, bytes]:
-        """Give the bytes of a request; none for one that no agent could read, which has its refusal already.
+    def ask(self, pending: Pending) -> bytes:
+        """Give the bytes of a request; none for one that no agent could read, which has its refusal then.
 
         A request that breaks the protocol would break the connection, and with it the calls of others.
         """
-        self._msgid = (self._msgid + 1) & wire.MAX_MSGID
-        pending = Pending(self._msgid)
+        self._msgid = pending.msgid = (self._msgid + 1) & wire.MAX_MSGID
+        call = pending.call
         try:
             wire.check_sendable(call.params)
-            request = wire.encode_request(self._msgid, call.name, call.params)
+            request = wire.encode_request(pending.msgid, call.name, call.params)
         except (ProtocolError, ValueError, OverflowError) as error:
             pending.response = kms_error("InvalidParameter", f"The request was not sent: {error}.")
-            return pending, b""
-        self._waiting[self._msgid] = pending
-        return pending, request
+            return b""
+        self._waiting[pending.msgid] = pending
+        return request
 
-    def chunks(self, asked: Sequence[Call], places: Iterable[int]) -> Iterator[Chunk]:
-        """Give the requests at these places, a chunk at a time."""
+    def chunks(self, asked: Iterable[Pending]) -> Iterator[Chunk]:
+        """Give the requests that are not answered yet, a chunk at a time."""
         chunk = Chunk(bytearray(), [])
-        for place in places:
-            pending, request = self.ask(asked[place])
+        for pending in asked:
+            if pending.response is not None:
+                continue
+            request = self.ask(pending)
             if chunk.data and len(chunk.data) + len(request) > _CHUNK:
                 yield chunk
                 chunk = Chunk(bytearray(), [])
             chunk.data.extend(request)
-            chunk.requests.append((place, pending))
+            chunk.requests.append(pending)
         if chunk.requests:
             yield chunk
 
     def withdraw(self, chunk: Chunk) -> None:
         """Forget requests that were not sent after all."""
-        for _, pending in chunk.requests:
+        for pending in chunk.requests:
             self._waiting.pop(pending.msgid, None)
 
     def receive(self, data: bytes) -> list[Pending]:

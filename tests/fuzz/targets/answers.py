@@ -3,7 +3,7 @@
 from typing import Any
 
 from keyferry.errors import KmsError, ProtocolError
-from keyferry.exchange import Call, Exchange
+from keyferry.exchange import Call, Exchange, Pending
 from keyferry.operations import OPERATIONS
 
 from ..frugal import frugal
@@ -18,20 +18,21 @@ def answers(data: bytes) -> None:
 
 def _received(data: bytes) -> None:
     exchange = Exchange()
-    asked = {pending.msgid: call for pending, call in ((exchange.ask(call)[0], call) for call in CALLS)}
+    for call in CALLS:
+        exchange.ask(Pending(call))
     try:
         answered = exchange.receive(data)
     except (ProtocolError, KmsError) as error:
         assert str(error)
         return
     for pending in answered:
-        assert pending.response is not None
-        _taken(asked[pending.msgid], pending.response)
+        _taken(pending, pending.response)
 
 
-def _taken(call: Call, response: Any) -> None:
+def _taken(pending: Pending, response: Any) -> None:
+    call = pending.call
     try:
-        outcome = call.outcome(response)
+        outcome = pending.outcome()
     except ProtocolError as error:
         assert str(error)
         return
