@@ -6,7 +6,6 @@ Base64 becomes bytes, JSON text a dictionary, "true" becomes True.
 """
 
 import binascii
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Final, Generic, NamedTuple, TypeAlias, TypeVar, cast
 
@@ -177,12 +176,18 @@ def _fits(context: dict[str, str]) -> bool:
     return 6 * sum(len(key) + len(value) + 1 for key, value in context.items()) < MAX_CONTEXT
 
 
+def _json() -> Any:
+    import json  # noqa: PLC0415 - `import keyferry` is kept short, and clients check nothing
+
+    return json
+
+
 def _encryption_context(name: str, value: Any) -> dict[str, str]:
     if isinstance(value, str):
         if len(value) > MAX_CONTEXT:
             raise invalid_parameter(name, f"its JSON has {len(value)} characters; at most {MAX_CONTEXT} are allowed.")
         try:
-            value = json.loads(value, object_pairs_hook=unique_pairs)
+            value = _json().loads(value, object_pairs_hook=unique_pairs)
         except (ValueError, RecursionError):
             raise invalid_parameter(name, "it is not the JSON of one object with each key once.") from None
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
@@ -190,7 +195,7 @@ def _encryption_context(name: str, value: Any) -> dict[str, str]:
     if all(k.isascii() and v.isascii() for k, v in value.items()) and _fits(value):
         return value
     # Measured as JSON like the cloud does, but never with escapes that only ASCII output would need.
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _json().dumps(value, ensure_ascii=False, separators=(",", ":"))
     if len(text) > MAX_CONTEXT:
         raise invalid_parameter(name, f"as JSON it has {len(text)} characters; at most {MAX_CONTEXT} are allowed.")
     if not text.isascii():
