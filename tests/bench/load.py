@@ -8,7 +8,6 @@ import random
 import select
 import socket
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Self
@@ -30,6 +29,7 @@ class Connection:
     def __init__(self, path: str, requests: Sequence[bytes]) -> None:
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.requests = requests
+        self._turn = 0
         try:
             self.socket.connect(path)
             answers = [self._try(request) for request in requests[:_TRIED]]
@@ -60,6 +60,14 @@ class Connection:
                 return answer
         raise ConnectionError("the agent hung up")
 
+    def next(self, count: int = 1) -> bytes:
+        """The next requests of all, over and over: what was asked last is the last to come again."""
+        made = []
+        for _ in range(count):
+            made.append(self.requests[self._turn])
+            self._turn = (self._turn + 1) % len(self.requests)
+        return b"".join(made)
+
     def receive(self) -> int:
         """Take what has come; give how many bytes."""
         received = len(self.socket.recv(_RECEIVE))
@@ -78,12 +86,11 @@ class Connection:
 def one_at_a_time(connection: Connection, seconds: float) -> list[float]:
     """Ask, wait for the answer, ask again. Gives the seconds that each took."""
     took: list[float] = []
-    requests, turn, until = connection.requests, 0, time.perf_counter() + seconds
+    until = time.perf_counter() + seconds
     while (began := time.perf_counter()) < until:
-        connection.socket.sendall(requests[turn])
+        connection.socket.sendall(connection.next())
         connection.finish(connection.size)
         took.append(time.perf_counter() - began)
-        turn = (turn + 1) % len(requests)
     return took
 
 
@@ -98,14 +105,6 @@ def pipelined(connection: Connection, depth: int, seconds: float) -> float:
     return many([connection], depth, seconds)
 
 
-def _chunks(requests: Sequence[bytes], size: int) -> deque[bytes]:
-    """All requests, so many at a time; over and over, where there are fewer."""
-    count = len(requests)
-    return deque(
-        b"".join(requests[(first + place) % count] for place in range(size)) for first in range(0, max(count, 1), size)
-    )
-
-
 def many(connections: Sequence[Connection], depth: int, seconds: float) -> float:
     """Keep `depth` requests under way on each of many connections; give the answers each second.
 
@@ -114,7 +113,6 @@ def many(connections: Sequence[Connection], depth: int, seconds: float) -> float
     """
     half = max(1, depth // 2)
     by_number = {each.socket.fileno(): each for each in connections}
-    queues = {number: _chunks(each.requests, half) for number, each in by_number.items()}
     left = {number: each.size * half for number, each in by_number.items()}  # bytes until the next half is answered
     fewest = _TURNS * half * len(connections)
     answers, elapsed, began = 0, 0.0, time.perf_counter()
@@ -122,8 +120,7 @@ def many(connections: Sequence[Connection], depth: int, seconds: float) -> float
         for number, each in by_number.items():
             poll.register(number, select.EPOLLIN)
             for _ in range(min(2, depth)):
-                each.socket.sendall(queues[number][0])
-                queues[number].rotate()
+                each.socket.sendall(each.next(half))
         while elapsed < seconds or answers < fewest:
             for number, _ in poll.poll():
                 connection = by_number[number]
@@ -131,8 +128,7 @@ def many(connections: Sequence[Connection], depth: int, seconds: float) -> float
                 while left[number] <= 0:
                     left[number] += connection.size * half
                     answers += half
-                    connection.socket.sendall(queues[number][0])
-                    queues[number].rotate()
+                    connection.socket.sendall(connection.next(half))
             elapsed = time.perf_counter() - began
     for number, each in by_number.items():
         each.finish(left[number] + each.size * half * (min(2, depth) - 1))
@@ -150,7 +146,7 @@ def open_loop(connection: Connection, rate: float, seconds: float) -> list[float
     while (clock := clock + chance.expovariate(rate)) < seconds:
         due.append(clock)
     took: list[float] = []
-    requests, size, sock = connection.requests, connection.size, connection.socket
+    size, sock = connection.size, connection.socket
     sent, received, unsent = 0, 0, b""
     sock.setblocking(False)
     began = time.perf_counter()
@@ -158,7 +154,7 @@ def open_loop(connection: Connection, rate: float, seconds: float) -> list[float
         while len(took) < len(due):
             now = time.perf_counter() - began
             while sent < len(due) and due[sent] <= now:
-                unsent += requests[sent % len(requests)]
+                unsent += connection.next()
                 sent += 1
             if unsent:
                 with suppress(BlockingIOError):
@@ -181,14 +177,13 @@ def beside_greedy(honest: Connection, greedy: Connection, seconds: float) -> lis
     """
     took: list[float] = []
     flood = memoryview(b"".join(greedy.requests))
-    rest, turn, until = flood, 0, time.perf_counter() + seconds
+    rest, until = flood, time.perf_counter() + seconds
     greedy.socket.setblocking(False)
     with select.epoll() as poll:
         poll.register(honest.socket, select.EPOLLIN)
         poll.register(greedy.socket, select.EPOLLIN | select.EPOLLOUT)
         while (began := time.perf_counter()) < until:
-            honest.socket.sendall(honest.requests[turn])
-            turn = (turn + 1) % len(honest.requests)
+            honest.socket.sendall(honest.next())
             while honest.socket.fileno() not in (ready := dict(poll.poll())):
                 events = ready[greedy.socket.fileno()]
                 if events & select.EPOLLIN:

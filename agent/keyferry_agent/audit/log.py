@@ -103,15 +103,19 @@ def _line(now: str, caller: str, audited: Audited, outcome: str) -> str:
 
 def _of_request(audited: Audited) -> str:
     keys = sorted(key[:_LONGEST_KEY] for key in audited.context_keys)[:_MOST_KEYS]
-    listed = json.dumps(keys) if keys else "[]"
+    listed = _listed(keys)
     while len(listed) > _LONGEST_KEYS:
-        listed = json.dumps(keys := keys[:-1])
+        listed = _listed(keys := keys[:-1])
     return (
         f'"grant": {quoted(audited.grant)}, "key_id": {quoted(audited.key_id)}, '
         f'"key_version_id": {quoted(audited.key_version_id)}, "context_keys": {listed}, '
         f'"recipient": {quoted(audited.recipient)}, "destination_key_id": {quoted(audited.destination_key_id)}, '
         f'"destination_key_version_id": {quoted(audited.destination_key_version_id)}'
     )
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return f"[{', '.join(map(quoted, keys))}]"
 
 
 @functools.lru_cache(maxsize=_PEERS)

@@ -5,18 +5,23 @@ the same bytes, whatever characters they hold. (The cloud's own `k=v&k=v` form m
 {"a": "1", "b": "2"} alike.) The bytes are specified in docs/ciphertext.md.
 """
 
+import struct
 from collections.abc import Mapping
+from typing import Final
 
 __all__ = ["associated_data"]
 
 
 def associated_data(header: bytes, key_id: str, context: Mapping[str, str]) -> bytes:
     """Encode `header ‖ key_id ‖ number of pairs ‖ pairs`, each string as a 4-byte big-endian length and its UTF-8."""
-    parts = [header, _string(key_id.encode()), len(context).to_bytes(4, "big")]
-    for key, value in sorted((key.encode(), value.encode()) for key, value in context.items()):
-        parts += (_string(key), _string(value))
-    return b"".join(parts)
+    packed = header + _with_length(key_id.encode()) + _length(len(context))
+    for key, value in sorted([(key.encode(), value.encode()) for key, value in context.items()]):
+        packed += _with_length(key) + _with_length(value)
+    return packed
 
 
-def _string(text: bytes) -> bytes:
-    return len(text).to_bytes(4, "big") + text
+_length: Final = struct.Struct(">I").pack
+
+
+def _with_length(text: bytes) -> bytes:
+    return _length(len(text)) + text
