@@ -74,7 +74,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "agent": (steps, "carrying", lambda *_: Grant("", {}, (), ())),
     "answers": (exchange, "result_from_wire", lambda *_: None),
     "ciphertext": (seal, "associated_data", lambda header, *_: header),
-    "context": (context, "_string", lambda text: text),
+    "context": (context, "_with_length", lambda text: text),
     "sm2_ciphertext": (sm2_ciphertext, "_integer", lambda coordinate: b"\x02\x21\0" + coordinate),
     "public_key": (public_key, "_RSA_BITS", 4_096),
     "encrypted_file": (stream, "_nonce", lambda counter, **_: counter.to_bytes(12, "big")),

@@ -99,7 +99,7 @@ class Grant:
 
     def has_context(self, context: Mapping[str, str] | None) -> bool:
         """Whether the pairs it demands are there; None: the operation has no context, and nothing to demand of it."""
-        return context is None or all(context.get(key) == value for key, value in self.encryption_context.items())
+        return context is None or self.encryption_context.items() <= context.items()
 
 
 def to_caller(grants: Iterable[Grant], peer: Peer) -> tuple[Grant, ...]:
@@ -109,11 +109,10 @@ def to_caller(grants: Iterable[Grant], peer: Peer) -> tuple[Grant, ...]:
 
 def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str] | None) -> Grant | None:
     """The first that also covers the recipient and the context."""
-    return next((grant for grant in grants if _carries(grant, pin, context)), None)
-
-
-def _carries(grant: Grant, pin: str | None, context: Mapping[str, str] | None) -> bool:
-    return grant.has_recipient(pin) and grant.has_context(context)
+    for grant in grants:
+        if grant.has_recipient(pin) and grant.has_context(context):
+            return grant
+    return None
 
 
 @functools.lru_cache(maxsize=1_024)

@@ -191,7 +191,9 @@ def _encryption_context(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not _TEXT.issuperset(map(type, value.values())):
         raise invalid_parameter(name, "a map (or its JSON text) of strings to strings is expected.")
     together = "".join([*value, *value.values()])
-    if together.isascii() and 6 * (len(together) + len(value)) < MAX_CONTEXT:  # JSON makes six characters of one at most
+    if (
+        together.isascii() and 6 * (len(together) + len(value)) < MAX_CONTEXT
+    ):  # JSON makes six characters of one at most
         return value
     # Measured as JSON like the cloud does, but never with escapes that only ASCII output would need.
     text = _json().dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -171,12 +171,10 @@ class Decoder:
         if body is None:
             return None
         try:
-            message = _message(body)
+            message = _message(body, b"" if request is None else request[1])
         except ProtocolError as error:
             self._broken = error
             raise
-        if request is not None and isinstance(message, Request):
-            return Request(*message[:3], request[1])
         return message
 
     def _parsed(self, size: int) -> Any:
@@ -255,25 +253,25 @@ def _one_by_one(unpacker: Any, packed: bytearray) -> Any:
 
 def _is_plain(value: Any, depth: int = 1) -> bool:
     """Whether what msgpack's parser took is in the protocol, too. `depth`: containers that it is in, itself included."""
-    values: Any = value
-    if type(value) is dict:
+    kind, values = type(value), value
+    if kind is dict:
         if not _TEXT.issuperset(map(type, value)):
             return False
         values = value.values()
-    elif type(value) is not list:
-        return type(value) in _SENDABLE
+    elif kind is not list:
+        return kind in _SENDABLE
     if depth > MAX_DEPTH:
         return False
-    kinds = set(map(type, values))  # as a set, as far as that says all: a loop would take as long as the parsing
-    if kinds <= _SENDABLE:
+    # As a set, as far as that says all: a loop would take as long as the parsing.
+    if _SENDABLE.issuperset(map(type, values)):
         return True
-    for each in values if kinds <= _PLAIN else ():
+    for each in values:  # noqa: SIM110 - a generator is a function that is made each time
         if type(each) not in _SENDABLE and not _is_plain(each, depth + 1):
             return False
-    return kinds <= _PLAIN
+    return True
 
 
-def _message(body: Any) -> Message:
+def _message(body: Any, tail: bytes = b"") -> Message:
     if not isinstance(body, list) or not body:
         raise ProtocolError("a message is an array: [0, msgid, method, [params]]")
     kind = None if isinstance(body[0], bool) else body[0]  # to Python, true and 1 are equal
@@ -290,10 +288,10 @@ def _message(body: Any) -> Message:
         raise ProtocolError("a message has no msgid to answer to")
     if kind != 0:
         return Unservable(msgid, "a request begins with 0: [0, msgid, method, [params]]")
-    return _request(msgid, body[2:])
+    return _request(msgid, body[2:], tail)
 
 
-def _request(msgid: int, rest: list[Any]) -> Message:
+def _request(msgid: int, rest: list[Any], tail: bytes) -> Message:
     if len(rest) != 2:
         return Unservable(msgid, "a request is an array of four: [0, msgid, method, [params]]")
     method, params = rest
@@ -301,7 +299,7 @@ def _request(msgid: int, rest: list[Any]) -> Message:
         return Unservable(msgid, "the method is not a string")
     if not isinstance(params, list) or len(params) != 1 or not isinstance(params[0], dict):
         return Unservable(msgid, "the parameters are not an array of one map", method)
-    return Request(msgid, method, params[0])
+    return Request(msgid, method, params[0], tail)
 
 
 def check_sendable(value: Any, depth: int = 3) -> None:
@@ -327,7 +325,6 @@ def check_sendable(value: Any, depth: int = 3) -> None:
 
 
 _SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
-_PLAIN: Final = _SENDABLE | {dict, list}
 _TEXT: Final = frozenset({str})
 
 

@@ -102,7 +102,7 @@ def _line(now: str, caller: str, audited: Audited, outcome: str) -> str:
 
 
 def _of_request(audited: Audited) -> str:
-    keys = sorted(key[:_LONGEST_KEY] for key in audited.context_keys)[:_MOST_KEYS]
+    keys = sorted(audited.context_keys)[:_MOST_KEYS]
     listed = _listed(keys)
     while len(listed) > _LONGEST_KEYS:
         listed = _listed(keys := keys[:-1])
@@ -115,7 +115,7 @@ def _of_request(audited: Audited) -> str:
 
 
 def _listed(keys: Sequence[str]) -> str:
-    return f"[{', '.join(map(quoted, keys))}]"
+    return f"[{', '.join([quoted(key[:_LONGEST_KEY]) for key in keys])}]"
 
 
 @functools.lru_cache(maxsize=_PEERS)

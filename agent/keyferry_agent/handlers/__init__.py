@@ -47,13 +47,9 @@ def prepare(agent: Agent, caller: Caller, method: str, params: Mapping[str, Any]
     operation = operations.OPERATIONS.get(method)
     if operation is None:
         raise kms_error("InvalidAction.NotFound")
-
-    def decide() -> Job:
-        return HANDLERS[method](Request(agent, caller, operation.action, operation.check(params), audited))
-
     if not operation.dry_run or not _asks_for_dry_run(params):
-        return decide()
-    job = _dry(decide)
+        return HANDLERS[method](Request(agent, caller, operation.action, operation.check(params), audited))
+    job = _dry(lambda: HANDLERS[method](Request(agent, caller, operation.action, operation.check(params), audited)))
     return Job(lambda: _dry(job.run), job.slow)
 
 

@@ -75,7 +75,8 @@ class Request(NamedTuple):
     def context(self, parameter: Parameter[dict[str, str]] = ENCRYPTION_CONTEXT) -> Context:
         """The EncryptionContext in a parameter; its keys are noted for the record."""
         context = self.values.get(parameter) or {}
-        self.audited.context_keys += tuple(key for key in context if key not in self.audited.context_keys)
+        known = self.audited.context_keys
+        self.audited.context_keys = (*known, *[key for key in context if key not in known]) if known else tuple(context)
         return context
 
 
