@@ -22,12 +22,12 @@ SLOW_JOBS: Final = 4
 """Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
 _REMEMBERED: Final = 64
 """Sets of grants whose keys are remembered: one for each kind of caller."""
-AT_ONCE: Final = 16
+AT_ONCE: Final = 32
 """Requests of one connection that are done in one go: each turn costs a hand-over to the record, a write, and a look around."""
 MOST_AT_ONCE: Final = SCRATCH_SIZES[0]
 """Bytes of a data key of which there may be one for each of them at the same time."""
 _SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + AT_ONCE * MOST_AT_ONCE
-"""Bytes, 37 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
+"""Bytes, 38 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
 
 
 def locked_memory_needed(keyring: int) -> str:
