@@ -37,8 +37,8 @@ _ALONE: Final = 0.004
 """Seconds after which all tasks are looked at, although no other connection has sent anything: a reload waits so long."""
 _SHORT_TURN: Final = 0.0002
 """Seconds after which a turn ends where others wait; its second steps take as long again."""
-_SLOW_PER_CONNECTION: Final = 8
-"""Slow jobs that one connection may have under way; then it is not read from. Twice the threads keeps them busy."""
+_SLOW_PER_CONNECTION: Final = 16
+"""Slow jobs that one connection may have under way; then it is not read from. Four for each thread: it never has to wait."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 

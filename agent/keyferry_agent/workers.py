@@ -27,10 +27,11 @@ class Workers:
         """Jobs that were taken and have not come back."""
         self._most = most
         self._threads = 0
+        self._turns = threading.Lock()
         self._waiting: dict[Hashable, deque[_Job]] = {}
         """By whose they are; whose turn is next is first."""
-        self._handed = 0
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
+        self._wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """An item for each job: what threads wait for."""
         self._announced = False
         self._results: deque[tuple[_Done, Any, Exception | None]] = deque()
 
@@ -48,23 +49,25 @@ class Workers:
                 if not self._threads:
                     raise
         self.busy += 1
-        self._waiting.setdefault(user, deque()).append((job, done, trio.lowlevel.current_trio_token()))
-        self._hand_over()
+        with self._turns:
+            self._waiting.setdefault(user, deque()).append((job, done, trio.lowlevel.current_trio_token()))
+        self._wanted.put(None)
 
-    def _hand_over(self) -> None:
-        # So many that no thread waits for the event loop; what is handed over cannot be overtaken any more.
-        while self._waiting and self._handed < 2 * self._most:
+    def _next(self) -> _Job:
+        """The job of whoever's turn it is. Threads take it themselves: none stands still until the event loop has time."""
+        self._wanted.get()
+        with self._turns:
             user = next(iter(self._waiting))
             jobs = self._waiting.pop(user)
-            self._handed += 1
-            self._jobs.put(jobs.popleft())
+            job = jobs.popleft()
             if jobs:
                 self._waiting[user] = jobs  # behind all others
+        return job
 
     def _work(self) -> None:
         with suppress(trio.RunFinishedError):
             while True:
-                job, done, token = self._jobs.get()
+                job, done, token = self._next()
                 try:
                     self._results.append((done, job(), None))
                 except Exception as error:
@@ -79,6 +82,4 @@ class Workers:
         while self._results:
             done, result, error = self._results.popleft()
             self.busy -= 1
-            self._handed -= 1
             done(result, error)
-        self._hand_over()
