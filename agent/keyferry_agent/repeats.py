@@ -11,9 +11,9 @@ from typing import Final, Generic, TypeVar
 __all__ = ["Repeats"]
 
 _ROOM: Final = 40 * 2**20
-"""Bytes of memory for all that is remembered: some 10,000 requests."""
-_EACH: Final = 3_200
-"""Bytes that one takes besides its own, as measured: parameters, what is to be done, what is recorded of it."""
+"""Bytes of memory for all that is remembered: some 16,000 requests."""
+_EACH: Final = 2_000
+"""Bytes that one takes besides its own, as measured: what is to be done, and what is recorded of it."""
 _LONGEST: Final = 4_096
 """Bytes of a request to remember."""
 _ONCE: Final = 16_384

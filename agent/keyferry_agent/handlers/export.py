@@ -1,6 +1,7 @@
 """Data keys for a cryptographic module: GenerateAndExportDataKey, ExportDataKey. No answer holds one in plaintext."""
 
 from collections.abc import Generator
+from typing import NamedTuple
 
 from keyferry import operations
 from keyferry.errors import invalid_parameter, kms_error
@@ -14,22 +15,23 @@ from keyferry.parameters import (
     WRAPPING_KEY_SPEC,
     encode_base64,
 )
-from keyferry.secret import fill_random
+from keyferry.secret import SecretMemory, fill_random
 
 from ..agent import MOST_AT_ONCE
 from ..crypto import wrapping
 from ..crypto.public_key import PublicKeyError
+from ..keyring.loaded import Key
 from .generation import data_key_size
 from .steps import (
     Job,
     Request,
+    Sealing,
     find_key,
     find_version,
     in_one_go,
     open_blob,
     plaintext_size,
     sealing,
-    still_usable,
     usable,
     would_succeed,
 )
@@ -48,22 +50,38 @@ def generate_and_export_data_key(request: Request) -> Job:
     request.audited.key_version_id = version.version_id
     if request.values.get(DRY_RUN):
         raise would_succeed()
-    seal = sealing(key, version, context, scratch)
+    making = _Making(key, size, sealing(key, version, context, scratch), recipient, scratch)
+    return Job(
+        making.in_one_go, recipient.wrapping.slow, key.enabled, making.in_two_steps if size <= MOST_AT_ONCE else None
+    )
 
-    def begin() -> Generator[None, None, operations.GenerateAndExportDataKeyResult]:
-        with scratch.borrow(size) as data_key:
+
+class _Making(NamedTuple):
+    """A data key that is to be drawn, sealed and wrapped.
+
+    A tuple, not closures: it is kept for each request that may come again, and the garbage collector looks through all of it.
+    """
+
+    key: Key
+    size: int
+    seal: Sealing
+    recipient: wrapping.Recipient
+    scratch: SecretMemory
+
+    def in_two_steps(self) -> Generator[None, None, operations.GenerateAndExportDataKeyResult]:
+        """Draw and seal; then wrap."""
+        with self.scratch.borrow(self.size) as data_key:
             fill_random(data_key)
-            blob = seal(data_key)
+            blob = self.seal(data_key)
             yield
-            exported = recipient.wrap(data_key)
+            exported = self.recipient.wrap(data_key)
         return operations.GenerateAndExportDataKeyResult(
-            key.key_id, version.version_id, encode_base64(blob), encode_base64(exported)
+            self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(exported)
         )
 
-    def run() -> operations.GenerateAndExportDataKeyResult:
-        return in_one_go(begin())
-
-    return Job(run, recipient.wrapping.slow, still_usable(key), begin if size <= MOST_AT_ONCE else None)
+    def in_one_go(self) -> operations.GenerateAndExportDataKeyResult:
+        """Both."""
+        return in_one_go(self.in_two_steps())
 
 
 def export_data_key(request: Request) -> Job:
@@ -74,7 +92,7 @@ def export_data_key(request: Request) -> Job:
     usable(key)
     scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
 
-    def run() -> operations.ExportDataKeyResult:
+    def run() -> "operations.ExportDataKeyResult":
         size = plaintext_size(blob)
         with scratch.borrow(size) as data_key:
             open_blob(key, version, context, blob, data_key, scratch)

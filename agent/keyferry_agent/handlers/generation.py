@@ -7,7 +7,7 @@ from keyferry.parameters import DATA_KEY_SPECS, DRY_RUN, KEY_ID, KEY_SPEC, NUMBE
 from keyferry.secret import fill_random
 
 from ..grants import PLAINTEXT
-from .steps import Job, Request, find_key, sealing, still_usable, usable, would_succeed
+from .steps import Job, Request, find_key, sealing, usable, would_succeed
 
 __all__ = ["data_key_size", "generate_data_key", "generate_data_key_without_plaintext"]
 
@@ -39,7 +39,7 @@ def _generate(request: Request, *, plaintext: bool) -> Job:
         raise would_succeed()
     seal = sealing(key, version, context, scratch)
 
-    def run() -> operations.GenerateDataKeyResult | operations.GenerateDataKeyWithoutPlaintextResult:
+    def run() -> "operations.GenerateDataKeyResult | operations.GenerateDataKeyWithoutPlaintextResult":
         with scratch.borrow(size) as data_key:
             fill_random(data_key)
             blob = encode_base64(seal(data_key))
@@ -47,4 +47,4 @@ def _generate(request: Request, *, plaintext: bool) -> Job:
                 return operations.GenerateDataKeyResult(key.key_id, version.version_id, blob, encode_base64(data_key))
         return operations.GenerateDataKeyWithoutPlaintextResult(key.key_id, version.version_id, blob)
 
-    return Job(run, again=still_usable(key))
+    return Job(run, again=key.enabled)

@@ -5,7 +5,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
-from keyferry.secret import SecretMemory
+from keyferry.secret import Secret, SecretMemory
 
 from ..agent import Agent, Audited, Caller
 from ..crypto import seal
@@ -17,6 +17,7 @@ __all__ = [
     "Context",
     "Job",
     "Request",
+    "Sealing",
     "find_key",
     "find_version",
     "in_one_go",
@@ -25,7 +26,6 @@ __all__ = [
     "permit",
     "plaintext_size",
     "sealing",
-    "still_usable",
     "usable",
     "would_succeed",
 ]
@@ -145,15 +145,23 @@ def usable(key: Key) -> None:
         raise kms_error(f"Rejected.{state}")
 
 
-def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> Callable[[memoryview], bytes]:
-    """What makes a CiphertextBlob of bytes in secret memory: all that does not depend on them is done here."""
-    bound, material = seal.bind(key.key_spec, version.version_id, key.key_id, context), version.material
+class Sealing(NamedTuple):
+    """What makes a CiphertextBlob of bytes in secret memory."""
 
-    def run(data: memoryview) -> bytes:
-        with material.lend() as cmk:
-            return bound.seal(cmk, data, scratch)
+    bound: seal.Bound
+    material: Secret
+    scratch: SecretMemory
 
-    return run
+    def __call__(self, data: memoryview) -> bytes:
+        """Seal it."""
+        with self.material.lend() as cmk:
+            return self.bound.seal(cmk, data, self.scratch)
+
+
+def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> Sealing:
+    """What seals under this version of a key and this context: all that does not depend on what is sealed is done here."""
+    bound = seal.bind(key.key_spec, version.version_id, key.key_id, context)
+    return Sealing(bound, version.material, scratch)
 
 
 def open_blob(
@@ -165,11 +173,6 @@ def open_blob(
             seal.open_into(key.key_spec, cmk, blob, key.key_id, context, out, scratch)
         except SealError:
             raise _does_not_open() from None
-
-
-def still_usable(key: Key) -> Callable[[], bool]:
-    """Asks whether a key that was `usable` is so still."""
-    return lambda: key.state() == "Enabled"
 
 
 def would_succeed() -> KmsError:

@@ -50,6 +50,10 @@ class Key:
             return "Deleted"
         return self.stored_state
 
+    def enabled(self) -> bool:
+        """Whether it may be used at this moment."""
+        return self.state() == "Enabled"
+
 
 class Keyring:
     """All keys, found by ID, alias or version. Owns the secret memory their material is in."""
