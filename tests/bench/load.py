@@ -100,21 +100,22 @@ def serially(connection: Connection, seconds: float) -> float:
     return len(took) / sum(took)
 
 
-def pipelined(connection: Connection, depth: int, seconds: float) -> float:
+def pipelined(connection: Connection, depth: int, seconds: float, *, fewest: int = 0) -> float:
     """Keep `depth` requests under way on one connection; give the answers each second."""
-    return many([connection], depth, seconds)
+    return many([connection], depth, seconds, fewest=fewest)
 
 
-def many(connections: Sequence[Connection], depth: int, seconds: float) -> float:
+def many(connections: Sequence[Connection], depth: int, seconds: float, *, fewest: int = 0) -> float:
     """Keep `depth` requests under way on each of many connections; give the answers each second.
 
     In two halves, each sent when all answers to it have come: so that the agent always has the other. It takes longer than so
-    many seconds where there are many connections: each is to be answered a few times.
+    many seconds until there were as many answers as `fewest`, and where there are many connections: each is to be answered a
+    few times.
     """
     half = max(1, depth // 2)
     by_number = {each.socket.fileno(): each for each in connections}
     left = {number: each.size * half for number, each in by_number.items()}  # bytes until the next half is answered
-    fewest = _TURNS * half * len(connections)
+    fewest = max(fewest, _TURNS * half * len(connections))
     answers, elapsed, began = 0, 0.0, time.perf_counter()
     with select.epoll() as poll:
         for number, each in by_number.items():
