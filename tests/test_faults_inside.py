@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,37 @@ async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
             await adopted.wait()
             nursery.cancel_scope.cancel()
     assert [entry["event"] for entry in logged if entry["log_level"] != "info"] == ["reload.failed"]
+
+
+async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
+    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """The reason may have passed. It is said once, and again when it is another."""
+    reasons = ["no descriptor", "no descriptor", "no descriptor", "no memory"]
+    tried: list[float] = []
+    real = Options.settings
+
+    def settings(options: Options) -> Settings:
+        tried.append(trio.from_thread.run_sync(trio.current_time))
+        if reasons:
+            raise OSError(reasons.pop(0))
+        return real(options)
+
+    monkeypatch.setattr(Options, "settings", settings)
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    reloader = Reloader(options, agent, audit, {}, Host(), None)
+    adopted = trio.Event()
+    monkeypatch.setattr(agent, "adopt", lambda *_: adopted.set())
+    with structlog.testing.capture_logs() as logged:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            reloader.ask()
+            await adopted.wait()
+            nursery.cancel_scope.cancel()
+    failures = [entry["why"] for entry in logged if entry["event"] == "reload.failed"]
+    assert failures == ["no descriptor", "no memory"]
+    waited = [after - before for before, after in pairwise(tried)]
+    assert all(expected <= wait < expected + 2 for expected, wait in zip((5, 10, 20, 40), waited, strict=True))
 
 
 def test_the_rate_is_per_user_and_comes_back() -> None:

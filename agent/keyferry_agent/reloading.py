@@ -5,6 +5,7 @@ go on serving. Files are looked at twice a second, by name: so a rename, a copy,
 mounted Secret (a symbolic link to another directory) are all the same, on every file system.
 """
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +31,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 _LOOK_EVERY: Final = 0.5
 """Seconds. A file is read when two looks in a row saw the same change: it was not being written any more."""
+_RETRY_FIRST: Final = 5.0
+_RETRY_LAST: Final = 300.0
+"""Seconds after which what could not be loaded is tried again, the first time and at most: the reason may have passed (no
+descriptor, no locked memory, no thread for the moment), although no file changes any more."""
 _FIXED: Final = ("listeners", "limits", "audit", "memory", "memory_backing", "sm2_fallback", "keep_keys", "metrics")
 
 T = TypeVar("T")
@@ -65,6 +70,9 @@ class Reloader:
         self._threads = True
         self._seen = seen
         self._asked = trio.Event()
+        self._failure: str | None = None  # why the last reload failed, and when it is tried again
+        self._retry_after = _RETRY_FIRST
+        self._retry_at = math.inf
 
     def ask(self) -> None:
         """Have everything read again, whether it looks changed or not. Asked again before that has begun, it is done once."""
@@ -86,6 +94,10 @@ class Reloader:
                 self._reopen_record()
             if self._asked.is_set() or (now != self._seen and now == before):
                 self._asked = trio.Event()
+                self._failure, self._retry_after = None, _RETRY_FIRST
+                await self._reload(now)
+                now = self._seen
+            elif trio.current_time() >= self._retry_at:
                 await self._reload(now)
                 now = self._seen
             before = now
@@ -114,6 +126,10 @@ class Reloader:
         """Read both again, and swap both at once. `looks`: how the files looked just before."""
         self._host.reloading()
         self._seen, failure = await self._replace(looks)
+        self._failure, self._retry_at = failure, math.inf
+        if failure is not None:
+            self._retry_at = trio.current_time() + self._retry_after
+            self._retry_after = min(2 * self._retry_after, _RETRY_LAST)
         self._host.ready(self._agent.status() if failure is None else f"Not reloaded, the old state serves: {failure}")
 
     async def _replace(self, looks: Looks) -> tuple[Looks, str | None]:
@@ -124,18 +140,20 @@ class Reloader:
             files = options.files(settings)
             # What was looked at before it was read stays so: what changes meanwhile is noticed.
             looks = {**await _in_thread(look, files), **{path: looks[path] for path in files if path in looks}}
-            settings = _keep_fixed(settings, agent.settings)
+            settings, limited = _keep_fixed(settings, agent.settings)
             looked = looks.get(settings.keyring) if settings.keyring else None
             keyring = (
                 agent.keyring if options.dev else await _in_thread(options.load_keyring, settings, self._keeper, looked)
             )
         except (SettingsError, KeyringError, SecretMemoryError, StartError, OSError) as error:
-            log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at)
+            if str(error) != self._failure:  # said once, however often it is tried
+                log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at)
             return looks, str(error)
         except Exception as error:
-            log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at, exc_info=error)
+            if type(error).__name__ != self._failure:
+                log.error("reload.failed", why=str(error), still_serving=agent.keyring.loaded_at, exc_info=error)
             return looks, type(error).__name__
-        for what in settings.warnings:
+        for what in (*limited, *settings.warnings):
             log.warning("reload.limited", what=what)
         agent.adopt(settings, keyring)
         log.info("reload.done", keys=len(keyring.keys), grants=len(settings.grants))
@@ -147,13 +165,15 @@ async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
     return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
 
 
-def _keep_fixed(settings: Settings, old: Settings) -> Settings:
-    """New settings, but for those that only a restart can change. Raises `SettingsError` where the rest depends on them."""
+def _keep_fixed(settings: Settings, old: Settings) -> tuple[Settings, list[str]]:
+    """New settings, but for those that only a restart can change, and a warning where there are such.
+
+    Raises `SettingsError` where the rest depends on them.
+    """
     if settings.listeners != old.listeners and any("listener" in grant.to for grant in settings.grants):
         raise SettingsError(
             ["the listeners changed, which takes a restart; until then, grants to listeners would be to the old ones"]
         )
     changed = [name for name in _FIXED if getattr(settings, name) != getattr(old, name)]
-    if changed:
-        log.warning("reload.limited", what=f"these change with a restart only: {', '.join(changed)}")
-    return replace(settings, **{name: getattr(old, name) for name in _FIXED})
+    warnings = [f"these change with a restart only: {', '.join(changed)}"] if changed else []
+    return replace(settings, **{name: getattr(old, name) for name in _FIXED}), warnings
