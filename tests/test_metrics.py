@@ -41,12 +41,15 @@ def test_a_scrape_tells_of_requests_connections_and_the_keyring(keyring: Path, s
     assert not path.exists()
 
 
-def test_a_loopback_port_serves_them_too(keyring: Path, socket_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("host", "family"), [("127.0.0.1", socket.AF_INET), ("[::1]", socket.AF_INET6)], ids=["IPv4", "IPv6"]
+)
+def test_a_loopback_port_serves_them_too(keyring: Path, socket_path: Path, host: str, family: int) -> None:
     """For whoever can scrape nothing else."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
+    with socket.create_server((host.strip("[]"), 0), family=family) as free:
         port = free.getsockname()[1]
-    with serving(keyring, socket_path, more=f'[metrics]\nlisten = "127.0.0.1:{port}"\n'):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=PATIENCE) as answer:
+    with serving(keyring, socket_path, more=f'[metrics]\nlisten = "{host}:{port}"\n'):
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=PATIENCE) as answer:
             assert b"keyferry_keys 1.0" in answer.read()
         other = keyring.parent / "other.toml"
         other.write_text((keyring.parent / "agent.toml").read_text())

@@ -1,5 +1,6 @@
 """Answers scrapes of metrics: an HTTP server in a thread, on a socket or a loopback port."""
 
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -27,10 +28,15 @@ def _serve(metrics: Metrics, address: str) -> "Served":
             raise MetricsError(f"metrics: {error}") from None
         return Served(_UnixServer(made, handler), made)
     host, _, port = address.rpartition(":")
+    kind = _Ipv6Server if ":" in host else HTTPServer
     try:
-        return Served(HTTPServer((host.strip("[]"), int(port)), handler), None)
+        return Served(kind((host.strip("[]"), int(port)), handler), None)
     except OSError as error:
         raise MetricsError(f"metrics: {address}: {error.strerror}") from None
+
+
+class _Ipv6Server(HTTPServer):
+    address_family = socket.AF_INET6
 
 
 class _UnixServer(HTTPServer):
