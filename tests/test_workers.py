@@ -132,12 +132,14 @@ def test_who_does_not_ask_on_is_not_waited_for_the_next_times() -> None:
 
 
 def test_others_wait_when_they_have_sent_something() -> None:
-    """Whatever the one that asks has sent itself."""
+    """Whatever the one that asks has sent itself. Then there is a crowd, for a moment."""
     with two_connections() as (arrivals, (ours, theirs), (other, others)):
         assert not arrivals.others_wait(ours.fileno())
         theirs.send(b"request")
         assert not arrivals.others_wait(ours.fileno())
+        assert not arrivals.crowd()
         others.send(b"request")
         assert arrivals.others_wait(ours.fileno())
+        assert arrivals.crowd()
         os.read(other.fileno(), 100)
         assert not arrivals.others_wait(ours.fileno())

@@ -198,8 +198,8 @@ class Turn(NamedTuple):
     """Whether there was no other message behind these."""
 
 
-def next_turn(messages: Iterator[wire.Message]) -> Turn:
-    """Parse a turn's requests together: one's code is the next one's."""
+def next_turn(messages: Iterator[wire.Message], most: int = AT_ONCE) -> Turn:
+    """Parse a turn's requests together, at most so many: one's code is the next one's."""
     asked: list[Asked] = []
     looked_at = 0
     try:
@@ -209,7 +209,7 @@ def next_turn(messages: Iterator[wire.Message]) -> Turn:
                 raise ProtocolError("a response, where a request is expected")
             if not isinstance(message, wire.Notification):
                 asked.append(message)
-            if len(asked) == AT_ONCE or looked_at == _LOOKED_AT:
+            if len(asked) == most or looked_at == _LOOKED_AT:
                 return Turn(asked, None, looked_at, last=False)
     except ProtocolError as error:
         return Turn(asked, error, looked_at, last=True)

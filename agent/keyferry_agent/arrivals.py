@@ -4,6 +4,7 @@ A turn of trio's loop takes longer than all the work on a request. So the connec
 its client asks on: in system calls that end at once when any other connection has something, and in a moment anyhow.
 """
 
+import math
 import os
 import select
 import time
@@ -22,6 +23,9 @@ _SKIP: Final = 8
 _SKIP_CROWD: Final = 64
 """And where there was somebody else."""
 
+_CROWD: Final = 0.02
+"""Seconds for which a crowd is one, after somebody had to wait."""
+
 
 class Arrivals:
     """All connections' sockets, as one descriptor."""
@@ -31,6 +35,7 @@ class Arrivals:
         self._poll = select.epoll()
         self._descriptor = self._poll.fileno()
         self._skipped = 0
+        self._crowd_at = -math.inf
 
     def add(self, connection: int) -> None:
         """Look at a connection, by its descriptor, until it is closed. Raises OSError."""
@@ -65,4 +70,11 @@ class Arrivals:
 
     def others_wait(self, connection: int) -> bool:
         """Whether a connection other than this has sent something that was not read yet."""
-        return any(each != connection for each, _ in self._poll.poll(0, 2))
+        waiting = any(each != connection for each, _ in self._poll.poll(0, 2))
+        if waiting:
+            self._crowd_at = time.monotonic()
+        return waiting
+
+    def crowd(self) -> bool:
+        """Whether connections had to wait for each other a moment ago."""
+        return time.monotonic() - self._crowd_at < _CROWD

@@ -20,7 +20,7 @@ import trio
 from keyferry import wire
 from keyferry.errors import ProtocolError
 
-from .agent import Caller
+from .agent import AT_ONCE, Caller
 from .answering import Answering, Asked, Begun, Decided, Service, SlowJob, closing, next_turn, refusal
 from .arrivals import Arrivals
 from .peer import Peer, Process
@@ -37,6 +37,8 @@ _ALONE: Final = 0.004
 """Seconds after which all tasks are looked at, although no other connection has sent anything: a reload waits so long."""
 _SHORT_TURN: Final = 0.0002
 """Seconds after which a turn ends where others wait; its second steps take as long again."""
+_IN_A_CROWD: Final = 8
+"""Requests to do in one go where others had to wait a moment ago."""
 _SLOW_PER_CONNECTION: Final = 16
 """Slow jobs that one connection may have under way; then it is not read from. Four for each thread: it never has to wait."""
 
@@ -182,7 +184,8 @@ class Connection:
         messages = self._decoder.messages()
         looked_at = 0
         while True:
-            turn = next_turn(messages)
+            arrivals = self._shared.arrivals
+            turn = next_turn(messages, _IN_A_CROWD if arrivals is not None and arrivals.crowd() else AT_ONCE)
             looked_at += turn.looked_at
             if not await self._answer_turn(turn.asked, slow):
                 return None
@@ -209,7 +212,7 @@ class Connection:
                 if not await self._finish(decided):
                     return False
                 decided.clear()
-                await trio.lowlevel.checkpoint()
+                await self._give_way()
             if isinstance(outcome, SlowJob):
                 if self._slots.value:
                     self._slots.acquire_nowait()
@@ -229,12 +232,20 @@ class Connection:
 
     async def _look_around(self) -> None:
         """Let all other tasks have their turn; not yet, where none has anything to do that can be seen from here."""
+        arrivals = self._shared.arrivals
         alone = self._agent.counters.connections == 1 or (
-            self._shared.arrivals is not None and not self._shared.arrivals.others_wait(self._number())
+            arrivals is not None and not arrivals.others_wait(self._number())
         )
         if not alone or self._shared.workers.busy or time.monotonic() - self._looked_around > _ALONE:
-            await trio.lowlevel.checkpoint()
-            self._looked_around = time.monotonic()
+            await self._give_way()
+
+    async def _give_way(self) -> None:
+        """Let all other tasks have their turn, and whoever has sent something."""
+        await trio.lowlevel.checkpoint()
+        await (
+            trio.lowlevel.checkpoint()
+        )  # the first only woke them, perhaps; and in what order those that are awake go is chance
+        self._looked_around = time.monotonic()
 
     def _others_wait(self, first: Decided | Begun) -> bool:
         if self._agent.counters.connections == 1 or time.monotonic() - first.audited.started <= _SHORT_TURN:
