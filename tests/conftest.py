@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import requires, tokens
+from support import dying, requires, tokens
 from support.agent import RunningAgent, dev_agent
-from support.keyring import Command, new_keyring, run
+from support.keyring import Command, new_keyring, run, serving
 from support.postgres import Cluster
 from support.requires import ROOT, postgresql
+from support.rotating import Rotating
 from support.tokens import RealToken
 
 from keyferry.module import Pkcs11Module
+from keyferry.store import Store
+from keyferry.store import store as store_module
 
 PROVIDE = "sudo make test-requirements (and what a line itself says)"
 NO_SKIPS = "KEYFERRY_NO_SKIPS"
@@ -99,6 +102,21 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path / 'records.sqlite'}"
     cluster: Cluster = request.getfixturevalue("cluster")
     return cluster.new_database()
+
+
+@pytest.fixture
+def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotating]:
+    """An agent with a keyring of its own."""
+    with serving(keyring, socket_path) as agent:
+        yield Rotating(agent, keyring, said)
+
+
+@pytest.fixture
+def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """An empty store in SQLite, with pages so small that there are several."""
+    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
+    with Store(f"sqlite:///{tmp_path / 'records.sqlite'}") as made:
+        yield made
 
 
 @pytest.hookimpl(trylast=True)

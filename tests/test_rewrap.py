@@ -4,55 +4,25 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import sqlalchemy
 from support import dying
 from support.agent import RunningAgent, configured
-from support.keyring import Command, change, configuration, serving
 from support.postgres import Cluster
-from support.records import fill, opened
+from support.records import damage, fill, flipped, opened
 from support.requires import ROOT, postgresql
+from support.rotating import Rotating
 
-from keyferry import AgentUnavailable, Client, operations
-from keyferry.errors import kms_error
-from keyferry.module import SoftwareModule
-from keyferry.parameters import decode_base64, encode_base64
+from keyferry import AgentUnavailable, Client
+from keyferry.parameters import decode_base64
 from keyferry.store import Outcome, Record, Store, StoreError, rewrap
 from keyferry.store import store as store_module
 
 COUNT = 50
-
-
-class Rotating(NamedTuple):
-    """An agent whose master key, alias/a, gets new versions."""
-
-    agent: RunningAgent
-    keyring: Path
-    said: Command
-
-    def does(self, verb: str, *arguments: str) -> Any:
-        """Change the keyring, and wait until the agent has taken that up; give what the verb printed."""
-        reloads = sum(line.get("event") == "reload.done" for line in self.agent.log)
-        printed = self.said(verb, *arguments)
-        self.agent.wait_for("reload.done", count=reloads + 1)
-        return printed
-
-    def rotate(self) -> str:
-        """Give the key a new version; give its ID."""
-        version: str = self.does("rotate", "alias/a")["KeyVersion"]["KeyVersionId"]
-        return version
-
-
-@pytest.fixture
-def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotating]:
-    """An agent with a keyring of its own."""
-    with serving(keyring, socket_path) as agent:
-        yield Rotating(agent, keyring, said)
 
 
 @pytest.fixture
@@ -67,14 +37,6 @@ def store(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store, with pages so small that there are several."""
     monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
     with Store(store_url) as made:
-        yield made
-
-
-@pytest.fixture
-def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    """The same in SQLite only, for what no database changes."""
-    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
-    with Store(f"sqlite:///{tmp_path / 'records.sqlite'}") as made:
         yield made
 
 
@@ -127,21 +89,6 @@ def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, kms: Cli
     assert outcome == Outcome(records=COUNT, found=COUNT, moved=COUNT - 1, changed=0, failed=1)
     assert [each.split(":")[0] for each in failures] == ["r7"]
     assert list(store) == before
-
-
-def damage(store: Store, name: str, column: str, change_of: Callable[[str], str]) -> None:
-    """Change one column of one row, as somebody with the database's own shell would."""
-    with store._engine.begin() as connection:
-        table = store_module._records
-        (text,) = connection.execute(sqlalchemy.select(table.c[column]).where(table.c.name == name)).one()
-        connection.execute(sqlalchemy.update(table).where(table.c.name == name).values({column: change_of(text)}))
-
-
-def flipped(blob: str, bit: int) -> str:
-    """A blob with one bit changed."""
-    raw = bytearray(decode_base64(blob))
-    raw[bit // 8] ^= 1 << bit % 8
-    return encode_base64(raw)
 
 
 def test_a_record_with_one_wrong_bit_stays_as_it_is_and_the_others_move(
@@ -321,143 +268,6 @@ def test_a_key_that_is_rotated_meanwhile_is_followed(lite: Store, kms: Client, r
     assert rewrap(lite, kms, advanced=rotate).failed == 0
     assert versions(lite) == set(newest)
     assert opened(lite, kms) == keys
-
-
-# --- what is asked, and what is believed ------------------------------------------------------------------------------
-
-
-def test_it_needs_no_grant_to_see_a_data_key(lite: Store, keyring: Path, socket_path: Path) -> None:
-    """DescribeKey and both halves of ReEncrypt, also under a grant that pins its recipients."""
-    with serving(keyring, socket_path) as agent, agent.client() as kms:
-        keys = fill(lite, kms, 30)
-    change(keyring, "rotate", "alias/a")
-    actions = 'kms:DescribeKey", "kms:ReEncryptFrom", "kms:ReEncryptTo'
-    config = keyring.parent / "narrow.toml"
-    config.write_text(configuration(keyring, actions=actions) + f'recipients = ["sha256:{"0" * 64}"]\n')
-    with RunningAgent(["--config", str(config)], socket_path) as agent, agent.client() as kms:
-        assert rewrap(lite, kms) == Outcome(30, 30, 30, 0, 0)
-    with serving(keyring, socket_path) as agent, agent.client() as kms:
-        assert opened(lite, kms) == keys
-
-
-def test_without_the_grants_nothing_happens_and_why_is_said(lite: Store, keyring: Path, socket_path: Path) -> None:
-    """Each record that stays, or all of a key at once."""
-    with serving(keyring, socket_path) as agent, agent.client() as kms:
-        fill(lite, kms, 30)
-    change(keyring, "rotate", "alias/a")
-    before = list(lite)
-    for actions, expected in (("kms:ReEncrypt*", 1), ("kms:DescribeKey", 30)):
-        config = keyring.parent / "narrow.toml"
-        config.write_text(configuration(keyring, actions=actions))
-        failures: list[str] = []
-        with RunningAgent(["--config", str(config)], socket_path) as agent, agent.client() as kms:
-            assert rewrap(lite, kms, failed=failures.append) == Outcome(30, 30, 0, 0, 30)
-        assert len(failures) == expected
-        assert all("Forbidden.NoPermission" in why for why in failures)
-    assert list(lite) == before
-
-
-def test_an_agent_with_a_limit_is_waited_for(lite: Store, keyring: Path, socket_path: Path) -> None:
-    """Rejected.Throttling is no failure."""
-    with serving(keyring, socket_path) as agent, agent.client() as kms:
-        fill(lite, kms, 30)
-    change(keyring, "rotate", "alias/a")
-    with serving(keyring, socket_path, more="[limits]\nrequests_per_second = 25") as agent, agent.client() as kms:
-        assert rewrap(lite, kms) == Outcome(30, 30, 30, 0, 0)
-
-
-class Lying:
-    """A client whose answers to ReEncrypt are changed on their way."""
-
-    def __init__(self, kms: Client, change_of: Callable[[list[Any]], list[Any]]) -> None:
-        self._kms = kms
-        self._change = change_of
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._kms, name)
-
-    def pipeline(self, wanted: Any) -> list[Any]:
-        """Ask; change what came of it, if it is no check."""
-        requests = list(wanted)
-        answers = self._kms.pipeline(requests)
-        moving = requests and isinstance(requests[0], operations.ReEncrypt) and not requests[0].dry_run
-        return self._change(answers) if moving else answers
-
-
-def test_an_agent_that_cannot_now_is_asked_again_and_one_that_never_can_is_a_failure(
-    lite: Store, kms: Client, rotating: Rotating, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A record of requests that is not taken for a moment, say. Nothing waits for ever."""
-    keys = fill(lite, kms, 3)
-    rotating.rotate()
-    monkeypatch.setattr(time, "sleep", lambda _seconds: None)
-    unavailable = kms_error("ServiceUnavailableTemporary")
-    never: Any = Lying(kms, lambda answers: [unavailable for _ in answers])
-    failures: list[str] = []
-    assert rewrap(lite, never, failed=failures.append) == Outcome(3, 3, 0, 0, 3)
-    assert all("ServiceUnavailableTemporary" in why for why in failures)
-    times = iter(range(10))
-    soon: Any = Lying(kms, lambda answers: [unavailable, *answers[1:]] if next(times) < 5 else answers)
-    assert rewrap(lite, soon) == Outcome(3, 3, 3, 0, 0)
-    assert opened(lite, kms) == keys
-
-
-OTHER = "00000000-0000-0000-0000-000000000000"
-
-
-@pytest.mark.parametrize(
-    "change_of",
-    [
-        lambda answer: answer._replace(ciphertext_blob=flipped(answer.ciphertext_blob, 300)),
-        lambda answer: answer._replace(ciphertext_blob=flipped(answer.ciphertext_blob, 1_190)),
-        lambda answer: answer._replace(ciphertext_blob=answer.ciphertext_blob[:-4]),
-        lambda answer: answer._replace(ciphertext_blob=""),
-        lambda answer: answer._replace(destination_key_version_id=OTHER),
-        lambda answer: answer._replace(key_version_id=OTHER),
-        lambda answer: answer._replace(key_id=OTHER),
-        lambda answer: answer._replace(destination_key_id=OTHER),
-    ],
-)
-def test_an_answer_that_is_not_right_replaces_nothing(
-    lite: Store, kms: Client, rotating: Rotating, change_of: Callable[[Any], Any]
-) -> None:
-    """Whatever became of it on its way."""
-    fill(lite, kms, 3)
-    rotating.rotate()
-    before = list(lite)
-    lying: Any = Lying(kms, lambda answers: [answers[0], change_of(answers[1]), answers[2]])
-    failures: list[str] = []
-    assert rewrap(lite, lying, failed=failures.append) == Outcome(3, 3, 2, 0, 1)
-    assert failures[0].startswith("r1: ")
-    assert lite.get("r1") == before[1]
-
-
-def test_a_module_proves_that_no_data_key_took_anothers_place(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """Two blobs of the same key and context, exchanged on their way, both open: only who uses them sees it."""
-    keys = fill(lite, kms, 4)
-    for name in keys:
-        damage(lite, name, "encryption_context", lambda _text: "{}")
-        damage(lite, name, "ciphertext_blob", lambda _text: kms.generate_data_key(key_id="alias/a").ciphertext_blob)
-    keys = opened(lite, kms)
-    rotating.rotate()
-
-    def exchanged(answers: list[Any]) -> list[Any]:
-        first, second = answers[0].ciphertext_blob, answers[1].ciphertext_blob
-        return [
-            answers[0]._replace(ciphertext_blob=second),
-            answers[1]._replace(ciphertext_blob=first),
-            *answers[2:],
-        ]
-
-    lying: Any = Lying(kms, exchanged)
-    module = SoftwareModule.generate("RSA_2048")
-    failures: list[str] = []
-    assert rewrap(lite, lying, module=module, failed=failures.append) == Outcome(4, 4, 2, 0, 2)
-    assert all("the module cannot prove" in why for why in failures)
-    assert opened(lite, kms) == keys
-    assert rewrap(lite, kms, module=module) == Outcome(4, 2, 2, 0, 0)
-    assert opened(lite, kms) == keys
-    assert not module._keys
 
 
 def test_records_of_several_master_keys_each_go_to_their_own(lite: Store, kms: Client, rotating: Rotating) -> None:

@@ -1,9 +1,13 @@
 """Stores full of records, and what is in them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+import sqlalchemy
 
 from keyferry import Client, KmsError, operations
+from keyferry.parameters import decode_base64, encode_base64
 from keyferry.store import Record, Store
+from keyferry.store import store as store_module
 from keyferry.store.record import context_text, now
 
 
@@ -32,3 +36,18 @@ def opened(records: Iterable[Record], kms: Client) -> dict[str, str]:
         if isinstance(answer, KmsError):
             raise answer
     return {record.name: answer.plaintext for record, answer in zip(read, answers, strict=True)}
+
+
+def damage(store: Store, name: str, column: str, change_of: Callable[[str], str]) -> None:
+    """Change one column of one row, as somebody with the database's own shell would."""
+    with store._engine.begin() as connection:
+        table = store_module._records
+        (text,) = connection.execute(sqlalchemy.select(table.c[column]).where(table.c.name == name)).one()
+        connection.execute(sqlalchemy.update(table).where(table.c.name == name).values({column: change_of(text)}))
+
+
+def flipped(blob: str, bit: int) -> str:
+    """A blob with one bit changed."""
+    raw = bytearray(decode_base64(blob))
+    raw[bit // 8] ^= 1 << bit % 8
+    return encode_base64(raw)
