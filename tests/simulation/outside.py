@@ -4,43 +4,35 @@ Sockets, files and epoll are the kernel's own; time, chance, threads, the loader
 is unchanged: what is replaced are names of the standard library and of trio, and one function that starts a process.
 """
 
-import datetime as dt
 import errno
-import gc
 import io
 import os
 import signal
 import socket
 import struct
-import sys
-import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, Final
 
-import structlog
 import trio
-import trio._core._run as trio_run
 from trio._socket import _SocketType
 
 from keyferry.secret import SecretMemory, SecretMemoryError
-from keyferry_agent import answering, arrivals, startup, workers
 from keyferry_agent import run as _run  # noqa: F401 - all of the agent's modules are there
+from keyferry_agent import workers
 from keyferry_agent.agent import SLOW_JOBS
-from keyferry_agent.audit import waiting
 from keyferry_agent.crypto import selftest
-from keyferry_agent.keyring import loaded, loader
+from keyferry_agent.keyring import loaded
 from keyferry_agent.keyring.document import KeyringError
 
 from . import stock
 from .faults import DAMAGED, DIES, HANGS, NO_MEMORY, SHORT, STOPS
 from .line import Line
-from .threads import Lockstep, simulated_run_sync
-from .world import MONOTONIC, World
+from .threads import simulated_run_sync
+from .world import World
 
-__all__ = ["REAL", "SLOW", "replaced"]
+__all__ = ["REAL", "SLOW", "Outside"]
 
 SLOW: Final = "a thread at a slow job"
 """The name of a task that stands for one: it goes on to its end, although its connection may have ended."""
@@ -64,12 +56,6 @@ _WHILE_IT_HEARS: Final = 3.0
 _SMALL: Final = 4_608
 """Bytes of a small socket buffer: the least that the kernel takes."""
 _self_tested = False
-_DATED: Final = [
-    module
-    for name, module in [*sys.modules.items()]
-    if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is dt.datetime
-]
-"""The agent's modules that ask what time it is."""
 
 
 def _error(number: int) -> OSError:
@@ -395,91 +381,3 @@ class Outside:
             return []
         _self_tested = True
         return self._selftest(*arguments, **more)
-
-
-@contextmanager
-def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
-    """Have the agent live in this world. `run` stands in for `trio.run`."""
-    outside = Outside(world)
-    world.lockstep = Lockstep(world)
-    mine = threading.get_ident()
-
-    class Datetime(dt.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Any:
-            return dt.datetime.fromtimestamp(world.wall, tz)
-
-    def method(function: Callable[..., Any]) -> Any:
-        # A function, which becomes a method of the class that it is put into; what is bound already would not.
-        def call(itself: Any, *arguments: Any, **more: Any) -> Any:
-            return function(itself, *arguments, **more)
-
-        return call
-
-    names: list[tuple[Any, str, Any]] = [
-        *((os, name, getattr(outside, name)) for name in _OS),
-        (io, "open", outside.io_open),
-        (socket, "send_fds", outside.send_fds),
-        (_SocketType, "_nonblocking_helper", method(outside.helper)),
-        (_SocketType, "getsockopt", method(outside.getsockopt)),
-        (_SocketType, "close", method(outside.close_socket)),
-        (_SocketType, "shutdown", method(outside.shutdown)),
-        (trio.socket, "socketpair", outside.socketpair),
-        (trio.to_thread, "run_sync", outside.run_sync),
-        (workers.Workers, "submit", method(outside.submit)),
-        (answering, "new_request_id", answering._request_ids().__next__),
-        (arrivals, "_AWAKE", 0.0),
-        (arrivals, "_MOMENT", 0.0),
-        (trio, "run", run),
-        (time, "monotonic", lambda: MONOTONIC + world.now if threading.get_ident() == mine else REAL.monotonic()),
-        (time, "time", lambda: world.wall),
-        (waiting, "threading", world.lockstep),
-        (waiting, "Bell", world.lockstep.bell),
-        (loader, "load", outside.load),
-        (selftest, "run", outside.self_test),
-        (startup, "harden", lambda **_: []),
-        (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
-        (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
-        *((module, "datetime", Datetime) for module in _DATED),
-    ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
-    logging = structlog.get_config()["processors"]
-    processors = [*logging]
-    state = trio_run._r.getstate()
-    trio_run._r.seed(f"{world.seed}: who goes first")
-    logging[:] = [lambda logger, name, event: world.logs(logger, name, event, structlog.DropEvent())]
-    # A signal in the agent's last moment, when it takes none any more, is not to end this process.
-    handlers = {number: signal.signal(number, _nobody) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    for owner, name, value in names:
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for owner, name, value in reversed(before):
-            setattr(owner, name, value)
-        logging[:] = processors
-        trio_run._r.setstate(state)
-        world.lockstep.end()
-        for number, handler in handlers.items():
-            if signal.signal(number, handler) is not _nobody:
-                world.violate(f"{number.name} is still taken")
-
-
-def _nobody(_number: int, _frame: object) -> None:
-    """Take a signal, and do nothing."""
-
-
-_OS: Final = (
-    "open",
-    "close",
-    "read",
-    "write",
-    "pread",
-    "ftruncate",
-    "fstat",
-    "stat",
-    "lstat",
-    "unlink",
-    "chmod",
-    "urandom",
-)

@@ -21,7 +21,8 @@ from keyferry_agent.options import Options, StartError
 
 from . import checks, operator
 from .clients import Client
-from .outside import SLOW, replaced
+from .outside import SLOW
+from .replaced import replaced
 from .world import World
 
 __all__ = ["Result", "simulate"]
