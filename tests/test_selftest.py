@@ -1,0 +1,100 @@
+"""What the agent computes before it serves, and libcryptos that are not what it needs."""
+
+from typing import Any
+
+import pytest
+from support.keys import recipient
+
+from keyferry import libcrypto
+from keyferry.secret import SecretMemory
+from keyferry.sm2_ciphertext import raw_to_der
+from keyferry_agent.crypto import selftest, wrapping
+
+
+def test_the_self_test_passes_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With libcrypto's SM2, with the fallback, and with neither."""
+    scratch = SecretMemory(8192, require=False)
+    if libcrypto.has_sm2():
+        assert selftest.run(scratch, sm2_fallback=False) == []
+    monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
+    assert selftest.run(scratch, sm2_fallback=True) == []
+    assert "without SM2" in selftest.run(scratch, sm2_fallback=False)[0]
+
+
+@pytest.mark.parametrize("key_spec", ["Aliyun_AES_256", "Aliyun_SM4"])
+def test_a_wrong_answer_stops_the_start(monkeypatch: pytest.MonkeyPatch, key_spec: str) -> None:
+    """One bit is enough, for each algorithm."""
+    scratch = SecretMemory(8192, require=False)
+    good = selftest._SEALED[key_spec]
+    monkeypatch.setitem(selftest._SEALED, key_spec, good[:-1] + ("0" if good[-1] != "0" else "1"))
+    with pytest.raises(selftest.SelfTestError, match=key_spec):
+        selftest.run(scratch, sm2_fallback=False)
+
+
+@pytest.mark.parametrize("with_libcrypto", [True, False])
+@pytest.mark.parametrize("change", [{"_SM2_MESSAGE": b"something else"}, {"_SM2_D": "11" * 32}])
+def test_a_wrong_sm2_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], *, with_libcrypto: bool
+) -> None:
+    """In libcrypto and in the fallback."""
+    if with_libcrypto and not libcrypto.has_sm2():
+        pytest.skip("needs libcrypto with SM2 (Debian package libssl3)")
+    for name, value in change.items():
+        monkeypatch.setattr(selftest, name, value)
+    monkeypatch.setattr(libcrypto, "has_sm2", lambda: with_libcrypto)
+    with pytest.raises(selftest.SelfTestError, match="SM2PKE"):
+        selftest.run(SecretMemory(8192, require=False), sm2_fallback=True)
+
+
+def test_where_libcrypto_has_no_sm2_the_fallback_wraps_and_without_it_sm2_is_unsupported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Opt-in by sm2_fallback; what it makes, libcrypto opens."""
+    to = recipient("SM2PKE")
+    way = wrapping.find("EC_SM2", "SM2PKE")
+    assert way is not None
+    monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
+    wrapping.recipient.cache_clear()
+    with pytest.raises(wrapping.WrappingError, match="without SM2"):
+        wrapping.recipient(way, to.der, sm2_fallback=False)
+    wrapped = wrapping.recipient(way, to.der, sm2_fallback=True).wrap(memoryview(bytearray(b"k" * 32)))
+    wrapping.recipient.cache_clear()
+    opened = bytearray(64)
+    assert to.private.decrypt_into(bytearray(raw_to_der(wrapped)), opened) == 32
+    assert opened[:32] == b"k" * 32
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [(("libno-such.so",), "no libcrypto"), (("libc.so.6",), "older than OpenSSL 3.0")],
+)
+def test_a_system_without_openssl_3_is_said_to_be_one(
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], why: str
+) -> None:
+    """With the package that brings it."""
+    monkeypatch.setattr(libcrypto, "_NAMES", names)
+    with pytest.raises(libcrypto.LibcryptoError, match=why):
+        libcrypto.load.__wrapped__()
+    assert libcrypto.version().startswith("OpenSSL")
+
+
+def test_libcrypto_refuses_what_it_cannot_do() -> None:
+    """And never takes an empty buffer for a success."""
+    key = libcrypto.public_key(recipient("RSAES_OAEP_SHA_256").der)
+    for data, options in (
+        (bytearray(), ()),
+        (bytearray(1), ((b"rsa_padding_mode", b"none"),)),
+        (bytearray(1), ((b"x", b"y"),)),
+    ):
+        with pytest.raises(libcrypto.LibcryptoError):
+            key.encrypt(data, options)
+    for out in (bytearray(), bytearray(256)):
+        with pytest.raises(libcrypto.LibcryptoError):
+            key.decrypt_into(bytearray(256), out)
+    with pytest.raises(libcrypto.LibcryptoError, match="no private half"):
+        key.private_der()
+    for load in (libcrypto.public_key, libcrypto.private_key):
+        for der in (b"", b"nonsense"):
+            with pytest.raises(libcrypto.LibcryptoError, match="key"):
+                load(bytearray(der))  # type: ignore[arg-type]
+    assert repr(key) == "Key(...)"
