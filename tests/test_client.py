@@ -222,6 +222,29 @@ def test_an_agent_that_does_not_answer_in_time_is_unavailable(agent: RunningAgen
         late.get_agent_status()
 
 
+def test_signals_make_no_timeout_longer(socket_path: Path) -> None:
+    """However many: each interrupts the wait, and none begins it anew."""
+    signals: list[int] = []
+
+    def counted(number: int, _frame: object) -> None:
+        signals.append(number)
+        if len(signals) == 300:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    before = signal.signal(signal.SIGALRM, counted)
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(str(socket_path))
+        deaf.listen()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+            with Client(socket_path, timeout=0.2) as kms, pytest.raises(AgentUnavailable, match="within"):
+                kms.get_agent_status()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert 0 < len(signals) < 300
+
+
 def test_fresh_connections_that_break_are_tried_again_a_few_times(socket_path: Path) -> None:
     """One can meet an agent that goes, another its crash; more of them are a fault."""
     with client_of(socket_path, *[says(b"")] * LOST_MOST) as client, pytest.raises(AgentUnavailable):

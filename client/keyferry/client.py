@@ -13,7 +13,6 @@ import math
 import os
 import select
 import socket as sockets
-import struct
 import threading
 import time
 import weakref
@@ -59,7 +58,6 @@ class Client(Operations, Blocking):
     def __init__(self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
         self._path = os.fspath(socket) if socket is not None else default_socket()
         self._timeout = seconds(timeout)
-        self._patience = self._timeout / 2  # so long the socket itself waits, as long as there is more left
         self._connection: sockets.socket | None = None
         self._forget()
         _clients.add(self)
@@ -152,7 +150,8 @@ class Client(Operations, Blocking):
             self._send(connection, chunk.data, deadline)
         for pending in asked:
             while pending.response is None:
-                self._await(connection, deadline)
+                self._wait(deadline)
+                self._receive(connection, deadline)
 
     def _send(self, connection: sockets.socket, data: bytearray, deadline: "_Deadline") -> None:
         """Send it all, and read meanwhile: the agent, too, stops reading while its answers are not taken."""
@@ -163,22 +162,12 @@ class Client(Operations, Blocking):
         self._poll.modify(connection, select.POLLIN | select.POLLOUT)
         while rest:
             if self._wait(deadline) & ~select.POLLOUT:
-                self._take(connection.recv(RECEIVE, sockets.MSG_DONTWAIT), deadline)
+                self._receive(connection, deadline)
             rest = rest[_send_some(connection, rest) :]
         self._poll.modify(connection, select.POLLIN)
 
-    def _await(self, connection: sockets.socket, deadline: "_Deadline") -> None:
-        """Wait for answers, and take them."""
-        if deadline.left() > self._patience:
-            try:  # a read that waits takes a tenth off a call, beside waiting for what is to be read
-                self._take(connection.recv(RECEIVE), deadline)
-                return
-            except BlockingIOError:
-                pass  # its patience is over; the deadline is further away
-        self._wait(deadline)
-        self._take(connection.recv(RECEIVE, sockets.MSG_DONTWAIT), deadline)
-
-    def _take(self, received: bytes, deadline: "_Deadline") -> None:
+    def _receive(self, connection: sockets.socket, deadline: "_Deadline") -> None:
+        received = connection.recv(RECEIVE)
         if not received:
             raise ConnectionResetError("the agent closed the connection without an answer")
         if self._under_way.receive(received):
@@ -201,9 +190,6 @@ class Client(Operations, Blocking):
                     break
                 except BlockingIOError:  # the agent's queue of connections is full for now
                     time.sleep(min(CONNECT_STEP, deadline.left()))
-            patience = min(max(self._patience, 1e-6), _LONGEST_POLL)
-            connection.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVTIMEO, _timeval(patience))
-            connection.setblocking(True)
         except BaseException:
             connection.close()
             raise
@@ -222,13 +208,9 @@ class Client(Operations, Blocking):
 
 def _send_some(connection: sockets.socket, data: bytearray | memoryview) -> int:
     try:
-        return connection.send(data, sockets.MSG_DONTWAIT)
+        return connection.send(data)
     except BlockingIOError:
         return 0
-
-
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1_000_000))
 
 
 class _Deadline:
