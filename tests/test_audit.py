@@ -5,6 +5,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -249,6 +250,19 @@ def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(recor
         assert time.monotonic() < deadline
     assert [json.loads(line)["request_id"] for line in record.read_text().splitlines()] == ["late", "id"]
     assert chain.verify([record]).lines == 2
+
+
+def test_a_signal_does_not_end_the_records_thread(record: Path) -> None:
+    """The kernel gives a signal of the process to any thread."""
+    before = signal.signal(signal.SIGHUP, lambda _number, _frame: None)
+    try:
+        audit = AuditLog(Audit(str(record)))
+        for number in range(20):
+            signal.pthread_kill(audit._hand.thread.ident or 0, signal.SIGHUP)
+            assert audit.record(PEER, [(Audited(f"{number}", 0.0), "OK")]) == (1, None)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert chain.verify([record]).lines == 20
 
 
 def test_a_reader_of_standard_error_that_stops_stops_nobody_else(keyring: Path, socket_path: Path) -> None:

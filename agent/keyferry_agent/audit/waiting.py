@@ -38,8 +38,12 @@ class Bell:
         """Wait for it, for so many seconds at most; False when it was not rung."""
         if seconds is not None and not self._poll.poll(max(0, math.ceil(seconds * 1_000))):
             return False
-        os.eventfd_read(self._event)
-        return True
+        while True:  # a signal, which any thread may get, interrupts this call, and Python does not repeat it
+            try:
+                os.eventfd_read(self._event)
+                return True
+            except InterruptedError:
+                continue
 
 
 class Hand:
@@ -58,7 +62,8 @@ class Hand:
         self._asked_at = 0.0
         self._took = 0.0
         # A daemon: an agent ends, even if its disk does not answer any more.
-        threading.Thread(target=self._work, name="keyferry-audit", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name="keyferry-audit", daemon=True)
+        self.thread.start()
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """What `function` gives, or raises; OSError (ETIMEDOUT) if it is not done in time, or something before it is not."""
