@@ -18,7 +18,7 @@ import trio.testing
 
 from keyferry import wire
 from keyferry.errors import KmsError
-from keyferry_agent import handlers
+from keyferry_agent import handlers, reloading
 from keyferry_agent.agent import Agent
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.connection import Connection, Shared
@@ -327,6 +327,55 @@ async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
     assert failures == ["no descriptor", "no memory"]
     waited = [after - before for before, after in pairwise(tried)]
     assert all(expected <= wait < expected + 2 for expected, wait in zip((5, 10, 20, 40), waited, strict=True))
+
+
+async def test_nothing_is_tried_again_while_a_file_is_being_written(
+    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """Half of a configuration may be a whole one, with fewer grants."""
+    tried: list[float] = []
+    path = Path("agent.toml")
+    real = Options.settings
+
+    def settings(options: Options) -> Settings:
+        tried.append(trio.from_thread.run_sync(trio.current_time))
+        if len(tried) == 1:
+            raise OSError("broken")
+        return real(options)
+
+    def look(_paths: object) -> dict[Path, tuple[int, ...] | None]:
+        now = trio.from_thread.run_sync(trio.current_time)
+        return {path: (int(now * 1_000) if tried and now < tried[0] + 20 else 0,)}
+
+    monkeypatch.setattr(Options, "settings", settings)
+    monkeypatch.setattr(reloading, "look", look)
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    reloader = Reloader(options, agent, audit, {path: (0,)}, Host(), None)
+    adopted = trio.Event()
+    monkeypatch.setattr(agent, "adopt", lambda *_: adopted.set())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reloader.run)
+        reloader.ask()
+        await adopted.wait()
+        nursery.cancel_scope.cancel()
+    assert tried[1] - tried[0] >= 20
+
+
+async def test_whoever_connects_is_seen_by_who_is_served(agent: Agent, audit: AuditLog, socket_path: Path) -> None:
+    """Before the event loop has its turn, and accepts it; afterwards it is a connection, until it ends."""
+    async with served(agent, audit, socket_path) as server:
+        await trio.testing.wait_all_tasks_blocked()
+        arrivals = server._arrivals
+        assert not arrivals.others_wait(-1)
+        with socket.socket(socket.AF_UNIX) as connecting:
+            connecting.connect(str(socket_path))
+            assert arrivals.others_wait(-1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not arrivals.others_wait(-1)
+            connecting.send(b"\x93")
+            assert arrivals.others_wait(-1)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not arrivals.others_wait(-1)
 
 
 def test_the_rate_is_per_user_and_comes_back() -> None:

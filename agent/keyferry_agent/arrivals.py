@@ -8,6 +8,7 @@ import math
 import os
 import select
 import time
+from contextlib import suppress
 from typing import Final
 
 __all__ = ["Arrivals"]
@@ -28,7 +29,7 @@ _CROWD: Final = 0.02
 
 
 class Arrivals:
-    """All connections' sockets, as one descriptor."""
+    """All connections' sockets, and those that are listened on, as one descriptor."""
 
     def __init__(self) -> None:
         """Raises OSError where there is no descriptor left."""
@@ -37,9 +38,14 @@ class Arrivals:
         self._skipped = 0
         self._crowd_at = -math.inf
 
-    def add(self, connection: int) -> None:
-        """Look at a connection, by its descriptor, until it is closed. Raises OSError."""
-        self._poll.register(connection, select.EPOLLIN)
+    def add(self, number: int) -> None:
+        """Look at a socket, by its descriptor's number. Raises OSError."""
+        self._poll.register(number, select.EPOLLIN)
+
+    def forget(self, number: int) -> None:
+        """Look at it no more. Before it is closed: who has inherited it keeps it here, by a number that is another's then."""
+        with suppress(OSError):  # it was not there
+            self._poll.unregister(number)
 
     def close(self) -> None:
         """Look at nothing any more."""

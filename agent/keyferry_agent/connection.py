@@ -82,14 +82,19 @@ class Connection:
 
     async def run(self) -> None:
         """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
-        if self._shared.arrivals is not None:
+        arrivals, number = self._shared.arrivals, self._number()
+        if arrivals is not None:
             with suppress(OSError):  # no memory for it: then nobody waits for this one
-                self._shared.arrivals.add(self._number())
-        async with trio.open_nursery() as watching:
-            if self._process is not None:
-                watching.start_soon(self._until_process_ends, self._process, watching.cancel_scope)
-            await self._serve()
-            watching.cancel_scope.cancel()
+                arrivals.add(number)
+        try:
+            async with trio.open_nursery() as watching:
+                if self._process is not None:
+                    watching.start_soon(self._until_process_ends, self._process, watching.cancel_scope)
+                await self._serve()
+                watching.cancel_scope.cancel()
+        finally:
+            if arrivals is not None and self._number() == number:
+                arrivals.forget(number)
 
     async def _until_process_ends(self, process: Process, everything: trio.CancelScope) -> None:
         # Who has the other end now, a child that it was handed to say, is nobody that was asked who it is.
@@ -233,9 +238,7 @@ class Connection:
     async def _look_around(self) -> None:
         """Let all other tasks have their turn; not yet, where none has anything to do that can be seen from here."""
         arrivals = self._shared.arrivals
-        alone = self._agent.counters.connections == 1 or (
-            arrivals is not None and not arrivals.others_wait(self._number())
-        )
+        alone = arrivals is not None and not arrivals.others_wait(self._number())
         if not alone or self._shared.workers.busy or time.monotonic() - self._looked_around > _ALONE:
             await self._give_way()
 

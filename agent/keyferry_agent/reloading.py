@@ -97,7 +97,7 @@ class Reloader:
                 self._failure, self._retry_after = None, _RETRY_FIRST
                 await self._reload(now)
                 now = self._seen
-            elif trio.current_time() >= self._retry_at:
+            elif now == before and trio.current_time() >= self._retry_at:
                 await self._reload(now)
                 now = self._seen
             before = now

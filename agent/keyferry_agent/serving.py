@@ -101,29 +101,38 @@ class Server:
             scope.cancel()
 
     async def _accept(self, name: str, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        number = listener.socket.fileno()
         async with listener:
-            while True:
-                try:
-                    stream = await listener.accept()
-                except OSError as error:  # out of descriptors or memory: wait for some to come back, and say so
-                    log.error("accept.failed", listener=name, error=error.strerror)
-                    if error.errno in _NO_DESCRIPTORS:
-                        await self._refuse_with_the_reserve(listener)
-                    await trio.sleep(0.1)
-                    continue
-                try:
-                    peer, process = evidence(stream.socket, name)
-                except ProcessLookupError:
-                    log.info("connection.process_ended", listener=name)
-                    stream.socket.close()
-                    continue
-                except OSError as error:
-                    log.error("accept.failed", listener=name, error=error.strerror)
-                    if error.errno in _NO_DESCRIPTORS:
-                        await _refuse_for_descriptors(stream)
-                    stream.socket.close()
-                    continue
-                connections.start_soon(self._connection, stream, peer, process)
+            with suppress(OSError):  # no memory for it: then who connects waits a little longer
+                self._arrivals.add(number)
+            try:
+                await self._accept_all(name, listener, connections)
+            finally:
+                self._arrivals.forget(number)
+
+    async def _accept_all(self, name: str, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:  # out of descriptors or memory: wait for some to come back, and say so
+                log.error("accept.failed", listener=name, error=error.strerror)
+                if error.errno in _NO_DESCRIPTORS:
+                    await self._refuse_with_the_reserve(listener)
+                await trio.sleep(0.1)
+                continue
+            try:
+                peer, process = evidence(stream.socket, name)
+            except ProcessLookupError:
+                log.info("connection.process_ended", listener=name)
+                stream.socket.close()
+                continue
+            except OSError as error:
+                log.error("accept.failed", listener=name, error=error.strerror)
+                if error.errno in _NO_DESCRIPTORS:
+                    await _refuse_for_descriptors(stream)
+                stream.socket.close()
+                continue
+            connections.start_soon(self._connection, stream, peer, process)
 
     async def _refuse_with_the_reserve(self, listener: trio.SocketListener) -> None:
         """Take one connection with a descriptor that was kept for it, say why, and close it."""
