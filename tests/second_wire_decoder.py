@@ -30,9 +30,9 @@ class _Reader:
 
     def value(self, deep: int = 0, *, key: bool = False) -> Any:
         first = self._take(1)[0]
-        kind, size = self._head(first)
-        if key and kind != "str":
+        if key and first not in SHORT["str"] and first not in LENGTHS["str"]:  # before its length is asked for
             raise Refused("a key that is no string")
+        kind, size = self._head(first)
         if kind == "number":
             return size
         if kind == "constant":
