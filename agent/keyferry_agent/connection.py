@@ -206,9 +206,8 @@ class Connection:
         decided: list[Decided | Begun] = []
         asked.reverse()
         while asked:
-            outcome = self._answering.decide(
-                asked.pop()
-            )  # what a request holds is kept no longer, whoever waits for what
+            # Taken out: what a request holds is kept no longer than the request, whoever waits for what.
+            outcome = self._answering.decide(asked.pop())
             full = isinstance(outcome, SlowJob) and self._slots.value == 0
             if not isinstance(outcome, SlowJob):
                 decided.append(outcome)
@@ -244,10 +243,8 @@ class Connection:
 
     async def _give_way(self) -> None:
         """Let all other tasks have their turn, and whoever has sent something."""
-        await trio.lowlevel.checkpoint()
-        await (
-            trio.lowlevel.checkpoint()
-        )  # the first only woke them, perhaps; and in what order those that are awake go is chance
+        for _ in range(2):  # the first time may only wake them; and of those that are awake, chance says who goes first
+            await trio.lowlevel.checkpoint()
         self._looked_around = time.monotonic()
 
     def _others_wait(self, first: Decided | Begun) -> bool:
