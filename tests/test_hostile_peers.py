@@ -152,7 +152,7 @@ def test_a_slow_request_waits_for_a_few_of_another_users_and_not_for_all(tmp_pat
         assert quick.result is not None
         assert late.result is not None
         between = siege.record.read_text().split(quick.result["RequestId"])[1].split(late.result["RequestId"])[0]
-        assert between.count(f'"uid": {other},') < 240  # of 480 that wait; a turn of the event loop answers many
+        assert between.count(f'"uid": {other},') < 64  # of 480 that wait
 
 
 def test_connections_that_are_closed_before_they_are_accepted_are_none(siege: Siege) -> None:

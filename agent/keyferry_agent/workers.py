@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import trio
 
@@ -17,6 +17,9 @@ __all__ = ["Workers"]
 
 _Job: TypeAlias = tuple[Callable[[], Any], "_Done", trio.lowlevel.TrioToken]
 _Done: TypeAlias = Callable[[Any, Exception | None], None]
+
+_HANDED: Final = 4
+"""Jobs in the hands of each thread, the one that it does included."""
 
 
 class Workers:
@@ -27,11 +30,10 @@ class Workers:
         """Jobs that were taken and have not come back."""
         self._most = most
         self._threads = 0
-        self._turns = threading.Lock()
         self._waiting: dict[Hashable, deque[_Job]] = {}
         """By whose they are; whose turn is next is first."""
-        self._wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
-        """An item for each job: what threads wait for."""
+        self._handed = 0
+        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._announced = False
         self._results: deque[tuple[_Done, Any, Exception | None]] = deque()
 
@@ -49,25 +51,24 @@ class Workers:
                 if not self._threads:
                     raise
         self.busy += 1
-        with self._turns:
-            self._waiting.setdefault(user, deque()).append((job, done, trio.lowlevel.current_trio_token()))
-        self._wanted.put(None)
+        self._waiting.setdefault(user, deque()).append((job, done, trio.lowlevel.current_trio_token()))
+        self._hand_over()
 
-    def _next(self) -> _Job:
-        """The job of whoever's turn it is. Threads take it themselves: none stands still until the event loop has time."""
-        self._wanted.get()
-        with self._turns:
+    def _hand_over(self) -> None:
+        # So many that no thread waits for the event loop; and no more, since what is handed over cannot be overtaken any more,
+        # and the event loop answers all that is done before it does anything else.
+        while self._waiting and self._handed < _HANDED * self._most:
             user = next(iter(self._waiting))
             jobs = self._waiting.pop(user)
-            job = jobs.popleft()
+            self._handed += 1
+            self._jobs.put(jobs.popleft())
             if jobs:
                 self._waiting[user] = jobs  # behind all others
-        return job
 
     def _work(self) -> None:
         with suppress(trio.RunFinishedError):
             while True:
-                job, done, token = self._next()
+                job, done, token = self._jobs.get()
                 try:
                     self._results.append((done, job(), None))
                 except Exception as error:
@@ -82,4 +83,6 @@ class Workers:
         while self._results:
             done, result, error = self._results.popleft()
             self.busy -= 1
+            self._handed -= 1
             done(result, error)
+        self._hand_over()
