@@ -68,15 +68,19 @@ def app(softhsm: list[RealToken]) -> RealToken:
     return softhsm[0]
 
 
+@pytest.fixture(scope="session")
+def softokn(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
+    """The token of one NSS database: once it is initialised, the library stays with it, whatever tests come in between."""
+    return tokens.softokn(tmp_path_factory.mktemp("nss"))
+
+
 @pytest.fixture(
     scope="session",
     params=[pytest.param(name, marks=requires.program(*tokens.PROGRAMS[name])) for name in tokens.PROGRAMS],
 )
-def token(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RealToken:
+def token(request: pytest.FixtureRequest) -> RealToken:
     """A PKCS#11 token of each kind."""
-    if request.param == "softokn":
-        return tokens.softokn(tmp_path_factory.mktemp("nss"))
-    token: RealToken = request.getfixturevalue("app")
+    token: RealToken = request.getfixturevalue("softokn" if request.param == "softokn" else "app")
     return token
 
 
