@@ -17,7 +17,7 @@ from support.scripted import Part, answers, says, scripted
 
 from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, Throttled, operations, wire
 from keyferry.aio import Client
-from keyferry.exchange import LOST_MOST, Call, Pending
+from keyferry.exchange import LOST_MOST, Asked, Call
 from keyferry.parameters import decode_base64, encode_base64
 
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -242,7 +242,7 @@ def test_a_call_that_is_cut_off_while_it_is_sent_costs_nobody_else_an_answer(soc
                 with anyio.CancelScope() as scope:
                     async with anyio.create_task_group() as doomed:
                         # More than a socket takes while nobody reads: it is cut off in the middle.
-                        wanted = [Pending(Call("Big", {"Value": "x" * 60_000})) for _ in range(40)]
+                        wanted = [Asked.of(Call("Big", {"Value": "x" * 60_000})) for _ in range(40)]
                         connection = await kms._connected()
                         chunks = connection.exchange.chunks(wanted)
 

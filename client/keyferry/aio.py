@@ -23,6 +23,7 @@ from .exchange import (
     CONNECT_STEP,
     LOST_MOST,
     RECEIVE,
+    Asked,
     Call,
     Chunk,
     Exchange,
@@ -83,24 +84,24 @@ class Client(Operations, Awaiting):
 
     async def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
         """Send many requests at once and give what came of each, as `keyferry.Client.pipeline` does."""
-        asked = [Pending(call) for call in calls(wanted)]
+        asked = [Asked.of(call) for call in calls(wanted)]
         if asked:
             await self._exchange(asked)
-        return [pending.outcome() for pending in asked]
+        return [each.outcome() for each in asked]
 
     async def _operate(self, operation: Operation[..., R], request: Any) -> R:
         result: R = await self._one(Call.of(operation, request))
         return result
 
     async def _one(self, call: Call) -> Any:
-        pending = Pending(call)
-        await self._exchange([pending])
-        outcome = pending.outcome()
+        asked = Asked.of(call)
+        await self._exchange([asked])
+        outcome = asked.outcome()
         if isinstance(outcome, KmsError):
             raise outcome
         return outcome
 
-    async def _exchange(self, asked: Sequence[Pending]) -> None:
+    async def _exchange(self, asked: Sequence[Asked]) -> None:
         """Have everything answered, on as many connections as it takes."""
         lost = done = 0
         try:
@@ -122,12 +123,12 @@ class Client(Operations, Awaiting):
             raise AgentUnavailable(why_unreachable(self._path, error)) from error
         raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s")
 
-    async def _go(self, connection: "_Connection", asked: Sequence[Pending], patience: anyio.CancelScope) -> None:
+    async def _go(self, connection: "_Connection", asked: Sequence[Asked], patience: anyio.CancelScope) -> None:
         """Ask what is not answered yet, on one connection."""
         for chunk in connection.exchange.chunks(asked):
             await connection.send(chunk)
             self._extend(patience)
-        for pending in asked:
+        for _, pending in asked:
             await connection.answer(pending)
             self._extend(patience)
 

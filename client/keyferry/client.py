@@ -25,9 +25,9 @@ from .exchange import (
     CONNECT_STEP,
     LOST_MOST,
     RECEIVE,
+    Asked,
     Call,
     Exchange,
-    Pending,
     answered,
     calls,
     default_socket,
@@ -88,24 +88,24 @@ class Client(Operations, Blocking):
         one that its method gives; or a pair, an operation's name and its parameters by the API's own names, as `call` takes
         them. Raises what calls raise, but for refusals, and TypeError for what is no request.
         """
-        asked = [Pending(call) for call in calls(wanted)]
+        asked = [Asked.of(call) for call in calls(wanted)]
         if asked:
             self._exchange(asked)
-        return [pending.outcome() for pending in asked]
+        return [each.outcome() for each in asked]
 
     def _operate(self, operation: Operation[..., R], request: Any) -> R:
         result: R = self._one(Call.of(operation, request))
         return result
 
     def _one(self, call: Call) -> Any:
-        pending = Pending(call)
-        self._exchange([pending])
-        outcome = pending.outcome()
+        asked = Asked.of(call)
+        self._exchange([asked])
+        outcome = asked.outcome()
         if isinstance(outcome, KmsError):
             raise outcome
         return outcome
 
-    def _exchange(self, asked: Sequence[Pending]) -> None:
+    def _exchange(self, asked: Sequence[Asked]) -> None:
         """Have everything answered, on as many connections as it takes."""
         deadline = _Deadline(self._timeout)
         lock = self._lock  # this one: a fork in a signal handler, in the middle of a call, gives the child another
@@ -138,17 +138,16 @@ class Client(Operations, Blocking):
         finally:
             lock.release()
 
-    def _go(self, asked: Sequence[Pending], deadline: "_Deadline") -> None:
+    def _go(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
         """Ask what is not answered yet, on one connection."""
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect(deadline)
-            self._under_way = Exchange()
             self._poll = select.poll()
             self._poll.register(connection, select.POLLIN)
         for chunk in self._under_way.chunks(asked):
             self._send(connection, chunk.data, deadline)
-        for pending in asked:
+        for _, pending in asked:
             while pending.response is None:
                 self._wait(deadline)
                 self._receive(connection, deadline)
@@ -198,7 +197,7 @@ class Client(Operations, Blocking):
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+            self._connection, self._under_way = None, Exchange()  # half an answer in it may be a plaintext
 
     def _forget(self) -> None:
         """Start without a connection: in a new client, and in a child after fork, where the parent owns the old one."""

@@ -15,6 +15,7 @@ __all__ = [
     "DEFAULT_SOCKET",
     "LOST_MOST",
     "RECEIVE",
+    "Asked",
     "Call",
     "Chunk",
     "Exchange",
@@ -116,18 +117,32 @@ def calls(wanted: Iterable[Any]) -> list[Call]:
 
 
 class Pending:
-    """A call under way. `response` is None until it is answered, or an error if it could not be sent at all."""
+    """A request under way. `response` is None until it is answered, or an error if it could not be sent at all.
 
-    __slots__ = ("call", "msgid", "response")
+    Without what was asked: a connection keeps it until the answer comes, also when nobody waits for that any more.
+    """
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    __slots__ = ("msgid", "response")
+
+    def __init__(self) -> None:
         self.msgid = 0
         self.response: wire.Response | KmsError | None = None
 
+
+class Asked(NamedTuple):
+    """A call, and what is under way for it."""
+
+    call: Call
+    pending: Pending
+
+    @classmethod
+    def of(cls, call: Call) -> "Asked":
+        """A call that is to be asked."""
+        return cls(call, Pending())
+
     def outcome(self) -> Any:
         """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
-        call, response = self.call, self.response
+        call, response = self.call, self.pending.response
         assert response is not None
         if isinstance(response, KmsError):
             return response
@@ -144,9 +159,9 @@ class Pending:
             raise ProtocolError(f"the answer to {call.name} is not what it should be: {error}") from None
 
 
-def answered(asked: Iterable[Pending]) -> int:
+def answered(asked: Iterable[Asked]) -> int:
     """How many of these are answered."""
-    return sum(pending.response is not None for pending in asked)
+    return sum(pending.response is not None for _, pending in asked)
 
 
 class Chunk(NamedTuple):
@@ -164,13 +179,13 @@ class Exchange:
         self._msgid = 0
         self._waiting: dict[int, Pending] = {}
 
-    def ask(self, pending: Pending) -> bytes:
+    def ask(self, asked: Asked) -> bytes:
         """Give the bytes of a request; none for one that no agent could read, which has its refusal then.
 
         A request that breaks the protocol would break the connection, and with it the calls of others.
         """
+        call, pending = asked
         self._msgid = pending.msgid = (self._msgid + 1) & wire.MAX_MSGID
-        call = pending.call
         try:
             wire.check_sendable(call.params)
             request = wire.encode_request(pending.msgid, call.name, call.params)
@@ -180,18 +195,18 @@ class Exchange:
         self._waiting[pending.msgid] = pending
         return request
 
-    def chunks(self, asked: Iterable[Pending]) -> Iterator[Chunk]:
+    def chunks(self, asked: Iterable[Asked]) -> Iterator[Chunk]:
         """Give the requests that are not answered yet, a chunk at a time."""
         chunk = Chunk(bytearray(), [])
-        for pending in asked:
-            if pending.response is not None:
+        for each in asked:
+            if each.pending.response is not None:
                 continue
-            request = self.ask(pending)
+            request = self.ask(each)
             if chunk.data and len(chunk.data) + len(request) > _CHUNK:
                 yield chunk
                 chunk = Chunk(bytearray(), [])
             chunk.data.extend(request)
-            chunk.requests.append(pending)
+            chunk.requests.append(each.pending)
         if chunk.requests:
             yield chunk
 

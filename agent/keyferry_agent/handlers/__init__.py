@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
 from keyferry import operations
+from keyferry.declaration import Operation
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import DRY_RUN
 
@@ -48,9 +49,15 @@ def prepare(agent: Agent, caller: Caller, method: str, params: Mapping[str, Any]
     if operation is None:
         raise kms_error("InvalidAction.NotFound")
     if not operation.dry_run or not _asks_for_dry_run(params):
-        return HANDLERS[method](Request(agent, caller, operation.action, operation.check(params), audited))
-    job = _dry(lambda: HANDLERS[method](Request(agent, caller, operation.action, operation.check(params), audited)))
+        return _decide(agent, caller, operation, params, audited)
+    job = _dry(lambda: _decide(agent, caller, operation, params, audited))
     return Job(lambda: _dry(job.run), job.slow)
+
+
+def _decide(
+    agent: Agent, caller: Caller, operation: Operation[..., Any], params: Mapping[str, Any], audited: Audited
+) -> Job:
+    return HANDLERS[operation.name](Request(agent, caller, operation.action, operation.check(params), audited))
 
 
 # What DryRun makes of a refusal; other failures keep their own code.

@@ -3,7 +3,7 @@
 from typing import Any
 
 from keyferry.errors import KmsError, ProtocolError
-from keyferry.exchange import Call, Exchange, Pending
+from keyferry.exchange import Asked, Call, Exchange, Pending
 from keyferry.operations import OPERATIONS
 
 from ..frugal import frugal
@@ -18,21 +18,23 @@ def answers(data: bytes) -> None:
 
 def _received(data: bytes) -> None:
     exchange = Exchange()
+    calls: dict[Pending, Asked] = {}
     for call in CALLS:
-        exchange.ask(Pending(call))
+        exchange.ask(asked := Asked.of(call))
+        calls[asked.pending] = asked
     try:
         answered = exchange.receive(data)
     except (ProtocolError, KmsError) as error:
         assert str(error)
         return
     for pending in answered:
-        _taken(pending, pending.response)
+        _taken(calls[pending], pending.response)
 
 
-def _taken(pending: Pending, response: Any) -> None:
-    call = pending.call
+def _taken(asked: Asked, response: Any) -> None:
+    call = asked.call
     try:
-        outcome = pending.outcome()
+        outcome = asked.outcome()
     except ProtocolError as error:
         assert str(error)
         return
