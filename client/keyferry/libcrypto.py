@@ -130,10 +130,7 @@ class Key:
         contexts = self._contexts.setdefault(("encrypt", options), [])
 
         def encrypt(plaintext: Buffer) -> bytes:
-            try:
-                context = contexts.pop()
-            except IndexError:
-                context = self._set_up("encrypt", options)
+            context = self._context("encrypt", options, contexts)
             pointer, out, out_address, used, used_address = context
             given, address = len(plaintext), _reference(plaintext) if plaintext else None
             used.value = size
