@@ -28,7 +28,7 @@ from keyferry_agent.host import Host
 from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.limits import Rate
 from keyferry_agent.options import Options
-from keyferry_agent.peer import Peer, evidence
+from keyferry_agent.peer import Peer
 from keyferry_agent.reloading import Reloader
 from keyferry_agent.serving import Server
 from keyferry_agent.settings import Audit, Settings
@@ -388,29 +388,3 @@ def test_the_rate_is_per_user_and_comes_back() -> None:
         assert rate.allows(user + 10, 100.0 + user)
     assert len(rate._buckets) < 5_000
     assert all(Rate(0).allows(1, 0.0) for _ in range(100))
-
-
-class Credentials:
-    """A socket whose peer has as many groups as one likes."""
-
-    def __init__(self, groups: list[int]) -> None:
-        self._groups = b"".join(group.to_bytes(4, "little") for group in groups)
-
-    def getsockopt(self, _level: int, optname: int, buflen: int, /) -> bytes:
-        """SO_PEERCRED and SO_PEERGROUPS, as the kernel answers them."""
-        if optname == socket.SO_PEERCRED:
-            return b"\0\0\0\0\x02\0\0\0\x03\0\0\0"
-        if buflen < len(self._groups):
-            raise OSError(errno.ERANGE, "too small")
-        return self._groups
-
-
-@pytest.mark.parametrize("number", [0, 1, 1000])
-def test_a_peer_has_all_its_groups(number: int) -> None:
-    """More than the first buffer holds, too."""
-    peer, process = evidence(Credentials(list(range(100, 100 + number))), "default")
-    assert (peer.pid, peer.uid, process) == (None, 2, None)
-    assert peer.gids == {3, *range(100, 100 + number)}
-
-
-# --- libraries that compute something else ------------------------------------------------------------------------------

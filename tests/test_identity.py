@@ -1,5 +1,6 @@
 """Who is calling: evidence about processes, and real processes that try to be somebody else."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -272,3 +273,26 @@ def test_a_program_that_was_replaced_since_it_was_started_has_no_path(tmp_path: 
             process.close()
         finally:
             other.kill()
+
+
+class Credentials:
+    """A socket whose peer has as many groups as one likes."""
+
+    def __init__(self, groups: list[int]) -> None:
+        self._groups = b"".join(group.to_bytes(4, "little") for group in groups)
+
+    def getsockopt(self, _level: int, optname: int, buflen: int, /) -> bytes:
+        """SO_PEERCRED and SO_PEERGROUPS, as the kernel answers them."""
+        if optname == socket.SO_PEERCRED:
+            return b"\0\0\0\0\x02\0\0\0\x03\0\0\0"
+        if buflen < len(self._groups):
+            raise OSError(errno.ERANGE, "too small")
+        return self._groups
+
+
+@pytest.mark.parametrize("number", [0, 1, 1000])
+def test_a_peer_has_all_its_groups(number: int) -> None:
+    """More than the first buffer holds, too."""
+    peer, process = evidence(Credentials(list(range(100, 100 + number))), "default")
+    assert (peer.pid, peer.uid, process) == (None, 2, None)
+    assert peer.gids == {3, *range(100, 100 + number)}
