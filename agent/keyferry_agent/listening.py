@@ -2,20 +2,22 @@
 gone at the end.
 """
 
-import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from .locking import Lock, LockError
 from .settings import Listener
 
 __all__ = ["Listening", "ListeningError", "open_all"]
 
 _BACKLOG: Final = 512
+_LOCK_SECONDS: Final = 5.0
+"""For another agent that starts at the same moment to make its socket: it needs milliseconds."""
 
 
 class ListeningError(Exception):
@@ -127,22 +129,12 @@ def _take(listener: Listener) -> socket.socket:
     """Make the socket file and listen on it; a stale one is replaced. Raises `ListeningError`."""
     path = listener.path
     _check_directory(path.parent)
-    with _alone_in(path.parent):
-        return _make(listener, path)
-
-
-@contextmanager
-def _alone_in(directory: Path) -> Iterator[None]:
-    # Of two agents that start at once, one would take the other's socket, not yet listened on, for a stale one.
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ListeningError(f"{directory}: {error.strerror}") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        # Of two agents that start at once, one would take the other's socket, not yet listened on, for a stale one.
+        with Lock(path, seconds=_LOCK_SECONDS):
+            return _make(listener, path)
+    except LockError as error:
+        raise ListeningError(str(error)) from None
 
 
 def _make(listener: Listener, path: Path) -> socket.socket:
@@ -183,11 +175,16 @@ def _clear(path: Path) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(
+            False
+        )  # connect(2) blocks while a listener's queue is full, and another user may own the listener
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass
         except OSError as error:
             raise ListeningError(f"{path}: {error.strerror or error}") from None
-        else:
-            raise ListeningError(f"{path}: another agent is serving there")
+    raise ListeningError(f"{path}: another agent is serving there; end it, or set another socket")

@@ -5,17 +5,21 @@ turns; a crash at any instant leaves the old file or the new one, never a mixtur
 it, sealed like the file itself, goes with the next change.
 """
 
-import fcntl
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
+from ..locking import Lock, LockError
 from .document import Document, KeyringError
 from .sealing import Unsealer, count_recipients, seal
 
 __all__ = ["change", "create", "read", "reseal"]
+
+_LOCK_SECONDS: Final = 30.0
+"""For other commands to end that change the same keyring: sealing with a passphrase takes seconds."""
 
 
 def read(path: Path, unsealer: Unsealer) -> Document:
@@ -86,16 +90,12 @@ def _real(path: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # The directory is locked, not the file: the file is another one after each change, and nothing is left lying about.
+    # Not the file itself: the file is another one after each change. Not its folder: others may open that, and keep it locked.
     try:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise KeyringError(f"{path.parent}: {error.strerror}") from None
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(directory)
+        with Lock(path, seconds=_LOCK_SECONDS, with_owner=True):
+            yield
+    except LockError as error:
+        raise KeyringError(str(error)) from None
 
 
 def _replace(path: Path, content: bytes) -> None:

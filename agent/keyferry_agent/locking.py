@@ -1,0 +1,112 @@
+"""Exclusive locks between processes of one user, on lock files that no other user can open.
+
+flock(2) takes a lock on any descriptor, also on a read-only one. So a lock on a folder, or on a file that others can read, is
+a lock that others can take and keep. A lock file here belongs to the user who locks it, and has mode 0600.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, Self
+
+__all__ = ["Lock", "LockError", "lock_file_of"]
+
+_RETRY_SECONDS: Final = 0.05
+_MODE: Final = 0o600
+
+
+class LockError(Exception):
+    """The lock cannot be had. The message names the lock file and what to do."""
+
+
+def lock_file_of(path: Path) -> Path:
+    """Return the path of the lock file beside `path`: hidden, so that patterns for rotated files do not match it."""
+    return path.with_name(f".{path.name}.lock")
+
+
+class Lock:
+    """The lock on a path, held from the constructor until `release`, or for a `with` block.
+
+    The constructor tries for `seconds` at most, and blocks as long. `with_owner`: the owner of `path` may use the same lock,
+    also when root makes the lock file. Raises `LockError`, also for a lock file that another user made.
+    """
+
+    def __init__(self, path: Path, *, seconds: float, with_owner: bool = False) -> None:
+        self._file = lock_file_of(path)
+        deadline = time.monotonic() + seconds
+        while True:
+            descriptor = self._open(path, with_owner=with_owner)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is(descriptor):
+                    self._descriptor = descriptor
+                    return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    raise LockError(
+                        f"{self._file}: another process holds this lock on {path}; end that process first"
+                    ) from None
+                time.sleep(_RETRY_SECONDS)
+            except OSError as error:  # a file system without locks
+                os.close(descriptor)
+                raise LockError(f"{self._file}: cannot be locked: {error.strerror}") from None
+            os.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the lock back and remove the lock file. May be called once."""
+        # Removed while it is locked. A process that opened this file before sees that it is not the one at the path.
+        with suppress(OSError):
+            if self._is(self._descriptor):
+                self._file.unlink()
+        os.close(self._descriptor)
+
+    def _is(self, descriptor: int) -> bool:
+        """Whether the lock file at the path is the one behind a descriptor."""
+        try:
+            there = self._file.lstat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(descriptor))
+
+    def _open(self, path: Path, *, with_owner: bool) -> int:
+        """Open the lock file, or make it. Raises `LockError`."""
+        try:
+            owner = path.lstat() if with_owner else None
+        except OSError:
+            owner = None
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            descriptor = self._make_or_find(flags)
+            if owner is not None and os.geteuid() == os.fstat(descriptor).st_uid == 0:
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        except OSError as error:
+            why = "a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
+            raise LockError(f"{self._file}: cannot be opened to lock {path}: {why}") from None
+        status = os.fstat(descriptor)
+        trusted = {os.geteuid(), 0, *([owner.st_uid] if owner else [])}
+        if stat.S_ISREG(status.st_mode) and status.st_uid in trusted and not status.st_mode & 0o077:
+            return descriptor
+        os.close(descriptor)
+        raise LockError(
+            f"{self._file}: not a lock file of this user (it belongs to user {status.st_uid}, with mode "
+            f"{stat.S_IMODE(status.st_mode):04o}), so that others could keep it locked; remove it"
+        )
+
+    def _make_or_find(self, flags: int) -> int:
+        while True:
+            try:
+                return os.open(self._file, flags | os.O_CREAT | os.O_EXCL, _MODE)
+            except FileExistsError:
+                with suppress(FileNotFoundError):  # its holder removed it meanwhile
+                    return os.open(self._file, flags)

@@ -1,0 +1,163 @@
+"""Locks between processes: only the user who owns the files can take one, and nobody waits without a bound."""
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.agent import PATIENCE, RunningAgent, dev_agent
+from support.keyring import change
+from support.other_user import line_of, running_as
+from support.requires import root
+
+from keyferry_agent.keyring import file
+from keyferry_agent.keyring.document import KeyringError
+from keyferry_agent.listening import ListeningError, open_all
+from keyferry_agent.locking import Lock, LockError, lock_file_of
+from keyferry_agent.settings import Listener
+
+HOLD = """
+import fcntl, os, sys
+held = []
+for path in sys.argv[1:]:
+    try:
+        held.append(os.open(path, os.O_RDONLY))
+        fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        print("locked", path, flush=True)
+    except OSError as error:
+        print(error.strerror, path, flush=True)
+sys.stdin.read()
+"""
+"""Lock what is named, as far as the kernel lets this user, and keep it."""
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder that every user can read, all the way from the root."""
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    made = tmp_path / "shared"
+    made.mkdir(mode=0o755)
+    return made
+
+
+@root()
+def test_another_user_cannot_keep_an_agent_from_starting(shared: Path) -> None:
+    """flock(2) on the socket's folder, or on its lock file, does not block the agent."""
+    lock_file_of(shared / "agent.sock").touch(mode=0o600)  # as a killed agent leaves it
+    with running_as(HOLD, shared, lock_file_of(shared / "agent.sock")) as other:
+        assert line_of(other) == f"locked {shared}"
+        assert line_of(other) == f"Permission denied {lock_file_of(shared / 'agent.sock')}"
+        with dev_agent(shared / "agent.sock") as agent:
+            assert agent.stop() == 0
+
+
+@root()
+def test_another_user_cannot_keep_a_keyring_from_changing(shared: Path, keyring: Path) -> None:
+    """flock(2) on the keyring's folder does not block a command."""
+    for name in ("keyring.age", "identity"):
+        os.rename(keyring.parent / name, shared / name)
+    with running_as(HOLD, shared) as other:
+        assert line_of(other) == f"locked {shared}"
+        change(shared / "keyring.age", "rotate", "alias/a")
+
+
+@root()
+def test_a_lock_file_of_another_user_is_named_and_not_used(shared: Path) -> None:
+    """In a folder with the sticky bit another user can make any file first."""
+    shared.chmod(0o1777)
+    made = lock_file_of(shared / "agent.sock")
+    with running_as(f"open({str(made)!r}, 'w'); print('made', flush=True)") as other:
+        assert line_of(other) == "made"
+    agent = RunningAgent(["--dev"], shared / "agent.sock")
+    assert agent.wait() == 1
+    assert f"{made}: not a lock file of this user" in "".join(agent.output)
+    agent.kill()
+
+
+def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """Following it would create a file wherever another user points it."""
+    lock_file_of(tmp_path / "a").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(LockError, match="symbolic link"), Lock(tmp_path / "a", seconds=0):
+        pass
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_lock_is_tried_for_a_bounded_time_and_named(tmp_path: Path) -> None:
+    """The message says which file, and the lock is free again after its holder."""
+    with Lock(tmp_path / "a", seconds=0):
+        with pytest.raises(LockError, match=r"\.a\.lock: another process holds"), Lock(tmp_path / "a", seconds=0.1):
+            pass
+        with Lock(tmp_path / "b", seconds=0):
+            pass
+    with Lock(tmp_path / "a", seconds=0):
+        pass
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o620])
+def test_a_lock_file_that_others_can_open_is_refused(tmp_path: Path, mode: int) -> None:
+    """Whoever can open it can keep it locked."""
+    lock_file_of(tmp_path / "a").touch()
+    lock_file_of(tmp_path / "a").chmod(mode)
+    with pytest.raises(LockError, match=f"mode {mode:04o}"), Lock(tmp_path / "a", seconds=0):
+        pass
+
+
+def test_a_keyring_verb_says_which_lock_it_waited_for(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another verb that hangs is named by the lock it holds."""
+    monkeypatch.setattr(file, "_LOCK_SECONDS", 0)
+    with (
+        Lock(keyring, seconds=0),
+        pytest.raises(KeyringError, match=r"\.keyring\.age\.lock"),
+        file._locked(keyring),
+    ):
+        pass
+
+
+@root()
+def test_a_lock_file_that_root_makes_is_the_owners(tmp_path: Path) -> None:
+    """Root changes a keyring of the agent's user; the agent's user waits for the same lock meanwhile."""
+    (tmp_path / "a").touch()
+    os.chown(tmp_path / "a", 4_208, 4_208)
+    with Lock(tmp_path / "a", seconds=0, with_owner=True):
+        status = lock_file_of(tmp_path / "a").stat()
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (4_208, 4_208, 0o600)
+
+
+def test_a_listener_whose_queue_is_full_is_alive(socket_path: Path) -> None:
+    """connect(2) would block for as long as the other process likes."""
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as waiting:
+        listening.bind(str(socket_path))
+        listening.listen(0)
+        waiting.connect(str(socket_path))
+        with pytest.raises(ListeningError, match="another agent is serving there"):
+            open_all([Listener("default", socket_path)], [])
+    assert socket_path.is_socket()
+
+
+def test_a_lock_ends_with_its_descriptor(tmp_path: Path) -> None:
+    """No child keeps it: the descriptor is closed on exec."""
+    with Lock(tmp_path / "a", seconds=0):
+        descriptor = os.open(lock_file_of(tmp_path / "a"), os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_twenty_processes_never_hold_a_lock_together(tmp_path: Path) -> None:
+    """The lock file is removed by each holder, and who waited for a removed one looks again."""
+    (tmp_path / "count").write_text("0")
+    code = (
+        "import sys; from pathlib import Path; from keyferry_agent.locking import Lock; path = Path(sys.argv[1])\n"
+        "for _ in range(20):\n"
+        "    with Lock(path, seconds=60): path.write_text(str(int(path.read_text()) + 1))"
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "count")]) for _ in range(20)]
+    assert [process.wait(PATIENCE) for process in processes] == [0] * 20
+    assert (tmp_path / "count").read_text() == "400"
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
