@@ -85,6 +85,7 @@ def test_only_secret_maps_memory_and_only_serving_opens_nurseries() -> None:
         "keyferry.secret",
         "keyferry.libcrypto",
         "keyferry.module.cryptoki",
+        "keyferry_agent.peer.groups",
         "keyferry_agent.startup",
     }
     assert {name for name, text in texts.items() if "gmssl" in text and "import" in text and "from gmssl" in text} == {

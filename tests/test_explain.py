@@ -9,7 +9,7 @@ from support.policy import allows
 
 from keyferry_agent.command import main
 from keyferry_agent.explain import mismatch
-from keyferry_agent.grants import PLAINTEXT, Grant, to_caller
+from keyferry_agent.grants import PLAINTEXT, Grant
 from keyferry_agent.peer import Peer
 
 PIN = "sha256:" + "0" * 64
@@ -55,8 +55,8 @@ def config(tmp_path: Path) -> Path:
         ({"--unit": "web.service"}, "export: to.unit: the grant is to orders.service; the caller's is web.service"),
         ({"--action": "kms:Encrypt"}, "export: actions: kms:Encrypt is none of"),
         ({"--key": "alias/web"}, "export: keys: alias/web, acs:kms:local:0:alias/web matches none of alias/orders-*"),
-        ({"--recipient": "sha256:" + "1" * 64}, "export: recipients: not sha256:1"),
-        ({"--action": "kms:Decrypt"}, "export: recipients: an answer in plaintext is never covered"),
+        ({"--recipient": "sha256:" + "1" * 64}, "export: recipients: sha256:1"),
+        ({"--action": "kms:Decrypt"}, "export: recipients: a grant with recipients never covers kms:Decrypt"),
         ({"--context": "tenant=other"}, "export: encryption_context: it demands tenant=acme"),
         ({"--action": "kms:DescribeKey", "--gid": "5"}, "describe: allows it"),
         ({"--action": "kms:DescribeKey"}, "describe: to.gid: the grant is to 5; the caller's is none"),
@@ -119,5 +119,5 @@ def test_the_explanation_is_the_decision(
 ) -> None:
     """Whatever grant and request."""
     peer = Peer(uid=uid, gids=gids, pid=1, listener="default")
-    decided = allows(to_caller([grant], peer), action, [name], pin=pin, context=context)
+    decided = allows([grant] if grant.is_to(peer) else [], action, [name], pin=pin, context=context)
     assert (mismatch(grant, peer, action, [name], pin, context) is None) == (decided is grant)

@@ -19,7 +19,7 @@ import trio.testing
 from keyferry import wire
 from keyferry.errors import KmsError
 from keyferry_agent import handlers, reloading
-from keyferry_agent.agent import Agent
+from keyferry_agent.agent import Agent, Caller
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.connection import Connection, Shared
 from keyferry_agent.grants import Grant
@@ -29,6 +29,7 @@ from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.limits import Rate
 from keyferry_agent.options import Options
 from keyferry_agent.peer import Peer
+from keyferry_agent.peer.inspection import Inspector
 from keyferry_agent.reloading import Reloader
 from keyferry_agent.serving import Server
 from keyferry_agent.settings import Audit, Settings
@@ -257,8 +258,10 @@ async def test_behind_half_an_answer_comes_no_other(agent: Agent, audit: AuditLo
     with ours, theirs:
         theirs.setblocking(False)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        shared = Shared(agent=agent, audit=audit, rate=Rate(0), workers=Workers(1))
-        connection = Connection(shared, stream, Peer(uid=1, gids=frozenset(), pid=1, listener="default"), None)
+        shared = Shared(
+            agent=agent, audit=audit, rate=Rate(0), notifications=Rate(0), workers=Workers(1), inspector=Inspector()
+        )
+        connection = Connection(shared, stream, Caller(Peer(1, frozenset(), 1, "default")), None)
         long = b"A" * 2**22
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection._send, long)

@@ -7,19 +7,21 @@ import uuid
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.agent import RawConnection, RunningAgent
+from support.keyring import change, two_callers
 from support.keys import recipient
 from support.policy import allows, may_name
 from support.requires import root
 
 from keyferry.parameters import decode_base64
 from keyferry_agent.crypto.public_key import fingerprint
-from keyferry_agent.grants import PLAINTEXT, Grant, Granted, to_caller
-from keyferry_agent.peer import Peer
+from keyferry_agent.grants import PLAINTEXT, Grant, Granted, Policy
+from keyferry_agent.peer import Groups, Peer
 
 PIN = "sha256:" + "0" * 64
 OTHER_USER = 12_345
@@ -48,7 +50,7 @@ def peer(uid: int | None = 1000, gids: frozenset[int] = frozenset({1000}), liste
 def test_a_grant_is_to_whom_all_its_selectors_match(to: dict[str, object], *, matches: bool) -> None:
     """One that names nobody is to nobody."""
     grant = Grant("g", to, ("kms:*",), ("*",))
-    assert bool(to_caller([grant], peer())) is matches
+    assert grant.is_to(peer()) is matches
 
 
 def test_evidence_that_cannot_be_had_matches_nothing() -> None:
@@ -320,3 +322,53 @@ def test_grants_are_found_by_names_and_prefixes_as_if_each_had_been_looked_at(
     for action in ("kms:Encrypt", "kms:Decrypt"):
         each = tuple(grant for grant in grants if grant.has_action(action) and grant.has_key(names))
         assert Granted(grants).covering(action, "key", lambda: names) == each
+
+
+def test_what_a_policy_remembers_of_callers_is_bounded() -> None:
+    """Whoever has 65,536 users, or as many groups, takes a few MiB; and callers with the same grants share their tables."""
+    policy = Policy([Grant("g", {"uid": 1}, ("kms:*",), ("*",)), Grant("l", {"gid": 7}, ("kms:*",), ("*",))])
+    granted = policy.granted(Peer(1, Groups([7]), 1, "default"))
+    assert granted is policy.granted(Peer(1, Groups([7, 8]), 2, "default"))
+    tracemalloc.start()
+    for uid in range(2, 40_002):
+        assert policy.granted(Peer(uid, Groups([uid + 100]), uid, "default")).grants == ()
+    for uid in range(2, 60):
+        assert policy.granted(Peer(uid, Groups(range(uid * 1_000, uid * 1_000 + 65_536)), uid, "default")).grants == ()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 2**20
+    more = Policy([Grant(str(n), {"gid": n}, ("kms:*",), ("*",)) for n in range(13)])
+    for number in range(2**13):
+        more.granted(Peer(1, Groups(n for n in range(13) if number >> n & 1), 1, "default"))
+    assert len(more._sets) <= 1_024
+
+
+PLANTED: dict[str, dict[str, Any]] = {
+    "Encrypt": {"KeyId": "alias/a", "Plaintext": "A" * 43 + "="},
+    "Encrypt, to see": {"KeyId": "alias/a", "Plaintext": "A" * 43 + "=", "DryRun": True},
+    "GenerateDataKey": {"KeyId": "alias/a"},
+}
+
+
+def test_a_grant_with_recipients_lets_its_holder_neither_learn_nor_choose_a_data_key(keyring: Path) -> None:
+    """Not by Encrypt, nor by ReEncrypt of something that it chose under a key of its own; what was drawn it may export."""
+    change(keyring, "create-key", "--alias", "alias/own")
+    pinned = f'actions=["kms:*"]\nkeys=["alias/a"]\nrecipients=["{fingerprint(RSA.der)}"]'
+    own = 'actions=["kms:*"]\nkeys=["alias/own"]'
+    with two_callers(keyring, [pinned, own]) as (admin, app):
+        for name, params in PLANTED.items():
+            error = app.call(name.split(",")[0], params).error
+            assert error is not None, name
+            assert error["Code"] in ("Forbidden.NoPermission", "AccessDeniedError"), name
+        chosen = app.call("Encrypt", {"KeyId": "alias/own", "Plaintext": "A" * 43 + "="}).result
+        assert chosen is not None
+        move = {"CiphertextBlob": chosen["CiphertextBlob"], "DestinationKeyId": "alias/a"}
+        refused = app.call("ReEncrypt", move).error
+        assert refused is not None
+        assert refused["Code"] == "Forbidden.NoPermission"
+        assert admin.call("ReEncrypt", move).error is None
+        drawn = app.call("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}).result
+        assert drawn is not None
+        assert app.call("ExportDataKey", {"CiphertextBlob": drawn["CiphertextBlob"], **RSA.params}).error is None
+        stays = {"CiphertextBlob": drawn["CiphertextBlob"], "DestinationKeyId": "alias/a"}
+        assert app.call("ReEncrypt", stays).error is None

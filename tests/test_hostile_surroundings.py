@@ -70,7 +70,7 @@ def test_without_descriptors_nobody_is_taken_for_somebody_else(
     keyring: Path, socket_path: Path, descriptors: int
 ) -> None:
     """A connection whose process cannot be held is refused as what it is: it is not one that was granted nothing."""
-    this = f'exe="{os.path.realpath(sys.executable)}"'
+    this = f'uid={os.getuid()}, exe="{os.path.realpath(sys.executable)}"'
     with serving(keyring, socket_path, to=this, preexec=few(descriptors)) as agent, ExitStack() as stack:
         codes: list[str] = []
         while not codes or codes[-1] == "OK":
@@ -112,6 +112,10 @@ class _Answering:
 
     def __init__(self, number: int) -> None:
         self._number = number
+
+    def fileno(self) -> int:
+        """There is none."""
+        return -1
 
     def getsockopt(self, _level: int, _name: int, _length: int, /) -> bytes:
         """Answer."""

@@ -1,6 +1,5 @@
 """Who is calling: evidence about processes, and real processes that try to be somebody else."""
 
-import errno
 import hashlib
 import os
 import shutil
@@ -15,11 +14,12 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.keyring import serving
+from support.other_user import line_of, running_as
 from support.requires import root
 
 from keyferry import wire
 from keyferry_agent.grants import Grant, Policy
-from keyferry_agent.peer import Peer, Process, evidence
+from keyferry_agent.peer import Groups, Peer, Process, evidence, inspect
 from keyferry_agent.peer.process import pod_of, unit_of
 
 POD = "3f1d2a77-0b6e-4a0e-9f0a-2f7b6f0c1d22"
@@ -130,10 +130,10 @@ def test_a_program_is_told_by_its_path_and_by_its_hash(
     """And another program is another program."""
     path, digest = this_program()
     to = {
-        ("exe", True): f'exe="{path}"',
-        ("exe", False): 'exe="/usr/bin/true"',
-        ("sha256", True): f'sha256="sha256:{digest}"',
-        ("sha256", False): f'sha256="sha256:{"0" * 64}"',
+        ("exe", True): f'uid={os.getuid()}, exe="{path}"',
+        ("exe", False): f'uid={os.getuid()}, exe="/usr/bin/true"',
+        ("sha256", True): f'uid={os.getuid()}, sha256="sha256:{digest}"',
+        ("sha256", False): f'uid={os.getuid()}, sha256="sha256:{"0" * 64}"',
     }[selector, matches]
     with granting(keyring, socket_path, to):
         assert outcome(socket_path) == ("OK" if matches else "Forbidden.NoPermission")
@@ -176,7 +176,7 @@ def connected_by_another(
 def test_a_connection_ends_with_the_process_that_made_it(keyring: Path, socket_path: Path) -> None:
     """Whoever it was handed to is nobody that was asked who it is."""
     with (
-        granting(keyring, socket_path, f'exe="{this_program()[0]}"') as agent,
+        granting(keyring, socket_path, f'uid={os.getuid()}, exe="{this_program()[0]}"') as agent,
         connected_by_another(socket_path, "exit") as (connection, process, handover),
     ):
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
@@ -191,7 +191,7 @@ def test_a_process_that_runs_another_program_loses_what_was_granted_to_the_first
 ) -> None:
     """Its connection is closed at the next request."""
     with (
-        granting(keyring, socket_path, f'exe="{this_program()[0]}"') as agent,
+        granting(keyring, socket_path, f'uid={os.getuid()}, exe="{this_program()[0]}"') as agent,
         connected_by_another(socket_path, "exec") as (connection, process, handover),
     ):
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
@@ -218,8 +218,7 @@ def test_a_process_that_is_gone_when_it_is_asked_about_has_no_evidence(tmp_path:
             assert peer.uid == os.getuid()
             if process is not None:
                 assert not process.alive()
-                assert process.program() is None
-                assert process.hash_program() is None
+                assert inspect(process.pid, hashed=True) is None
                 process.close()
 
 
@@ -244,13 +243,11 @@ def test_another_file_at_the_same_path_in_another_mount_namespace_is_told_by_nei
             deadline = time.monotonic() + PATIENCE
             while os.readlink(f"/proc/{other.pid}/exe") != str(trusted):
                 assert time.monotonic() < deadline
-            process = Process(other.pid, os.pidfd_open(other.pid))
-            program = process.program()
+            program = inspect(other.pid, hashed=True)
             assert program is not None
             assert program.path is None
-            assert process.hash_program() == f"sha256:{hashlib.sha256(forged.read_bytes()).hexdigest()}"
-            assert not process.changed() or process.seen is None
-            process.close()
+            assert program.sha256 == f"sha256:{hashlib.sha256(forged.read_bytes()).hexdigest()}"
+            assert program.runs_in(inspect(other.pid))
         finally:
             other.kill()
 
@@ -260,39 +257,80 @@ def test_a_program_that_was_replaced_since_it_was_started_has_no_path(tmp_path: 
     shutil.copy("/bin/sleep", tmp_path / "program")
     with subprocess.Popen([tmp_path / "program", "60"]) as other:
         try:
-            process = Process(other.pid, os.pidfd_open(other.pid))
-            process.seen = process.program()
-            assert process.seen is not None
-            assert process.seen.path == str(tmp_path / "program")
-            digest = process.hash_program()
+            before = inspect(other.pid, hashed=True)
+            assert before is not None
+            assert before.path == str(tmp_path / "program")
             (tmp_path / "program").unlink()
             shutil.copy("/bin/true", tmp_path / "program")
-            now = process.program()
-            assert now is None or now.path is None
-            assert process.hash_program() == digest
-            process.close()
+            now = inspect(other.pid, hashed=True)
+            assert now is not None
+            assert now.path is None
+            assert now.sha256 == before.sha256
+            assert not before.runs_in(now)
         finally:
             other.kill()
 
 
-class Credentials:
-    """A socket whose peer has as many groups as one likes."""
-
-    def __init__(self, groups: list[int]) -> None:
-        self._groups = b"".join(group.to_bytes(4, "little") for group in groups)
-
-    def getsockopt(self, _level: int, optname: int, buflen: int, /) -> bytes:
-        """SO_PEERCRED and SO_PEERGROUPS, as the kernel answers them."""
-        if optname == socket.SO_PEERCRED:
-            return b"\0\0\0\0\x02\0\0\0\x03\0\0\0"
-        if buflen < len(self._groups):
-            raise OSError(errno.ERANGE, "too small")
-        return self._groups
+GROUPED = """
+with socket.socket(socket.AF_UNIX) as connection:
+    connection.connect(sys.argv[1])
+    connection.sendall(bytes.fromhex(sys.argv[2]))
+    print(connection.recv(65536).hex(), flush=True)
+"""
 
 
-@pytest.mark.parametrize("number", [0, 1, 1000])
-def test_a_peer_has_all_its_groups(number: int) -> None:
-    """More than the first buffer holds, too."""
-    peer, process = evidence(Credentials(list(range(100, 100 + number))), "default")
-    assert (peer.pid, peer.uid, process) == (None, 2, None)
-    assert peer.gids == {3, *range(100, 100 + number)}
+@root()
+@pytest.mark.parametrize("number", [0, 255, 256, 257, 5_000, 65_535])
+def test_a_peer_has_all_its_groups_however_many(tmp_path: Path, number: int) -> None:
+    """More than the socket option of Python's takes, up to the kernel's limit."""
+    numbers = range(100_000, 100_000 + number)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        child = os.fork()
+        if child == 0:
+            os.setgroups(list(numbers))
+            os.setresgid(4_207, 4_207, 4_207)
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(tmp_path / "s"))
+                connection.recv(1)
+            os._exit(0)
+        connection, _ = listening.accept()
+        with connection:
+            peer, process = evidence(connection, "default")
+            assert peer.gids == {4_207, *numbers}
+            assert peer.gids == Groups([*numbers, 4_207])
+            assert process is not None
+            process.close()
+        os.waitpid(child, 0)
+
+
+@root()
+def test_a_member_of_thousands_of_groups_is_served_by_one_of_them(keyring: Path, socket_path: Path) -> None:
+    """Users of a directory service have that many."""
+    for folder in list(socket_path.parents)[:-2]:
+        folder.chmod(folder.stat().st_mode | 0o011)
+    groups = tuple(range(20_000, 22_000))
+    request = wire.encode_request(1, "DescribeKey", {"KeyId": "alias/a"})
+    with (
+        serving(keyring, socket_path, to="gid=21999", more='mode = "0666"'),
+        running_as(GROUPED, socket_path, request.hex(), groups=groups) as member,
+        running_as(GROUPED, socket_path, request.hex(), groups=groups[:-1]) as stranger,
+    ):
+        assert b"KeyMetadata" in bytes.fromhex(line_of(member))
+        assert b"Forbidden.NoPermission" in bytes.fromhex(line_of(stranger))
+
+
+def test_groups_are_a_set_that_takes_four_bytes_for_each() -> None:
+    """A set of Python's would take ninety."""
+    groups = Groups([3, 1, 2, 2, 4_294_967_294])
+    assert groups == {1, 2, 3, 4_294_967_294}
+    assert groups == Groups([1, 2, 3, 4_294_967_294])
+    assert hash(groups) == hash(Groups([1, 2, 3, 4_294_967_294]))
+    assert groups != Groups([1])
+    assert 2 in groups
+    assert 5 not in groups
+    assert -1 not in groups
+    assert None not in groups
+    assert list(groups) == [1, 2, 3, 4_294_967_294]
+    assert repr(Groups([1])) == "Groups([1])"

@@ -67,7 +67,6 @@ def outcome(path: Path, *more: str, prefix: Sequence[str] = (), uid: int = 0) ->
     [
         ("uid=0", "OK"),
         ('listener="default"', "OK"),
-        (f'exe="{INTERPRETER}"', REFUSED),
         (f'listener="default", exe="{INTERPRETER}"', REFUSED),
     ],
 )
@@ -79,7 +78,7 @@ def test_a_caller_of_another_pid_namespace_has_no_program_but_its_user(keyring: 
 
 def test_a_caller_of_a_pid_namespace_below_the_agents_is_seen(keyring: Path) -> None:
     """As every container's processes are by an agent of the host."""
-    with agent_in([], keyring, f'exe="{INTERPRETER}"') as path:
+    with agent_in([], keyring, f'listener="default", exe="{INTERPRETER}"') as path:
         assert outcome(path, prefix=["unshare", "--pid", "--fork"]) == "OK"
 
 
@@ -105,7 +104,7 @@ def test_another_program_at_the_path_of_a_trusted_one_in_a_mount_namespace_is_no
     """Anybody can have a mount namespace in which any file is at any path."""
     trusted = tmp_path / "trusted"
     trusted.touch()
-    with agent_in([], keyring, f'exe="{trusted}"') as path:
+    with agent_in([], keyring, f'uid=0, exe="{trusted}"') as path:
         script = f'mount --bind {INTERPRETER} {trusted} && PYTHONHOME={sys.base_prefix} exec {trusted} "$@"'
         command = ["unshare", "--mount", "sh", "-c", script, "sh"]
         arguments = ["-c", ASKING, str(path), "0", ":".join(sys.path)]
@@ -123,7 +122,7 @@ def test_a_process_that_has_the_number_of_one_that_connected_and_ended_gets_noth
     """The agent stands still between the connection and its acceptance, and finds a trusted program at the number."""
     config = keyring.parent / "agent.toml"
     trusted = os.path.realpath("/bin/sleep")
-    config.write_text(configuration(keyring).replace(f"to={{uid={os.getuid()}}}", f'to={{exe="{trusted}"}}'))
+    config.write_text(configuration(keyring).replace(f"to={{uid={os.getuid()}}}", f'to={{uid=0, exe="{trusted}"}}'))
     attack = ROOT / "tests" / "support" / "reused_number.py"
     command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, str(attack)]
     ended = subprocess.run(

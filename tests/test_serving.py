@@ -3,12 +3,15 @@
 import os
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, configured, dev_agent
+from support.keyring import serving
 from support.keys import recipient
+from support.scrape import scraped
 
 from keyferry import AgentUnavailable, Throttled, wire
 
@@ -350,3 +353,38 @@ def test_a_client_without_an_agent_says_what_is_wrong(socket_path: Path) -> None
         left.bind(str(socket_path))
     with pytest.raises(AgentUnavailable, match="nobody listens"):
         Client(socket_path).get_agent_status()
+
+
+def test_notifications_count_as_requests_of_the_rate(keyring: Path, socket_path: Path) -> None:
+    """Over it the connection is closed, with a last word that says why; another user's goes on."""
+    notification = wire.encode_notification("Decrypt", {})
+    with serving(keyring, socket_path, more="[limits]\nrequests_per_second = 5\n") as agent:
+        with RawConnection(agent.socket) as connection:
+            connection.send(notification * 1_000)
+            last = connection.response()
+            assert last is not None
+            assert last.msgid is None
+            assert last.error is not None
+            assert last.error["Code"] == "Rejected.Throttling"
+            assert "notifications" in last.error["Message"]
+            assert connection.response() is None
+        agent.has_logged("connection.protocol_error", why="more notifications than this user may send")
+
+
+def test_notifications_are_counted_and_limited_where_requests_are_not(
+    keyring: Path, socket_path: Path, tmp_path: Path
+) -> None:
+    """Ten thousand a second are more than any client has a reason for."""
+    metrics = tmp_path / "metrics.sock"
+    with serving(keyring, socket_path, more=f'[metrics]\nlisten = "{metrics}"\n'), RawConnection(socket_path) as loud:
+        notification = wire.encode_notification("x", {})
+        loud.send(notification * 500 + wire.encode_request(1, "GetAgentStatus", {}))
+        answer = loud.response()
+        assert answer is not None
+        assert answer.error is None
+        assert scraped(metrics)["keyferry_notifications_total"] == 500
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(100):
+                loud.send(notification * 1_000)
+        last = loud.response()
+        assert last is None or (last.error is not None and last.error["Code"] == "Rejected.Throttling")

@@ -127,6 +127,9 @@ def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkey
         (GRANT.format(to="uid = -1"), "grant[0].to.uid", "number"),
         (GRANT.format(to="user = 5"), "grant[0].to.user", "name"),
         (GRANT.format(to='exe = "x"'), "grant[0].to.exe", "absolute"),
+        (GRANT.format(to='exe = "/x"'), "grant[0].to", "every user can run exe"),
+        (GRANT.format(to=f'sha256 = "sha256:{"0" * 64}"'), "grant[0].to", "add pod, uid, unit, user or listener"),
+        (GRANT.format(to='group = "root", exe = "/x"'), "grant[0].to", "every user can run exe"),
         (GRANT.format(to='unit = "orders"'), "grant[0].to.unit", "orders.service"),
         (GRANT.format(to='pod = "web-1"'), "grant[0].to.pod", "UID"),
         (GRANT.format(to='sha256 = "ab"'), "grant[0].to.sha256", "hex"),
@@ -190,6 +193,21 @@ def test_check_of_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_a_grant_to_the_overflow_uid_is_a_warning(tmp_path: Path) -> None:
     """It matches nobody."""
     assert "overflow" in read(written(tmp_path, GRANT.format(to="uid = 65534"))).warnings[0]
+
+
+@pytest.mark.parametrize("beside", ["uid = 5", 'user = "root"', 'unit = "a.service"', 'listener = "default"'])
+def test_a_grant_to_a_program_stands_beside_who_runs_it(tmp_path: Path, beside: str) -> None:
+    """Any of what tells one user, unit or socket from all others."""
+    assert read(written(tmp_path, GRANT.format(to=f'exe = "/x", {beside}'))).grants[0].program == {"exe"}
+
+
+@pytest.mark.parametrize("action", ["Encrypt", "Decrypt", "GenerateDataKey"])
+def test_an_action_that_recipients_exclude_is_a_warning(tmp_path: Path, action: str) -> None:
+    """It matches nothing."""
+    text = GRANT.format(to="uid = 5").replace("kms:*", f"kms:{action}") + f'recipients = ["sha256:{"0" * 64}"]\n'
+    (warning,) = read(written(tmp_path, text)).warnings
+    assert f"grant[0].actions: a grant with recipients never covers kms:{action}" in warning
+    assert not read(written(tmp_path, GRANT.format(to="uid = 5") + f'recipients = ["sha256:{"0" * 64}"]')).warnings
 
 
 def test_a_name_that_no_host_can_have_matches_nobody(tmp_path: Path) -> None:

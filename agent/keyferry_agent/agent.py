@@ -48,6 +48,8 @@ class Audited:
     started: float
     operation: str = ""
     grant: str = ""
+    by_program: bool = False
+    """Whether that grant names the caller's program."""
     key_id: str = ""
     key_version_id: str = ""
     destination_key_id: str = ""
@@ -64,6 +66,7 @@ class Audited:
             started,
             self.operation,
             self.grant,
+            self.by_program,
             self.key_id,
             self.key_version_id,
             self.destination_key_id,
@@ -120,6 +123,7 @@ class Count:
     connections_total: int = 0
     requests_total: int = 0
     requests_refused: int = 0
+    notifications_total: int = 0
 
     def snapshot(self) -> Counters:
         """The totals as GetAgentStatus answers them."""
@@ -137,6 +141,8 @@ class Agent:
     counters: Count = field(default_factory=Count)
     started_at: str = field(default_factory=now)
     draining: bool = False
+    generation: int = 0
+    """How often settings and keyring were replaced: a decision of an earlier generation holds no longer."""
     repeats: Repeats[Any] = field(default_factory=Repeats)
     """What was decided of requests that may come again: it holds on to keys, so it goes with their keyring."""
     _covered: dict[Granted, Covered] = field(default_factory=dict)
@@ -148,6 +154,7 @@ class Agent:
 
     def adopt(self, settings: Settings, keyring: Keyring) -> None:
         """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
+        self.generation += 1
         self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
         self.repeats.clear()

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
@@ -15,6 +15,7 @@ from keyferry.errors import KmsError, ProtocolError, kms_error
 from . import handlers
 from .agent import AT_ONCE, Agent, Audited, Caller
 from .audit import Appended
+from .grants import Granted
 from .limits import Rate
 from .metrics import Metrics
 from .peer import Peer
@@ -54,6 +55,8 @@ class Service:
     agent: Agent
     audit: Record
     rate: Rate
+    notifications: Rate
+    """Requests' own rate where that has a limit: then a notification counts as a request."""
     metrics: Metrics | None = None
 
 
@@ -69,11 +72,12 @@ Asked: TypeAlias = wire.Request | wire.Recalled | wire.Unservable
 
 
 class _Remembered(NamedTuple):
-    """What was decided of a request that may come again, whether that `holds` still, and what is recorded of it."""
+    """What was decided of a request that may come again, for whom and when, and what is recorded of it."""
 
     job: handlers.Job
-    holds: Callable[[], bool]
     audited: Audited
+    granted: Granted
+    generation: int
 
 
 class Begun(NamedTuple):
@@ -85,11 +89,14 @@ class Begun(NamedTuple):
 
 
 class SlowJob(NamedTuple):
-    """A request that was decided, and is done in a thread."""
+    """A request that was decided, and is done in a thread. It may be decided anew from its message."""
 
     job: handlers.Job
     msgid: int
     audited: Audited
+    message: wire.Request | wire.Recalled
+    granted: Granted
+    generation: int
 
 
 class Answering:
@@ -104,25 +111,53 @@ class Answering:
         """What was decided of an equal request of such a caller, if it still holds."""
         self._caller.refresh(self._agent.policy)
         known: _Remembered | None = self._agent.repeats.recall(self._caller.granted, request)
-        return known if known is not None and known.holds() else None
+        return known if known is not None and self.holds(known) else None
+
+    def holds(self, decided: "_Remembered | SlowJob") -> bool:
+        """Whether nothing has changed since this was decided: policy, keyring, evidence about the caller, the key's state."""
+        agent = self._agent
+        self._caller.refresh(agent.policy)
+        if decided.generation != agent.generation or decided.granted is not self._caller.granted:
+            return False
+        return decided.job.holds is None or decided.job.holds()
+
+    def notified(self, count: int) -> bool:
+        """Count notifications; False when the caller has sent more than it may."""
+        self._agent.counters.notifications_total += count
+        if self._service.metrics is not None:
+            self._service.metrics.notified(count)
+        return self._service.notifications.allows(self._caller.peer.uid, time.monotonic(), count)
 
     def decide(self, message: Asked) -> "Decided | Begun | SlowJob":
         """The outcome of one request, or what will give it: the second step of it, or a slow job."""
         msgid, request_id, started = message.msgid, new_request_id(), time.monotonic()
         if isinstance(message, wire.Recalled):
-            known: _Remembered | None = message.what
             operation = message.what.audited.operation
         else:
-            known, operation = None, ascii(message.method[:_LONGEST_NAME])[1:-1]
+            operation = ascii(message.method[:_LONGEST_NAME])[1:-1]
+        audited = Audited(request_id, started, operation)
         if not self._service.rate.allows(self._caller.peer.uid, started):
-            return Decided(msgid, Audited(request_id, started, operation), kms_error("Rejected.Throttling"))
-        audited = Audited(request_id, started, operation) if known is None else known.audited.again(request_id, started)
+            return Decided(msgid, audited, kms_error("Rejected.Throttling"))
         if isinstance(message, wire.Unservable):
             return Decided(msgid, audited, kms_error("InvalidParameter", f"{message.why}."))
+        return self._decide(message, audited)
+
+    def decide_anew(self, slow: SlowJob) -> "Decided | Begun | SlowJob":
+        """Decide a request again whose decision does not hold any more: the same request, which counts once."""
+        audited = slow.audited
+        return self._decide(slow.message, Audited(audited.request_id, audited.started, audited.operation))
+
+    def _decide(self, message: wire.Request | wire.Recalled, audited: Audited) -> "Decided | Begun | SlowJob":
+        msgid = message.msgid
         try:
-            job = message.what.job if isinstance(message, wire.Recalled) else self._prepare(message, audited)
+            if isinstance(message, wire.Recalled) and self.holds(message.what):
+                audited = message.what.audited.again(audited.request_id, audited.started)
+                job = message.what.job
+            else:
+                request = message.parsed() if isinstance(message, wire.Recalled) else message
+                job = self._prepare(request, audited)
             if job.slow:
-                return SlowJob(job, msgid, audited)
+                return SlowJob(job, msgid, audited, message, self._caller.granted, self._agent.generation)
             if job.begin is not None:
                 begun = job.begin()
                 next(begun)
@@ -135,8 +170,9 @@ class Answering:
         agent, caller = self._agent, self._caller
         caller.refresh(agent.policy)
         job = handlers.prepare(agent, caller, request.method, request.params, audited)
-        if job.again is not None and request.tail:
-            agent.repeats.remember(caller.granted, request.tail, _Remembered(job, job.again, audited))
+        if job.repeatable and request.tail:
+            remembered = _Remembered(job, audited, caller.granted, agent.generation)
+            agent.repeats.remember(caller.granted, request.tail, remembered)
         return job
 
     def answers(self, done: Sequence[Decided | Begun]) -> bytes:
@@ -194,6 +230,7 @@ class Turn(NamedTuple):
     asked: list[Asked]
     error: ProtocolError | None
     looked_at: int
+    notifications: int
     last: bool
     """Whether there was no other message behind these."""
 
@@ -201,19 +238,21 @@ class Turn(NamedTuple):
 def next_turn(messages: Iterator[wire.Message], most: int = AT_ONCE) -> Turn:
     """Parse a turn's requests together, at most so many: one's code is the next one's."""
     asked: list[Asked] = []
-    looked_at = 0
+    looked_at = notifications = 0
     try:
         for message in messages:
             looked_at += 1
             if isinstance(message, wire.Response):
                 raise ProtocolError("a response, where a request is expected")
-            if not isinstance(message, wire.Notification):
+            if isinstance(message, wire.Notification):
+                notifications += 1
+            else:
                 asked.append(message)
             if len(asked) == most or looked_at == _LOOKED_AT:
-                return Turn(asked, None, looked_at, last=False)
+                return Turn(asked, None, looked_at, notifications, last=False)
     except ProtocolError as error:
-        return Turn(asked, error, looked_at, last=True)
-    return Turn(asked, None, looked_at, last=True)
+        return Turn(asked, error, looked_at, notifications, last=True)
+    return Turn(asked, None, looked_at, notifications, last=True)
 
 
 def _request_ids() -> Iterator[str]:

@@ -8,22 +8,22 @@ full pipeline gives way to the others after each handful.
 import math
 import os
 import time
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
-from weakref import WeakValueDictionary
 
 import structlog
 import trio
 
 from keyferry import wire
-from keyferry.errors import ProtocolError
 
 from .agent import AT_ONCE, Caller
 from .answering import Answering, Asked, Begun, Decided, Service, SlowJob, closing, next_turn, refusal
 from .arrivals import Arrivals
-from .peer import Peer, Process
+from .identity import Identity
+from .peer import Process
+from .peer.inspection import Inspector
 from .workers import Workers
 
 __all__ = ["LINGER", "Connection", "Shared", "refuse"]
@@ -50,9 +50,8 @@ class Shared(Service):
     """What all connections of an agent have in common."""
 
     workers: Workers
+    inspector: Inspector
     arrivals: Arrivals | None = None
-    hashing: MutableMapping[int | None, trio.CapacityLimiter] = field(default_factory=WeakValueDictionary)
-    """One program of each user's is hashed at a time: nobody's waits for another's."""
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
     last_look: float = math.inf
@@ -62,20 +61,28 @@ class Shared(Service):
 class Connection:
     """The state of one connection while it is served."""
 
-    def __init__(self, shared: Shared, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
+    def __init__(
+        self,
+        shared: Shared,
+        stream: trio.SocketStream,
+        caller: Caller,
+        process: Process | None,
+        more_evidence: Callable[[], None] = lambda: None,
+    ) -> None:
         self._shared = shared
         self._agent = shared.agent
         self._stream = stream
-        self._caller = Caller(peer)
-        self._answering = Answering(shared, self._caller)
+        self._caller = caller
+        self._answering = Answering(shared, caller)
         self._process = process
+        self._identity = Identity(shared.agent, shared.inspector, caller, process, more_evidence)
         self._decoder = wire.Decoder(recall=self._answering.recall)
         self._started = trio.current_time()  # when the request that is being received began
         self._sending = trio.Lock()
         self._torn = False  # part of an answer was sent, and the rest is still to come
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
         self._under_way = 0  # slow jobs that are not answered yet
-        self._done: list[Decided] = []
+        self._done: list[tuple[SlowJob, Any]] = []
         self._some_done = trio.Event()
         self._looked_around = -math.inf  # when other tasks had their turn
         self._room = _RECEIVE_FIRST
@@ -106,7 +113,7 @@ class Connection:
         async with trio.open_nursery() as slow:
             while True:
                 received = await self._receive()
-                if not received or not await self._identified():
+                if not received or not await self._identity.confirm():
                     return  # what slow jobs are under way is still answered: the nursery waits for them
                 goes_on = self._decoder.incomplete
                 self._decoder.feed(received)
@@ -118,22 +125,6 @@ class Connection:
                 # The time that answering took is not the client's; all other time is, however many pieces a request comes in.
                 if self._decoder.incomplete and (looked_at or not goes_on):
                     self._started = trio.current_time()
-
-    async def _identified(self) -> bool:
-        """Whether who connected is still there and is what it was, with all evidence that grants are about."""
-        process, agent = self._process, self._agent
-        if process is None:
-            return True
-        if agent.policy.hashes_programs and self._caller.peer.sha256 is None and process.seen is not None:
-            limiter = self._shared.hashing.setdefault(self._caller.peer.uid, trio.CapacityLimiter(1))
-            hashed = await trio.to_thread.run_sync(process.hash_program, limiter=limiter, abandon_on_cancel=True)
-            if not process.changed():
-                self._caller.know(self._caller.peer._replace(sha256=hashed))
-        self._caller.refresh(agent.policy)
-        if self._caller.granted.on_program and process.changed():
-            log.info("connection.program_changed", **self._who())
-            return False
-        return process.alive()  # after everything that was read
 
     async def _receive(self) -> bytes | bytearray:
         """Wait for bytes: as long as it takes between requests, for a bounded time within one."""
@@ -194,12 +185,17 @@ class Connection:
             looked_at += turn.looked_at
             if not await self._answer_turn(turn.asked, slow):
                 return None
+            if turn.notifications and not self._answering.notified(turn.notifications):
+                await self._end_with("Rejected.Throttling", "more notifications than this user may send", 429)
+                return None
             if turn.error is not None:
-                await self._end_with(turn.error)
+                await self._end_with("ProtocolError", str(turn.error), 400)
                 return None
             if turn.last:
                 return looked_at
             await self._look_around()
+            if not await self._identity.confirm():
+                return None
 
     async def _answer_turn(self, asked: list[Asked], slow: trio.Nursery) -> bool:
         """Answer some messages, in one write unless that takes too long; False when the stream cannot go on."""
@@ -208,30 +204,34 @@ class Connection:
         while asked:
             # Taken out: what a request holds is kept no longer than the request, whoever waits for what.
             outcome = self._answering.decide(asked.pop())
-            full = isinstance(outcome, SlowJob) and self._slots.value == 0
+            waits = isinstance(outcome, SlowJob) and self._slots.value == 0
             if not isinstance(outcome, SlowJob):
                 decided.append(outcome)
             # What is begun holds a data key: nothing is awaited before it is ended.
-            if decided and (full or self._others_wait(decided[0])):
+            if decided and (waits or self._others_wait(decided[0])):
                 if not await self._finish(decided):
                     return False
                 decided.clear()
                 await self._give_way()
+                if not await self._identity.confirm():
+                    return False
             if isinstance(outcome, SlowJob):
-                if self._slots.value:
-                    self._slots.acquire_nowait()
-                else:
+                if waits:
                     await self._slots.acquire()
+                    if not await self._identity.confirm():
+                        return False
+                else:
+                    self._slots.acquire_nowait()
                 self._begin(outcome, slow)
         return await self._finish(decided)
 
-    async def _end_with(self, error: ProtocolError) -> None:
+    async def _end_with(self, code: str, why: str, http_status: int) -> None:
         """Say why nothing more is read: the last message on this connection."""
         self._agent.counters.requests_refused += 1
-        log.info("connection.protocol_error", why=str(error), **self._who())
+        log.info("connection.protocol_error", why=why, **self._who())
         for _ in range(_SLOW_PER_CONNECTION):  # what was asked before it is answered before it
             await self._slots.acquire()
-        if await self._send(closing("ProtocolError", f"{error}.", 400)):
+        if await self._send(closing(code, f"{why}.", http_status)):
             await _linger(self._stream)
 
     async def _look_around(self) -> None:
@@ -255,32 +255,57 @@ class Connection:
 
     def _begin(self, slow: SlowJob, nursery: trio.Nursery) -> None:
         """Have a slow job done, and its answer sent, beside whatever else there is."""
-
-        def done(result: Any, error: Exception | None) -> None:
-            outcome = result if error is None else refusal(error, slow.audited)
-            self._done.append(Decided(slow.msgid, slow.audited, outcome))
-            self._some_done.set()
-
-        try:
-            self._shared.workers.submit(self._caller.peer.uid, slow.job.run, done)
-        except RuntimeError as error:
-            done(None, error)
+        self._offload(slow)
         self._under_way += 1
         if self._under_way == 1:
             nursery.start_soon(self._answer_slow, nursery.cancel_scope)
+
+    def _offload(self, slow: SlowJob) -> None:
+        agent, generation = self._agent, slow.generation
+
+        def run() -> Any:
+            # Begun after a reload, it would be done for nothing: its decision does not hold any more.
+            return slow.job.run() if agent.generation == generation else None
+
+        def done(result: Any, error: Exception | None) -> None:
+            self._done.append((slow, result if error is None else refusal(error, slow.audited)))
+            self._some_done.set()
+
+        try:
+            self._shared.workers.submit(self._caller.peer.uid, run, done)
+        except RuntimeError as error:
+            done(None, error)
 
     async def _answer_slow(self, everything: trio.CancelScope) -> None:
         """Answer slow jobs, as many at a time as are done, until none is under way."""
         while self._under_way:
             await self._some_done.wait()
+            if not await self._identity.confirm():
+                everything.cancel()
+                return
             self._some_done = trio.Event()
             done, self._done = self._done, []
-            taken = await self._finish(done)
-            self._under_way -= len(done)
-            for _ in done:
+            answered = self._still_valid(done)
+            taken = await self._finish(answered)
+            self._under_way -= len(answered)
+            for _ in answered:
                 self._slots.release()
             if not taken:
                 everything.cancel()  # also a reader that waits for room for another slow job
+
+    def _still_valid(self, done: list[tuple[SlowJob, Any]]) -> list[Decided | Begun]:
+        """What can be answered of slow jobs that were done: one whose decision holds no longer is decided anew first."""
+        answered: list[Decided | Begun] = []
+        for slow, outcome in done:
+            if self._answering.holds(slow):
+                answered.append(Decided(slow.msgid, slow.audited, outcome))
+                continue
+            again = self._answering.decide_anew(slow)
+            if isinstance(again, SlowJob):
+                self._offload(again)
+            else:
+                answered.append(again)
+        return answered
 
     async def _finish(self, decided: Sequence[Decided | Begun]) -> bool:
         """Record requests, and only then send their answers; False when nobody takes them."""

@@ -13,7 +13,7 @@ from keyferry.operations import OPERATIONS
 from keyferry.output import show
 from keyferry.parameters import ENCRYPTION_CONTEXT
 
-from .grants import ACTIONS, PLAINTEXT, SELECTORS, Grant
+from .grants import ACTIONS, NEVER_WITH_RECIPIENTS, PLAINTEXT, SELECTORS, Grant
 from .peer import Peer
 from .settings import SettingsError, read
 
@@ -21,7 +21,6 @@ __all__ = ["add_parser", "mismatch"]
 
 ALLOWED: Final = 0
 REFUSED: Final = 1
-_PLAINTEXT_ACTIONS: Final = frozenset(each.action for each in OPERATIONS.values() if "plaintext" in each.result._fields)
 _WITHOUT_CONTEXT: Final = frozenset(
     each.action
     for each in OPERATIONS.values()
@@ -70,10 +69,8 @@ def mismatch(
     if not grant.has_key(names):
         return f"keys: {', '.join(names)} matches none of {', '.join(grant.keys)}"
     if not grant.has_recipient(pin):
-        what = (
-            "an answer in plaintext is never covered by a grant with recipients" if pin == PLAINTEXT else f"not {pin}"
-        )
-        return f"recipients: {what}"
+        never = f"a grant with recipients never covers {action}: the caller would learn or choose a data key"
+        return f"recipients: {never if pin == PLAINTEXT else f'{pin} is not in the list'}"
     if not grant.has_context(context):
         wanted = {key: value for key, value in grant.encryption_context.items() if (context or {}).get(key) != value}
         return f"encryption_context: it demands {', '.join(f'{key}={value}' for key, value in wanted.items())}"
@@ -104,7 +101,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         exe=arguments.exe,
         sha256=arguments.sha256,
     )
-    pin = PLAINTEXT if arguments.action in _PLAINTEXT_ACTIONS else arguments.recipient
+    pin = PLAINTEXT if arguments.action in NEVER_WITH_RECIPIENTS else arguments.recipient
     names = _names(arguments.key, f"acs:kms:{settings.region}:{settings.account}:")
     asked = None if arguments.action in _WITHOUT_CONTEXT else context
     found = [(grant, mismatch(grant, peer, arguments.action, names, pin, asked)) for grant in settings.grants]

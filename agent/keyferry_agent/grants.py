@@ -16,6 +16,8 @@ from .peer import Peer
 
 __all__ = [
     "ACTIONS",
+    "BESIDE_PROGRAM",
+    "NEVER_WITH_RECIPIENTS",
     "PLAINTEXT",
     "PROGRAM",
     "SELECTORS",
@@ -23,14 +25,19 @@ __all__ = [
     "Granted",
     "Policy",
     "carrying",
-    "to_caller",
 ]
 
 PLAINTEXT: Final = "plaintext"
-"""The recipient of an answer that is not wrapped for anybody: the caller itself. No pin is equal to it."""
+"""The recipient of a data key that the caller learns or chooses itself. No pin is equal to it."""
 
 _REMEMBERED: Final = 32_768
-"""Answers to remember at most, of each kind; then it begins anew. Each takes some 200 bytes."""
+"""Keys whose coverage a `Granted` remembers at most; then it begins anew. Each takes some 200 bytes."""
+_CALLERS_ROOM: Final = 4 * 2**20
+"""Bytes for the evidence of callers that a `Policy` remembers; then it begins anew."""
+_CALLER_BYTES: Final = 600
+"""Bytes that one caller's evidence takes, as measured, besides 4 for each of its groups."""
+_SETS_REMEMBERED: Final = 1_024
+"""Different sets of grants that a `Policy` remembers tables for."""
 
 ACTIONS: Final = frozenset(
     f"kms:{name}"
@@ -41,6 +48,12 @@ ACTIONS: Final = frozenset(
     )
 )
 """What can be granted."""
+
+NEVER_WITH_RECIPIENTS: Final = frozenset({"kms:Decrypt", "kms:Encrypt", "kms:GenerateDataKey"})
+"""Actions by which a caller learns or chooses a data key: a grant with `recipients` never covers them.
+
+ReEncrypt is such a one too, unless it stays with the same key and EncryptionContext.
+"""
 
 # Who a grant is to. To add a selector: a line here, its evidence in `peer`, its value's check in `settings`.
 SELECTORS: Final[Mapping[str, Callable[[Peer, Any], bool]]] = {
@@ -56,6 +69,8 @@ SELECTORS: Final[Mapping[str, Callable[[Peer, Any], bool]]] = {
 }
 PROGRAM: Final = frozenset({"exe", "sha256"})
 """The selectors whose evidence a process can change by running another program."""
+BESIDE_PROGRAM: Final = frozenset({"uid", "user", "unit", "pod", "listener"})
+"""The selectors of which one must stand beside those: any user can run a program, with a library of their own in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +94,19 @@ class Grant:
         object.__setattr__(self, "_actions", _pattern(self.actions, part=".*"))
 
     def is_to(self, peer: Peer) -> bool:
-        """Whether all that `to` names matches this caller. An empty `to` is to nobody."""
-        return bool(self.to) and all(SELECTORS[selector](peer, value) for selector, value in self.to.items())
+        """Whether all that `to` names matches this caller. An empty `to` matches no caller."""
+        return self.could_be_to(peer) and all(SELECTORS[name](peer, self.to[name]) for name in self.program)
+
+    def could_be_to(self, peer: Peer) -> bool:
+        """Whether all that `to` names besides the program matches this caller."""
+        return bool(self.to) and all(
+            SELECTORS[selector](peer, value) for selector, value in self.to.items() if selector not in PROGRAM
+        )
+
+    @property
+    def program(self) -> frozenset[str]:
+        """The selectors in `to` that are about the caller's program."""
+        return PROGRAM & self.to.keys()
 
     def has_action(self, action: str) -> bool:
         """Whether it covers this action."""
@@ -91,20 +117,15 @@ class Grant:
         return any(name in self._names or self._keys.fullmatch(name) for name in names)
 
     def has_recipient(self, pin: str | None) -> bool:
-        """Whether what leaves may go to this recipient: a pin, `PLAINTEXT`, or None when nothing secret leaves.
+        """Whether a data key may go to this recipient: a fingerprint, `PLAINTEXT`, or None when none leaves or enters.
 
-        A grant with pins never covers an answer in plaintext: that would be the way round them.
+        A grant with `recipients` never covers what its holder could learn or choose a data key by: that would be a way round.
         """
         return self.recipients is None or pin is None or pin in self.recipients
 
     def has_context(self, context: Mapping[str, str] | None) -> bool:
         """Whether the pairs it demands are there; None: the operation has no context, and nothing to demand of it."""
         return context is None or self.encryption_context.items() <= context.items()
-
-
-def to_caller(grants: Iterable[Grant], peer: Peer) -> tuple[Grant, ...]:
-    """The grants that are to this caller: once per connection, so that a request looks at few."""
-    return tuple(grant for grant in grants if grant.is_to(peer))
 
 
 def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str] | None) -> Grant | None:
@@ -163,13 +184,17 @@ class _Covering:
 
 
 class Granted:
-    """The grants to one kind of caller, and what they cover as far as was asked before: so that a request costs a look-up."""
+    """The grants to one kind of caller, and what they cover as far as was asked before: so that a request costs a look-up.
 
-    __slots__ = ("_actions", "_known", "grants", "on_program")
+    `asks`: the selectors about a program in the grants that are to this caller but for its program.
+    """
 
-    def __init__(self, grants: tuple[Grant, ...]) -> None:
+    __slots__ = ("_actions", "_known", "asks", "grants", "on_program")
+
+    def __init__(self, grants: tuple[Grant, ...], asks: frozenset[str] = frozenset()) -> None:
         self.grants = grants
-        self.on_program = any(PROGRAM & grant.to.keys() for grant in grants)
+        self.asks = asks
+        self.on_program = any(grant.program for grant in grants)
         self._actions: dict[str, _Covering] = {}
         self._known: dict[tuple[str, str], tuple[Grant, ...]] = {}
 
@@ -177,18 +202,24 @@ class Granted:
         """Those that cover an action."""
         return self._covering(action).grants
 
-    def covering(self, action: str, name: str, names: Callable[[], Iterable[str]]) -> tuple[Grant, ...]:
-        """Those that cover an action on the key that is known by `name`; `names` are all that it can be called by."""
+    def covering(self, action: str, name: str, names: Callable[[], Iterable[str]] | None) -> tuple[Grant, ...]:
+        """Return those that cover an action on the key that is known by `name`; `names` returns all that it can be called by.
+
+        None for `names` says that no such key exists: then none covers it, after the same look-up.
+        """
         known = self._known.get((action, name))
         if known is None:
+            if names is None:
+                return ()
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
             known = self._known[action, name] = self._covering(action).with_key(tuple(names()))
         return known
 
     def would_cover(self, action: str, names: Iterable[str]) -> tuple[Grant, ...]:
-        """Those that would cover an action on a key of these names. Not remembered: of keys that are not there, callers make up
-        as many as they like.
+        """Return those that would cover an action on a key of these names, whether such a key exists or not.
+
+        Not remembered: callers can make up as many names as they like.
         """
         return self._covering(action).with_key(tuple(names))
 
@@ -207,22 +238,47 @@ class Policy:
     """All grants of a configuration, found by whom they are to."""
 
     def __init__(self, grants: Sequence[Grant]) -> None:
-        self.hashes_programs = any("sha256" in grant.to for grant in grants)
         self._by_uid: dict[int, list[tuple[int, Grant]]] = {}
         self._others: list[tuple[int, Grant]] = []
         for place, grant in enumerate(grants):
-            uid = grant.to.get("uid", grant.to.get("user"))
+            uid = _user_of(grant)
             (self._others if uid is None else self._by_uid.setdefault(uid, [])).append((place, grant))
+        self.users_by_program = frozenset(
+            uid for grant in grants if grant.program and (uid := _user_of(grant)) is not None
+        )
+        """The users whom a grant names beside a program."""
         self._known: dict[Peer, Granted] = {}
+        self._room = _CALLERS_ROOM
+        self._sets: dict[tuple[tuple[int, ...], frozenset[str]], Granted] = {}
 
     def granted(self, peer: Peer) -> Granted:
-        """The grants to this caller. Callers with the same evidence share them, and what was found out about them."""
+        """Return the grants to this caller. Callers with the same grants share what was found out about them."""
         evidence = peer._replace(pid=None)
         known = self._known.get(evidence)
         if known is None:
-            if len(self._known) >= _REMEMBERED:
+            known = self._look_up(peer)
+            self._room -= _CALLER_BYTES + 4 * len(peer.gids)
+            if self._room < 0:
                 self._known.clear()
-            own = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
-            candidates = sorted([*own, *self._others], key=lambda placed: placed[0])
-            known = self._known[evidence] = Granted(to_caller((grant for _, grant in candidates), peer))
+                self._room = _CALLERS_ROOM - _CALLER_BYTES - 4 * len(peer.gids)
+            self._known[evidence] = known
         return known
+
+    def _look_up(self, peer: Peer) -> Granted:
+        own = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
+        candidates = sorted([*own, *self._others], key=lambda placed: placed[0])
+        possible = [(place, grant) for place, grant in candidates if grant.could_be_to(peer)]
+        asks = frozenset[str]().union(*(grant.program for _, grant in possible))
+        granted = [(place, grant) for place, grant in possible if grant.is_to(peer)]
+        key = tuple(place for place, _ in granted), asks
+        known = self._sets.get(key)
+        if known is None:
+            if len(self._sets) >= _SETS_REMEMBERED:
+                self._sets.clear()
+            known = self._sets[key] = Granted(tuple(grant for _, grant in granted), asks)
+        return known
+
+
+def _user_of(grant: Grant) -> int | None:
+    uid: int | None = grant.to.get("uid", grant.to.get("user"))
+    return uid

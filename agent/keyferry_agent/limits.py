@@ -5,7 +5,8 @@ from typing import Final
 __all__ = ["Rate"]
 
 _FORGET: Final = 4_096
-"""Users to remember at most; past that, those whose allowance is full again are forgotten."""
+"""Users to remember at most. Past that, those whose allowance is full again are forgotten, and then
+those that were seen longest ago."""
 
 
 class Rate:
@@ -15,15 +16,25 @@ class Rate:
         self._per_second = per_second
         self._buckets: dict[int | None, tuple[float, float]] = {}  # user -> (requests left, when that was)
 
-    def allows(self, user: int | None, now: float) -> bool:
-        """Take one request from the user's allowance at `now`, in seconds of a steady clock; False if there is none."""
-        if not self._per_second:
+    @property
+    def unlimited(self) -> bool:
+        """Whether everything is allowed."""
+        return not self._per_second
+
+    def allows(self, user: int | None, now: float, count: int = 1) -> bool:
+        """Take `count` from the user's allowance at `now`, in seconds of a steady clock; False if there are not so many."""
+        if not self._per_second or not count:
             return True
         left, since = self._buckets.get(user, (float(self._per_second), now))
         left = min(self._per_second, left + (now - since) * self._per_second)
-        if len(self._buckets) >= _FORGET:
-            self._buckets = {
-                u: (n, t) for u, (n, t) in self._buckets.items() if n + (now - t) * self._per_second < self._per_second
-            }
-        self._buckets[user] = (left - 1, now) if left >= 1 else (left, now)
-        return left >= 1
+        if len(self._buckets) >= _FORGET and user not in self._buckets:
+            self._forget(now)
+        enough = left >= count
+        self._buckets[user] = (left - count if enough else left, now)
+        return enough
+
+    def _forget(self, now: float) -> None:
+        busy = {u: (n, t) for u, (n, t) in self._buckets.items() if n + (now - t) * self._per_second < self._per_second}
+        if len(busy) >= _FORGET:
+            busy = dict(sorted(busy.items(), key=lambda bucket: bucket[1][1])[_FORGET // 2 :])  # those seen last
+        self._buckets = busy

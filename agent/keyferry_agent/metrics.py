@@ -44,6 +44,9 @@ class Metrics:
             buckets=_BUCKETS,
             registry=registry,
         )
+        self._notifications = prometheus.Counter(
+            "keyferry_notifications", "Notifications received, which have no effect", registry=registry
+        )
         self._known: dict[tuple[str, str], tuple[Any, Any]] = {}
 
         def gauge(name: str, text: str, value: Any) -> None:
@@ -54,6 +57,10 @@ class Metrics:
         gauge("keyring_loaded_timestamp_seconds", "When the keyring was loaded", lambda: agent.keyring.loaded_timestamp)
         gauge("audit_lag_seconds", "How long the last record took, or the one under way has taken", lambda: audit.lag)
         gauge("draining", "1 while the agent is about to stop", lambda: int(agent.draining))
+
+    def notified(self, count: int) -> None:
+        """Count notifications."""
+        self._notifications.inc(count)
 
     def observe(self, operation: str, outcome: str, seconds: float) -> None:
         """Count one request. What a client calls an operation may be anything; it is counted as one."""

@@ -146,6 +146,7 @@ async def _serve(
         async with trio.open_nursery() as nursery:
             await nursery.start(_handle_signals, agent, server, reloader, host)
             nursery.start_soon(reloader.run)
+            nursery.start_soon(server.inspector.run)
             nursery.start_soon(_watch_sockets, opened)
             await nursery.start(_serve_then, server, listeners, nursery.cancel_scope.cancel)
             if host.watchdog:

@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -14,13 +13,15 @@ import trio
 
 from keyferry import libcrypto
 
-from .agent import SLOW_JOBS, Agent, Audited
+from .admission import Admission, NoRoomError
+from .agent import SLOW_JOBS, Agent, Audited, Caller
 from .arrivals import Arrivals
 from .audit import Appended, AuditLog
 from .connection import LINGER, Connection, Shared, refuse
 from .limits import Rate
 from .metrics import Metrics
 from .peer import Peer, Process, evidence
+from .peer.inspection import Inspector
 from .workers import Workers
 
 __all__ = ["GRACE", "Server"]
@@ -29,6 +30,8 @@ GRACE: Final = 10.0
 """Seconds that a drain may take: as long as a request may, by default."""
 _LAST_LOOK: Final = 0.05
 """Seconds in which a draining agent still takes requests: those that lie in its sockets were sent in good faith."""
+_NOTIFICATIONS_PER_SECOND: Final = 10_000
+"""Notifications of one user where requests have no limit: they have no effect, so that no client needs many."""
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 _MOST_REFUSALS: Final = 16
 """Connections to explain a refusal to at one time; the others are closed without a word."""
@@ -49,16 +52,20 @@ class Server:
     def __init__(self, agent: Agent, audit: AuditLog, metrics: Metrics | None = None) -> None:
         self.agent = agent
         self._arrivals = Arrivals()
+        self.inspector = Inspector()
+        rate = Rate(agent.settings.limits.requests_per_second)
         self._shared = Shared(
             agent=agent,
             audit=audit,
-            rate=Rate(agent.settings.limits.requests_per_second),
+            rate=rate,
+            notifications=Rate(_NOTIFICATIONS_PER_SECOND) if rate.unlimited else rate,
             metrics=metrics,
             # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
             workers=Workers(SLOW_JOBS if libcrypto.has_sm2() else 1),
+            inspector=self.inspector,
             arrivals=self._arrivals,
         )
-        self._per_user: Counter[int | None] = Counter()
+        self._admission = Admission(agent)
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._accepting = trio.CancelScope()
         self._refusing = 0
@@ -83,10 +90,10 @@ class Server:
 
     async def serve_own(self, stream: trio.SocketStream) -> None:
         """Serve a connection of the agent's own, which is neither recorded nor limited."""
-        own = replace(self._shared, audit=_Nowhere(), rate=Rate(0), metrics=None, arrivals=None)
+        own = replace(self._shared, audit=_Nowhere(), rate=Rate(0), notifications=Rate(0), metrics=None, arrivals=None)
         peer = Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener="")
         async with stream:
-            await Connection(own, stream, peer, None).run()
+            await Connection(own, stream, Caller(peer), None).run()
 
     def drain(self, grace: float = GRACE) -> None:
         """Stop accepting, let every connection answer what it has received, and close them; at the latest after `grace`.
@@ -125,14 +132,16 @@ class Server:
             except ProcessLookupError:
                 log.info("connection.process_ended", listener=name)
                 stream.socket.close()
-                continue
             except OSError as error:
-                log.error("accept.failed", listener=name, error=error.strerror)
+                log.error("accept.failed", listener=name, error=error.strerror or str(error))
                 if error.errno in _NO_DESCRIPTORS:
                     await _refuse_for_descriptors(stream)
                 stream.socket.close()
-                continue
-            connections.start_soon(self._connection, stream, peer, process)
+            except Exception as error:  # whatever is odd about one peer closes that one connection
+                log.error("connection.failed", listener=name, exc_info=error)
+                stream.socket.close()
+            else:
+                connections.start_soon(self._connection, stream, peer, process)
 
     async def _refuse_with_the_reserve(self, listener: trio.SocketListener) -> None:
         """Take one connection with a descriptor that was kept for it, say why, and close it."""
@@ -154,39 +163,46 @@ class Server:
                 process.close()
 
     async def _admit(self, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
-        counters, limits = self.agent.counters, self.agent.settings.limits
-        counters.connections_total += 1
-        if counters.connections >= limits.connections:
-            await self._refuse(stream, peer, "This agent has all the connections it may have")
-            return
-        if self._per_user[peer.uid] >= limits.connections_per_user:
-            await self._refuse(stream, peer, "This user has all the connections one user may have")
-            return
-        counters.connections += 1
-        self._per_user[peer.uid] += 1
+        self.agent.counters.connections_total += 1
+        caller, scope = Caller(peer), trio.CancelScope()
+
+        def closed_for_another() -> None:
+            self._complain(
+                "connection.closed_for_another",
+                "A caller without any grant has its place only until another needs it",
+                peer,
+            )
+            scope.cancel()
+
         try:
-            async with stream:
-                await Connection(self._shared, stream, peer, process).run()
+            place = self._admission.enter(caller, seen=process is not None, close=closed_for_another)
+        except NoRoomError as error:
+            await self._refuse(stream, peer, str(error))
+            return
+        try:
+            with scope:
+                async with stream:
+                    await Connection(self._shared, stream, caller, process, lambda: self._admission.judge(place)).run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer went away
         except* Exception as errors:
             log.error("connection.failed", exc_info=errors)
         finally:
-            counters.connections -= 1
-            self._per_user[peer.uid] -= 1
-            if not self._per_user[peer.uid]:
-                del self._per_user[peer.uid]
+            self._admission.leave(place)
+
+    def _complain(self, event: str, why: str, peer: Peer) -> None:
+        """Write a line to the log, one in a second: to be refused must not cost more than to be served."""
+        now = trio.current_time()
+        if now >= self._next_complaint:
+            self._next_complaint = now + 1
+            log.warning(event, why=why, uid=peer.uid)
 
     async def _refuse(self, stream: trio.SocketStream, peer: Peer, why: str) -> None:
         """Refuse a connection and say why, in a way that every client of the protocol can read.
 
-        Only a few at a time get an explanation, and one in a second a line in the log: being refused must not cost more than
-        being served.
+        Only a few at a time get an explanation.
         """
-        now = trio.current_time()
-        if now >= self._next_complaint:
-            self._next_complaint = now + 1
-            log.warning("connection.refused", why=why, uid=peer.uid)
+        self._complain("connection.refused", why, peer)
         if self._refusing >= _MOST_REFUSALS:
             stream.socket.close()
             return

@@ -16,7 +16,7 @@ from keyferry.exchange import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
 from . import toml
-from .grants import SELECTORS, Grant
+from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant
 from .peer import OVERFLOW_UID
 
 __all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "read"]
@@ -160,6 +160,17 @@ def _check_grants(table: toml.Table, settings: Settings) -> None:
         if OVERFLOW_UID in (grant.to.get("uid"), grant.to.get("user")):
             table.warnings.append(
                 f"grant[{i}].to: {OVERFLOW_UID} is the overflow uid, which can be anybody; matches nobody"
+            )
+        if grant.program and not BESIDE_PROGRAM & grant.to.keys():
+            table.problems.append(
+                f"grant[{i}].to: every user can run {' and '.join(sorted(grant.program))}, with a library of their own in it; "
+                f"add {', '.join(sorted(BESIDE_PROGRAM - {'listener'}))} or listener"
+            )
+        excluded = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))
+        if grant.recipients is not None and excluded:
+            table.warnings.append(
+                f"grant[{i}].actions: a grant with recipients never covers {', '.join(excluded)}: the caller would learn or "
+                "choose a data key; leave the action out, or give it a grant of its own"
             )
         for key in grant.keys:
             if key.startswith("acs:"):

@@ -49,10 +49,18 @@ class Request(NamedTuple):
 
 
 class Recalled(NamedTuple):
-    """A request of which the decoder's `recall` knew what to say, by its bytes behind the msgid."""
+    """A request of which the decoder's `recall` knew what to say, by its bytes behind the msgid: `tail`."""
 
     msgid: int
     what: Any
+    tail: bytes
+
+    def parsed(self) -> Request:
+        """Return it as the request that it is: for when what was known of it does not hold any more."""
+        packed = bytes([_ARRAY_OF_FOUR, 0, 0xCE]) + self.msgid.to_bytes(4, "big") + self.tail
+        request = _message(_unpack(bytearray(packed)), self.tail)
+        assert isinstance(request, Request)  # only what came out as one is recalled
+        return request
 
 
 class Response(NamedTuple):
@@ -166,7 +174,7 @@ class Decoder:
         if self._recall is not None and (request := _split(self._buffer, size)) is not None:
             what = self._recall(request[1])
             if what is not None:
-                return Recalled(request[0], what)
+                return Recalled(request[0], what, request[1])
         body = self._parsed(size)
         if body is None:
             return None

@@ -3,6 +3,7 @@
 import base64
 from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime
 from itertools import pairwise
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from .asking import Ask
 from .clients import Client, Sent
 from .judge import judge
 from .line import Answer, Line
-from .stock import RINGS, MasterKey, Ring, Version
+from .stock import EPOCH, RINGS, MasterKey, Ring, Version
 from .world import World
 
 __all__ = ["check_clients", "check_record"]
@@ -91,11 +92,22 @@ def _excuse(world: World, client: Client, line: Line, end: int) -> str:
     return (
         ("never sent" if client.sent < end else "")
         or ("behind garbage" if at is not None and end > at else "")
-        or ("refused" if line.refused else "")
+        or ("refused" if line.refused or line.silenced else "")
         or client.fault
         or line.fault
         or ("the grace period was over" if world.grace_over else "")
+        or ("closed for another" if _made_room(world, line) else "")
         or ("came too late" if world.stops and line.received < end else "")
+    )
+
+
+def _made_room(world: World, line: Line) -> bool:
+    """Whether it was closed as another connection came, and its caller has no grant."""
+    closed = line.closed
+    return (
+        closed is not None
+        and not world.is_granted(line.client.uid, closed)
+        and any(other is not line and other.opened <= closed <= other.opened + 0.001 for other in world.all_lines)
     )
 
 
@@ -115,6 +127,7 @@ def _check_answer(world: World, line: Line, sent: Sent, answer: Answer, fresh: C
     possible = {judge(ask, line.client.uid, *adopted.state, when) for adopted in seen for when in times}
     if answer.outcome not in possible:
         world.violate(f"{line}: {ask.method} {ask.alias} gave {answer.outcome}; expected {sorted(possible)}")
+    _check_decided(world, line, ask, answer)
     if answer.error is not None:
         _check_error(world, line, answer)
     elif answer.result is not None:
@@ -123,6 +136,22 @@ def _check_answer(world: World, line: Line, sent: Sent, answer: Answer, fresh: C
             _check_key(ask, answer.result, [RINGS[adopted.ring] for adopted in seen])
         except Exception as error:
             world.violate(f"{line}: {ask.method} has a wrong result: {error!r}")
+
+
+def _check_decided(world: World, line: Line, ask: Ask, answer: Answer) -> None:
+    """Nothing that was decided before a reload, or before a key's date, is done after it: not queued, recalled or waiting."""
+    fields = world.record.lines.get(answer.request_id)
+    if fields is None:
+        return
+    recorded = datetime.fromisoformat(fields["time"]).timestamp() - EPOCH
+    possible = {
+        judge(ask, line.client.uid, *adopted.state, when)
+        for adopted in world.in_force(recorded)
+        for when in (recorded, recorded + 0.001)
+    }
+    if answer.outcome not in possible:
+        was = f"is recorded at {recorded:.3f} as {answer.outcome}"
+        world.violate(f"{line}: {ask.method} {ask.alias} {was}, when it was {sorted(possible)}")
 
 
 _ALWAYS: Final = {"ServiceUnavailableTemporary", "Rejected.Throttling", "InternalFailure"}
@@ -219,7 +248,9 @@ def check_record(world: World) -> None:
             world.violate(f"recorded of nobody: {fields}")
             continue
         recorded[line.client.pid] += 1
-        if request_id not in answers and not (line.fault or line.client.fault or world.grace_over):
+        if request_id not in answers and not (
+            line.fault or line.client.fault or world.grace_over or _made_room(world, line)
+        ):
             world.violate(f"{line}: recorded, and not answered: {fields['operation']} {fields['outcome']}")
     for pid, count in recorded.items():
         line = lines[pid]

@@ -44,6 +44,7 @@ class Client:
         self.listener = rng.choice(("first", "second"))
         self.asks: dict[int, Sent] = {}
         self.garbage_at: int | None = None
+        self.notifies = False
         self.process_ended = False
         self.line: Line | None = None
         self.received = bytearray()
@@ -74,6 +75,7 @@ class Client:
             kind = rng.random()
             if kind < 0.03:
                 self._pieces.append(wire.encode_notification("Encrypt", {}))
+                self.notifies = True
                 total += len(self._pieces[-1])
                 continue
             if kind < 0.06:

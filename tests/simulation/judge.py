@@ -104,6 +104,7 @@ def _re_encrypts(case: _Case) -> None:
     source = case.opening("ReEncryptFrom", None)
     destination = case.named("ReEncryptTo", None, case.ask.destination_context)
     if destination is not source or dict(case.ask.context) != dict(case.ask.destination_context):
+        case.named("ReEncryptTo", _PLAIN, case.ask.destination_context)
         case.opening("ReEncryptFrom", _PLAIN)
     _usable(source, destination)
     case.opens()
@@ -117,7 +118,7 @@ _JUDGES: Final[Mapping[str, Callable[[_Case], object]]] = {
     "GenerateAndExportDataKey": lambda case: _seals(case, case.ask.to),
     "GenerateDataKey": lambda case: _seals(case, _PLAIN),
     "GenerateDataKeyWithoutPlaintext": lambda case: _seals(case, None),
-    "Encrypt": lambda case: _seals(case, None),
+    "Encrypt": lambda case: _seals(case, _PLAIN),
     "Decrypt": lambda case: _opens(case, _PLAIN),
     "ExportDataKey": lambda case: _opens(case, case.ask.to),
     "ReEncrypt": _re_encrypts,

@@ -43,7 +43,7 @@ class Line:
         self.sent = bytearray()
         self.fault = ""
         """What went wrong with it that is not the agent's doing."""
-        self.refused = False
+        self.refused = self.silenced = False
         self.last_words = False
         self.answers: dict[int, Answer] = {}
         self._unpacker = msgpack.Unpacker(raw=False)
@@ -65,6 +65,18 @@ class Line:
     def arrived(self, end: int) -> float:
         """When it had received everything up to this byte."""
         return next((when for received, when in self._arrivals if received >= end), self._world.now)
+
+    @property
+    def being_closed(self) -> bool:
+        """Whether it may have been told to make room, by a connection that has come since: it ends at its next wait."""
+        return not self._world.is_granted(self.client.uid, self._world.now) and bool(self._later())
+
+    def could_make_room(self, other: "Line") -> bool:
+        """Whether its caller has no grant, and no connection but the other has come since."""
+        return not self._world.is_granted(self.client.uid, other.opened) and self._later() <= {other}
+
+    def _later(self) -> "set[Line]":
+        return {line for line in self._world.all_lines if line is not self and line.opened >= self.opened}
 
     @property
     def quiet(self) -> bool:
@@ -99,7 +111,7 @@ class Line:
         world.note("received", self, len(data))
         if self.refused:
             return
-        together = [line for line in world.all_lines if line.admitted and line.received]
+        together = [line for line in world.all_lines if line.admitted and line.received and not line.being_closed]
         of_user = [line for line in together if line.client.uid == self.client.uid]
         if len(together) > world.limits[0] or len(of_user) > world.limits[1]:
             world.violate(f"{len(together)} connections are served, {len(of_user)} of one user")
@@ -143,12 +155,19 @@ class Line:
             if self.client.garbage_at is None:
                 world.violate(f"{self}: ProtocolError, and it was none")
             return
+        if outcome == "Rejected.Throttling" and self.client.notifies and world.rate and self.received:
+            self.silenced = True
+            return
         self.refused = True
         others = [line for line in world.all_lines if line is not self and line.opened <= self.opened + 0.001]
         # One that was closed in the meantime may have been open when this one was judged.
         others = [line for line in others if not line.refused and (line.closed is None or line.closed >= self.opened)]
         of_user = [line for line in others if line.client.uid == self.client.uid]
         full = len(others) >= world.limits[0] or len(of_user) >= world.limits[1]
+        if world.is_granted(self.client.uid, self.opened) and len(of_user) < world.limits[1]:
+            there = [line for line in others if line.closed is None and line.opened < self.opened]
+            if len(there) >= world.limits[0] and any(each.could_make_room(self) for each in there):
+                world.violate(f"{self}: refused, and there is room that a caller without a grant has")
         struck = world.plan.struck["accept"] + world.plan.struck["hold the process"]
         without = world.starved or struck > 0 or world.was_starved
         if outcome != "Rejected.Throttling" or not (full or without):

@@ -141,7 +141,13 @@ CONFIGURATIONS: Final[tuple[tuple[Grant, ...], ...]] = (
     (
         Grant("app", APP, (*_EXPORT, "Encrypt", "Decrypt", "DescribeKey", "ListKeys"), ("alias/orders",)),
         Grant("admin", ADMIN, ("*",)),
-        Grant("pinned", PINNED, (*_EXPORT, "Decrypt", "GenerateDataKey"), ("alias/orders",), ("RSAES_OAEP_SHA_256",)),
+        Grant(
+            "pinned",
+            PINNED,
+            (*_EXPORT, "Encrypt", "Decrypt", "GenerateDataKey"),
+            ("alias/orders",),
+            ("RSAES_OAEP_SHA_256",),
+        ),
         Grant("tenant", TENANT, ("Encrypt", "Decrypt", "ReEncrypt*"), context={"tenant": "acme"}),
     ),
     (

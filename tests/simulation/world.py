@@ -24,6 +24,8 @@ __all__ = ["Adopted", "World"]
 
 MONOTONIC: Final = 1_000.0
 """What the steady clock says at the beginning."""
+_TICK: Final = 0.001
+"""Seconds: what the record's times are told in."""
 _MOST: Final = 20_000
 """Lines of a trace: an agent that does more than that turns in a circle."""
 
@@ -94,6 +96,19 @@ class World:
     def wall(self) -> float:
         """Seconds since 1970."""
         return EPOCH + self.now
+
+    def is_granted(self, uid: int, when: float) -> bool:
+        """Whether a user has any grant in the configurations that the agent goes by around this time."""
+        return any(grant.uid == uid for adopted in self.in_force(when) for grant in adopted.state[1])
+
+    def in_force(self, when: float) -> list[Adopted]:
+        """The keyrings and configurations that the agent goes by at a time that is known to the millisecond."""
+        following = [*self.adopted[1:], None]
+        return [
+            adopted
+            for adopted, after in zip(self.adopted, following, strict=True)
+            if adopted.since <= when + _TICK and (after is None or after.since >= when - _TICK)
+        ]
 
     def note(self, what: str, *details: Any) -> None:
         """Add a line to the trace."""

@@ -78,3 +78,18 @@ def openssl_sm2() -> pytest.MarkDecorator:
 def postgresql() -> pytest.MarkDecorator:
     """Skip where there is no PostgreSQL server to start."""
     return pytest.mark.skipif(POSTGRESQL is None, reason="needs a PostgreSQL server (Debian package postgresql)")
+
+
+def fuse() -> pytest.MarkDecorator:
+    """Skip where no file system can be served from user space."""
+    missing = not os.path.exists("/dev/fuse")
+    return pytest.mark.skipif(missing, reason="needs /dev/fuse: modprobe fuse")
+
+
+def unified_cgroups() -> Path:
+    """The folder of the unified control groups; skips where there is none to make a group in."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, folder, kind, *_ = line.split()
+        if kind == "cgroup2" and os.access(folder, os.W_OK):
+            return Path(folder)
+    pytest.skip("needs a writable file system of unified control groups (cgroup2)")

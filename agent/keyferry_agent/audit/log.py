@@ -4,6 +4,7 @@ Fields come from a fixed list: names, fingerprints and outcomes. Never a value o
 """
 
 import functools
+import itertools
 import json
 import os
 import time
@@ -29,6 +30,8 @@ _LONGEST_KEY: Final = 40
 """Characters of a context's key to record. A line stays below 4,096 bytes: so much a pipe takes whole, or not at all."""
 _LONGEST_KEYS: Final = 1_536
 """Bytes of all of them in the line, for the same reason: one character may take twelve."""
+_LONGEST_PROGRAM: Final = 512
+"""Bytes of the program's path and hash, likewise."""
 
 
 class AuditLog:
@@ -69,7 +72,10 @@ class AuditLog:
         """
         now = _time_of_day(time.time())
         caller = _of_peer(peer)
-        lines = [_line(now, caller, audited, outcome) for audited, outcome in requests]
+        program = _of_program(peer.exe, peer.sha256)
+        lines = [
+            _line(now, caller, audited, outcome, program if audited.by_program else "") for audited, outcome in requests
+        ]
         try:
             return self._hand.call(self._file.append, lines)
         except OSError as error:
@@ -87,7 +93,7 @@ def _second(now: int) -> str:
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _line(now: str, caller: str, audited: Audited, outcome: str) -> str:
+def _line(now: str, caller: str, audited: Audited, outcome: str, program: str = "") -> str:
     """All of a line but the hash of the one before it, and what closes it.
 
     By hand, since every request has one: json.dumps takes three times as long for a dictionary of these.
@@ -96,7 +102,7 @@ def _line(now: str, caller: str, audited: Audited, outcome: str) -> str:
         audited.line = _of_request(audited)
     return (
         f'{{"time": "{now}", "event": "audit", "request_id": {quoted(audited.request_id)}, '
-        f'"operation": {quoted(audited.operation)}, {caller}, {audited.line}, "outcome": {quoted(outcome)}, '
+        f'"operation": {quoted(audited.operation)}, {caller}, {program}{audited.line}, "outcome": {quoted(outcome)}, '
         f'"microseconds": {round((time.monotonic() - audited.started) * 1e6)}'
     )
 
@@ -118,13 +124,19 @@ def _listed(keys: Sequence[str]) -> str:
     return f"[{', '.join([quoted(key[:_LONGEST_KEY]) for key in keys])}]"
 
 
-@functools.lru_cache(maxsize=_PEERS)
 def _of_peer(peer: Peer) -> str:
-    fields = {
-        "uid": peer.uid,
-        "gids": sorted(peer.gids)[:_MOST_LISTED],
-        "pid": peer.pid,
-        "unit": peer.unit,
-        "listener": peer.listener,
-    }
-    return json.dumps(fields)[1:-1]
+    # The groups are ascending, and there may be 65,536 of them: only what is listed becomes a key of the cache.
+    return _described(peer.uid, tuple(itertools.islice(peer.gids, _MOST_LISTED)), peer.pid, peer.unit, peer.listener)
+
+
+@functools.lru_cache(maxsize=_PEERS)
+def _described(uid: int | None, gids: tuple[int, ...], pid: int | None, unit: str | None, listener: str) -> str:
+    return json.dumps({"uid": uid, "gids": gids, "pid": pid, "unit": unit, "listener": listener})[1:-1]
+
+
+@functools.lru_cache(maxsize=_PEERS)
+def _of_program(exe: str | None, sha256: str | None) -> str:
+    """The fields of a caller's program, for requests that were granted to it."""
+    while len(shown := json.dumps({"exe": exe, "sha256": sha256})[1:-1]) > _LONGEST_PROGRAM and exe:
+        exe = exe[: len(exe) * 3 // 4]
+    return f"{shown}, "

@@ -36,9 +36,12 @@ _TO: Final = "kms:ReEncryptTo"
 
 
 def encrypt(request: Request) -> Job:
-    """Seal what the request holds."""
+    """Encrypt what the request holds.
+
+    The caller chooses it, and ExportDataKey would export it: a grant with recipients does not cover that.
+    """
     plaintext, context = request.values.need(PLAINTEXT_PARAMETER), request.context()
-    key = find_key(request, KEY_ID, context=context)
+    key = find_key(request, KEY_ID, pin=PLAINTEXT, context=context)
     usable(key)
     version, scratch = key.primary, request.agent.scratch
     request.audited.key_version_id = version.version_id
@@ -82,7 +85,9 @@ def re_encrypt(request: Request) -> Job:
     source, old = find_version(request, blob, action=_FROM, context=old_context)
     destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=new_context)
     # Under another key or another context, other grants decide who gets what is in it: no way round a grant's recipients.
+    # Nor a way in: what the caller has chosen under another key must not become a data key under this one.
     stays = destination.key_id == source.key_id and new_context == old_context
+    permit(request, destination, _TO, pin=None if stays else PLAINTEXT, context=new_context)
     permit(request, source, _FROM, pin=None if stays else PLAINTEXT, context=old_context)
     usable(source)
     usable(destination)

@@ -52,7 +52,11 @@ def generate_and_export_data_key(request: Request) -> Job:
         raise would_succeed()
     making = _Making(key, size, sealing(key, version, context, scratch), recipient, scratch)
     return Job(
-        making.in_one_go, recipient.wrapping.slow, key.enabled, making.in_two_steps if size <= MOST_AT_ONCE else None
+        making.in_one_go,
+        recipient.wrapping.slow,
+        key.enabled,
+        repeatable=True,
+        begin=making.in_two_steps if size <= MOST_AT_ONCE else None,
     )
 
 
@@ -102,7 +106,7 @@ def export_data_key(request: Request) -> Job:
             exported = recipient.wrap(data_key)
         return operations.ExportDataKeyResult(key.key_id, version.version_id, encode_base64(exported))
 
-    return Job(run, slow=recipient.wrapping.slow)
+    return Job(run, recipient.wrapping.slow, key.enabled)
 
 
 def _recipient(request: Request) -> wrapping.Recipient:

@@ -47,4 +47,4 @@ def _generate(request: Request, *, plaintext: bool) -> Job:
                 return operations.GenerateDataKeyResult(key.key_id, version.version_id, blob, encode_base64(data_key))
         return operations.GenerateDataKeyWithoutPlaintextResult(key.key_id, version.version_id, blob)
 
-    return Job(run, again=key.enabled)
+    return Job(run, holds=key.enabled, repeatable=True)

@@ -1,5 +1,6 @@
 """The steps that handlers share: from a KeyId or a blob to a key that the caller may use, and from there to sealed bytes."""
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
@@ -42,7 +43,8 @@ _DOES_NOT_OPEN: Final = (
 class Job(NamedTuple):
     """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more.
 
-    `again`, where there is one, says whether this decision still holds for an equal request: then `run` does that, too.
+    `holds`, where there is one, returns whether this decision still holds, as far as time can change it: keys have dates.
+    `repeatable`: `run` does an equal request, too, as long as the decision holds.
 
     `begin`, where there is one, does the same in two steps, for who does several: the first step of all, and then the second,
     finds libcrypto's code and tables where the one before has left them, in the processor's caches.
@@ -50,7 +52,8 @@ class Job(NamedTuple):
 
     run: Callable[[], Any]
     slow: bool = False
-    again: Callable[[], bool] | None = None
+    holds: Callable[[], bool] | None = None
+    repeatable: bool = False
     begin: Callable[[], Generator[None, None, Any]] | None = None
 
 
@@ -95,13 +98,14 @@ def find_key(
     agent, action = request.agent, action or request.action
     name = agent.plain_name(parameter, request.values.need(parameter))
     key = agent.keyring.by_alias.get(name) if name.startswith("alias/") else agent.keyring.keys.get(name)
-    if key is None or key.state() == "Deleted":
-        may = request.caller.granted.would_cover(action, agent.names_of(name))
-        if carrying(may, pin, context):
-            raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
-        raise no_permission()
-    permit(request, key, action, pin=pin, context=context)
-    return key
+    key = None if key is None or key.state() == "Deleted" else key
+    if _grant(request, key, name, action, pin=pin, context=context) and key is not None:
+        return key
+    # A refused caller could measure a shorter way: the same is looked up whether the key exists or not.
+    may = request.caller.granted.would_cover(action, agent.names_of(name))
+    if carrying(may, pin, context) and key is None:
+        raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
+    raise no_permission()
 
 
 def find_version(
@@ -117,23 +121,37 @@ def find_version(
     except SealError:
         raise _does_not_open() from None
     key, version = request.agent.keyring.by_version.get(version_id, (None, None))
-    if key is None or version is None or key.state() == "Deleted":
-        if carrying(request.caller.granted.with_action(action), pin, context):
-            raise kms_error("Forbidden.KeyVersionNotFound")
-        raise no_permission()
-    permit(request, key, action, pin=pin, context=context)
-    request.audited.key_version_id = version.version_id
-    return key, version
+    key = None if key is None or key.state() == "Deleted" else key
+    if _grant(request, key, version_id, action, pin=pin, context=context) and key is not None and version is not None:
+        request.audited.key_version_id = version.version_id
+        return key, version
+    if carrying(request.caller.granted.with_action(action), pin, context) and key is None:
+        raise kms_error("Forbidden.KeyVersionNotFound")
+    raise no_permission()
 
 
 def permit(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
     """Refuse a caller without a grant for the action on the key. Raises `Forbidden.NoPermission`."""
-    request.audited.key_id = key.key_id  # the record names it also where it is refused
-    may = request.caller.granted.covering(action, key.key_id, lambda: request.agent.names_of_key(key))
+    if not _grant(request, key, key.key_id, action, pin=pin, context=context):
+        raise no_permission()
+
+
+def _grant(
+    request: Request, key: Key | None, name: str, action: str, *, pin: str | None, context: Context | None
+) -> bool:
+    """Whether some grant covers the action on the key; the audit entry names both, the key also where none does."""
+    agent, granted = request.agent, request.caller.granted
+    if key is None:
+        may = granted.covering(action, name, None)
+    else:
+        request.audited.key_id = key.key_id
+        may = granted.covering(action, key.key_id, functools.partial(agent.names_of_key, key))
     grant = carrying(may, pin, context)
     if grant is None:
-        raise no_permission()
+        return False
     request.audited.grant = grant.name
+    request.audited.by_program = bool(grant.program)
+    return True
 
 
 def usable(key: Key) -> None:

@@ -1,6 +1,8 @@
 """Who is calling: evidence from the kernel only, each piece with what it is worth. docs/identity.md says what can be forged."""
 
 from .credentials import OVERFLOW_UID, Peer, evidence
-from .process import Process, processes_visible
+from .groups import Groups
+from .process import Process
+from .program import Program, inspect, processes_visible
 
-__all__ = ["OVERFLOW_UID", "Peer", "Process", "evidence", "processes_visible"]
+__all__ = ["OVERFLOW_UID", "Groups", "Peer", "Process", "Program", "evidence", "inspect", "processes_visible"]

@@ -1,0 +1,94 @@
+"""The program that a process runs: its path and its hash. Every function here may block for as long as a file system likes.
+
+The file is the caller's, on a file system that may be the caller's, too: overlayfs over FUSE in a user namespace of its own, or
+a network file system whose server does not answer. So only `inspector` calls these functions, in a process of its own.
+"""
+
+import hashlib
+import os
+from typing import Final, NamedTuple
+
+__all__ = ["Program", "inspect", "processes_visible"]
+
+_HASHES_REMEMBERED: Final = 1_024
+_LARGEST: Final = 2**30
+"""Bytes of a program that is hashed. A file with a hole in it costs its owner nothing, however long it is."""
+
+
+class Program(NamedTuple):
+    """An executable file: where it is, which file that is, and its hash, where one was asked for.
+
+    `path` is None where this agent finds another file at that path.
+    """
+
+    path: str | None
+    identity: tuple[int, ...]
+    sha256: str | None = None
+
+    def runs_in(self, program: "Program | None") -> bool:
+        """Whether another look found the same file at the same path."""
+        return program is not None and self.identity == program.identity and self.path == program.path
+
+
+def inspect(pid: int, *, hashed: bool = False) -> Program | None:
+    """Return the program that a process runs, with its hash if `hashed`. Blocks.
+
+    None where the program may not be seen (for another user's process it takes CAP_SYS_PTRACE), and where the process changed
+    it meanwhile.
+    """
+    try:
+        program = _program(pid)
+        if not hashed:
+            return program
+        digest = _hash(pid)
+        return program._replace(sha256=digest) if program.runs_in(_program(pid)) else None
+    except OSError:
+        return None
+
+
+def _program(pid: int) -> Program:
+    link = f"/proc/{pid}/exe"
+    path, identity = os.readlink(link), _identity(link)
+    return Program(path if _same_file(path, identity) else None, identity)
+
+
+def _hash(pid: int) -> str | None:
+    """`sha256:` and the hash of the file that a process runs, whatever is at its path; None for a huge one. Raises OSError."""
+    with open(f"/proc/{pid}/exe", "rb", buffering=0) as file:
+        identity = _identity(file.fileno())
+        if os.fstat(file.fileno()).st_size > _LARGEST:
+            return None
+        known = _hashes.get(identity)
+        if known is None:
+            digest = hashlib.file_digest(file, "sha256")
+            if _identity(file.fileno()) != identity:
+                return None  # somebody writes to it
+            if len(_hashes) >= _HASHES_REMEMBERED:
+                _hashes.clear()
+            known = _hashes[identity] = f"sha256:{digest.hexdigest()}"
+        return known
+
+
+_hashes: dict[tuple[int, ...], str] = {}
+
+
+def processes_visible() -> bool:
+    """Whether the programs of other users' processes may be seen: with CAP_SYS_PTRACE, and without hidepid."""
+    try:
+        os.readlink("/proc/1/exe")
+    except OSError:
+        return False
+    return True
+
+
+def _identity(path: str | int) -> tuple[int, ...]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _same_file(path: str, identity: tuple[int, ...]) -> bool:
+    # A process in a mount namespace of its own can have any file at any path.
+    try:
+        return _identity(path) == identity
+    except OSError:
+        return False

@@ -1,0 +1,345 @@
+"""Callers' programs, inspected where their file systems cannot stop the agent."""
+
+import ast
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from support.agent import PATIENCE, RawConnection, RunningAgent
+from support.hanging_files import hanging_program
+from support.keyring import configuration
+from support.other_user import OTHER_USER, line_of
+from support.requires import fuse, root
+from test_architecture import ALL, imports
+
+from keyferry import wire
+from keyferry_agent.peer import Process, inspection
+from keyferry_agent.peer.inspection import Inspector
+
+DESCRIBE = ("DescribeKey", {"KeyId": "alias/a"})
+PYTHON = os.path.realpath(sys.executable)
+
+
+def reachable(folder: Path) -> None:
+    """Let other users reach the files in a folder of pytest's."""
+    for each in [folder, *folder.parents][:-2]:
+        each.chmod(each.stat().st_mode | 0o011)
+
+
+CALLING = """
+import os, socket, sys
+os.setgroups([])
+os.setresgid(*[int(sys.argv[2])] * 3)
+os.setresuid(*[int(sys.argv[2])] * 3)
+print("ready", flush=True)
+input()
+connections = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[3]))]
+for connection in connections:
+    connection.connect(sys.argv[1])
+    connection.sendall(bytes.fromhex(sys.argv[4]))
+print("asked", flush=True)
+for connection in connections:
+    print(connection.recv(65536), flush=True)
+"""
+
+
+@contextmanager
+def calling(program: Path | str, path: Path, count: int) -> Iterator["subprocess.Popen[str]"]:
+    """Run a copy of this Python as another user: it waits for a line, and then asks over so many connections."""
+    request = wire.encode_request(1, *DESCRIBE).hex()
+    arguments = [program, "-S", "-c", CALLING, str(path), str(OTHER_USER), str(count), request]
+    environment = {**os.environ, "PYTHONHOME": sys.base_prefix}
+    with subprocess.Popen(
+        arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    ) as process:
+        try:
+            assert line_of(process) == "ready"
+            yield process
+        finally:
+            process.kill()
+
+
+def goes_on(process: "subprocess.Popen[str]") -> None:
+    """Let it ask."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert line_of(process) == "asked"
+
+
+@pytest.fixture
+def by_program(keyring: Path, socket_path: Path, tmp_path: Path) -> Iterator[RunningAgent]:
+    """An agent of root, which sees all programs: everything is granted to root, and to one program of each other user."""
+    reachable(socket_path.parent)
+    digest = hashlib.sha256(Path(PYTHON).read_bytes()).hexdigest()
+    grant = (
+        f'[[grant]]\nname="program"\nto={{listener="default", exe="{tmp_path / "trusted"}", sha256="sha256:{digest}"}}\n'
+        'actions=["kms:*"]\nkeys=["*"]\n'
+    )
+    (keyring.parent / "agent.toml").write_text(configuration(keyring, more='mode = "0666"') + grant)
+    with RunningAgent(["--config", str(keyring.parent / "agent.toml")], socket_path) as agent:
+        yield agent
+
+
+@root()
+@fuse()
+def test_a_file_system_that_hangs_stops_neither_the_agent_nor_other_users(
+    by_program: RunningAgent, tmp_path: Path
+) -> None:
+    """A stat(2) of the caller's program that never returns costs its user the evidence, and nobody anything else."""
+    flag = tmp_path / "hangs"
+    with (
+        hanging_program(tmp_path / "mounted", PYTHON, flag) as program,
+        RawConnection(by_program.socket) as honest,
+        calling(program, by_program.socket, 40) as hanging,
+    ):
+        flag.touch()
+        goes_on(hanging)
+        for _ in range(100):
+            assert honest.call(*DESCRIBE).error is None
+        by_program.wait_for("inspection.late")
+        with RawConnection(by_program.socket) as another:
+            assert another.call(*DESCRIBE).error is None
+        assert "Forbidden.NoPermission" in line_of(hanging)  # without its evidence
+        assert by_program.stop() == 0
+
+
+@root()
+@fuse()
+def test_a_user_whose_file_system_hung_has_evidence_again_afterwards(by_program: RunningAgent, tmp_path: Path) -> None:
+    """While the thread stands still nobody waits for it; when it is back, the next connection is inspected."""
+    flag = tmp_path / "hangs"
+    with (
+        hanging_program(tmp_path / "mounted", PYTHON, flag) as program,
+        calling(program, by_program.socket, 1) as hanging,
+    ):
+        flag.touch()
+        goes_on(hanging)
+        by_program.wait_for("inspection.late")
+    trusted = tmp_path / "trusted"  # the mount is gone, and the thread is back
+    shutil.copy(PYTHON, trusted)
+    with calling(trusted, by_program.socket, 1) as back:
+        goes_on(back)
+        assert "KeyMetadata" in line_of(back)
+
+
+@pytest.fixture
+def process() -> Iterator[Process]:
+    """This process."""
+    made = Process(os.getpid(), os.pidfd_open(os.getpid()))
+    yield made
+    made.close()
+
+
+@asynccontextmanager
+async def inspecting() -> AsyncIterator[Inspector]:
+    """An inspector at work."""
+    inspector = Inspector()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(inspector.run)
+        yield inspector
+        nursery.cancel_scope.cancel()
+
+
+class Standing:
+    """A process that takes requests and answers them when it is told to."""
+
+    def __init__(self) -> None:
+        ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.socket = trio.socket.from_stdlib_socket(ours)
+        self.asked: list[list[Any]] = []
+
+    def take(self) -> int:
+        """Take all requests that have come; how many those are in all."""
+        self._theirs.setblocking(False)
+        with suppress(BlockingIOError):
+            while packet := self._theirs.recv(4_096):
+                self.asked.append(json.loads(packet))
+        return len(self.asked)
+
+    def answer_all(self) -> None:
+        """Answer all of them."""
+        self.take()
+        for number, *_ in self.asked:
+            self._theirs.send(json.dumps([number, ["/bin/true", [1], None]]).encode())
+        self.asked = []
+
+    def close(self) -> None:
+        """End."""
+        self._theirs.close()
+
+
+@pytest.fixture
+def standing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standing]:
+    """All inspections stand still, and are late soon."""
+    made = Standing()
+    monkeypatch.setattr(inspection, "_start", lambda: (made.socket, os.getpid()))
+    yield made
+    made.close()
+
+
+async def test_a_user_whose_inspection_is_late_waits_no_second_time(
+    standing: Standing, process: Process, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Until the answer comes there is no evidence, at once; afterwards there is."""
+    async with inspecting() as inspector:
+        assert await inspector.inspect(process, 1, (), hashed=False) is None
+        assert trio.current_time() == pytest.approx(inspection.INSPECTION_SECONDS)
+        for _ in range(100):
+            assert await inspector.inspect(process, 1, (), hashed=True) is None
+        assert trio.current_time() == pytest.approx(inspection.INSPECTION_SECONDS)
+        assert standing.take() == 1
+        standing.answer_all()
+        await trio.sleep(0.1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+            await trio.sleep(0.1)
+            assert standing.take() == 1
+            standing.answer_all()
+
+
+async def test_late_inspections_of_strangers_leave_room_for_users_who_are_named(
+    standing: Standing, process: Process, autojump_clock: trio.testing.MockClock
+) -> None:
+    """One person can have 65,536 users."""
+    async with inspecting() as inspector:
+        async with trio.open_nursery() as nursery:
+            for user in range(100, 100 + inspection._MOST_LATE):
+                nursery.start_soon(functools.partial(inspector.inspect, process, user, (), hashed=False))
+        asked = standing.take()
+        assert asked == inspection._MOST_LATE
+        assert await inspector.inspect(process, 2, {3}, hashed=False) is None
+        assert standing.take() == asked
+        assert await inspector.inspect(process, 2, {2}, hashed=False) is None
+        assert standing.take() == asked + 1
+
+
+async def test_an_inspector_that_ends_is_started_anew(process: Process) -> None:
+    """Whoever waited for it has no evidence; whoever asks next has."""
+    async with inspecting() as inspector:
+        before = await inspector.inspect(process, 1, (), hashed=True)
+        assert before is not None
+        assert before.path == PYTHON
+        (child,) = children(os.getpid(), "keyferry_agent.peer.inspector")
+        os.kill(child, signal.SIGKILL)
+        with trio.fail_after(PATIENCE):
+            while (after := await inspector.inspect(process, 1, (), hashed=True)) is None:  # noqa: ASYNC110 - a process starts
+                await trio.sleep(0.01)
+        assert after == before
+
+
+async def test_an_inspector_ends_with_its_agent_and_not_by_signals(process: Process) -> None:
+    """A terminal sends its signals to all processes of a group."""
+    async with inspecting() as inspector:
+        assert await inspector.inspect(process, 1, (), hashed=False) is not None
+        (child,) = children(os.getpid(), "keyferry_agent.peer.inspector")
+        os.kill(child, signal.SIGINT)
+        os.kill(child, signal.SIGTERM)
+        assert await inspector.inspect(process, 1, (), hashed=False) is not None
+    assert await trio.to_thread.run_sync(os.waitpid, child, 0) == (child, 0)
+
+
+async def test_an_inspector_that_cannot_be_started_is_no_evidence(
+    process: Process, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The agent serves all that does not need it."""
+
+    def start() -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(inspection, "_start", start)
+    async with inspecting() as inspector:
+        assert await inspector.inspect(process, 1, (), hashed=True) is None
+
+
+def children(pid: int, module: str) -> list[int]:
+    """The processes below one that run a module."""
+    below = [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [each for each in below if module in Path(f"/proc/{each}/cmdline").read_text().split("\0")]
+
+
+# --- that it stays so -------------------------------------------------------------------------------------------------
+
+BLOCKING = {"open", "stat", "lstat", "readlink", "realpath", "exists", "read_text", "read_bytes", "listdir", "scandir"}
+"""Calls that a file system may keep from returning."""
+MAY_BLOCK = {
+    # What each reads is the kernel's or the agent's own; its name is not a peer's.
+    ("keyferry_agent.peer.process", "cgroups"): {"open"},
+    ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
+    ("keyferry_agent.serving", "__init__"): {"open"},
+    ("keyferry_agent.serving", "_refuse_with_the_reserve"): {"open"},
+}
+IN_ANOTHER_PROCESS = ("keyferry_agent.peer.program", "keyferry_agent.peer.inspector")
+ON_THE_LOOP = (
+    "keyferry_agent.admission",
+    "keyferry_agent.agent",
+    "keyferry_agent.answering",
+    "keyferry_agent.arrivals",
+    "keyferry_agent.connection",
+    "keyferry_agent.crypto",
+    "keyferry_agent.grants",
+    "keyferry_agent.handlers",
+    "keyferry_agent.identity",
+    "keyferry_agent.limits",
+    "keyferry_agent.peer",
+    "keyferry_agent.repeats",
+    "keyferry_agent.serving",
+    "keyferry_agent.watchdog",
+)
+"""The modules whose functions run on the event loop while there are peers."""
+
+
+def blocking_calls(name: str) -> Iterator[tuple[str, str]]:
+    """The functions of a module that call what may block, and what they call."""
+    for function in ast.walk(ast.parse(ALL[name].read_text())):
+        if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call):
+                called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if called in BLOCKING:
+                    yield function.name, called
+
+
+def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> None:
+    """Only the module of programs does, and only the process that is there for it calls that one."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for name in ALL:
+        if name.startswith(ON_THE_LOOP) and name not in IN_ANOTHER_PROCESS:
+            for function, called in blocking_calls(name):
+                found.setdefault((name, function), set()).add(called)
+    assert found == MAY_BLOCK
+    users = {name for name in ALL if "keyferry_agent.peer.program" in imports(name)}
+    assert users == {"keyferry_agent.peer", "keyferry_agent.peer.inspection", "keyferry_agent.peer.inspector"}
+    assert not [name for name in ALL if "keyferry_agent.peer.inspector" in imports(name)]
+    assert {name for name, path in ALL.items() if "/exe" in path.read_text()} <= {
+        "keyferry_agent.peer.program",
+        "keyferry_agent.grants",
+    }
+
+
+def test_programs_are_inspected_in_another_process_only() -> None:
+    """`inspect` is called by one function, which is not the agent's."""
+    callers = {
+        (name, node.lineno)
+        for name in ALL
+        if name.startswith("keyferry_agent")
+        for node in ast.walk(ast.parse(ALL[name].read_text()))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "inspect"
+    }
+    assert {name for name, _ in callers} == {"keyferry_agent.peer.inspector"}
+    assert len(callers) == 1
