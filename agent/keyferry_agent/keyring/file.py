@@ -76,14 +76,20 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
         _replace(path, after)
 
 
-def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: str | None) -> Document:
-    """Seal to other recipients, or to a passphrase, from now on. Raises `KeyringError`."""
+@contextmanager
+def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: str | None) -> Iterator[None]:
+    """Seal to other recipients, or to a passphrase, from now on. Raises `KeyringError`.
+
+    Everything that can be refused is done before the `with` block, and the file is replaced after it: in the block, the caller
+    stores a new passphrase. An exception in the block changes nothing.
+    """
     path = _real(path)
     with _locked(path):
         document = read(path, unsealer)
         document.recipients = recipients
-        _replace(path, seal(document.to_json(), recipients, passphrase))
-    return document
+        after = seal(document.to_json(), recipients, passphrase)
+        yield
+        _replace(path, after)
 
 
 def _real(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 What it protects: data keys, and the padded messages they come out of, are in locked memory where the system gives it, are
 never Python objects, and cannot be read out by the API; between calls this process's ordinary memory holds none of them.
-What it cannot: the private key is libcrypto's, in ordinary memory, and so are copies that age makes when it is loaded or
+What it cannot: the private key is libcrypto's, in ordinary memory, and so are copies that libraries make when it is loaded or
 saved; whoever can read this process's memory, or the file and its passphrase, has it. A PKCS#11 token is for that.
 """
 
