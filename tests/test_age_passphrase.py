@@ -265,7 +265,7 @@ def armored(sealed: bytes) -> bytes:
     return b"\n".join([b"-----BEGIN AGE ENCRYPTED FILE-----", *lines, b"-----END AGE ENCRYPTED FILE-----", b""])
 
 
-def test_armor_is_read_with_either_line_end_and_whitespace_around(sealed: bytes) -> None:
+def test_armor_may_have_either_line_end_and_whitespace_around(sealed: bytes) -> None:
     """As the format allows."""
     text = armored(sealed)
     for variant in (text, text.replace(b"\n", b"\r\n"), text.rstrip(b"\n"), b" \r\n\t" + text + b"\n \n"):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import stat
 import subprocess
@@ -53,7 +54,7 @@ def module_init(*arguments: object) -> int:
 # --- work factors -----------------------------------------------------------------------------------------------------
 
 
-def test_every_change_of_a_passphrase_keyring_writes_work_factor_18(tmp_path: Path) -> None:
+def test_every_change_of_a_keyring_writes_work_factor_18(tmp_path: Path) -> None:
     """Also where the file had another one."""
     keyring = passphrase_keyring(tmp_path)
     assert age_passphrase.work_factor(keyring.read_bytes()) == 18
@@ -84,7 +85,7 @@ def test_a_low_work_factor_is_a_warning_of_the_keyring_verbs(
     assert capsys.readouterr().err == ""
 
 
-def test_an_agent_serves_a_keyring_of_a_low_work_factor_and_warns(tmp_path: Path, socket_path: Path) -> None:
+def test_an_agent_warns_about_a_low_work_factor_and_serves(tmp_path: Path, socket_path: Path) -> None:
     """Its log names the file, the work factor, and what to do."""
     keyring = passphrase_keyring(tmp_path)
     weaken(keyring, STRONG, 10)
@@ -108,9 +109,7 @@ def test_an_ordinary_keyring_is_loaded_without_a_warning(keyring: Path, tmp_path
     assert [entry["event"] for entry in logged] == ["keyring.weak_work_factor"]
 
 
-def test_a_keyring_with_a_work_factor_above_the_bound_names_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_keyring_above_the_bound_is_refused_by_its_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the verbs' message and in the agent's."""
     keyring = passphrase_keyring(tmp_path)
     keyring.write_bytes(keyring.read_bytes().replace(b" 18\n", b" 24\n", 1))
@@ -121,9 +120,7 @@ def test_a_keyring_with_a_work_factor_above_the_bound_names_it(
         load(keyring)
 
 
-def test_a_module_file_of_a_low_work_factor_warns_and_saving_raises_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_saving_a_module_again_raises_a_low_work_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command line warns; the library has no place for a warning."""
     (tmp_path / "passphrase").write_text(STRONG)
     path = tmp_path / "module"
@@ -174,9 +171,7 @@ def test_a_generated_passphrase_has_140_bits() -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_a_keyring_is_sealed_to_a_generated_passphrase_that_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
-) -> None:
+def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     """By `init` and by `reseal`, once each, on stdout."""
     path, json_option = tmp_path / "k.age", ["--json"] if form == "json" else []
     (tmp_path / "p").write_text("")
@@ -197,9 +192,7 @@ def test_a_keyring_is_sealed_to_a_generated_passphrase_that_is_printed(
     assert all(GENERATED.fullmatch(phrase) for phrase in phrases)
 
 
-def test_a_generated_passphrase_is_written_to_a_new_file_and_not_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_generated_passphrase_goes_to_a_new_file_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mode 0600, for keyrings and for modules."""
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     run("init", tmp_path / "k.age", "--generate-passphrase", "--passphrase-file", first)
@@ -217,9 +210,7 @@ def test_a_generated_passphrase_is_written_to_a_new_file_and_not_printed(
     SoftwareModule.load(tmp_path / "m", third.read_text().strip())
 
 
-def test_module_init_prints_a_generated_passphrase_in_its_json(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_module_init_prints_a_generated_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As one more field."""
     assert module_init(tmp_path / "m", "--generate-passphrase") == 0
     shown = json.loads(capsys.readouterr().out)
@@ -259,7 +250,7 @@ def test_a_refused_command_leaves_no_passphrase(tmp_path: Path, capsys: pytest.C
     assert keyring.read_bytes() == before
 
 
-def test_a_keyring_is_unchanged_where_the_passphrase_cannot_be_printed(tmp_path: Path) -> None:
+def test_a_failed_print_of_the_passphrase_changes_nothing(tmp_path: Path) -> None:
     """A keyring whose passphrase was lost is lost."""
     keyring = passphrase_keyring(tmp_path)
     before = keyring.read_bytes()
@@ -306,6 +297,39 @@ def test_a_module_without_a_passphrase_is_wrong_usage(tmp_path: Path, capsys: py
     assert "--passphrase-file or --generate-passphrase" in capsys.readouterr().err
 
 
+def test_a_full_disk_leaves_no_passphrase_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next try finds nothing in its way."""
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    generated = ["--generate-passphrase", "--passphrase-file", tmp_path / "p"]
+    run("init", tmp_path / "k.age", *generated, code=1)
+    assert module_init(tmp_path / "m", *generated) == 1
+    assert capsys.readouterr().err.count("No space left on device") == 2
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
+def test_short_memory_is_an_error_of_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is sealed, and no passphrase file is left."""
+
+    class TooLarge:
+        def __init__(self, *_: object) -> None:
+            raise MemoryError
+
+    monkeypatch.setattr(age_passphrase, "Scrypt", TooLarge)
+    generated = ["--generate-passphrase", "--passphrase-file", tmp_path / "p"]
+    run("init", tmp_path / "k.age", *generated, code=1)
+    assert module_init(tmp_path / "m", *generated) == 1
+    assert capsys.readouterr().err.count("not enough memory: work factor 18 takes 256 MiB") == 2
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+
+
 # --- the loader's time limits -----------------------------------------------------------------------------------------
 
 
@@ -340,4 +364,11 @@ def test_a_killed_loader_is_explained_by_memory(
     """A container with little memory kills the largest process without a word."""
     pretend(monkeypatch, tmp_path, f"printf '{first}'; kill -9 $$")
     with pytest.raises(KeyringError, match=why):
+        load(keyring)
+
+
+def test_a_loader_without_a_message_is_reported(keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name of the keyring."""
+    pretend(monkeypatch, tmp_path, "exit 3")
+    with pytest.raises(KeyringError, match=r"keyring\.age: its loader ended without a message"):
         load(keyring)
