@@ -222,7 +222,7 @@ def test_a_key_pair_made_by_another_program_is_used(app: RealToken) -> None:
 # Installed or not
 
 
-EXTRAS = [("Pkcs11Module", "pkcs11", "pkcs11"), ("SoftwareModule", "pyrage", "module")]
+EXTRAS = [("Pkcs11Module", "pkcs11", "pkcs11"), ("SoftwareModule", "cryptography", "module")]
 
 
 @pytest.mark.parametrize(("name", "package", "extra"), EXTRAS)

@@ -216,6 +216,7 @@ _shtab_keyferry_agent_keyring_init_options=(
   "--json[one JSON document on stdout]"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
   "--passphrase-file[seal to the passphrase in the file\'s first line]:F:_files"
+  "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
   "--new-identity[make an age identity in a new file, and seal to it]:OUT:_files"
   ":the keyring:_files"
 )
@@ -251,6 +252,7 @@ _shtab_keyferry_agent_keyring_reseal_options=(
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
   "--passphrase-file[seal to the passphrase in the file\'s first line]:F:_files"
+  "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
   ":the keyring:_files"
 )
 

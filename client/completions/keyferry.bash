@@ -32,7 +32,7 @@ _shtab_keyferry_records_rewrap_option_strings=(-h --help --socket --store --dry-
 _shtab_keyferry_records_option_strings=(-h --help)
 _shtab_keyferry_encrypt_file_option_strings=(-h --help --socket --record --store --module --passphrase-file)
 _shtab_keyferry_decrypt_file_option_strings=(-h --help --socket --module --passphrase-file)
-_shtab_keyferry_module_init_option_strings=(-h --help --passphrase-file --key-spec)
+_shtab_keyferry_module_init_option_strings=(-h --help --passphrase-file --generate-passphrase --key-spec)
 _shtab_keyferry_module_option_strings=(-h --help)
 _shtab_keyferry_option_strings=(-h --help --version)
 
@@ -141,6 +141,7 @@ _shtab_keyferry_decrypt_file__h_nargs=0
 _shtab_keyferry_decrypt_file___help_nargs=0
 _shtab_keyferry_module_init__h_nargs=0
 _shtab_keyferry_module_init___help_nargs=0
+_shtab_keyferry_module_init___generate_passphrase_nargs=0
 _shtab_keyferry_module_pos_0_nargs=A...
 _shtab_keyferry_module__h_nargs=0
 _shtab_keyferry_module___help_nargs=0

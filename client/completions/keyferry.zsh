@@ -247,6 +247,7 @@ _shtab_keyferry_module_defaults_added=0
 _shtab_keyferry_module_init_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--generate-passphrase[make a strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
   "--key-spec[default\: RSA_2048]:key_spec:(RSA_2048 EC_SM2)"
   ":the new file:_files"
 )

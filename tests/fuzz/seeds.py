@@ -3,6 +3,7 @@
 PYTHONPATH=tests python -m fuzz.seeds       writes them into the corpora
 """
 
+import base64
 import json
 from typing import Any
 
@@ -13,7 +14,7 @@ import second_file_decoder
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from support.keys import ALGORITHMS, recipient, spki
 
-from keyferry import wire
+from keyferry import age_passphrase, wire
 from keyferry.parameters import encode_base64
 from keyferry.sm2_ciphertext import raw_to_der, raw_to_sdf
 from keyferry_agent.audit import chain
@@ -187,6 +188,8 @@ def _keyring() -> list[bytes]:
 def _identity() -> list[bytes]:
     mine = pyrage.x25519.Identity.from_str(keyrings.IDENTITY)
     sealed = bytes(pyrage.encrypt(b"payload", [mine.to_public()]))
+    to_passphrase = age_passphrase._seal(b"payload", keyrings.PASSPHRASE, 1)
+    lines = list(age_passphrase._wrapped(base64.b64encode(to_passphrase)))
     ssh = b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ8PBpxRnWYhlZmfTlUNEBwSjU0xkmwMBp5pNBPXvtdY"
     return [
         keyrings.IDENTITY.encode() + b"\n",
@@ -195,6 +198,8 @@ def _identity() -> list[bytes]:
         ssh,
         b"a passphrase\r\n",
         b"-----BEGIN ",
+        to_passphrase,
+        b"-----BEGIN AGE ENCRYPTED FILE-----\n%b\n-----END AGE ENCRYPTED FILE-----\n" % b"\n".join(lines),
     ]
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from .quota import has_cpu_quota
+
 ROOT = Path(__file__).parents[2]
 NODE_MODULES = ROOT / ".cache" / "node" / "node_modules"
 CACHE = ROOT / ".cache" / "hosts"
@@ -38,6 +40,11 @@ def base_image() -> pytest.MarkDecorator:
 def root() -> pytest.MarkDecorator:
     """Skip where the test cannot become another user."""
     return pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a second user: run sudo make test")
+
+
+def cpu_quota() -> pytest.MarkDecorator:
+    """Skip where no control group with a CPU quota can be made."""
+    return pytest.mark.skipif(not has_cpu_quota(), reason="needs root, and a control group with the cpu controller")
 
 
 def node_module(name: str) -> pytest.MarkDecorator:

@@ -5,10 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from keyferry.output import show
+from keyferry import age_passphrase, passphrase
+from keyferry.output import DONE, show
 
 from ..crypto.seal import KEY_SIZES
 from . import file, sealing, verbs
@@ -29,7 +31,9 @@ def add_parser(commands: Any) -> None:
     keyring.set_defaults(run=_main)
     subparsers = keyring.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, help_text: str, do: Callable[[argparse.Namespace], dict[str, Any]]) -> argparse.ArgumentParser:
+    def verb(
+        name: str, help_text: str, do: Callable[[argparse.Namespace], dict[str, Any] | None]
+    ) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = subparsers.add_parser(
             name, help=help_text, description=help_text, allow_abbrev=False
         )
@@ -46,8 +50,7 @@ def add_parser(commands: Any) -> None:
             )
         return parser
 
-    init = _add_sealed_to(verb("init", "Create an empty keyring.", _init))
-    init.add_argument(
+    _add_sealed_to(verb("init", "Create an empty keyring.", _init)).add_argument(
         "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it"
     )
     _add_sealed_to(verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", _reseal))
@@ -96,19 +99,30 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_sealed_to(parser: argparse.ArgumentParser) -> Any:
-    """Add what says who can open the file; give the group of which exactly one is to be given."""
-    to = parser.add_mutually_exclusive_group(required=True)
+    """Add the options that name recipients or a passphrase; return the group of which at most one may be given."""
+    to = parser.add_mutually_exclusive_group()
     to.add_argument("--recipient", action="append", metavar="R", help="age1... or an SSH public key; may be repeated")
     to.add_argument("--passphrase-file", type=Path, metavar="F", help="seal to the passphrase in the file's first line")
+    parser.add_argument(
+        "--generate-passphrase",
+        action="store_true",
+        help="seal to a new, strong passphrase, and print it; with --passphrase-file, write it to that new file instead",
+    )
+    parser.set_defaults(new_identity=None, wrong_usage=parser.error)
     return to
 
 
 def _main(arguments: argparse.Namespace) -> int:
     try:
         result = arguments.verb_action(arguments)
+        _warn_of_weak_work_factor(arguments.file)
     except KeyringError as error:
         print(f"keyferry-agent: {error}", file=sys.stderr)
         return FAILED
+    return DONE if result is None else _print(arguments, result)
+
+
+def _print(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
     text = json.dumps(result, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_for_people(result))
     return show("keyferry-agent", text)
 
@@ -116,33 +130,94 @@ def _main(arguments: argparse.Namespace) -> int:
 # --- the verbs: arguments -> what to print, as the API's names ---------------------------------------------------------
 
 
-def _init(arguments: argparse.Namespace) -> dict[str, Any]:
+def _init(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if os.path.lexists(arguments.file):
         raise KeyringError(f"{arguments.file} exists; a keyring is never overwritten")
-    recipients, passphrase = _sealed_to(arguments)
+    recipients, phrase = _sealed_to(arguments)
+    new_file = arguments.new_identity
     if arguments.new_identity:
         recipients = [sealing.new_identity(arguments.new_identity)]
+    elif arguments.generate_passphrase:
+        new_file = arguments.passphrase_file
+        _hand_over(arguments, phrase)
     try:
-        file.create(arguments.file, Document(recipients), passphrase)
+        file.create(arguments.file, Document(recipients), phrase)
     except KeyringError:
-        if arguments.new_identity and not os.path.lexists(arguments.file):
-            arguments.new_identity.unlink()  # it opens nothing, and would be in the way of the next try
+        if new_file and not os.path.lexists(arguments.file):
+            new_file.unlink()  # it opens nothing, and would be in the way of the next try
         raise
-    return {"Keyring": str(arguments.file), "Recipients": recipients}
+    return _resealed(arguments, recipients)
 
 
-def _reseal(arguments: argparse.Namespace) -> dict[str, Any]:
-    recipients, passphrase = _sealed_to(arguments)
-    file.reseal(arguments.file, _unsealer(arguments), recipients, passphrase)
+def _reseal(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    recipients, phrase = _sealed_to(arguments)
+    with file.reseal(arguments.file, _unsealer(arguments), recipients, phrase):
+        if arguments.generate_passphrase:
+            _hand_over(arguments, phrase)
+    return _resealed(arguments, recipients)
+
+
+def _resealed(arguments: argparse.Namespace, recipients: list[str]) -> dict[str, Any] | None:
+    """Return the result of a verb that seals, and None where `_hand_over` printed it with the passphrase."""
+    if arguments.generate_passphrase and not arguments.passphrase_file:
+        return None
     return {"Keyring": str(arguments.file), "Recipients": recipients}
 
 
 def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
+    """Return recipients and passphrase. Ends the command where the options name none, or two kinds."""
+    to_identities = arguments.recipient or arguments.new_identity
+    if arguments.generate_passphrase:
+        if to_identities:
+            arguments.wrong_usage("--generate-passphrase seals to a passphrase, and recipients are given too")
+        return [], passphrase.generate()
+    if not to_identities and not arguments.passphrase_file:
+        arguments.wrong_usage(
+            "one of --recipient, --passphrase-file, --generate-passphrase (or, for init, --new-identity) is required"
+        )
     recipients = list(dict.fromkeys(arguments.recipient or []))
     for recipient in recipients:
         sealing.check_recipient(recipient)
-    passphrase = sealing.read_passphrase(arguments.passphrase_file) if arguments.passphrase_file else None
-    return recipients, passphrase
+    if not arguments.passphrase_file:
+        return recipients, None
+    phrase = sealing.read_passphrase(arguments.passphrase_file)
+    if weakness := passphrase.weakness(phrase):
+        _warn(f"{arguments.passphrase_file}: {weakness}")
+    return recipients, phrase
+
+
+def _hand_over(arguments: argparse.Namespace, phrase: str | None) -> None:
+    """Write a generated passphrase to its new file, or print it with the verb's result, before the keyring is replaced.
+
+    Raises `KeyringError`: a keyring whose passphrase nobody has is lost.
+    """
+    assert phrase is not None
+    path = arguments.passphrase_file
+    if path is None:
+        if _print(arguments, {"Keyring": str(arguments.file), "Recipients": [], "Passphrase": phrase}) != DONE:
+            raise KeyringError(f"{arguments.file}: nothing was sealed, because the passphrase could not be printed")
+        return
+    try:
+        passphrase.write_new_file(path, phrase)
+    except FileExistsError:
+        raise KeyringError(f"{path} exists; a generated passphrase needs a new file") from None
+    except OSError as error:
+        raise KeyringError(f"{path}: {error.strerror}") from None
+
+
+def _warn_of_weak_work_factor(path: Path) -> None:
+    factor = None
+    with suppress(KeyringError):
+        factor = age_passphrase.work_factor(file.read_sealed(path))
+    if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
+        _warn(
+            f"{path}: its passphrase is sealed with work factor {factor}, which is low; "
+            f"`keyring reseal` it with a new passphrase: work factor {age_passphrase.WORK_FACTOR} is used then"
+        )
+
+
+def _warn(message: str) -> None:
+    print(f"keyferry-agent: warning: {message}", file=sys.stderr)
 
 
 def _changing(

@@ -16,7 +16,7 @@ from ..locking import Lock, LockError
 from .document import Document, KeyringError
 from .sealing import Unsealer, count_recipients, seal
 
-__all__ = ["change", "create", "read", "reseal"]
+__all__ = ["change", "create", "open_sealed", "read", "read_sealed", "reseal"]
 
 _LOCK_SECONDS: Final = 30.0
 """For other commands to end that change the same keyring: sealing with a passphrase takes seconds."""
@@ -24,10 +24,11 @@ _LOCK_SECONDS: Final = 30.0
 
 def read(path: Path, unsealer: Unsealer) -> Document:
     """Read and check a keyring, without the keys whose deletion date has come. Raises `KeyringError`."""
-    return _opened(_sealed(path), unsealer)
+    return open_sealed(read_sealed(path), unsealer)
 
 
-def _sealed(path: Path) -> bytes:
+def read_sealed(path: Path) -> bytes:
+    """Return the bytes of a keyring file as they are. Raises `KeyringError`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
         with open(descriptor, "rb") as file:
@@ -38,7 +39,8 @@ def _sealed(path: Path) -> bytes:
         raise KeyringError(f"{path}: {error.strerror}") from None
 
 
-def _opened(sealed: bytes, unsealer: Unsealer) -> Document:
+def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:
+    """Unseal and check a keyring, without the keys whose deletion date has come. Raises `KeyringError`."""
     document = Document.from_json(unsealer.unseal(sealed))
     document.purge()
     return document
@@ -62,8 +64,8 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
     """
     path = _real(path)
     with _locked(path):
-        before = _sealed(path)
-        document = _opened(before, unsealer)
+        before = read_sealed(path)
+        document = open_sealed(before, unsealer)
         yield document
         after = seal(document.to_json(), document.recipients, unsealer.passphrase)
         if not unsealer.opens(after) or count_recipients(before) != count_recipients(after):
@@ -74,14 +76,20 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
         _replace(path, after)
 
 
-def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: str | None) -> Document:
-    """Seal to other recipients, or to a passphrase, from now on. Raises `KeyringError`."""
+@contextmanager
+def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: str | None) -> Iterator[None]:
+    """Seal to other recipients, or to a passphrase, from now on. Raises `KeyringError`.
+
+    Everything that can be refused is done before the `with` block, and the file is replaced after it: in the block, the caller
+    stores a new passphrase. An exception in the block changes nothing.
+    """
     path = _real(path)
     with _locked(path):
         document = read(path, unsealer)
         document.recipients = recipients
-        _replace(path, seal(document.to_json(), recipients, passphrase))
-    return document
+        after = seal(document.to_json(), recipients, passphrase)
+        yield
+        _replace(path, after)
 
 
 def _real(path: Path) -> Path:

@@ -1,9 +1,12 @@
 """From the sealed file to secret memory, through a short-lived process: key bytes never become objects of the daemon.
 
-The child (`python -m keyferry_agent.keyring.loader KEYRING UNSEAL`) opens the file and writes to its standard output: eight
-bytes of length, that much JSON about the keys, a line for each, then each version's raw material in the same order. The
-daemon reads the JSON as usual, and the material straight into secret memory. What the child's libraries left in its memory
-ends with it.
+The child (`python -m keyferry_agent.keyring.loader KEYRING UNSEAL`) reads both files and writes to its standard output: one
+byte, the passphrase's work factor, or 0 for an identity. Then it opens the keyring and writes eight bytes of length, that much
+JSON about the keys, a line for each, then each version's raw material in the same order. The daemon reads the JSON as usual,
+and the material straight into secret memory. What the child's libraries left in its memory ends with it.
+
+Reading and unsealing have a time limit each. A file system that hangs is noticed early; scrypt, whose work is bounded by its
+work factor, can take long on a host that has little processor time to spare.
 """
 
 import json
@@ -12,15 +15,19 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
+from keyferry import age_passphrase
 from keyferry.secret import Backing, SecretMemory
 
 from ..startup import harden
 from .document import Document, KeyringError
-from .file import read
+from .file import open_sealed, read_sealed
 from .loaded import Keyring, build, room_for
 from .sealing import Unsealer
 
@@ -28,10 +35,15 @@ __all__ = ["load"]
 
 _LENGTH: Final = 8
 _CHUNK: Final = 65_536
+_MAX_BYTE: Final = 255
 _TIMEOUT: Final = 30.0
-"""Seconds that opening a keyring may take; the slowest passphrase takes two."""
+"""Seconds for the child to start and to read both files, which may be on a file system that hangs."""
+_UNSEAL_TIMEOUT: Final = 600.0
+"""Seconds for the child to unseal. The highest work factor takes 16 s of processor time: 90 s with a fifth of one processor."""
 _LONGEST_MESSAGE: Final = 2_000
 """Characters of an error to hand on: less than a pipe holds, as it is read last."""
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 def load(
@@ -48,9 +60,9 @@ def load(
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
-        deadline = threading.Timer(_TIMEOUT, child.kill)  # a keyring on a file system that hangs
-        deadline.start()
+        deadline = _Deadline(child, _TIMEOUT)
         pipe = child.stdout.fileno()  # read below Python's buffers: those would keep what passed through them
+        factor = bytearray(1)
 
         def fill(view: memoryview) -> None:
             done = 0
@@ -61,6 +73,8 @@ def load(
                 done += got
 
         try:
+            fill(memoryview(factor))
+            deadline.restart(_UNSEAL_TIMEOUT)
             size = bytearray(_LENGTH)
             fill(memoryview(size))
             description = bytearray(int.from_bytes(size, "big"))
@@ -68,16 +82,55 @@ def load(
             # A line at a time: reading one text of megabytes would keep every other thread waiting.
             keys = [json.loads(line) for line in description.splitlines()]
             memory = SecretMemory(room_for(keys), backing=backing, require=require, share=share)
-            return build(keys, fill, memory)
+            keyring = build(keys, fill, memory)
         except EOFError:
-            message = (
-                child.stderr.read().decode(errors="replace").strip()
-                or f"{path}: its loader ended without a word, or took longer than {_TIMEOUT:g} s"
-            )
-            raise KeyringError(message) from None
+            message = child.stderr.read().decode(errors="replace").strip()
+            raise KeyringError(message or f"{path}: {deadline.why_ended(factor[0])}") from None
         finally:
             deadline.cancel()
             child.stdout.close()
+    if 0 < factor[0] < age_passphrase.MIN_STRONG_WORK_FACTOR:
+        log.warning(
+            "keyring.weak_work_factor",
+            keyring=os.fspath(path),
+            work_factor=factor[0],
+            what=f"below {age_passphrase.MIN_STRONG_WORK_FACTOR}; `keyferry-agent keyring reseal` raises it",
+        )
+    return keyring
+
+
+class _Deadline:
+    """Kills the loader when a time is over, and explains how the loader ended."""
+
+    def __init__(self, child: "subprocess.Popen[bytes]", seconds: float) -> None:
+        self._child = child
+        self._start(seconds)
+
+    def restart(self, seconds: float) -> None:
+        """Begin a new time, in the place of the one that runs."""
+        self.cancel()
+        self._start(seconds)
+
+    def cancel(self) -> None:
+        """Let the loader go on for ever."""
+        self._timer.cancel()
+
+    def why_ended(self, factor: int) -> str:
+        """Wait for the end of a loader that wrote no message, and return the reason. `factor`: its first byte, 0 before it."""
+        status = self._child.wait()
+        if status == -signal.SIGALRM or time.monotonic() >= self._end:
+            return f"its loader took longer than {self._seconds:g} s"
+        if status == -signal.SIGKILL:
+            need = f"; work factor {factor} takes {age_passphrase.memory_mib(factor)} MiB" if factor else ""
+            return f"its loader was killed, as the kernel does where memory runs out{need}"
+        return "its loader ended without a message"
+
+    def _start(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._end = time.monotonic() + seconds
+        self._timer = threading.Timer(seconds, self._child.kill)
+        self._timer.daemon = True  # an agent that stops does not wait for it
+        self._timer.start()
 
 
 def describe(document: Document) -> list[dict[str, Any]]:
@@ -108,7 +161,11 @@ def main(path: str, unseal: str) -> None:
     signal.alarm(int(_TIMEOUT))  # ends this process where nobody else is left to: the agent may be gone
     harden()  # exec undid what the daemon had done for itself
     try:
-        document = read(Path(path), Unsealer.read(Path(unseal)))
+        unsealer = Unsealer.read(Path(unseal))
+        sealed = read_sealed(Path(path))
+        signal.alarm(int(_UNSEAL_TIMEOUT))
+        os.write(1, bytes([min(age_passphrase.work_factor(sealed) or 0, _MAX_BYTE)]))
+        document = open_sealed(sealed, unsealer)
     except KeyringError as error:
         sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_LONGEST_MESSAGE])
     description = b"".join(json.dumps(key).encode() + b"\n" for key in describe(document))

@@ -1,7 +1,8 @@
 """Sealing with age (https://age-encryption.org), so that the `age` program can open a keyring in an emergency.
 
 A keyring is sealed to recipients (X25519 `age1...`, SSH `ssh-ed25519 ...`), one per host and an offline one, or to one
-passphrase. What opens it is an `Unsealer`: an age identity file, an SSH private key, or a passphrase file.
+passphrase. pyrage seals to recipients; `keyferry.age_passphrase` seals to a passphrase, because pyrage measures the work
+factor. What opens a keyring is an `Unsealer`: an age identity file, an SSH private key, or a passphrase file.
 """
 
 import os
@@ -11,14 +12,15 @@ from typing import Any, Final
 
 import pyrage
 
+from keyferry import age_passphrase
+from keyferry.age_passphrase import PassphraseError
+
 from .document import KeyringError
 
 __all__ = ["Unsealer", "check_recipient", "count_recipients", "new_identity", "read_passphrase", "seal"]
 
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
 _PEM: Final = "-----BEGIN"
-_PASSPHRASE_STANZA: Final = b"age-encryption.org/v1\n-> scrypt "
-"""How a file begins that is sealed to a passphrase; it has no other recipient then."""
 _RECIPIENT_STANZAS: Final = (b"-> X25519 ", b"-> ssh-")
 _IDENTITY_MOST: Final = 65_536
 _SHOWN: Final = 24
@@ -51,19 +53,19 @@ class Unsealer:
             raise KeyringError(f"{path}: not an age identity or an unencrypted SSH private key") from None
         return cls([], _passphrase(path, content))
 
-    def unseal(self, sealed: bytes) -> bytes:
+    def unseal(self, sealed: bytes) -> bytes | bytearray:
         """Open a sealed keyring. Raises `KeyringError` for a wrong identity or passphrase, or damage."""
         try:
             if self.passphrase is not None:
-                return bytes(pyrage.passphrase.decrypt(sealed, self.passphrase))
+                return age_passphrase.unseal(sealed, self.passphrase)
             return bytes(pyrage.decrypt(sealed, self._identities))
-        except pyrage.DecryptError as error:
+        except (pyrage.DecryptError, PassphraseError) as error:
             raise KeyringError(f"the keyring does not open: {error}") from None
 
     def opens(self, sealed: bytes) -> bool:
         """Whether it opens what was just sealed. A passphrase, slow on purpose, is taken at its word."""
         if self.passphrase is not None:
-            return sealed.startswith(_PASSPHRASE_STANZA)
+            return age_passphrase.work_factor(sealed) is not None
         try:
             self.unseal(sealed)
         except KeyringError:
@@ -80,7 +82,10 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
             "the keyring names no recipients, and was not opened with a passphrase: "
             "`keyring reseal` it to all that are to open it"
         )
-    return bytes(pyrage.passphrase.encrypt(payload, passphrase))
+    try:
+        return age_passphrase.seal(payload, passphrase)
+    except PassphraseError as error:
+        raise KeyringError(str(error)) from None
 
 
 def count_recipients(sealed: bytes) -> int:

@@ -35,8 +35,8 @@ INTERRUPTED: Final = 130
 """What a shell makes of SIGINT."""
 
 _EXTRAS: Final = {
-    "module": {"cryptography", "pyrage"},
-    "store": {"cryptography", "pyrage", "sqlalchemy", "psycopg", "tqdm"},
+    "module": {"cryptography"},
+    "store": {"cryptography", "sqlalchemy", "psycopg", "tqdm"},
 }
 """Packages that an extra brings (client/pyproject.toml)."""
 

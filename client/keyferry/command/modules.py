@@ -2,9 +2,12 @@
 
 import argparse
 import hashlib
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import passphrase
 from ..parameters import decode_base64
 from .common import Failed, extra, show_json, usage
 
@@ -25,7 +28,12 @@ def add_parsers(commands: Any) -> None:
     )
     init = verbs.add_parser("init", help="make a software module in a new file", description=text, allow_abbrev=False)
     init.add_argument("file", metavar="FILE", help="the new file")
-    _add_passphrase(init, required=True)
+    _add_passphrase(init, required=False)
+    init.add_argument(
+        "--generate-passphrase",
+        action="store_true",
+        help="make a strong passphrase, and print it; with --passphrase-file, write it to that new file instead",
+    )
     init.add_argument("--key-spec", choices=("RSA_2048", "EC_SM2"), default="RSA_2048", help="default: RSA_2048")
     init.set_defaults(run=_init)
 
@@ -49,34 +57,70 @@ def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
     if not arguments.passphrase_file:
         usage("--module needs --passphrase-file")
     with extra("module"):
+        from .. import age_passphrase  # noqa: PLC0415
         from ..module import SoftwareModule  # noqa: PLC0415
-    passphrase = _passphrase(arguments.passphrase_file)
     try:
-        return SoftwareModule.load(arguments.module, passphrase)
+        module = SoftwareModule.load(arguments.module, _passphrase(arguments.passphrase_file))
+        factor = age_passphrase.work_factor(Path(arguments.module).read_bytes())
     except OSError as error:
         raise Failed(f"{arguments.module}: {error.strerror}") from None
+    if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
+        _warn(
+            f"{arguments.module}: its passphrase is sealed with work factor {factor}, which is low; "
+            "SoftwareModule.save to a new file raises it"
+        )
+    return module
 
 
 def _init(arguments: argparse.Namespace) -> int:
     with extra("module"):
-        from ..module import SoftwareModule  # noqa: PLC0415
-    passphrase = _passphrase(arguments.passphrase_file)
+        from ..module import ModuleError, SoftwareModule  # noqa: PLC0415
     module = SoftwareModule.generate(arguments.key_spec)
+    phrase, new_file = _passphrase_to_seal(arguments)
     try:
-        module.save(arguments.file, passphrase)
-    except FileExistsError:
-        raise Failed(f"{arguments.file} exists; a module is never overwritten") from None
-    except OSError as error:
-        raise Failed(f"{arguments.file}: {error.strerror}") from None
+        module.save(arguments.file, phrase)
+    except (OSError, ModuleError) as error:
+        if new_file is not None:
+            with suppress(OSError):
+                new_file.unlink()  # it opens nothing, and would be in the way of the next try
+        if isinstance(error, FileExistsError):
+            raise Failed(f"{arguments.file} exists; a module is never overwritten") from None
+        raise Failed(f"{arguments.file}: {error.strerror if isinstance(error, OSError) else error}") from None
     pin = hashlib.sha256(decode_base64(module.public_key_blob)).hexdigest()
-    return show_json(
-        {
-            "PublicKeyBlob": module.public_key_blob,
-            "WrappingKeySpec": module.wrapping_key_spec,
-            "WrappingAlgorithm": module.wrapping_algorithm,
-            "Recipient": f"sha256:{pin}",
-        }
-    )
+    shown = {
+        "PublicKeyBlob": module.public_key_blob,
+        "WrappingKeySpec": module.wrapping_key_spec,
+        "WrappingAlgorithm": module.wrapping_algorithm,
+        "Recipient": f"sha256:{pin}",
+    }
+    if arguments.generate_passphrase and new_file is None:
+        shown["Passphrase"] = phrase
+    return show_json(shown)
+
+
+def _passphrase_to_seal(arguments: argparse.Namespace) -> tuple[str, Path | None]:
+    """Return the passphrase of a new module, and the new file that it was written to, if any. Raises `Failed`."""
+    if not arguments.generate_passphrase:
+        if not arguments.passphrase_file:
+            usage("--passphrase-file or --generate-passphrase is required")
+        phrase = _passphrase(arguments.passphrase_file)
+        if weakness := passphrase.weakness(phrase):
+            _warn(f"{arguments.passphrase_file}: {weakness}")
+        return phrase, None
+    phrase = passphrase.generate()
+    if not arguments.passphrase_file:
+        return phrase, None
+    try:
+        passphrase.write_new_file(arguments.passphrase_file, phrase)
+    except FileExistsError:
+        raise Failed(f"{arguments.passphrase_file} exists; a generated passphrase needs a new file") from None
+    except OSError as error:
+        raise Failed(f"{arguments.passphrase_file}: {error.strerror}") from None
+    return phrase, Path(arguments.passphrase_file)
+
+
+def _warn(message: str) -> None:
+    print(f"keyferry: warning: {message}", file=sys.stderr)
 
 
 def _passphrase(path: str) -> str:

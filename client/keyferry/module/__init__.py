@@ -27,6 +27,7 @@ def __getattr__(name: str) -> Any:
     try:
         found = getattr(importlib.import_module(f".{file}", __name__), name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{name} needs {error.name}: pip install 'keyferry[{extra}]'", name=error.name) from None
+        missing = (error.name or "").partition(".")[0]
+        raise ImportError(f"{name} needs {missing}: pip install 'keyferry[{extra}]'", name=error.name) from None
     globals()[name] = found
     return found

@@ -2,7 +2,7 @@
 
 What it protects: data keys, and the padded messages they come out of, are in locked memory where the system gives it, are
 never Python objects, and cannot be read out by the API; between calls this process's ordinary memory holds none of them.
-What it cannot: the private key is libcrypto's, in ordinary memory, and so are copies that age makes when it is loaded or
+What it cannot: the private key is libcrypto's, in ordinary memory, and so are copies that libraries make when it is loaded or
 saved; whoever can read this process's memory, or the file and its passphrase, has it. A PKCS#11 token is for that.
 """
 
@@ -13,11 +13,10 @@ import weakref
 from collections.abc import Iterator
 from typing import Final, Self
 
-import pyrage
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .. import libcrypto
+from .. import age_passphrase, libcrypto
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
@@ -72,21 +71,30 @@ class SoftwareModule(CryptographicModule):
         with open(path, "rb") as file:
             sealed = file.read()
         try:
-            return cls(libcrypto.private_key(bytearray(pyrage.passphrase.decrypt(sealed, passphrase))))
-        except (pyrage.DecryptError, libcrypto.LibcryptoError):
-            raise ModuleError(f"{os.fspath(path)}: wrong passphrase, or not a module file") from None
+            der = age_passphrase.unseal(sealed, passphrase)
+        except age_passphrase.PassphraseError as error:
+            raise ModuleError(f"{os.fspath(path)}: not a module file, or it does not open: {error}") from None
+        try:
+            return cls(libcrypto.private_key(der))
+        except libcrypto.LibcryptoError:
+            raise ModuleError(f"{os.fspath(path)}: not a module file") from None
+        finally:
+            der[:] = bytes(len(der))
 
     def save(self, path: str | os.PathLike[str], passphrase: str) -> None:
-        """Write the private key to a new file of mode 0600, as PKCS #8 sealed by age with the passphrase.
+        """Write the private key to a new file of mode 0600: PKCS #8, sealed to the passphrase in age's format.
 
-        Data keys are not saved: their records bring them back. An existing file is never replaced. Raises OSError, or
-        ValueError for an empty passphrase.
+        The work factor is always `keyferry.age_passphrase.WORK_FACTOR`. Data keys are not saved: their records bring them
+        back. An existing file is never replaced. Raises OSError, ValueError for an empty passphrase, or `ModuleError` where
+        memory is short.
         """
         if not passphrase:
             raise ValueError("an empty passphrase protects nothing")
         der = self._private_key.private_der()
         try:
-            sealed = pyrage.passphrase.encrypt(bytes(der), passphrase)
+            sealed = age_passphrase.seal(der, passphrase)
+        except age_passphrase.PassphraseError as error:
+            raise ModuleError(str(error)) from None
         finally:
             der[:] = bytes(len(der))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

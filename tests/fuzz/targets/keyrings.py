@@ -9,6 +9,8 @@ from typing import Any
 
 import pyrage
 
+from keyferry import age_passphrase
+from keyferry.age_passphrase import PassphraseError
 from keyferry.secret import SecretMemory
 from keyferry_agent.keyring import loader
 from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, VersionEntry
@@ -20,6 +22,9 @@ from .operators import in_a_file
 
 IDENTITY = "AGE-SECRET-KEY-1WPLMEMA7G9KRZEMLLPXMZP6WNSS6PKW85DZS3KXFDVXM28JS66RQQWFWFG"
 """Of nobody: what is sealed in the corpus is sealed to it."""
+PASSPHRASE = "of nobody"
+_CHEAP = 4
+"""The highest work factor that an input's file is opened with: the time is for parsing, and not for scrypt."""
 _DATE = "2026-01-31T12:00:00Z"
 _FAR = "2999-01-31T12:00:00Z"
 _IDS = [str(uuid.UUID(int=number)) for number in range(1, 7)]
@@ -127,7 +132,8 @@ def _unsealer() -> Unsealer:
 
 
 def identity(data: bytes) -> None:
-    """As an identity or passphrase file, as a recipient, and as a sealed file."""
+    """As an identity or passphrase file, as a recipient, and as a file sealed to an identity or a passphrase."""
+    _sealed_to_a_passphrase(data)
     with in_a_file(data) as path:
         try:
             assert isinstance(Unsealer.read(path), Unsealer)
@@ -144,3 +150,21 @@ def identity(data: bytes) -> None:
         _unsealer().unseal(data)
     except KeyringError as error:
         assert len(str(error)) < 500
+
+
+def _sealed_to_a_passphrase(data: bytes) -> None:
+    """A header that is accepted has one form; whatever else is in the file, only one error comes out."""
+    factor = age_passphrase.work_factor(data)
+    if factor is not None:
+        binary = age_passphrase._without_armor(data)
+        assert f" {factor}\n".encode() in binary
+        assert binary.count(b"-> scrypt ", 0, binary.index(b"\n---")) == 1
+    if factor is not None and _CHEAP < factor <= age_passphrase.MAX_WORK_FACTOR:
+        return
+    try:
+        payload = frugal(lambda: age_passphrase.unseal(data, PASSPHRASE), len(data), times=8)
+    except PassphraseError as error:
+        assert len(str(error)) < 200
+        assert PASSPHRASE not in str(error)
+    else:
+        assert len(payload) < len(data)
