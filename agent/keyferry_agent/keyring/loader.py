@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from keyferry.hardening import lock_memory
 from keyferry.secret import Backing, SecretMemory
 
 from ..startup import harden
@@ -107,6 +108,7 @@ def main(path: str, unseal: str) -> None:
     """The child: open the file and write it to standard output."""
     signal.alarm(int(_TIMEOUT))  # ends this process where nobody else is left to: the agent may be gone
     harden()  # exec undid what the daemon had done for itself
+    lock_memory()
     try:
         document = read(Path(path), Unsealer.read(Path(unseal)))
     except KeyringError as error:
