@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keyferry.output import show
+from keyferry.private_files import owner_of
 
 from ..crypto.seal import KEY_SIZES
 from . import file, sealing, verbs
@@ -141,7 +142,9 @@ def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
     recipients = list(dict.fromkeys(arguments.recipient or []))
     for recipient in recipients:
         sealing.check_recipient(recipient)
-    passphrase = sealing.read_passphrase(arguments.passphrase_file) if arguments.passphrase_file else None
+    passphrase = None
+    if arguments.passphrase_file:
+        passphrase = sealing.read_passphrase(arguments.passphrase_file, owner_of(arguments.file))
     return recipients, passphrase
 
 
@@ -233,7 +236,7 @@ def _versions(key: KeyEntry) -> dict[str, Any]:
 
 
 def _unsealer(arguments: argparse.Namespace) -> sealing.Unsealer:
-    return sealing.Unsealer.read(arguments.unseal)
+    return sealing.Unsealer.read(arguments.unseal, owner_of(arguments.file))
 
 
 def _metadata(key: KeyEntry, aliases: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keyferry.hardening import lock_memory
+from keyferry.private_files import owner_of
 from keyferry.secret import Backing, SecretMemory
 
 from ..startup import harden
@@ -110,7 +111,7 @@ def main(path: str, unseal: str) -> None:
     harden()  # exec undid what the daemon had done for itself
     lock_memory()
     try:
-        document = read(Path(path), Unsealer.read(Path(unseal)))
+        document = read(Path(path), Unsealer.read(Path(unseal), owner_of(path)))
     except KeyringError as error:
         sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_LONGEST_MESSAGE])
     description = b"".join(json.dumps(key).encode() + b"\n" for key in describe(document))

@@ -2,9 +2,11 @@
 
 import argparse
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .. import private_files
 from ..parameters import decode_base64
 from .common import Failed, extra, show_json, usage
 
@@ -50,7 +52,7 @@ def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
         usage("--module needs --passphrase-file")
     with extra("module"):
         from ..module import SoftwareModule  # noqa: PLC0415
-    passphrase = _passphrase(arguments.passphrase_file)
+    passphrase = _passphrase(arguments.passphrase_file, private_files.owner_of(arguments.module))
     try:
         return SoftwareModule.load(arguments.module, passphrase)
     except OSError as error:
@@ -79,13 +81,16 @@ def _init(arguments: argparse.Namespace) -> int:
     )
 
 
-def _passphrase(path: str) -> str:
-    """The first line of a file, which may be a pipe. Raises `Failed`."""
+def _passphrase(path: str, owners: Collection[int] = ()) -> str:
+    """The first line of a file, which may be a pipe. `owners`: further users that root accepts. Raises `Failed`."""
     try:
         with Path(path).open("rb") as file:
+            private_files.check(file.fileno(), path, secret=True, owners=owners)
             line = file.readline(_LONGEST_PASSPHRASE).decode().rstrip("\r\n")
     except OSError as error:
         raise Failed(f"{path}: {error.strerror}") from None
+    except private_files.PrivateFileError as error:
+        raise Failed(str(error)) from None
     except UnicodeDecodeError:
         raise Failed(f"{path}: not text; a passphrase is expected in the first line") from None
     if not line:

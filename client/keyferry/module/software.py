@@ -17,7 +17,7 @@ import pyrage
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .. import libcrypto
+from .. import libcrypto, private_files
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
@@ -68,8 +68,15 @@ class SoftwareModule(CryptographicModule):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], passphrase: str) -> Self:
-        """Load a module that `save` wrote. Raises OSError, or `ModuleError` for a wrong passphrase or a damaged file."""
+        """Load a module that `save` wrote.
+
+        Raises OSError, or `ModuleError` for a wrong passphrase, a damaged file, or a file that other users can read or write.
+        """
         with open(path, "rb") as file:
+            try:
+                private_files.check(file.fileno(), path, secret=True, owners=None)
+            except private_files.PrivateFileError as error:
+                raise ModuleError(str(error)) from None
             sealed = file.read()
         try:
             return cls(libcrypto.private_key(bytearray(pyrage.passphrase.decrypt(sealed, passphrase))))
