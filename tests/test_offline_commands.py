@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from support.requires import root
 from support.scan import Needles, scan
 from test_memory import PR_CAPBSET_DROP, limited, needs_ptrace
 
+from keyferry import hardening
 from keyferry.hardening import DUMPABLE
 from keyferry_agent.locking import Lock, lock_file_of
 
@@ -238,19 +239,41 @@ def test_a_keyring_command_keeps_no_key_in_freed_memory(keyring: Path) -> None:
     assert not found
 
 
+USER_NAMESPACE = ["unshare", "--user", "--map-root-user"]
+
+
 @root()
-def test_memory_is_locked_where_no_limit_forbids_it(keyring: Path) -> None:
+@pytest.mark.parametrize(
+    ("prefix", "preexec", "locks"),
+    [
+        ([], None, True),
+        ([], limited(64), False),
+        (USER_NAMESPACE, None, False),
+    ],
+    ids=["CAP_IPC_LOCK", "64 KiB", "root of a user namespace"],
+)
+def test_memory_is_locked_where_no_limit_forbids_it(
+    keyring: Path, prefix: list[str], preexec: Callable[[], None] | None, *, locks: bool
+) -> None:
     """Under a limit, the kernel would refuse memory to the process later; so the command goes on without."""
     fifo = keyring.parent / "fifo"
     os.mkfifo(fifo)
-    command = [*keyring_command("list", keyring)[:-1], str(fifo)]
-    for preexec, locks in ((lambda: None, True), (limited(64), False)):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=preexec)  # noqa: PLW1509 - limits
-        with open(fifo, "wb") as writer:
-            assert (status_of(process.pid)["VmLck"] != "0 kB") == locks
-            writer.write((keyring.parent / "identity").read_bytes())
-        out, _ = process.communicate(timeout=PATIENCE)
-        assert (process.returncode, b"alias/a" in out) == (0, True)
+    command = [*prefix, *keyring_command("list", keyring)[:-1], str(fifo)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=preexec)  # noqa: PLW1509 - limits
+    with open(fifo, "wb") as writer:
+        assert (status_of(process.pid)["VmLck"] != "0 kB") == locks
+        writer.write((keyring.parent / "identity").read_bytes())
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, b"alias/a" in out) == (0, True)
+
+
+def test_memory_is_locked_under_an_unlimited_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No capability is needed then."""
+    monkeypatch.setattr(Path, "read_text", lambda _path: "CapEff:\t0\n")
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (8 << 20, 8 << 20))
+    assert not hardening.lock_memory()
+    monkeypatch.setattr(resource, "getrlimit", lambda _which: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert hardening._may_lock_everything()
 
 
 @root()
