@@ -24,6 +24,8 @@ PROVIDE = "sudo make test-requirements (and what a line itself says)"
 NO_SKIPS = "KEYFERRY_NO_SKIPS"
 SKIPPED = ROOT / ".cache" / "skipped"
 
+os.umask(0o022)  # under 002, the configurations that tests write would be group-writable, which the agent refuses
+
 
 @pytest.fixture(scope="session")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:

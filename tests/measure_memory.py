@@ -25,7 +25,7 @@ from support.scan import search, snapshot
 from support.witness import KEYS, Witness
 
 from keyferry import operations
-from keyferry_agent.startup import DUMPABLE
+from keyferry.hardening import DUMPABLE
 
 SNAPSHOTS = 25
 CONNECTIONS = 4

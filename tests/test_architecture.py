@@ -84,9 +84,9 @@ def test_only_secret_maps_memory_and_only_serving_opens_nurseries() -> None:
     assert {name for name, text in texts.items() if "ctypes" in text} == {
         "keyferry.secret",
         "keyferry.libcrypto",
+        "keyferry.hardening",
         "keyferry.module.cryptoki",
         "keyferry_agent.peer.groups",
-        "keyferry_agent.startup",
     }
     assert {name for name, text in texts.items() if "gmssl" in text and "import" in text and "from gmssl" in text} == {
         "keyferry_agent.crypto.sm2_portable"

@@ -1,5 +1,6 @@
 """The commands, as a shell sees them: arguments, output, exit codes."""
 
+import base64
 import json
 import os
 import subprocess
@@ -61,6 +62,92 @@ def test_call_takes_the_apis_own_names_and_prints_the_answer(agent: RunningAgent
         "--PublicKeyBlob", f"@{der}", *wrapping, socket=agent.socket,
     )  # fmt: skip
     assert RSA.unwrap(json.loads(exported.stdout)["ExportedDataKey"]) == key
+
+
+def asked(*arguments: object, socket: Path, given: bytes | None = None) -> "subprocess.CompletedProcess[bytes]":
+    """Run `call` with a standard input of its own."""
+    command = [sys.executable, "-m", "keyferry", "call", *map(str, arguments), "--socket", str(socket)]
+    return subprocess.run(command, input=given, capture_output=True, timeout=PATIENCE, check=False)
+
+
+@pytest.mark.parametrize("plaintext", [b"card 4111", b"line\n", bytes(range(256)), b"@x", b"Y2FyZA=="])
+@pytest.mark.parametrize("form", ["text", "text in lines", "raw"])
+def test_a_plaintext_and_a_ciphertext_come_from_files(
+    agent: RunningAgent, tmp_path: Path, plaintext: bytes, form: str
+) -> None:
+    """Or from standard input: the process list shows neither, and there is no warning."""
+    where, (plain, context, sealed) = agent.socket, (tmp_path / name for name in ("plain", "context", "sealed"))
+    plain.write_bytes(plaintext)
+    context.write_text('{"tenant": "acme"}\n')
+    key = ["Encrypt", "--KeyId", "alias/dev", "--EncryptionContext", f"@{context}", "--Plaintext"]
+    for value, given in ((f"@{plain}", None), ("-", plaintext)):
+        ended = asked(*key, value, socket=where, given=given)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+        blob = json.loads(ended.stdout)["CiphertextBlob"]
+        text = {"text": f"{blob}\n", "text in lines": "\n".join((blob[:76], blob[76:], ""))}.get(form)
+        sealed.write_bytes(base64.b64decode(blob) if text is None else text.encode())
+        for value, given in ((f"@{sealed}", None), ("-", sealed.read_bytes())):  # noqa: PLW2901 - the other half
+            same = ["--EncryptionContext", '{"tenant":"acme"}']
+            ended = asked("Decrypt", *same, "--CiphertextBlob", value, socket=where, given=given)
+            assert (ended.returncode, ended.stderr) == (0, b"")
+            assert base64.b64decode(json.loads(ended.stdout)["Plaintext"]) == plaintext
+
+
+def test_every_context_comes_from_a_file_or_standard_input(agent: RunningAgent, tmp_path: Path) -> None:
+    """Also those of ReEncrypt; a ciphertext on the command line is no secret, and there is no warning."""
+    (tmp_path / "old").write_text('{"a": "1"}')
+    ended = asked("GenerateDataKeyWithoutPlaintext", "--KeyId", "alias/dev", "--EncryptionContext", "-",
+                  socket=agent.socket, given=b'{"a": "1"}')  # fmt: skip
+    blob = json.loads(ended.stdout)["CiphertextBlob"]
+    ended = asked("ReEncrypt", "--CiphertextBlob", blob, "--SourceEncryptionContext", f"@{tmp_path / 'old'}",
+                  "--DestinationKeyId", "alias/dev", "--DestinationEncryptionContext", "-",
+                  socket=agent.socket, given=b'{"a": "2"}\n')  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    blob = json.loads(ended.stdout)["CiphertextBlob"]
+    ended = asked("Decrypt", "--CiphertextBlob", blob, "--EncryptionContext", '{"a":"2"}', socket=agent.socket)
+    assert ended.returncode == 0
+
+
+def test_a_plaintext_on_the_command_line_is_a_warning(agent: RunningAgent) -> None:
+    """It works, and says who can see it."""
+    ended = keyferry("call", "Encrypt", "--KeyId", "alias/dev", "--Plaintext", "Y2FyZA==", socket=agent.socket)
+    assert ended.returncode == 0
+    assert ended.stderr == (
+        "keyferry: other users can see --Plaintext in the process list: use --Plaintext @FILE or -\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "why"),
+    [
+        (["Encrypt", "--Plaintext", "-", "--EncryptionContext", "-"], b"x", "only one parameter"),
+        (["Encrypt", "--Plaintext", "@/no/such/file"], b"", "No such file"),
+        (["Encrypt", "--Plaintext", "@"], b"", "No such file"),
+        (["Encrypt", "--Plaintext", "@/dev/zero"], b"", "longer than"),
+        (["Encrypt", "--EncryptionContext", "-"], b"\xff", "--EncryptionContext -: 'utf-8' codec"),
+        (["Decrypt", "--CiphertextBlob", "@/"], b"", "Is a directory"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_wrong_usage(
+    agent: RunningAgent, arguments: list[str], given: bytes, why: str
+) -> None:
+    """With the parameter's name."""
+    ended = asked(*arguments, socket=agent.socket, given=given)
+    assert (ended.returncode, why in ended.stderr.decode()) == (2, True), ended.stderr
+
+
+def test_other_values_may_begin_with_an_at_sign(agent: RunningAgent) -> None:
+    """And may be a hyphen: only the parameters whose help names @FILE read files."""
+    for value in ("@x", "-"):
+        ended = asked("DescribeKey", "--KeyId", value, socket=agent.socket)
+        assert (ended.returncode, b'"Code"' in ended.stderr) == (1, True)
+
+
+def test_a_public_key_comes_from_standard_input(agent: RunningAgent, pem: Path) -> None:
+    """As from a file: PEM or DER."""
+    wrapping = ["--WrappingKeySpec", "RSA_2048", "--WrappingAlgorithm", "RSAES_OAEP_SHA_256"]
+    made = ["GenerateAndExportDataKey", "--KeyId", "alias/dev", *wrapping, "--PublicKeyBlob", "-"]
+    assert asked(*made, socket=agent.socket, given=pem.read_bytes()).returncode == 0
 
 
 def test_a_refusal_is_json_on_stderr_and_exit_code_1(agent: RunningAgent) -> None:

@@ -13,6 +13,7 @@ import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration
 from support.requires import ROOT
+from support.secrets import secret_file
 
 from keyferry import command
 from keyferry.files import FileError, output, replacing, stream
@@ -60,7 +61,7 @@ def module() -> SoftwareModule:
 @pytest.fixture
 def place(tmp_path: Path, agent: RunningAgent, module: SoftwareModule, monkeypatch: pytest.MonkeyPatch) -> Place:
     """A folder to work in."""
-    (tmp_path / "passphrase").write_text(f"{PASSPHRASE}\nmore\n")
+    secret_file(tmp_path / "passphrase", f"{PASSPHRASE}\nmore\n")
     (tmp_path / "module").touch()
     monkeypatch.setattr(SoftwareModule, "load", lambda _path, _passphrase: module)
     made = Place(tmp_path, agent)
@@ -83,7 +84,7 @@ def test_a_file_goes_there_and_comes_back(
 ) -> None:
     """From making the module to the last byte, in processes of their own; decrypting needs no store."""
     place = Place(tmp_path, agent)
-    (tmp_path / "passphrase").write_text(PASSPHRASE)
+    secret_file(tmp_path / "passphrase", PASSPHRASE)
     file = str(tmp_path / "module")
     made = run(["module", "init", file, *place.module[2:]])
     shown = json.loads(made.stdout)
@@ -100,7 +101,7 @@ def test_a_file_goes_there_and_comes_back(
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, b"", b"")
     assert opened.read_bytes() == plain.read_bytes()
     assert opened.stat().st_mode & 0o777 == 0o600
-    (tmp_path / "passphrase").write_text("wrong")
+    secret_file(tmp_path / "passphrase", "wrong")
     opened.unlink()
     ended = run(place.decrypt(sealed, opened))
     assert (ended.returncode, b"wrong passphrase" in ended.stderr) == (1, True)
@@ -112,7 +113,7 @@ def test_module_init_says_the_pin_that_a_grant_takes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], key_spec: str
 ) -> None:
     """The same as keyferry-agent fingerprint. A module is never overwritten."""
-    (tmp_path / "passphrase").write_text(PASSPHRASE)
+    secret_file(tmp_path / "passphrase", PASSPHRASE)
     arguments = ["module", "init", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "passphrase")]
     assert command.main([*arguments, "--key-spec", key_spec]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -132,7 +133,7 @@ def test_a_passphrase_file_without_a_passphrase_says_so(
 ) -> None:
     """And nothing is made."""
     if content is not None:
-        (tmp_path / "passphrase").write_bytes(content)
+        secret_file(tmp_path / "passphrase", content)
     arguments = ["module", "init", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "passphrase")]
     assert command.main(arguments) == 1
     assert why in capsys.readouterr().err
@@ -143,7 +144,7 @@ def test_a_module_that_cannot_be_had_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], agent: RunningAgent
 ) -> None:
     """By its path: where it is to be made, and where it is to be read."""
-    (tmp_path / "passphrase").write_text(PASSPHRASE)
+    secret_file(tmp_path / "passphrase", PASSPHRASE)
     (tmp_path / "in").write_bytes(b"keyferry-file/1\n" + bytes(4 + 92))
     passphrase = ["--passphrase-file", str(tmp_path / "passphrase")]
     assert command.main(["module", "init", str(tmp_path / "none" / "m"), *passphrase]) == 1
@@ -159,7 +160,7 @@ def test_a_module_that_cannot_be_had_says_so(
 def test_pipes_on_both_sides(tmp_path: Path, agent: RunningAgent) -> None:
     """`-` is standard input and output."""
     place = Place(tmp_path, agent)
-    (tmp_path / "passphrase").write_text(PASSPHRASE)
+    secret_file(tmp_path / "passphrase", PASSPHRASE)
     SoftwareModule.generate("RSA_2048").save(tmp_path / "module", PASSPHRASE)
     store = f"sqlite:///{tmp_path / 'records.sqlite'}"
     assert command.main(["records", "add", "a", "--KeyId", "alias/dev", "--store", store, *place.socket]) == 0
@@ -341,7 +342,7 @@ def test_a_directory_that_may_not_be_written_says_so(tmp_path: Path, kind: str) 
 def stalled(tmp_path: Path, agent: RunningAgent) -> Iterator[tuple[Path, "subprocess.Popen[bytes]", int]]:
     """An encryption whose input, a pipe, has given some chunks and gives no more."""
     place = Place(tmp_path, agent)
-    (tmp_path / "passphrase").write_text(PASSPHRASE)
+    secret_file(tmp_path / "passphrase", PASSPHRASE)
     SoftwareModule.generate("RSA_2048").save(tmp_path / "module", PASSPHRASE)
     store = f"sqlite:///{tmp_path / 'records.sqlite'}"
     assert command.main(["records", "add", "a", "--KeyId", "alias/dev", "--store", store, *place.socket]) == 0

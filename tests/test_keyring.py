@@ -16,6 +16,7 @@ import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import Command, run
 from support.requires import program
+from support.secrets import secret_file
 
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import Document, KeyringError, check_alias
@@ -181,7 +182,7 @@ def test_a_wrong_identity_or_passphrase_does_not_open_it(
 ) -> None:
     """Each with a reason."""
     run("init", tmp_path / "other.age", "--new-identity", tmp_path / "other")
-    (tmp_path / "pass").write_text("secret\n")
+    secret_file(tmp_path / "pass", "secret\n")
     for wrong, why in (("other", "does not open"), ("pass", "does not open"), ("nothing", "No such file")):
         run("list", keyring, "--unseal", tmp_path / wrong, code=1)
         assert why in capsys.readouterr().err
@@ -271,15 +272,15 @@ def test_a_recipient_that_is_none_is_refused_before_anything_is_written(
 @pytest.mark.parametrize("content", ["\n", "", "AGE-SECRET-KEY-1NOPE\n", "-----BEGIN OPENSSH PRIVATE KEY-----\nx\n"])
 def test_what_unseals_nothing_is_said(keyring: Path, content: str, tmp_path: Path) -> None:
     """An empty passphrase, an identity that is none."""
-    (tmp_path / "bad").write_text(content)
+    secret_file(tmp_path / "bad", content)
     run("list", keyring, "--unseal", tmp_path / "bad", code=1)
-    (tmp_path / "bad").write_bytes(b"\xff\xfe")
+    secret_file(tmp_path / "bad", b"\xff\xfe")
     run("list", keyring, "--unseal", tmp_path / "bad", code=1)
 
 
 def test_an_unsealer_shows_nothing_of_itself(keyring: Path, tmp_path: Path) -> None:
     """Not in its repr either."""
-    (tmp_path / "pass").write_text("secret\n")
+    secret_file(tmp_path / "pass", "secret\n")
     assert repr(Unsealer.read(tmp_path / "pass")) == "Unsealer(passphrase)"
     assert repr(Unsealer.read(keyring.parent / "identity")) == "Unsealer(identity)"
 
@@ -297,7 +298,7 @@ def test_the_age_program_opens_a_keyring_with_its_identity(keyring: Path) -> Non
 @program("age", "age")
 def test_the_age_program_opens_a_keyring_with_its_passphrase(tmp_path: Path) -> None:
     """It asks for it on a terminal."""
-    (tmp_path / "pass").write_text("correct horse\n")
+    secret_file(tmp_path / "pass", "correct horse\n")
     path = tmp_path / "k.age"
     run("init", path, "--passphrase-file", tmp_path / "pass")
     run("create-key", path, "--unseal", tmp_path / "pass", "--alias", "alias/p")

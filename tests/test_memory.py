@@ -22,10 +22,10 @@ from support.requires import program
 from support.scan import Needles, aes_round_keys, scan, scan_file
 from support.witness import KEYS, Witness
 
+from keyferry.hardening import DUMPABLE
 from keyferry.parameters import decode_base64, encode_base64
 from keyferry.secret import Backing
 from keyferry_agent.crypto import wrapping
-from keyferry_agent.startup import DUMPABLE
 
 
 def readable(path: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from pkcs11 import TokenFlag
 from support import requires, tokens
+from support.secrets import secret_file
 from support.tokens import FIND_TOKEN, RealToken
 
 from keyferry.module import ModuleError, Pkcs11Module, cryptoki
@@ -49,14 +50,14 @@ def test_a_pin_is_the_first_line_of_a_file(
     spare: RealToken, tmp_path: Path, logins: list[bytes | None], rest: str
 ) -> None:
     """However it ends."""
-    (tmp_path / "pin").write_text(tokens.PIN + rest)
+    secret_file(tmp_path / "pin", tokens.PIN + rest)
     spare_open(spare, pin_file=tmp_path / "pin").close()
     assert logins == [tokens.PIN.encode()]
 
 
 def test_a_pin_is_a_systemd_credential(spare: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its name; and where there is none, that is said."""
-    (tmp_path / "hsm").write_text(tokens.PIN)
+    secret_file(tmp_path / "hsm", tokens.PIN)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     spare_open(spare, pin_file="credential:hsm").close()
     for wrong in ("credential:", "credential:../hsm"):
@@ -92,7 +93,7 @@ def test_what_is_no_pin_is_never_sent_to_the_token(
 ) -> None:
     """It would count as a wrong one."""
     if content is not None:
-        (tmp_path / "pin").write_bytes(content)
+        secret_file(tmp_path / "pin", content)
     with pytest.raises(ModuleError, match=r"no PIN: it is empty|longer than 255 bytes|No such file"):
         spare_open(spare, pin_file=tmp_path / "pin")
     assert not logins

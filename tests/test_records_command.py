@@ -16,6 +16,7 @@ from support.keyring import change, serving
 from support.keys import recipient
 from support.records import fill, opened
 from support.requires import ROOT
+from support.secrets import secret_file
 
 from keyferry import command
 from keyferry.module import SoftwareModule
@@ -114,7 +115,7 @@ def test_rewrap_says_what_it_did(
         keys = fill(store, kms, 30)
         change(keyring, "rotate", "alias/a")
         agent.wait_for("reload.done")
-        (keyring.parent / "passphrase").write_text("x")
+        secret_file(keyring.parent / "passphrase", "x")
         SoftwareModule.generate("RSA_2048").save(keyring.parent / "module", "x")
         counts = {"Records": 30, "Found": 30, "Moved": 30, "Changed": 0, "Failed": 0}
         out, err = shell("rewrap", "--dry-run")
@@ -240,7 +241,7 @@ def test_what_is_not_installed_is_named_with_how_to_install_it(
 
 def test_a_module_needs_less(tmp_path: Path) -> None:
     """Only its own extra; and so does what decrypts a file."""
-    (tmp_path / "p").write_text("x")
+    secret_file(tmp_path / "p", "x")
     arguments = ["module", "init", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "p")]
     ended = without("cryptography", *arguments)
     assert "pip install 'keyferry[module]'" in ended.stderr

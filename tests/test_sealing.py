@@ -10,6 +10,7 @@ import pytest
 from support.agent import PATIENCE
 from support.keyring import change, opened, run
 from support.requires import program
+from support.secrets import secret_file
 
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.sealing import Unsealer, seal
@@ -40,7 +41,7 @@ def test_three_hosts_open_one_file_and_reseal_removes_one(tmp_path: Path, capsys
 
 def test_reseal_goes_from_recipients_to_a_passphrase_and_back(keyring: Path, tmp_path: Path) -> None:
     """And later changes keep what it was sealed to."""
-    (tmp_path / "pass").write_text("correct horse\n")
+    secret_file(tmp_path / "pass", "correct horse\n")
     recipient = (tmp_path / "identity").read_text().split()[3]
     run("reseal", keyring, "--passphrase-file", tmp_path / "pass", "--unseal", tmp_path / "identity")
     run("list", keyring, "--unseal", tmp_path / "identity", code=1)
@@ -150,7 +151,7 @@ def test_a_keyring_that_names_no_recipients_and_has_no_passphrase_says_reseal(
     keyring.write_bytes(seal(json.dumps({**raw, "Recipients": []}).encode(), recipients, None))
     run("create-key", keyring, "--unseal", keyring.parent / "identity", code=1)
     assert "reseal" in capsys.readouterr().err
-    (keyring.parent / "pass").write_text("correct horse\n")
+    secret_file(keyring.parent / "pass", "correct horse\n")
     keyring.write_bytes(seal(json.dumps(raw).encode(), [], "correct horse"))
     run("create-key", keyring, "--unseal", keyring.parent / "pass", code=1)
     assert "reseal" in capsys.readouterr().err

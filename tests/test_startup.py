@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection, RunningAgent, configured, dev_agent
 
-from keyferry import Throttled, wire
+from keyferry import Throttled, hardening, wire
 from keyferry_agent import listening, log, startup
 from keyferry_agent.command import main
 from keyferry_agent.crypto.selftest import SelfTestError
@@ -170,11 +170,11 @@ def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
 
 def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """And closed standard descriptors are opened, so that no key file becomes one."""
-    monkeypatch.setattr(startup, "_PR_SET_DUMPABLE", 10_000)
+    monkeypatch.setattr(hardening, "_PR_SET_DUMPABLE", 10_000)
     monkeypatch.setattr(startup, "_close_inherited", lambda _keep: None)  # this process needs its own
     monkeypatch.setattr("os.umask", lambda mode: mode)
     monkeypatch.setattr("resource.setrlimit", lambda _which, _limits: None)
-    monkeypatch.setattr(startup, "_PR_SET_NO_NEW_PRIVS", 10_001)
+    monkeypatch.setattr(hardening, "_PR_SET_NO_NEW_PRIVS", 10_001)
     assert [failure.split(":")[0] for failure in startup.harden()] == ["no new privileges", "not dumpable"]
 
 

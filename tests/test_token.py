@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import Attribute, AttributeReadOnly, AttributeTypeInvalid, DeviceError
 from support import requires, tokens
+from support.secrets import secret_file
 from support.tokens import RealToken
 
 from keyferry.module import ModuleError, Pkcs11Module, trial
@@ -75,7 +76,7 @@ def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What opencryptoki_token.py says of opencryptoki's soft token, a fresh one."""
     library = requires.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
     folder, here = tmp_path_factory.mktemp("opencryptoki"), Path(__file__).parent
-    (folder / "pin").write_text("11223344")
+    secret_file(folder / "pin", "11223344")
     script = [str(here / "support" / "opencryptoki.sh"), "11223344", str(folder)]
     probe = [sys.executable, str(here / "opencryptoki_token.py"), str(library), str(folder / "pin")]
     unshare = ["unshare", "--mount", "--ipc", "--pid", "--fork", "--mount-proc"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 import trio
 
-from keyferry import libcrypto
+from keyferry import libcrypto, private_files
 from keyferry.secret import SecretMemoryError
 
 from . import __version__, listening, startup, watchdog
@@ -45,6 +45,8 @@ def daemon(options: Options) -> None:
     failures = startup.harden(keep=given.descriptors)
     if not startup.clears_freed_memory():
         failures.append("freed memory is not overwritten, which takes glibc: libraries may leave copies of keys there")
+    if private_files.allowed():
+        failures.append(f"{private_files.ALLOW_OPEN_FILES} is set: other users may be able to change or read the files")
     for failure in failures:
         log.warning("startup.not_hardened", what=failure)
     sockets = given.sockets()

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
+from keyferry import private_files
 from keyferry.exchange import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
@@ -19,7 +20,7 @@ from . import toml
 from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant
 from .peer import OVERFLOW_UID
 
-__all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "read"]
+__all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "examine", "read"]
 
 
 class SettingsError(Exception):
@@ -87,21 +88,42 @@ class Settings:
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
+class Examined(NamedTuple):
+    """A configuration file as it is: its settings as far as it has any, and two kinds of problems, one message each."""
+
+    settings: Settings | None
+    problems: list[str]
+    open_to_others: list[str]
+    """The ways in which other users can write the file."""
+
+
 def read(path: Path) -> Settings:
     """Read a configuration file. Raises `SettingsError` with everything that is wrong."""
+    examined = examine(path)
+    if examined.settings is None or examined.problems or examined.open_to_others:
+        raise SettingsError([*examined.open_to_others, *examined.problems])
+    return examined.settings
+
+
+def examine(path: Path) -> Examined:
+    """Return what a configuration file says, and everything that is wrong with the file and with its content."""
+    open_to_others: list[str] = []
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            open_to_others = private_files.problems(path, file.fileno())
+            raw = tomllib.loads(file.read())
     except OSError as error:
-        raise SettingsError([f"{path}: {error.strerror}"]) from None
+        problem = error.strerror
     except UnicodeDecodeError as error:
-        raise SettingsError([f"{path}: not UTF-8: {error.reason} at byte {error.start}"]) from None
+        problem = f"not UTF-8: {error.reason} at byte {error.start}"
     except (ValueError, RecursionError) as error:  # also of a number of thousands of digits, and of arrays in arrays
-        raise SettingsError([f"{path}: not TOML: {error}"]) from None
-    table = toml.Table("", raw, [], [])
-    settings = _settings(table)
-    if table.problems:
-        raise SettingsError([f"{path}: {problem}" for problem in table.problems])
-    return replace(settings, warnings=tuple(table.warnings))
+        problem = f"not TOML: {error}"
+    else:
+        table = toml.Table("", raw, [], [])
+        settings = _settings(table)
+        problems = [f"{path}: {problem}" for problem in table.problems]
+        return Examined(replace(settings, warnings=tuple(table.warnings)), problems, open_to_others)
+    return Examined(None, [f"{path}: {problem}"], open_to_others)
 
 
 _LISTENER: Final = Listener()

@@ -74,8 +74,8 @@ _shtab_keyferry_call_defaults_added=0
 _shtab_keyferry_call_Decrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. (required)]:VALUE:"
-  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
 
@@ -95,8 +95,8 @@ _shtab_keyferry_call_Encrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
-  "--Plaintext[What to encrypt\: Base64 of 1 to 6144 bytes. (required)]:VALUE:"
-  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  "--Plaintext[What to encrypt\: Base64 of 1 to 6144 bytes. \@FILE reads the plaintext itself, not its Base64, from a file, - from standard input. (required)]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
 
@@ -106,11 +106,11 @@ _shtab_keyferry_call_Encrypt_defaults_added=0
 _shtab_keyferry_call_ExportDataKey_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. (required)]:VALUE:"
-  "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads a PEM or DER file. (required)]:VALUE:"
+  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads a PEM or DER file from a file, - from standard input. (required)]:VALUE:"
   "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
   "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
-  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
 
@@ -121,12 +121,12 @@ _shtab_keyferry_call_GenerateAndExportDataKey_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
-  "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads a PEM or DER file. (required)]:VALUE:"
+  "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads a PEM or DER file from a file, - from standard input. (required)]:VALUE:"
   "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
   "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
   "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default) or AES_128 (16).]:VALUE:(AES_256 AES_128)"
   "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
-  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
 
@@ -139,7 +139,7 @@ _shtab_keyferry_call_GenerateDataKey_options=(
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
   "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default) or AES_128 (16).]:VALUE:(AES_256 AES_128)"
   "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
-  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
 
@@ -152,7 +152,7 @@ _shtab_keyferry_call_GenerateDataKeyWithoutPlaintext_options=(
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
   "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default) or AES_128 (16).]:VALUE:(AES_256 AES_128)"
   "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
-  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
 
@@ -201,10 +201,10 @@ _shtab_keyferry_call_ListKeys_defaults_added=0
 _shtab_keyferry_call_ReEncrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. (required)]:VALUE:"
+  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
   "--DestinationKeyId[The master key to encrypt under\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
-  "--SourceEncryptionContext[The EncryptionContext that the ciphertext was made with.]:VALUE:"
-  "--DestinationEncryptionContext[The EncryptionContext for the new ciphertext.]:VALUE:"
+  "--SourceEncryptionContext[The EncryptionContext that the ciphertext was made with. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
+  "--DestinationEncryptionContext[The EncryptionContext for the new ciphertext. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
 
@@ -269,7 +269,7 @@ _shtab_keyferry_records_add_options=(
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
   "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default) or AES_128 (16).]:VALUE:(AES_256 AES_128)"
   "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
-  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it.]:VALUE:"
+  "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   ":the record\'s name:"
 )
 
@@ -289,7 +289,7 @@ _shtab_keyferry_records_recover_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
-  "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads a PEM or DER file. (required)]:VALUE:"
+  "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads a PEM or DER file from a file, - from standard input. (required)]:VALUE:"
   "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
   "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"

@@ -14,6 +14,7 @@ from keyferry.module import token as token_module
 from keyferry.module.cryptoki import Library
 from support import requires
 from support.keys import RecipientFor
+from support.secrets import secret_file
 
 PIN = "1234-Abcd"
 SO_PIN = "5678-Efgh"
@@ -124,7 +125,7 @@ def softhsm(folder: Path, *labels: str) -> list[RealToken]:
     library = requires.library("softhsm/libsofthsm2.so", "softhsm2")
     (folder / "tokens").mkdir()
     (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder}/tokens\n")
-    (folder / "pin").write_text(f"{PIN}\n")
+    secret_file(folder / "pin", f"{PIN}\n")
     os.environ["SOFTHSM2_CONF"] = str(folder / "softhsm2.conf")
     for label in labels:
         command = ["softhsm2-util", "--init-token", "--free", "--label", label, "--pin", PIN, "--so-pin", SO_PIN]
@@ -135,7 +136,7 @@ def softhsm(folder: Path, *labels: str) -> list[RealToken]:
 def softokn(folder: Path) -> RealToken:
     """The token of an NSS database."""
     library = requires.library("*/libsoftokn3.so", "libnss3")
-    (folder / "pin").write_text(f"{PIN}\n")
+    secret_file(folder / "pin", f"{PIN}\n")
     command = ["certutil", "-N", "-d", f"sql:{folder}", "-f", str(folder / "pin")]
     subprocess.run(command, check=True, capture_output=True)
     parameters = f"configdir='sql:{folder}' certPrefix='' keyPrefix='' secmod='secmod.db' flags="

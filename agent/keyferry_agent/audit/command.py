@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keyferry.output import show
+from keyferry.private_files import owner_of
 
 from ..keyring import file
 from ..keyring.document import KeyringError
@@ -81,7 +82,8 @@ def _key_id(name: str, settings: Settings | None) -> str:
         return name
     if settings is None or settings.keyring is None or settings.unseal is None:
         raise chain.ChainError(f"the record has key IDs: to look up {name}, give --config with a keyring and unseal")
-    return file.read(settings.keyring, Unsealer.read(settings.unseal)).find(name).key_id
+    unsealer = Unsealer.read(settings.unseal, owner_of(settings.keyring))
+    return file.read(settings.keyring, unsealer).find(name).key_id
 
 
 def _verify(arguments: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from keyferry import age_passphrase, passphrase
 from keyferry.output import DONE, show
+from keyferry.private_files import owner_of
 
 from ..crypto.seal import KEY_SIZES
 from . import file, sealing, verbs
@@ -180,7 +181,7 @@ def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
         sealing.check_recipient(recipient)
     if not arguments.passphrase_file:
         return recipients, None
-    phrase = sealing.read_passphrase(arguments.passphrase_file)
+    phrase = sealing.read_passphrase(arguments.passphrase_file, owner_of(arguments.file))
     if weakness := passphrase.weakness(phrase):
         _warn(f"{arguments.passphrase_file}: {weakness}")
     return recipients, phrase
@@ -308,7 +309,7 @@ def _versions(key: KeyEntry) -> dict[str, Any]:
 
 
 def _unsealer(arguments: argparse.Namespace) -> sealing.Unsealer:
-    return sealing.Unsealer.read(arguments.unseal)
+    return sealing.Unsealer.read(arguments.unseal, owner_of(arguments.file))
 
 
 def _metadata(key: KeyEntry, aliases: Mapping[str, list[str]]) -> dict[str, Any]:

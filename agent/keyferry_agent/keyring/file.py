@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from keyferry import private_files
+
 from ..locking import Lock, LockError
 from .document import Document, KeyringError
 from .sealing import Unsealer, count_recipients, seal
@@ -34,9 +36,12 @@ def read_sealed(path: Path) -> bytes:
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise KeyringError(f"{path}: not a regular file")
+            private_files.check(descriptor, path, owners=None)  # root manages the keyrings of other users
             return file.read()
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
+    except private_files.PrivateFileError as error:
+        raise KeyringError(str(error)) from None
 
 
 def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:

@@ -23,6 +23,8 @@ from typing import Any, Final
 import structlog
 
 from keyferry import age_passphrase
+from keyferry.hardening import lock_memory
+from keyferry.private_files import owner_of
 from keyferry.secret import Backing, SecretMemory
 
 from ..startup import harden
@@ -160,8 +162,9 @@ def main(path: str, unseal: str) -> None:
     """The child: open the file and write it to standard output."""
     signal.alarm(int(_TIMEOUT))  # ends this process where nobody else is left to: the agent may be gone
     harden()  # exec undid what the daemon had done for itself
+    lock_memory()
     try:
-        unsealer = Unsealer.read(Path(unseal))
+        unsealer = Unsealer.read(Path(unseal), owner_of(path))
         sealed = read_sealed(Path(path))
         signal.alarm(int(_UNSEAL_TIMEOUT))
         os.write(1, bytes([min(age_passphrase.work_factor(sealed) or 0, _MAX_BYTE)]))

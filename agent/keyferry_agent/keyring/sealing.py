@@ -6,13 +6,14 @@ factor. What opens a keyring is an `Unsealer`: an age identity file, an SSH priv
 """
 
 import os
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import pyrage
 
-from keyferry import age_passphrase
+from keyferry import age_passphrase, private_files
 from keyferry.age_passphrase import PassphraseError
 
 from .document import KeyringError
@@ -39,9 +40,12 @@ class Unsealer:
         return "Unsealer(passphrase)" if self.passphrase is not None else "Unsealer(identity)"
 
     @classmethod
-    def read(cls, path: Path) -> "Unsealer":
-        """Read an age identity file, an unencrypted SSH private key, or a passphrase file. Raises `KeyringError`."""
-        content = _read(path)
+    def read(cls, path: Path, owners: Collection[int] = ()) -> "Unsealer":
+        """Read an age identity file, an unencrypted SSH private key, or a passphrase file. Raises `KeyringError`.
+
+        `owners`: further users that root accepts as the file's owner.
+        """
+        content = _read(path, owners)
         try:
             if content.startswith(_PEM):
                 return cls([pyrage.ssh.Identity.from_buffer(content.encode())], None)
@@ -127,9 +131,9 @@ def new_identity(path: Path) -> str:
     return recipient
 
 
-def read_passphrase(path: Path) -> str:
-    """Read a passphrase file: its first line. Raises `KeyringError`."""
-    return _passphrase(path, _read(path))
+def read_passphrase(path: Path, owners: Collection[int] = ()) -> str:
+    """Read a passphrase file: its first line. `owners` as for `Unsealer.read`. Raises `KeyringError`."""
+    return _passphrase(path, _read(path, owners))
 
 
 def _passphrase(path: Path, content: str) -> str:
@@ -139,14 +143,17 @@ def _passphrase(path: Path, content: str) -> str:
     return passphrase
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, owners: Collection[int]) -> str:
     try:
         with open(path, "rb") as file:  # which may be a pipe
+            private_files.check(file.fileno(), path, secret=True, owners=owners)
             content = file.read(_IDENTITY_MOST + 1)
         if len(content) > _IDENTITY_MOST:
             raise KeyringError(f"{path}: longer than any identity or passphrase")
         return content.decode()
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
+    except private_files.PrivateFileError as error:
+        raise KeyringError(str(error)) from None
     except UnicodeDecodeError:
         raise KeyringError(f"{path}: not text; an age identity, an SSH key or a passphrase is expected") from None

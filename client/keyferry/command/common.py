@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TextIO
 
@@ -11,7 +11,17 @@ from ..declaration import Operation
 from ..errors import KeyferryError
 from ..exchange import DEFAULT_SOCKET, pem_to_der
 from ..output import show
-from ..parameters import PUBLIC_KEY_BLOB, Parameter, encode_base64
+from ..parameters import (
+    CIPHERTEXT_BLOB,
+    DESTINATION_ENCRYPTION_CONTEXT,
+    ENCRYPTION_CONTEXT,
+    PLAINTEXT,
+    PUBLIC_KEY_BLOB,
+    SOURCE_ENCRYPTION_CONTEXT,
+    Parameter,
+    decode_base64,
+    encode_base64,
+)
 
 __all__ = [
     "INTERRUPTED",
@@ -79,6 +89,39 @@ def socket_option() -> argparse.ArgumentParser:
 
 # --- an operation's parameters, by the API's own names ----------------------------------------------------------------
 
+_STANDARD: Final = "-"
+_LONGEST_FILE: Final = 1 << 20
+"""Bytes of a parameter's file: far more than the agent accepts for any parameter, and no endless device."""
+
+
+def _public_key(content: bytes) -> str:
+    return encode_base64(pem_to_der(content))
+
+
+def _ciphertext(content: bytes) -> str:
+    """Base64 text as it is, on one line or several; other content is the ciphertext itself."""
+    try:
+        text = "".join(content.decode("ascii").split())
+        decode_base64(text)
+    except ValueError:
+        return encode_base64(content)
+    return text
+
+
+def _text(content: bytes) -> str:
+    return content.decode().strip()
+
+
+_FROM_FILES: Final[dict[Parameter[Any], tuple[Callable[[bytes], str], str]]] = {
+    PUBLIC_KEY_BLOB: (_public_key, "a PEM or DER file"),
+    PLAINTEXT: (encode_base64, "the plaintext itself, not its Base64,"),
+    CIPHERTEXT_BLOB: (_ciphertext, "Base64 text or the bytes themselves"),
+    ENCRYPTION_CONTEXT: (_text, "JSON text"),
+    SOURCE_ENCRYPTION_CONTEXT: (_text, "JSON text"),
+    DESTINATION_ENCRYPTION_CONTEXT: (_text, "JSON text"),
+}
+"""Parameters whose value may come from a file: how its content becomes the value, and what the file holds."""
+
 
 class _Once(argparse.Action):
     """A parameter that is given twice is a mistake, not a correction."""
@@ -107,7 +150,8 @@ def add_parameters(
         if name in without:
             continue
         required = name in operation.required
-        file = " @FILE reads a PEM or DER file." if parameter is PUBLIC_KEY_BLOB else ""
+        _, content = _FROM_FILES.get(parameter, (None, ""))
+        file = f" @FILE reads {content} from a file, - from standard input." if content else ""
         help_text = f"{parameter.doc}{file}{' (required)' if required else ''}".replace("%", "%%")
         parser.add_argument(f"--{name}", action=_Once, metavar="VALUE", required=enforce and required, help=help_text)
 
@@ -115,22 +159,42 @@ def add_parameters(
 def given(arguments: argparse.Namespace, operation: Operation[..., Any]) -> dict[str, Any]:
     """The parameters that were given, as they travel. Ends the command where one cannot be."""
     texts = {name: getattr(arguments, name, None) for name in operation.parameters}
+    from_input = [f"--{name}" for name, text in texts.items() if text == _STANDARD and _from_file(operation, name)]
+    if len(from_input) > 1:
+        usage(f"{' and '.join(from_input)}: only one parameter can be read from standard input")
     return {name: _value(operation.parameters[name], text) for name, text in texts.items() if text is not None}
 
 
+def _from_file(operation: Operation[..., Any], name: str) -> bool:
+    return operation.parameters[name] in _FROM_FILES
+
+
 def _value(parameter: Parameter[Any], text: str) -> Any:
-    if parameter is PUBLIC_KEY_BLOB and text.startswith("@"):
+    if parameter in _FROM_FILES and (text == _STANDARD or text.startswith("@")):
+        convert, _ = _FROM_FILES[parameter]
         try:
-            with open(text[1:], "rb") as file:
-                return encode_base64(pem_to_der(file.read()))
+            return convert(_content(text))
         except (OSError, ValueError) as error:
             usage(f"--{parameter.name} {text}: {error}")
+    if parameter is PLAINTEXT:
+        print(
+            "keyferry: other users can see --Plaintext in the process list: use --Plaintext @FILE or -", file=sys.stderr
+        )
     if parameter.integer:
         try:
             return int(text)
         except ValueError:
             usage(f"--{parameter.name}: an integer is expected, not {text!r}")
     return text
+
+
+def _content(text: str) -> bytes:
+    """The content of @FILE, or of standard input. Raises OSError, or ValueError for a file that is too long."""
+    with open(0 if text == _STANDARD else text[1:], "rb", closefd=text != _STANDARD) as file:
+        content = file.read(_LONGEST_FILE + 1)
+    if len(content) > _LONGEST_FILE:
+        raise ValueError(f"longer than {_LONGEST_FILE} bytes")
+    return content
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -3,11 +3,12 @@
 import argparse
 import hashlib
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from .. import passphrase
+from .. import passphrase, private_files
 from ..parameters import decode_base64
 from .common import Failed, extra, show_json, usage
 
@@ -59,8 +60,9 @@ def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
     with extra("module"):
         from .. import age_passphrase  # noqa: PLC0415
         from ..module import SoftwareModule  # noqa: PLC0415
+    phrase = _passphrase(arguments.passphrase_file, private_files.owner_of(arguments.module))
     try:
-        module = SoftwareModule.load(arguments.module, _passphrase(arguments.passphrase_file))
+        module = SoftwareModule.load(arguments.module, phrase)
         factor = age_passphrase.work_factor(Path(arguments.module).read_bytes())
     except OSError as error:
         raise Failed(f"{arguments.module}: {error.strerror}") from None
@@ -123,13 +125,16 @@ def _warn(message: str) -> None:
     print(f"keyferry: warning: {message}", file=sys.stderr)
 
 
-def _passphrase(path: str) -> str:
-    """The first line of a file, which may be a pipe. Raises `Failed`."""
+def _passphrase(path: str, owners: Collection[int] = ()) -> str:
+    """The first line of a file, which may be a pipe. `owners`: further users that root accepts. Raises `Failed`."""
     try:
         with Path(path).open("rb") as file:
+            private_files.check(file.fileno(), path, secret=True, owners=owners)
             line = file.readline(_LONGEST_PASSPHRASE).decode().rstrip("\r\n")
     except OSError as error:
         raise Failed(f"{path}: {error.strerror}") from None
+    except private_files.PrivateFileError as error:
+        raise Failed(str(error)) from None
     except UnicodeDecodeError:
         raise Failed(f"{path}: not text; a passphrase is expected in the first line") from None
     if not line:

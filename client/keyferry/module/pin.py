@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Final
 
+from .. import private_files
 from ..secret import Secret, SecretMemory
 from .interface import ModuleError
 
@@ -45,9 +46,12 @@ def _from_file(path: str, memory: SecretMemory) -> Secret:
     content = bytearray(_MOST + 2)
     try:
         with open(path, "rb", buffering=0) as file:
+            private_files.check(file.fileno(), path, secret=True)
             size = file.readinto(content)
     except OSError as error:
         raise ModuleError(f"{path}: the PIN cannot be read: {error.strerror}") from None
+    except private_files.PrivateFileError as error:
+        raise ModuleError(str(error)) from None
     end = content.find(b"\n", 0, size)
     del content[end if end >= 0 else size :]
     if content.endswith(b"\r"):

@@ -16,7 +16,7 @@ from typing import Final, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .. import age_passphrase, libcrypto
+from .. import age_passphrase, libcrypto, private_files
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
@@ -67,8 +67,15 @@ class SoftwareModule(CryptographicModule):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], passphrase: str) -> Self:
-        """Load a module that `save` wrote. Raises OSError, or `ModuleError` for a wrong passphrase or a damaged file."""
+        """Load a module that `save` wrote.
+
+        Raises OSError, or `ModuleError` for a wrong passphrase, a damaged file, or a file that other users can read or write.
+        """
         with open(path, "rb") as file:
+            try:
+                private_files.check(file.fileno(), path, secret=True, owners=None)
+            except private_files.PrivateFileError as error:
+                raise ModuleError(str(error)) from None
             sealed = file.read()
         try:
             der = age_passphrase.unseal(sealed, passphrase)

@@ -1,0 +1,106 @@
+"""What a process does before it touches a key, shared by the agent and by every command that opens a keyring or a module.
+
+The steps change the whole process. So only the commands take them, never the library: an application that opens a
+`SoftwareModule` decides for itself.
+"""
+
+import ctypes
+import os
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+__all__ = ["DUMPABLE", "clear_freed_memory", "clears_freed_memory", "lock_memory", "protect"]
+
+DUMPABLE: Final = "KEYFERRY_DUMPABLE"
+"""An environment variable, for tests only: with it, other processes of the same user may read this one's memory."""
+
+_PR_SET_DUMPABLE: Final = 4
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_MCL_CURRENT: Final = 1
+_MCL_FUTURE: Final = 2
+_MCL_ONFAULT: Final = 4
+_CAP_IPC_LOCK: Final = 14
+_ALL_USERS: Final = ["0", "0", "4294967295"]
+"""The uid_map of the first user namespace: a capability in another one does not lift RLIMIT_MEMLOCK."""
+
+_PROBE: Final = 200
+_CLEARED: Final = "KEYFERRY_CLEARED"
+_CLEARING: Final = {
+    # Libraries free padded messages and intermediate keys as they are, and Python its strings. With these settings glibc
+    # overwrites everything that is freed. glibc's caches per thread would bypass that, and so would Python's own allocator.
+    "GLIBC_TUNABLES": "glibc.malloc.perturb=85:glibc.malloc.tcache_count=0",
+    "PYTHONMALLOC": "malloc",
+    # The first call of a library's function, bound when it is made, saves the vector registers on the stack: with the round
+    # keys that AES has just used.
+    "LD_BIND_NOW": "1",
+}
+
+
+def clear_freed_memory() -> None:
+    """Start this program over, once, in an environment in which all memory is overwritten when it is freed.
+
+    The process keeps its ID, its arguments and its descriptors. A caller calls this before it imports anything large.
+    """
+    if os.environ.get(_CLEARED) == str(os.getpid()):
+        for name in (_CLEARED, *_CLEARING):  # child processes do not inherit the settings
+            os.environ.pop(name, None)
+        return
+    environment = {**os.environ, **_CLEARING, _CLEARED: str(os.getpid())}
+    with suppress(OSError):  # a process that continues without it finds out by `clears_freed_memory`
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this very program
+
+
+def clears_freed_memory() -> bool:
+    """Return whether freed memory is overwritten, as seen at a Python object that was just freed."""
+    probe = b"A" * _PROBE
+    address = id(probe) + sys.getsizeof(b"")
+    del probe
+    return b"A" * (_PROBE // 4) not in ctypes.string_at(address, _PROBE - 1)
+
+
+def protect() -> list[str]:
+    """Forbid new privileges, core dumps, and access to this process's memory by processes of the same user.
+
+    Returns one message for each step that failed. exec(2) undoes the last step.
+    """
+    failures = []
+    libc = ctypes.CDLL(None, use_errno=True)
+    steps = [(_PR_SET_NO_NEW_PRIVS, 1, "no new privileges: a set-uid program could be started")]
+    if DUMPABLE in os.environ:
+        failures.append(
+            f"dumpable: {DUMPABLE} is set, which is for tests; processes of the same user can read all keys"
+        )
+    else:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        steps.append((_PR_SET_DUMPABLE, 0, "not dumpable: processes of the same user could read this one's memory"))
+    for option, value, what in steps:
+        if libc.prctl(option, value, 0, 0, 0) != 0:
+            failures.append(f"{what} ({os.strerror(ctypes.get_errno())})")
+    return failures
+
+
+def lock_memory() -> bool:
+    """Keep all memory of this process out of swap, where no limit forbids it. Returns whether the kernel agreed.
+
+    Under a limit, the kernel would refuse memory to this process later (MCL_FUTURE). Then this function does nothing.
+    """
+    if not _may_lock_everything():
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    # MCL_ONFAULT: pages are locked when the process first touches them, and an untouched reservation costs nothing.
+    return bool(libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0)
+
+
+def _may_lock_everything() -> bool:
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        return True
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+        users = Path("/proc/self/uid_map").read_text().split()
+    except OSError:
+        return False
+    effective = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
+    return bool(effective >> _CAP_IPC_LOCK & 1) and users == _ALL_USERS

@@ -1,0 +1,148 @@
+"""Files that other users must not write, and secrets that other users must not read: the rule, in one place.
+
+The rule follows OpenSSH: ssh refuses an identity that others can read, and sshd (StrictModes) refuses a file in a folder that
+others can write. The agent and the client check the descriptor that they read from, so that no file can be swapped in between.
+
+Only regular files with a name are judged. A pipe, a terminal, and memory without a name (memfd_create(2)) that a parent process
+handed over have no mode that means anything.
+docs/configuration.md states the rule for operators.
+"""
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from typing import Final, TypeAlias
+
+__all__ = ["ALLOW_OPEN_FILES", "PrivateFileError", "allowed", "check", "owner_of", "problems"]
+
+ALLOW_OPEN_FILES: Final = "KEYFERRY_ALLOW_OPEN_FILES"
+"""An environment variable. "1" switches the rule off, for platforms that cannot give files a private mode or owner."""
+
+_ROOT: Final = 0
+_CREDENTIALS: Final = "/run/credentials/"
+"""systemd keeps the credentials of each unit in a folder here. Only root can make one."""
+
+_DESCRIPTORS: Final = ("/dev/", "/proc/")
+"""Where descriptors have paths."""
+
+_Path: TypeAlias = str | os.PathLike[str]
+
+
+class PrivateFileError(Exception):
+    """Another user can write a file, or read a secret. The message names the file, the fault and what to do."""
+
+
+def allowed() -> bool:
+    """Return whether the environment switches the rule off."""
+    return os.environ.get(ALLOW_OPEN_FILES) == "1"
+
+
+def check(descriptor: int, path: _Path, *, secret: bool = False, owners: Collection[int] | None = ()) -> None:
+    """Check the open file behind `descriptor`, which `path` led to. Raises `PrivateFileError`.
+
+    The parameters are those of `problems`.
+    """
+    found = problems(path, descriptor, secret=secret, owners=owners)
+    if found:
+        raise PrivateFileError("; ".join(found))
+
+
+def problems(
+    path: _Path, descriptor: int | None = None, *, secret: bool = False, owners: Collection[int] | None = ()
+) -> list[str]:
+    """Return one message for each way in which other users can write the file, or read it if it is a `secret`.
+
+    Without a descriptor the function opens the path itself, which takes no permission to read the file; a path that does not
+    exist has no problems. The owner must be root or the effective user. `owners` are further users that root accepts as the
+    owner; None stands for every user.
+    """
+    if allowed():
+        return []
+    if descriptor is None:
+        try:
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return []
+        try:
+            return problems(path, descriptor, secret=secret, owners=owners)
+        finally:
+            os.close(descriptor)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        return []
+    if status.st_nlink == 0 and os.path.abspath(path).startswith(_DESCRIPTORS):
+        return []  # only processes that were given the descriptor have this file
+    trusted = {_ROOT, os.geteuid()}
+    if os.geteuid() == _ROOT:
+        trusted.update([status.st_uid] if owners is None else owners)
+    return [
+        *_owner_problems(os.fspath(path), status, trusted),
+        *_mode_problems(os.fspath(path), status, secret=secret),
+        *_folder_problems(os.fspath(path), trusted),
+    ]
+
+
+def owner_of(path: _Path | None) -> tuple[int, ...]:
+    """Return the owner of a file for `owners`: none where there is no such file."""
+    try:
+        return (os.stat(path).st_uid,) if path is not None else ()
+    except OSError:
+        return ()
+
+
+def _owner_problems(path: str, status: os.stat_result, trusted: Collection[int]) -> Iterator[str]:
+    if status.st_uid not in trusted:
+        yield f"{path}: belongs to user {status.st_uid}, who is neither root nor the user running this; chown it"
+
+
+def _mode_problems(path: str, status: os.stat_result, *, secret: bool) -> Iterator[str]:
+    mode = stat.S_IMODE(status.st_mode)
+    writable = bool(mode & (stat.S_IWGRP | stat.S_IWOTH))
+    readable = bool(mode & stat.S_IROTH) or (bool(mode & stat.S_IRGRP) and not _group_may_read(path, status))
+    if secret and (readable or writable):
+        verbs = " and ".join(verb for verb, can in (("read", readable), ("write", writable)) if can)
+        yield f"{path}: mode {mode:04o}: other users can {verbs} it; chmod 600 {path}"
+    elif writable:
+        yield f"{path}: mode {mode:04o}: other users can write it; chmod go-w {path}"
+
+
+def _group_may_read(path: str, status: os.stat_result) -> bool:
+    """Return whether root gave a secret to a group for this process: a Kubernetes fsGroup, or a systemd credential."""
+    if status.st_uid != _ROOT:
+        return False
+    if os.path.realpath(path).startswith(_CREDENTIALS):
+        # The group bits are those of an access control list there, which names the unit's user.
+        return status.st_gid == _ROOT or status.st_gid in _groups()
+    return os.geteuid() != _ROOT and status.st_gid in _groups()
+
+
+def _groups() -> set[int]:
+    return {os.getegid(), *os.getgroups()}
+
+
+def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
+    """Yield one message for each folder above the file, or above the link to it, in which others can replace the next name."""
+    for folder in _folders(path):
+        try:
+            status = os.stat(folder)
+            read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+        except OSError:  # the folder is gone, or belongs to another process (/proc/self/fd)
+            continue
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid not in trusted:
+            yield f"{path}: its folder {folder} belongs to user {status.st_uid}, who can replace the file; chown {folder}"
+        # In a sticky folder users replace only files of their own. A read-only mount has its writers, if any, elsewhere: the
+        # folder of a Kubernetes ConfigMap has mode 0777, below a folder of the host that only root can enter.
+        elif mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX and not read_only:
+            yield (
+                f"{path}: its folder {folder} has mode {mode:04o}: other users can replace the file; chmod go-w {folder}"
+            )
+
+
+def _folders(path: str) -> list[str]:
+    """Return the folders that lead to a name and to the file it stands for, the nearest first."""
+    folders: dict[str, None] = {}
+    for name in (os.path.abspath(path), os.path.realpath(path)):
+        while name != (name := os.path.dirname(name)):
+            folders[name] = None
+    return list(folders)
