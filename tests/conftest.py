@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,20 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
 def socket_path(tmp_path: Path) -> Path:
     """Where a test's own agent may listen."""
     return tmp_path / "agent.sock"
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A folder that other users can reach: pytest's own are its user's, and each run makes them so again."""
+    with tempfile.TemporaryDirectory(prefix="keyferry-test-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def shared_socket(shared_folder: Path) -> Path:
+    """Where an agent may listen for other users."""
+    return shared_folder / "agent.sock"
 
 
 @pytest.fixture

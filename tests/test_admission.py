@@ -41,26 +41,19 @@ print(connection.recv(65536), flush=True)
 """
 
 
-def opened(folder: Path) -> None:
-    """Let other users reach the socket in a folder of pytest's."""
-    for each in [folder, *folder.parents][:-2]:
-        each.chmod(each.stat().st_mode | 0o011)
-
-
 @root()
-def test_one_person_with_many_users_takes_no_place_that_others_need(keyring: Path, socket_path: Path) -> None:
+def test_one_person_with_many_users_takes_no_place_that_others_need(keyring: Path, shared_socket: Path) -> None:
     """Subordinate uids, each with all the connections that one user may have: who is granted something gets in, and probes."""
-    opened(socket_path.parent)
     more = 'mode = "0666"\n[limits]\nconnections = 400\nconnections_per_user = 100\n'
-    with serving(keyring, socket_path, more=more, to="uid=4300") as agent, ExitStack() as stack:
+    with serving(keyring, shared_socket, more=more, to="uid=4300") as agent, ExitStack() as stack:
         for user in range(4_207, 4_215):
-            keeping = stack.enter_context(running_as(KEEP, socket_path, 100, uid=user))
+            keeping = stack.enter_context(running_as(KEEP, shared_socket, 100, uid=user))
             assert line_of(keeping) == "100"
         request = wire.encode_request(1, "DescribeKey", {"KeyId": "alias/a"})
         for user, answer in ((4_300, b"KeyMetadata"), (4_301, b"NoPermission"), (0, b"NoPermission")):
-            with running_as(ASK, socket_path, request.hex(), uid=user) as asking:
+            with running_as(ASK, shared_socket, request.hex(), uid=user) as asking:
                 assert answer.decode() in line_of(asking), user
-        with RawConnection(socket_path) as probe:
+        with RawConnection(shared_socket) as probe:
             status = probe.call("GetAgentStatus", {})
             assert status.error is None
         agent.wait_for("connection.closed_for_another")

@@ -21,6 +21,7 @@ from support.agent import PATIENCE
 from support.quota import cpu_quota
 from support.requires import cpu_quota as requires_cpu_quota
 from support.requires import program
+from support.secrets import secret_file
 from support.terminal import run_with_passphrase
 
 from keyferry import age_passphrase
@@ -56,7 +57,7 @@ def test_sealing_uses_work_factor_18() -> None:
 @requires_cpu_quota()
 def test_a_cpu_quota_does_not_change_the_work_factor(tmp_path: Path) -> None:
     """A measurement chose 14 under such a quota, and opening refused what it estimated to be slow."""
-    (tmp_path / "passphrase").write_text(PASSPHRASE)
+    secret_file(tmp_path / "passphrase", PASSPHRASE)
     keyring = tmp_path / "keyring.age"
     command = [sys.executable, "-m", "keyferry_agent", "keyring"]
     with cpu_quota(20) as enter:

@@ -34,46 +34,35 @@ sys.stdin.read()
 """Lock what is named, as far as the kernel lets this user, and keep it."""
 
 
-@pytest.fixture
-def shared(tmp_path: Path) -> Path:
-    """A folder that every user can read, all the way from the root."""
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
-    made = tmp_path / "shared"
-    made.mkdir(mode=0o755)
-    return made
-
-
 @root()
-def test_another_user_cannot_keep_an_agent_from_starting(shared: Path) -> None:
+def test_another_user_cannot_keep_an_agent_from_starting(shared_folder: Path) -> None:
     """flock(2) on the socket's folder, or on its lock file, does not block the agent."""
-    lock_file_of(shared / "agent.sock").touch(mode=0o600)  # as a killed agent leaves it
-    with running_as(HOLD, shared, lock_file_of(shared / "agent.sock")) as other:
-        assert line_of(other) == f"locked {shared}"
-        assert line_of(other) == f"Permission denied {lock_file_of(shared / 'agent.sock')}"
-        with dev_agent(shared / "agent.sock") as agent:
+    lock_file_of(shared_folder / "agent.sock").touch(mode=0o600)  # as a killed agent leaves it
+    with running_as(HOLD, shared_folder, lock_file_of(shared_folder / "agent.sock")) as other:
+        assert line_of(other) == f"locked {shared_folder}"
+        assert line_of(other) == f"Permission denied {lock_file_of(shared_folder / 'agent.sock')}"
+        with dev_agent(shared_folder / "agent.sock") as agent:
             assert agent.stop() == 0
 
 
 @root()
-def test_another_user_cannot_keep_a_keyring_from_changing(shared: Path, keyring: Path) -> None:
+def test_another_user_cannot_keep_a_keyring_from_changing(shared_folder: Path, keyring: Path) -> None:
     """flock(2) on the keyring's folder does not block a command."""
     for name in ("keyring.age", "identity"):
-        os.rename(keyring.parent / name, shared / name)
-    with running_as(HOLD, shared) as other:
-        assert line_of(other) == f"locked {shared}"
-        change(shared / "keyring.age", "rotate", "alias/a")
+        os.rename(keyring.parent / name, shared_folder / name)
+    with running_as(HOLD, shared_folder) as other:
+        assert line_of(other) == f"locked {shared_folder}"
+        change(shared_folder / "keyring.age", "rotate", "alias/a")
 
 
 @root()
-def test_a_lock_file_of_another_user_is_named_and_not_used(shared: Path) -> None:
+def test_a_lock_file_of_another_user_is_named_and_not_used(shared_folder: Path) -> None:
     """In a folder with the sticky bit another user can make any file first."""
-    shared.chmod(0o1777)
-    made = lock_file_of(shared / "agent.sock")
+    shared_folder.chmod(0o1777)
+    made = lock_file_of(shared_folder / "agent.sock")
     with running_as(f"open({str(made)!r}, 'w'); print('made', flush=True)") as other:
         assert line_of(other) == "made"
-    agent = RunningAgent(["--dev"], shared / "agent.sock")
+    agent = RunningAgent(["--dev"], shared_folder / "agent.sock")
     assert agent.wait() == 1
     assert f"{made}: not a lock file of this user" in "".join(agent.output)
     agent.kill()

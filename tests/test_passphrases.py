@@ -14,6 +14,7 @@ import pytest
 import structlog
 from support.agent import PATIENCE
 from support.keyring import opened, run, serving
+from support.secrets import secret_file
 
 from keyferry import age_passphrase, command, passphrase
 from keyferry.command.modules import open_module
@@ -35,7 +36,7 @@ def weaken(keyring: Path, phrase: str, factor: int) -> None:
 
 def passphrase_keyring(folder: Path, phrase: str = STRONG) -> Path:
     """Make a keyring sealed to the passphrase in the file `identity` beside it, with the key alias/a."""
-    (folder / "identity").write_text(f"{phrase}\n")
+    secret_file(folder / "identity", f"{phrase}\n")
     run("init", folder / "keyring.age", "--passphrase-file", folder / "identity")
     run("create-key", folder / "keyring.age", "--alias", "alias/a", "--unseal", folder / "identity")
     return folder / "keyring.age"
@@ -122,7 +123,7 @@ def test_a_keyring_above_the_bound_is_refused_by_its_factor(tmp_path: Path, caps
 
 def test_saving_a_module_again_raises_a_low_work_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command line warns; the library has no place for a warning."""
-    (tmp_path / "passphrase").write_text(STRONG)
+    secret_file(tmp_path / "passphrase", STRONG)
     path = tmp_path / "module"
     SoftwareModule.generate("EC_SM2").save(path, STRONG)
     assert age_passphrase.work_factor(path.read_bytes()) == 18
@@ -143,7 +144,7 @@ def test_a_short_passphrase_is_accepted_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], phrase: str, warns: bool
 ) -> None:
     """For keyrings and for modules; stdout is as without it, and the passphrase is not shown."""
-    (tmp_path / "passphrase").write_text(f"{phrase}\n")
+    secret_file(tmp_path / "passphrase", f"{phrase}\n")
     given = ["--passphrase-file", tmp_path / "passphrase"]
     run("init", tmp_path / "k.age", *given, "--json")
     run("reseal", tmp_path / "k.age", *given, "--unseal", tmp_path / "passphrase")
@@ -174,7 +175,7 @@ def test_a_generated_passphrase_has_140_bits() -> None:
 def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     """By `init` and by `reseal`, once each, on stdout."""
     path, json_option = tmp_path / "k.age", ["--json"] if form == "json" else []
-    (tmp_path / "p").write_text("")
+    secret_file(tmp_path / "p", "")
     phrases = []
     for verb, more in (("init", []), ("reseal", ["--unseal", tmp_path / "p"])):
         run(verb, path, "--generate-passphrase", *json_option, *more)
@@ -186,7 +187,7 @@ def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.C
         else:
             phrases += re.findall(r"^Passphrase: +(\S+)$", said.out, re.MULTILINE)
         assert said.err == ""
-        (tmp_path / "p").write_text(phrases[-1])
+        secret_file(tmp_path / "p", phrases[-1])
         assert file.read(path, Unsealer.read(tmp_path / "p")).keys == []
     assert len(set(phrases)) == 2
     assert all(GENERATED.fullmatch(phrase) for phrase in phrases)
@@ -220,7 +221,7 @@ def test_module_init_prints_a_generated_passphrase(tmp_path: Path, capsys: pytes
 
 def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is sealed, nothing is changed."""
-    (tmp_path / "p").write_text(STRONG)
+    secret_file(tmp_path / "p", STRONG)
     generated = ["--generate-passphrase", "--passphrase-file", tmp_path / "p"]
     run("init", tmp_path / "k.age", *generated, code=1)
     assert module_init(tmp_path / "m", *generated) == 1
@@ -236,7 +237,7 @@ def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys
 def test_a_refused_command_leaves_no_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither on stdout nor in a file."""
     keyring = passphrase_keyring(tmp_path)
-    (tmp_path / "wrong").write_text("wrong passphrase")
+    secret_file(tmp_path / "wrong", "wrong passphrase")
     capsys.readouterr()
     before = keyring.read_bytes()
     generated = ["--generate-passphrase", "--passphrase-file", tmp_path / "new"]

@@ -167,11 +167,12 @@ class Server:
         caller, scope = Caller(peer), trio.CancelScope()
 
         def closed_for_another() -> None:
-            self._complain(
-                "connection.closed_for_another",
-                "A caller without any grant has its place only until another needs it",
-                peer,
-            )
+            if self._may_complain():
+                log.warning(
+                    "connection.closed_for_another",
+                    why="its caller has no grant, and its place was needed",
+                    uid=peer.uid,
+                )
             scope.cancel()
 
         try:
@@ -190,19 +191,21 @@ class Server:
         finally:
             self._admission.leave(place)
 
-    def _complain(self, event: str, why: str, peer: Peer) -> None:
-        """Write a line to the log, one in a second: to be refused must not cost more than to be served."""
+    def _may_complain(self) -> bool:
+        """Whether to write a line to the log, one in a second: to be refused must not cost more than to be served."""
         now = trio.current_time()
-        if now >= self._next_complaint:
-            self._next_complaint = now + 1
-            log.warning(event, why=why, uid=peer.uid)
+        if now < self._next_complaint:
+            return False
+        self._next_complaint = now + 1
+        return True
 
     async def _refuse(self, stream: trio.SocketStream, peer: Peer, why: str) -> None:
         """Refuse a connection and say why, in a way that every client of the protocol can read.
 
         Only a few at a time get an explanation.
         """
-        self._complain("connection.refused", why, peer)
+        if self._may_complain():
+            log.warning("connection.refused", why=why, uid=peer.uid)
         if self._refusing >= _MOST_REFUSALS:
             stream.socket.close()
             return
