@@ -23,7 +23,7 @@ from .host import Host
 from .keyring.document import KeyringError
 from .keyring.kept import Keeper
 from .options import Options, StartError
-from .settings import Settings, SettingsError
+from .settings import Settings, SettingsError, look_up
 
 __all__ = ["Looks", "Reloader", "look"]
 
@@ -31,6 +31,8 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 _LOOK_EVERY: Final = 0.5
 """Seconds. A file is read when two looks in a row saw the same change: it was not being written any more."""
+_NAMES_EVERY: Final = 4
+"""Looks at files after which users and groups are looked up once. They are believed when two look-ups in a row agree."""
 _RETRY_FIRST: Final = 5.0
 _RETRY_LAST: Final = 300.0
 """Seconds after which what could not be loaded is tried again, the first time and at most: the reason may have passed (no
@@ -68,6 +70,8 @@ class Reloader:
         self._keeper = keeper
         self._record_lost = False
         self._threads = True
+        self._looks = 0
+        self._numbers: Mapping[tuple[str, str], int] | None = None
         self._seen = seen
         self._asked = trio.Event()
         self._failure: str | None = None  # why the last reload failed, and when it is tried again
@@ -85,14 +89,14 @@ class Reloader:
             with trio.move_on_after(_LOOK_EVERY):
                 await self._asked.wait()
             try:
-                now, moved = await _in_thread(self._look_around)
+                now, moved, renamed = await _in_thread(self._look_around)
             except RuntimeError as error:  # no thread is to be had: the host, or the pod, is full of processes
                 await self._wait_for_threads(error)
                 continue
             self._threads = True
             if self._asked.is_set() or moved:
                 self._reopen_record()
-            if self._asked.is_set() or (now != self._seen and now == before):
+            if self._asked.is_set() or renamed or (now != self._seen and now == before):
                 self._asked = trio.Event()
                 self._failure, self._retry_after = None, _RETRY_FIRST
                 await self._reload(now)
@@ -108,8 +112,20 @@ class Reloader:
         self._threads = False
         await trio.sleep(_LOOK_EVERY)
 
-    def _look_around(self) -> tuple[Looks, bool]:
-        return look(list(self._seen)), self._audit.moved()
+    def _look_around(self) -> tuple[Looks, bool, bool]:
+        return look(list(self._seen)), self._audit.moved(), self._renamed()
+
+    def _renamed(self) -> bool:
+        """Whether users or groups that grants name have other numbers than they had: one appeared, or is gone.
+
+        Else a user whose name was removed would leave the grant to the next who is given the number.
+        """
+        names = self._agent.settings.names
+        self._looks += 1
+        if not names or self._looks % _NAMES_EVERY:
+            return False
+        before, self._numbers = self._numbers, look_up(names)
+        return self._numbers == before and self._numbers != names
 
     def _reopen_record(self) -> None:
         try:

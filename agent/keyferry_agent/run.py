@@ -17,13 +17,12 @@ from . import __version__, listening, startup, watchdog
 from .agent import Agent, locked_memory_needed
 from .audit import AuditLog
 from .crypto import selftest
-from .grants import PROGRAM
 from .host import Given, Host
 from .keyring.document import KeyringError
 from .keyring.kept import Keeper
 from .metrics import Metrics, MetricsError
 from .options import Options, StartError
-from .peer import processes_visible
+from .peer import lacking
 from .reloading import Looks, Reloader, look
 from .serving import Server
 from .settings import Settings, SettingsError
@@ -99,11 +98,11 @@ def _say_what_is_not(options: Options, agent: Agent, unavailable: list[str]) -> 
         log.warning("startup.limited", what=what)
     if agent.memory_protection == "none":
         log.warning("startup.memory_unprotected", what="keys are in ordinary memory, and can reach swap and core dumps")
-    if any(PROGRAM & grant.to.keys() for grant in settings.grants) and not processes_visible():
-        log.warning(
-            "startup.limited",
-            what="it takes CAP_SYS_PTRACE to see the programs of other users: exe and sha256 match none of theirs",
-        )
+    for why, selectors in lacking().items():
+        names = [grant.name for grant in settings.grants if selectors & grant.to.keys()]
+        if names:
+            shown = ", ".join(sorted(selectors))
+            log.warning("startup.limited", what=f"{why}: {shown} cannot match other users", grants=names)
     if options.dev:
         log.warning(
             "startup.development",

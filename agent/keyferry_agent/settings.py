@@ -5,7 +5,7 @@ Every limit has a default that a small host can live with, and its reason beside
 """
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,7 +20,7 @@ from . import toml
 from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant
 from .peer import OVERFLOW_UID
 
-__all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "examine", "read"]
+__all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "examine", "look_up", "read"]
 
 
 class SettingsError(Exception):
@@ -85,6 +85,8 @@ class Settings:
     limits: Limits = Limits()
     audit: Audit = Audit()
     grants: tuple[Grant, ...] = ()
+    names: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """The users and groups that grants name ("user" or "group", and the name), with their numbers; -1 for one not found."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
 
@@ -144,6 +146,7 @@ def _settings(table: toml.Table) -> Settings:
         values = [getattr(listener, attribute) for listener in listeners]
         if len(set(values)) != len(values):
             table.wrong("listener", f"two listeners have the same {attribute}")
+    names: dict[tuple[str, str], int] = {}
     limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
     settings = Settings(
         listeners=listeners or (single,),
@@ -163,7 +166,8 @@ def _settings(table: toml.Table) -> Settings:
             path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
             on_failure=audit.take("on_failure", "", toml.one_of("refuse", "serve"), _AUDIT.on_failure),
         ),
-        grants=tuple(_grant(entry) for entry in table.tables("grant")),
+        grants=tuple(_grant(entry, names) for entry in table.tables("grant")),
+        names=names,
     )
     audit.done()
     metrics.done()
@@ -252,14 +256,14 @@ def _named_listener(table: toml.Table) -> Listener:
     return made
 
 
-def _grant(table: toml.Table) -> Grant:
+def _grant(table: toml.Table, names: dict[tuple[str, str], int]) -> Grant:
     name = table.take("name", "a name", toml.string, "")
     for needed in ("name", "to", "actions", "keys"):
         if not table.has(needed):
             table.wrong(needed, "missing")
     grant = Grant(
         name=name,
-        to=_to(table.table("to"), table.has("to")),
+        to=_to(table.table("to"), table.has("to"), names),
         actions=table.take("actions", 'a list of actions like "kms:Decrypt"', toml.actions, ()),
         keys=table.take(
             "keys", 'a list of keys like "alias/orders-*"', toml.each(toml.KEY, "key ID, alias or ARN"), ()
@@ -276,7 +280,24 @@ def _grant(table: toml.Table) -> Grant:
     return grant
 
 
-def _to(table: toml.Table, present: bool) -> Mapping[str, Any]:
+_LOOKUPS: Final[Mapping[str, Callable[[Any], int]]] = {"user": toml.uid, "group": toml.gid}
+_NOBODY: Final = -1
+
+
+def _number_of(selector: str, name: str) -> int:
+    """Return the number of a user or group in the system's databases; -1 where it is not found. May block."""
+    try:
+        return _LOOKUPS[selector](name)
+    except (KeyError, ValueError):  # ValueError: no host can have it
+        return _NOBODY
+
+
+def look_up(names: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
+    """Return the numbers that users and groups have now. May block: a directory service may be far away."""
+    return {(selector, name): _number_of(selector, name) for selector, name in names}
+
+
+def _to(table: toml.Table, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
     checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "uid": ("a number, 0 to 4294967294", toml.identity),
         "gid": ("a number, 0 to 4294967294", toml.identity),
@@ -293,16 +314,13 @@ def _to(table: toml.Table, present: bool) -> Mapping[str, Any]:
         expected, check = checks[selector]
         if table.has(selector):
             to[selector] = table.take(selector, expected, check, None)
-    for selector, lookup in (("user", toml.uid), ("group", toml.gid)):
-        if isinstance(to.get(selector), str):
-            try:
-                to[selector] = lookup(to[selector])
-            except (KeyError, ValueError):  # ValueError: no host can have it
-                # Not an error: the same file may serve several hosts. It matches nobody until a reload finds the name.
-                table.warnings.append(
-                    f"{table._at(selector)}: this host has no {selector} {to[selector]!r}; matches nobody"
-                )
-                to[selector] = -1
+    for selector in _LOOKUPS:
+        name = to.get(selector)
+        if isinstance(name, str):
+            # Not an error where there is none: the same file may serve several hosts. It matches nobody until there is one.
+            to[selector] = names[selector, name] = _number_of(selector, name)
+            if to[selector] == _NOBODY:
+                table.warnings.append(f"{table._at(selector)}: this host has no {selector} {name!r}; matches nobody")
     table._taken += [selector for selector in SELECTORS if selector not in table._taken]
     if present and not table._raw:
         table.problems.append(f"{table._path}: empty; say whom the grant is to, for example uid = 1000")

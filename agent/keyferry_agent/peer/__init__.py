@@ -2,7 +2,8 @@
 
 from .credentials import OVERFLOW_UID, Peer, evidence
 from .groups import Groups
+from .platform import lacking
 from .process import Process
-from .program import Program, inspect, processes_visible
+from .program import Program, inspect
 
-__all__ = ["OVERFLOW_UID", "Groups", "Peer", "Process", "Program", "evidence", "inspect", "processes_visible"]
+__all__ = ["OVERFLOW_UID", "Groups", "Peer", "Process", "Program", "evidence", "inspect", "lacking"]

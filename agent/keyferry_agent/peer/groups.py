@@ -10,9 +10,12 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from typing import Final, Protocol
 
-__all__ = ["Groups", "PeerSocket", "peer_groups"]
+__all__ = ["LACKING", "SO_PEERGROUPS", "Groups", "PeerSocket", "peer_groups"]
 
-_SO_PEERGROUPS: Final = 59  # Linux 4.13
+LACKING: Final = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+"""What a kernel, or a seccomp profile, answers that does not provide something: evidence of this kind cannot be had at all."""
+
+SO_PEERGROUPS: Final = 59  # Linux 4.13
 _PYTHON_MOST: Final = 1_024
 """Bytes of a socket option that Python's getsockopt takes at most."""
 _MOST_BYTES: Final = 4 * 65_536  # NGROUPS_MAX of Linux
@@ -63,19 +66,22 @@ class Groups(AbstractSet[int]):
 
 
 def peer_groups(connection: PeerSocket) -> Iterator[int]:
-    """Return the supplementary groups of a peer when it connected. Raises OSError."""
+    """Return the supplementary groups of a peer when it connected; none where the kernel does not tell. Raises OSError."""
     try:
-        packed = connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _PYTHON_MOST)
+        packed = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _PYTHON_MOST)
     except OSError as error:
-        if error.errno != errno.ERANGE:
+        if error.errno in LACKING:
+            packed = b""
+        elif error.errno == errno.ERANGE:
+            packed = _all_groups(connection.fileno())
+        else:
             raise
-        packed = _all_groups(connection.fileno())
     return (number for (number,) in struct.iter_unpack("I", packed))
 
 
 def _all_groups(descriptor: int) -> bytes:
     buffer, size = ctypes.create_string_buffer(_MOST_BYTES), ctypes.c_uint(_MOST_BYTES)
-    if _libc.getsockopt(descriptor, socket.SOL_SOCKET, _SO_PEERGROUPS, buffer, ctypes.byref(size)) != 0:
+    if _libc.getsockopt(descriptor, socket.SOL_SOCKET, SO_PEERGROUPS, buffer, ctypes.byref(size)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return buffer.raw[: size.value]

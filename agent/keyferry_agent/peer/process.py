@@ -12,7 +12,7 @@ import socket
 import struct
 from typing import Final
 
-from .groups import PeerSocket
+from .groups import LACKING, PeerSocket
 
 __all__ = ["Process", "pod_of", "unit_of"]
 
@@ -41,7 +41,7 @@ class Process:
 
     @classmethod
     def of(cls, connection: PeerSocket, pid: int | None) -> "Process | None":
-        """The process that SO_PEERCRED numbers; None for one in a pid namespace that is not seen from here.
+        """The process that SO_PEERCRED numbers; None for one in a pid namespace that is not seen from here, or without pidfds.
 
         Raises ProcessLookupError for one that is gone, or OSError.
         """
@@ -52,9 +52,14 @@ class Process:
         except OSError as error:
             if error.errno == errno.EINVAL:  # how Linux before 6.16 says that it is gone
                 raise ProcessLookupError from None
-            if error.errno != errno.ENOPROTOOPT:
+            if error.errno not in LACKING:
                 raise
-            fd = os.pidfd_open(pid)  # an older kernel: between connect and here the number could have changed hands
+            try:
+                fd = os.pidfd_open(pid)  # an older kernel: between connect and here the number could have changed hands
+            except OSError as refused:
+                if refused.errno in LACKING:
+                    return None
+                raise
         return cls(pid, fd)
 
     def close(self) -> None:

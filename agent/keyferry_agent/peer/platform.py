@@ -1,0 +1,61 @@
+"""What this platform cannot tell about peers: looked at once, at the start, so that grants which can never match are named."""
+
+import os
+import socket
+from collections.abc import Mapping
+from typing import Final
+
+from .groups import LACKING, SO_PEERGROUPS
+from .process import Process
+from .program import processes_visible
+
+__all__ = ["lacking"]
+
+_FIRST_BYTES: Final = 1_024
+
+
+def lacking() -> Mapping[str, frozenset[str]]:
+    """Return what cannot be had here: each reason, with the selectors that match no caller, or hardly one, because of it."""
+    found = {}
+    here, there = socket.socketpair(socket.AF_UNIX)
+    with here, there:
+        if not _has_groups(here):
+            found["the kernel does not tell a peer's supplementary groups (SO_PEERGROUPS)"] = frozenset(
+                {"gid", "group"}
+            )
+        if not _has_processes(here):
+            why = "the kernel, or a seccomp profile, provides no pidfd, so that no process of a caller can be held"
+            found[why] = frozenset({"unit", "pod", "exe", "sha256"})
+            return found
+    if not _control_groups_visible():
+        found["/proc does not show other users' processes (hidepid)"] = frozenset({"unit", "pod", "exe", "sha256"})
+    elif not processes_visible():
+        found["it takes CAP_SYS_PTRACE to see the programs of other users"] = frozenset({"exe", "sha256"})
+    return found
+
+
+def _has_groups(peer: socket.socket) -> bool:
+    try:
+        peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _FIRST_BYTES)
+    except OSError as error:
+        return error.errno not in LACKING
+    return True
+
+
+def _has_processes(peer: socket.socket) -> bool:
+    try:
+        process = Process.of(peer, os.getpid())
+    except OSError:
+        return True
+    if process is None:
+        return False
+    process.close()
+    return True
+
+
+def _control_groups_visible() -> bool:
+    try:
+        with open("/proc/1/cgroup", "rb") as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
