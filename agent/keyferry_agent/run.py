@@ -29,7 +29,7 @@ from .serving import Server
 from .settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from .scrapes import Served
+    from .scrapes import Server as MetricsServer
 
 __all__ = ["daemon"]
 
@@ -83,7 +83,7 @@ def daemon(options: Options) -> None:
             agent.keyring.memory.outlive()
 
 
-def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, Served] | None":
+def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, MetricsServer] | None":
     if not settings.metrics:
         return None
     from .scrapes import of  # noqa: PLC0415 - an HTTP server takes as long to import as a keyring to load
