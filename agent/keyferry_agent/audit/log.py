@@ -62,6 +62,11 @@ class AuditLog:
         """Seconds that the last write took, or that one has taken which is not done in time."""
         return self._hand.lag
 
+    @property
+    def behind(self) -> bool:
+        """Whether a write that this object no longer waits for may still reach the file."""
+        return self._hand.late
+
     def record(self, peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended:
         """Write a line for each request of a peer, with its outcome; say how many were written, and why not all.
 

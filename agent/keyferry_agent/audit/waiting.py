@@ -100,6 +100,11 @@ class Hand:
         """Seconds that the last thing took, or that one has taken for which nobody waits any more."""
         return time.monotonic() - self._asked_at if self._late else self._took
 
+    @property
+    def late(self) -> bool:
+        """Whether the thread is still doing what its caller no longer waits for."""
+        return self._late and not self._done
+
     def _work(self) -> None:
         while True:
             self._begin.wait()
