@@ -14,8 +14,9 @@ from support.asking import ok
 from support.other_user import OTHER_USER
 from support.requires import root
 
-from keyferry_agent.audit import chain, exclusive
+from keyferry_agent.audit import AuditLog, chain, exclusive
 from keyferry_agent.locking import Lock, LockError, lock_file_of
+from keyferry_agent.settings import Audit
 
 DESCRIBE = ("DescribeKey", {"KeyId": "alias/dev"})
 
@@ -189,3 +190,18 @@ def test_a_start_waits_two_seconds_at_most(tmp_path: Path) -> None:
         with pytest.raises(LockError, match="another agent"):
             exclusive.lock(str(tmp_path / "audit.jsonl"))
         assert time.monotonic() - began < PATIENCE / 10
+
+
+def test_a_hanging_write_keeps_the_lock(tmp_path: Path) -> None:
+    """The entry that is still to be written would fork the chain of the next agent."""
+    log = tmp_path / "audit.jsonl"
+    audit = AuditLog(Audit(str(log)), exclusive.lock(str(log)))
+    hanging = threading.Event()
+    with pytest.raises(OSError, match="does not answer"):
+        audit._hand.call(hanging.wait)
+    audit.close()
+    with pytest.raises(LockError):
+        Lock(log, seconds=0)
+    hanging.set()
+    with Lock(log, seconds=PATIENCE):
+        pass

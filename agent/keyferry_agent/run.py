@@ -23,7 +23,7 @@ from .grants import PROGRAM
 from .host import Given, Host
 from .keyring.document import KeyringError
 from .keyring.kept import Keeper
-from .locking import Lock, LockError
+from .locking import LockError
 from .metrics import Metrics, MetricsError
 from .options import Options, StartError
 from .peer import processes_visible
@@ -66,7 +66,8 @@ def _live(
         keeper = Keeper(host.store, host.forget)
         agent, current = _agent(options, settings, keeper, given, seen)
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
-        audit = _audit_log(settings, held)
+        audit = _audit_log(settings)
+        held.callback(audit.close)
         served = _metrics(agent, audit, settings)
         server = Server(agent, audit, served[0] if served else None)
     except (
@@ -95,24 +96,15 @@ def _live(
             agent.keyring.memory.outlive()
 
 
-def _audit_log(settings: Settings, held: ExitStack) -> AuditLog:
+def _audit_log(settings: Settings) -> AuditLog:
     """Lock and open the audit log. Raises `LockError` or OSError."""
     lock = lock_audit_log(settings.audit.path)
     try:
-        audit = AuditLog(settings.audit)
+        return AuditLog(settings.audit, lock)
     except OSError:
         if lock is not None:
             lock.release()
         raise
-    if lock is not None:
-        held.callback(_unlock, lock, audit)
-    return audit
-
-
-def _unlock(lock: Lock, audit: AuditLog) -> None:
-    # Until a hanging write has ended, no other agent may write: then the kernel releases the lock, as this process ends.
-    if not audit.behind:
-        lock.release()
 
 
 def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, MetricsServer] | None":
