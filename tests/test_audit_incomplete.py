@@ -26,7 +26,7 @@ def log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Log:
 
 
 def test_a_log_without_its_beginning_is_not_complete(log: Log) -> None:
-    """What is there is printed; the exit code says that it is not all."""
+    """The commands print the entries that they found, and exit with 1."""
     lines = entries(5)
     log.current.write_bytes(text(lines[2:]))
     log.is_not_whole(str(log.current), "the beginning of the audit log is missing", "2026-11-01T02:00:00.000+00:00")

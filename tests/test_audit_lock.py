@@ -29,7 +29,7 @@ def agent_of(socket: Path, log: Path | str, **more: object) -> RunningAgent:
 
 
 def refusal(agent: RunningAgent) -> str:
-    """What an agent that must not start printed."""
+    """Return the message of an agent that must not start."""
     assert agent.wait() == 1
     agent.kill()
     (message,) = [line for line in agent.output if line.startswith("keyferry-agent: ")]
@@ -119,7 +119,7 @@ def test_a_named_pipe_has_one_writer_too(tmp_path: Path) -> None:
 
 
 def test_a_start_that_fails_leaves_no_lock(tmp_path: Path) -> None:
-    """Whatever fails after the lock was taken."""
+    """The agent releases the lock after any failure."""
     log = tmp_path / "audit.jsonl"
     (tmp_path / "agent.sock").write_text("not a socket")
     refusal(agent_of(tmp_path / "agent.sock", log))
@@ -170,7 +170,7 @@ def test_an_agent_starts_on_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_a_lock_file_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An open mode, or a symbolic link, is somebody's doing: the agent does not go on without the lock."""
+    """An open mode, or a symbolic link, was made by another process: the agent does not start without the lock."""
     monkeypatch.setattr(exclusive, "LOCK_SECONDS", 0)
     log = tmp_path / "audit.jsonl"
     lock_file_of(log).touch()

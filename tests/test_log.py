@@ -28,7 +28,7 @@ def settle(seconds=60):
     while waiting.unfinished_tasks and time.monotonic() < deadline:
         time.sleep(0.01)
 """
-"""What a process needs to log as the agent does; `settle` waits until its thread has taken every line."""
+"""The code that makes a process log as the agent does; `settle` waits until its thread has taken every line."""
 
 
 @pytest.fixture

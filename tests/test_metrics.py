@@ -250,7 +250,7 @@ def test_a_reader_that_never_reads_has_the_same_deadline(served: Served) -> None
         assert time.monotonic() - began < PROMPTLY
 
 
-def test_an_answer_that_nobody_takes_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_is_not_read_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """One write of many MiB is under the deadline, too."""
     monkeypatch.setattr(scrapes, "SCRAPE_SECONDS", 0.5)
     began = threading.Event()
@@ -321,7 +321,7 @@ def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.Monkey
     assert [line["event"] for line in logged] == ["metrics.failed"]
 
 
-def test_a_host_without_threads_refuses_a_scrape_and_serves_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scrape_without_a_thread_is_refused_and_the_next_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """The place of the refused scrape is free again."""
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()

@@ -149,7 +149,7 @@ class _Writer:
                     self._output.error(record.getMessage())
                 failed = False
             except Exception:
-                # Whatever it is, the thread goes on: its end would be the end of the log.
+                # The thread survives every exception: without it, nothing would be logged any more.
                 failed = True
                 self._unwritten += record is not None
             if record is not None:

@@ -45,7 +45,7 @@ def entries(count: int, previous: str = chain.BEGINNING, first: int = 0) -> list
 
 
 def text(lines: Sequence[bytes]) -> bytes:
-    """What a file of these entries contains."""
+    """Return the content of a file of these entries."""
     return b"".join(each + b"\n" for each in lines)
 
 

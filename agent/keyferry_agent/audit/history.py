@@ -208,7 +208,10 @@ class History:
                 )
             return f"does not follow the line before it, but {there}, a later one: a line was moved"
         if oldest:
-            return "the beginning of the audit log is missing: this line follows one that was not found"
+            return (
+                "the beginning of the audit log is missing: this line follows one that was not found. "
+                "If older files are in another folder, name all files"
+            )
         return (
             "does not follow the line before it, nor any other: a line was changed or taken out, or a file is missing"
         )

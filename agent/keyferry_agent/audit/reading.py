@@ -50,7 +50,7 @@ class Line(NamedTuple):
 
 
 def identity(status: os.stat_result) -> Identity:
-    """Return what tells a file from any other, whatever its name is."""
+    """Return the device and inode of a file, which identify it under any name."""
     return status.st_dev, status.st_ino
 
 
