@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -263,13 +263,9 @@ def test_an_answer_that_is_not_read_ends_at_the_deadline(monkeypatch: pytest.Mon
         finally:
             ended.set()
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = listener.getsockname()
-    server = scrapes.Server(listener, None, answer)
-    with socket.create_connection(address):
+    with answering(answer) as address, socket.create_connection(address):
         assert began.wait(PATIENCE)
         assert ended.wait(PROMPTLY)
-    server.close()
 
 
 def test_a_thousand_connections_leave_the_agent_serving(served: Served) -> None:
@@ -278,6 +274,21 @@ def test_a_thousand_connections_leave_the_agent_serving(served: Served) -> None:
         with suppress(OSError):
             served.connect().close()
     assert served.scrape_when_possible() < 2 * scrapes.SCRAPE_SECONDS
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket, float], object]) -> Iterator[tuple[str, int]]:
+    """The address of a server in this process; at the end of the block its threads have ended."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    server = scrapes.Server(listener, None, answer)
+    try:
+        yield address
+    finally:
+        server.close()
+        for thread in threading.enumerate():
+            if thread.name in ("keyferry-metrics", "keyferry-scrape"):
+                thread.join(PATIENCE)
 
 
 class _Metrics:
@@ -292,17 +303,14 @@ class _Metrics:
 
 def test_a_metric_that_fails_is_logged_and_answered_with_500() -> None:
     """It reaches neither the agent nor standard error."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    with structlog.testing.capture_logs() as logged:
-        server = scrapes.Server(listener, None, scrapes._handler(_Metrics()))  # type: ignore[arg-type]
+    answer = scrapes._handler(_Metrics())  # type: ignore[arg-type]
+    with structlog.testing.capture_logs() as logged, answering(answer) as address:
         for _ in range(2 * scrapes.MAX_SCRAPES):
-            connection = HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+            connection = HTTPConnection(*address, timeout=PATIENCE)
             connection.request("GET", "/metrics")
             assert connection.getresponse().status == 500
             connection.close()
             time.sleep(0.01)
-        server.close()
     assert {line["event"] for line in logged} == {"metrics.failed"}
 
 
@@ -323,18 +331,15 @@ def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.Monkey
 
 def test_a_scrape_without_a_thread_is_refused_and_the_next_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """The place of the refused scrape is free again."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = listener.getsockname()
-    server = scrapes.Server(listener, None, lambda connection, _deadline: connection.sendall(b"answered"))
 
     def no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", no_thread)
-        for _ in range(2 * scrapes.MAX_SCRAPES):
-            with socket.create_connection(address, PATIENCE) as connection:
-                assert connection.recv(8) == b""
-    with socket.create_connection(address, PATIENCE) as connection:
-        assert connection.recv(8) == b"answered"
-    server.close()
+    with answering(lambda connection, _deadline: connection.sendall(b"answered")) as address:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            for _ in range(2 * scrapes.MAX_SCRAPES):
+                with socket.create_connection(address, PATIENCE) as connection:
+                    assert connection.recv(8) == b""
+        with socket.create_connection(address, PATIENCE) as connection:
+            assert connection.recv(8) == b"answered"

@@ -129,7 +129,8 @@ class Server:
             try:
                 connection, _ = self._listener.accept()
             except OSError:  # no descriptor, or the server is closed
-                time.sleep(RETRY_SECONDS)
+                if not self._closed:
+                    time.sleep(RETRY_SECONDS)
                 continue
             if not self._free.acquire(blocking=False):
                 connection.close()
