@@ -1,17 +1,27 @@
 """Metrics: off by default, on a socket or a loopback port of their own, and with nothing in them that says too much."""
 
+import http.client
 import socket
 import subprocess
 import sys
+import threading
+import time
 import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
+from prometheus_client import CollectorRegistry, Gauge, MetricsHandler
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.asking import ok, refused
 from support.keyring import serving
-from support.scrape import scraped
+from support.scrape import UnixHTTP, scraped
 
+from keyferry_agent import metrics, scrapes
 from keyferry_agent.command import main
 
 
@@ -86,3 +96,250 @@ def test_a_missing_library_is_said_with_what_installs_it(tmp_path: Path) -> None
     )
     assert ended.returncode == 1
     assert "pip install 'keyferry-agent[metrics]'" in ended.stderr
+
+
+# --- slow and hostile clients -----------------------------------------------------------------------------------------
+
+REQUEST = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+PROMPTLY = 3.0
+"""Seconds: less than one scrape may take, and more than a busy machine needs for anything else."""
+
+
+class Served:
+    """An agent that serves metrics, and how to connect to them."""
+
+    def __init__(self, agent: RunningAgent, connect: Callable[[], socket.socket], http: Callable[[], Any]) -> None:
+        self.agent = agent
+        self.connect = connect
+        self._http = http
+
+    def scrape(self) -> tuple[int, bytes]:
+        """One good scrape: its status and text."""
+        connection: HTTPConnection = self._http()
+        try:
+            connection.request("GET", "/metrics")
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def scrape_when_possible(self) -> float:
+        """Scrape until a scrape is answered; return the seconds that it took."""
+        began = time.monotonic()
+        while time.monotonic() < began + PATIENCE:
+            with suppress(OSError, http.client.HTTPException):
+                assert self.scrape()[0] == 200
+                break
+            time.sleep(0.1)
+        return time.monotonic() - began
+
+
+@pytest.fixture(params=["TCP", "Unix"])
+def served(request: pytest.FixtureRequest, keyring: Path, socket_path: Path) -> Iterator[Served]:
+    """An agent with metrics on a loopback port, or on a Unix socket."""
+    path = keyring.parent / "metrics"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"127.0.0.1:{port}" if request.param == "TCP" else str(path)
+
+    def over_tcp() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port), PATIENCE)
+
+    def over_unix() -> socket.socket:
+        made = socket.socket(socket.AF_UNIX)
+        made.connect(str(path))  # with a timeout it would not wait for room in the agent's queue
+        made.settimeout(PATIENCE)
+        return made
+
+    with serving(keyring, socket_path, more=f'[metrics]\nlisten = "{address}"\n') as agent:
+        if request.param == "TCP":
+            yield Served(agent, over_tcp, lambda: HTTPConnection("127.0.0.1", port, timeout=PATIENCE))
+        else:
+            yield Served(agent, over_unix, lambda: UnixHTTP(str(path)))
+
+
+def drip(connection: socket.socket, ended: threading.Event) -> None:
+    """Send a request byte by byte, and never its end, until the agent closes the connection."""
+    with suppress(OSError):
+        connection.sendall(b"GET /metrics?")
+        while not ended.wait(0.2):
+            connection.sendall(b"x")
+    ended.set()
+
+
+def test_a_dripping_client_delays_neither_scrapes_nor_the_end(served: Served) -> None:
+    """The agent ends promptly after SIGTERM, although a scrape is under way."""
+    ended = threading.Event()
+    with served.connect() as connection:
+        thread = threading.Thread(target=drip, args=(connection, ended))
+        thread.start()
+        began = time.monotonic()
+        for _ in range(5):
+            assert served.scrape()[0] == 200
+        assert time.monotonic() - began < PROMPTLY
+        began = time.monotonic()
+        assert served.agent.stop() == 0
+        assert time.monotonic() - began < PROMPTLY
+        thread.join(PATIENCE)
+
+
+def test_a_scrape_has_one_deadline_for_all_its_bytes(served: Served) -> None:
+    """A byte every now and then does not extend it."""
+    ended, began = threading.Event(), time.monotonic()
+    with served.connect() as connection:
+        drip(connection, ended)
+    assert scrapes.SCRAPE_SECONDS - 1 < time.monotonic() - began < 2 * scrapes.SCRAPE_SECONDS
+    assert served.scrape()[0] == 200
+
+
+@pytest.mark.parametrize(
+    "bytes_sent",
+    [b"", REQUEST[:-2], REQUEST[:-2] + b"A: " + b"x" * 60_000],
+    ids=["nothing", "half a request", "half a long header"],
+)
+def test_idle_clients_take_all_places_for_one_deadline_only(served: Served, bytes_sent: bytes) -> None:
+    """More clients than the agent serves at once are hung up on immediately; after the deadline the agent serves again."""
+    with ExitStack() as stack:
+        for _ in range(scrapes.MAX_SCRAPES):
+            stack.enter_context(served.connect()).sendall(bytes_sent)
+        began = time.monotonic()
+        for _ in range(30):
+            with served.connect() as refused_one, suppress(ConnectionResetError):
+                assert refused_one.recv(1) == b""
+        assert time.monotonic() - began < PROMPTLY
+        assert served.scrape_when_possible() < 2 * scrapes.SCRAPE_SECONDS
+        with RawConnection(served.agent.socket) as connection:
+            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"GET /" + b"x" * 10_000_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\n" + b"A: " + b"x" * 10_000_000 + b"\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\n" + (b"A: " + b"x" * 60_000 + b"\r\n") * 99 + b"\r\n",
+        b"GET /metrics HTTP/1.1\r\n" + b"A: b\r\n" * 10_000 + b"\r\n",
+        b"\x00\xff" * 1_000 + b"\r\n\r\n",
+        b"POST /metrics HTTP/1.1\r\nContent-Length: 5\r\n\r\nhello",
+    ],
+    ids=["a huge line", "a huge header", "large headers", "many headers", "no HTTP", "another method"],
+)
+def test_a_request_that_is_not_one_harms_only_itself(served: Served, request_bytes: bytes) -> None:
+    """The agent refuses it before it needs memory, logs nothing, and answers the next."""
+    with served.connect() as connection, suppress(OSError):
+        connection.sendall(request_bytes)
+        while received := connection.recv(65_536):
+            assert b" 200 " not in received
+    assert served.scrape()[0] == 200
+    assert served.agent.stop() == 0
+    assert not [line for line in served.agent.output if not line.startswith("{")]
+    assert not [line for line in served.agent.log if line["event"] == "metrics.failed"]
+
+
+def test_a_reader_that_never_reads_has_the_same_deadline(served: Served) -> None:
+    """The agent has more to send than the socket takes."""
+    with ExitStack() as stack:
+        for _ in range(scrapes.MAX_SCRAPES):
+            connection = stack.enter_context(served.connect())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            with suppress(OSError):
+                connection.sendall(REQUEST * 200)
+        assert served.scrape_when_possible() < 2 * scrapes.SCRAPE_SECONDS
+        began = time.monotonic()
+        assert served.agent.stop() == 0
+        assert time.monotonic() - began < PROMPTLY
+
+
+def test_an_answer_that_is_not_read_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One write of many MiB is under the deadline, too."""
+    monkeypatch.setattr(scrapes, "SCRAPE_SECONDS", 0.5)
+    began = threading.Event()
+    ended = threading.Event()
+
+    def answer(connection: socket.socket, deadline: float) -> None:
+        began.set()
+        try:
+            scrapes._Stream(connection, deadline).write(b"x" * 50_000_000)
+        finally:
+            ended.set()
+
+    with answering(answer) as address, socket.create_connection(address):
+        assert began.wait(PATIENCE)
+        assert ended.wait(PROMPTLY)
+
+
+def test_a_storm_of_connections_leaves_the_agent_serving(served: Served) -> None:
+    """They come and go faster than they are served."""
+    for _ in range(100):
+        with suppress(OSError):
+            served.connect().close()
+    assert served.scrape_when_possible() < 2 * scrapes.SCRAPE_SECONDS
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket, float], object]) -> Iterator[tuple[str, int]]:
+    """The address of a server in this process; at the end of the block its threads have ended."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    server = scrapes.Server(listener, None, answer)
+    try:
+        yield address
+    finally:
+        server.close()
+        for thread in threading.enumerate():
+            if thread.name in ("keyferry-metrics", "keyferry-scrape"):
+                thread.join(PATIENCE)
+
+
+class _Metrics:
+    """Metrics of which one cannot be read."""
+
+    handler = MetricsHandler
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        Gauge("keyferry_broken", "Broken", registry=self.registry).set_function(lambda: 1 / 0)
+
+
+def test_a_metric_that_fails_is_logged_and_answered_with_500() -> None:
+    """It reaches neither the agent nor standard error."""
+    answer = scrapes._handler(_Metrics())  # type: ignore[arg-type]
+    with structlog.testing.capture_logs() as logged, answering(answer) as address:
+        for _ in range(2 * scrapes.MAX_SCRAPES):
+            connection = HTTPConnection(*address, timeout=PATIENCE)
+            connection.request("GET", "/metrics")
+            assert connection.getresponse().status == 500
+            connection.close()
+            time.sleep(0.01)
+    assert {line["event"] for line in logged} == {"metrics.failed"}
+
+
+def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fault is logged once."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError
+
+    counted = object.__new__(metrics.Metrics)
+    counted._failed = False
+    monkeypatch.setattr(metrics.Metrics, "_observe", fails)
+    with structlog.testing.capture_logs() as logged:
+        for _ in range(3):
+            counted.observe("Decrypt", "OK", 0.1)
+    assert [line["event"] for line in logged] == ["metrics.failed"]
+
+
+def test_a_scrape_without_a_thread_is_refused_and_the_next_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place of the refused scrape is free again."""
+
+    def no_thread(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with answering(lambda connection, _deadline: connection.sendall(b"answered")) as address:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            for _ in range(2 * scrapes.MAX_SCRAPES):
+                with socket.create_connection(address, PATIENCE) as connection:
+                    assert connection.recv(8) == b""
+        with socket.create_connection(address, PATIENCE) as connection:
+            assert connection.recv(8) == b"answered"

@@ -10,7 +10,7 @@
 
 _shtab_keyferry_agent_commands() {
   local _commands=(
-    audit:'verify and search the record of requests'
+    audit:'verify and search the audit log'
     check:'say everything that is wrong with a configuration'
     explain:'Say of every grant whether it allows something, or the first thing in it that does not match.'
     fingerprint:'a public key'"'"'s pin, as `recipients` takes it'
@@ -22,8 +22,8 @@ _shtab_keyferry_agent_commands() {
 
 _shtab_keyferry_agent_audit_commands() {
   local _commands=(
-    verify:'Is the chain of lines whole? Give files oldest first.'
-    who:'Who was given data keys under a master key, and for which recipients.'
+    verify:'Is the chain of audit entries whole?'
+    who:'Which callers were given data keys under a master key, and for which recipients.'
   )
   _describe 'keyferry-agent audit commands' _commands
 }
@@ -66,8 +66,9 @@ _shtab_keyferry_agent_audit_defaults_added=0
 
 _shtab_keyferry_agent_audit_verify_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--config[the agent\'s configuration\: its record, with rotated files]:FILE:_files"
-  "(*)::records, oldest first\; or --config:_files"
+  "--config[the agent\'s configuration\: its audit log, with the rotated files beside it]:FILE:_files"
+  "--since[like 2026-01-31 or 2026-01-31T12\:00\:00Z\; the audit log need not be complete before]:TIME:"
+  "(*)::files of the audit log, in any order\; or --config:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -75,12 +76,12 @@ _shtab_keyferry_agent_audit_verify_defaults_added=0
 
 _shtab_keyferry_agent_audit_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--config[the agent\'s configuration\: its record, with rotated files]:FILE:_files"
+  "--config[the agent\'s configuration\: its audit log, with the rotated files beside it]:FILE:_files"
   "--key[the master key\'s ID or ARN\; with --config also an alias]:KEY:"
   "--version[one version of it]:ID:"
-  "--since[like 2026-01-31 or 2026-01-31T12\:00\:00Z]:TIME:"
   "--json[one JSON document on stdout]"
-  "(*)::records, oldest first\; or --config:_files"
+  "--since[like 2026-01-31 or 2026-01-31T12\:00\:00Z\; the audit log need not be complete before]:TIME:"
+  "(*)::files of the audit log, in any order\; or --config:_files"
 )
 
 # guard to ensure default positional specs are added only once per session

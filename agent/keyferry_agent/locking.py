@@ -20,7 +20,7 @@ _MODE: Final = 0o600
 
 
 class LockError(Exception):
-    """The lock cannot be had. The message names the lock file and what to do."""
+    """The lock cannot be had. The message names the lock file and what to do; the cause is the system's error, if any."""
 
 
 def lock_file_of(path: Path) -> Path:
@@ -54,7 +54,7 @@ class Lock:
                 time.sleep(_RETRY_SECONDS)
             except OSError as error:  # a file system without locks
                 os.close(descriptor)
-                raise LockError(f"{self._file}: cannot be locked: {error.strerror}") from None
+                raise LockError(f"{self._file}: cannot be locked: {error.strerror}") from error
             os.close(descriptor)
 
     def __enter__(self) -> Self:
@@ -92,7 +92,7 @@ class Lock:
                 os.fchown(descriptor, owner.st_uid, owner.st_gid)
         except OSError as error:
             why = "a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
-            raise LockError(f"{self._file}: cannot be opened to lock {path}: {why}") from None
+            raise LockError(f"{self._file}: cannot be opened to lock {path}: {why}") from error
         status = os.fstat(descriptor)
         trusted = {os.geteuid(), 0, *([owner.st_uid] if owner else [])}
         if stat.S_ISREG(status.st_mode) and status.st_uid in trusted and not status.st_mode & 0o077:

@@ -1,60 +1,172 @@
-"""The structured log on standard error: JSON lines, or, to a terminal, lines for people. Also for what libraries say.
+"""The structured log on standard error: JSON lines, or, to a terminal, lines for people. Libraries log to it, too.
 
-Lines are written by a thread: whoever reads standard error may stop, and no request waits for that.
+A thread writes the lines: no request waits for the reader of standard error. The thread survives every write error. It drops
+the lines that it cannot write, and reports their number (`log.lost`) as soon as it can write again.
 """
 
+import errno
 import logging
 import logging.handlers
 import os
 import queue
+import select
+import stat
 import sys
+import threading
 import time
+from contextlib import suppress
 from typing import Any, Final
 
 import structlog
 
 __all__ = ["configure"]
 
-_MOST_WAITING: Final = 4_096
-"""Lines that may wait to be written, some MiB at most; what comes then is counted, and dropped."""
-_LAST_WORDS: Final = 1.0
-"""Seconds that the end of the process waits for its last lines to be written."""
+MAX_WAITING: Final = 4_096
+"""Lines that may wait to be written, some MiB at most. The queue drops later lines and counts them."""
+FLUSH_SECONDS: Final = 1.0
+"""The end of the process waits at most this long for the last lines to be written."""
+REPORT_SECONDS: Final = 1.0
+"""The thread tries this often to report lost lines when the agent logs nothing."""
+POLL_MILLISECONDS: Final = 1_000
+RETRY_SECONDS: Final = 0.05
+"""Pause after a descriptor that poll(2) called writable refused a write all the same."""
 
 
 class _Queue(logging.handlers.QueueHandler):
-    """Puts lines into a queue, and never waits."""
+    """Puts lines into a queue, and never blocks."""
 
     queue: "queue.Queue[logging.LogRecord]"
-    lost = 0
+    dropped = 0
+    """Lines that never reached the queue. Only grows; the handler's lock protects it."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
             self.queue.put_nowait(record)
         except queue.Full:
-            self.lost += 1
-            return
-        if self.lost:
-            lost, self.lost = self.lost, 0
-            structlog.get_logger("keyferry_agent").error("log.lost", lines=lost)
+            self.dropped += 1
 
-    def flush(self) -> None:  # called when the process ends
-        deadline = time.monotonic() + _LAST_WORDS
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Count a line that cannot be formatted. The base class would print a traceback to standard error, and block."""
+        del record
+        self.dropped += 1
+
+    def flush(self) -> None:
+        """Wait for the queue to empty, but not for long; logging calls it when the process ends."""
+        deadline = time.monotonic() + FLUSH_SECONDS
         with self.queue.all_tasks_done:
             while self.queue.unfinished_tasks and (left := deadline - time.monotonic()) > 0:
                 self.queue.all_tasks_done.wait(left)
 
 
-class _Writer(logging.handlers.QueueListener):
-    """Writes lines to standard error. No handler of logging, no buffer of Python: the end would wait for their locks."""
+class _StandardError:
+    """Writes whole lines to standard error.
 
-    def handle(self, record: logging.LogRecord) -> None:
-        rest = f"{record.getMessage()}\n".encode(errors="backslashreplace")
-        while rest:
-            rest = rest[os.write(sys.stderr.fileno(), rest) :]
+    It uses neither Python's buffer nor a handler of logging: the end of the process would wait for their locks.
+    """
+
+    def __init__(self) -> None:
+        self._half = False
+        """Whether the last line in the file may lack its end. The next line begins with a newline then."""
+        self._failed = False
+
+    def error(self, line: str) -> None:
+        """Write one line. Raises OSError, or ValueError where the process has no standard error. Blocks while it is full."""
+        descriptor = sys.stderr.fileno()
+        if self._failed:
+            self._move_to_end(descriptor)
+        data, written = f"{self._half * chr(10)}{line}\n".encode(errors="backslashreplace"), 0
+        try:
+            while written < len(data):
+                written += _write(descriptor, data[written:])
+        except OSError:
+            self._failed = True
+            if written and not _take_back(descriptor, written):
+                self._half = True
+            raise
+        self._failed = self._half = False
+
+    def _move_to_end(self, descriptor: int) -> None:
+        """Follow a file that was emptied meanwhile: without O_APPEND, its offset would be behind its end."""
+        with suppress(OSError):  # not a file
+            size = os.fstat(descriptor).st_size
+            if os.lseek(descriptor, 0, os.SEEK_CUR) > size:
+                os.lseek(descriptor, 0, os.SEEK_END)
+                self._half = self._half and size > 0
+
+
+def _write(descriptor: int, data: bytes) -> int:
+    """Write at least one byte. Blocks while a non-blocking descriptor is full. Raises OSError."""
+    while True:
+        try:
+            written = os.write(descriptor, data)
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(descriptor, select.POLLOUT)
+            if poll.poll(POLL_MILLISECONDS):
+                time.sleep(RETRY_SECONDS)
+            continue
+        if not written:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return written
+
+
+def _take_back(descriptor: int, written: int) -> bool:
+    """Remove half a line from the end of a file. Returns False where that is impossible, as in a pipe."""
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or os.lseek(descriptor, 0, os.SEEK_CUR) != status.st_size:
+            return False  # another process has written behind it
+        os.ftruncate(descriptor, status.st_size - written)
+        os.lseek(descriptor, status.st_size - written, os.SEEK_SET)
+    except OSError:
+        return False
+    return True
+
+
+class _Writer:
+    """The thread that takes lines from the queue and writes them."""
+
+    def __init__(self, waiting: _Queue, processors: list[Any]) -> None:
+        self._waiting = waiting
+        self._output = _StandardError()
+        self._log = structlog.wrap_logger(self._output, processors=processors, wrapper_class=structlog.BoundLogger)
+        self._unwritten = 0
+        self._reported = 0
+        self._report_at = 0.0
+        # A daemon: the process ends although standard error blocks.
+        threading.Thread(target=self._work, name="keyferry-log", daemon=True).start()
+
+    def _work(self) -> None:
+        failed = False
+        while True:
+            try:
+                record = self._waiting.queue.get(timeout=REPORT_SECONDS)
+            except queue.Empty:
+                record = None
+            try:
+                self._report(now=failed or record is None or self._waiting.queue.empty())
+                if record is not None:
+                    self._output.error(record.getMessage())
+                failed = False
+            except Exception:
+                # The thread survives every exception: without it, nothing would be logged any more.
+                failed = True
+                self._unwritten += record is not None
+            if record is not None:
+                del record
+                self._waiting.queue.task_done()
+
+    def _report(self, *, now: bool) -> None:
+        """Write how many lines are missing, at most once a second while the log is busy. Raises what a write raises."""
+        lost = self._waiting.dropped + self._unwritten - self._reported
+        if lost and (now or time.monotonic() >= self._report_at):
+            self._log.error("log.lost", lines=lost)
+            self._reported += lost
+            self._report_at = time.monotonic() + REPORT_SECONDS
 
 
 def configure() -> None:
-    """Send structlog's events and the standard library's records down one road."""
+    """Send structlog's events and the standard library's records to one queue."""
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -70,14 +182,14 @@ def configure() -> None:
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
     )
-    waiting = _Queue(queue.Queue(_MOST_WAITING))
+    waiting = _Queue(queue.Queue(MAX_WAITING))
     waiting.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    _Writer(waiting.queue).start()
+    _Writer(waiting, [*shared, renderer])
     root = logging.getLogger()
     root.handlers[:] = [waiting]
     root.setLevel(logging.INFO)

@@ -5,12 +5,16 @@ Names of operations, codes and counts; nothing of keys, callers or contexts.
 
 from typing import Any, Final
 
+import structlog
+
 from keyferry.operations import OPERATIONS
 
 from .agent import Agent
 from .audit import AuditLog
 
 __all__ = ["Metrics", "MetricsError"]
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 _BUCKETS: Final = (0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_6, 0.003_2, 0.006_4, 0.025, 0.1, 1.0)
 """Seconds: an RSA call takes a tenth of a millisecond, an SM2 call one."""
@@ -47,6 +51,7 @@ class Metrics:
         self._notifications = prometheus.Counter(
             "keyferry_notifications", "Notifications received, which have no effect", registry=registry
         )
+        self._failed = False
         self._known: dict[tuple[str, str], tuple[Any, Any]] = {}
 
         def gauge(name: str, text: str, value: Any) -> None:
@@ -63,7 +68,15 @@ class Metrics:
         self._notifications.inc(count)
 
     def observe(self, operation: str, outcome: str, seconds: float) -> None:
-        """Count one request. What a client calls an operation may be anything; it is counted as one."""
+        """Count one request. Operations that the protocol does not have are counted together. Never raises."""
+        try:
+            self._observe(operation, outcome, seconds)
+        except Exception as error:
+            if not self._failed:  # logged once, not for each request
+                log.error("metrics.failed", exc_info=error)
+            self._failed = True
+
+    def _observe(self, operation: str, outcome: str, seconds: float) -> None:
         key = operation if operation in OPERATIONS else "unknown", outcome
         known = self._known.get(key)
         if known is None:

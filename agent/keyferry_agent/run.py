@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -16,10 +17,12 @@ from keyferry.secret import SecretMemoryError
 from . import __version__, listening, startup, watchdog
 from .agent import Agent, locked_memory_needed
 from .audit import AuditLog
+from .audit import lock as lock_audit_log
 from .crypto import selftest
 from .host import Given, Host
 from .keyring.document import KeyringError
 from .keyring.kept import Keeper
+from .locking import LockError
 from .metrics import Metrics, MetricsError
 from .options import Options, StartError
 from .peer import lacking
@@ -28,7 +31,7 @@ from .serving import Server
 from .settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from .scrapes import Served
+    from .scrapes import Server as MetricsServer
 
 __all__ = ["daemon"]
 
@@ -49,6 +52,14 @@ def daemon(options: Options) -> None:
     for failure in failures:
         log.warning("startup.not_hardened", what=failure)
     sockets = given.sockets()
+    with ExitStack() as held:
+        _live(options, host, given, sockets, held)
+
+
+def _live(
+    options: Options, host: Host, given: Given, sockets: list[tuple[str, socket.socket]], held: ExitStack
+) -> None:
+    """Load, listen and serve. `held`: what the agent gives back at its end. Raises `StartError`."""
     try:
         seen = look(options.files(Settings()))
         settings = options.settings()
@@ -56,7 +67,8 @@ def daemon(options: Options) -> None:
         keeper = Keeper(host.store, host.forget)
         agent, current = _agent(options, settings, keeper, given, seen)
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
-        audit = AuditLog(settings.audit)
+        audit = _audit_log(settings)
+        held.callback(audit.close)
         served = _metrics(agent, audit, settings)
         server = Server(agent, audit, served[0] if served else None)
     except (
@@ -65,6 +77,7 @@ def daemon(options: Options) -> None:
         selftest.SelfTestError,
         libcrypto.LibcryptoError,
         MetricsError,
+        LockError,
     ) as error:
         raise StartError(str(error)) from None
     except OSError as error:
@@ -75,16 +88,27 @@ def daemon(options: Options) -> None:
     reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None)
     if not current:
         reloader.ask()
+    if served:
+        held.callback(served[1].close)
     try:
         trio.run(_serve, agent, server, reloader, host, sockets, strict_exception_groups=True)
     finally:
-        if served:
-            served[1].close()
         if settings.keep_keys:
             agent.keyring.memory.outlive()
 
 
-def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, Served] | None":
+def _audit_log(settings: Settings) -> AuditLog:
+    """Lock and open the audit log. Raises `LockError` or OSError."""
+    lock = lock_audit_log(settings.audit.path)
+    try:
+        return AuditLog(settings.audit, lock)
+    except OSError:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, MetricsServer] | None":
     if not settings.metrics:
         return None
     from .scrapes import of  # noqa: PLC0415 - an HTTP server takes as long to import as a keyring to load

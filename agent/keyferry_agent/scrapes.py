@@ -1,10 +1,21 @@
-"""Answers scrapes of metrics: an HTTP server in a thread, on a socket or a loopback port."""
+"""Answers scrapes of metrics: HTTP on a Unix socket or a loopback port, a few scrapes at once, each in a thread.
 
+Every local user can connect to a loopback port. So a whole scrape has one deadline, the number of scrapes is bounded, and the
+threads are daemons: neither another scrape nor the end of the agent waits for a slow client.
+"""
+
+import io
 import socket
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, Final
+
+import structlog
 
 from . import listening
 from .agent import Agent
@@ -12,62 +23,155 @@ from .audit import AuditLog
 from .metrics import Metrics, MetricsError
 from .settings import Listener
 
-__all__ = ["Served", "of"]
+__all__ = ["Server", "of"]
 
-_SCRAPE: Final = 5.0
-"""Seconds that one scrape may take: the next one waits for it."""
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+SCRAPE_SECONDS: Final = 5.0
+"""Deadline of one scrape, from accept(2) to the last byte of the answer."""
+MAX_SCRAPES: Final = 8
+"""Scrapes at once. The server closes further connections immediately."""
+MAX_REQUEST: Final = 131_072
+"""Bytes of one request. http.server limits a line to 64 KiB, but would read 100 such lines."""
+BACKLOG: Final = 16
+RETRY_SECONDS: Final = 0.1
+"""Pause after accept(2) has failed, as it does without a free descriptor."""
 
 
-def _serve(metrics: Metrics, address: str) -> "Served":
+class _Stream(io.RawIOBase):
+    """A connection's bytes in both directions, until a deadline. Raises TimeoutError after it, OSError for a long request."""
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection = connection
+        self._deadline = deadline
+        self._left = MAX_REQUEST
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._limit()
+        count = self._connection.recv_into(buffer)
+        self._left -= count
+        if self._left < 0:
+            raise OSError("the request is too long")
+        return count
+
+    def write(self, data: Any) -> int:
+        self._limit()
+        self._connection.sendall(data)  # the socket's timeout is for all of it
+        return len(data)
+
+    def _limit(self) -> None:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+
+
+def _handler(metrics: Metrics) -> Callable[[socket.socket, float], object]:
+    """Return what answers one request on a connection before a deadline."""
+    base: type[BaseHTTPRequestHandler] = metrics.handler.factory(metrics.registry)
+
+    class Handler(base):  # type: ignore[misc, valid-type]
+        def __init__(self, connection: socket.socket, deadline: float) -> None:
+            self._deadline = deadline
+            super().__init__(connection, ("", 0), None)
+
+        def setup(self) -> None:
+            stream = _Stream(self.request, self._deadline)
+            self.connection = self.request
+            self.rfile = io.BufferedReader(stream)
+            self.wfile = stream
+
+        def do_GET(self) -> None:  # noqa: N802 - http.server's name
+            try:
+                super().do_GET()
+            except OSError:
+                raise
+            except Exception as error:
+                log.error("metrics.failed", exc_info=error)
+                self.send_error(HTTPStatus.INTERNAL_SERVER_ERROR)
+
+    return Handler
+
+
+class Server:
+    """Accepts scrapes in a thread, and answers each in its own, until the server is closed."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        made: listening.Listening | None,
+        answer: Callable[[socket.socket, float], object],
+    ) -> None:
+        self._listener = listener
+        self._made = made
+        self._answer = answer
+        self._free = threading.BoundedSemaphore(MAX_SCRAPES)
+        self._closed = False
+        threading.Thread(target=self._accept, name="keyferry-metrics", daemon=True).start()
+
+    def close(self) -> None:
+        """Accept no more scrapes. Does not wait for those that are being answered."""
+        self._closed = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(2)
+        self._listener.close()
+        if self._made is not None:
+            self._made.remove()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:  # no descriptor, or the server is closed
+                if not self._closed:
+                    time.sleep(RETRY_SECONDS)
+                continue
+            if not self._free.acquire(blocking=False):
+                connection.close()
+                continue
+            try:
+                threading.Thread(target=self._scrape, args=(connection,), name="keyferry-scrape", daemon=True).start()
+            except RuntimeError:  # the host, or the pod, has no thread left
+                connection.close()
+                self._free.release()
+
+    def _scrape(self, connection: socket.socket) -> None:
+        try:
+            with connection:
+                self._answer(connection, time.monotonic() + SCRAPE_SECONDS)
+        except OSError:
+            pass  # the client was slow, or closed the connection
+        except Exception as error:
+            log.error("metrics.failed", exc_info=error)
+        finally:
+            self._free.release()
+
+
+def _serve(metrics: Metrics, address: str) -> Server:
     """Answer scrapes at a socket's path, or at ADDRESS:PORT. Raises `MetricsError`."""
-    handler = type("Handler", (metrics.handler.factory(metrics.registry),), {"timeout": _SCRAPE})
+    answer = _handler(metrics)
     if address.startswith("/"):
         try:
             (made,) = listening.open_all([Listener("metrics", Path(address))], [])
         except listening.ListeningError as error:
             raise MetricsError(f"metrics: {error}") from None
-        return Served(_UnixServer(made, handler), made)
+        return Server(made.socket, made, answer)
     host, _, port = address.rpartition(":")
-    kind = _Ipv6Server if ":" in host else HTTPServer
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return Served(kind((host.strip("[]"), int(port)), handler), None)
+        listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
     except OSError as error:
         raise MetricsError(f"metrics: {address}: {error.strerror}") from None
+    return Server(listener, None, answer)
 
 
-class _Ipv6Server(HTTPServer):
-    address_family = socket.AF_INET6
-
-
-class _UnixServer(HTTPServer):
-    def __init__(self, made: listening.Listening, handler: type[BaseHTTPRequestHandler]) -> None:
-        super().__init__(("", 0), handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = made.socket
-
-    def get_request(self) -> tuple[Any, Any]:
-        connection, _ = self.socket.accept()
-        return connection, ("", 0)
-
-
-class Served:
-    """An HTTP server in a thread, until it is closed."""
-
-    def __init__(self, server: HTTPServer, made: listening.Listening | None) -> None:
-        self._server = server
-        self._made = made
-        self._thread = threading.Thread(target=server.serve_forever, name="keyferry-metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Answer no more scrapes."""
-        self._server.shutdown()
-        self._server.server_close()
-        if self._made is not None:
-            self._made.remove()
-
-
-def of(agent: Agent, audit: AuditLog, address: str) -> tuple[Metrics, Served]:
-    """The metrics of an agent, being served at an address. Raises `MetricsError`."""
+def of(agent: Agent, audit: AuditLog, address: str) -> tuple[Metrics, Server]:
+    """Return the metrics of an agent, and the server that answers scrapes of them at an address. Raises `MetricsError`."""
     metrics = Metrics(agent, audit)
     return metrics, _serve(metrics, address)

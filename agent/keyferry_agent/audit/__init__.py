@@ -1,6 +1,7 @@
-"""The record of requests: written line by line as a chain (log.py), verified and searched afterwards (chain.py, command.py)."""
+"""The audit log: one agent (exclusive.py) writes it as a chain of lines (log.py); command.py verifies and searches it."""
 
+from .exclusive import lock
 from .file import Appended
 from .log import AuditLog
 
-__all__ = ["Appended", "AuditLog"]
+__all__ = ["Appended", "AuditLog", "lock"]

@@ -14,6 +14,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Final
 
 from ..agent import Audited
+from ..locking import Lock
 from ..peer import Peer
 from ..settings import Audit
 from .file import Appended, RecordFile
@@ -37,11 +38,12 @@ _LONGEST_PROGRAM: Final = 512
 class AuditLog:
     """Appends lines that form a chain (`chain`) to a file (`file`), and waits for it only so long (`waiting`)."""
 
-    def __init__(self, settings: Audit) -> None:
-        """Open the file. Raises OSError."""
+    def __init__(self, settings: Audit, lock: Lock | None = None) -> None:
+        """Open the file, and keep its lock. Raises OSError."""
         self._path = settings.path
         self._hand = Hand()
         self._file = self._hand.call(RecordFile, settings.path)
+        self._lock = lock
 
     def reopen(self) -> None:
         """Open the file again, after it was moved away, and go on with the chain in the new one.
@@ -64,6 +66,15 @@ class AuditLog:
     def lag(self) -> float:
         """Seconds that the last write took, or that one has taken which is not done in time."""
         return self._hand.lag
+
+    def close(self) -> None:
+        """Release the lock, at the end of the agent.
+
+        A hanging write may still reach the file. Then the lock is released after it, by its thread or by the end of the
+        process: no other agent writes before.
+        """
+        if self._lock is not None:
+            self._hand.finish(self._lock.release)
 
     def record(self, peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended:
         """Write a line for each request of a peer, with its outcome; say how many were written, and why not all.

@@ -1,0 +1,56 @@
+"""The lock that keeps a second agent from writing to the same audit log: two writers would fork its chain."""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from ..locking import Lock, LockError, lock_file_of
+
+__all__ = ["lock"]
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+LOCK_SECONDS: Final = 2.0
+"""After a restart the predecessor may need a moment to release its lock."""
+_NO_LOCK_FILE: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+"""Reasons for which a folder takes no lock file."""
+_NO_LOCKS: Final = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+"""Reasons for which a file system has no locks."""
+
+
+def lock(path: str) -> Lock | None:
+    """Lock an audit log for the life of an agent, beside the file that symbolic links lead to.
+
+    Returns None where there is nothing to lock: for "stderr", a device, or a pipe without a name in a folder. Returns None,
+    and logs a warning, where the folder takes no lock file. Blocks for `LOCK_SECONDS` at most. Raises `LockError`.
+    """
+    real = Path(os.path.realpath(path))
+    if path == "stderr" or not _is_lockable(path, real):
+        return None
+    try:
+        return Lock(real, seconds=LOCK_SECONDS)
+    except LockError as error:
+        number = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
+        made = os.path.lexists(lock_file_of(real))
+        if number in _NO_LOCKS or (number in _NO_LOCK_FILE and not made):
+            log.warning("startup.limited", what=f"a second agent could write to the same audit log: {error}")
+            return None
+        raise LockError(f"{path}: another agent may be writing to this audit log: {error}") from None
+
+
+def _is_lockable(path: str, real: Path) -> bool:
+    """Whether a path names a file, or a pipe, in a folder; also one that the agent is about to make."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return real.parent.is_dir()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
+        return False
+    try:
+        return os.path.samestat(status, real.lstat())
+    except OSError:  # such as /dev/stdout, where it is a pipe
+        return False

@@ -1,0 +1,114 @@
+"""Reads one file of an audit log line by line, compressed or not, in bounded memory. The content decides, not the name."""
+
+import importlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
+
+__all__ = ["MAX_LINE", "ChainError", "Identity", "Line", "MovedError", "entry", "identity", "lines"]
+
+MAX_LINE: Final = 1 << 20
+"""Bytes of a line. An audit entry has less than 4,096; a compressed file may hold a line that fits in no memory."""
+_COMPRESSED: Final = (
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bz2"),
+    (b"\xfd7zXZ\0", "lzma"),
+    (b"\x5d\0\0", "lzma"),
+)
+"""First bytes, and the module whose `open` reads what follows. Not imported before: an agent that serves needs none."""
+_LONGEST_MAGIC: Final = 6
+_UNREADABLE: Final = (
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\x04\x22\x4d\x18", "lz4"),
+    (b"\x1f\x9d", "compress"),
+    (b"LZIP", "lzip"),
+    (b"PK\x03\x04", "zip"),
+)
+"""First bytes, and the program that wrote them: Python's standard library cannot read these."""
+
+Identity: TypeAlias = tuple[int, int]
+"""Device and inode: what stays the same when a file is renamed."""
+
+
+class ChainError(Exception):
+    """A file of an audit log is not as the agent wrote it. The message names the file, and the line where there is one."""
+
+
+class MovedError(ChainError):
+    """Another file has the name now: a log rotation is under way."""
+
+
+class Line(NamedTuple):
+    """A line without its newline, its number, and what is wrong with it: it has no newline, or is too long."""
+
+    number: int
+    text: bytes
+    fault: str
+
+
+def identity(status: os.stat_result) -> Identity:
+    """Return the device and inode of a file, which identify it under any name."""
+    return status.st_dev, status.st_ino
+
+
+def lines(path: Path, expected: Identity | None = None) -> Iterator[Line]:
+    """Yield the lines of a file. Raises OSError, `ChainError` where the compressed data is damaged, and `MovedError` where the
+    file is not the `expected` one any more.
+    """
+    with open(path, "rb") as file:
+        if expected is not None and identity(os.fstat(file.fileno())) != expected:
+            raise MovedError(f"{path}: another file has this name now; has a log rotation just begun? Try again")
+        number = 0
+        stream = _decompressed(path, file)
+        while text := _read_line(path, stream):
+            number += 1
+            if text.endswith(b"\n"):
+                yield Line(number, text[:-1], "")
+            elif len(text) < MAX_LINE:
+                yield Line(number, text, "cut off")
+            else:
+                yield Line(number, text, f"longer than {MAX_LINE} bytes")
+                while (more := _read_line(path, stream)) and not more.endswith(b"\n"):
+                    pass
+
+
+def entry(path: Path, line: Line) -> dict[str, Any] | None:
+    """Return a line's audit entry; None for other lines of the agent's log. Raises `ChainError` for any other line."""
+    fault, fields = line.fault, None
+    if not fault:
+        with suppress(ValueError, RecursionError):
+            fields = json.loads(line.text)
+        if not isinstance(fields, dict):
+            fault = "not a line of an audit log"
+    if fields is None or fault:
+        raise ChainError(f"{path}, line {line.number}: {fault}")
+    return fields if fields.get("event") == "audit" or "previous" in fields else None
+
+
+def _decompressed(path: Path, file: Any) -> BinaryIO:
+    head = file.peek(_LONGEST_MAGIC)
+    for magic, program in _UNREADABLE:
+        if head.startswith(magic):
+            raise ChainError(f"{path}: compressed with {program}, which cannot be read here; decompress it first")
+    for magic, module in _COMPRESSED:
+        if head.startswith(magic):
+            try:
+                opened: BinaryIO = importlib.import_module(module).open(file)
+            except ImportError:
+                raise ChainError(f"{path}: this Python was built without {module}; decompress it first") from None
+            return opened
+    stream: BinaryIO = file
+    return stream
+
+
+def _read_line(path: Path, stream: BinaryIO) -> bytes:
+    try:
+        return stream.readline(MAX_LINE)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        # EOFError, zlib.error, lzma.LZMAError, or an OSError without a number: each decompressor has its own
+        raise ChainError(f"{path}: the compressed data is damaged or cut off: {error}") from None

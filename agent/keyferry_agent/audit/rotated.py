@@ -1,0 +1,123 @@
+"""Finds the rotated files of an audit log, however logrotate is configured to name them."""
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from .reading import ChainError, Identity, entry, identity, lines
+
+__all__ = ["File", "Found", "find", "not_among"]
+
+_COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".lzo", ".lz", ".Z", ".zip", ".7z")
+_AFTER_NAME: Final = re.compile(r"[-._](?:.*[-._])?\d.*|\d{6,}.*", re.DOTALL)
+"""After the whole name: `.1`, `-20261129`, `-2026-11-29`, `-20261129-1764412345`, `.old-3`; but not `.sha256`."""
+_BEFORE_EXTENSION: Final = re.compile(r"[-._]\d[-._:TZ\d]*")
+"""Before the extension, with logrotate's `extension`: `audit-20261129.jsonl`, `audit.1.jsonl`."""
+_SNIFF_LINES: Final = 1_000
+
+
+class File(NamedTuple):
+    """A file to read. `optional`: it counts only if its chain is connected with that of the others."""
+
+    path: Path
+    identity: Identity | None = None
+    optional: bool = False
+
+
+class Found(NamedTuple):
+    """The files of an audit log, and a message for each that looks like one and cannot be read."""
+
+    files: list[File]
+    problems: list[str]
+
+
+def find(current: Path) -> Found:
+    """Return the file that an agent writes to, and the rotated files beside it, in no order.
+
+    Raises `ChainError` where the agent does not write to a file.
+    """
+    files: dict[Identity, File] = {}
+    problems: list[str] = []
+    try:
+        status = current.stat()
+    except OSError as error:
+        problems.append(f"{current}: {error.strerror}")
+    else:
+        if not stat.S_ISREG(status.st_mode):
+            raise ChainError(f"{current}: not a file; name the files that its content is kept in")
+        files[identity(status)] = File(current, identity(status))
+    for name in dict.fromkeys((current, Path(os.path.realpath(current)))):
+        _look_beside(name, files, problems)
+    return Found([*files.values()], problems)
+
+
+def not_among(files: Iterable[Path]) -> list[Path]:
+    """Return the rotated files of `files` that are not among them."""
+    known: dict[Identity, File] = {}
+    paths = []
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode):
+            known[identity(status)] = File(path)
+            paths.append(path)
+    count = len(known)
+    for path in paths:
+        _look_beside(path, known, [], sniff=False)
+    return [file.path for file in [*known.values()][count:]]
+
+
+def _look_beside(current: Path, files: dict[Identity, File], problems: list[str], *, sniff: bool = True) -> None:
+    try:
+        names = sorted(os.listdir(current.parent))
+    except OSError as error:
+        problems.append(f"{current.parent}: {error.strerror}, so rotated files cannot be found")
+        return
+    for name in names:
+        rotated, similar, extended = _likeness(name, current.name)
+        path = current.with_name(name)
+        if not (rotated or (sniff and (similar or extended))):
+            continue
+        try:
+            status = path.stat()
+        except OSError as error:
+            if rotated:
+                problems.append(f"{path}: {error.strerror}")
+            continue
+        if stat.S_ISDIR(status.st_mode) or identity(status) in files:
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            if rotated:
+                problems.append(f"{path}: not a file")
+        elif rotated or _has_entries(path):
+            files[identity(status)] = File(path, identity(status), optional=extended and not rotated)
+
+
+def _likeness(name: str, current: str) -> tuple[bool, bool, bool]:
+    """Return whether logrotate makes such a name, whether it begins with the current name, and whether it differs from the
+    current name in the middle only.
+    """
+    plain = next((name.removesuffix(end) for end in _COMPRESSED if name.endswith(end)), name)
+    if name == current:
+        return False, False, False
+    if name.startswith(current):
+        return plain != name or bool(_AFTER_NAME.fullmatch(name[len(current) :])), True, False
+    stem, extension = os.path.splitext(current)
+    if extension and plain.startswith(stem) and plain.endswith(extension):
+        middle = plain[len(stem) : -len(extension)]
+        return bool(_BEFORE_EXTENSION.fullmatch(middle)), False, middle[:1] in ("-", ".", "_")
+    return False, False, False
+
+
+def _has_entries(path: Path) -> bool:
+    """Whether the first lines of a file have an audit entry."""
+    try:
+        return any(entry(path, line) is not None for line in islice(lines(path), _SNIFF_LINES))
+    except (ChainError, OSError):
+        return False
