@@ -185,7 +185,7 @@ def bouncy_castle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., lis
     if missing := requires.missing_java(requires.BOUNCY_CASTLE):
         pytest.skip(missing)
     classes = tmp_path_factory.mktemp("classes")
-    source = Path(__file__).parent / "foreign" / "Sm2Modes.java"
+    source = Path(__file__).parent / "foreign" / "unwrap" / "Sm2Modes.java"
     subprocess.run(["javac", "-cp", str(requires.BOUNCY_CASTLE), "-d", str(classes), str(source)], check=True)
 
     def run(*lines: str) -> list[bytes]:

@@ -65,6 +65,15 @@ def missing_java(*jars: Path) -> str | None:
     return f"needs {', '.join(absent)} in {FOREIGN.relative_to(ROOT)}, which .ci/provide fetches" if absent else None
 
 
+def go_module(path: str, version: str) -> Path:
+    """The folder with provided Go modules; skips where a module, or Go, is missing."""
+    if shutil.which("go") is None:
+        pytest.skip("needs the program go (Debian package golang-go)")
+    if not (GO_MODULES / f"{path}@{version}").is_dir():
+        pytest.skip(f"needs Go's {path} {version} in {GO_MODULES.relative_to(ROOT)}, which .ci/provide fetches")
+    return GO_MODULES
+
+
 def wycheproof(name: str) -> Path:
     """The path of a Wycheproof file; skips where the vectors are not at hand (KEYFERRY_WYCHEPROOF names their folder)."""
     path = WYCHEPROOF / name
