@@ -17,6 +17,7 @@ from keyferry.module import token as token_module
 from keyferry.module.cryptoki import Library
 from keyferry.module.pin import read_pin
 from keyferry.module.token import Connection, Wanted
+from keyferry.module.token_choice import TokenChoice
 
 library, pin_file = map(Path, sys.argv[1:])
 ock = RealToken(library, "ock", pin_file)
@@ -41,7 +42,9 @@ def watched(key: Any, what: str) -> None:
 
 harden, token_module._harden = token_module._harden, watched
 
-connection = Connection(Library(library, None), Wanted("ock", KEY, read_pin(pin_file, None)), generate=True)
+connection = Connection(
+    Library(library, None), Wanted(TokenChoice("ock"), KEY, read_pin(pin_file, None)), generate=True
+)
 public = rsa.RSAPublicNumbers(connection.exponent, connection.modulus).public_key()
 
 

@@ -323,3 +323,19 @@ def test_the_example_of_the_protocol(agent: RunningAgent) -> None:
     [[kind, msgid, error, result]] = plain_client.exchange(str(agent.socket), printed, 1)
     assert (kind, msgid, error) == (1, 7, None)
     assert result["KeyMetadata"]["KeySpec"] == "Aliyun_AES_256"
+
+
+@program("go", "golang-go")
+def test_a_client_in_go_makes_a_data_key_and_unwraps_it(agent: RunningAgent, tmp_path: Path) -> None:
+    """With the standard library alone, and the part of MessagePack that it needs."""
+    environment = {"GOTOOLCHAIN": "local", "GOPROXY": "off", "GOFLAGS": "-buildvcs=false", "CGO_ENABLED": "0"}
+    build = ["go", "build", "-o", str(tmp_path / "client"), str(HERE / "client.go")]
+    subprocess.run(build, env={**os.environ, **environment}, check=True)  # may compile Go's library first
+    printed, _ = _run(str(tmp_path / "client"), str(agent.socket), "alias/dev")
+    made = json.loads(printed)
+    with agent.client() as kms:
+        assert kms.decrypt(ciphertext_blob=made["CiphertextBlob"]).plaintext == made["DataKey"]
+    refused = [str(tmp_path / "client"), str(agent.socket), "alias/none"]
+    done = subprocess.run(refused, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 1
+    assert "Forbidden.AliasNotFound: The specified Alias is not found." in done.stderr

@@ -193,7 +193,7 @@ def test_a_token_with_a_pin_pad_of_its_own_is_asked_to_use_it(
             return TokenFlag(self._token.flags | TokenFlag.PROTECTED_AUTHENTICATION_PATH)
 
     monkeypatch.setattr(token_module, "_find_token", lambda *wanted: Flagged(FIND_TOKEN(*wanted)))
-    with pytest.raises(ModuleError, match="does not open: ArgumentsBad"):
+    with pytest.raises(ModuleError, match="does not open: CKR_ARGUMENTS_BAD"):
         spare_open(spare)
     assert logins == [None]
 

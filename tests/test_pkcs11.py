@@ -149,7 +149,7 @@ def test_nothing_shows_a_pin_or_a_key(module: Pkcs11Module) -> None:
     key, _ = tokens.imported(module)
     shown = f"{module!r} {module._wanted!r} {vars(module)!r} {key!r}"
     assert tokens.PIN not in shown
-    assert repr(module) == f"Pkcs11Module({module._wanted.token_label!r}, 'wrapping')"
+    assert repr(module) == f"Pkcs11Module({module._wanted.choice}, 'wrapping')"
     with pytest.raises((TypeError, ValueError)):
         pickle.dumps(module)
 

@@ -55,7 +55,7 @@ def test_a_token_that_is_lost_again_at_once_says_so_of_itself_not_of_the_data(
 
     with monkeypatch.context() as pulled:
         pulled.setattr(Connection, "unwrap", lost)
-        with pytest.raises(ModuleError, match="the token 'app' was lost twice: SessionHandleInvalid"):
+        with pytest.raises(ModuleError, match="the token 'app' was lost twice: CKR_SESSION_HANDLE_INVALID"):
             module.import_data_key(blob)
     module.import_data_key(blob)
     module.close()

@@ -145,8 +145,8 @@ class Key(dict[Attribute, Any]):
 
 
 STUBBORN = {
-    "is not changed": (Key(Attribute.SENSITIVE, SENSITIVE=False, EXTRACTABLE=False), "AttributeReadOnly"),
-    "does not tell": (Key(SENSITIVE=True), "AttributeTypeInvalid"),
+    "is not changed": (Key(Attribute.SENSITIVE, SENSITIVE=False, EXTRACTABLE=False), "CKR_ATTRIBUTE_READ_ONLY"),
+    "does not tell": (Key(SENSITIVE=True), "CKR_ATTRIBUTE_TYPE_INVALID"),
 }
 
 
@@ -229,7 +229,7 @@ def test_trouble_with_the_token_is_not_taken_for_damaged_data(
 
     with monkeypatch.context() as broken:
         broken.setattr(Connection, verb, fails)
-        with pytest.raises(ModuleError, match=f"the token could not {verb} .*: DeviceError"):
+        with pytest.raises(ModuleError, match=f"the token could not {verb} .*: CKR_DEVICE_ERROR"):
             getattr(module, verb)(key, sealed)
     assert module.decrypt(key, sealed) == b"x"
     module.close()

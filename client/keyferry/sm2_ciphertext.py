@@ -1,24 +1,51 @@
-"""The three forms of an SM2 ciphertext, and the ways from one to another.
+"""The forms of an SM2 ciphertext, and the ways from one to another.
 
 raw   `04 ‖ x ‖ y ‖ C3 ‖ C2` (C1C3C2, GB/T 32918.4-2016): what travels in ExportedDataKey; 97 bytes longer than the data
 DER   `SEQUENCE { INTEGER x, INTEGER y, OCTET STRING C3, OCTET STRING C2 }` (GM/T 0009-2012): what OpenSSL and many modules take
 SDF   `x (64) ‖ y (64) ‖ M (32) ‖ L (4) ‖ C (L)`, the C structure ECCCipher of GM/T 0018 (2012, and 2023): what hardware modules
       take that import through SDF_ImportKeyWithISK_ECC; M is C3, C is C2. docs/modules.md says where each detail is from
 
-All readers are strict: one ciphertext has exactly one text in each form. None looks inside C2; that x ‖ y is on the
-curve, and that C3 is right, is for whoever decrypts to check.
+joined   C1, C2 and C3 one after another in either order, with the point C1 in one of three forms: what other libraries take.
+      The raw form is one of these six. No byte says which of them a ciphertext is in, so that the caller has to
+
+All readers are strict: one ciphertext has exactly one text in each form. None looks inside C2, and none checks C3: only
+decryption can. That x ‖ y is on the curve is checked for joined forms, because it is what distinguishes a bare point from
+one with its 04, and what makes a compressed point a point at all. For raw, DER and SDF it is left to decryption.
 """
 
 import struct
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
-__all__ = ["RAW_OVERHEAD", "der_to_raw", "raw_to_der", "raw_to_sdf", "sdf_to_raw"]
+__all__ = [
+    "RAW_OVERHEAD",
+    "Order",
+    "PointForm",
+    "der_to_raw",
+    "joined_to_raw",
+    "raw_to_der",
+    "raw_to_joined",
+    "raw_to_sdf",
+    "sdf_to_raw",
+]
+
+Order: TypeAlias = Literal["C1C3C2", "C1C2C3"]
+"""GB/T 32918.4-2016 has C1C3C2. C1C2C3 is the order of the draft of 2010, and the default of libraries that began with it."""
+PointForm: TypeAlias = Literal["uncompressed", "bare", "compressed"]
+"""`04 ‖ x ‖ y`; `x ‖ y`; `02 ‖ x` where y is even, `03 ‖ x` where it is odd (GB/T 32918.1-2016, 4.2.9)."""
 
 _COORDINATE: Final = 32
 _C3: Final = 32
 _POINT: Final = 1 + 2 * _COORDINATE
 RAW_OVERHEAD: Final = _POINT + _C3
 """Bytes that the raw form adds to the data: 97."""
+
+_P: Final = 0xFFFFFFFE_FFFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFF_00000000_FFFFFFFF_FFFFFFFF
+_B: Final = 0x28E9FA9E_9D9F5E34_4D5A9E4B_CF6509A7_F39789F5_15AB8F92_DDBCBD41_4D940E93
+"""The curve of GB/T 32918.5-2017: y² = x³ - 3x + b modulo p."""
+_FIRST_BYTES: Final = {"uncompressed": b"\x04", "compressed": b"\x02\x03", "hybrid": b"\x06\x07"}
+"""Hybrid points (y and its parity) are named, and not read: no known implementation makes them."""
+_ORDERS: Final = ("C1C3C2", "C1C2C3")
+_C1_SIZES: Final = {"uncompressed": _POINT, "bare": _POINT - 1, "compressed": 1 + _COORDINATE}
 
 _INTEGER: Final = 0x02
 _OCTET_STRING: Final = 0x04
@@ -72,6 +99,70 @@ def der_to_raw(der: bytes) -> bytes:
     if body or len(c3) != _C3 or not c2:
         raise ValueError("not an SM2 ciphertext: expected x, y, 32 bytes of C3 and at least one byte of C2")
     return b"\x04" + _coordinate(x) + _coordinate(y) + c3 + c2
+
+
+def raw_to_joined(raw: bytes, *, order: Order, point: PointForm = "uncompressed") -> bytes:
+    """Convert C1C3C2 with its 04 prefix to another order, or another form of the point C1. Raises ValueError."""
+    _check_form(order, point)
+    x, y, c3, c2 = _split(raw)
+    _check_point(x, y)
+    c1 = {"uncompressed": b"\x04" + x + y, "bare": x + y, "compressed": bytes([2 + y[-1] % 2]) + x}[point]
+    return c1 + (c3 + c2 if order == "C1C3C2" else c2 + c3)
+
+
+def joined_to_raw(ciphertext: bytes, *, order: Order, point: PointForm = "uncompressed") -> bytes:
+    """Convert C1, C2 and C3 in another order, or with another form of the point C1, to C1C3C2 with its 04 prefix.
+
+    Raises ValueError, also for a point that is in another form than `point`, or is not on the curve. An `order` that is not
+    the ciphertext's own cannot be noticed here; decryption fails then.
+    """
+    _check_form(order, point)
+    size = _C1_SIZES[point]
+    if len(ciphertext) <= size + _C3:
+        raise ValueError(f"not an SM2 ciphertext: expected {size} bytes of C1, 32 of C3 and at least one byte of C2")
+    c1, others = ciphertext[:size], ciphertext[size:]
+    c3, c2 = (others[:_C3], others[_C3:]) if order == "C1C3C2" else (others[-_C3:], others[:-_C3])
+    return b"".join((b"\x04", *_read_point(c1, point), c3, c2))
+
+
+def _check_form(order: str, point: str) -> None:
+    if order not in _ORDERS or point not in _C1_SIZES:
+        raise ValueError(
+            f"unknown form {order!r}, {point!r}: order is one of {_ORDERS}, point one of {tuple(_C1_SIZES)}"
+        )
+
+
+def _read_point(c1: bytes, form: PointForm) -> tuple[bytes, bytes]:
+    """Return x and y of a point that must be in this form."""
+    if form == "bare":
+        x, y = c1[:_COORDINATE], c1[_COORDINATE:]
+    else:
+        if c1[0] not in (expected := _FIRST_BYTES[form]):
+            found = next((f", which is {name}" for name, first in _FIRST_BYTES.items() if c1[0] in first), "")
+            usual = expected.hex(" ").replace(" ", " or ")
+            raise ValueError(f"the point C1 begins with {c1[0]:02x}{found}; {form}, it begins with {usual}")
+        x = c1[1 : 1 + _COORDINATE]
+        y = c1[1 + _COORDINATE :] if form == "uncompressed" else _other_coordinate(x, is_odd=c1[0] == 0x03)
+    _check_point(x, y)
+    return x, y
+
+
+def _check_point(x: bytes, y: bytes) -> None:
+    """Raise ValueError for coordinates that are not of a point on the curve. Both are public: their time may be measured."""
+    across, up = int.from_bytes(x, "big"), int.from_bytes(y, "big")
+    if across >= _P or up >= _P or up * up % _P != _right_side(across):
+        raise ValueError("the point C1 is not on the curve: it is in another form, or damaged")
+
+
+def _right_side(x: int) -> int:
+    return (x * x * x - 3 * x + _B) % _P
+
+
+def _other_coordinate(x: bytes, *, is_odd: bool) -> bytes:
+    """Return y of a compressed point, or a number that `_check_point` refuses where the curve has no point with this x."""
+    # p is 3 modulo 4, which makes this power a square root, if there is one. It is never 0: the order of the curve is odd.
+    root = pow(_right_side(int.from_bytes(x, "big")), (_P + 1) // 4, _P)
+    return (root if root % 2 == is_odd else _P - root).to_bytes(_COORDINATE, "big")
 
 
 def _split(raw: bytes) -> tuple[bytes, bytes, bytes, bytes]:

@@ -1,6 +1,7 @@
 """Writes what is generated from the declarations: parts of PROTOCOL.md, and shell completion (`make docs`)."""
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,23 @@ from keyferry_agent import command as agent_command
 
 ROOT = Path(__file__).parents[2]
 PROTOCOL = ROOT / "PROTOCOL.md"
+PROGRAMS = ROOT / "tests" / "foreign" / "unwrap"
+SHOWN = {
+    "Java (17; nothing but the JDK)": "Unwrap.java",
+    "Node (20; nothing but node)": "unwrap.mjs",
+    "Go (standard library)": "unwrap.go",
+    "Python (the `cryptography` package)": "unwrap.py",
+    "OpenSSL's command line (3.0)": "unwrap.sh",
+    ".NET (6 and later; **not run by any test**)": "Unwrap.cs",
+}
+SHOWN_SM2 = {
+    "Java (BouncyCastle 1.81)": "UnwrapSm2.java",
+    "Go (github.com/emmansun/gmsm 0.15.5)": "sm2/unwrap_sm2.go",
+    "Node (sm-crypto 0.3.13)": "unwrap_sm2.mjs",
+    "OpenSSL's command line (3.0, built with SM2)": "unwrap_sm2.sh",
+}
+"""Programs that tests/test_foreign_unwrap.py runs, and under which title PROTOCOL.md shows a part of each."""
+LANGUAGES = {".mjs": "javascript", ".cs": "csharp", ".py": "python"}
 COMPLETIONS = {"client/completions": keyferry_command._parser, "agent/completions": agent_command._parser}
 
 
@@ -42,9 +60,30 @@ def errors() -> str:
     return "\n".join(["| Code | HttpStatus | Message begins with |", "|---|---|---|", *rows, ""])
 
 
+def shown(name: str) -> str:
+    """The part of a program between its marks."""
+    marked = (PROGRAMS / name).read_text().split("[shown in PROTOCOL.md]\n")[1].split("[end]")[0]
+    return textwrap.dedent(marked.rpartition("\n")[0]).strip("\n") + "\n"
+
+
+def programs(titles: dict[str, str]) -> str:
+    """A title and a block for each program."""
+    parts = []
+    for title, name in titles.items():
+        suffix = Path(name).suffix
+        parts += [f"{title}:\n\n```{LANGUAGES.get(suffix, suffix[1:])}\n{shown(name)}```\n"]
+    return "\n".join(parts)
+
+
 def generated(text: str) -> str:
     """PROTOCOL.md's text with its generated parts as they should be."""
-    for name, content in (("operations", operations()), ("errors", errors())):
+    contents = {
+        "operations": operations(),
+        "errors": errors(),
+        "unwrap": programs(SHOWN),
+        "unwrap under SM2PKE": programs(SHOWN_SM2),
+    }
+    for name, content in contents.items():
         begin, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->\n"
         head, rest = text.split(begin)
         tail = rest.split(end)[1]

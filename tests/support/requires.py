@@ -14,6 +14,10 @@ from .quota import has_cpu_quota
 ROOT = Path(__file__).parents[2]
 NODE_MODULES = ROOT / ".cache" / "node" / "node_modules"
 CACHE = ROOT / ".cache" / "hosts"
+FOREIGN = ROOT / ".cache" / "foreign"
+"""Libraries of other languages, which .ci/provide fetches."""
+BOUNCY_CASTLE = FOREIGN / "bcprov-jdk18on-1.81.jar"
+GO_MODULES = FOREIGN / "go"
 BASE = CACHE / "debian.tar"
 """A small Debian with Python, as the base of images: .ci/provide makes it."""
 WYCHEPROOF = Path(os.environ.get("KEYFERRY_WYCHEPROOF", ROOT.parent / "shared" / "vectors"))
@@ -51,6 +55,23 @@ def node_module(name: str) -> pytest.MarkDecorator:
     """Skip where an npm package was not provided."""
     missing = shutil.which("node") is None or not (NODE_MODULES / name).is_dir()
     return pytest.mark.skipif(missing, reason=f"needs node and npm's {name}")
+
+
+def missing_java(*jars: Path) -> str | None:
+    """Return why a test of Java has to be skipped: no JDK, or a jar that was not provided; None where all is there."""
+    if shutil.which("javac") is None:
+        return "needs the program javac (Debian package default-jdk-headless)"
+    absent = [jar.name for jar in jars if not jar.is_file()]
+    return f"needs {', '.join(absent)} in {FOREIGN.relative_to(ROOT)}, which .ci/provide fetches" if absent else None
+
+
+def go_module(path: str, version: str) -> Path:
+    """The folder with provided Go modules; skips where a module, or Go, is missing."""
+    if shutil.which("go") is None:
+        pytest.skip("needs the program go (Debian package golang-go)")
+    if not (GO_MODULES / f"{path}@{version}").is_dir():
+        pytest.skip(f"needs Go's {path} {version} in {GO_MODULES.relative_to(ROOT)}, which .ci/provide fetches")
+    return GO_MODULES
 
 
 def wycheproof(name: str) -> Path:

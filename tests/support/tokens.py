@@ -133,6 +133,14 @@ def softhsm(folder: Path, *labels: str) -> list[RealToken]:
     return [RealToken(library, label, folder / "pin") for label in labels]
 
 
+def odd_library(folder: Path) -> Path:
+    """A PKCS#11 library that answers what the environment says: odd_token.c explains it."""
+    path, source = folder / "libodd.so", Path(__file__).with_name("odd_token.c")
+    command = ["gcc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(path), str(source)]
+    subprocess.run(command, check=True)
+    return path
+
+
 def softokn(folder: Path) -> RealToken:
     """The token of an NSS database."""
     library = requires.library("*/libsoftokn3.so", "libnss3")

@@ -16,6 +16,8 @@ from typing import Any, Final
 import pkcs11
 from pkcs11 import _pkcs11
 
+from . import library_file, return_values
+
 __all__ = ["Library"]
 
 _OS_LOCKING_OK: Final = 2
@@ -113,7 +115,7 @@ class Library:
         if self._address != ctypes.addressof(_function_list(self.path).contents):
             # Then python-pkcs11 and this file would not see each other's sessions.
             raise OSError(
-                f"{self.path} gives every caller a PKCS#11 of its own (p11-kit's): name the token's own library"
+                f"{self.path}: gives every caller a PKCS#11 of its own (p11-kit's); name the token's own library"
             )
         self._functions = {
             name: ctypes.CFUNCTYPE(c_ulong, *arguments)(functions[place])
@@ -130,10 +132,26 @@ class Library:
         # A library that has not noticed a fork says "already", too. It is not finalised then: the child would speak on the
         # parent's connection to a device.
         returned = self._functions["C_Initialize"](ctypes.byref(self._arguments))
-        if returned == _ARGUMENTS_BAD:
-            raise pkcs11.ArgumentsBad("of C_Initialize: library_parameters are wrong, or missing")
-        _check(returned, _ALREADY_INITIALIZED)
+        if returned not in (_OK, _ALREADY_INITIALIZED):
+            name = return_values.name(returned)
+            raise _class_of(returned)(f"C_Initialize of {self.path} returned {name}: {self._advice(returned)}")
         return bool(returned == _OK)
+
+    def _advice(self, returned: int) -> str:
+        """Return what an operator can do about a C_Initialize that failed. Libraries fail there for want of configuration."""
+        if returned == _ARGUMENTS_BAD:
+            return "library_parameters are wrong, or missing"
+        name = os.path.basename(self.path).lower()
+        if "softhsm" in name:
+            path = os.environ.get("SOFTHSM2_CONF")
+            state = "not set" if path is None else f"{path!r}, {'a file' if os.path.isfile(path) else 'not a file'}"
+            return (
+                f"look at SOFTHSM2_CONF ({state}); it names SoftHSM's configuration, in which directories.tokendir is a folder "
+                "that this user can read and write"
+            )
+        if "opencryptoki" in name:
+            return "is its daemon pkcsslotd running, and this user in the group pkcs11?"
+        return "look at the library's own configuration, environment and log"
 
     def is_same(self, other: "Library") -> bool:
         """Whether this is the same library, whatever path it was loaded by."""
@@ -173,12 +191,24 @@ class Library:
 def _function_list(path: str) -> Any:
     functions = POINTER(c_void_p)()
     try:
-        _check(ctypes.CDLL(path).C_GetFunctionList(ctypes.byref(functions)))
+        if not path:  # which is this program to the dynamic linker
+            raise ValueError("no path")
+        get = ctypes.CDLL(path).C_GetFunctionList
     except AttributeError:
         raise OSError(f"{path}: not a PKCS#11 library: it has no C_GetFunctionList") from None
+    except (OSError, ValueError) as error:
+        raise OSError(library_file.explain(path, str(error))) from None
+    get.restype = c_ulong
+    returned = get(ctypes.byref(functions))
+    if returned != _OK or ctypes.cast(functions, c_void_p).value is None:
+        raise OSError(f"{path}: C_GetFunctionList returned {return_values.name(returned)}, and no functions")
     return functions
 
 
 def _check(returned: int, also_good: int = _OK) -> None:
     if returned not in (_OK, also_good):
-        raise _ERRORS.get(returned, pkcs11.PKCS11Error)(f"CKR {returned:#x}")
+        raise _class_of(returned)(return_values.name(returned))
+
+
+def _class_of(returned: int) -> type[pkcs11.PKCS11Error]:
+    return _ERRORS.get(returned, pkcs11.PKCS11Error)

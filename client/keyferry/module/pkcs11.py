@@ -24,6 +24,7 @@ from .cryptoki import Library
 from .interface import NONCE, NOT_AUTHENTIC, NOT_HELD, NOT_OURS, TAG, CryptographicModule, DataKey, ModuleError
 from .pin import read_pin
 from .token import Connection, Wanted, WrongPinError, describe
+from .token_choice import TokenChoice
 from .trial import try_out
 
 T = TypeVar("T")
@@ -76,22 +77,27 @@ class Pkcs11Module(CryptographicModule):
             _modules.add(self)
 
     def __repr__(self) -> str:
-        return f"Pkcs11Module({self._wanted.token_label!r}, {self._wanted.key_label!r})"
+        return f"Pkcs11Module({self._wanted.choice}, {self._wanted.key_label!r})"
 
     @classmethod
     def open(
         cls,
         path: str | os.PathLike[str],
         *,
-        token_label: str,
         key_label: str,
+        token_label: str | None = None,
+        token_serial: str | None = None,
+        slot: int | None = None,
+        token_uri: str | None = None,
         pin_file: str | os.PathLike[str] | None = None,
         pin: Callable[[], str] | None = None,
         generate: bool = False,
         library_parameters: str | None = None,
     ) -> Self:
-        """Open the key pair `key_label` in the token `token_label` of the PKCS#11 library `path`, and try it out.
+        """Open the key pair `key_label` in a token of the PKCS#11 library `path`, and try it out.
 
+        The token is the one with `token_label`, `token_serial`, the slot ID `slot`, and what `token_uri` requires (RFC 7512:
+        "pkcs11:token=app;serial=..."). At least one of them is needed; each that is there must hold, of one token only.
         The PIN is the first line of `pin_file` ("credential:NAME" is systemd's), or what `pin` gives, for example
         `getpass.getpass`; it is kept in locked memory, for when the token was reset. A wrong one is tried once.
         `generate` makes the key pair, RSA of 2,048 bits, if it is not there. `library_parameters` are for libraries that want
@@ -100,13 +106,14 @@ class Pkcs11Module(CryptographicModule):
         To try it out, a throw-away key is wrapped here and used there: so `wrapping_algorithm` is one that the token really
         knows, and what it encrypts is what every other module decrypts. Raises `ModuleError`.
         """
-        if not token_label or not key_label:
-            raise ValueError("token_label and key_label must not be empty")
+        if not key_label:
+            raise ValueError("key_label must not be empty")
+        choice = TokenChoice.of(label=token_label, serial=token_serial, slot=slot, uri=token_uri)
         try:
             library = Library(path, library_parameters)
         except OSError as error:
             raise ModuleError(f"the PKCS#11 library does not load: {error}") from None
-        return cls(library, Wanted(token_label, key_label, read_pin(pin_file, pin)), generate=generate)
+        return cls(library, Wanted(choice, key_label, read_pin(pin_file, pin)), generate=generate)
 
     def close(self) -> None:
         """Close the session: the token forgets all data keys. The module is of no further use."""
@@ -192,7 +199,7 @@ class Pkcs11Module(CryptographicModule):
         except pkcs11.PKCS11Error as error:
             if not connection.is_lost(error):
                 raise
-            raise ModuleError(f"the token {self._wanted.token_label!r} was lost twice: {describe(error)}") from None
+            raise ModuleError(f"the token {self._wanted.choice} was lost twice: {describe(error)}") from None
 
     def _unwrap(self, connection: Connection, wrapped: bytes) -> _Held:
         return _Held(wrapped, connection, connection.unwrap(wrapped, self.wrapping_algorithm))
@@ -206,7 +213,7 @@ class Pkcs11Module(CryptographicModule):
             self._refused = str(error)
             raise
         except pkcs11.PKCS11Error as error:
-            raise ModuleError(f"the token {self._wanted.token_label!r} does not open: {describe(error)}") from None
+            raise ModuleError(f"the token {self._wanted.choice} does not open: {describe(error)}") from None
         if self._public_numbers not in (None, (connection.modulus, connection.exponent)):
             connection.close()
             raise ModuleError(f"the token has another key pair {self._wanted.key_label!r} now")

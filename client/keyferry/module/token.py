@@ -6,17 +6,19 @@ Raises python-pkcs11's errors as they come, and `ModuleError` where a person has
 import contextlib
 import hmac
 import os
+import re
 import threading
 import weakref
-from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
 
 import pkcs11
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, TokenFlag
 
 from ..secret import Secret
+from . import return_values, token_choice
 from .cryptoki import Library
 from .interface import NO_AES_KEY, NONCE, ModuleError, check_size
+from .token_choice import FoundToken, TokenChoice
 
 __all__ = ["OAEP", "Connection", "Wanted", "WrongPinError", "describe"]
 
@@ -42,6 +44,28 @@ _STALE: Final = (
 )
 """What a token says in a session that it knows, but that is of no further use: its objects are gone, or a call never ended."""
 
+_LOGIN_REFUSED: Final[dict[type[pkcs11.PKCS11Error], str]] = {
+    pkcs11.PinLocked: "has locked its user PIN after wrong ones: its security officer unlocks it (pkcs11-tool --init-pin)",
+    pkcs11.PinExpired: "takes no user PIN now, because the PIN has expired: change it (pkcs11-tool --login --change-pin)",
+    pkcs11.UserPinNotInitialized: "takes no user PIN now, because it has none yet: its security officer sets one "
+    "(pkcs11-tool --init-pin)",
+    pkcs11.AnotherUserAlreadyLoggedIn: "has its security officer logged in by this process: log out first",
+}
+"""Refusals of C_Login that are not about the PIN that was sent: what follows the token's name in the message."""
+_GENERIC: Final = {
+    "Buffer was too small": "CKR_BUFFER_TOO_SMALL",
+    "Initialisation error (already": "CKR_CRYPTOKI_ALREADY_INITIALIZED",
+    "Initialisation error (not": "CKR_CRYPTOKI_NOT_INITIALIZED",
+    "Parallel not supported": "CKR_SESSION_PARALLEL_NOT_SUPPORTED",
+    "User type invalid": "CKR_USER_TYPE_INVALID",
+}
+"""How python-pkcs11's texts begin that stand for a return value without a class of its own."""
+_OTHER_SPELLINGS: Final = {
+    pkcs11.AnotherUserAlreadyLoggedIn: "CKR_USER_ANOTHER_ALREADY_LOGGED_IN",
+    pkcs11.FunctionCancelled: "CKR_FUNCTION_CANCELED",
+    pkcs11.TokenNotRecognised: "CKR_TOKEN_NOT_RECOGNIZED",
+}
+
 _UNREADABLE: Final = ((Attribute.SENSITIVE, True), (Attribute.EXTRACTABLE, False))
 
 _connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
@@ -54,9 +78,9 @@ class WrongPinError(ModuleError):
 
 
 class Wanted(NamedTuple):
-    """What to look for: a token and a key pair in it, both by label. No PIN: the token needs none, or asks for it itself."""
+    """What to look for: a token, and a key pair in it by label. No PIN: the token needs none, or asks for it itself."""
 
-    token_label: str
+    choice: TokenChoice
     key_label: str
     pin: Secret | None
 
@@ -68,7 +92,7 @@ class Connection:
         fresh = library.initialize()
         self._library = library
         self._pin = wanted.pin
-        self._token = _find_token(library, wanted.token_label)
+        self._token = _find_token(library, wanted.choice)
         self._session: Any = self._token.open()
         self._process = os.getpid()
         self.is_overtaken = False
@@ -80,7 +104,7 @@ class Connection:
                 self._generate(wanted.key_label)
                 private = self._find_private(wanted.key_label)
             if private is None:
-                raise ModuleError(f"the token {wanted.token_label!r} has no RSA key pair {wanted.key_label!r}")
+                raise ModuleError(f"the token {wanted.choice} has no RSA key pair {wanted.key_label!r}")
             self._private = private
             self.modulus, self.exponent = self._public_numbers(wanted.key_label)
             self._check_private(wanted.key_label)
@@ -167,9 +191,7 @@ class Connection:
         if not flags & TokenFlag.LOGIN_REQUIRED:
             return None
         if flags & TokenFlag.USER_PIN_LOCKED:
-            raise ModuleError(
-                f"the token {label!r} has locked its user PIN after wrong ones: its security officer unlocks it"
-            )
+            raise ModuleError(f"the token {label!r} {_LOGIN_REFUSED[pkcs11.PinLocked]}")
         if flags & TokenFlag.USER_PIN_FINAL_TRY:
             # A service that is started again and again with a wrong PIN must not be what locks the token.
             raise ModuleError(
@@ -182,12 +204,13 @@ class Connection:
         try:
             with self._pin.lend() as pin:
                 self._library.login(self._session.handle, pin)
-        except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange):
+        except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange) as error:
             raise WrongPinError(
-                f"the token {label!r} refused the PIN. It was tried once: a token locks after a few wrong ones"
+                f"the token {label!r} refused the PIN. It was tried once: a token locks after a few wrong ones. "
+                f"Correct pin_file, or what pin returns ({describe(error)})"
             ) from None
-        except (pkcs11.PinLocked, pkcs11.PinExpired, pkcs11.UserPinNotInitialized) as error:
-            raise WrongPinError(f"the token {label!r} takes no user PIN now: {type(error).__name__}") from None
+        except tuple(_LOGIN_REFUSED) as error:
+            raise WrongPinError(f"the token {label!r} {_LOGIN_REFUSED[type(error)]} ({describe(error)})") from None
         return None
 
     def _compare(self) -> None:
@@ -261,27 +284,38 @@ class Connection:
 
 
 def describe(error: pkcs11.PKCS11Error) -> str:
-    """Name what a token said, for a person."""
-    return f"{type(error).__name__} {error}".rstrip()
+    """Return the name of the return value that an error stands for (CKR_...), with the error's text if it has one."""
+    text = str(error)
+    if "CKR" in text:
+        return text
+    if unmapped := re.fullmatch(r"Unmapped error code (0x[0-9a-f]+)", text):
+        return return_values.name(int(unmapped[1], 16))
+    for beginning, name in _GENERIC.items():
+        if text.startswith(beginning):
+            return name
+    letters = f"CKR{type(error).__name__}".upper()
+    name = _OTHER_SPELLINGS.get(type(error)) or return_values.BY_LETTERS.get(letters, type(error).__name__)
+    return f"{name} {text}".rstrip()
 
 
-def _find_token(library: Library, label: str) -> Any:
-    tokens = list(_tokens(library))
-    found = [token for token in tokens if token.label == label]
-    if not found:
-        others = ", ".join(repr(token.label) for token in tokens if token.label) or "none"
-        raise ModuleError(f"{library.path} has no token {label!r}; it has: {others}")
-    if len(found) > 1:
-        raise ModuleError(f"{library.path} has {len(found)} tokens {label!r}: a label must say which one is meant")
-    return found[0]
-
-
-def _tokens(library: Library) -> Iterable[Any]:
+def _find_token(library: Library, choice: TokenChoice) -> Any:
+    found, reasons = [], {}
     for slot in library.pkcs11.get_slots(token_present=True):
         try:
-            yield slot.get_token()
-        except (pkcs11.TokenNotPresent, pkcs11.TokenNotRecognised):
+            token = slot.get_token()
+        except pkcs11.PKCS11Error as error:  # a reader that is out of order does not matter to the token in another one
+            reasons[slot.slot_id] = describe(error)
             continue
+        serial = token.serial.decode(errors="replace").strip(" \0")
+        is_initialized = bool(token.flags & TokenFlag.TOKEN_INITIALIZED)
+        attributes = token.label, serial, token.model, token.manufacturer_id, is_initialized
+        found.append(FoundToken(slot.slot_id, *attributes, token))
+
+    def other_slots() -> dict[int, str]:
+        empty = {slot.slot_id for slot in library.pkcs11.get_slots()} - {each.slot for each in found}
+        return {slot: reasons.get(slot, "CKR_TOKEN_NOT_PRESENT") for slot in sorted(empty)}
+
+    return token_choice.choose(choice, library.path, found, other_slots)
 
 
 def _harden(key: Any, what: str) -> None:
@@ -292,6 +326,6 @@ def _harden(key: Any, what: str) -> None:
                 key[attribute] = wanted
         left = [attribute.name for attribute, wanted in _UNREADABLE if key[attribute] != wanted]
     except pkcs11.PKCS11Error as error:
-        left = [type(error).__name__]
+        left = [describe(error)]
     if left:
         raise ModuleError(f"the token leaves {what} readable ({', '.join(left)}), and does not let itself be corrected")
