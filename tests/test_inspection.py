@@ -278,6 +278,7 @@ MAY_BLOCK = {
     # What each reads is the kernel's or the agent's own; its name is not a peer's.
     ("keyferry_agent.peer.process", "cgroups"): {"open"},
     ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
+    ("keyferry_agent.peer.platform", "_control_groups_visible"): {"open"},
     ("keyferry_agent.serving", "__init__"): {"open"},
     ("keyferry_agent.serving", "_refuse_with_the_reserve"): {"open"},
 }

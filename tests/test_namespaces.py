@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,14 +45,15 @@ REFUSED = "Forbidden.NoPermission"
 @contextmanager
 def agent_in(namespaces: Sequence[str], keyring: Path, to: str) -> Iterator[Path]:
     """An agent in namespaces of its own (`unshare`), with one grant of everything; gives its socket, which anybody may use."""
-    config, path = keyring.parent / "agent.toml", keyring.parent / "s"
+    config = keyring.parent / "agent.toml"
     text = configuration(keyring, more='mode = "0666"').replace(f"to={{uid={os.getuid()}}}", f"to={{{to}}}")
     assert to in text
     config.write_text(text)
-    for folder in list(keyring.parents)[:-2]:  # not /tmp, and not /
-        folder.chmod(folder.stat().st_mode | 0o011)
-    with RunningAgent(["--config", str(config)], path, prefix=["unshare", *namespaces]):
-        yield path
+    with tempfile.TemporaryDirectory(prefix="keyferry-test-") as folder:  # pytest's own are closed to other users
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "s"
+        with RunningAgent(["--config", str(config)], path, prefix=["unshare", *namespaces]):
+            yield path
 
 
 def outcome(path: Path, *more: str, prefix: Sequence[str] = (), uid: int = 0) -> str:
