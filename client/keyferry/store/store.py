@@ -99,6 +99,9 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self._place!r})"
 
+    def __reduce__(self) -> str:
+        raise TypeError("a Store cannot be pickled, because its URL may hold a password: open one in each process")
+
     @property
     def has_password(self) -> bool:
         """Whether the URL itself holds a password."""
