@@ -48,7 +48,12 @@ def test_generate_data_key_gives_the_key_in_both_forms(connection: RawConnection
 
 def test_generate_data_key_without_plaintext_gives_only_the_blob(connection: RawConnection) -> None:
     """KeySpec says how long; 32 bytes without."""
-    for spec, size in (({"KeySpec": "AES_128"}, 16), ({"KeySpec": "AES_256"}, 32), ({}, 32)):
+    for spec, size in (
+        ({"KeySpec": "AES_128"}, 16),
+        ({"KeySpec": "SM4_128"}, 16),
+        ({"KeySpec": "AES_256"}, 32),
+        ({}, 32),
+    ):
         made = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": KEYS[0], **spec})
         assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "RequestId"}
         assert len(decrypted(connection, made["CiphertextBlob"])) == size

@@ -57,6 +57,8 @@ def test_a_generated_key_comes_back_by_every_way_there_is(
         ({}, 32),
         ({"KeySpec": "AES_256"}, 32),
         ({"KeySpec": "AES_128"}, 16),
+        ({"KeySpec": "SM4_128"}, 16),
+        ({"KeySpec": "SM4_128", "NumberOfBytes": 24}, 24),
         ({"KeySpec": "AES_128", "NumberOfBytes": 24}, 24),
     ],
 )

@@ -92,9 +92,39 @@ def test_what_is_refused_makes_no_record(shell: Shell) -> None:
 
 
 def test_an_empty_list_is_one_all_the_same(shell: Shell) -> None:
-    """As text and as JSON."""
+    """As text and as JSON, once the store was made."""
+    shell("add", "a", "--KeyId", "alias/dev")
+    with Store(shell.store) as store, store._engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DELETE FROM keyferry_records"))
     assert shell("list") == ("", "")
     assert json.loads(shell("list", "--json")[0]) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list"], ["list", "--json"], ["show", "a"], ["rewrap"], ["rewrap", "--dry-run"], ["recover", "a"]],
+    ids=" ".join,
+)
+def test_a_store_that_does_not_exist_is_no_empty_one(shell: Shell, arguments: list[str]) -> None:
+    """Exit code 1 and the store's name, and nothing that a program could take for a result."""
+    out, err = shell(*arguments, code=1)
+    assert out == ""
+    assert "there is no" in err
+    assert ("records.sqlite" if shell.store.startswith("sqlite") else "PostgreSQL database test") in err
+
+
+def test_a_file_is_not_encrypted_with_a_store_that_does_not_exist(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], store_url: str
+) -> None:
+    """OUT does not appear."""
+    secret_file(tmp_path / "p", "x")
+    (tmp_path / "in").write_bytes(b"x")
+    SoftwareModule.generate("RSA_2048").save(tmp_path / "m", "x")
+    module = ["--module", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "p")]
+    arguments = ["encrypt-file", str(tmp_path / "in"), str(tmp_path / "out"), "--record", "r", "--store", store_url]
+    assert command.main([*arguments, *module]) == 1
+    assert "there is no record r in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_list_shows_no_control_characters(shell: Shell) -> None:
@@ -184,6 +214,30 @@ def test_a_password_on_the_command_line_is_warned_of(capsys: pytest.CaptureFixtu
     assert "hunter2" not in err
     assert command.main(["records", "list", "--store", f"@{tmp_path / 'url'}"]) == 1
     assert "command line" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("missing", ["", "psycopg", "sqlalchemy"])
+@pytest.mark.parametrize(
+    ("url", "holds"),
+    [
+        ("postgresql://u:hunter2@127.0.0.1:1/db", True),
+        ("postgresql://u:hunter2@half@127.0.0.1:1/db", True),
+        ("postgresql://u:hunter2", True),
+        ("mysql://u:hunter2@h/db", True),
+        ("postgresql://u@127.0.0.1:1/db?password=hunter2", True),
+        ("postgresql://127.0.0.1:1/db?x=1&pass%77ord=hunter2", True),
+        ("postgresql://u@127.0.0.1:1,[::1]:1/db", False),
+        ("postgresql://[::1]:1/db", False),
+        ("sqlite:////none/a:b@c", False),
+    ],
+)
+def test_the_warning_of_a_password_needs_no_driver(url: str, holds: bool, missing: str) -> None:
+    """The password is in the process list, whatever happens then."""
+    ended = without(missing, "records", "list", "--store", url)
+    assert ended.returncode == 1
+    assert ("a password on the command line" in ended.stderr) is holds
+    assert "hunter2" not in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_an_agent_that_is_not_there_is_exit_code_3(shell: Shell, tmp_path: Path) -> None:

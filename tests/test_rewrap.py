@@ -21,6 +21,7 @@ from keyferry import AgentUnavailable, Client
 from keyferry.parameters import decode_base64
 from keyferry.store import Outcome, Record, Store, StoreError, rewrap
 from keyferry.store import store as store_module
+from keyferry.store.record import now
 
 COUNT = 50
 
@@ -74,8 +75,18 @@ def test_every_record_moves_to_the_primary_version_and_keeps_its_data_key(
 
 
 def test_an_empty_store_is_no_failure(store: Store, kms: Client) -> None:
-    """Nothing to do."""
+    """Nothing to do, once the store was made."""
+    store.add(Record("a", "no such key", "v", "b", "{}", now()))
+    with store._engine.begin() as connection:
+        connection.execute(sqlalchemy.text("DELETE FROM keyferry_records"))
     assert rewrap(store, kms) == Outcome(0, 0, 0, 0, 0)
+
+
+def test_a_store_that_does_not_exist_is_a_failure(store: Store, kms: Client) -> None:
+    """With a wrong URL, nothing to do would read as done."""
+    for dry_run in (False, True):
+        with pytest.raises(StoreError, match="there is no store"):
+            rewrap(store, kms, dry_run=dry_run)
 
 
 def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, kms: Client, rotating: Rotating) -> None:

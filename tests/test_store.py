@@ -56,16 +56,29 @@ def test_what_is_added_is_read_back(store: Store, agent: RunningAgent) -> None:
     assert [each.name for each in store] == ["orders/2026 ü", "b", "c"]
 
 
-def test_a_store_that_is_only_read_is_not_made(tmp_path: Path) -> None:
-    """No file, no directory."""
-    path = tmp_path / "none" / "records.sqlite"
-    with Store(f"sqlite:///{path}") as store:
-        assert list(store) == []
-        assert (store.count(), store.key_ids()) == (0, [])
-        store.check_free("a")
-        with pytest.raises(StoreError, match="there is no record a in"):
-            store.get("a")
-    assert not path.parent.exists()
+def test_a_store_that_does_not_exist_is_an_error_and_is_not_made(store: Store) -> None:
+    """For everything but `add`: neither an SQLite file nor a PostgreSQL database without the table is an empty store."""
+    assert not store._exists()
+    for read in (list, Store.count, Store.key_ids, lambda store: store.get("a")):
+        with pytest.raises(StoreError, match=r"there is no .*(records\.sqlite|PostgreSQL database test)"):
+            read(store)
+    store.check_free("a")
+    assert not store._exists()
+    store.add(record("a"))
+    assert store.count() == 1
+
+
+def test_a_store_is_made_only_where_it_may_be(store_url: str) -> None:
+    """With create=False, `add` needs a store that exists, too."""
+    with Store(store_url, create=False) as store:
+        with pytest.raises(StoreError, match="there is no store"):
+            store.add(record("a"))
+        with pytest.raises(StoreError, match="there is no store"):
+            store.check_free("a")
+        with Store(store_url) as other:
+            other.add(record("a"))
+        store.add(record("b"))
+        assert store.count() == 2
 
 
 @pytest.mark.parametrize(

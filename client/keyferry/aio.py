@@ -11,10 +11,12 @@ whoever waits for an answer reads for everybody, and exceptions are the plain on
 
 import os
 import socket as sockets
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
 import anyio
+import anyio.lowlevel
 from anyio.abc import UNIXSocketStream
 
 from .declaration import Awaiting, Operation
@@ -44,10 +46,15 @@ _WINDOW: Final = 98_304
 """Bytes of requests to have under way on one connection: less than a socket's buffer takes (212,992 on Linux)."""
 _OVERHEAD: Final = 1_024
 """Bytes of that buffer that a write takes in addition to what is written."""
+_OF_ONE_LOOP: Final = frozenset({"_binding", "_connecting", "_connection", "_loop", "_released"})
+"""Attributes of a client that a pickle leaves out."""
 
 
 class Client(Operations, Awaiting):
     """As `keyferry.Client`, for one event loop: safe to share between its tasks, and to cancel at any moment.
+
+    A call from another event loop raises `KeyferryError` until the first one has ended, or has closed the client. A forked
+    child, and a client that was unpickled, connect anew.
 
     `timeout` is in seconds and bounds one whole call; for a pipeline, the wait for each next part of its answers.
     """
@@ -55,8 +62,22 @@ class Client(Operations, Awaiting):
     def __init__(self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
         self._path = os.fspath(socket) if socket is not None else default_socket()
         self._timeout = seconds(timeout)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Start without a connection, and without an event loop."""
+        self._binding = threading.Lock()
+        self._loop: tuple[int, Any] | None = None
+        self._released = False
         self._connecting = anyio.Lock()
         self._connection: _Connection | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OF_ONE_LOOP}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     async def __aenter__(self) -> Self:
         return self
@@ -69,8 +90,30 @@ class Client(Operations, Awaiting):
 
     async def aclose(self) -> None:
         """Close the connection. The client stays usable: the next call opens another."""
+        self._bind()
         async with self._connecting:
             await self._disconnect()
+            self._released = True
+
+    def _bind(self) -> None:
+        """Take this event loop for the client's own, unless another one is. Raises `KeyferryError`."""
+        try:
+            loop = (os.getpid(), anyio.lowlevel.current_token().native_token)
+        except RuntimeError:
+            raise KeyferryError("keyferry.aio needs a running event loop, of trio or asyncio") from None
+        if self._loop == loop:
+            return
+        with self._binding:
+            if self._loop is not None:
+                if self._loop[0] == loop[0] and not self._released and not _has_ended(self._loop[1]):
+                    raise KeyferryError(
+                        f"{self!r} is in use in another event loop, and one client is for one event loop: "
+                        "make a client for each loop and each thread"
+                    )
+                if self._connection is not None:
+                    self._connection.abandon()
+                self._connection, self._connecting = None, anyio.Lock()
+            self._loop, self._released = loop, False
 
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
@@ -103,6 +146,7 @@ class Client(Operations, Awaiting):
 
     async def _exchange(self, asked: Sequence[Asked]) -> None:
         """Have everything answered, on as many connections as it takes."""
+        self._bind()
         lost = done = 0
         try:
             with anyio.move_on_after(self._timeout) as patience:
@@ -141,7 +185,8 @@ class Client(Operations, Awaiting):
             if self._connection is not None and self._connection.broken is not None:
                 await self._disconnect()
             if self._connection is None:
-                self._connection = _Connection(await _connect(self._path))
+                self._released = False
+                self._connection = _Connection(*await _connect(self._path))
             return self._connection
 
 
@@ -162,8 +207,9 @@ class _Connection:
     read, while those who would read them wait to send.
     """
 
-    def __init__(self, stream: UNIXSocketStream) -> None:
+    def __init__(self, stream: UNIXSocketStream, socket: sockets.socket) -> None:
         self.exchange = Exchange()
+        self._socket = socket
         self._stream = stream
         self._sending = anyio.Lock()
         self._waiting: dict[object, anyio.Event] = {}
@@ -177,6 +223,10 @@ class _Connection:
         """Close it; whoever waits for an answer on it is told."""
         self._fail(AgentUnavailable("the client was closed while the call was under way"))
         await self._stream.aclose()
+
+    def abandon(self) -> None:
+        """Close it without its event loop, which has ended, or is the parent's of this process."""
+        self._socket.close()
 
     async def send(self, chunk: Chunk) -> None:
         """Send requests whole. Raises ConnectionError."""
@@ -264,7 +314,7 @@ class _Connection:
             raise self.broken.with_traceback(None)
 
 
-async def _connect(path: str) -> UNIXSocketStream:
+async def _connect(path: str) -> tuple[UNIXSocketStream, sockets.socket]:
     connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
     try:
         connection.setblocking(False)
@@ -274,7 +324,22 @@ async def _connect(path: str) -> UNIXSocketStream:
                 break
             except BlockingIOError:
                 await anyio.sleep(CONNECT_STEP)
-        return await UNIXSocketStream.from_socket(connection)
+        return await UNIXSocketStream.from_socket(connection), connection
     except BaseException:
         connection.close()
         raise
+
+
+def _has_ended(loop: Any) -> bool:
+    """Whether an event loop will run no more tasks: asyncio's says so, trio's takes no more work."""
+    if hasattr(loop, "is_closed"):
+        return bool(loop.is_closed())
+    try:
+        loop.run_sync_soon(_nothing)
+    except RuntimeError:  # trio.RunFinishedError
+        return True
+    return False
+
+
+def _nothing() -> None:
+    """Do nothing, in another event loop."""

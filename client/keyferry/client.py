@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
 from .declaration import Blocking, Operation
-from .errors import AgentUnavailable, KmsError
+from .errors import AgentUnavailable, KeyferryError, KmsError
 from .exchange import (
     CONNECT_STEP,
     LOST_MOST,
@@ -42,12 +42,18 @@ R = TypeVar("R")
 
 _LONGEST_POLL: Final = 3_600.0
 """Seconds to wait in one go: what poll(2) takes is limited."""
+_READABLE: Final = 0x001
+_WRITABLE: Final = 0x004
+"""POLLIN and POLLOUT of Linux, which a program that replaces the module `select` may have removed."""
+_OF_ONE_PROCESS: Final = frozenset({"_connection", "_lock", "_poll", "_under_way"})
+"""Attributes of a client that a pickle leaves out."""
 
 
 class Client(Operations, Blocking):
     """A connection to the agent, made at the first call and again when it is lost.
 
-    Safe to share between threads (calls take turns) and to keep across a fork (the child connects anew). `timeout` is in
+    Safe to share between threads (calls take turns) and to keep across a fork (the child connects anew). A client can be
+    pickled, for processes that start otherwise: it carries its path and its timeout, not its connection. `timeout` is in
     seconds and bounds one whole call, connecting included; for a pipeline, the wait for each next part of its answers.
 
     Calls raise `KmsError` and its children when the agent refuses, `AgentUnavailable` when nobody answers in time, and
@@ -59,6 +65,7 @@ class Client(Operations, Blocking):
         self._path = os.fspath(socket) if socket is not None else default_socket()
         self._timeout = seconds(timeout)
         self._connection: sockets.socket | None = None
+        self._poll: select.poll | _Select
         self._forget()
         _clients.add(self)
 
@@ -70,6 +77,15 @@ class Client(Operations, Blocking):
 
     def __repr__(self) -> str:
         return f"Client({self._path!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in _OF_ONE_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._connection = None
+        self._forget()
+        _clients.add(self)
 
     def close(self) -> None:
         """Close the connection. The client stays usable: the next call opens another."""
@@ -106,45 +122,52 @@ class Client(Operations, Blocking):
         return outcome
 
     def _exchange(self, asked: Sequence[Asked]) -> None:
-        """Have everything answered, on as many connections as it takes."""
+        """Have everything answered. Whatever cannot be done is a `KeyferryError`."""
         deadline = _Deadline(self._timeout)
         lock = self._lock  # this one: a fork in a signal handler, in the middle of a call, gives the child another
         if not lock.acquire(timeout=min(self._timeout, threading.TIMEOUT_MAX)):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
-            lost = done = 0
-            while True:
-                fresh = self._connection is None
-                try:
-                    self._go(asked, deadline)
-                    return
-                except ConnectionError:
-                    if self._connection is None:
-                        raise  # nobody listens
-                    before, done = done, answered(asked)
-                    lost += fresh and done == before
-                    if lost == LOST_MOST:
-                        raise
-                    self._disconnect()  # an agent that was restarted closed the old connection; it may be back
-        except TimeoutError:
+            self._persist(asked, deadline)
+        except BaseException as error:  # half an exchange, also a KeyboardInterrupt, leaves a connection nobody can use
             self._disconnect()
-            raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
-        except OSError as error:
-            self._disconnect()
-            raise AgentUnavailable(why_unreachable(self._path, error)) from error
-        except BaseException:  # half an exchange, a KeyboardInterrupt say, leaves a connection nobody can use
-            self._disconnect()
+            if isinstance(error, TimeoutError):
+                raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
+            if isinstance(error, OSError):
+                raise AgentUnavailable(why_unreachable(self._path, error)) from error
+            if isinstance(error, Exception) and not isinstance(error, (KeyferryError, MemoryError)):
+                # Of a program that replaces parts of the standard library: eventlet, gevent.
+                raise KeyferryError(
+                    f"the client cannot use its socket in this program: {type(error).__name__}: {error}"
+                ) from error
             raise
         finally:
             lock.release()
+
+    def _persist(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
+        """Ask on as many connections as it takes."""
+        lost = done = 0
+        while True:
+            fresh = self._connection is None
+            try:
+                self._go(asked, deadline)
+                return
+            except ConnectionError:
+                if self._connection is None:
+                    raise  # nobody listens
+                before, done = done, answered(asked)
+                lost += fresh and done == before
+                if lost == LOST_MOST:
+                    raise
+                self._disconnect()  # an agent that was restarted closed the old connection; it may be back
 
     def _go(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
         """Ask what is not answered yet, on one connection."""
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect(deadline)
-            self._poll = select.poll()
-            self._poll.register(connection, select.POLLIN)
+            self._poll = select.poll() if hasattr(select, "poll") else _Select()
+            self._poll.register(connection, _READABLE)
         for chunk in self._under_way.chunks(asked):
             self._send(connection, chunk.data, deadline)
         for _, pending in asked:
@@ -158,12 +181,12 @@ class Client(Operations, Blocking):
         if sent == len(data):
             return
         rest = memoryview(data)[sent:]
-        self._poll.modify(connection, select.POLLIN | select.POLLOUT)
+        self._poll.modify(connection, _READABLE | _WRITABLE)
         while rest:
-            if self._wait(deadline) & ~select.POLLOUT:
+            if self._wait(deadline) & ~_WRITABLE:
                 self._receive(connection, deadline)
             rest = rest[_send_some(connection, rest) :]
-        self._poll.modify(connection, select.POLLIN)
+        self._poll.modify(connection, _READABLE)
 
     def _receive(self, connection: sockets.socket, deadline: "_Deadline") -> None:
         received = connection.recv(RECEIVE)
@@ -210,6 +233,24 @@ def _send_some(connection: sockets.socket, data: bytearray | memoryview) -> int:
         return connection.send(data)
     except BlockingIOError:
         return 0
+
+
+class _Select:
+    """As much of select.poll as a client uses, for programs where only select.select is left: eventlet removes poll."""
+
+    def register(self, connection: sockets.socket, events: int) -> None:
+        self._connection = connection
+        self._events = events
+
+    modify = register
+
+    def poll(self, milliseconds: int) -> list[tuple[int, int]]:
+        """Wait until the connection is ready for one of the events. Return which, or nothing after that time."""
+        wanted = [self._connection]
+        writing = wanted if self._events & _WRITABLE else []
+        readable, writable, _ = select.select(wanted, writing, [], milliseconds / 1_000)
+        events = (_READABLE if readable else 0) | (_WRITABLE if writable else 0)
+        return [(self._connection.fileno(), events)] if events else []
 
 
 class _Deadline:

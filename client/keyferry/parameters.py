@@ -28,7 +28,7 @@ MAX_PAGE_NUMBER: Final = 2**31 - 1
 """The cloud's type for it is int32."""
 MAX_KEY_ID: Final = 512
 """Characters of a KeyId in any form: an alias of 255, its ARN, and room."""
-DATA_KEY_SPECS: Final = {"AES_256": 32, "AES_128": 16}
+DATA_KEY_SPECS: Final = {"AES_256": 32, "AES_128": 16, "SM4_128": 16}
 """Bytes of a data key by KeySpec."""
 
 
@@ -215,7 +215,7 @@ KeyId: TypeAlias = Annotated[str, KEY_ID]
 KEY_SPEC = Parameter(
     "KeySpec",
     _data_key_spec,
-    "Length of the data key: AES_256 (32 bytes, the default) or AES_128 (16).",
+    "Length of the data key: AES_256 (32 bytes, the default), AES_128 (16) or SM4_128 (16).",
     values=DATA_KEY_SPECS,
 )
 KeySpec: TypeAlias = Annotated[str | None, KEY_SPEC]

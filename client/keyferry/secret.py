@@ -201,6 +201,9 @@ class SecretMemory:
     def __repr__(self) -> str:
         return f"SecretMemory({self.size} bytes, {self.protection})"
 
+    def __reduce__(self) -> str:
+        raise TypeError("SecretMemory cannot be pickled or copied: it belongs to one process")
+
     def allocate(self, size: int) -> Secret:
         """Set `size` bytes aside, all zero. Raises `SecretMemoryError` when there is no room."""
         return self._allocate(size, max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT)

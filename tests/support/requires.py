@@ -23,6 +23,8 @@ BASE = CACHE / "debian.tar"
 WYCHEPROOF = Path(os.environ.get("KEYFERRY_WYCHEPROOF", ROOT.parent / "shared" / "vectors"))
 POSTGRESQL = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 """The programs of a PostgreSQL server, where Debian puts them."""
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+"""PgBouncer, which Debian installs where only root's PATH leads."""
 
 
 def program(name: str, package: str) -> pytest.MarkDecorator:
@@ -106,6 +108,12 @@ def openssl_sm2() -> pytest.MarkDecorator:
 def postgresql() -> pytest.MarkDecorator:
     """Skip where there is no PostgreSQL server to start."""
     return pytest.mark.skipif(POSTGRESQL is None, reason="needs a PostgreSQL server (Debian package postgresql)")
+
+
+def pgbouncer() -> pytest.MarkDecorator:
+    """Skip where there is no PgBouncer, or no PostgreSQL server behind it."""
+    missing = PGBOUNCER is None or POSTGRESQL is None
+    return pytest.mark.skipif(missing, reason="needs PgBouncer and PostgreSQL (Debian packages pgbouncer, postgresql)")
 
 
 def fuse() -> pytest.MarkDecorator:

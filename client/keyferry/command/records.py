@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
 from ..client import Client
 from ..operations import OPERATIONS
@@ -13,13 +15,16 @@ from .common import REFUSED, add_parameters, extra, given, progress, show_json, 
 from .modules import add_module_options, open_module
 
 if TYPE_CHECKING:
-    from ..store import Record, Store
+    from ..store import Store
 
 __all__ = ["add_parsers", "add_store_option", "open_store"]
 
 _ADD = OPERATIONS["GenerateDataKeyWithoutPlaintext"]
 _RECOVER = OPERATIONS["ExportDataKey"]
 _OF_THE_RECORD = ("CiphertextBlob", "EncryptionContext")
+_PASSWORD_OPTION: Final = re.compile(r"(?:^|&)(?:ssl)?password=[^&]", re.IGNORECASE)
+_NO_PORT: Final = re.compile(r"\[[0-9A-Fa-f:.]*\]|:[0-9]*(?=[,/]|$)")
+"""Colons of a URL that no password follows: those of IPv6 addresses and ports."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -66,22 +71,33 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_store(arguments: argparse.Namespace) -> "Store":
-    """The store that the options name. Raises `KeyferryError`."""
-    with extra("store"):
-        from ..store import Store  # noqa: PLC0415
-    store = Store(arguments.store)
-    if arguments.store and store.has_password and not arguments.store.startswith("@"):
+def open_store(arguments: argparse.Namespace, *, create: bool = False) -> "Store":
+    """The store that the options name. With `create`, `add` makes one that does not exist. Raises `KeyferryError`."""
+    if _may_hold_a_password(
+        arguments.store or ""
+    ):  # before anything can fail: the password is in the process list already
         print(
             "keyferry: a password on the command line can be read by every user of this host: "
             "use --store @FILE, $KEYFERRY_STORE, or PostgreSQL's own ~/.pgpass",
             file=sys.stderr,
         )
-    return store
+    with extra("store"):
+        from ..store import Store  # noqa: PLC0415
+    return Store(arguments.store, create=create)
+
+
+def _may_hold_a_password(text: str) -> bool:
+    """Whether a store's URL, valid or not, seems to hold a password."""
+    scheme, separator, location = text.partition("://")
+    if not separator or text.startswith("@") or scheme.partition("+")[0].lower() == "sqlite":
+        return False
+    address, _, options = location.partition("?")
+    user, at, _ = location.rpartition("@")
+    return ":" in (user if at else _NO_PORT.sub("", address)) or _PASSWORD_OPTION.search(unquote(options)) is not None
 
 
 def _add(arguments: argparse.Namespace) -> int:
-    with open_store(arguments) as store, Client(arguments.socket) as kms:
+    with open_store(arguments, create=True) as store, Client(arguments.socket) as kms:
         from ..store import new_record  # noqa: PLC0415
 
         store.check_free(arguments.name)
@@ -113,9 +129,10 @@ def _lines(store: "Store") -> Iterator[str]:
 
 def _json_lines(store: "Store") -> Iterator[str]:
     """One array, an element to a line, as they come."""
-    before: Record | None = None
+    records = iter(store)
+    before = next(records, None)  # first of all: a store that cannot be read is no list
     yield "["
-    for record in store:
+    for record in records:
         if before:
             yield f"  {json.dumps(before.to_json(), ensure_ascii=False)},"
         before = record

@@ -36,6 +36,9 @@ class DataKey:
 
     __slots__ = ("__weakref__",)
 
+    def __reduce__(self) -> str:
+        raise TypeError("a DataKey cannot be pickled or copied: it stands for a key in one module of one process")
+
     def __repr__(self) -> str:
         return "DataKey(...)"
 
@@ -45,6 +48,9 @@ class CryptographicModule(ABC):
 
     wrapping_key_spec: str
     wrapping_algorithm: str
+
+    def __reduce__(self) -> str:
+        raise TypeError(f"a {type(self).__name__} cannot be pickled or copied: open it in each process")
 
     @property
     @abstractmethod

@@ -1,25 +1,20 @@
-"""Where the store is: an URL that was given, in `$KEYFERRY_STORE` or in a file, else an SQLite file of this user's.
+"""Where the store is: a URL that was given, in `$KEYFERRY_STORE` or in a file, else an SQLite file of this user's.
 
-An URL may hold a database's password: no error, repr or log shows one, and it may stay out of the command line.
+A URL may hold a database's password: no error, repr or log shows one, and it may stay out of the command line.
 """
 
 import os
-from pathlib import Path
 from typing import Final
 
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.engine import URL
 
-from .record import StoreError
+from .record import StoreError, printable
+from .sqlite import home, sqlite_file
+from .url import MAX_URL, SECRET_OPTIONS, parse
 
-__all__ = ["find", "make_room", "shown"]
+__all__ = ["find", "secrets", "shown"]
 
-_DRIVERS: Final = {
-    "sqlite": "sqlite+pysqlite",
-    "postgresql": "postgresql+psycopg",  # not what SQLAlchemy 2.0 takes, psycopg2
-    "postgres": "postgresql+psycopg",  # as libpq and many hosts write it
-}
-_LONGEST: Final = 4_096
+_SQLITE: Final = "sqlite"
 
 
 def find(given: str | None = None) -> URL:
@@ -32,49 +27,44 @@ def find(given: str | None = None) -> URL:
         return _default()
     if text.startswith("@"):
         text = _from_file(text[1:])
-    try:
-        url = make_url(text)
-    except (ArgumentError, ValueError):  # a port that is no number is the latter, and its text may show a password
-        raise StoreError("the store's URL cannot be read: sqlite:///FILE or postgresql://USER@HOST/DATABASE") from None
-    url = url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
-    if url.get_backend_name() not in ("sqlite", "postgresql"):
-        raise StoreError(f"a store is in sqlite or postgresql, not in {url.get_backend_name()}")
-    if url.get_backend_name() == "sqlite" and (not url.database or url.database == ":memory:"):
-        raise StoreError("a store in memory would be forgotten at once: sqlite:///FILE")
+    url = parse(text)
+    if url.get_backend_name() == _SQLITE:
+        sqlite_file(url)  # refuses URLs that name no file
     return url
 
 
 def shown(url: URL) -> str:
     """A store as a person may read it: kind, place and name; no user's secrets, not even in the query."""
-    if url.get_backend_name() == "sqlite":
-        return str(url.database)
-    where = url.host or url.query.get("host") or "the local server"
-    return f"PostgreSQL database {url.database or '(the default)'} at {where}"
+    if url.get_backend_name() == _SQLITE:
+        return str(sqlite_file(url))
+    query = url.query
+    name = query.get("dbname") or url.database or "(the default)"
+    where = url.host or query.get("host") or query.get("hostaddr")
+    if not where:
+        where = f"the service {query['service']}" if "service" in query else "the default server"
+    return printable(f"PostgreSQL database {name} at {where}")
+
+
+def secrets(url: URL) -> list[str]:
+    """The secrets that a URL holds."""
+    found = [url.password, *(url.query.get(name) for name in sorted(SECRET_OPTIONS))]
+    return [str(secret) for secret in found if secret]
 
 
 def _default() -> URL:
-    home = os.environ.get("XDG_DATA_HOME") or ""
-    if not os.path.isabs(home):  # the XDG specification: relative ones are to be ignored
-        home = os.path.expanduser("~/.local/share")
-    return URL.create(_DRIVERS["sqlite"], database=os.path.join(home, "keyferry", "records.sqlite"))
+    folder = os.environ.get("XDG_DATA_HOME") or ""
+    if not os.path.isabs(folder):  # the XDG specification: relative ones are to be ignored
+        folder = os.path.join(home(), ".local", "share")
+    return URL.create("sqlite+pysqlite", database=os.path.join(folder, "keyferry", "records.sqlite"))
 
 
 def _from_file(path: str) -> str:
     try:
-        with open(path, encoding="utf-8") as file:
-            line = file.readline(_LONGEST).strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(f"the store's URL in {path}: {getattr(error, 'strerror', None) or 'not text'}") from None
+        with open(path, encoding="utf-8-sig") as file:
+            line = file.readline(MAX_URL + 1).strip()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or ("not text" if isinstance(error, UnicodeError) else "not a file name")
+        raise StoreError(f"the store's URL in {printable(path)}: {why}") from None
     if not line or line.startswith("@"):
-        raise StoreError(f"{path}: the store's URL is expected in its first line")
+        raise StoreError(f"{printable(path)}: the store's URL is expected in its first line")
     return line
-
-
-def make_room(url: URL) -> None:
-    """Make the directory of an SQLite file that is to be created, for this user only. Raises `StoreError`."""
-    if url.get_backend_name() == "sqlite":
-        folder = Path(str(url.database)).parent
-        try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{folder}: {error.strerror}") from None

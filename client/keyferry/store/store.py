@@ -8,25 +8,20 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Self
+from urllib.parse import quote
 
 import sqlalchemy as sql
-from sqlalchemy import event, exc
+from sqlalchemy import exc
 
-from .location import find, make_room, shown
+from .engine import make_engine
+from .location import find, secrets, shown
 from .record import LONGEST_NAME, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
+from .sqlite import sqlite_file
 
 __all__ = ["Store"]
 
 _PAGE: Final = 500
 """Records to have in memory at a time."""
-_PATIENCE: Final = 60
-"""Seconds to wait for another writer of an SQLite file, and for a PostgreSQL server to take a connection."""
-_WAITING: Final = {
-    "pysqlite": {"timeout": _PATIENCE},
-    "psycopg": {"connect_timeout": _PATIENCE},
-    "psycopg2": {"connect_timeout": _PATIENCE},
-}
-"""How each driver is told so."""
 
 _records: Final = sql.Table(
     "keyferry_records",
@@ -81,29 +76,19 @@ class Store:
     """A database of records. Safe to use from several processes at once.
 
     `url` is an SQLAlchemy URL of SQLite or PostgreSQL, `@FILE` with one in it, or None: `$KEYFERRY_STORE`, else an SQLite file
-    under `$XDG_DATA_HOME/keyferry`. The table is made with the first record. Everything raises `StoreError`.
+    under `$XDG_DATA_HOME/keyferry`.
+
+    `add` makes a store that does not exist: the file, its folder, the table. With `create=False` it does not. All other methods
+    raise `StoreError` for a store that does not exist: it is never taken for an empty one. All methods raise `StoreError`.
     """
 
-    def __init__(self, url: str | None = None) -> None:
+    def __init__(self, url: str | None = None, *, create: bool = True) -> None:
         self._url = find(url)
         self._place = shown(self._url)
-        sqlite = self._url.get_backend_name() == "sqlite"
-        try:
-            self._engine = sql.create_engine(
-                self._url,
-                hide_parameters=True,
-                connect_args=_WAITING.get(self._url.get_driver_name(), {}),
-            )
-        except (exc.ArgumentError, exc.NoSuchModuleError):
-            raise StoreError(f"{self._place}: SQLAlchemy knows no such driver") from None
-        except ModuleNotFoundError as error:
-            raise StoreError(f"{self._place}: its driver, {error.name}, is not installed") from None
-        except ImportError:
-            raise StoreError(
-                f"{self._place}: its driver does not start. PostgreSQL's needs the system's libpq (Debian package libpq5)"
-            ) from None
-        if sqlite:
-            event.listen(self._engine, "connect", _tolerate)
+        self._create = create
+        self._file = sqlite_file(self._url) if self._url.get_backend_name() == "sqlite" else None
+        self._engine = make_engine(self._url, self._place, self._file)
+        self._process = os.getpid()
 
     def __enter__(self) -> Self:
         return self
@@ -114,10 +99,13 @@ class Store:
     def __repr__(self) -> str:
         return f"Store({self._place!r})"
 
+    def __reduce__(self) -> str:
+        raise TypeError("a Store cannot be pickled, because its URL may hold a password: open one in each process")
+
     @property
     def has_password(self) -> bool:
         """Whether the URL itself holds a password."""
-        return any(self._secrets())
+        return bool(secrets(self._url))
 
     def close(self) -> None:
         """Close the connections to the database."""
@@ -128,10 +116,14 @@ class Store:
         for record in records:
             check_name(record.name)
         rows = [_row(record) for record in records]
-        make_room(self._url)
+        if not self._create:
+            self._require()
+        elif self._file is not None:
+            self._file.make()
         try:
             with self._doing() as connection:
-                self._make_table(connection)
+                if self._create:
+                    self._make_table(connection)
                 connection.execute(sql.insert(_records), rows)
         except exc.IntegrityError:
             names = records[0].name if len(records) == 1 else "one of these names"
@@ -140,11 +132,14 @@ class Store:
     def check_free(self, name: str) -> None:
         """Refuse a name that is no good or taken, before a data key is made in vain."""
         check_name(name)
-        if self._one(name) is not None:
+        if not self._create:
+            self._require()
+        if self._exists() and self._one(name) is not None:
             raise StoreError(f"{name} is taken: a record is never overwritten")
 
     def get(self, name: str) -> Record:
         """The record of this name."""
+        self._require(f"there is no record {printable(name)} in {self._place}, because it does not exist")
         record = self._one(name)
         if record is None:
             raise StoreError(f"there is no record {printable(name)} in {self._place}")
@@ -157,12 +152,13 @@ class Store:
     def count(self, key_id: str | None = None, *, not_under: str | None = None) -> int:
         """How many records there are; of a master key only; and of those, only the ones under another version than this."""
         asked = sql.select(sql.func.count()).select_from(_records).where(*_matching(key_id, not_under))
-        return int(self._rows(asked)[0][0]) if self._exists() else 0
+        self._require()
+        return int(self._rows(asked)[0][0])
 
     def key_ids(self) -> list[str]:
         """The master keys that there are records of."""
-        rows = self._rows(sql.select(_c.key_id).distinct().order_by(_c.key_id)) if self._exists() else []
-        return [row[0] for row in rows]
+        self._require()
+        return [row[0] for row in self._rows(sql.select(_c.key_id).distinct().order_by(_c.key_id))]
 
     def not_under(self, key_id: str, key_version_id: str) -> Iterator[list[Record]]:
         """The records of a master key that are under another version than this, in pages. They may be replaced meanwhile."""
@@ -195,12 +191,13 @@ class Store:
             return connection.execute(_REPLACE, rows).rowcount
 
     def _one(self, name: str) -> Record | None:
-        rows = self._rows(_SELECT.where(_c.name == name)) if name.isprintable() and self._exists() else []
+        rows = self._rows(_SELECT.where(_c.name == name)) if name.isprintable() else []
         return Record(*rows[0]) if rows else None
 
     def _pages(self) -> Iterator[Record]:
+        self._require()
         after = 0
-        while page := self._page(after, []) if after or self._exists() else []:
+        while page := self._page(after, []):
             yield from page
             after = page[-1].row_id
 
@@ -214,10 +211,18 @@ class Store:
 
     def _exists(self) -> bool:
         """Whether there is a table yet. Looking for it makes no file."""
-        if self._url.get_backend_name() == "sqlite" and not os.path.exists(str(self._url.database)):
+        if self._file is not None and not self._file.exists():
             return False
         with self._doing() as connection:
             return sql.inspect(connection).has_table(_records.name)
+
+    def _require(self, why: str = "") -> None:
+        """Refuse to take a store that does not exist for an empty one: its URL may be wrong."""
+        if not self._exists():
+            why = why or f"there is no store in {self._place}"
+            raise StoreError(
+                f"{why}: name another with --store or $KEYFERRY_STORE, or make it with 'keyferry records add'"
+            )
 
     def _make_table(self, connection: sql.Connection) -> None:
         if not sql.inspect(connection).has_table(_records.name):
@@ -228,24 +233,37 @@ class Store:
     @contextmanager
     def _doing(self) -> Iterator[sql.Connection]:
         """A transaction, whose failures are told in this package's words."""
+        with self._connected() as connection:
+            try:
+                with connection.begin():
+                    yield connection
+            except exc.IntegrityError:
+                raise
+            except (exc.SQLAlchemyError, OSError, TypeError, ValueError) as error:
+                raise StoreError(f"{self._place}: {self._why(error)}") from None
+
+    @contextmanager
+    def _connected(self) -> Iterator[sql.Connection]:
+        """A connection of this process's own. What a driver makes of a URL's options may raise any exception."""
+        if self._process != os.getpid():  # after a fork, the pool's connections are the parent's
+            self._inherited = self._engine.pool  # kept: the driver warns of connections that are not closed
+            self._engine.dispose(close=False)
+            self._process = os.getpid()
         try:
-            with self._engine.begin() as connection:
-                yield connection
-        except exc.IntegrityError:
-            raise
-        except (exc.SQLAlchemyError, OSError, ImportError) as error:
+            connection = self._engine.connect()
+        except Exception as error:
             raise StoreError(f"{self._place}: {self._why(error)}") from None
+        with connection:
+            yield connection
 
     def _why(self, error: Exception) -> str:
         """The driver's own first line, without the statement that SQLAlchemy adds; and never a password."""
         cause = getattr(error, "orig", None) or error
-        why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        return type(cause).__name__ if any(secret in why for secret in self._secrets()) else why
-
-    def _secrets(self) -> list[str]:
-        url = self._url
-        found = [url.password, *(url.query.get(name) for name in ("password", "sslpassword"))]
-        return [str(secret) for secret in found if secret]
+        lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
+        why = " ".join(lines) if lines[0].endswith(":") else lines[0]  # of several hosts, each has a line
+        if any(form in why for secret in secrets(self._url) for form in _forms(secret)):
+            why = type(cause).__name__
+        return why + (self._file.advice() if self._file is not None else "")
 
 
 def _matching(key_id: str | None, not_under: str | None) -> list[Any]:
@@ -265,6 +283,6 @@ def _row(record: Record) -> dict[str, Any]:
     return row
 
 
-def _tolerate(connection: Any, _record: object) -> None:
-    """Bytes of an SQLite file that are no UTF-8 spoil one record, not the page that it is on."""
-    connection.text_factory = lambda text: text.decode(errors="replace")
+def _forms(secret: str) -> tuple[str, ...]:
+    """A secret as it is, and as Python, a URL or libpq would quote it."""
+    return secret, repr(secret)[1:-1], quote(secret, safe=""), secret.replace("\\", "\\\\").replace("'", "\\'")

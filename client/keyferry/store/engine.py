@@ -1,0 +1,95 @@
+"""How the store connects: SQLAlchemy's engine for a URL, without state that outlives a transaction.
+
+A connection to PostgreSQL may lead to a pooler that gives every transaction another session (PgBouncer with
+`pool_mode = transaction`). So nothing is prepared on a connection, nothing is set on it, and locks end with the transaction.
+"""
+
+import os
+from typing import Any, Final
+
+import sqlalchemy as sql
+from sqlalchemy import event, exc
+from sqlalchemy.engine import URL
+
+from .record import StoreError
+from .sqlite import SqliteFile
+from .url import naming
+
+__all__ = ["make_engine"]
+
+_CONNECT_PATIENCE: Final = 60
+"""Seconds to wait for a PostgreSQL server to accept a connection, unless the URL or the environment says otherwise."""
+
+
+def make_engine(url: URL, place: str, file: SqliteFile | None) -> sql.Engine:
+    """Return an engine that connects when it is used first. `place` is the store's name in messages. Raises `StoreError`."""
+    try:
+        return _sqlite(url, file) if file is not None else _postgresql(url)
+    except (exc.ArgumentError, exc.NoSuchModuleError):
+        raise StoreError(f"{place}: SQLAlchemy knows no such driver") from None
+    except ModuleNotFoundError as error:
+        raise StoreError(f"{place}: its driver, {error.name}, is not installed") from None
+    except ImportError:
+        raise StoreError(
+            f"{place}: its driver does not start. PostgreSQL's needs the system's libpq (Debian package libpq5)"
+        ) from None
+
+
+def _sqlite(url: URL, file: SqliteFile) -> sql.Engine:
+    if url.get_driver_name() != "pysqlite":
+        raise exc.NoSuchModuleError
+    engine = sql.create_engine(
+        URL.create(url.drivername, database=file.path),
+        hide_parameters=True,
+        creator=file.connect,
+        poolclass=sql.NullPool,  # a connection that is kept would go on with a file that another one has replaced
+    )
+    event.listen(engine, "connect", _tolerate)
+    return engine
+
+
+def _postgresql(url: URL) -> sql.Engine:
+    psycopg = url.get_driver_name() == "psycopg"
+    options = _libpq_options(url) if psycopg else {}
+    engine = sql.create_engine(
+        URL.create(url.drivername) if psycopg else url,
+        hide_parameters=True,
+        pool_pre_ping=True,  # a restart of the server breaks connections that wait in the pool
+        connect_args=options,
+    )
+    if psycopg:
+        _check_options(url)
+    return engine
+
+
+def _libpq_options(url: URL) -> dict[str, Any]:
+    """The parameters of psycopg.connect: options of libpq, each as text, and what this package insists on."""
+    parts = {
+        "host": url.host,
+        "port": url.port,
+        "user": url.username,
+        "password": url.password,
+        "dbname": url.database,
+    }
+    options: dict[str, Any] = {name: str(value) for name, value in parts.items() if value is not None}
+    if "PGCONNECT_TIMEOUT" not in os.environ:
+        options["connect_timeout"] = _CONNECT_PATIENCE
+    options.update(url.query)
+    options["client_encoding"] = "utf8"  # else the database's, which need not have the characters of every name
+    options["prepare_threshold"] = None  # a prepared statement is in one session, and a pooler has several
+    return options
+
+
+def _check_options(url: URL) -> None:
+    """Refuse options that psycopg would refuse without naming the URL, or would take for its own."""
+    from psycopg import pq  # noqa: PLC0415 - only now is it known to start
+
+    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    for name in url.query:
+        if name not in known:
+            raise StoreError(f'{naming(name)} is not an option of this system\'s libpq; "&" in a value is %26')
+
+
+def _tolerate(connection: Any, _record: object) -> None:
+    """Bytes of an SQLite file that are no UTF-8 spoil one record, not the page that it is on."""
+    connection.text_factory = lambda text: text.decode(errors="replace")
