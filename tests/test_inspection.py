@@ -279,6 +279,7 @@ MAY_BLOCK = {
     ("keyferry_agent.peer.process", "cgroups"): {"open"},
     ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
     ("keyferry_agent.peer.platform", "_control_groups_visible"): {"open"},
+    ("keyferry_agent.peer.platform", "_programs_visible"): {"readlink"},
     ("keyferry_agent.serving", "__init__"): {"open"},
     ("keyferry_agent.serving", "_refuse_with_the_reserve"): {"open"},
 }
@@ -327,6 +328,7 @@ def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> 
     assert not [name for name in ALL if "keyferry_agent.peer.inspector" in imports(name)]
     assert {name for name, path in ALL.items() if "/exe" in path.read_text()} <= {
         "keyferry_agent.peer.program",
+        "keyferry_agent.peer.platform",
         "keyferry_agent.grants",
     }
 

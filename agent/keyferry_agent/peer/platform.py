@@ -7,7 +7,6 @@ from typing import Final
 
 from .groups import LACKING, SO_PEERGROUPS
 from .process import Process
-from .program import processes_visible
 
 __all__ = ["lacking"]
 
@@ -29,7 +28,7 @@ def lacking() -> Mapping[str, frozenset[str]]:
             return found
     if not _control_groups_visible():
         found["/proc does not show other users' processes (hidepid)"] = frozenset({"unit", "pod", "exe", "sha256"})
-    elif not processes_visible():
+    elif not _programs_visible():
         found["it takes CAP_SYS_PTRACE to see the programs of other users"] = frozenset({"exe", "sha256"})
     return found
 
@@ -59,3 +58,11 @@ def _control_groups_visible() -> bool:
             return bool(file.read(1))
     except OSError:
         return False
+
+
+def _programs_visible() -> bool:
+    try:
+        os.readlink("/proc/1/exe")
+    except OSError:
+        return False
+    return True

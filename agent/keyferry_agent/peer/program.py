@@ -8,7 +8,7 @@ import hashlib
 import os
 from typing import Final, NamedTuple
 
-__all__ = ["Program", "inspect", "processes_visible"]
+__all__ = ["Program", "inspect"]
 
 _HASHES_REMEMBERED: Final = 1_024
 _LARGEST: Final = 2**30
@@ -70,15 +70,6 @@ def _hash(pid: int) -> str | None:
 
 
 _hashes: dict[tuple[int, ...], str] = {}
-
-
-def processes_visible() -> bool:
-    """Whether the programs of other users' processes may be seen: with CAP_SYS_PTRACE, and without hidepid."""
-    try:
-        os.readlink("/proc/1/exe")
-    except OSError:
-        return False
-    return True
 
 
 def _identity(path: str | int) -> tuple[int, ...]:
