@@ -20,7 +20,7 @@ from support.agent import PATIENCE, RunningAgent
 from support.requires import root
 
 from keyferry import Client, KeyferryError, aio, operations
-from keyferry.module import SoftwareModule
+from keyferry.module import DataKey, SoftwareModule
 from keyferry.secret import SecretMemory
 from keyferry.store import Store
 
@@ -132,7 +132,7 @@ def test_what_belongs_to_one_process_says_why_it_is_not_pickled(tmp_path: Path) 
     memory = SecretMemory(64, require=False)
     module = SoftwareModule.generate("RSA_2048")
     store = Store(f"sqlite:///{tmp_path / 'x'}")
-    for thing in (memory, memory.allocate(16), module, store):
+    for thing in (memory, memory.allocate(16), module, DataKey(), store):
         for use in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(TypeError, match="cannot be pickled"):
                 use(thing)
@@ -232,7 +232,7 @@ BARE = """
 import os, sys
 from keyferry import Client, aio, files
 from keyferry.command import main
-from keyferry.module import SoftwareModule
+from keyferry.module import DataKey, SoftwareModule
 from keyferry.store import Store, new_record, rewrap
 import anyio, encodings.idna, sqlalchemy.dialects.sqlite, tqdm
 socket, folder = sys.argv[1:]

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy
@@ -27,7 +27,7 @@ def bouncer(cluster: Cluster) -> Iterator[Bouncer]:
         yield running
 
 
-def together(count: int, work: "threading.Thread | object") -> list[BaseException]:
+def together(count: int, work: Callable[[int], None]) -> list[BaseException]:
     """Run a function in several threads at once, with the number of each; return what they raised."""
     failures: list[BaseException] = []
     start = threading.Barrier(count)
@@ -35,7 +35,7 @@ def together(count: int, work: "threading.Thread | object") -> list[BaseExceptio
     def run(number: int) -> None:
         start.wait()
         try:
-            work(number)  # type: ignore[operator]
+            work(number)
         except BaseException as error:
             failures.append(error)
 

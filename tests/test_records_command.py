@@ -113,7 +113,7 @@ def test_a_store_that_does_not_exist_is_no_empty_one(shell: Shell, arguments: li
     assert ("records.sqlite" if shell.store.startswith("sqlite") else "PostgreSQL database test") in err
 
 
-def test_a_file_is_not_encrypted_with_a_store_that_does_not_exist(
+def test_encrypt_file_refuses_a_store_that_does_not_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], store_url: str
 ) -> None:
     """OUT does not appear."""

@@ -203,8 +203,8 @@ def test_a_file_that_is_replaced_is_the_store_from_then_on(folder: Path) -> None
         assert [each.name for each in store] == ["b"]
 
 
-def test_a_working_directory_that_is_gone_matters_to_relative_paths_only(folder: Path) -> None:
-    """And it is an error of the store."""
+def test_a_missing_working_directory_is_an_error_of_the_store(folder: Path) -> None:
+    """For relative paths only."""
     (folder / "gone").mkdir()
     os.chdir(folder / "gone")
     (folder / "gone").rmdir()
