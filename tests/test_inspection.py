@@ -211,11 +211,12 @@ async def test_a_user_whose_inspection_is_late_waits_no_second_time(
 
 
 async def test_late_inspections_of_strangers_leave_room_for_users_who_are_named(
-    standing: Standing, process: Process, autojump_clock: trio.testing.MockClock
+    standing: Standing, process: Process, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One person can have 65,536 users."""
     async with inspecting() as inspector:
         async with trio.open_nursery() as nursery:
+            monkeypatch.setattr(inspection, "_MOST_LATE", 64)
             for user in range(100, 100 + inspection._MOST_LATE):
                 nursery.start_soon(functools.partial(inspector.inspect, process, user, (), hashed=False))
         asked = standing.take()
@@ -224,6 +225,65 @@ async def test_late_inspections_of_strangers_leave_room_for_users_who_are_named(
         assert standing.take() == asked
         assert await inspector.inspect(process, 2, {2}, hashed=False) is None
         assert standing.take() == asked + 1
+
+
+async def test_users_who_had_an_answer_before_are_asked_about_whoever_is_late(
+    standing: Standing, process: Process, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand users of one person, on a file system that hangs, take nobody else's evidence."""
+    monkeypatch.setattr(inspection, "_MOST_LATE", 3)
+    async with inspecting() as inspector:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+            await trio.sleep(0.1)
+            standing.answer_all()
+        async with trio.open_nursery() as nursery:
+            for user in range(100, 103):
+                nursery.start_soon(functools.partial(inspector.inspect, process, user, (), hashed=False))
+        standing.take()
+        standing.asked = []
+        assert await inspector.inspect(process, 2, (), hashed=False) is None
+        assert standing.take() == 0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+            await trio.sleep(0.1)
+            assert standing.take() == 1
+            standing.answer_all()
+
+
+async def test_connections_that_end_while_they_are_inspected_do_not_pile_up(
+    standing: Standing, process: Process
+) -> None:
+    """A user has one request under way, however many processes connect and exit."""
+    async with inspecting() as inspector:
+        for _ in range(50):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+        assert standing.take() == 1
+        assert len(inspector._requests) == 1
+
+
+async def test_an_inspector_that_could_not_be_started_once_is_tried_again(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever waited for it is refused at once, and is not held to be late."""
+    real, failures = inspection._start, [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))]
+
+    def start() -> tuple[trio.socket.SocketType, int]:
+        if failures:
+            raise failures.pop()
+        return real()
+
+    monkeypatch.setattr(inspection, "_start", start)
+    monkeypatch.setattr(inspection, "_RESTART_SECONDS", 0.01)
+    async with inspecting() as inspector:
+        with trio.fail_after(inspection.INSPECTION_SECONDS / 2):
+            assert await inspector.inspect(process, 1, (), hashed=True) is None
+        assert not inspector._late
+        with trio.fail_after(PATIENCE):
+            assert await inspector.inspect(process, 1, (), hashed=True) is not None
 
 
 async def test_an_inspector_that_ends_is_started_anew(process: Process) -> None:
@@ -279,7 +339,7 @@ MAY_BLOCK = {
     ("keyferry_agent.peer.process", "cgroups"): {"open"},
     ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
     ("keyferry_agent.peer.platform", "_control_groups_visible"): {"open"},
-    ("keyferry_agent.peer.platform", "_programs_visible"): {"readlink"},
+    ("keyferry_agent.peer.platform", "_read"): {"open"},
     ("keyferry_agent.serving", "__init__"): {"open"},
     ("keyferry_agent.serving", "_refuse_with_the_reserve"): {"open"},
 }
@@ -328,7 +388,6 @@ def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> 
     assert not [name for name in ALL if "keyferry_agent.peer.inspector" in imports(name)]
     assert {name for name, path in ALL.items() if name.startswith("keyferry_agent") and "/exe" in path.read_text()} <= {
         "keyferry_agent.peer.program",
-        "keyferry_agent.peer.platform",
         "keyferry_agent.grants",
     }
 

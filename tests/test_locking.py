@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RunningAgent, dev_agent
-from support.keyring import change
+from support.keyring import change, run
 from support.other_user import line_of, running_as
 from support.requires import root
 
@@ -115,6 +115,37 @@ def test_a_lock_file_that_root_makes_is_the_owners(tmp_path: Path) -> None:
     with Lock(tmp_path / "a", seconds=0, with_owner=True):
         status = lock_file_of(tmp_path / "a").stat()
         assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (4_208, 4_208, 0o600)
+
+
+@root()
+def test_a_file_of_another_user_is_not_given_away_as_a_lock_file(tmp_path: Path) -> None:
+    """The owner of a folder may rename any file into it."""
+    (tmp_path / "a").touch()
+    os.chown(tmp_path / "a", 4_208, 4_208)
+    lock_file_of(tmp_path / "a").touch(mode=0o600)
+    with Lock(tmp_path / "a", seconds=0, with_owner=True):
+        assert lock_file_of(tmp_path / "a").stat().st_uid == 0
+
+
+@root()
+def test_root_gives_nothing_away_in_a_folder_of_another_user(
+    keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever owns the folder puts a link to a file of root's where the new keyring is written."""
+    victim, fsync = tmp_path / "victim", os.fsync
+    victim.write_text("root's")
+    os.chown(keyring, 4_208, 4_208)
+    beside = keyring.with_name(f".{keyring.name}.new")
+
+    def swap(descriptor: int) -> None:
+        fsync(descriptor)
+        if beside.exists() and not beside.is_symlink():
+            beside.unlink()
+            beside.symlink_to(victim)
+
+    monkeypatch.setattr(os, "fsync", swap)
+    run("rotate", keyring, "alias/a", "--unseal", keyring.parent / "identity", code=1)
+    assert (victim.stat().st_uid, victim.read_text()) == (0, "root's")
 
 
 def test_a_listener_whose_queue_is_full_is_alive(socket_path: Path) -> None:

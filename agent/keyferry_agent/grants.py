@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from keyferry.operations import OPERATIONS
 
-from .peer import Peer
+from .peer import Groups, Peer
 
 __all__ = [
     "ACTIONS",
@@ -257,10 +257,11 @@ class Policy:
         known = self._known.get(evidence)
         if known is None:
             known = self._look_up(peer)
-            self._room -= _CALLER_BYTES + 4 * len(peer.gids)
+            size = _CALLER_BYTES + (peer.gids.size if isinstance(peer.gids, Groups) else 0)
+            self._room -= size
             if self._room < 0:
                 self._known.clear()
-                self._room = _CALLERS_ROOM - _CALLER_BYTES - 4 * len(peer.gids)
+                self._room = _CALLERS_ROOM - size
             self._known[evidence] = known
         return known
 

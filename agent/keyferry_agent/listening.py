@@ -143,9 +143,7 @@ def _make(listener: Listener, path: Path) -> socket.socket:
     old = os.umask(0o177)  # nobody but the owner can connect before the mode is set
     try:
         made.bind(os.fspath(path))
-        if listener.uid is not None or listener.gid is not None:
-            os.chown(path, -1 if listener.uid is None else listener.uid, -1 if listener.gid is None else listener.gid)
-        os.chmod(path, listener.mode)
+        _own(path, listener)
         made.listen(_BACKLOG)
     except OSError as error:
         made.close()
@@ -153,6 +151,20 @@ def _make(listener: Listener, path: Path) -> socket.socket:
     finally:
         os.umask(old)
     return made
+
+
+def _own(path: Path, listener: Listener) -> None:
+    """Give the socket's file its owner and mode. By its inode: another user may own the folder, and put a link at the name."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            raise ListeningError(f"{path}: another user replaced the socket while it was made; check its folder")
+        itself = f"/proc/self/fd/{descriptor}"
+        if listener.uid is not None or listener.gid is not None:
+            os.chown(itself, -1 if listener.uid is None else listener.uid, -1 if listener.gid is None else listener.gid)
+        os.chmod(itself, listener.mode)
+    finally:
+        os.close(descriptor)
 
 
 def _check_directory(directory: Path) -> None:

@@ -17,6 +17,7 @@ __all__ = ["Lock", "LockError", "lock_file_of"]
 
 _RETRY_SECONDS: Final = 0.05
 _MODE: Final = 0o600
+_ROOT: Final = 0
 
 
 class LockError(Exception):
@@ -87,14 +88,12 @@ class Lock:
             owner = None
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            descriptor = self._make_or_find(flags)
-            if owner is not None and os.geteuid() == os.fstat(descriptor).st_uid == 0:
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)
+            descriptor = self._make_or_find(flags, owner)
         except OSError as error:
             why = "a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
             raise LockError(f"{self._file}: cannot be opened to lock {path}: {why}") from error
         status = os.fstat(descriptor)
-        trusted = {os.geteuid(), 0, *([owner.st_uid] if owner else [])}
+        trusted = {os.geteuid(), _ROOT, *([owner.st_uid] if owner else [])}
         if stat.S_ISREG(status.st_mode) and status.st_uid in trusted and not status.st_mode & 0o077:
             return descriptor
         os.close(descriptor)
@@ -103,10 +102,16 @@ class Lock:
             f"{stat.S_IMODE(status.st_mode):04o}), so that others could keep it locked; remove it"
         )
 
-    def _make_or_find(self, flags: int) -> int:
+    def _make_or_find(self, flags: int, owner: os.stat_result | None) -> int:
         while True:
             try:
-                return os.open(self._file, flags | os.O_CREAT | os.O_EXCL, _MODE)
+                descriptor = os.open(self._file, flags | os.O_CREAT | os.O_EXCL, _MODE)
             except FileExistsError:
                 with suppress(FileNotFoundError):  # its holder removed it meanwhile
                     return os.open(self._file, flags)
+            else:
+                if owner is not None and os.geteuid() == _ROOT:
+                    os.fchown(
+                        descriptor, owner.st_uid, owner.st_gid
+                    )  # never a file that was there: it may be another's
+                return descriptor

@@ -5,7 +5,7 @@ Every limit has a default that a small host can live with, and its reason beside
 """
 
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -128,6 +128,8 @@ def examine(path: Path) -> Examined:
     return Examined(None, [f"{path}: {problem}"], open_to_others)
 
 
+_MAX_COMPARED: Final = 100_000
+"""Pairs of grants that are compared with each other at most."""
 _LISTENER: Final = Listener()
 _LIMITS: Final = Limits()
 _AUDIT: Final = Audit()
@@ -206,9 +208,34 @@ def _check_grants(table: toml.Table, settings: Settings) -> None:
                         f"grant[{i}].keys: {key!r} is not of this agent, whose ARNs begin with "
                         f"acs:kms:{settings.region}:{settings.account}:"
                     )
+    table.warnings += _ways_round(settings.grants)
     names = [grant.name for grant in settings.grants if grant.name]
     if len(set(names)) != len(names):
         table.wrong("grant", "two grants have the same name; the record of requests could not tell them apart")
+
+
+def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
+    """Warn of grants without recipients that give a caller what its grant with recipients is to keep from it."""
+    pinned = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is not None]
+    others = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is None]
+    if len(pinned) * len(others) > _MAX_COMPARED:
+        return
+    for i, grant in pinned:
+        for j, other in others:
+            if not any(other.has_action(action) for action in (*NEVER_WITH_RECIPIENTS, "kms:ReEncryptTo")):
+                continue
+            if _agree(grant.to, other.to) and _agree(grant.encryption_context, other.encryption_context):
+                shared = sorted({a for a in grant.keys for b in other.keys if fnmatchcase(a, b) or fnmatchcase(b, a)})
+                if shared:
+                    yield (
+                        f"grant[{i}].recipients: grant[{j}] has none, and may be to the same caller for {', '.join(shared)}: "
+                        "through it the caller can learn or choose what the first grant exports"
+                    )
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether no name has two values, so that one caller, or one EncryptionContext, may match both."""
+    return all(other.get(name, value) == value for name, value in one.items())
 
 
 def _audit_path(value: Any) -> str:

@@ -25,6 +25,9 @@ _CREDENTIALS: Final = "/run/credentials/"
 _DESCRIPTORS: Final = ("/dev/", "/proc/")
 """Where descriptors have paths."""
 
+_MOST_LINKS: Final = 40
+"""Symbolic links that the kernel follows in one path."""
+
 _Path: TypeAlias = str | os.PathLike[str]
 
 
@@ -121,28 +124,54 @@ def _groups() -> set[int]:
 
 
 def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
-    """Yield one message for each folder above the file, or above the link to it, in which others can replace the next name."""
-    for folder in _folders(path):
+    """Yield one message for each folder and each link on the way to the file with which others can replace it."""
+    for name, status in _hops(os.path.abspath(path)):
+        if stat.S_ISLNK(status.st_mode):
+            if status.st_uid not in trusted:
+                yield f"{path}: the link {name} belongs to user {status.st_uid}, who can point it to another file; remove it"
+            continue
         try:
-            status = os.stat(folder)
-            read_only = bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
-        except OSError:  # the folder is gone, or belongs to another process (/proc/self/fd)
+            read_only = bool(os.statvfs(name).f_flag & os.ST_RDONLY)
+        except OSError:
             continue
         mode = stat.S_IMODE(status.st_mode)
         if status.st_uid not in trusted:
-            yield f"{path}: its folder {folder} belongs to user {status.st_uid}, who can replace the file; chown {folder}"
+            yield f"{path}: its folder {name} belongs to user {status.st_uid}, who can replace the file; chown {name}"
         # In a sticky folder users replace only files of their own. A read-only mount has its writers, if any, elsewhere: the
         # folder of a Kubernetes ConfigMap has mode 0777, below a folder of the host that only root can enter.
         elif mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX and not read_only:
-            yield (
-                f"{path}: its folder {folder} has mode {mode:04o}: other users can replace the file; chmod go-w {folder}"
-            )
+            yield f"{path}: its folder {name} has mode {mode:04o}: other users can replace the file; chmod go-w {name}"
 
 
-def _folders(path: str) -> list[str]:
-    """Return the folders that lead to a name and to the file it stands for, the nearest first."""
-    folders: dict[str, None] = {}
-    for name in (os.path.abspath(path), os.path.realpath(path)):
-        while name != (name := os.path.dirname(name)):
-            folders[name] = None
-    return list(folders)
+def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield each folder and each symbolic link that the kernel goes through to open an absolute path, once."""
+    seen: set[str] = set()
+    ahead, place = [part for part in reversed(path.split("/")) if part], "/"
+    links = 0
+    while True:
+        try:
+            status = os.lstat(place)
+        except OSError:  # it is gone, or belongs to another process (/proc/self/fd)
+            return
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > _MOST_LINKS:
+                return
+            if place not in seen:
+                seen.add(place)
+                yield place, status
+            try:
+                target = os.readlink(place)
+            except OSError:
+                return
+            ahead += [part for part in reversed(target.split("/")) if part]
+            place = "/" if target.startswith("/") else os.path.dirname(place)
+            continue
+        if stat.S_ISDIR(status.st_mode) and place not in seen:
+            seen.add(place)
+            yield place, status
+        if not ahead:
+            return
+        part = ahead.pop()
+        if part != ".":
+            place = os.path.dirname(place) if part == ".." else os.path.join(place, part)

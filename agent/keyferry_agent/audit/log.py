@@ -136,8 +136,10 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _of_peer(peer: Peer) -> str:
-    # The groups are ascending, and there may be 65,536 of them: only what is listed becomes a key of the cache.
-    return _described(peer.uid, tuple(itertools.islice(peer.gids, _MOST_LISTED)), peer.pid, peer.unit, peer.listener)
+    # There may be 65,536 groups: only those that are listed become a key of the cache.
+    return _described(
+        peer.uid, tuple(sorted(set(itertools.islice(peer.gids, _MOST_LISTED)))), peer.pid, peer.unit, peer.listener
+    )
 
 
 @functools.lru_cache(maxsize=_PEERS)

@@ -122,12 +122,17 @@ def _replace(path: Path, content: bytes) -> None:
             with open(descriptor, "wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
-            with suppress(FileNotFoundError):  # whoever could read the old file may read the new one; no more than 0600
-                status = path.stat()
-                if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                    os.chown(beside, status.st_uid, status.st_gid)
-            os.replace(beside, path)
+                os.fsync(descriptor)
+                with suppress(
+                    FileNotFoundError
+                ):  # whoever could read the old file may read the new one; no more than 0600
+                    status = path.lstat()
+                    if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                        # By its descriptor: another user may own the folder, and put another file at the name.
+                        os.fchown(descriptor, status.st_uid, status.st_gid)
+                os.replace(beside, path)
+                if not os.path.samestat(path.lstat(), os.fstat(descriptor)):
+                    raise KeyringError(f"{path}: another user replaced the file while it was written; check its folder")
         except BaseException:
             with suppress(OSError):
                 beside.unlink()

@@ -54,7 +54,7 @@ def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | Non
     Raises ProcessLookupError when it has ended, and OSError when this is not a Unix socket, or the agent lacks descriptors.
     """
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    gids = Groups({gid, *peer_groups(connection)} - {_OVERFLOW_GID})
+    gids = Groups([gid], packed=peer_groups(connection), without=_OVERFLOW_GID)
     peer = Peer(uid=None if uid == OVERFLOW_UID else uid, gids=gids, pid=pid or None, listener=listener)
     process = Process.of(connection, peer.pid)
     if process is not None:

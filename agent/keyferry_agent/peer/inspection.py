@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import sys
-from collections import Counter
 from collections.abc import Container
 from contextlib import suppress
 from typing import Final
@@ -23,8 +22,10 @@ __all__ = ["INSPECTION_SECONDS", "Inspector"]
 
 INSPECTION_SECONDS: Final = 5.0
 """For one inspection. Hashing a program of a GiB takes about two seconds, the first time."""
-_MOST_LATE: Final = 64
-"""Users, of those whom no grant names beside a program, whose threads may be late at one time."""
+_MOST_LATE: Final = 1_024
+"""Users whose threads may be late at one time before users are refused who are not known yet. Each takes some 50 KB."""
+_MOST_ANSWERED: Final = 4_096
+"""Users who are known to have had an answer."""
 _COMMAND: Final = ("-P", "-m", "keyferry_agent.peer.inspector")  # -P: nothing is imported from the working directory
 _LONGEST_ANSWER: Final = 65_536
 _RESTART_SECONDS: Final = 1.0
@@ -39,7 +40,6 @@ class _Request:
         self.user = user
         self.program: Program | None = None
         self.done = trio.Event()
-        self.late = False
 
 
 class Inspector:
@@ -51,40 +51,52 @@ class Inspector:
         self._sending = trio.Lock()
         self._requests: dict[int, _Request] = {}
         self._last_number = 0
-        self._late: Counter[int | None] = Counter()
+        self._under_way: dict[int | None, _Request] = {}
+        """By user: one request at a time, also where the connection that asked is gone."""
+        self._late: set[int | None] = set()
+        """Users whose request under way was not answered in time."""
+        self._answered: dict[int | None, None] = {}
+        """Users who had an answer in time, the latest last."""
 
     async def inspect(
         self, process: Process, user: int | None, named: Container[int | None], *, hashed: bool
     ) -> Program | None:
         """Return the program that a process runs, with its hash if `hashed`; None for evidence that cannot be had in time.
 
-        `named`: the users whom a grant names beside a program; of all others only so many may have a thread that is late.
+        `named`: the users whom a grant names beside a program. They, and users who had an answer before, are always asked
+        about; of all others only so many may have a thread that is late.
         """
-        if user in self._late or (len(self._late) >= _MOST_LATE and user not in named):
+        known = user in named or user in self._answered
+        if user in self._late or (len(self._late) >= _MOST_LATE and not known):
             return None
-        request = _Request(user)
         with trio.move_on_after(INSPECTION_SECONDS):
             self._wanted.set()
             await self._started.wait()
+            while (before := self._under_way.get(user)) is not None:
+                await before.done.wait()
             with suppress(OSError):  # the process has ended: `run` has said so to all who wait
-                await self._ask(request, process, hashed=hashed)
-            return request.program
-        if not request.done.is_set():
-            request.late = True
-            self._late[user] += 1
+                return await self._ask(process, user, hashed=hashed)
+            return None
+        if user in self._under_way:
+            self._late.add(user)
         log.warning("inspection.late", uid=user, pid=process.pid, seconds=INSPECTION_SECONDS)
         return None
 
-    async def _ask(self, request: _Request, process: Process, *, hashed: bool) -> None:
+    async def _ask(self, process: Process, user: int | None, *, hashed: bool) -> Program | None:
+        if self._socket is None:
+            return None
         self._last_number += 1
-        number = self._last_number
-        packet = json.dumps([number, request.user, process.pid, hashed]).encode()
-        async with self._sending:
-            if self._socket is None:
-                return
-            self._requests[number] = request
-            await self._socket.send(packet)
+        number, request = self._last_number, _Request(user)
+        packet = json.dumps([number, user, process.pid, hashed]).encode()
+        self._requests[number] = self._under_way[user] = request
+        try:
+            async with self._sending:
+                await self._socket.send(packet)  # a packet: whole, or not at all
+        except BaseException:
+            self._end(self._requests.pop(number, request))
+            raise
         await request.done.wait()
+        return request.program
 
     async def run(self) -> None:
         """Keep the process, start it anew when it has ended, and take its answers. For ever."""
@@ -97,12 +109,14 @@ class Inspector:
                     self._started.set()
                     while packet := await self._socket.recv(_LONGEST_ANSWER):
                         self._take(packet)
+                log.error("inspection.failed", error="the process that inspects programs has ended")
             except OSError as error:
                 log.error("inspection.failed", error=error.strerror)
             finally:
                 self._socket = None
                 self._forget_all()
-            self._wanted, self._started = trio.Event(), trio.Event()
+            started, self._wanted, self._started = self._started, trio.Event(), trio.Event()
+            started.set()  # who waits for it learns that there is none
             await trio.sleep(_RESTART_SECONDS)
             with suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - which does not wait
@@ -110,19 +124,25 @@ class Inspector:
     def _take(self, packet: bytes) -> None:
         number, found = json.loads(packet)
         request = self._requests.pop(number)
-        if request.late:
-            self._late[request.user] -= 1
-            if not self._late[request.user]:
-                del self._late[request.user]
         if found is not None:
             path, identity, sha256 = found
             request.program = Program(path, tuple(identity), sha256)
+        if request.user not in self._late:
+            self._answered.pop(request.user, None)
+            self._answered[request.user] = None
+            if len(self._answered) > _MOST_ANSWERED:
+                del self._answered[next(iter(self._answered))]
+        self._end(request)
+
+    def _end(self, request: _Request) -> None:
+        if self._under_way.get(request.user) is request:
+            del self._under_way[request.user]
+            self._late.discard(request.user)
         request.done.set()
 
     def _forget_all(self) -> None:
-        self._late.clear()
         while self._requests:
-            self._requests.popitem()[1].done.set()
+            self._end(self._requests.popitem()[1])
 
 
 def _start() -> tuple[trio.socket.SocketType, int]:

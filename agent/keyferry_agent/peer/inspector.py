@@ -7,6 +7,7 @@ Standard input and output are one socket of packets, each with a JSON array. A r
 whether a hash is asked for. An answer, in any order: the number, and the program or null. The process ends with the socket.
 """
 
+import errno
 import json
 import os
 import signal
@@ -21,6 +22,10 @@ __all__ = ["main"]
 _IDLE_SECONDS: Final = 10.0
 """After which a thread that has nothing to do ends."""
 _LONGEST: Final = 4_096
+_STACK: Final = 262_144
+"""Bytes of a thread's stack: there may be a thousand threads that wait for file systems."""
+_EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What says nothing about a program, but that this process has no room to look: the agent starts another one."""
 
 
 class _Threads:
@@ -51,7 +56,12 @@ class _Threads:
                     del self._waiting[user]
                     return
                 number, pid, hashed = requests.popleft()
-            _answer(number, inspect(pid, hashed=hashed))
+            try:
+                _answer(number, inspect(pid, hashed=hashed))
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    os._exit(1)
+                _answer(number, None)
 
 
 def _answer(number: int, program: object) -> None:
@@ -62,6 +72,7 @@ def main() -> None:
     """Answer requests until the agent has ended."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # those are for the agent, with which this process ends
+    threading.stack_size(_STACK)
     threads = _Threads()
     while packet := os.read(0, _LONGEST):
         number, user, pid, hashed = json.loads(packet)

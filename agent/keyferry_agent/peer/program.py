@@ -33,17 +33,14 @@ class Program(NamedTuple):
 def inspect(pid: int, *, hashed: bool = False) -> Program | None:
     """Return the program that a process runs, with its hash if `hashed`. Blocks.
 
-    None where the program may not be seen (for another user's process it takes CAP_SYS_PTRACE), and where the process changed
-    it meanwhile.
+    None where the process changed it meanwhile. Raises OSError where the program may not be seen (for another user's process
+    it takes CAP_SYS_PTRACE).
     """
-    try:
-        program = _program(pid)
-        if not hashed:
-            return program
-        digest = _hash(pid)
-        return program._replace(sha256=digest) if program.runs_in(_program(pid)) else None
-    except OSError:
-        return None
+    program = _program(pid)
+    if not hashed:
+        return program
+    digest = _hash(pid)
+    return program._replace(sha256=digest) if program.runs_in(_program(pid)) else None
 
 
 def _program(pid: int) -> Program:
