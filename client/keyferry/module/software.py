@@ -17,6 +17,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from .. import age_passphrase, libcrypto, private_files
+from .. import passphrase as passphrases
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
@@ -92,11 +93,10 @@ class SoftwareModule(CryptographicModule):
         """Write the private key to a new file of mode 0600: PKCS #8, sealed to the passphrase in age's format.
 
         The work factor is always `keyferry.age_passphrase.WORK_FACTOR`. Data keys are not saved: their records bring them
-        back. An existing file is never replaced. Raises OSError, ValueError for an empty passphrase, or `ModuleError` where
-        memory is short.
+        back. An existing file is never replaced. Raises OSError, `ModuleError` where memory is short, or ValueError for a
+        passphrase that is empty, that looks like a key, a recipient or a comment, or that has more than one line.
         """
-        if not passphrase:
-            raise ValueError("an empty passphrase protects nothing")
+        passphrases.check(passphrase)
         der = self._private_key.private_der()
         try:
             sealed = age_passphrase.seal(der, passphrase)
