@@ -28,6 +28,7 @@ __all__ = [
     "MIN_STRONG_WORK_FACTOR",
     "WORK_FACTOR",
     "PassphraseError",
+    "SealedToRecipientsError",
     "memory_mib",
     "seal",
     "unseal",
@@ -65,6 +66,10 @@ _WHITESPACE: Final = b" \t\r\n"
 
 class PassphraseError(Exception):
     """The file does not open with this passphrase. The message contains nothing secret."""
+
+
+class SealedToRecipientsError(PassphraseError):
+    """No passphrase opens the file, because it is sealed to recipients."""
 
 
 class _Header(NamedTuple):
@@ -143,7 +148,7 @@ def _parse(sealed: bytes) -> _Header:
         if not sealed.startswith(_VERSION):
             raise PassphraseError("not a file that age sealed")
         if b"\n" + _SCRYPT_LINE not in sealed.split(b"\n---", 1)[0]:
-            raise PassphraseError("the file is not sealed to a passphrase")
+            raise SealedToRecipientsError("the file is not sealed to a passphrase")
         raise PassphraseError("the header is damaged: one scrypt stanza is expected, and no other")
     salt, factor, wrapped_key, mac = match.groups()
     return _Header(
