@@ -113,7 +113,7 @@ def _text(content: bytes) -> str:
 
 
 _FROM_FILES: Final[dict[Parameter[Any], tuple[Callable[[bytes], str], str]]] = {
-    PUBLIC_KEY_BLOB: (_public_key, "a PEM or DER file"),
+    PUBLIC_KEY_BLOB: (_public_key, "PEM, DER or Base64"),
     PLAINTEXT: (encode_base64, "the plaintext itself, not its Base64,"),
     CIPHERTEXT_BLOB: (_ciphertext, "Base64 text or the bytes themselves"),
     ENCRYPTION_CONTEXT: (_text, "JSON text"),
