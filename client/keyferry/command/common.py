@@ -57,7 +57,7 @@ class Failed(KeyferryError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """For imports of what an extra brings. Raises `Failed`, with what to install, where it is not there."""
+    """For imports of what an extra brings. Raises `Failed` where it is not installed, or does not work with this OpenSSL."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -65,6 +65,12 @@ def extra(name: str) -> Iterator[None]:
         if missing not in _EXTRAS[name]:
             raise
         raise Failed(f"this needs {missing}, which is not installed: pip install 'keyferry[{name}]'") from None
+    except Exception as error:
+        from ..libcrypto import cryptography_failure  # noqa: PLC0415 - few commands need libcrypto
+
+        if failure := cryptography_failure(error):
+            raise Failed(failure) from None
+        raise
 
 
 def usage(message: str) -> NoReturn:
