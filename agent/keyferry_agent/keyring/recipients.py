@@ -15,7 +15,7 @@ from keyferry.content import RECIPIENT, SECRETS, SSH_PUBLIC_KEY, byte_order_mark
 
 from .document import KeyringError
 
-__all__ = ["STANZAS", "SUPPORTED", "Recipient", "check_recipient", "distinct", "parse", "read_file"]
+__all__ = ["MAX_SHOWN", "STANZAS", "SUPPORTED", "Recipient", "distinct", "parse", "read_file"]
 
 STANZAS: Final = (b"-> X25519 ", b"-> ssh-", b"-> p256tag ")
 """How the line begins that a sealed file has for each recipient."""
@@ -23,7 +23,7 @@ SUPPORTED: Final = "supported are age1... (X25519), age1tag1..., ssh-ed25519 and
 
 _STANDARD: Final = "-"
 _MAX_FILE_BYTES: Final = 1 << 20
-_SHOWN: Final = 24
+MAX_SHOWN: Final = 24
 _COMMENT: Final = "#"
 _SSH_KEY: Final = re.compile(r"(?:sk-)?(?:ssh|ecdsa)-[\w.@-]+\s+AAAA")
 _AGE_KEY: Final = re.compile(r"(?<![0-9a-z])age1[0-9a-z]{30,}", re.IGNORECASE)
@@ -45,20 +45,23 @@ class Recipient(NamedTuple):
     """pyrage's object."""
 
 
-def parse(text: str) -> Recipient:
-    """Parse the text of one recipient; white space around it is left out. Raises `KeyringError`, which shows no secret."""
+def parse(text: str, *, shown: int = MAX_SHOWN) -> Recipient:
+    """Parse the text of one recipient; white space around it is left out.
+
+    Raises `KeyringError`, which shows no secret, and at most `shown` characters of the text.
+    """
     text = text.strip()
     found = resemblance(text.encode(errors="replace"))
     if (found is not None and found.kind in SECRETS) or "PRIVATE KEY" in text:  # and what is shown may be logged
         raise KeyringError("an identity was given as a recipient: it is secret; give its public half")
     if len(_SSH_KEY.findall(text)) + len(_AGE_KEY.findall(text)) > 1 or len(text.splitlines()) > 1:
         raise KeyringError(
-            f"{_shown(text)} is more than one line or recipient; repeat --recipient for each, or use --recipients-file"
+            f"{_shown(text, shown)} is more than one line or recipient; repeat --recipient for each, or use --recipients-file"
         )
     try:
         return _ssh(text) if text.startswith("ssh-") else _age(text)
     except (pyrage.RecipientError, UnicodeError) as error:  # UnicodeError: an argument that is not text
-        raise KeyringError(f"{_shown(text)} is no recipient{_reason(text, str(error))}") from None
+        raise KeyringError(f"{_shown(text, shown)} is no recipient{_reason(text, str(error))}") from None
 
 
 def distinct(recipients: Iterable[Recipient]) -> list[str]:
@@ -67,11 +70,6 @@ def distinct(recipients: Iterable[Recipient]) -> list[str]:
     for recipient in recipients:
         texts.setdefault(recipient.key, recipient.text)
     return list(texts.values())
-
-
-def check_recipient(recipient: str) -> Any:
-    """Return pyrage's object for one recipient. Raises `KeyringError`."""
-    return parse(recipient).parsed
 
 
 def read_file(path: str, owners: Collection[int] = ()) -> list[Recipient]:
@@ -143,7 +141,7 @@ def _reason(text: str, error: str) -> str:
     elif kind in _POST_QUANTUM:
         why = f" that is supported: it is a hybrid post-quantum recipient ({kind}1...); {SUPPORTED}"
     elif kind.startswith("age1") and kind != _TAG:
-        plugin = kind.removeprefix("age1")[:_SHOWN]
+        plugin = kind.removeprefix("age1")[:MAX_SHOWN]
         why = f" that is supported: it is a recipient of the age plugin {plugin!r}; {SUPPORTED}"
     elif "RsaModulus" in error:
         why = ": its RSA key is too short or too long; one of 2,048 to 4,096 bits is expected"
@@ -156,5 +154,5 @@ def _reason(text: str, error: str) -> str:
     return why
 
 
-def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+def _shown(text: str, most: int) -> str:
+    return repr(text if len(text) <= most else f"{text[:most]}...")
