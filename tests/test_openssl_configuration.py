@@ -219,14 +219,20 @@ def test_a_passphrase_that_openssl_cannot_use_is_an_error_of_its_own(
 
 
 def test_scrypt_that_is_not_offered_is_not_short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library reports both as a MemoryError."""
+    """The library reports both as a MemoryError. Without scrypt's hash, the configuration is the reason."""
 
-    def fail(*_: object) -> None:
+    def short(*_: object) -> None:
         raise MemoryError
 
+    def unsupported(*_: object) -> None:
+        raise UnsupportedAlgorithm("SHA-256")
+
     sealed = age_passphrase._seal(b"x", "phrase", 10)
-    monkeypatch.setattr(age_passphrase, "Scrypt", fail)
-    with pytest.raises(age_passphrase.PassphraseError, match="offers no scrypt"):
+    monkeypatch.setattr(age_passphrase, "Scrypt", short)
+    with pytest.raises(age_passphrase.PassphraseError, match="not enough memory"):
+        age_passphrase.unseal(sealed, "phrase")
+    monkeypatch.setattr(age_passphrase, "HKDF", unsupported)
+    with pytest.raises(age_passphrase.PassphraseError, match="offers no SHA-256 for scrypt"):
         age_passphrase.unseal(sealed, "phrase")
 
 

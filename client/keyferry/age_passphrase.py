@@ -221,19 +221,21 @@ def _wrap_key(passphrase: str, salt: bytes, factor: int) -> Iterator[bytearray]:
         try:
             Scrypt(_SCRYPT_LABEL + salt, 32, 1 << factor, 8, 1).derive_into(encoded, key)
         except MemoryError:
-            if not _scrypt_works():
-                raise PassphraseError(f"this OpenSSL's configuration offers no scrypt ({configuration()})") from None
+            if not _offers_hash():
+                raise PassphraseError(
+                    f"this OpenSSL's configuration offers no SHA-256 for scrypt ({configuration()})"
+                ) from None
             raise PassphraseError(f"not enough memory: work factor {factor} takes {memory_mib(factor)} MiB") from None
         finally:
             encoded[:] = bytes(len(encoded))
         yield key
 
 
-def _scrypt_works() -> bool:
-    """Return whether scrypt works with little memory: the library reports all of its failures as too little memory."""
+def _offers_hash() -> bool:
+    """Return whether OpenSSL offers the hash of scrypt: the library reports all of scrypt's failures as too little memory."""
     try:
-        Scrypt(b"", 32, 2, 1, 1).derive(b"")
-    except MemoryError:
+        HKDF(SHA256(), 32, b"", b"").derive(b"")
+    except (InternalError, UnsupportedAlgorithm):
         return False
     return True
 
