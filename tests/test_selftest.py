@@ -18,7 +18,9 @@ def test_the_self_test_passes_and_says_what_is_missing(monkeypatch: pytest.Monke
         assert selftest.run(scratch, sm2_fallback=False) == []
     monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
     assert selftest.run(scratch, sm2_fallback=True) == []
-    assert "without SM2" in selftest.run(scratch, sm2_fallback=False)[0]
+    (message,) = selftest.run(scratch, sm2_fallback=False)
+    assert message.startswith("SM2PKE is not available without SM2: this ")
+    assert "OPENSSL_CONF" in message
 
 
 @pytest.mark.parametrize("key_spec", ["Aliyun_AES_256", "Aliyun_SM4"])
@@ -29,6 +31,43 @@ def test_a_wrong_answer_stops_the_start(monkeypatch: pytest.MonkeyPatch, key_spe
     monkeypatch.setitem(selftest._SEALED, key_spec, good[:-1] + ("0" if good[-1] != "0" else "1"))
     with pytest.raises(selftest.SelfTestError, match=key_spec):
         selftest.run(scratch, sm2_fallback=False)
+
+
+@pytest.mark.parametrize("algorithm", ["RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_1"])
+def test_a_wrong_rsa_stops_the_start(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
+    """A known ciphertext that decrypts to something else, and one that does not decrypt."""
+    scratch = SecretMemory(8192, require=False)
+    good = selftest._RSA_CIPHERTEXTS
+    monkeypatch.setattr(selftest, "_RSA_MESSAGE", b"something else")
+    with pytest.raises(selftest.SelfTestError, match=r"RSAES_OAEP_SHA_256: .* something else"):
+        selftest.run(scratch, sm2_fallback=False)
+    monkeypatch.undo()
+    other = next(name for name in good if name != algorithm)
+    monkeypatch.setattr(selftest, "_RSA_CIPHERTEXTS", {**good, algorithm: good[other]})
+    with pytest.raises(selftest.SelfTestError, match=f"{algorithm}: libcrypto could not decrypt .*OPENSSL_CONF"):
+        selftest.run(scratch, sm2_fallback=False)
+
+
+def test_encryption_that_does_not_decrypt_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-test encrypts, too, as the agent does."""
+    encryptor = libcrypto.Key.encryptor
+
+    def wrong(key: libcrypto.Key, options: libcrypto.Options = ()) -> Any:
+        encrypt = encryptor(key, options)
+        return lambda plaintext: encrypt(bytearray(len(plaintext)))
+
+    monkeypatch.setattr(libcrypto.Key, "encryptor", wrong)
+    wrapping.recipient.cache_clear()
+    with pytest.raises(selftest.SelfTestError, match=r"RSAES_OAEP_SHA_256: .* something else"):
+        selftest.run(SecretMemory(8192, require=False), sm2_fallback=False)
+    wrapping.recipient.cache_clear()
+
+
+def test_every_wrapping_has_a_known_answer() -> None:
+    """A line of the table without one would not start."""
+    assert {
+        algorithm for key_spec, algorithm in wrapping.TABLE if key_spec != "EC_SM2"
+    } == selftest._RSA_CIPHERTEXTS.keys()
 
 
 @pytest.mark.parametrize("with_libcrypto", [True, False])
@@ -55,7 +94,7 @@ def test_where_libcrypto_has_no_sm2_the_fallback_wraps_and_without_it_sm2_is_uns
     assert way is not None
     monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
     wrapping.recipient.cache_clear()
-    with pytest.raises(wrapping.WrappingError, match="without SM2"):
+    with pytest.raises(wrapping.WrappingError, match="SM2PKE is not available"):
         wrapping.recipient(way, to.der, sm2_fallback=False)
     wrapped = wrapping.recipient(way, to.der, sm2_fallback=True).wrap(memoryview(bytearray(b"k" * 32)))
     wrapping.recipient.cache_clear()

@@ -114,6 +114,10 @@ def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkey
         ("[limits]\nrequests_per_second = -1", "limits.requests_per_second", "from 0"),
         ("[limits]\nburst = 1", "limits.burst", "unknown"),
         ('[audit]\npath = "audit.log"', "audit.path", "absolute"),
+        ('[audit]\npath = "stdout"', "audit.path", "expected an absolute path, or \"stderr\", not 'stdout'"),
+        ('[audit]\npath = ""', "audit.path", 'or "stderr"'),
+        ('[audit]\npath = "/a\\u0000"', "audit.path", 'or "stderr"'),
+        ("[audit]\npath = 1", "audit.path", 'or "stderr"'),
         ("listener = 5", "listener", "[[listener]]"),
         ('[[listener]]\npath = "/a"', "listener[0].name", "missing"),
         ('[[listener]]\nname = "a"', "listener[0].path", "missing"),
@@ -225,6 +229,10 @@ def test_a_name_that_no_host_can_have_matches_nobody(tmp_path: Path) -> None:
         (b"a = '\xff'", "not UTF-8"),
         (b"a = " + b"[" * 5_000, "not TOML"),
         (b"a = " + b"1" * 5_000, "not TOML"),
+        (b"\xef\xbb\xbfaccount = '1'", r"byte order mark \(UTF-8\); save it as UTF-8 without one"),
+        (b"\xef\xbb\xbf", "byte order mark"),
+        ("account = '1'".encode("utf-16"), r"byte order mark \(UTF-16\); save it as UTF-8 without one"),
+        (b"\xfe\xff" + "account = '1'".encode("utf-16-be"), "byte order mark"),
     ],
 )
 def test_what_is_not_toml_is_said_with_its_line(tmp_path: Path, content: bytes, why: str) -> None:

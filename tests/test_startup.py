@@ -5,12 +5,15 @@ import errno
 import json
 import os
 import resource
+import socket
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.agent import RawConnection, RunningAgent, configured, dev_agent
+from support.agent import PATIENCE, RawConnection, RunningAgent, configured, dev_agent
 
 from keyferry import Throttled, hardening, wire
 from keyferry_agent import listening, log, startup
@@ -264,6 +267,36 @@ def test_a_record_that_cannot_be_opened_stops_the_start(socket_path: Path, tmp_p
     assert agent.wait() == 1
     agent.kill()
     assert "none/audit.jsonl: No such file" in "".join(agent.output)
+
+
+@pytest.mark.parametrize("path", ["/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"])
+def test_a_record_on_a_socket_says_to_use_stderr(socket_path: Path, tmp_path: Path, path: str) -> None:
+    """Standard output of a systemd unit is a socket, which no path opens."""
+    config = tmp_path / "agent.toml"
+    config.write_text(f'memory = "prefer"\n[audit]\npath = "{path}"\n')
+    here, there = socket.socketpair()
+    with here, there:
+        ended = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "keyferry_agent",
+                "run",
+                "--dev",
+                "--config",
+                str(config),
+                "--socket",
+                str(socket_path),
+            ],
+            stdout=there.fileno(),
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+    assert ended.returncode == 1
+    last = ended.stderr.splitlines()[-1]
+    assert last == f'keyferry-agent: {path}: is a socket, as standard output is under systemd; use "stderr"'
 
 
 @pytest.mark.parametrize("what", ["the record's file", "a descriptor in reserve"])

@@ -116,7 +116,7 @@ _shtab_keyferry_agent_explain_defaults_added=0
 
 _shtab_keyferry_agent_fingerprint_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  ":a public key, PEM or DER:_files"
+  ":a public key\: PEM, DER or Base64:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -216,7 +216,8 @@ _shtab_keyferry_agent_keyring_init_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
-  "--passphrase-file[seal to the passphrase in the file\'s first line]:F:_files"
+  "--passphrase-file[seal to the passphrase that the file contains]:F:_files"
+  "*"{-R,--recipients-file}"[seal to the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
   "--new-identity[make an age identity in a new file, and seal to it]:OUT:_files"
   ":the keyring:_files"
@@ -252,7 +253,8 @@ _shtab_keyferry_agent_keyring_reseal_options=(
   "--json[one JSON document on stdout]"
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
-  "--passphrase-file[seal to the passphrase in the file\'s first line]:F:_files"
+  "--passphrase-file[seal to the passphrase that the file contains]:F:_files"
+  "*"{-R,--recipients-file}"[seal to the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
   ":the keyring:_files"
 )

@@ -17,9 +17,22 @@ def main() -> int:
             for failure in hardening.protect():
                 print(f"keyferry-agent: warning: {failure}", file=sys.stderr)
             hardening.lock_memory()
-    from .command import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice
-
+    try:
+        from .command import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice
+    except Exception as error:
+        return _not_importable(error)
     return command()
+
+
+def _not_importable(error: Exception) -> int:
+    """Name the configuration of OpenSSL where the `cryptography` package cannot be imported with it; raise any other error."""
+    from keyferry.libcrypto import cryptography_failure  # noqa: PLC0415 - other commands do without
+
+    failure = cryptography_failure(error)
+    if failure is None:
+        raise error
+    print(f"keyferry-agent: {failure}", file=sys.stderr)
+    return 1
 
 
 def _opens_a_keyring(words: Sequence[str]) -> bool:

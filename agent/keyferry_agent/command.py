@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     pin = commands.add_parser("fingerprint", help="a public key's pin, as `recipients` takes it", allow_abbrev=False)
-    pin.add_argument("file", type=Path, metavar="FILE", help="a public key, PEM or DER")
+    pin.add_argument("file", type=Path, metavar="FILE", help="a public key: PEM, DER or Base64")
     pin.set_defaults(run=_fingerprint)
 
     explain.add_parser(commands)

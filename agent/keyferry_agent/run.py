@@ -1,9 +1,11 @@
 """The life of the daemon, from its settings to its last answer: harden, check, load, listen, serve, drain."""
 
+import errno
 import gc
 import os
 import signal
 import socket
+import stat
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Final
@@ -82,7 +84,7 @@ def _live(
         raise StartError(str(error)) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise StartError(f"{where}{error.strerror}") from None
+        raise StartError(f"{where}{_why(error)}") from None
     _say_what_is_not(options, agent, unavailable)
     gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
     reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None)
@@ -106,6 +108,20 @@ def _audit_log(settings: Settings) -> AuditLog:
         if lock is not None:
             lock.release()
         raise
+
+
+def _why(error: OSError) -> str:
+    """Return why a file did not open. Standard output of a unit is a socket, which nothing opens by its path."""
+    if error.errno == errno.ENXIO and isinstance(error.filename, str) and _is_socket(error.filename):
+        return 'is a socket, as standard output is under systemd; use "stderr"'
+    return error.strerror or str(error)
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, MetricsServer] | None":

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
 from keyferry import private_files
+from keyferry.content import byte_order_mark
 from keyferry.exchange import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
@@ -21,6 +22,9 @@ from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant
 from .peer import OVERFLOW_UID
 
 __all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "examine", "look_up", "read"]
+
+
+_BYTE_ORDER_MARK: Final = "\ufeff"
 
 
 class SettingsError(Exception):
@@ -113,11 +117,15 @@ def examine(path: Path) -> Examined:
     try:
         with path.open(encoding="utf-8") as file:
             open_to_others = private_files.problems(path, file.fileno())
-            raw = tomllib.loads(file.read())
+            text = file.read()
+        if text.startswith(_BYTE_ORDER_MARK):
+            return Examined(None, [f"{path}: {_has_byte_order_mark('UTF-8')}"], open_to_others)
+        raw = tomllib.loads(text)
     except OSError as error:
         problem = error.strerror
     except UnicodeDecodeError as error:
-        problem = f"not UTF-8: {error.reason} at byte {error.start}"
+        encoding = byte_order_mark(error.object)
+        problem = _has_byte_order_mark(encoding) if encoding else f"not UTF-8: {error.reason} at byte {error.start}"
     except (ValueError, RecursionError) as error:  # also of a number of thousands of digits, and of arrays in arrays
         problem = f"not TOML: {error}"
     else:
@@ -126,6 +134,10 @@ def examine(path: Path) -> Examined:
         problems = [f"{path}: {problem}" for problem in table.problems]
         return Examined(replace(settings, warnings=tuple(table.warnings)), problems, open_to_others)
     return Examined(None, [f"{path}: {problem}"], open_to_others)
+
+
+def _has_byte_order_mark(encoding: str) -> str:
+    return f"begins with a byte order mark ({encoding}); save it as UTF-8 without one"
 
 
 _MAX_COMPARED: Final = 100_000
@@ -239,7 +251,10 @@ def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _audit_path(value: Any) -> str:
-    return str(value) if value == "stderr" else str(toml.path(value))
+    path = toml.string(value)
+    if path != "stderr" and (not path.startswith("/") or "\0" in path):
+        raise ValueError
+    return path if path == "stderr" else str(toml.path(path))
 
 
 def _limits(table: toml.Table) -> Limits:

@@ -16,18 +16,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, NamedTuple
 
-from cryptography.exceptions import InvalidSignature, InvalidTag
+from cryptography.exceptions import InternalError, InvalidSignature, InvalidTag, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
+from .libcrypto import configuration, cryptography_failure
+
 __all__ = [
     "MAX_WORK_FACTOR",
     "MIN_STRONG_WORK_FACTOR",
     "WORK_FACTOR",
     "PassphraseError",
+    "SealedToRecipientsError",
     "memory_mib",
     "seal",
     "unseal",
@@ -67,6 +70,10 @@ class PassphraseError(Exception):
     """The file does not open with this passphrase. The message contains nothing secret."""
 
 
+class SealedToRecipientsError(PassphraseError):
+    """No passphrase opens the file, because it is sealed to recipients."""
+
+
 class _Header(NamedTuple):
     salt: bytes
     work_factor: int
@@ -78,7 +85,8 @@ class _Header(NamedTuple):
 
 def seal(payload: bytes | bytearray, passphrase: str) -> bytes:
     """Seal a payload to a passphrase with `WORK_FACTOR`. Raises `PassphraseError` where memory is short."""
-    return _seal(payload, passphrase, WORK_FACTOR)
+    with _openssl():
+        return _seal(payload, passphrase, WORK_FACTOR)
 
 
 def unseal(sealed: bytes, passphrase: str) -> bytearray:
@@ -92,7 +100,7 @@ def unseal(sealed: bytes, passphrase: str) -> bytearray:
             f"work factor {header.work_factor} is too high: at most {MAX_WORK_FACTOR} "
             f"({memory_mib(MAX_WORK_FACTOR)} MiB of memory) is accepted; seal the file again with a lower one"
         )
-    with _key(_FILE_KEY_SIZE) as file_key:
+    with _openssl(), _key(_FILE_KEY_SIZE) as file_key:
         with _wrap_key(passphrase, header.salt, header.work_factor) as wrap_key:
             try:
                 ChaCha20Poly1305(wrap_key).decrypt_into(_WRAP_NONCE, header.wrapped_key, None, file_key)
@@ -143,7 +151,7 @@ def _parse(sealed: bytes) -> _Header:
         if not sealed.startswith(_VERSION):
             raise PassphraseError("not a file that age sealed")
         if b"\n" + _SCRYPT_LINE not in sealed.split(b"\n---", 1)[0]:
-            raise PassphraseError("the file is not sealed to a passphrase")
+            raise SealedToRecipientsError("the file is not sealed to a passphrase")
         raise PassphraseError("the header is damaged: one scrypt stanza is expected, and no other")
     salt, factor, wrapped_key, mac = match.groups()
     return _Header(
@@ -180,6 +188,15 @@ def _open_payload(file_key: bytearray, payload: memoryview) -> bytearray:
     return opened
 
 
+@contextmanager
+def _openssl() -> Iterator[None]:
+    """Name the configuration of OpenSSL where it does not offer an algorithm. Raises `PassphraseError`."""
+    try:
+        yield
+    except (InternalError, UnsupportedAlgorithm) as error:
+        raise PassphraseError(cryptography_failure(error)) from None
+
+
 def _chunk_nonce(number: int, is_last: bool) -> bytes:
     return number.to_bytes(11, "big") + (b"\1" if is_last else b"\0")
 
@@ -204,10 +221,23 @@ def _wrap_key(passphrase: str, salt: bytes, factor: int) -> Iterator[bytearray]:
         try:
             Scrypt(_SCRYPT_LABEL + salt, 32, 1 << factor, 8, 1).derive_into(encoded, key)
         except MemoryError:
+            if not _offers_hash():
+                raise PassphraseError(
+                    f"this OpenSSL's configuration offers no SHA-256 for scrypt ({configuration()})"
+                ) from None
             raise PassphraseError(f"not enough memory: work factor {factor} takes {memory_mib(factor)} MiB") from None
         finally:
             encoded[:] = bytes(len(encoded))
         yield key
+
+
+def _offers_hash() -> bool:
+    """Return whether OpenSSL offers the hash of scrypt: the library reports all of scrypt's failures as too little memory."""
+    try:
+        HKDF(SHA256(), 32, b"", b"").derive(b"")
+    except (InternalError, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 @contextmanager

@@ -38,6 +38,8 @@ CONNECT_STEP: Final = 0.005
 _CHUNK: Final = 32_768
 """Bytes of requests to send at once, but for a single longer one."""
 
+_DER_BEGINS: Final = (bytes.fromhex("30820122300d"), bytes.fromhex("305930130607"))
+"""How the DER of the two supported kinds of public key begins: RSA of 2,048 bits, and SM2."""
 _AS_THEY_ARE: Final = frozenset({str, int, bool, dict})
 
 
@@ -65,16 +67,18 @@ def why_unreachable(path: str, error: OSError) -> str:
 
 
 def pem_to_der(data: bytes) -> bytes:
-    """Take the armour off a PEM public key; bytes that have none are DER already."""
-    text = data.strip()
-    if not text.startswith(b"-----BEGIN"):
+    """Return the DER of a public key in PEM, DER or Base64. Raises ValueError, as `public_keys.to_der` does."""
+    if data.startswith(_DER_BEGINS):
         return data
-    import base64  # noqa: PLC0415 - `import keyferry` is kept short; few callers have PEM
+    from .public_keys import to_der  # noqa: PLC0415 - `import keyferry` is kept short; few callers have PEM
 
-    lines = text.splitlines()
-    if lines[0] != b"-----BEGIN PUBLIC KEY-----" or lines[-1] != b"-----END PUBLIC KEY-----":
-        raise ValueError("expected one PUBLIC KEY block (a SubjectPublicKeyInfo) in the PEM")
-    return base64.b64decode(b"".join(lines[1:-1]), validate=True)
+    return to_der(data)
+
+
+def _public_key_text(text: str) -> str:
+    data = text.encode(errors="replace")
+    der = pem_to_der(data)
+    return text if der == data else encode_base64(der)
 
 
 class Call(NamedTuple):
@@ -91,6 +95,10 @@ class Call(NamedTuple):
         blob, plaintext = params.get(PUBLIC_KEY_BLOB.name), params.get(PLAINTEXT.name)
         if isinstance(blob, bytes):
             params[PUBLIC_KEY_BLOB.name] = encode_base64(pem_to_der(blob))
+        elif isinstance(blob, str) and (
+            "-" in blob or not blob.isascii()
+        ):  # not Base64: perhaps the text of a PEM file
+            params[PUBLIC_KEY_BLOB.name] = _public_key_text(blob)
         if isinstance(plaintext, bytes):
             params[PLAINTEXT.name] = encode_base64(plaintext)
         for key, value in params.items():

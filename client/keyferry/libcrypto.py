@@ -9,6 +9,8 @@ a public key, so callers parse keys strictly first. Needs OpenSSL 3.0 or newer (
 
 import ctypes
 import functools
+import os
+import re
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_long, c_size_t, c_void_p
 from typing import Any, Final, NamedTuple, TypeAlias
@@ -16,13 +18,19 @@ from typing import Any, Final, NamedTuple, TypeAlias
 __all__ = [
     "Key",
     "LibcryptoError",
+    "configuration",
+    "cryptography_failure",
     "generate_rsa_2048",
     "generate_sm2",
+    "has_oaep",
     "has_sm2",
     "load",
+    "oaep",
+    "offers",
     "private_key",
     "public_key",
     "version",
+    "why_missing",
 ]
 
 Buffer: TypeAlias = bytearray | memoryview
@@ -32,6 +40,13 @@ _NAMES: Final = ("libcrypto.so.3", "libcrypto.so")
 _RSA: Final = b"RSA"
 _SM2: Final = b"SM2"
 _OPENSSL_3: Final = 0x30000000
+_CONFIGURATION: Final = "OPENSSL_CONF"
+_TRIAL_KEY: Final = (
+    bytes.fromhex("30820122300d06092a864886f70d01010105000382010f003082010a0282010100")
+    + (2**2048 - 159).to_bytes(256, "big")
+    + bytes.fromhex("0203010001")
+)
+"""A public key of RSA, with a modulus that has not been factored: for trying out encryption."""
 
 
 class LibcryptoError(Exception):
@@ -64,6 +79,14 @@ def load() -> ctypes.CDLL:
         "EVP_PKEY_free": (None, [c_void_p]),
         "EVP_PKEY_Q_keygen": (c_void_p, [c_void_p, c_char_p, c_char_p]),  # and a size_t, for RSA
         "EVP_get_digestbyname": (c_void_p, [c_char_p]),
+        "OSSL_LIB_CTX_new": (c_void_p, []),
+        "OSSL_LIB_CTX_free": (None, [c_void_p]),
+        "OSSL_PROVIDER_load": (c_void_p, [c_void_p, c_char_p]),
+        "OSSL_PROVIDER_unload": (c_int, [c_void_p]),
+        "EVP_KEYMGMT_fetch": (c_void_p, [c_void_p, c_char_p, c_char_p]),
+        "EVP_KEYMGMT_free": (None, [c_void_p]),
+        "EVP_MD_fetch": (c_void_p, [c_void_p, c_char_p, c_char_p]),
+        "EVP_MD_free": (None, [c_void_p]),
         "RSA_padding_check_PKCS1_OAEP_mgf1": (
             c_int,
             [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p],
@@ -91,6 +114,61 @@ def version() -> str:
     """The library's own name and version, for the log."""
     name: bytes = load().OpenSSL_version(0)
     return name.decode()
+
+
+def configuration() -> str:
+    """Return how a message names the configuration of OpenSSL: by the environment variable that chooses the file."""
+    path = os.environ.get(_CONFIGURATION)
+    return f"{_CONFIGURATION}={path}" if path else f"{_CONFIGURATION} is not set: the system's openssl.cnf"
+
+
+def offers(algorithm: str) -> bool:
+    """Whether this libcrypto, as it is configured, has keys of a type: "RSA", "SM2"."""
+    library = load()
+    found = library.EVP_KEYMGMT_fetch(None, algorithm.encode(), None)
+    if found:
+        library.EVP_KEYMGMT_free(found)
+    library.ERR_clear_error()
+    return bool(found)
+
+
+def why_missing(algorithm: str) -> str:
+    """Return why this libcrypto does not offer an algorithm ("RSA", "SM2", "SHA-1"): its configuration, or its build.
+
+    A library context of its own has no configuration, and so offers what was built.
+    """
+    library = load()
+    context = library.OSSL_LIB_CTX_new()
+    built = not context  # the configuration stopped libcrypto from starting
+    if context:
+        provider = library.OSSL_PROVIDER_load(context, b"default")
+        kind = "MD" if algorithm.startswith("SHA") else "KEYMGMT"
+        found = getattr(library, f"EVP_{kind}_fetch")(context, algorithm.encode(), None)
+        built = bool(found)
+        if found:
+            getattr(library, f"EVP_{kind}_free")(found)
+        if provider:
+            library.OSSL_PROVIDER_unload(provider)
+        library.OSSL_LIB_CTX_free(context)
+    library.ERR_clear_error()
+    if built:
+        return f"this OpenSSL's configuration offers no {algorithm}"
+    return f"this system's libcrypto was built without {algorithm}"
+
+
+def cryptography_failure(error: BaseException) -> str | None:
+    """Return one line for an error by which the `cryptography` package says that its OpenSSL lacks something, else None.
+
+    The package has an OpenSSL of its own, which reads the same configuration. The package may not be importable.
+    """
+    kind = f"{type(error).__module__}.{type(error).__name__}"
+    if kind not in ("cryptography.exceptions.InternalError", "cryptography.exceptions.UnsupportedAlgorithm") and not (
+        isinstance(error, ImportError | RuntimeError) and "OpenSSL" in str(error)
+    ):
+        return None
+    fetched = re.search(r"Algorithm \(([^ )]+)", str(error))
+    what = f"it offers no {fetched.group(1)}" if fetched else str(error).partition("\n")[0]
+    return f"the cryptography package does not work with this OpenSSL's configuration ({configuration()}): {what}"
 
 
 class Key:
@@ -242,12 +320,17 @@ def private_key(der: Buffer) -> Key:
     return _load("d2i_AutoPrivateKey", der, "private")
 
 
+def oaep(digest: bytes) -> Options:
+    """Return the options of RSAES-OAEP with MGF1 over the same hash (b"sha256") and an empty label (RFC 8017)."""
+    return ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", digest), (b"rsa_mgf1_md", digest))
+
+
 def generate_rsa_2048() -> Key:
     """Generate an RSA key pair of 2,048 bits, with the exponent 65537. Raises `LibcryptoError`."""
     pkey = load().EVP_PKEY_Q_keygen(None, None, _RSA, c_size_t(2_048))
     if not pkey:
         load().ERR_clear_error()
-        raise LibcryptoError("libcrypto could not generate an RSA key")
+        raise LibcryptoError(f"no key is generated without RSA: {why_missing('RSA')} ({configuration()})")
     return Key(pkey)
 
 
@@ -255,8 +338,18 @@ def generate_sm2() -> Key:
     """Generate an SM2 key pair. Raises `LibcryptoError` where this libcrypto has no SM2 (Fedora and RHEL build it out)."""
     pkey = load().EVP_PKEY_Q_keygen(None, None, _SM2) if has_sm2() else None
     if not pkey:
-        raise LibcryptoError("this system's libcrypto was built without SM2")
+        raise LibcryptoError(f"no key is generated without SM2: {why_missing('SM2')} ({configuration()})")
     return Key(pkey)
+
+
+@functools.cache
+def has_oaep(digest: bytes) -> bool:
+    """Whether this libcrypto encrypts with RSAES-OAEP and a hash: tried, not guessed from its version."""
+    try:
+        public_key(_TRIAL_KEY).encrypt(bytearray(1), oaep(digest))
+    except LibcryptoError:
+        return False
+    return True
 
 
 @functools.cache

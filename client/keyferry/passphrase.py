@@ -1,10 +1,31 @@
-"""Passphrases that seal keyrings and module files: their generation, and the warning about weak ones."""
+"""Passphrases that seal keyrings and module files: what is accepted as one, their generation, and the warning about weak ones.
+
+The functions judge a passphrase before something is sealed with it. The first line of a file of another kind is often public:
+"-----BEGIN PRIVATE KEY-----" opens everything that was sealed with the first line of a PEM file. A passphrase that opens a file
+is not judged: files of earlier versions stay open to the passphrases that they were sealed with.
+"""
 
 import os
 import secrets
+import unicodedata
 from typing import Final
 
-__all__ = ["MIN_CHARACTERS", "generate", "weakness", "write_new_file"]
+from . import content
+
+__all__ = [
+    "MAX_FILE_BYTES",
+    "MIN_CHARACTERS",
+    "check",
+    "generate",
+    "of_new_file",
+    "taken_for",
+    "weakness",
+    "write_new_file",
+]
+
+MAX_FILE_BYTES: Final = 65_536
+"""Bytes of a passphrase file to read at most."""
+_ONE_LINE: Final = "a passphrase file contains the passphrase alone, on one line"
 
 MIN_CHARACTERS: Final = 12
 """A shorter passphrase is accepted with a warning: a work factor of 2^18 does not make up for it."""
@@ -18,6 +39,71 @@ def generate() -> str:
     """Return a new passphrase of 140 bits from the operating system's generator: seven groups of four characters."""
     groups = ("".join(secrets.choice(_ALPHABET) for _ in range(_GROUP_CHARACTERS)) for _ in range(_GROUPS))
     return "-".join(groups)
+
+
+def of_new_file(data: bytes) -> str:
+    """Return the passphrase in the content of a file, to seal with: its only line of text.
+
+    Raises ValueError for content that looks like something else, or in which a part of the passphrase would be lost. The
+    message shows nothing of the content.
+    """
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError("longer than any passphrase")
+    encoding = content.byte_order_mark(data)
+    if encoding is not None:
+        raise ValueError(f"begins with a byte order mark ({encoding}); save it as UTF-8 without one")
+    found = content.resemblance(data)
+    if found is not None:
+        raise ValueError(f"looks like {found}, which is not a passphrase; {_advice(found)}")
+    if b"\0" in data:
+        raise ValueError(f"contains NUL bytes; {_ONE_LINE}")
+    try:
+        first, *others = data.decode().split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"not text in UTF-8; {_ONE_LINE}") from None
+    first = first.rstrip("\r")
+    if not first:
+        raise ValueError("the first line is empty; a passphrase is expected there")
+    if any(line.strip() for line in others):
+        raise ValueError(f"contains more than one line of text; {_ONE_LINE}")
+    check(first)
+    return first
+
+
+def check(passphrase: str) -> None:
+    """Refuse a passphrase that looks like something else, or of which a part is lost easily. Raises ValueError."""
+    if not passphrase:
+        raise ValueError("an empty passphrase protects nothing")
+    found = content.resemblance(passphrase.encode(errors="replace"))
+    if found is not None:
+        raise ValueError(f"the passphrase looks like {found}; choose another one, which nobody else has")
+    if passphrase.startswith("#"):
+        raise ValueError("the passphrase begins with #, as a comment does; choose another one")
+    if passphrase != passphrase.strip():
+        raise ValueError("the passphrase begins or ends with white space, which is lost easily; remove the white space")
+    if len(passphrase.splitlines()) > 1:
+        raise ValueError("the passphrase has more than one line; choose one of a single line")
+    if any(character != "\t" and unicodedata.category(character) == "Cc" for character in passphrase):
+        raise ValueError("the passphrase contains a control character, which is lost easily; remove the character")
+    if "\ufeff" in passphrase:
+        raise ValueError("the passphrase contains a byte order mark; remove the mark")
+
+
+def taken_for(path: str | os.PathLike[str], data: bytes) -> str:
+    """Return what a message adds where the first line of a file did not open anything: nothing for a good passphrase file."""
+    try:
+        of_new_file(data)
+    except ValueError as error:
+        return f"; the first line of {os.fspath(path)} was taken for the passphrase: {error}"
+    return ""
+
+
+def _advice(found: content.Resemblance) -> str:
+    if found.kind in content.SECRETS:
+        return f"and its first line may be public; {_ONE_LINE} (a keyring is sealed to an identity by --recipient)"
+    if found.kind in (content.RECIPIENT, content.SSH_PUBLIC_KEY):
+        return f"and is public; {_ONE_LINE} (a keyring is sealed to a recipient by --recipient)"
+    return _ONE_LINE
 
 
 def weakness(passphrase: str) -> str | None:

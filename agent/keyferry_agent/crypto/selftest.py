@@ -3,11 +3,16 @@
 Each check decrypts a published or frozen vector, and where encryption is randomised, goes once round.
 """
 
+from base64 import b64decode
+
+from cryptography.exceptions import InternalError, UnsupportedAlgorithm
+
 from keyferry import libcrypto
 from keyferry.secret import SecretMemory
 from keyferry.sm2_ciphertext import der_to_raw, raw_to_der
 
-from . import seal
+from . import seal, wrapping
+from .public_key import PublicKeyError
 
 __all__ = ["SelfTestError", "run"]
 
@@ -28,6 +33,41 @@ _SM2_CIPHERTEXT = (
 _SM2_PKCS8_PREFIX = "308187020100301306072a8648ce3d020106082a811ccf5501822d046d306b0201010420"
 _SM2_PKCS8_MIDDLE = "a14403420004"
 
+# A key for this test only, and 00 01 02 ... encrypted to it by `cryptography`; openssl and pycryptodomex decrypt both.
+_RSA_PKCS8 = (
+    "MIIEvAIBADANBgkqhkiG9w0BAQEFAASCBKYwggSiAgEAAoIBAQC6KgFvFqkmTTJVydBxGu2Qw0w2HELTwHz7TD6x2qtTypDgJDROEr/zQZOx2t5M"
+    "XW/OEU9sZsxzwqpA5Om5Hn79jRuXul/MkCygzHLbY8Ub6/YWjOQ6aDRyI95ZrneGDfQkqmrRGrBRJLOngkknyxHvSkg9xTvJ2M/M6Ud4PhYo18mc"
+    "Zl+jv7YZfg6cvHXaPh31uZa1NE0BPboGPn3bTIp7FhOUxu9m3Q6Ft29eok6JnfCaNEFEx2eUYqvT1bD95bpJkEhYrsiUa8FTIW9yQcTILagAQF6k"
+    "cEKFWDUrunKrU5tnm+Ilc7u1fWHd87UBJ7jdssRbyfMV1hJrRfxTPSjDAgMBAAECggEASOmSzjON5FZv1HHKlcH6MayL+NVwxwao7LOcCoSefZ7k"
+    "xyTm530oeNnCQvJ6BmbCF29oMAjDIsOncus1Ly/mhN/zYqW4R6JgGEp64bpdxOXR6FseOFH/2IR73ZwbbAGjEYk9dNCDJgS96Gl6xX8fcx0g1jCd"
+    "jhzApnznZQzMGQpepwfm+NEtCVixR2mEVaJqLJrileutPrZc6gqaF4VtO7ohR8z0Xf1+ff7goB80H/eL2ga2T0DpBA5Fp7d/tLcmbXD3k+Herdoq"
+    "vYhBGtmHyT6Gb5IO43HVHa4VShNd5m0XCgqWzPNzqhYKOeDwep0I4ylEZuYHiONTwvSgna5mgQKBgQD3y4wZ2gnV+i9TqhzNh4q5TMDhW1xoiWIV"
+    "7zSkVEw6VqNJfkK4e3T/SS2U/obtwT+AODEnCjURVicn7ctx84F05GNsxMwxH4vmMIWznptpSx9q72FmJ+ZP1gw/n/+LOuPkRKj95a4IxSeLEbO9"
+    "wvK8MTDg8/fH19+jIJA0yjj/UQKBgQDAVAni1/N+Rueym928MuC2+KEb80sI8ok5P+9Hagr/RALL+84YuvThcXbWWylrFWhVo190K5RJ/GoYKjUZ"
+    "I526HodoMhcle2ibWP5x87LHLLnTcgxEB+GrW+0Z961CsujwUDZYEOoJS0bV9fzCvzWM7cClXmG5J+mfTS38A0Lp0wKBgFIwAAr/B64iKhpc3OrK"
+    "nxdwvrTAYbkGgDL4QQSUNShQXh5dM3IO+LJHqke12Dj5lL9JY/wn5YwXgCs9MvJbqr+DlPqZl4Rfiz5RL7dwzukwkn4cYbjJWRl3zF46Cj86zCWF"
+    "JGv6Byw/gCsfNvektm/2/NhP8wokrrdjcJEh1Z/RAoGAVHfUS7OKdkhP1ErOTKyPsuxpXawxpUFX8TPaNCQnpkrJa6swrf3WNPkvNx+chjJFu27g"
+    "KlZFb2UTd396CIty514nHCT7s3OK0sd4ILXmK8HB71KkfnBztV3POVtk1elbkse3xl/PWbuc5bV+iE2QCFAXDsnv43DbEyLDcm5AQg8CgYBI/aJG"
+    "VIfehzcmeRxG+gy7QJiK6Cgm9DNdxWX7e85lR1FJHyPt+iyquxZdLlA63i1tZLeFZe5C4PoEw1ryk5UjnHXn8HuzZYRlgomICVEi9lIIiW2rTtrn"
+    "5kbN3McbSw3lFhYINGFLBQyQEd0c4sSJxIaqkGBvzWA1h/VaPo7+pA=="
+)
+_RSA_MESSAGE = bytes(range(32))
+_RSA_DIGESTS = {"RSAES_OAEP_SHA_256": b"sha256", "RSAES_OAEP_SHA_1": b"sha1"}
+_RSA_CIPHERTEXTS = {
+    "RSAES_OAEP_SHA_256": (
+        "H+YAxSIBzTailLf2UmAkmtXmnU8H53Ximiy4C1DRrVl4B+2BwI8yVvW3+hfnwtozjf0qYTZPFpUf5g/LJRFoWRUxvZYgFWyb0IQio+NoIYj7U5kG"
+        "ssL66yz9AIY9UVQu4wStAAbMsr5LjSd756NXaDIosrFZP8IqjKnK1Va5i1Ymb1YMjkkkaW30alTGNnxpRylb3AN+J4xytezjpqnk1SYAKMB/bTXp"
+        "G7gLkf1umxVev9HL4Ai7JvtilJY7j+lktUqEkGgBnlLMRz+gi9suLlz4jsKdIpVKjOyDE9bf/jyScOrWbZFnbYVvAj7xaCBrJKGUFllVoSY9zMaT"
+        "yAKGSg=="
+    ),
+    "RSAES_OAEP_SHA_1": (
+        "Q90s+4E/Xk7IKdwDV+c4CBoPnod6cfZk2hlutv3U+PXHXEf9II+Ty+tC+kXCjl54UYMMYKfpor5RWIBlojCUs0Xba4vfjsPlq2x8T2GkkyMrMdx7"
+        "aeDtb/AphnGDkp6jMkBla1sTIix13o/OU4koVPaxyvLCQW5vINlrvlgzg+HBa4VkSF6NFpzMN3DxSEISykcETfL3eOed4Ma+F9HKWlxXfY/A42JD"
+        "l5DApDAkwzSNb1mnq76kmJrYJOjzr7zoWsx9xs47ATINpUoeMng9FoWjwqTfMcbALrpD74rUeKAsrQeFM3GN7obpUCYiTS0YAnFNulDhHoN1v9EC"
+        "NL+84A=="
+    ),
+}
+
 # Frozen with format 0x01 (tests/vectors/ciphertext.json): master key 00 01 02 ..., no context.
 _VERSION = "00000000-0000-4000-8000-000000000001"
 _KEY = "00000000-0000-4000-8000-000000000002"
@@ -47,21 +87,45 @@ _SEALED = {
 }
 
 
+_NEEDED = (("RSA_2048", "RSAES_OAEP_SHA_256"),)
+"""Pairs of WrappingKeySpec and WrappingAlgorithm without which the agent does not start."""
+
+
 class SelfTestError(Exception):
-    """A library gave a wrong answer. The message says which algorithm."""
+    """A library returned a wrong answer, or does not offer what the agent needs. The message names the algorithm."""
 
 
 def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
-    """Check everything the agent computes with; give what is not available, a line each. Raises `SelfTestError`."""
+    """Check everything that the agent computes with; return one message for each algorithm that the system does not offer.
+
+    Raises `SelfTestError` for a wrong answer, and where AES-256 or RSA is not offered.
+    """
+    unavailable = []
     for key_spec, expected in _SEALED.items():
-        _check_seal(key_spec, bytes.fromhex(expected), scratch)
-    if libcrypto.has_sm2():
-        _check_sm2()
-        return []
-    if not sm2_fallback:
-        return [f'SM2PKE: {libcrypto.version()} was built without SM2; sm2_fallback = "gmssl" is the slow way']
-    _check_sm2_portable()
-    return []
+        try:
+            _check_seal(key_spec, bytes.fromhex(expected), scratch)
+        except (InternalError, UnsupportedAlgorithm) as error:
+            failure = f"{key_spec}: {libcrypto.cryptography_failure(error)}"
+            if key_spec == "Aliyun_AES_256" or isinstance(error, InternalError):
+                raise SelfTestError(failure) from None
+            unavailable.append(failure)
+    for pair, way in wrapping.TABLE.items():
+        missing = way.missing()
+        if missing is None:
+            _check_sm2() if pair[0] == "EC_SM2" else _check_rsa(*pair)
+        elif pair in _NEEDED:
+            raise SelfTestError(f"{way.name}: {libcrypto.why_missing(missing)} ({libcrypto.configuration()})")
+        elif pair[0] == "EC_SM2" and sm2_fallback:
+            _check_sm2_portable()
+        else:
+            unavailable.append(_unavailable(pair[1], missing))
+    return unavailable
+
+
+def _unavailable(algorithm: str, missing: str) -> str:
+    hint = '; sm2_fallback = "gmssl" is the slow way' if missing == "SM2" else ""
+    why = f"{libcrypto.why_missing(missing)} ({libcrypto.version()}; {libcrypto.configuration()})"
+    return f"{algorithm} is not available without {missing}: {why}{hint}"
 
 
 def _check_seal(key_spec: str, expected: bytes, scratch: SecretMemory) -> None:
@@ -77,6 +141,21 @@ def _check_seal(key_spec: str, expected: bytes, scratch: SecretMemory) -> None:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not open") from None
     if opened != _PLAINTEXT:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob opens to something else")
+
+
+def _check_rsa(key_spec: str, algorithm: str) -> None:
+    way = wrapping.TABLE[key_spec, algorithm]
+    digest = _RSA_DIGESTS[algorithm]
+    try:
+        key = libcrypto.private_key(bytearray(b64decode(_RSA_PKCS8)))
+        made = wrapping.recipient(way, key.public_der(), sm2_fallback=False).wrap(memoryview(bytearray(_RSA_MESSAGE)))
+        for wrapped in (b64decode(_RSA_CIPHERTEXTS[algorithm]), made):
+            opened = bytearray(256)
+            size = key.decrypt_into(bytearray(wrapped), opened, libcrypto.oaep(digest))
+            if opened[:size] != _RSA_MESSAGE:
+                raise SelfTestError(f"{algorithm}: a known ciphertext decrypts to something else")
+    except (libcrypto.LibcryptoError, wrapping.WrappingError, PublicKeyError) as error:
+        raise SelfTestError(f"{algorithm}: {error} ({libcrypto.configuration()})") from None
 
 
 def _check_sm2() -> None:

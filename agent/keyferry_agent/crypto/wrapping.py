@@ -1,6 +1,6 @@
 """Wrapping: a data key encrypted under a module's public key. One table says everything about each algorithm.
 
-To add a wrapping algorithm: a line in `_TABLE`, its check in `public_key`, its vectors, and its row in PROTOCOL.md.
+To add a wrapping algorithm: a line in `TABLE`, its check in `public_key`, its vectors, and its row in PROTOCOL.md.
 """
 
 import functools
@@ -10,9 +10,9 @@ from typing import Final, NamedTuple, TypeAlias
 from keyferry import libcrypto
 from keyferry.sm2_ciphertext import der_to_raw
 
-from .public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
+from .public_key import check_rsa_2048, check_sm2, fingerprint
 
-__all__ = ["Recipient", "Wrapping", "WrappingError", "find", "pairs", "recipient"]
+__all__ = ["TABLE", "Recipient", "Wrapping", "WrappingError", "find", "pairs", "recipient"]
 
 _RSA_BYTES: Final = 256
 _KEPT_KEYS: Final = 1_024
@@ -20,7 +20,7 @@ _KEPT_KEYS: Final = 1_024
 
 
 class WrappingError(Exception):
-    """This system cannot do the algorithm at all. The message says what is missing."""
+    """This system does not offer the algorithm. The message says what is missing, and can be shown to the caller."""
 
 
 class Wrapping(NamedTuple):
@@ -31,6 +31,7 @@ class Wrapping(NamedTuple):
     slow: bool  # takes half a millisecond or more: not for the event loop
     check: Callable[[bytes], None]
     wrapper: Callable[[libcrypto.Key], "Wrap"]
+    missing: Callable[[], str | None]  # what libcrypto lacks for it, as `libcrypto.why_missing` takes it
 
 
 Wrap: TypeAlias = Callable[[memoryview], bytes]
@@ -45,11 +46,23 @@ class Recipient(NamedTuple):
     """Encrypts the bytes of a data key, at most `wrapping.capacity` of them."""
 
 
-def _oaep(name: str, digest: bytes, digest_size: int) -> Wrapping:
-    """RSAES-OAEP with MGF1 over the same hash and an empty label (RFC 8017)."""
-    options = ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", digest), (b"rsa_mgf1_md", digest))
+def _oaep(name: str, digest: bytes, digest_size: int, digest_name: str) -> Wrapping:
+    """RSAES-OAEP with one hash."""
+    options = libcrypto.oaep(digest)
+
+    def missing() -> str | None:
+        if libcrypto.has_oaep(digest):
+            return None
+        return digest_name if libcrypto.has_oaep(b"sha256") else "RSA"
+
     capacity = _RSA_BYTES - 2 * digest_size - 2
-    return Wrapping(name, capacity, slow=False, check=check_rsa_2048, wrapper=lambda key: key.encryptor(options))
+    return Wrapping(
+        name, capacity, slow=False, check=check_rsa_2048, wrapper=lambda key: key.encryptor(options), missing=missing
+    )
+
+
+def _missing_sm2() -> str | None:
+    return None if libcrypto.has_sm2() else "SM2"
 
 
 def _sm2(key: libcrypto.Key) -> Wrap:
@@ -57,35 +70,39 @@ def _sm2(key: libcrypto.Key) -> Wrap:
     return lambda data_key: der_to_raw(encrypt(data_key))
 
 
-_TABLE: Final = {
-    ("RSA_2048", "RSAES_OAEP_SHA_256"): _oaep("RSA_2048 with RSAES_OAEP_SHA_256", b"sha256", 32),
-    ("RSA_2048", "RSAES_OAEP_SHA_1"): _oaep("RSA_2048 with RSAES_OAEP_SHA_1", b"sha1", 20),
+TABLE: Final = {
+    ("RSA_2048", "RSAES_OAEP_SHA_256"): _oaep("RSA_2048 with RSAES_OAEP_SHA_256", b"sha256", 32, "SHA-256"),
+    ("RSA_2048", "RSAES_OAEP_SHA_1"): _oaep("RSA_2048 with RSAES_OAEP_SHA_1", b"sha1", 20, "SHA-1"),
     # The cloud takes up to 6,047 bytes of plaintext for SM2PKE.
-    ("EC_SM2", "SM2PKE"): Wrapping("EC_SM2 with SM2PKE", 6_047, slow=True, check=check_sm2, wrapper=_sm2),
+    ("EC_SM2", "SM2PKE"): Wrapping(
+        "EC_SM2 with SM2PKE", 6_047, slow=True, check=check_sm2, wrapper=_sm2, missing=_missing_sm2
+    ),
 }
 
 
 def find(key_spec: str, algorithm: str) -> Wrapping | None:
     """The wrapping for a pair of WrappingKeySpec and WrappingAlgorithm; None for a pair that does not go together."""
-    return _TABLE.get((key_spec, algorithm))
+    return TABLE.get((key_spec, algorithm))
 
 
 def pairs() -> str:
     """The pairs there are, for an error message."""
-    return ", ".join(way.name for way in _TABLE.values())
+    return ", ".join(way.name for way in TABLE.values())
 
 
 @functools.lru_cache(maxsize=_KEPT_KEYS)
 def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipient:
-    """Check and load a public key. Raises `PublicKeyError`, or `WrappingError` where the system has no SM2."""
-    wrapping.check(der)
-    if wrapping.wrapper is _sm2 and not libcrypto.has_sm2():
-        if not sm2_fallback:
-            raise WrappingError("SM2PKE is not available: this system's libcrypto was built without SM2.")
-        from . import sm2_portable  # noqa: PLC0415 - takes 15 ms to import, and most systems never need it
+    """Check and load a public key.
 
-        return Recipient(wrapping, fingerprint(der), functools.partial(sm2_portable.encrypt, der[-64:]))
-    try:
+    Raises `PublicKeyError` for a key that is not what it has to be, `WrappingError` where the system does not offer the
+    algorithm, and `LibcryptoError` where libcrypto fails with a good key: the caller is not to blame.
+    """
+    wrapping.check(der)
+    missing = wrapping.missing()
+    if missing is None:
         return Recipient(wrapping, fingerprint(der), wrapping.wrapper(libcrypto.public_key(der)))
-    except libcrypto.LibcryptoError as error:
-        raise PublicKeyError(f"{error}.") from None
+    if wrapping.wrapper is not _sm2 or not sm2_fallback:
+        raise WrappingError(f"{wrapping.name} is not available without {missing}: {libcrypto.why_missing(missing)}.")
+    from . import sm2_portable  # noqa: PLC0415 - takes 15 ms to import, and most systems never need it
+
+    return Recipient(wrapping, fingerprint(der), functools.partial(sm2_portable.encrypt, der[-64:]))

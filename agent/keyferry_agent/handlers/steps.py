@@ -4,6 +4,8 @@ import functools
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from cryptography.exceptions import UnsupportedAlgorithm
+
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
 from keyferry.secret import Secret, SecretMemory
@@ -171,9 +173,12 @@ class Sealing(NamedTuple):
     scratch: SecretMemory
 
     def __call__(self, data: memoryview) -> bytes:
-        """Seal it."""
+        """Seal it. Raises `KmsError` where this system does not offer the algorithms of the key."""
         with self.material.lend() as cmk:
-            return self.bound.seal(cmk, data, self.scratch)
+            try:
+                return self.bound.seal(cmk, data, self.scratch)
+            except UnsupportedAlgorithm:
+                raise _not_offered() from None
 
 
 def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> Sealing:
@@ -185,12 +190,16 @@ def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemo
 def open_blob(
     key: Key, version: KeyVersion, context: Context, blob: bytes, out: memoryview, scratch: SecretMemory
 ) -> None:
-    """Open a CiphertextBlob into secret memory. Raises the one `InvalidParameter` for all that does not open."""
+    """Open a CiphertextBlob into secret memory. Raises the one `InvalidParameter` for all that does not open, and
+    `UnsupportedOperation` where this system does not offer the algorithms of the key.
+    """
     with version.material.lend() as cmk:
         try:
             seal.open_into(key.key_spec, cmk, blob, key.key_id, context, out, scratch)
         except SealError:
             raise _does_not_open() from None
+        except UnsupportedAlgorithm:
+            raise _not_offered() from None
 
 
 def would_succeed() -> KmsError:
@@ -201,6 +210,12 @@ def would_succeed() -> KmsError:
 def no_permission() -> KmsError:
     """All that a caller without a grant ever learns."""
     return kms_error("Forbidden.NoPermission")
+
+
+def _not_offered() -> KmsError:
+    return kms_error(
+        "UnsupportedOperation", "This system's OpenSSL does not offer the algorithms of the key's KeySpec."
+    )
 
 
 def _does_not_open() -> KmsError:

@@ -14,7 +14,7 @@ from keyferry.output import DONE, show
 from keyferry.private_files import owner_of
 
 from ..crypto.seal import KEY_SIZES
-from . import file, sealing, verbs
+from . import file, recipients, sealing, verbs
 from .document import Document, KeyEntry, KeyringError, VersionEntry
 
 __all__ = ["add_parser"]
@@ -103,7 +103,14 @@ def _add_sealed_to(parser: argparse.ArgumentParser) -> Any:
     """Add the options that name recipients or a passphrase; return the group of which at most one may be given."""
     to = parser.add_mutually_exclusive_group()
     to.add_argument("--recipient", action="append", metavar="R", help="age1... or an SSH public key; may be repeated")
-    to.add_argument("--passphrase-file", type=Path, metavar="F", help="seal to the passphrase in the file's first line")
+    to.add_argument("--passphrase-file", type=Path, metavar="F", help="seal to the passphrase that the file contains")
+    parser.add_argument(
+        "-R",
+        "--recipients-file",
+        action="append",
+        metavar="F",
+        help="seal to the recipients in a file, one on each line; - is standard input; may be repeated",
+    )
     parser.add_argument(
         "--generate-passphrase",
         action="store_true",
@@ -134,57 +141,70 @@ def _print(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
 def _init(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if os.path.lexists(arguments.file):
         raise KeyringError(f"{arguments.file} exists; a keyring is never overwritten")
-    recipients, phrase = _sealed_to(arguments)
+    sealed_to, phrase = _sealed_to(arguments)
     new_file = arguments.new_identity
     if arguments.new_identity:
-        recipients = [sealing.new_identity(arguments.new_identity)]
+        sealed_to = [sealing.new_identity(arguments.new_identity)]
     elif arguments.generate_passphrase:
         new_file = arguments.passphrase_file
         _hand_over(arguments, phrase)
     try:
-        file.create(arguments.file, Document(recipients), phrase)
+        file.create(arguments.file, Document(sealed_to), phrase)
     except KeyringError:
         if new_file and not os.path.lexists(arguments.file):
             new_file.unlink()  # it opens nothing, and would be in the way of the next try
         raise
-    return _resealed(arguments, recipients)
+    return _resealed(arguments, sealed_to)
 
 
 def _reseal(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    recipients, phrase = _sealed_to(arguments)
-    with file.reseal(arguments.file, _unsealer(arguments), recipients, phrase):
+    sealed_to, phrase = _sealed_to(arguments)
+    with file.reseal(arguments.file, _unsealer(arguments), sealed_to, phrase):
         if arguments.generate_passphrase:
             _hand_over(arguments, phrase)
-    return _resealed(arguments, recipients)
+    return _resealed(arguments, sealed_to)
 
 
-def _resealed(arguments: argparse.Namespace, recipients: list[str]) -> dict[str, Any] | None:
+def _resealed(arguments: argparse.Namespace, sealed_to: list[str]) -> dict[str, Any] | None:
     """Return the result of a verb that seals, and None where `_hand_over` printed it with the passphrase."""
     if arguments.generate_passphrase and not arguments.passphrase_file:
         return None
-    return {"Keyring": str(arguments.file), "Recipients": recipients}
+    return {"Keyring": str(arguments.file), "Recipients": sealed_to}
 
 
 def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
     """Return recipients and passphrase. Ends the command where the options name none, or two kinds."""
-    to_identities = arguments.recipient or arguments.new_identity
+    to_recipients = bool(arguments.recipient or arguments.recipients_file)
+    to_identities = to_recipients or arguments.new_identity
     if arguments.generate_passphrase:
         if to_identities:
             arguments.wrong_usage("--generate-passphrase seals to a passphrase, and recipients are given too")
         return [], passphrase.generate()
     if not to_identities and not arguments.passphrase_file:
         arguments.wrong_usage(
-            "one of --recipient, --passphrase-file, --generate-passphrase (or, for init, --new-identity) is required"
+            "one of --recipient, --recipients-file, --passphrase-file, --generate-passphrase (or, for init, --new-identity) "
+            "is required"
         )
-    recipients = list(dict.fromkeys(arguments.recipient or []))
-    for recipient in recipients:
-        sealing.check_recipient(recipient)
+    if arguments.recipients_file and (arguments.passphrase_file or arguments.new_identity):
+        arguments.wrong_usage("--recipients-file is not allowed with --passphrase-file or --new-identity")
+    owners = owner_of(arguments.file)
     if not arguments.passphrase_file:
-        return recipients, None
-    phrase = sealing.read_passphrase(arguments.passphrase_file, owner_of(arguments.file))
+        return _recipients(arguments, owners), None
+    phrase = sealing.read_passphrase(arguments.passphrase_file, owners)
     if weakness := passphrase.weakness(phrase):
         _warn(f"{arguments.passphrase_file}: {weakness}")
-    return recipients, phrase
+    return [], phrase
+
+
+def _recipients(arguments: argparse.Namespace, owners: tuple[int, ...]) -> list[str]:
+    """Return the recipients of all options, each key once."""
+    files = arguments.recipients_file or []
+    if files.count("-") > 1:
+        arguments.wrong_usage("--recipients-file -: standard input can be read only once")
+    named = [recipients.parse(text) for text in arguments.recipient or []]
+    for path in files:
+        named += recipients.read_file(path, owners)
+    return recipients.distinct(named)
 
 
 def _hand_over(arguments: argparse.Namespace, phrase: str | None) -> None:

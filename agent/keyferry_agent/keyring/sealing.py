@@ -1,8 +1,8 @@
 """Sealing with age (https://age-encryption.org), so that the `age` program can open a keyring in an emergency.
 
-A keyring is sealed to recipients (X25519 `age1...`, SSH `ssh-ed25519 ...`), one per host and an offline one, or to one
-passphrase. pyrage seals to recipients; `keyferry.age_passphrase` seals to a passphrase, because pyrage measures the work
-factor. What opens a keyring is an `Unsealer`: an age identity file, an SSH private key, or a passphrase file.
+A keyring is sealed to recipients (`recipients.py`), one per host and an offline one, or to one passphrase. pyrage seals to
+recipients; `keyferry.age_passphrase` seals to a passphrase, because pyrage measures the work factor. What opens a keyring is an
+`Unsealer`: an age identity file, an SSH private key, or a passphrase file.
 """
 
 import os
@@ -13,28 +13,48 @@ from typing import Any, Final
 
 import pyrage
 
-from keyferry import age_passphrase, private_files
-from keyferry.age_passphrase import PassphraseError
+from keyferry import age_passphrase, content, passphrase, private_files
+from keyferry.age_passphrase import PassphraseError, SealedToRecipientsError
 
 from .document import KeyringError
+from .recipients import MAX_SHOWN, STANZAS, parse
 
 __all__ = ["Unsealer", "check_recipient", "count_recipients", "new_identity", "read_passphrase", "seal"]
 
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
-_PEM: Final = "-----BEGIN"
-_RECIPIENT_STANZAS: Final = (b"-> X25519 ", b"-> ssh-")
+_PEM: Final = b"-----BEGIN"
+_COMMENT: Final = "#"
+_SHOWN: Final = MAX_SHOWN
 _IDENTITY_MOST: Final = 65_536
-_SHOWN: Final = 24
+_SSH_TYPES: Final = ("", "ssh-ed25519", "ssh-rsa")
+_SUPPORTED: Final = (
+    "an age identity (X25519), an SSH key of type ssh-ed25519 or ssh-rsa, or a passphrase opens a keyring"
+)
+
+_UNSUPPORTED: Final = {
+    content.AGE_FILE: "encrypted identities are not opened here; write the identity to a file with `age -d`",
+    content.PQ_IDENTITY: "post-quantum identities are not supported",
+    content.PLUGIN_IDENTITY: "identities of age plugins are not supported",
+    content.ENCRYPTED_KEY: "encrypted keys are not opened here; write a copy without a passphrase with `ssh-keygen -p`",
+    content.PEM_KEY: "`ssh-keygen -p -f FILE` converts a PKCS#8 file of an RSA key to the form of OpenSSH",
+    content.PUTTY_KEY: "PuTTYgen converts it to the form of OpenSSH",
+    content.PUBLIC_KEY: "a public key opens nothing; give the private half",
+    content.SSH_PUBLIC_KEY: "a public key opens nothing; give the private half",
+    content.RECIPIENT: "a recipient opens nothing; give its identity",
+}
+"""What a message says about each kind of file that holds no identity known here."""
 
 
 class Unsealer:
     """What opens a keyring. Read from a file, whose kind is told from its content. Its repr shows nothing of it."""
 
-    __slots__ = ("_identities", "passphrase")
+    __slots__ = ("_identities", "_taken_for", "_why", "passphrase")
 
-    def __init__(self, identities: list[Any], passphrase: str | None) -> None:
+    def __init__(self, identities: list[Any], passphrase: str | None, *, taken_for: str = "", why: str = "") -> None:
         self._identities = identities
         self.passphrase = passphrase
+        self._taken_for = taken_for
+        self._why = why
 
     def __repr__(self) -> str:
         return "Unsealer(passphrase)" if self.passphrase is not None else "Unsealer(identity)"
@@ -45,26 +65,37 @@ class Unsealer:
 
         `owners`: further users that root accepts as the file's owner.
         """
-        content = _read(path, owners)
-        try:
-            if content.startswith(_PEM):
-                return cls([pyrage.ssh.Identity.from_buffer(content.encode())], None)
-            lines = [line.strip() for line in content.splitlines()]
-            if any(line.startswith(_AGE_IDENTITY) for line in lines):
-                keys = [line for line in lines if line and not line.startswith("#")]
-                return cls([pyrage.x25519.Identity.from_str(key) for key in keys], None)
-        except pyrage.IdentityError:
-            raise KeyringError(f"{path}: not an age identity or an unencrypted SSH private key") from None
-        return cls([], _passphrase(path, content))
+        data = _read(path, owners)
+        if data.startswith(_PEM):
+            return cls([_ssh_identity(path, data)], None, taken_for=f"{path} was taken for an SSH private key")
+        text = _text(path, data)
+        lines = [line.strip() for line in text.splitlines()]
+        if any(line.startswith(_AGE_IDENTITY) for line in lines):
+            return cls(_age_identities(path, lines), None, taken_for=f"{path} was taken for an age identity")
+        return cls(
+            [],
+            _passphrase(path, text),
+            taken_for=f"{path} holds no identity known here, so it was taken for a passphrase",
+            why=_why_unknown(data),
+        )
 
     def unseal(self, sealed: bytes) -> bytes | bytearray:
         """Open a sealed keyring. Raises `KeyringError` for a wrong identity or passphrase, or damage."""
         try:
             if self.passphrase is not None:
                 return age_passphrase.unseal(sealed, self.passphrase)
+            if age_passphrase.work_factor(sealed) is not None:
+                raise KeyringError(
+                    f"the keyring does not open: {self._taken_for}; this keyring is sealed to a passphrase"
+                )
             return bytes(pyrage.decrypt(sealed, self._identities))
-        except (pyrage.DecryptError, PassphraseError) as error:
-            raise KeyringError(f"the keyring does not open: {error}") from None
+        except SealedToRecipientsError:
+            why = f"{self._taken_for}; this keyring is sealed to recipients{self._why}"
+        except PassphraseError as error:
+            why = f"{error}; {self._taken_for}{self._why}" if self._why else str(error)
+        except pyrage.DecryptError as error:
+            why = str(error)
+        raise KeyringError(f"the keyring does not open: {why}")
 
     def opens(self, sealed: bytes) -> bool:
         """Whether it opens what was just sealed. A passphrase, slow on purpose, is taken at its word."""
@@ -80,7 +111,7 @@ class Unsealer:
 def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes:
     """Seal to recipients, or where there are none, to a passphrase. Raises `KeyringError`."""
     if recipients:
-        return bytes(pyrage.encrypt(payload, [check_recipient(recipient) for recipient in recipients]))
+        return _seal_to_recipients(payload, recipients)
     if passphrase is None:
         raise KeyringError(
             "the keyring names no recipients, and was not opened with a passphrase: "
@@ -92,23 +123,32 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
         raise KeyringError(str(error)) from None
 
 
+def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
+    """Seal, and count what the file is sealed to: nothing may be named that does not open the file. Raises `KeyringError`."""
+    try:
+        parsed = [check_recipient(recipient) for recipient in recipients]
+    except KeyringError as error:
+        raise KeyringError(f"{error}; the keyring names it: `keyring reseal` it to all that are to open it") from None
+    try:
+        sealed = bytes(pyrage.encrypt(payload, parsed))
+    except pyrage.EncryptError as error:
+        raise KeyringError(f"age does not seal to these recipients together: {error}") from None
+    if count_recipients(sealed) != len(recipients):
+        raise KeyringError(
+            f"nothing was written: the keyring would be sealed to {count_recipients(sealed)} of {len(recipients)} recipients"
+        )
+    return sealed
+
+
 def count_recipients(sealed: bytes) -> int:
     """How many recipients a file is sealed to, as far as its header tells: not which."""
     header = sealed.split(b"\n---", 1)[0].split(b"\n")
-    return sum(line.startswith(_RECIPIENT_STANZAS) for line in header)
+    return sum(line.startswith(STANZAS) for line in header)
 
 
 def check_recipient(recipient: str) -> Any:
-    """Parse `age1...` or `ssh-ed25519 ...`. Raises `KeyringError`."""
-    try:
-        if recipient.startswith("ssh-"):
-            return pyrage.ssh.Recipient.from_str(recipient)
-        return pyrage.x25519.Recipient.from_str(recipient)
-    except (pyrage.RecipientError, UnicodeError):  # UnicodeError: an argument that is not text
-        if _AGE_IDENTITY in recipient or "PRIVATE KEY" in recipient:  # and whatever is shown may be logged
-            raise KeyringError("an identity was given as a recipient: it is secret; give its public half") from None
-        shown = recipient if len(recipient) <= _SHOWN else f"{recipient[:_SHOWN]}..."
-        raise KeyringError(f"{shown!r} is no recipient: expected age1... or an SSH public key") from None
+    """Return pyrage's object for the text of one recipient. Raises `KeyringError`."""
+    return parse(recipient, shown=_SHOWN).parsed
 
 
 def new_identity(path: Path) -> str:
@@ -132,8 +172,59 @@ def new_identity(path: Path) -> str:
 
 
 def read_passphrase(path: Path, owners: Collection[int] = ()) -> str:
-    """Read a passphrase file: its first line. `owners` as for `Unsealer.read`. Raises `KeyringError`."""
-    return _passphrase(path, _read(path, owners))
+    """Read the passphrase to seal with from a file that contains nothing else. `owners` as for `Unsealer.read`.
+
+    Raises `KeyringError`, also for a file that looks like an identity, a key or a recipient.
+    """
+    try:
+        return passphrase.of_new_file(_read(path, owners))
+    except ValueError as error:
+        raise KeyringError(f"{path}: {error}") from None
+
+
+def _ssh_identity(path: Path, data: bytes) -> Any:
+    try:
+        return pyrage.ssh.Identity.from_buffer(data)
+    except pyrage.IdentityError:
+        raise KeyringError(
+            f"{path}: not an age identity or an unencrypted SSH private key{_why_unknown(data)}"
+        ) from None
+
+
+def _age_identities(path: Path, lines: list[str]) -> list[Any]:
+    identities = []
+    for number, line in enumerate(lines, 1):
+        if line and not line.startswith(_COMMENT):
+            try:
+                identities.append(pyrage.x25519.Identity.from_str(line))
+            except pyrage.IdentityError:
+                raise KeyringError(
+                    f"{path}, line {number}: not an age identity or a comment{_why_unknown(line.encode())}"
+                ) from None
+    return identities
+
+
+def _why_unknown(data: bytes) -> str:
+    """Return what the content looks like and what to do, to stand at the end of a message; nothing for a passphrase."""
+    reasons = []
+    if encoding := content.byte_order_mark(data):
+        reasons.append(f"it begins with a byte order mark ({encoding}): save it as UTF-8 without one")
+    found = content.resemblance(data)
+    if found is not None:
+        reasons.append(f"it looks like {found}: {_what_to_do(found)}")
+    return f"; {'; '.join(reasons)}" if reasons else ""
+
+
+def _what_to_do(found: content.Resemblance) -> str:
+    if found.key_type not in _SSH_TYPES and found.kind == content.OPENSSH_KEY:
+        return f"keys of this type are not supported; {_SUPPORTED}"
+    if found.encrypted:
+        return _UNSUPPORTED[content.ENCRYPTED_KEY]
+    if found.kind in _UNSUPPORTED:
+        return f"{_UNSUPPORTED[found.kind]}; {_SUPPORTED}"
+    if found.kind == content.AGE_IDENTITY:
+        return "an identity is one line in upper case, without quotes or other text"
+    return _SUPPORTED
 
 
 def _passphrase(path: Path, content: str) -> str:
@@ -143,17 +234,24 @@ def _passphrase(path: Path, content: str) -> str:
     return passphrase
 
 
-def _read(path: Path, owners: Collection[int]) -> str:
+def _text(path: Path, data: bytes) -> str:
+    if len(data) > _IDENTITY_MOST:
+        raise KeyringError(f"{path}: longer than any identity or passphrase")
     try:
-        with open(path, "rb") as file:  # which may be a pipe
+        return data.decode()
+    except UnicodeDecodeError:
+        raise KeyringError(
+            f"{path}: not text; an age identity, an SSH key or a passphrase is expected{_why_unknown(data)}"
+        ) from None
+
+
+def _read(path: Path, owners: Collection[int]) -> bytes:
+    """Return the content of a file, which may be a pipe: at most one byte more than an identity has. Raises `KeyringError`."""
+    try:
+        with open(path, "rb") as file:
             private_files.check(file.fileno(), path, secret=True, owners=owners)
-            content = file.read(_IDENTITY_MOST + 1)
-        if len(content) > _IDENTITY_MOST:
-            raise KeyringError(f"{path}: longer than any identity or passphrase")
-        return content.decode()
+            return file.read(_IDENTITY_MOST + 1)
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
     except private_files.PrivateFileError as error:
         raise KeyringError(str(error)) from None
-    except UnicodeDecodeError:
-        raise KeyringError(f"{path}: not text; an age identity, an SSH key or a passphrase is expected") from None

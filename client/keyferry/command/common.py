@@ -57,7 +57,7 @@ class Failed(KeyferryError):
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """For imports of what an extra brings. Raises `Failed`, with what to install, where it is not there."""
+    """For imports of what an extra brings. Raises `Failed` where it is not installed, or does not work with this OpenSSL."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -65,6 +65,12 @@ def extra(name: str) -> Iterator[None]:
         if missing not in _EXTRAS[name]:
             raise
         raise Failed(f"this needs {missing}, which is not installed: pip install 'keyferry[{name}]'") from None
+    except Exception as error:
+        from ..libcrypto import cryptography_failure  # noqa: PLC0415 - few commands need libcrypto
+
+        if failure := cryptography_failure(error):
+            raise Failed(failure) from None
+        raise
 
 
 def usage(message: str) -> NoReturn:
@@ -113,7 +119,7 @@ def _text(content: bytes) -> str:
 
 
 _FROM_FILES: Final[dict[Parameter[Any], tuple[Callable[[bytes], str], str]]] = {
-    PUBLIC_KEY_BLOB: (_public_key, "a PEM or DER file"),
+    PUBLIC_KEY_BLOB: (_public_key, "PEM, DER or Base64"),
     PLAINTEXT: (encode_base64, "the plaintext itself, not its Base64,"),
     CIPHERTEXT_BLOB: (_ciphertext, "Base64 text or the bytes themselves"),
     ENCRYPTION_CONTEXT: (_text, "JSON text"),

@@ -6,9 +6,10 @@ import sys
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from .. import passphrase, private_files
+from ..content import resemblance
 from ..parameters import decode_base64
 from .common import Failed, extra, show_json, usage
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from ..module.interface import CryptographicModule
 
 __all__ = ["add_module_options", "add_parsers", "open_module"]
-
-_LONGEST_PASSPHRASE: Final = 65_536
 
 
 def add_parsers(commands: Any) -> None:
@@ -59,13 +58,20 @@ def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
         usage("--module needs --passphrase-file")
     with extra("module"):
         from .. import age_passphrase  # noqa: PLC0415
-        from ..module import SoftwareModule  # noqa: PLC0415
-    phrase = _passphrase(arguments.passphrase_file, private_files.owner_of(arguments.module))
+        from ..module import ModuleError, SoftwareModule  # noqa: PLC0415
+    content = _read(arguments.passphrase_file, private_files.owner_of(arguments.module))
+    phrase = _first_line(arguments.passphrase_file, content)
     try:
         module = SoftwareModule.load(arguments.module, phrase)
         factor = age_passphrase.work_factor(Path(arguments.module).read_bytes())
     except OSError as error:
         raise Failed(f"{arguments.module}: {error.strerror}") from None
+    except ModuleError as error:
+        raise ModuleError(f"{error}{passphrase.taken_for(arguments.passphrase_file, content)}") from None
+    if found := resemblance(content):
+        _warn(
+            f"{arguments.passphrase_file}: looks like {found}; others may know its first line, which is the passphrase"
+        )
     if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
         _warn(
             f"{arguments.module}: its passphrase is sealed with work factor {factor}, which is low; "
@@ -105,7 +111,7 @@ def _passphrase_to_seal(arguments: argparse.Namespace) -> tuple[str, Path | None
     if not arguments.generate_passphrase:
         if not arguments.passphrase_file:
             usage("--passphrase-file or --generate-passphrase is required")
-        phrase = _passphrase(arguments.passphrase_file)
+        phrase = _new_passphrase(arguments.passphrase_file)
         if weakness := passphrase.weakness(phrase):
             _warn(f"{arguments.passphrase_file}: {weakness}")
         return phrase, None
@@ -125,18 +131,35 @@ def _warn(message: str) -> None:
     print(f"keyferry: warning: {message}", file=sys.stderr)
 
 
-def _passphrase(path: str, owners: Collection[int] = ()) -> str:
-    """The first line of a file, which may be a pipe. `owners`: further users that root accepts. Raises `Failed`."""
+def _first_line(path: str, content: bytes) -> str:
+    """Return the passphrase that opens a module. Raises `Failed`."""
     try:
-        with Path(path).open("rb") as file:
-            private_files.check(file.fileno(), path, secret=True, owners=owners)
-            line = file.readline(_LONGEST_PASSPHRASE).decode().rstrip("\r\n")
-    except OSError as error:
-        raise Failed(f"{path}: {error.strerror}") from None
-    except private_files.PrivateFileError as error:
-        raise Failed(str(error)) from None
+        line = content[: passphrase.MAX_FILE_BYTES].split(b"\n", 1)[0].decode().rstrip("\r")
     except UnicodeDecodeError:
         raise Failed(f"{path}: not text; a passphrase is expected in the first line") from None
     if not line:
         raise Failed(f"{path}: the first line is empty; a passphrase is expected there")
     return line
+
+
+def _new_passphrase(path: str) -> str:
+    """The passphrase in a file, to seal with. Raises `Failed` for a file that looks like anything else."""
+    try:
+        return passphrase.of_new_file(_read(path))
+    except ValueError as error:
+        raise Failed(f"{path}: {error}") from None
+
+
+def _read(path: str, owners: Collection[int] = ()) -> bytes:
+    """Return the content of a passphrase file, which may be a pipe: at most one byte more than such a file has.
+
+    `owners`: further users that root accepts. Raises `Failed`.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            private_files.check(file.fileno(), path, secret=True, owners=owners)
+            return file.read(passphrase.MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise Failed(f"{path}: {error.strerror}") from None
+    except private_files.PrivateFileError as error:
+        raise Failed(str(error)) from None

@@ -16,7 +16,8 @@ from typing import Final, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .. import age_passphrase, libcrypto, private_files
+from .. import age_passphrase, content, libcrypto, private_files
+from .. import passphrase as passphrases
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
@@ -55,15 +56,14 @@ class SoftwareModule(CryptographicModule):
 
     @classmethod
     def generate(cls, key_spec: str = "RSA_2048") -> Self:
-        """Generate a key pair: "RSA_2048" or "EC_SM2". Raises ValueError, or `ModuleError` where the system has no SM2."""
-        if key_spec == "RSA_2048":
-            return cls(libcrypto.generate_rsa_2048())
-        if key_spec == "EC_SM2":
-            try:
-                return cls(libcrypto.generate_sm2())
-            except libcrypto.LibcryptoError as error:
-                raise ModuleError(str(error)) from None
-        raise ValueError(f"RSA_2048 or EC_SM2 is expected, not {key_spec!r}")
+        """Generate a key pair: "RSA_2048" or "EC_SM2". Raises ValueError, or `ModuleError` without RSA or SM2."""
+        generate = {"RSA_2048": libcrypto.generate_rsa_2048, "EC_SM2": libcrypto.generate_sm2}.get(key_spec)
+        if generate is None:
+            raise ValueError(f"RSA_2048 or EC_SM2 is expected, not {key_spec!r}")
+        try:
+            return cls(generate())
+        except libcrypto.LibcryptoError as error:
+            raise ModuleError(str(error)) from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], passphrase: str) -> Self:
@@ -82,21 +82,31 @@ class SoftwareModule(CryptographicModule):
         except age_passphrase.PassphraseError as error:
             raise ModuleError(f"{os.fspath(path)}: not a module file, or it does not open: {error}") from None
         try:
-            return cls(libcrypto.private_key(der))
+            key = libcrypto.private_key(der)
+            algorithm = "SM2" if key.is_a(b"SM2") else "RSA"
         except libcrypto.LibcryptoError:
-            raise ModuleError(f"{os.fspath(path)}: not a module file") from None
+            is_key = content.der_kind(bytes(der)) == content.DER_KEY
+            lacking = [name for name in ("RSA", "SM2") if is_key and not libcrypto.offers(name)]
+            if not lacking:
+                raise ModuleError(f"{os.fspath(path)}: not a module file") from None
+            algorithm = lacking[0]
         finally:
             der[:] = bytes(len(der))
+        if not libcrypto.offers(algorithm):  # libcrypto may have loaded the key all the same, and uses it for nothing
+            raise ModuleError(
+                f"{os.fspath(path)}: nothing works with its private key: {libcrypto.why_missing(algorithm)} "
+                f"({libcrypto.configuration()})"
+            )
+        return cls(key)
 
     def save(self, path: str | os.PathLike[str], passphrase: str) -> None:
         """Write the private key to a new file of mode 0600: PKCS #8, sealed to the passphrase in age's format.
 
         The work factor is always `keyferry.age_passphrase.WORK_FACTOR`. Data keys are not saved: their records bring them
-        back. An existing file is never replaced. Raises OSError, ValueError for an empty passphrase, or `ModuleError` where
-        memory is short.
+        back. An existing file is never replaced. Raises OSError, `ModuleError` where memory is short, or ValueError for a
+        passphrase that is empty, that looks like a key, a recipient or a comment, or that has more than one line.
         """
-        if not passphrase:
-            raise ValueError("an empty passphrase protects nothing")
+        passphrases.check(passphrase)
         der = self._private_key.private_der()
         try:
             sealed = age_passphrase.seal(der, passphrase)

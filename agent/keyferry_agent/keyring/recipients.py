@@ -1,0 +1,158 @@
+"""Recipients of a keyring: one line of text each, checked in full before pyrage reads it.
+
+pyrage takes everything behind an SSH key for its comment, also a second key on the next line, and seals to the first key only.
+So a recipient is one key on one line here, with an optional comment behind an SSH key. Two texts of one key are one recipient.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Any, Final, NamedTuple
+
+import pyrage
+
+from keyferry import private_files
+from keyferry.content import RECIPIENT, SECRETS, SSH_PUBLIC_KEY, byte_order_mark, resemblance
+
+from .document import KeyringError
+
+__all__ = ["MAX_SHOWN", "STANZAS", "SUPPORTED", "Recipient", "distinct", "parse", "read_file"]
+
+STANZAS: Final = (b"-> X25519 ", b"-> ssh-", b"-> p256tag ")
+"""How the line begins that a sealed file has for each recipient."""
+SUPPORTED: Final = "supported are age1... (X25519), age1tag1..., ssh-ed25519 and ssh-rsa"
+
+_STANDARD: Final = "-"
+_MAX_FILE_BYTES: Final = 1 << 20
+MAX_SHOWN: Final = 24
+_COMMENT: Final = "#"
+_SSH_KEY: Final = re.compile(r"(?:sk-)?(?:ssh|ecdsa)-[\w.@-]+\s+AAAA")
+_AGE_KEY: Final = re.compile(r"(?<![0-9a-z])age1[0-9a-z]{30,}", re.IGNORECASE)
+_SSH_TYPES: Final = ("ssh-ed25519", "ssh-rsa")
+_TAG: Final = "age1tag"
+"""Recipients of hardware keys, which pyrage 1.4 seals to."""
+_POST_QUANTUM: Final = ("age1pq", "age1tagpq")
+"""age refuses to seal to these beside any other kind, and no identity that opens a keyring here is of these kinds."""
+
+
+class Recipient(NamedTuple):
+    """One key that a keyring is sealed to."""
+
+    text: str
+    """One line, with the comment of an SSH key."""
+    key: str
+    """The same for all texts of one key."""
+    parsed: Any
+    """pyrage's object."""
+
+
+def parse(text: str, *, shown: int = MAX_SHOWN) -> Recipient:
+    """Parse the text of one recipient; white space around it is left out.
+
+    Raises `KeyringError`, which shows no secret, and at most `shown` characters of the text.
+    """
+    text = text.strip()
+    found = resemblance(text.encode(errors="replace"))
+    if (found is not None and found.kind in SECRETS) or "PRIVATE KEY" in text:  # and what is shown may be logged
+        raise KeyringError("an identity was given as a recipient: it is secret; give its public half")
+    if len(_SSH_KEY.findall(text)) + len(_AGE_KEY.findall(text)) > 1 or len(text.splitlines()) > 1:
+        raise KeyringError(
+            f"{_shown(text, shown)} is more than one line or recipient; repeat --recipient for each, or use --recipients-file"
+        )
+    try:
+        return _ssh(text) if text.startswith("ssh-") else _age(text)
+    except (pyrage.RecipientError, UnicodeError) as error:  # UnicodeError: an argument that is not text
+        raise KeyringError(f"{_shown(text, shown)} is no recipient{_reason(text, str(error))}") from None
+
+
+def distinct(recipients: Iterable[Recipient]) -> list[str]:
+    """Return the texts of recipients, each key once, in their order."""
+    texts: dict[str, str] = {}
+    for recipient in recipients:
+        texts.setdefault(recipient.key, recipient.text)
+    return list(texts.values())
+
+
+def read_file(path: str, owners: Collection[int] = ()) -> list[Recipient]:
+    """Read a recipients file, as `age -R` does: one recipient on each line, with empty lines and `#` comments between them.
+
+    "-" is standard input. `owners`: further users that root accepts as the file's owner. Raises `KeyringError`, also where
+    other users can write the file.
+    """
+    recipients = []
+    for number, line in enumerate(_lines(path, owners), 1):
+        if line.strip() and not line.lstrip().startswith(_COMMENT):
+            try:
+                recipients.append(parse(line))
+            except KeyringError as error:
+                raise KeyringError(f"{_name(path)}, line {number}: {error}") from None
+    if not recipients:
+        raise KeyringError(f"{_name(path)}: contains no recipient; one on each line is expected")
+    return recipients
+
+
+def _lines(path: str, owners: Collection[int]) -> list[str]:
+    try:
+        with open(0 if path == _STANDARD else path, "rb", closefd=path != _STANDARD) as file:
+            if path != _STANDARD:
+                private_files.check(file.fileno(), path, owners=owners)
+            content = file.read(_MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise KeyringError(f"{_name(path)}: {error.strerror}") from None
+    except private_files.PrivateFileError as error:
+        raise KeyringError(str(error)) from None
+    if len(content) > _MAX_FILE_BYTES:
+        raise KeyringError(f"{_name(path)}: longer than {_MAX_FILE_BYTES} bytes")
+    if encoding := byte_order_mark(content):
+        raise KeyringError(f"{_name(path)}: begins with a byte order mark ({encoding}); save it as UTF-8 without one")
+    try:
+        return content.decode().split("\n")
+    except UnicodeDecodeError:
+        raise KeyringError(f"{_name(path)}: not text; recipients are expected, one on each line") from None
+
+
+def _name(path: str) -> str:
+    return "standard input" if path == _STANDARD else path
+
+
+def _ssh(text: str) -> Recipient:
+    key_type, *others = text.split(None, 2)
+    key = f"{key_type} {others[0] if others else ''}"
+    line = " ".join([key_type, *others])
+    if not line.isprintable():
+        raise UnicodeError("it contains control characters")
+    return Recipient(line, key, pyrage.ssh.Recipient.from_str(line))
+
+
+def _age(text: str) -> Recipient:
+    module = pyrage.x25519
+    if text.lower().rpartition("1")[0] == _TAG:
+        module = getattr(pyrage, "tag", None)
+        if module is None:
+            raise pyrage.RecipientError("age1tag1... takes pyrage 1.4 or newer")
+    return Recipient(text.lower(), text.lower(), module.Recipient.from_str(text))
+
+
+def _reason(text: str, error: str) -> str:
+    """Return why a text is not a recipient, to stand behind "is no recipient"."""
+    kind = text.lower().rpartition("1")[0]
+    found = resemblance(text.encode(errors="replace"))
+    if "pyrage 1.4" in error:
+        why = f": {error}"
+    elif kind in _POST_QUANTUM:
+        why = f" that is supported: it is a hybrid post-quantum recipient ({kind}1...); {SUPPORTED}"
+    elif kind.startswith("age1") and kind != _TAG:
+        plugin = kind.removeprefix("age1")[:MAX_SHOWN]
+        why = f" that is supported: it is a recipient of the age plugin {plugin!r}; {SUPPORTED}"
+    elif "RsaModulus" in error:
+        why = ": its RSA key is too short or too long; one of 2,048 to 4,096 bits is expected"
+    elif found is not None and found.kind == SSH_PUBLIC_KEY and found.key_type in _SSH_TYPES:
+        why = ": it is damaged, or has text before the key; expected age1... or an SSH public key"
+    elif found is not None and found.kind != RECIPIENT:
+        why = f" that is supported: it looks like {found}; {SUPPORTED}"
+    else:
+        why = f": expected age1... or an SSH public key; {SUPPORTED}"
+    return why
+
+
+def _shown(text: str, most: int) -> str:
+    return repr(text if len(text) <= most else f"{text[:most]}...")

@@ -1,0 +1,199 @@
+"""What the content of a file looks like: an identity, a key, an age file, a recipient, or text with a byte order mark.
+
+A passphrase file is judged before something is sealed with it, and a file that opens nothing is named in the message. The
+functions recognise what people confuse. They do not prove that a key is valid, and what they return shows nothing of a secret.
+"""
+
+import re
+from base64 import b64decode
+from binascii import Error as Base64Error
+from typing import Final, NamedTuple
+
+__all__ = [
+    "AGE_FILE",
+    "AGE_IDENTITY",
+    "CERTIFICATE",
+    "DER_KEY",
+    "ENCRYPTED_KEY",
+    "OPENSSH_KEY",
+    "PEM",
+    "PEM_KEY",
+    "PKCS1_PUBLIC_KEY",
+    "PLUGIN_IDENTITY",
+    "PQ_IDENTITY",
+    "PRIVATE_KEYS",
+    "PUBLIC_KEY",
+    "PUTTY_KEY",
+    "RECIPIENT",
+    "SECRETS",
+    "SSH_PUBLIC_KEY",
+    "Resemblance",
+    "base64_text",
+    "byte_order_mark",
+    "der_kind",
+    "resemblance",
+]
+
+AGE_IDENTITY: Final = "an age identity (AGE-SECRET-KEY-1...)"
+PQ_IDENTITY: Final = "a post-quantum age identity (AGE-SECRET-KEY-PQ-1...)"
+PLUGIN_IDENTITY: Final = "an identity of an age plugin (AGE-PLUGIN-...)"
+AGE_FILE: Final = "an age file: a keyring, a module, or an identity that `age -p` encrypted"
+OPENSSH_KEY: Final = "an OpenSSH private key"
+ENCRYPTED_KEY: Final = "a private key that is encrypted with a passphrase"
+PEM_KEY: Final = "a private key in PEM"
+DER_KEY: Final = "a private key in DER"
+PUTTY_KEY: Final = "a PuTTY private key"
+PUBLIC_KEY: Final = "a public key"
+PKCS1_PUBLIC_KEY: Final = "a public key in the form of PKCS#1"
+CERTIFICATE: Final = "a certificate"
+PEM: Final = "a PEM file"
+SSH_PUBLIC_KEY: Final = "an SSH public key"
+RECIPIENT: Final = "an age recipient (age1...)"
+
+PRIVATE_KEYS: Final = frozenset({OPENSSH_KEY, ENCRYPTED_KEY, PEM_KEY, DER_KEY, PUTTY_KEY})
+SECRETS: Final = PRIVATE_KEYS | {AGE_IDENTITY, PQ_IDENTITY, PLUGIN_IDENTITY}
+
+_MARKS: Final = (
+    (b"\xef\xbb\xbf", "UTF-8"),
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+    (b"\0\0\xfe\xff", "UTF-32"),
+)
+_PATTERNS: Final = tuple(
+    (re.compile(pattern, re.IGNORECASE), name)
+    for pattern, name in (
+        (rb"age-secret-key-pq-", PQ_IDENTITY),
+        (rb"age-secret-key-", AGE_IDENTITY),
+        (rb"age-plugin-", PLUGIN_IDENTITY),
+        (rb"-----BEGIN AGE ENCRYPTED FILE", AGE_FILE),
+        (rb"age-encryption\.org/", AGE_FILE),
+        (rb"-----BEGIN OPENSSH PRIVATE KEY", OPENSSH_KEY),
+        (rb"-----BEGIN ENCRYPTED PRIVATE KEY", ENCRYPTED_KEY),
+        (rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----\s+Proc-Type: 4,ENCRYPTED", ENCRYPTED_KEY),
+        (rb"---- ?BEGIN [A-Z0-9 ]*PRIVATE KEY", PEM_KEY),
+        (rb"PuTTY-User-Key-File-", PUTTY_KEY),
+        (rb"-----BEGIN RSA PUBLIC KEY", PKCS1_PUBLIC_KEY),
+        (rb"---- ?BEGIN [A-Z0-9 ]*PUBLIC KEY", PUBLIC_KEY),
+        (rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE", CERTIFICATE),
+        (rb"-----BEGIN", PEM),
+        (rb"(?:^|\s)(?:sk-)?(?:ssh|ecdsa)-[A-Za-z0-9_.@-]+\s+AAAA", SSH_PUBLIC_KEY),
+        (rb"(?:^|[\s\"'=])age1[a-z0-9]{6,}", RECIPIENT),
+    )
+)
+"""The first pattern that the content contains decides: secrets before public keys, and kinds before their families."""
+_SSH_TYPE: Final = re.compile(rb"(?:sk-)?(?:ssh|ecdsa)-[A-Za-z0-9_.@-]+(?=\s+AAAA)")
+_OPENSSH_BODY: Final = re.compile(rb"-----BEGIN OPENSSH PRIVATE KEY-----([A-Za-z0-9+/=\s]*)")
+_OPENSSH_MAGIC: Final = b"openssh-key-v1\0"
+_OPENSSH_TYPE: Final = re.compile(rb"\0\0\0[\x07-\x40]((?:sk-)?(?:ssh|ecdsa)-[A-Za-z0-9_.@-]+)")
+
+
+_SHAPES: Final = (
+    (b"\x30\x03", PUBLIC_KEY),  # SubjectPublicKeyInfo: algorithm, key
+    (b"\x02\x02", PKCS1_PUBLIC_KEY),  # RSAPublicKey: modulus, exponent
+    (b"\x02" * 9, DER_KEY),  # RSAPrivateKey
+    (b"\x02\x30\x04", DER_KEY),  # PKCS #8 PrivateKeyInfo: version, algorithm, key
+    (b"\x02\x04", DER_KEY),  # ECPrivateKey: version, key
+    (b"\x30\x04", ENCRYPTED_KEY),  # PKCS #8 EncryptedPrivateKeyInfo
+    (b"\x30\x30\x03", CERTIFICATE),  # also a request for one
+)
+"""The tags inside the outer SEQUENCE, from the first one on. The first two are whole."""
+_WHOLE: Final = 2
+_SEQUENCE: Final = 0x30
+_LONG: Final = 0x80
+_MAX_LENGTH_BYTES: Final = 3
+_MAX_TAGS: Final = 16
+
+
+class Resemblance(NamedTuple):
+    """What a content looks like: one of the constants above, and details of it for a message."""
+
+    kind: str
+    key_type: str = ""
+    """Of an SSH key, where it can be read: "ecdsa-sha2-nistp256"."""
+    encrypted: bool = False
+    """Whether a private key is encrypted with a passphrase."""
+
+    def __str__(self) -> str:
+        details = [f"type {self.key_type}"] if self.key_type else []
+        if self.encrypted and self.kind != ENCRYPTED_KEY:
+            details.append("encrypted with a passphrase")
+        return f"{self.kind} ({', '.join(details)})" if details else self.kind
+
+
+def byte_order_mark(content: bytes) -> str | None:
+    """Return the encoding whose byte order mark the content begins with, and None where it begins with none."""
+    for mark, encoding in _MARKS:
+        if content.startswith(mark):
+            return encoding
+    return None
+
+
+def resemblance(content: bytes) -> Resemblance | None:
+    """Return what a content looks like, and None for any other content, such as a passphrase."""
+    if whole := der_kind(content):
+        return Resemblance(whole)
+    encoding = byte_order_mark(content)
+    if encoding in ("UTF-16", "UTF-32"):
+        content = content.decode(encoding, errors="replace").encode(errors="replace")
+    elif b"\0" in content[:2]:  # UTF-16 without a byte order mark
+        content = content.replace(b"\0", b"")
+    for pattern, kind in _PATTERNS:
+        if pattern.search(content):
+            return _with_details(kind, content)
+    encoded = der_kind(base64_text(content))
+    return Resemblance(encoded) if encoded else None
+
+
+def der_kind(der: bytes) -> str | None:
+    """Return the kind of key in a DER encoding by its structure alone, and None for other bytes."""
+    tags = _tags(der)
+    for number, (shape, kind) in enumerate(_SHAPES):
+        if tags == shape or (number >= _WHOLE and tags.startswith(shape)):
+            return kind
+    return None
+
+
+def base64_text(content: bytes) -> bytes:
+    """Return the bytes of Base64 text on one line or several, and no bytes for any other content."""
+    try:
+        return b64decode(b"".join(content.split()), validate=True)
+    except Base64Error:
+        return b""
+
+
+def _tags(der: bytes) -> bytes:
+    """Return the tags inside one SEQUENCE that is as long as the bytes, and no bytes for anything else."""
+    start, end = _content(der, 0)
+    if not der.startswith(bytes([_SEQUENCE])) or end != len(der):
+        return b""
+    tags = bytearray()
+    while start < end and len(tags) < _MAX_TAGS:
+        tags.append(der[start])
+        _, start = _content(der, start)
+    return bytes(tags) if start == end else b""
+
+
+def _content(der: bytes, at: int) -> tuple[int, int]:
+    """Return where the content of the element at `at` begins, and where it ends, perhaps behind the end of the bytes."""
+    length = der[at + 1] if at + 1 < len(der) else len(der)
+    if length < _LONG:
+        return at + 2, at + 2 + length
+    size = min(length - _LONG, _MAX_LENGTH_BYTES + 1)
+    begin = at + 2 + size
+    return begin, begin + int.from_bytes(der[at + 2 : begin], "big")
+
+
+def _with_details(kind: str, content: bytes) -> Resemblance:
+    if kind == SSH_PUBLIC_KEY:
+        match = _SSH_TYPE.search(content)
+        return Resemblance(kind, match.group().decode() if match else "")
+    if kind != OPENSSH_KEY:
+        return Resemblance(kind, encrypted=kind == ENCRYPTED_KEY)
+    body = _OPENSSH_BODY.search(content)
+    key = base64_text(body.group(1)) if body else b""
+    if not key.startswith(_OPENSSH_MAGIC):
+        return Resemblance(kind)
+    key_type = _OPENSSH_TYPE.search(key)
+    encrypted = not key.startswith(_OPENSSH_MAGIC + b"\0\0\0\x04none")
+    return Resemblance(kind, key_type.group(1).decode() if key_type else "", encrypted)
