@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from keyferry.arguments import moment
 from keyferry.output import show
 from keyferry.private_files import owner_of
 
@@ -42,12 +43,8 @@ def add_parser(commands: Any) -> None:
                 "--key", required=True, metavar="KEY", help="the master key's ID or ARN; with --config also an alias"
             )
             verb.add_argument("--version", metavar="ID", help="one version of it")
-            verb.add_argument("--since", type=_moment, metavar="TIME", help="like 2026-01-31 or 2026-01-31T12:00:00Z")
+            verb.add_argument("--since", type=moment, metavar="TIME", help="like 2026-01-31 or 2026-01-31T12:00:00Z")
             verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
-
-
-def _moment(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone()
 
 
 def _guarded(arguments: argparse.Namespace) -> int:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..client import Client
 from ..operations import OPERATIONS
-from ..output import DONE, show_lines
-from .common import REFUSED, add_parameters, extra, given, progress, show_json, socket_option
+from ..output import DONE, complain, show_lines
+from .common import PROGRAM, REFUSED, add_parameters, extra, given, progress, show_json, socket_option
 from .modules import add_module_options, open_module
 
 if TYPE_CHECKING:
@@ -72,10 +72,10 @@ def open_store(arguments: argparse.Namespace) -> "Store":
         from ..store import Store  # noqa: PLC0415
     store = Store(arguments.store)
     if arguments.store and store.has_password and not arguments.store.startswith("@"):
-        print(
-            "keyferry: a password on the command line can be read by every user of this host: "
+        complain(
+            PROGRAM,
+            "a password on the command line can be read by every user of this host: "
             "use --store @FILE, $KEYFERRY_STORE, or PostgreSQL's own ~/.pgpass",
-            file=sys.stderr,
         )
     return store
 
@@ -100,7 +100,8 @@ def _add(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store:
-        return show_lines("keyferry", _json_lines(store) if arguments.json else _lines(store))
+        lines = _json_lines(store) if arguments.json else _lines(store)
+        return show_lines(PROGRAM, lines, is_json=arguments.json)
 
 
 def _lines(store: "Store") -> Iterator[str]:

@@ -41,6 +41,8 @@ def find(given: str | None = None) -> URL:
         raise StoreError(f"a store is in sqlite or postgresql, not in {url.get_backend_name()}")
     if url.get_backend_name() == "sqlite" and (not url.database or url.database == ":memory:"):
         raise StoreError("a store in memory would be forgotten at once: sqlite:///FILE")
+    if url.get_backend_name() == "sqlite" and str(url.database).startswith("~"):
+        return url.set(database=_in_home(str(url.database)))
     return url
 
 
@@ -55,8 +57,18 @@ def shown(url: URL) -> str:
 def _default() -> URL:
     home = os.environ.get("XDG_DATA_HOME") or ""
     if not os.path.isabs(home):  # the XDG specification: relative ones are to be ignored
-        home = os.path.expanduser("~/.local/share")
+        home = _in_home("~/.local/share")
     return URL.create(_DRIVERS["sqlite"], database=os.path.join(home, "keyferry", "records.sqlite"))
+
+
+def _in_home(path: str) -> str:
+    """Return a path that begins with `~` as an absolute one. Raises `StoreError` where the home folder is not known."""
+    whole = os.path.expanduser(path)
+    if not os.path.isabs(whole) or os.environ.get("HOME") == "":
+        raise StoreError(
+            f"{path}: the home folder of this user is not known; set $KEYFERRY_STORE (sqlite:////FILE), or $HOME"
+        )
+    return whole
 
 
 def _from_file(path: str) -> str:
