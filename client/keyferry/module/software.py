@@ -16,7 +16,7 @@ from typing import Final, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .. import age_passphrase, libcrypto, private_files
+from .. import age_passphrase, libcrypto, new_files, private_files
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
@@ -92,23 +92,22 @@ class SoftwareModule(CryptographicModule):
         """Write the private key to a new file of mode 0600: PKCS #8, sealed to the passphrase in age's format.
 
         The work factor is always `keyferry.age_passphrase.WORK_FACTOR`. Data keys are not saved: their records bring them
-        back. An existing file is never replaced. Raises OSError, ValueError for an empty passphrase, or `ModuleError` where
-        memory is short.
+        back. An existing file is never replaced, and the file appears whole, or not at all. Raises OSError, ValueError for an
+        empty passphrase, or `ModuleError` where memory is short.
         """
+        new_files.create(path, self.sealed(passphrase))
+
+    def sealed(self, passphrase: str) -> bytes:
+        """Return the bytes of the file that `save` writes. Raises ValueError, or `ModuleError` where memory is short."""
         if not passphrase:
             raise ValueError("an empty passphrase protects nothing")
         der = self._private_key.private_der()
         try:
-            sealed = age_passphrase.seal(der, passphrase)
+            return age_passphrase.seal(der, passphrase)
         except age_passphrase.PassphraseError as error:
             raise ModuleError(str(error)) from None
         finally:
             der[:] = bytes(len(der))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(sealed)
-            file.flush()
-            os.fsync(descriptor)
 
     @property
     def public_key_blob(self) -> str:
