@@ -1,21 +1,37 @@
 """The process of `keyferry-agent`, also as `python -m keyferry_agent`."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
+
+_INTERRUPTED = 130
 
 
 def main() -> int:
     """Run the command. A command that opens a keyring runs in a process that protects keys."""
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interruptible:  # what is imported here takes longer than Python's own start
+        signal.signal(signal.SIGINT, lambda _number, _frame: os._exit(_INTERRUPTED))
+    from keyferry import guard, streams  # noqa: PLC0415
+
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    streams.prepare()
+    return guard.guarded("keyferry-agent", _run)
+
+
+def _run() -> int:
     words = [argument for argument in sys.argv[1:] if argument != "--"]
     if _opens_a_keyring(words):
         from keyferry import hardening  # noqa: PLC0415 - other commands do without
+        from keyferry.output import complain  # noqa: PLC0415
 
         hardening.clear_freed_memory()
         if words[0] != "run":  # the daemon hardens itself further, and logs what it cannot do
             os.umask(0o077)
             for failure in hardening.protect():
-                print(f"keyferry-agent: warning: {failure}", file=sys.stderr)
+                complain("keyferry-agent", f"warning: {failure}")
             hardening.lock_memory()
     try:
         from .command import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice

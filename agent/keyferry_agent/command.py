@@ -2,13 +2,14 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from keyferry import private_files
-from keyferry.exchange import DEFAULT_SOCKET, pem_to_der
+from keyferry import guard, private_files
+from keyferry.arguments import socket
+from keyferry.exchange import DEFAULT_SOCKET, default_socket, pem_to_der
+from keyferry.output import complain, say, show
 
 from . import __version__, explain, log
 from .audit import command as audit_command
@@ -18,10 +19,13 @@ from .options import Options, StartError
 from .run import daemon
 from .settings import Settings, examine
 
+PROGRAM: Final = "keyferry-agent"
 DONE: Final = 0
 FAILED: Final = 1
 
-_EPILOG: Final = "exit codes: 0 done; 1 it could not be done, and why is on stderr; 2 usage"
+_EPILOG: Final = (
+    "exit codes: 0 done; 1 it could not be done, and why is on stderr; 2 usage; 74 standard output could not be written"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--config", type=Path, metavar="FILE", help="the configuration (TOML); without it nobody is granted anything"
     )
-    run.add_argument("--socket", type=Path, metavar="PATH", help=f"where to listen (default {DEFAULT_SOCKET})")
+    run.add_argument("--socket", type=socket, metavar="PATH", help=f"where to listen (default {DEFAULT_SOCKET})")
     run.add_argument("--keyring", type=Path, metavar="FILE", help="the sealed keyring")
     run.add_argument(
         "--unseal", type=Path, metavar="FILE", help="what opens it: an age or SSH identity, or a passphrase file"
@@ -63,14 +67,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> int:
     log.configure()
-    socket = arguments.socket
-    if socket is None and arguments.dev and os.environ.get("KEYFERRY_SOCKET"):
-        socket = Path(os.environ["KEYFERRY_SOCKET"])  # where the client, started from the same shell, looks for it
+    path = arguments.socket
+    if path is None and arguments.dev and os.environ.get("KEYFERRY_SOCKET"):
+        path = default_socket()  # where the client, started from the same shell, looks for it
     try:
         daemon(
             Options(
                 config=arguments.config,
-                socket=socket,
+                socket=Path(path) if path is not None else None,
                 keyring=arguments.keyring,
                 unseal=arguments.unseal,
                 dev=arguments.dev,
@@ -78,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     except* StartError as errors:
         for error in errors.exceptions:
-            print(f"keyferry-agent: {error}", file=sys.stderr)
+            complain(PROGRAM, str(error))
         return_code = FAILED
     else:
         return_code = DONE
@@ -94,13 +98,12 @@ def _check(arguments: argparse.Namespace) -> int:
         if not wrong:  # else a file may seem to be missing only because its line is wrong
             warnings += _missing_files(settings)
     for problem in (*open_to_others, *wrong):
-        print(problem, file=sys.stderr)
+        say(problem)
     for warning in warnings:
-        print(f"{arguments.file}: warning: {warning}", file=sys.stderr)
+        say(f"{arguments.file}: warning: {warning}")
     if settings is None or wrong or open_to_others:
         return FAILED
-    print(f"{arguments.file}: good; grants: {len(settings.grants)}")
-    return DONE
+    return show(PROGRAM, f"{arguments.file}: good; grants: {len(settings.grants)}")
 
 
 def _missing_files(settings: Settings) -> list[str]:
@@ -129,7 +132,7 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
     try:
         der = pem_to_der(arguments.file.read_bytes())
     except (OSError, ValueError) as error:
-        print(f"keyferry-agent: {arguments.file}: {error}", file=sys.stderr)
+        complain(PROGRAM, f"{arguments.file}: {error}")
         return FAILED
     try:
         check_rsa_2048(der)
@@ -137,14 +140,16 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
         try:
             check_sm2(der)
         except PublicKeyError as sm2:
-            print(f"keyferry-agent: {arguments.file}: no key to export to: {rsa} {sm2}", file=sys.stderr)
+            complain(PROGRAM, f"{arguments.file}: no key to export to: {rsa} {sm2}")
             return FAILED
-    print(fingerprint(der))
-    return DONE
+    return show(PROGRAM, fingerprint(der))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's own arguments) and give its exit code."""
-    arguments = _parser().parse_args(argv)
+    return guard.guarded(PROGRAM, lambda: _run_command(guard.parse(PROGRAM, _parser(), argv)))
+
+
+def _run_command(arguments: argparse.Namespace) -> int:
     code: int = arguments.run(arguments)
     return code

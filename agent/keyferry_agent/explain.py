@@ -4,13 +4,13 @@ A caller only ever learns `Forbidden.NoPermission`.
 """
 
 import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from keyferry.arguments import whole_number
 from keyferry.operations import OPERATIONS
-from keyferry.output import show
+from keyferry.output import complain, show
 from keyferry.parameters import ENCRYPTION_CONTEXT
 
 from .grants import ACTIONS, NEVER_WITH_RECIPIENTS, PLAINTEXT, SELECTORS, Grant
@@ -39,8 +39,10 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--uid", type=int, required=True, metavar="N", help="the caller's user")
-    parser.add_argument("--gid", type=int, action="append", default=[], metavar="N", help="a group; may be repeated")
+    parser.add_argument("--uid", type=whole_number, required=True, metavar="N", help="the caller's user")
+    parser.add_argument(
+        "--gid", type=whole_number, action="append", default=[], metavar="N", help="a group; may be repeated"
+    )
     parser.add_argument("--listener", default="default", metavar="NAME", help="the listener it connects to")
     for name in ("unit", "pod", "exe", "sha256"):
         parser.add_argument(f"--{name}", metavar="TEXT", help=f"what `to` calls {name}")
@@ -89,7 +91,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         settings = read(arguments.config)
         context = dict(_pair(text) for text in arguments.context)
     except (SettingsError, ValueError) as error:
-        print(f"keyferry-agent: {error}", file=sys.stderr)
+        complain("keyferry-agent", str(error))
         return REFUSED
     peer = Peer(
         uid=arguments.uid,

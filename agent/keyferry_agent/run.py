@@ -46,7 +46,10 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 def daemon(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises `StartError`."""
     host, given = Host.take(), Given.take()
-    failures = startup.harden(keep=given.descriptors)
+    try:
+        failures = startup.harden(keep=given.descriptors)
+    except startup.HardeningError as error:
+        raise StartError(str(error)) from None
     if not startup.clears_freed_memory():
         failures.append("freed memory is not overwritten, which takes glibc: libraries may leave copies of keys there")
     if private_files.allowed():

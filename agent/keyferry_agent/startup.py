@@ -7,17 +7,25 @@ from contextlib import suppress
 from typing import Final
 
 from keyferry.hardening import clears_freed_memory, protect
+from keyferry.streams import open_closed
 
-__all__ = ["clears_freed_memory", "harden"]
+__all__ = ["HardeningError", "clears_freed_memory", "harden"]
 
 _FIRST_FREE: Final = 3
 _DESCRIPTORS: Final = 8_192
 """To have, if the system allows it: the usual 1,024 are as many as connections, and leave none for anything else."""
 
 
+class HardeningError(Exception):
+    """A step that the agent does not start without has failed. The message says which, and what to do."""
+
+
 def harden(keep: Collection[int] = ()) -> list[str]:
-    """Harden this process, and close all that it inherited but `keep`; return one message for each failed step."""
-    _standard_descriptors()
+    """Harden this process, and close all that it inherited but `keep`; return one message for each failed step.
+
+    Raises `HardeningError` where the process cannot see its descriptors.
+    """
+    open_closed()  # no socket or key file becomes standard output
     _close_inherited(keep)
     os.umask(0o077)  # nothing is created that others can read, until somebody says so
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -25,16 +33,16 @@ def harden(keep: Collection[int] = ()) -> list[str]:
     return protect()
 
 
-def _standard_descriptors() -> None:
-    """Open what is closed of 0, 1 and 2, so that no socket or key file becomes somebody's standard output."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) < _FIRST_FREE:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-
-
 def _close_inherited(keep: Collection[int]) -> None:
     """Close what somebody left open by mistake: a connection, a terminal, somebody else's secret."""
-    for name in os.listdir("/proc/self/fd"):
+    try:
+        names = os.listdir("/proc/self/fd")
+    except OSError as error:
+        raise HardeningError(
+            f"/proc/self/fd: {error.strerror}: the agent reads there which descriptors it inherited, and closes them; "
+            "mount /proc (a chroot or a container may lack it)"
+        ) from None
+    for name in names:
         if int(name) >= _FIRST_FREE and int(name) not in keep:
             with suppress(OSError):  # the listing's own is closed already
                 os.close(int(name))

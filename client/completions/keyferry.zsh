@@ -214,6 +214,7 @@ _shtab_keyferry_call_ReEncrypt_defaults_added=0
 _shtab_keyferry_decrypt_file_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
   ":what to read\; -\: standard input:_files"
@@ -226,6 +227,7 @@ _shtab_keyferry_decrypt_file_defaults_added=0
 _shtab_keyferry_encrypt_file_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
   "--record[the record in the store]:NAME:"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"

@@ -4,9 +4,17 @@ import os
 import sys
 from collections.abc import Sequence
 
+from . import guard, streams
+from .output import complain
+
 
 def main() -> int:
     """Run the command. A command that opens a cryptographic module runs in a process that protects keys."""
+    streams.prepare()
+    return guard.guarded("keyferry", _run)
+
+
+def _run() -> int:
     words = [argument for argument in sys.argv[1:] if argument != "--"]
     if _opens_a_module(words):
         from . import hardening  # noqa: PLC0415 - other commands do without
@@ -15,7 +23,7 @@ def main() -> int:
         if words[0] == "module":  # the other commands write files whose mode is the user's choice
             os.umask(0o077)
         for failure in hardening.protect():
-            print(f"keyferry: warning: {failure}", file=sys.stderr)
+            complain("keyferry", f"warning: {failure}")
         hardening.lock_memory()
     from .command import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice
 

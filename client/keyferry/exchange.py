@@ -1,12 +1,13 @@
 """What both clients share, without any I/O: a call as it travels, and one connection's requests and answers."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from . import wire
 from .declaration import Operation, request_to_wire, result_from_wire
-from .errors import KmsError, ProtocolError, kms_error
+from .errors import AgentUnavailable, KmsError, ProtocolError, kms_error
 from .operations import OPERATIONS
 from .parameters import MAX_PAGE, PLAINTEXT, PUBLIC_KEY_BLOB, encode_base64
 
@@ -25,6 +26,7 @@ __all__ = [
     "default_socket",
     "pem_to_der",
     "seconds",
+    "socket_path",
     "why_unreachable",
 ]
 
@@ -40,12 +42,34 @@ _CHUNK: Final = 32_768
 
 _DER_BEGINS: Final = (bytes.fromhex("30820122300d"), bytes.fromhex("305930130607"))
 """How the DER of the two supported kinds of public key begins: RSA of 2,048 bits, and SM2."""
+_URLS: Final = ("unix://", "unix:")
+
 _AS_THEY_ARE: Final = frozenset({str, int, bool, dict})
 
 
 def default_socket() -> str:
-    """Where the agent listens: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock."""
-    return os.environ.get("KEYFERRY_SOCKET") or DEFAULT_SOCKET
+    """Return where the agent listens: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock. Raises `AgentUnavailable`."""
+    try:
+        return socket_path(os.environ.get("KEYFERRY_SOCKET") or DEFAULT_SOCKET)
+    except ValueError as error:
+        raise AgentUnavailable(f"KEYFERRY_SOCKET: {error}") from None
+
+
+def socket_path(text: str) -> str:
+    """Return the path in the text of a setting: a path, `unix://PATH`, `unix:PATH`, or one that begins with `~`.
+
+    Raises ValueError for an abstract socket and for an empty path.
+    """
+    path = text
+    for prefix in _URLS:
+        if text.startswith(prefix):
+            path = text.removeprefix(prefix)
+            break
+    if path.startswith("@"):
+        raise ValueError(f"{text} names an abstract socket, which every user can take; set the path of a socket file")
+    if not path:
+        raise ValueError(f"{text!r} names no socket; set the path of a socket file")
+    return os.path.expanduser(path)
 
 
 def seconds(timeout: float) -> float:
@@ -60,10 +84,28 @@ def why_unreachable(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{path} does not exist: is keyferry-agent running, and is this its socket?"
     if isinstance(error, ConnectionRefusedError):
-        return f"nobody listens on {path}: keyferry-agent is not running"
+        return _what_is_there(path) or f"nobody listens on {path}: keyferry-agent is not running"
     if isinstance(error, PermissionError):
         return f"this user may not open {path}: see the socket's mode and group"
     return f"{path}: {error.strerror or error}"
+
+
+def _what_is_there(path: str) -> str | None:
+    """Return what stands at the path of a socket, and None where that is a socket."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    if stat.S_ISDIR(mode):
+        return (
+            f"{path} is a folder, not a socket: a container runtime makes one where the socket is not there yet; "
+            "remove it, start keyferry-agent, then the container"
+        )
+    if stat.S_ISREG(mode):
+        return f"{path} is a regular file, not a socket: is this the path that keyferry-agent listens on?"
+    if not stat.S_ISSOCK(mode):
+        return f"{path} is not a socket: is this the path that keyferry-agent listens on?"
+    return None
 
 
 def pem_to_der(data: bytes) -> bytes:

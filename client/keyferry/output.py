@@ -1,37 +1,100 @@
-"""Standard output of both commands: what was done is done, also where it cannot be printed."""
+"""What both commands print: the one place that decides what happens where it cannot be printed.
 
+The exit code says what a command did. A result that cannot be printed never looks like a refusal: the code is `FAILED` then.
+A reader that has seen enough (`| head -1`) is not a fault, and gets no message. JSON is UTF-8 in every locale. Text is in the
+encoding of the locale, with backslash escapes for what that cannot express.
+"""
+
+import errno
+import json
 import os
 import sys
 from collections.abc import Iterable
-from typing import Final
+from contextlib import suppress
+from typing import Any, Final, TextIO
 
-__all__ = ["DONE", "FAILED", "show", "show_lines"]
+from .streams import ESCAPE
+
+__all__ = ["DONE", "FAILED", "complain", "complain_json", "say", "settle", "show", "show_json", "show_lines", "to_json"]
 
 DONE: Final = 0
 FAILED: Final = 74
-"""EX_IOERR of sysexits.h: it was done, and could not be printed."""
+"""EX_IOERR of sysexits.h: the command did its work, and could not print the result."""
 
 
 def show(program: str, text: str) -> int:
-    """Print a text and give the exit code: `DONE`, or where standard output takes nothing, a word on stderr and `FAILED`."""
+    """Print a text. Returns `DONE`, or `FAILED` after a message where standard output cannot be written."""
     return show_lines(program, [text])
 
 
-def show_lines(program: str, lines: Iterable[str]) -> int:
-    """The same for any number of lines, as they are made."""
+def show_lines(program: str, lines: Iterable[str], *, is_json: bool = False) -> int:
+    """Print lines as they come, and return what `show` returns. `is_json`: as UTF-8 in every locale."""
     for line in lines:
         try:
-            print(line)
+            _write(sys.stdout, f"{line}\n", utf8=is_json)
         except OSError as error:
             return _failed(program, error)
+    return settle(program, DONE)
+
+
+def show_json(program: str, result: Any) -> int:
+    """Print a result as JSON, and return what `show` returns."""
+    return show_lines(program, [to_json(result)], is_json=True)
+
+
+def to_json(result: Any) -> str:
+    """Return the text of a result as JSON for people: indented, and without escapes that ASCII would need."""
+    return json.dumps(result, indent=2, ensure_ascii=False)
+
+
+def settle(program: str, code: int) -> int:
+    """Write what standard output still buffers. Returns `code`, or `FAILED` where the command was done and that fails."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError as error:
-        return _failed(program, error)
-    return DONE
+        failed = _failed(program, error)
+        return failed if code == DONE else code
+    return code
+
+
+def complain(program: str, message: str) -> None:
+    """Print a message on standard error, where standard error can be written."""
+    say(f"{program}: {message}")
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, where standard error can be written."""
+    with suppress(OSError):
+        _write(sys.stderr, f"{line}\n", utf8=False)
+        sys.stderr.flush()
+
+
+def complain_json(error: Any) -> None:
+    """Print an error on standard error as JSON, where standard error can be written."""
+    with suppress(OSError):
+        _write(sys.stderr, f"{to_json(error)}\n", utf8=True)
+        sys.stderr.flush()
+
+
+def _write(stream: TextIO | None, text: str, *, utf8: bool) -> None:
+    if stream is None:  # Python's own streams are None where their descriptors are closed
+        raise OSError("it is closed")
+    buffer = getattr(stream, "buffer", None)
+    if buffer is None:
+        stream.write(text)
+        return
+    encoding = "utf-8" if utf8 else stream.encoding
+    stream.flush()
+    buffer.write(text.encode(encoding, ESCAPE))
 
 
 def _failed(program: str, error: OSError) -> int:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says it again when it ends
-    print(f"{program}: standard output: {error.strerror}", file=sys.stderr)
+    with suppress(OSError, AttributeError):  # or Python repeats the error when it ends
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+    if not isinstance(error, BrokenPipeError):
+        why = "it is closed" if error.errno == errno.EBADF else error.strerror or str(error)
+        complain(program, f"standard output: {why}")
     return FAILED

@@ -10,7 +10,7 @@ import secrets
 import unicodedata
 from typing import Final
 
-from . import content
+from . import content, new_files
 
 __all__ = [
     "MAX_FILE_BYTES",
@@ -118,12 +118,4 @@ def weakness(passphrase: str) -> str | None:
 
 def write_new_file(path: str | os.PathLike[str], passphrase: str) -> None:
     """Write a passphrase to a new file of mode 0600. Raises OSError, also where the file exists."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(f"{passphrase}\n")
-            file.flush()
-            os.fsync(descriptor)
-    except OSError:
-        os.unlink(path)
-        raise
+    new_files.create(path, f"{passphrase}\n".encode())

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
+from keyferry.arguments import moment
 from keyferry.output import show
 from keyferry.private_files import owner_of
 
@@ -60,14 +61,10 @@ def add_parser(commands: Any) -> None:
             verb.add_argument("--json", action="store_true", help="one JSON document on stdout")
         verb.add_argument(
             "--since",
-            type=_time,
+            type=moment,
             metavar="TIME",
             help="like 2026-01-31 or 2026-01-31T12:00:00Z; the audit log need not be complete before",
         )
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone()
 
 
 def _guarded(arguments: argparse.Namespace) -> int:

@@ -1,16 +1,15 @@
 """`keyferry-agent keyring ...`: creates and changes sealed keyring files. No verb ever prints key material."""
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from keyferry import age_passphrase, passphrase
-from keyferry.output import DONE, show
+from keyferry.arguments import whole_number
+from keyferry.output import DONE, complain, show, show_json
 from keyferry.private_files import owner_of
 
 from ..crypto.seal import KEY_SIZES
@@ -21,6 +20,7 @@ __all__ = ["add_parser"]
 
 FAILED: Final = 1
 
+_PROGRAM: Final = "keyferry-agent"
 _DEFAULT_SPEC: Final = "Aliyun_AES_256"
 _MATERIAL_MOST: Final = 65
 """Bytes of material to read at most: enough to see that hex is not raw bytes."""
@@ -86,7 +86,9 @@ def add_parser(commands: Any) -> None:
             parser.add_argument("version", metavar="VERSION", help="the staged version's ID")
         elif name == "schedule-deletion":
             days = f"{verbs.DAYS[0]}..{verbs.DAYS[-1]}"
-            parser.add_argument("--days", type=int, required=True, metavar=days, help="until then it can be cancelled")
+            parser.add_argument(
+                "--days", type=whole_number, required=True, metavar=days, help="until then it can be cancelled"
+            )
 
     for name, help_text, do in (
         ("create-alias", "Give a key a further name.", lambda d, a: verbs.create_alias(d, a.alias, a.key)),
@@ -125,14 +127,15 @@ def _main(arguments: argparse.Namespace) -> int:
         result = arguments.verb_action(arguments)
         _warn_of_weak_work_factor(arguments.file)
     except KeyringError as error:
-        print(f"keyferry-agent: {error}", file=sys.stderr)
+        complain(_PROGRAM, str(error))
         return FAILED
     return DONE if result is None else _print(arguments, result)
 
 
 def _print(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
-    text = json.dumps(result, indent=2, ensure_ascii=False) if arguments.json else "\n".join(_for_people(result))
-    return show("keyferry-agent", text)
+    if arguments.json:
+        return show_json(_PROGRAM, result)
+    return show(_PROGRAM, "\n".join(_for_people(result)))
 
 
 # --- the verbs: arguments -> what to print, as the API's names ---------------------------------------------------------
@@ -142,17 +145,21 @@ def _init(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if os.path.lexists(arguments.file):
         raise KeyringError(f"{arguments.file} exists; a keyring is never overwritten")
     sealed_to, phrase = _sealed_to(arguments)
-    new_file = arguments.new_identity
-    if arguments.new_identity:
-        sealed_to = [sealing.new_identity(arguments.new_identity)]
-    elif arguments.generate_passphrase:
-        new_file = arguments.passphrase_file
-        _hand_over(arguments, phrase)
+    identity = sealing.Identity() if arguments.new_identity else None
+    if identity is not None:
+        sealed_to = [identity.recipient]
+    written: Path | None = None
     try:
-        file.create(arguments.file, Document(sealed_to), phrase)
-    except KeyringError:
-        if new_file and not os.path.lexists(arguments.file):
-            new_file.unlink()  # it opens nothing, and would be in the way of the next try
+        with file.creating(arguments.file, Document(sealed_to), phrase):  # only its name is missing in the block
+            if identity is not None:
+                identity.write(arguments.new_identity)
+                written = arguments.new_identity
+            elif arguments.generate_passphrase:
+                _hand_over(arguments, phrase)
+                written = arguments.passphrase_file
+    except BaseException:
+        if written and not os.path.lexists(arguments.file):
+            written.unlink()  # it opens nothing, and would be in the way of the next attempt
         raise
     return _resealed(arguments, sealed_to)
 
@@ -238,7 +245,7 @@ def _warn_of_weak_work_factor(path: Path) -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"keyferry-agent: warning: {message}", file=sys.stderr)
+    complain(_PROGRAM, f"warning: {message}")
 
 
 def _changing(

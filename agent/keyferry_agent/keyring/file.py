@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from keyferry import private_files
+from keyferry import descriptors, private_files
 
 from ..locking import Lock, LockError
 from .document import Document, KeyringError
@@ -53,11 +53,23 @@ def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:
 
 def create(path: Path, document: Document, passphrase: str | None) -> None:
     """Write a new keyring. Raises `KeyringError` if the file exists: a keyring is never replaced by an empty one."""
+    with creating(path, document, passphrase):
+        pass
+
+
+@contextmanager
+def creating(path: Path, document: Document, passphrase: str | None) -> Iterator[None]:
+    """Write a new keyring, which has its name after the `with` block: in the block, the caller stores what opens it.
+
+    Everything that can be refused, and all writing, is done before the block. An exception in the block leaves no keyring.
+    Raises `KeyringError`.
+    """
     path = _real(path)
     with _locked(path):
         if path.exists():
             raise KeyringError(f"{path} exists; a keyring is never overwritten")
-        _replace(path, seal(document.to_json(), document.recipients, passphrase))
+        with _replacing(path, seal(document.to_json(), document.recipients, passphrase)):
+            yield
 
 
 @contextmanager
@@ -92,13 +104,20 @@ def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: st
     with _locked(path):
         document = read(path, unsealer)
         document.recipients = recipients
-        after = seal(document.to_json(), recipients, passphrase)
-        yield
-        _replace(path, after)
+        with _replacing(path, seal(document.to_json(), recipients, passphrase)):
+            yield
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))  # a rename would replace a symlink, not the file it names
+    """Return the path without symlinks: a rename would replace a symlink, not the file it names. Raises `KeyringError`."""
+    try:
+        if descriptors.find(path) is not None or descriptors.find_output(path) is not None:
+            raise KeyringError(
+                f"{path}: leads to an open descriptor, whose file is not replaced; name the keyring itself"
+            )
+        return Path(os.path.realpath(path))
+    except OSError as error:
+        raise KeyringError(f"{path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -113,6 +132,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _replace(path: Path, content: bytes) -> None:
     """Replace the file in one step, with the lock held. Raises `KeyringError`, and then the old file is there."""
+    with _replacing(path, content):
+        pass
+
+
+@contextmanager
+def _replacing(path: Path, content: bytes) -> Iterator[None]:
+    """Write the new file beside, and replace the old one by it after the `with` block. Raises as `_replace` does."""
     beside = path.with_name(f".{path.name}.new")
     try:
         with suppress(FileNotFoundError):
@@ -123,6 +149,7 @@ def _replace(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(descriptor)
+                yield
                 with suppress(
                     FileNotFoundError
                 ):  # whoever could read the old file may read the new one; no more than 0600

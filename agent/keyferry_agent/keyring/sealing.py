@@ -5,21 +5,19 @@ recipients; `keyferry.age_passphrase` seals to a passphrase, because pyrage meas
 `Unsealer`: an age identity file, an SSH private key, or a passphrase file.
 """
 
-import os
 from collections.abc import Collection
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import pyrage
 
-from keyferry import age_passphrase, content, passphrase, private_files
+from keyferry import age_passphrase, content, new_files, passphrase, private_files
 from keyferry.age_passphrase import PassphraseError, SealedToRecipientsError
 
 from .document import KeyringError
 from .recipients import MAX_SHOWN, STANZAS, parse
 
-__all__ = ["Unsealer", "check_recipient", "count_recipients", "new_identity", "read_passphrase", "seal"]
+__all__ = ["Identity", "Unsealer", "check_recipient", "count_recipients", "new_identity", "read_passphrase", "seal"]
 
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
 _PEM: Final = b"-----BEGIN"
@@ -151,24 +149,30 @@ def check_recipient(recipient: str) -> Any:
     return parse(recipient, shown=_SHOWN).parsed
 
 
+class Identity:
+    """A new age identity. Its repr shows nothing of it."""
+
+    __slots__ = ("_identity", "recipient")
+
+    def __init__(self) -> None:
+        self._identity = pyrage.x25519.Identity.generate()
+        self.recipient = str(self._identity.to_public())
+
+    def write(self, path: Path) -> None:
+        """Write the identity to a new file of mode 0600, which appears whole, or not at all. Raises `KeyringError`."""
+        try:
+            new_files.create(path, f"# public key: {self.recipient}\n{self._identity}\n".encode())
+        except FileExistsError:
+            raise KeyringError(f"{path} exists; an identity is never overwritten") from None
+        except OSError as error:
+            raise KeyringError(f"{path}: {error.strerror}") from None
+
+
 def new_identity(path: Path) -> str:
-    """Generate an age identity into a new file of mode 0600; give its recipient. Raises `KeyringError`."""
-    identity = pyrage.x25519.Identity.generate()
-    recipient = str(identity.to_public())
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise KeyringError(f"{path}: {error.strerror}") from None
-    try:
-        with open(descriptor, "w") as file:
-            file.write(f"# public key: {recipient}\n{identity}\n")
-            file.flush()
-            os.fsync(descriptor)
-    except OSError as error:
-        with suppress(OSError):
-            path.unlink()
-        raise KeyringError(f"{path}: {error.strerror}") from None
-    return recipient
+    """Generate an age identity into a new file, and return its recipient. Raises `KeyringError`."""
+    identity = Identity()
+    identity.write(path)
+    return identity.recipient
 
 
 def read_passphrase(path: Path, owners: Collection[int] = ()) -> str:

@@ -9,14 +9,13 @@ Nothing beyond the standard library and msgpack is imported before a command tha
 """
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 
-from .. import __version__
+from .. import __version__, guard
 from ..errors import AgentUnavailable, KeyferryError, KmsError, ProtocolError
+from ..output import complain, complain_json
 from . import files, modules, operations, records
-from .common import INTERRUPTED, REFUSED, UNREACHABLE
+from .common import PROGRAM, REFUSED, UNREACHABLE
 
 __all__ = ["main"]
 
@@ -41,16 +40,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with `argv` (default: the process's own arguments) and give its exit code."""
-    arguments = _parser().parse_args(argv)
+    return guard.guarded(PROGRAM, lambda: _run(guard.parse(PROGRAM, _parser(), argv)))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         code: int = arguments.run(arguments)
     except KmsError as error:
-        refusal = {"Code": error.code, "Message": error.message, "RequestId": error.request_id}
-        print(json.dumps(refusal, indent=2, ensure_ascii=False), file=sys.stderr)
+        complain_json({"Code": error.code, "Message": error.message, "RequestId": error.request_id})
         return REFUSED
     except KeyferryError as error:
-        print(f"keyferry: {error}", file=sys.stderr)
+        complain(PROGRAM, str(error))
         return UNREACHABLE if isinstance(error, (AgentUnavailable, ProtocolError)) else REFUSED
-    except KeyboardInterrupt:
-        return INTERRUPTED
     return code

@@ -1,16 +1,17 @@
 """What the commands share: exit codes, arguments that several take, extras that may be missing, and progress on a terminal."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TextIO
 
+from .. import output, streams
+from ..arguments import socket, whole_number
 from ..declaration import Operation
+from ..descriptors import open_to_read
 from ..errors import KeyferryError
 from ..exchange import DEFAULT_SOCKET, pem_to_der
-from ..output import show
 from ..parameters import (
     CIPHERTEXT_BLOB,
     DESTINATION_ENCRYPTION_CONTEXT,
@@ -24,7 +25,7 @@ from ..parameters import (
 )
 
 __all__ = [
-    "INTERRUPTED",
+    "PROGRAM",
     "REFUSED",
     "UNREACHABLE",
     "USAGE",
@@ -36,13 +37,13 @@ __all__ = [
     "show_json",
     "socket_option",
     "usage",
+    "warn",
 ]
 
+PROGRAM: Final = "keyferry"
 REFUSED: Final = 1
 USAGE: Final = 2
 UNREACHABLE: Final = 3
-INTERRUPTED: Final = 130
-"""What a shell makes of SIGINT."""
 
 _EXTRAS: Final = {
     "module": {"cryptography"},
@@ -60,9 +61,9 @@ def extra(name: str) -> Iterator[None]:
     """For imports of what an extra brings. Raises `Failed` where it is not installed, or does not work with this OpenSSL."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in _EXTRAS[name]:
+        if missing not in _EXTRAS[name] or error.path is not None:  # it is there, and something in it is broken
             raise
         raise Failed(f"this needs {missing}, which is not installed: pip install 'keyferry[{name}]'") from None
     except Exception as error:
@@ -75,20 +76,28 @@ def extra(name: str) -> Iterator[None]:
 
 def usage(message: str) -> NoReturn:
     """Say what is wrong with the arguments, and end."""
-    print(f"keyferry: {message}", file=sys.stderr)
+    output.complain(PROGRAM, message)
     raise SystemExit(USAGE)
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    output.complain(PROGRAM, f"warning: {message}")
 
 
 def show_json(result: Any) -> int:
     """Print a result as JSON; give the exit code."""
-    return show("keyferry", json.dumps(result, indent=2, ensure_ascii=False))
+    return output.show_json(PROGRAM, result)
 
 
 def socket_option() -> argparse.ArgumentParser:
     """--socket, for all that ask an agent."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
-        "--socket", metavar="PATH", help=f"the agent's socket (default: $KEYFERRY_SOCKET, else {DEFAULT_SOCKET})"
+        "--socket",
+        type=socket,
+        metavar="PATH",
+        help=f"the agent's socket (default: $KEYFERRY_SOCKET, else {DEFAULT_SOCKET})",
     )
     return parser
 
@@ -180,23 +189,23 @@ def _value(parameter: Parameter[Any], text: str) -> Any:
         convert, _ = _FROM_FILES[parameter]
         try:
             return convert(_content(text))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            usage(f"--{parameter.name} {text}: {error.strerror}")
+        except ValueError as error:
             usage(f"--{parameter.name} {text}: {error}")
     if parameter is PLAINTEXT:
-        print(
-            "keyferry: other users can see --Plaintext in the process list: use --Plaintext @FILE or -", file=sys.stderr
-        )
+        output.complain(PROGRAM, "other users can see --Plaintext in the process list: use --Plaintext @FILE or -")
     if parameter.integer:
         try:
-            return int(text)
-        except ValueError:
-            usage(f"--{parameter.name}: an integer is expected, not {text!r}")
+            return whole_number(text)
+        except argparse.ArgumentTypeError as error:
+            usage(f"--{parameter.name}: {error}")
     return text
 
 
 def _content(text: str) -> bytes:
     """The content of @FILE, or of standard input. Raises OSError, or ValueError for a file that is too long."""
-    with open(0 if text == _STANDARD else text[1:], "rb", closefd=text != _STANDARD) as file:
+    with streams.reader(0) if text == _STANDARD else open_to_read(text[1:]) as file:
         content = file.read(_LONGEST_FILE + 1)
     if len(content) > _LONGEST_FILE:
         raise ValueError(f"longer than {_LONGEST_FILE} bytes")

@@ -2,15 +2,13 @@
 
 import argparse
 import os
-import shutil
 import stat
-import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, BinaryIO, Final
 
 from ..client import Client
+from ..guard import reason
 from ..output import DONE
 from .common import Failed, extra, progress, socket_option, usage
 from .modules import add_module_options, open_module
@@ -18,7 +16,9 @@ from .records import add_store_option, open_store
 
 __all__ = ["add_parsers"]
 
-_STANDARD: Final = "-"
+_OF_THIS_USER: Final = 0o600
+_AS_THE_UMASK_LETS: Final = 0o666
+"""Of a new file that is encrypted."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -50,56 +50,69 @@ def add_parsers(commands: Any) -> None:
 def _add_places(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("source", metavar="IN", help="what to read; -: standard input")
     parser.add_argument("target", metavar="OUT", help=f"the result; a file of that name is replaced; -: {output}")
+    parser.add_argument(
+        "--preserve",
+        action="store_true",
+        help="OUT gets IN's mode and times, and its owner and group where that is permitted; "
+        "without it, OUT keeps those of the file that it replaces, but for the times",
+    )
 
 
 def _encrypt(arguments: argparse.Namespace) -> int:
     with extra("store"):
         from .. import files  # noqa: PLC0415
-    if arguments.target == _STANDARD and sys.stdout.isatty():
-        usage("an encrypted file is nothing for a terminal: name a file, or a pipe")
-    with _failing(arguments), _source(arguments.source) as (source, size):
-        with open_store(arguments) as store:
-            record = store.get(arguments.record)
-        module = open_module(arguments)
-        with Client(arguments.socket) as kms:
-            key = module.recover_data_key(kms, record.data_key_record())
-        target = (
-            _standard_output()
-            if arguments.target == _STANDARD
-            else files.replacing(
-                arguments.target,
-                source=source,
-                mode=0o666,  # as the umask lets: it is encrypted
-            )
-        )
-        with target as out, progress("encrypting", "B", scale=True, total=size) as bar:
-            files.encrypt(source, out, module, key, record.data_key_record(), name=record.name, advanced=bar.update)
+    from .places import Target, source  # noqa: PLC0415
+
+    with _failing(arguments):
+        target = Target(arguments.target, preserve=arguments.preserve)
+        if target.is_terminal():
+            usage("an encrypted file is nothing for a terminal: name a file, or a pipe")
+        with source(arguments.source) as plain:
+            with open_store(arguments) as store:
+                record = store.get(arguments.record)
+            module = open_module(arguments)
+            with Client(arguments.socket) as kms:
+                key = module.recover_data_key(kms, record.data_key_record())
+            with (
+                target.open(plain, mode=_AS_THE_UMASK_LETS, after_all=False) as out,
+                progress("encrypting", "B", scale=True, total=_size(plain)) as bar,
+            ):
+                files.encrypt(plain, out, module, key, record.data_key_record(), name=record.name, advanced=bar.update)
     return DONE
 
 
 def _decrypt(arguments: argparse.Namespace) -> int:
     with extra("module"):
         from .. import files  # noqa: PLC0415
-    with _failing(arguments), _source(arguments.source) as (source, size):
-        with _naming(arguments.source):
-            header = files.read_header(source)
-        module = open_module(arguments)
-        with Client(arguments.socket) as kms:
-            key = module.recover_data_key(kms, header.record)
-        target = _spooled() if arguments.target == _STANDARD else files.replacing(arguments.target, source=source)
-        with target as out, progress("decrypting", "B", scale=True, total=size) as bar, _naming(arguments.source):
-            files.decrypt(source, out, module, key, header, advanced=bar.update)
+    from .places import Target, source  # noqa: PLC0415
+
+    with _failing(arguments):
+        target = Target(arguments.target, preserve=arguments.preserve)
+        with source(arguments.source) as sealed:
+            with _naming(arguments.source):
+                header = files.read_header(sealed)
+            module = open_module(arguments)
+            with Client(arguments.socket) as kms:
+                key = module.recover_data_key(kms, header.record)
+            with (
+                target.open(sealed, mode=_OF_THIS_USER, after_all=True) as out,
+                progress("decrypting", "B", scale=True, total=_size(sealed)) as bar,
+                _naming(arguments.source),
+            ):
+                files.decrypt(sealed, out, module, key, header, advanced=bar.update)
     return DONE
 
 
 @contextmanager
 def _failing(arguments: argparse.Namespace) -> Iterator[None]:
-    """For what the system refuses: a full disk, a reader that left."""
+    """For what the system refuses, such as a full disk. A reader that has seen enough is no error of its own."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else f"{arguments.source} to {arguments.target}"
-        raise Failed(f"{where}: {error.strerror}") from None
+        where = "" if error.filename else f"{arguments.source} to {arguments.target}: "
+        raise Failed(f"{where}{reason(error)}") from None
 
 
 @contextmanager
@@ -113,31 +126,7 @@ def _naming(source: str) -> Iterator[None]:
         raise FileError(f"{source}: {error}") from None
 
 
-@contextmanager
-def _source(path: str) -> Iterator[tuple[BinaryIO, int | None]]:
-    """A file to read, and its size where it has one."""
-    with open(0, "rb", closefd=False) if path == _STANDARD else open(path, "rb") as file:
-        status = os.fstat(file.fileno())
-        yield file, status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-@contextmanager
-def _standard_output() -> Iterator[BinaryIO]:
-    """With a buffer of its own: what was not taken is not tried again when Python ends."""
-    file = open(1, "wb", closefd=False)  # noqa: SIM115
-    try:
-        yield file
-        file.flush()
-    finally:
-        with suppress(OSError):
-            file.close()
-
-
-@contextmanager
-def _spooled() -> Iterator[BinaryIO]:
-    """Standard output, for what may not be seen before all of it is there: it waits in a file without a name ($TMPDIR)."""
-    with tempfile.TemporaryFile() as spool:
-        yield spool
-        spool.seek(0)
-        with _standard_output() as out:
-            shutil.copyfileobj(spool, out)
+def _size(file: BinaryIO) -> int | None:
+    """Return the size of a regular file, for the progress bar."""
+    status = os.fstat(file.fileno())
+    return status.st_size if stat.S_ISREG(status.st_mode) else None

@@ -2,16 +2,19 @@
 
 import argparse
 import hashlib
-import sys
+import os
+import stat
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import passphrase, private_files
+from .. import new_files, passphrase, private_files
 from ..content import resemblance
+from ..descriptors import open_to_read
+from ..output import DONE
 from ..parameters import decode_base64
-from .common import Failed, extra, show_json, usage
+from .common import Failed, extra, show_json, usage, warn
 
 if TYPE_CHECKING:
     from ..module.interface import CryptographicModule
@@ -63,17 +66,19 @@ def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
     phrase = _first_line(arguments.passphrase_file, content)
     try:
         module = SoftwareModule.load(arguments.module, phrase)
-        factor = age_passphrase.work_factor(Path(arguments.module).read_bytes())
+        # Not of a pipe: its content was read already.
+        regular = stat.S_ISREG(os.stat(arguments.module).st_mode)
+        factor = age_passphrase.work_factor(Path(arguments.module).read_bytes()) if regular else None
     except OSError as error:
         raise Failed(f"{arguments.module}: {error.strerror}") from None
     except ModuleError as error:
         raise ModuleError(f"{error}{passphrase.taken_for(arguments.passphrase_file, content)}") from None
     if found := resemblance(content):
-        _warn(
+        warn(
             f"{arguments.passphrase_file}: looks like {found}; others may know its first line, which is the passphrase"
         )
     if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
-        _warn(
+        warn(
             f"{arguments.module}: its passphrase is sealed with work factor {factor}, which is low; "
             "SoftwareModule.save to a new file raises it"
         )
@@ -83,52 +88,73 @@ def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
 def _init(arguments: argparse.Namespace) -> int:
     with extra("module"):
         from ..module import ModuleError, SoftwareModule  # noqa: PLC0415
+    if os.path.lexists(arguments.file):
+        raise _exists(arguments)
     module = SoftwareModule.generate(arguments.key_spec)
-    phrase, new_file = _passphrase_to_seal(arguments)
+    phrase = _passphrase_to_seal(arguments)
+    prints_passphrase = arguments.generate_passphrase and not arguments.passphrase_file
+    code = DONE
+    new_file: Path | None = None
     try:
-        module.save(arguments.file, phrase)
-    except (OSError, ModuleError) as error:
+        sealed = module.sealed(phrase)
+        with new_files.creating(arguments.file) as file:
+            file.write(sealed)
+            file.flush()
+            os.fsync(file.fileno())
+            # Only what cannot fail any more comes after the passphrase: a module whose passphrase is lost is of no use.
+            if prints_passphrase:
+                code = show_json({**_shown(module), "Passphrase": phrase})
+                if code != DONE:
+                    raise Failed(f"{arguments.file}: no module was made, because the passphrase could not be printed")
+            elif arguments.generate_passphrase:
+                new_file = _write_passphrase(arguments.passphrase_file, phrase)
+    except BaseException as error:
         if new_file is not None:
             with suppress(OSError):
-                new_file.unlink()  # it opens nothing, and would be in the way of the next try
+                new_file.unlink()  # it opens nothing, and would be in the way of the next attempt
+        if not isinstance(error, (OSError, ModuleError)):
+            raise
         if isinstance(error, FileExistsError):
-            raise Failed(f"{arguments.file} exists; a module is never overwritten") from None
+            raise _exists(arguments) from None
         raise Failed(f"{arguments.file}: {error.strerror if isinstance(error, OSError) else error}") from None
+    return code if prints_passphrase else show_json(_shown(module))
+
+
+def _exists(arguments: argparse.Namespace) -> Failed:
+    return Failed(f"{arguments.file} exists; a module is never overwritten")
+
+
+def _shown(module: "CryptographicModule") -> dict[str, str]:
+    """Return what is printed about a new module."""
     pin = hashlib.sha256(decode_base64(module.public_key_blob)).hexdigest()
-    shown = {
+    return {
         "PublicKeyBlob": module.public_key_blob,
         "WrappingKeySpec": module.wrapping_key_spec,
         "WrappingAlgorithm": module.wrapping_algorithm,
         "Recipient": f"sha256:{pin}",
     }
-    if arguments.generate_passphrase and new_file is None:
-        shown["Passphrase"] = phrase
-    return show_json(shown)
 
 
-def _passphrase_to_seal(arguments: argparse.Namespace) -> tuple[str, Path | None]:
-    """Return the passphrase of a new module, and the new file that it was written to, if any. Raises `Failed`."""
+def _passphrase_to_seal(arguments: argparse.Namespace) -> str:
+    """Return the passphrase of a new module. Raises `Failed`."""
     if not arguments.generate_passphrase:
         if not arguments.passphrase_file:
             usage("--passphrase-file or --generate-passphrase is required")
         phrase = _new_passphrase(arguments.passphrase_file)
         if weakness := passphrase.weakness(phrase):
-            _warn(f"{arguments.passphrase_file}: {weakness}")
-        return phrase, None
-    phrase = passphrase.generate()
-    if not arguments.passphrase_file:
-        return phrase, None
+            warn(f"{arguments.passphrase_file}: {weakness}")
+        return phrase
+    return passphrase.generate()
+
+
+def _write_passphrase(path: str, phrase: str) -> Path:
     try:
-        passphrase.write_new_file(arguments.passphrase_file, phrase)
+        passphrase.write_new_file(path, phrase)
     except FileExistsError:
-        raise Failed(f"{arguments.passphrase_file} exists; a generated passphrase needs a new file") from None
+        raise Failed(f"{path} exists; a generated passphrase needs a new file") from None
     except OSError as error:
-        raise Failed(f"{arguments.passphrase_file}: {error.strerror}") from None
-    return phrase, Path(arguments.passphrase_file)
-
-
-def _warn(message: str) -> None:
-    print(f"keyferry: warning: {message}", file=sys.stderr)
+        raise Failed(f"{path}: {error.strerror}") from None
+    return Path(path)
 
 
 def _first_line(path: str, content: bytes) -> str:
@@ -156,7 +182,7 @@ def _read(path: str, owners: Collection[int] = ()) -> bytes:
     `owners`: further users that root accepts. Raises `Failed`.
     """
     try:
-        with Path(path).open("rb") as file:
+        with open_to_read(path) as file:
             private_files.check(file.fileno(), path, secret=True, owners=owners)
             return file.read(passphrase.MAX_FILE_BYTES + 1)
     except OSError as error:

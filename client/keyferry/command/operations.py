@@ -1,10 +1,10 @@
 """`keyferry call` and `keyferry status`: one operation, and the agent's health."""
 
 import argparse
-import math
 import time
 from typing import Any, Final
 
+from ..arguments import seconds
 from ..client import Client
 from ..errors import AgentUnavailable
 from ..operations import OPERATIONS
@@ -41,19 +41,12 @@ def add_parsers(commands: Any) -> None:
     )
     status.add_argument(
         "--wait",
-        type=_seconds,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="how long to wait for an agent that is not there yet",
     )
     status.set_defaults(run=_status)
-
-
-def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 <= seconds < math.inf:
-        raise ValueError
-    return seconds
 
 
 def _call(arguments: argparse.Namespace) -> int:

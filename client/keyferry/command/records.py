@@ -10,8 +10,8 @@ from urllib.parse import unquote
 
 from ..client import Client
 from ..operations import OPERATIONS
-from ..output import DONE, show_lines
-from .common import REFUSED, add_parameters, extra, given, progress, show_json, socket_option
+from ..output import DONE, complain, show_lines
+from .common import PROGRAM, REFUSED, add_parameters, extra, given, progress, show_json, socket_option
 from .modules import add_module_options, open_module
 
 if TYPE_CHECKING:
@@ -73,13 +73,12 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
 
 def open_store(arguments: argparse.Namespace, *, create: bool = False) -> "Store":
     """The store that the options name. With `create`, `add` makes one that does not exist. Raises `KeyferryError`."""
-    if _may_hold_a_password(
-        arguments.store or ""
-    ):  # before anything can fail: the password is in the process list already
-        print(
-            "keyferry: a password on the command line can be read by every user of this host: "
+    # Before anything can fail: the password is in the process list already.
+    if _may_hold_a_password(arguments.store or ""):
+        complain(
+            PROGRAM,
+            "a password on the command line can be read by every user of this host: "
             "use --store @FILE, $KEYFERRY_STORE, or PostgreSQL's own ~/.pgpass",
-            file=sys.stderr,
         )
     with extra("store"):
         from ..store import Store  # noqa: PLC0415
@@ -116,7 +115,8 @@ def _add(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store:
-        return show_lines("keyferry", _json_lines(store) if arguments.json else _lines(store))
+        lines = _json_lines(store) if arguments.json else _lines(store)
+        return show_lines(PROGRAM, lines, is_json=arguments.json)
 
 
 def _lines(store: "Store") -> Iterator[str]:

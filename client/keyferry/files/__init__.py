@@ -10,8 +10,9 @@
 docs/files.md has the format, and why it is as it is. Needs the extra `module`.
 """
 
+from .attributes import Attributes
 from .header import FileError, Header, read_header
 from .output import replacing
 from .stream import decrypt, encrypt
 
-__all__ = ["FileError", "Header", "decrypt", "encrypt", "read_header", "replacing"]
+__all__ = ["Attributes", "FileError", "Header", "decrypt", "encrypt", "read_header", "replacing"]

@@ -6,68 +6,88 @@ it is complete and on the disk. Where a file system has no such files it is writ
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
+from .. import descriptors, new_files
+from .attributes import Attributes
 from .header import FileError
+from .sparse import SparseWriter
 
-__all__ = ["replacing"]
+__all__ = ["check_not_source", "check_place", "replacing"]
 
-_UNNAMED: Final = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-_NAMED: Final = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+_UNNAMED: Final = new_files.UNNAMED
 
 
 @contextlib.contextmanager
-def replacing(path: str, *, source: BinaryIO | None = None, mode: int = 0o600) -> Iterator[BinaryIO]:
+def replacing(
+    path: str, *, source: BinaryIO | None = None, mode: int = 0o600, attributes: Attributes | None = None
+) -> Iterator[BinaryIO]:
     """Lend a file to write to; at the end of the block it is `path`, on the disk, in the place of what was there before.
 
-    When the block raises, nothing has happened. `source` is what the block reads: it is never replaced by its own result.
-    Raises `FileError` for a path that is no place for a file, OSError.
+    When the block raises, nothing has happened. `source` is what the block reads: it is never replaced by its own result. The
+    file gets the `attributes`; without them it keeps the mode, owner and group of the file that it replaces, and a new file has
+    the `mode`. Blocks of zeros become holes. Raises `FileError` for a path that is not a place for a file, OSError.
     """
-    path = os.path.realpath(path)  # a rename would replace a symlink, not the file it names
-    _check(path, source)
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        beside = f".keyferry-{secrets.token_hex(8)}.partial"
-        unnamed, descriptor = _create(beside, mode, folder)
+    name, (path, replaced) = path, _place(path, source)
+    if attributes is None and replaced is not None:
+        attributes = Attributes.of_replaced(replaced)
+    with new_files.opened_folder(os.path.dirname(path)) as folder:
+        beside = new_files.beside_name()
+        # Until it is complete, a file that is to have attributes is nobody else's.
+        with new_files.naming(name):
+            unnamed, descriptor = new_files.open_beside(beside, 0o600 if attributes else mode, folder, unnamed=_UNNAMED)
         try:
-            with open(descriptor, "wb") as file:
+            with SparseWriter(descriptor) as file:
                 yield file
-                file.flush()
-                os.fsync(descriptor)
-                if unnamed:
-                    _link(descriptor, beside, folder)
+                with new_files.naming(name):
+                    file.finish()
+                    if attributes is not None:
+                        attributes.apply(descriptor)
+                    os.fsync(descriptor)
+                    if unnamed:
+                        new_files.link(descriptor, beside, folder)
             os.replace(beside, os.path.basename(path), src_dir_fd=folder, dst_dir_fd=folder)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(beside, dir_fd=folder)
             raise
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        new_files.sync_folder(folder)
 
 
-def _check(path: str, source: BinaryIO | None) -> None:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"{path}: not a regular file; - is standard output")
+def check_place(path: str) -> None:
+    """Check that a path is a place for a file, before there is a result for it. Raises `FileError`, OSError."""
+    _place(path, None)
+
+
+def check_not_source(path: str, status: os.stat_result, source: BinaryIO | None) -> None:
+    """Check that a result does not go into the file that it is made of. Raises `FileError`."""
     if source is not None and os.path.samestat(status, os.fstat(source.fileno())):
         raise FileError(f"{path}: that is the file to be read; a file is never replaced by its own result")
 
 
-def _create(name: str, mode: int, folder: int) -> tuple[bool, int]:
-    """A new file, and whether it has no name."""
-    with contextlib.suppress(OSError):
-        os.stat("/proc/self/fd")  # it is given a name through there
-        return True, os.open(".", _UNNAMED, mode, dir_fd=folder)
-    return False, os.open(name, _NAMED, mode, dir_fd=folder)
+def _place(path: str, source: BinaryIO | None) -> tuple[str, os.stat_result | None]:
+    """Return the path of the file to be replaced, without symlinks, and its status if it exists.
 
-
-def _link(descriptor: int, name: str, folder: int) -> None:
-    """Give a file without a name one: open(2) has the recipe, which needs linkat(2), and so a dir_fd."""
-    os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
+    Raises `FileError` for a path that is not a place for a file, OSError.
+    """
+    if not path:
+        raise FileError("OUT is empty; - is standard output")
+    if descriptors.find_output(path) is not None:
+        raise FileError(f"{path}: leads to an open descriptor, which is not a place for a file; - is standard output")
+    real = os.path.realpath(path)  # a rename would replace a symlink, not the file it names
+    try:
+        status = os.stat(real)
+    except FileNotFoundError:
+        if not os.path.basename(path):
+            raise FileError(f"{path}: ends with a slash; name a file in a folder") from None
+        return real, None
+    if stat.S_ISDIR(status.st_mode):
+        raise FileError(f"{path}: a folder, not a regular file; name a file in it, or - for standard output")
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{real}: not a regular file; - is standard output")
+    if not os.path.basename(path):
+        raise FileError(f"{path}: ends with a slash, and is not a folder")
+    check_not_source(path, status, source)
+    return real, status

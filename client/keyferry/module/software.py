@@ -16,7 +16,7 @@ from typing import Final, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .. import age_passphrase, content, libcrypto, private_files
+from .. import age_passphrase, content, libcrypto, new_files, private_files
 from .. import passphrase as passphrases
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
@@ -103,22 +103,22 @@ class SoftwareModule(CryptographicModule):
         """Write the private key to a new file of mode 0600: PKCS #8, sealed to the passphrase in age's format.
 
         The work factor is always `keyferry.age_passphrase.WORK_FACTOR`. Data keys are not saved: their records bring them
-        back. An existing file is never replaced. Raises OSError, `ModuleError` where memory is short, or ValueError for a
-        passphrase that is empty, that looks like a key, a recipient or a comment, or that has more than one line.
+        back. An existing file is never replaced, and the file appears whole, or not at all. Raises OSError, `ModuleError` where
+        memory is short, or ValueError for a passphrase that is empty, that looks like a key, a recipient or a comment, or that
+        has more than one line.
         """
+        new_files.create(path, self.sealed(passphrase))
+
+    def sealed(self, passphrase: str) -> bytes:
+        """Return the bytes of the file that `save` writes. Raises ValueError, or `ModuleError` where memory is short."""
         passphrases.check(passphrase)
         der = self._private_key.private_der()
         try:
-            sealed = age_passphrase.seal(der, passphrase)
+            return age_passphrase.seal(der, passphrase)
         except age_passphrase.PassphraseError as error:
             raise ModuleError(str(error)) from None
         finally:
             der[:] = bytes(len(der))
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(sealed)
-            file.flush()
-            os.fsync(descriptor)
 
     @property
     def public_key_blob(self) -> str:

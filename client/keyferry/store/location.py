@@ -58,6 +58,16 @@ def _default() -> URL:
     return URL.create("sqlite+pysqlite", database=os.path.join(folder, "keyferry", "records.sqlite"))
 
 
+def _in_home(path: str) -> str:
+    """Return a path that begins with `~` as an absolute one. Raises `StoreError` where the home folder is not known."""
+    whole = os.path.expanduser(path)
+    if not os.path.isabs(whole) or os.environ.get("HOME") == "":
+        raise StoreError(
+            f"{path}: the home folder of this user is not known; set $KEYFERRY_STORE (sqlite:////FILE), or $HOME"
+        )
+    return whole
+
+
 def _from_file(path: str) -> str:
     try:
         with open(path, encoding="utf-8-sig") as file:

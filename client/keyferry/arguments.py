@@ -1,0 +1,55 @@
+"""Numbers, times and sockets on the command line, read strictly: Python's own `int` and `float` take more than people write.
+
+Each function is a `type=` of argparse, and its errors say what is expected.
+"""
+
+import math
+import re
+from argparse import ArgumentTypeError
+from datetime import datetime
+from typing import Final
+
+from .exchange import socket_path
+
+__all__ = ["moment", "seconds", "socket", "whole_number"]
+
+_WHOLE: Final = re.compile(r"[+-]?[0-9]{1,1000}", re.ASCII)
+_DECIMAL: Final = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", re.ASCII)
+_SHOWN: Final = 40
+
+
+def whole_number(text: str) -> int:
+    """Return a whole number of ASCII digits: neither `1_6` nor digits of other scripts."""
+    if not _WHOLE.fullmatch(text):
+        raise ArgumentTypeError(f"an integer is expected, in the digits 0 to 9, not {_shown(text)}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """Return a number of seconds, such as 30 or 0.5."""
+    number = float(text) if _DECIMAL.fullmatch(text) else math.nan
+    if not 0 <= number < math.inf:
+        raise ArgumentTypeError(f"a number of seconds is expected, like 30 or 0.5, not {_shown(text)}")
+    return number
+
+
+def moment(text: str) -> datetime:
+    """Return a time; one without a time zone is in that of this host."""
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError, OSError):
+        raise ArgumentTypeError(
+            f"a date or a time is expected, like 2026-01-31 or 2026-01-31T12:00:00Z, not {_shown(text)}"
+        ) from None
+
+
+def socket(text: str) -> str:
+    """Return the path of a socket, in any form that `exchange.socket_path` accepts."""
+    try:
+        return socket_path(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")

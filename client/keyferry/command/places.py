@@ -1,0 +1,124 @@
+"""IN and OUT of the commands for files: a file, a standard stream, or an open descriptor that a path leads to.
+
+Needs the extra `module`: the commands import it when they run.
+"""
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any, BinaryIO, Final
+
+from .. import descriptors, streams
+from ..files import Attributes, replacing
+from ..files.output import check_not_source, check_place
+from ..files.sparse import SparseWriter
+from .common import Failed, usage
+
+__all__ = ["Target", "source"]
+
+_STANDARD: Final = "-"
+_STANDARD_INPUT: Final = 0
+_STANDARD_OUTPUT: Final = 1
+
+
+@contextmanager
+def source(path: str) -> Iterator[BinaryIO]:
+    """Lend the file to be read: `-` is standard input, and a path to a descriptor is that descriptor."""
+    if not path:
+        raise Failed("IN is empty; - is standard input")
+    if path == _STANDARD and not descriptors.allows_reading(_STANDARD_INPUT):
+        raise Failed("-: standard input is closed")
+    with streams.reader(_STANDARD_INPUT) if path == _STANDARD else descriptors.open_to_read(path) as file:
+        yield file
+
+
+class Target:
+    """Where the result goes. Made before any other file is opened, whose descriptor OUT could name by mistake."""
+
+    def __init__(self, path: str, *, preserve: bool) -> None:
+        self._path = path
+        self._descriptor = _STANDARD_OUTPUT if path == _STANDARD else descriptors.find_output(path)
+        if path == _STANDARD and not descriptors.allows_writing(_STANDARD_OUTPUT):
+            raise Failed("-: standard output is closed")
+        self._preserve = preserve
+        if self._descriptor is None:
+            check_place(path)
+        elif preserve:
+            usage(f"--preserve sets the mode of a new file; OUT {path} is an open descriptor")
+
+    def is_terminal(self) -> bool:
+        """Return whether a person would see the result."""
+        return self._descriptor is not None and os.isatty(self._descriptor)
+
+    def open(self, source: BinaryIO, *, mode: int, after_all: bool) -> AbstractContextManager[BinaryIO]:
+        """Return a context in which the result is written. `after_all`: nothing of it may be seen before it is complete."""
+        status = os.fstat(source.fileno())
+        if self._descriptor is None:
+            if self._preserve and not stat.S_ISREG(status.st_mode):
+                usage("--preserve needs an IN that is a regular file")
+            attributes = Attributes.of_original(status) if self._preserve else None
+            return replacing(self._path, source=source, mode=mode, attributes=attributes)
+        there = os.fstat(self._descriptor)
+        if stat.S_ISREG(there.st_mode):
+            check_not_source(self._path, there, source)
+        return _spooled(self._descriptor) if after_all else _direct(self._descriptor)
+
+
+@contextmanager
+def _direct(descriptor: int) -> Iterator[BinaryIO]:
+    """Lend a descriptor, with a buffer of its own: what was not written is not tried again when Python ends."""
+    file = streams.writer(descriptor)
+    try:
+        yield file
+        file.flush()
+    finally:
+        with suppress(OSError):
+            file.close()
+
+
+@contextmanager
+def _spooled(descriptor: int) -> Iterator[BinaryIO]:
+    """Lend a file without a name in $TMPDIR, and copy it to the descriptor at the end of the block."""
+    with _naming_tmpdir(), tempfile.TemporaryFile() as file:
+        copy = os.dup(file.fileno())
+    with _Spool(copy) as spool:
+        yield spool
+        spool.finish()
+        os.lseek(copy, 0, os.SEEK_SET)
+        with _direct(descriptor) as out, streams.reader(copy) as content:
+            shutil.copyfileobj(content, out)
+
+
+class _Spool(SparseWriter):
+    """The file in $TMPDIR: no other error of the command names that folder."""
+
+    def write(self, data: Any, /) -> int:
+        with _naming_tmpdir():
+            return super().write(data)
+
+    def flush(self) -> None:
+        with _naming_tmpdir():
+            super().flush()
+
+
+@contextmanager
+def _naming_tmpdir() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = " is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise Failed(
+            f"$TMPDIR ({_tmpdir()}){full}: {error.strerror}; the plaintext waits there until all of it is authentic: "
+            "set TMPDIR to a folder with room for it"
+        ) from None
+
+
+def _tmpdir() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError:
+        return os.environ.get("TMPDIR") or "/tmp"  # noqa: S108 - only named

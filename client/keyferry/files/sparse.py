@@ -1,0 +1,46 @@
+"""Writing plaintext with holes: a block of zeros takes no room on the disk."""
+
+import io
+import os
+from typing import Any, Final
+
+__all__ = ["SparseWriter"]
+
+_BLOCK: Final = 4_096
+"""Bytes of the smallest hole: the block size of common file systems."""
+_ZEROS: Final = bytes(_BLOCK)
+
+
+class SparseWriter(io.BufferedWriter):
+    """Writes a new, empty file from its beginning. Whole blocks of zeros are skipped; `finish` gives the file its length."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(_Skipping(descriptor, "wb"))
+
+    def finish(self) -> None:
+        """Write what is buffered, and extend the file over a hole at its end."""
+        self.flush()
+        end = self.raw.tell()
+        if end > os.fstat(self.fileno()).st_size:
+            os.ftruncate(self.fileno(), end)
+
+
+class _Skipping(io.FileIO):
+    def write(self, data: Any, /) -> int:
+        """Write the blocks up to the first that is zeros, or skip the blocks that are. Returns how many bytes that was."""
+        with memoryview(data) as view:
+            size = len(view)
+            blocks = size // _BLOCK
+            skipped = 0
+            while skipped < blocks and _is_zeros(view, skipped):
+                skipped += 1
+            if skipped:
+                self.seek(skipped * _BLOCK, os.SEEK_CUR)
+                return skipped * _BLOCK
+            end = next((block for block in range(1, blocks) if _is_zeros(view, block)), None)
+            return super().write(view if end is None else view[: end * _BLOCK])
+
+
+def _is_zeros(view: memoryview, block: int) -> bool:
+    start = block * _BLOCK
+    return not view[start] and view[start : start + _BLOCK].tobytes() == _ZEROS

@@ -1,0 +1,115 @@
+"""How both commands end: the last net under every subcommand, so that no user sees a traceback.
+
+A command has its own messages for what it expects. What it does not expect ends here, in one line and an exit code.
+"""
+
+import contextlib
+import io
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from .errors import KeyferryError
+from .output import FAILED, complain, settle, show
+
+__all__ = ["INTERRUPTED", "TRACEBACK", "guarded", "parse", "reason"]
+
+INTERRUPTED: Final = 130
+"""The exit code that shells report for SIGINT."""
+TRACEBACK: Final = "KEYFERRY_TRACEBACK"
+"""An environment variable. "1" adds the place in the code to the message about an internal error, and never a value."""
+_NOT_DONE: Final = 1
+
+
+def guarded(program: str, run: Callable[[], int]) -> int:
+    """Run a command and return its exit code, whatever it raises; print at most one line about what it raised.
+
+    SystemExit passes, because argparse ends a command with it.
+    """
+    try:
+        code = run()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        code = _code_of(program, error)
+    return settle(program, code)
+
+
+def parse(program: str, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """Parse arguments. What --help and --version print goes to standard output as every other result does."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            return parser.parse_args(argv)
+    except SystemExit:
+        if text := printed.getvalue():
+            raise SystemExit(show(program, text.removesuffix("\n"))) from None
+        raise
+
+
+def reason(error: OSError) -> str:
+    """Return what a person reads about an error of the system: the file's name, if it has one, and why."""
+    why = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        if isinstance(error, FileNotFoundError) and not _has_working_folder():
+            return "the working folder does not exist any more; name files by absolute paths"
+        return why
+    return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {why}"
+
+
+def _code_of(program: str, error: BaseException) -> int:
+    causes = [*_leaves(error)]
+    if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+        return INTERRUPTED
+    cause = causes[0]
+    if isinstance(cause, BrokenPipeError):  # a reader that has seen enough
+        return FAILED
+    if isinstance(cause, OSError):
+        complain(program, reason(cause))
+    elif isinstance(cause, KeyferryError):
+        complain(program, str(cause))
+    elif isinstance(cause, MemoryError):
+        complain(program, "not enough memory")
+    elif isinstance(cause, UnicodeError):
+        complain(program, "an argument, or a file that it names, is not valid UTF-8 text")
+        _trace(cause)
+    else:
+        complain(
+            program,
+            f"internal error: {type(cause).__name__} at {_place(cause)}; please report it "
+            f"({TRACEBACK}=1 shows how it came about)",
+        )
+        _trace(cause)
+    return _NOT_DONE
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield the exceptions of a group, which trio raises, or the one exception."""
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else "an unknown place"
+
+
+def _trace(error: BaseException) -> None:
+    # Neither the exception's text nor those of its causes: they may hold what must not be printed.
+    if os.environ.get(TRACEBACK) == "1":
+        with contextlib.suppress(OSError):
+            print("".join(traceback.format_tb(error.__traceback__)), end="", file=sys.stderr)
+
+
+def _has_working_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True

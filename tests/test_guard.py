@@ -1,0 +1,281 @@
+"""The last net under both commands: one line and an exit code, whatever happens, and never a traceback."""
+
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.agent import PATIENCE, RunningAgent
+from support.requires import root
+
+from keyferry import command, guard
+from keyferry.arguments import moment, seconds, whole_number
+from keyferry.store import StoreError
+from keyferry.store.location import find
+from keyferry_agent.command import main as agent_main
+
+NOT_TEXT = "an argument, or a file that it names, is not valid UTF-8 text"
+
+
+def end(error: BaseException) -> int:
+    """How a command ends that raises an error."""
+
+    def run() -> int:
+        raise error
+
+    return guard.guarded("keyferry", run)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (BaseExceptionGroup("", [ExceptionGroup("", [ValueError()]), KeyboardInterrupt()]), 130, ""),
+        (BrokenPipeError(32, "Broken pipe"), 74, ""),
+        (FileNotFoundError(2, "No such file or directory", "/x"), 1, "keyferry: /x: No such file or directory\n"),
+        (FileNotFoundError(2, "No such file or directory", b"/x\xff"), 1, "keyferry: /x\\udcff: No such file or directory\n"),
+        (OSError("AF_UNIX path too long"), 1, "keyferry: AF_UNIX path too long\n"),
+        (MemoryError(), 1, "keyferry: not enough memory\n"),
+        (StoreError("why"), 1, "keyferry: why\n"),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, ""), 1, f"keyferry: {NOT_TEXT}\n"),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_every_error_is_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
+) -> None:
+    """With the file's name, if it has one."""
+    assert end(error) == code
+    assert capsys.readouterr().err.replace("\udcff", "\\udcff") == message
+
+
+def test_an_internal_error_asks_for_a_report_without_values(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text may be secret; a variable of the environment adds the lines of code."""
+    for error in (ValueError("s3cret"), ExceptionGroup("s3cret", [KeyError("s3cret")])):
+        monkeypatch.delenv(guard.TRACEBACK, raising=False)
+        assert end(error) == 1
+        said = capsys.readouterr().err
+        assert said.startswith("keyferry: internal error: ")
+        assert (said.count("\n"), "please report it" in said, "s3cret" in said) == (1, True, False)
+        monkeypatch.setenv(guard.TRACEBACK, "1")
+        assert end(error) == 1
+        said = capsys.readouterr().err
+        assert "s3cret" not in said
+    monkeypatch.setenv(guard.TRACEBACK, "1")
+    assert end(ValueError("s3cret")) == 1
+    assert "in run\n" in capsys.readouterr().err
+
+
+def test_usage_errors_pass() -> None:
+    """A usage error is an exception of its own."""
+    with pytest.raises(SystemExit) as ended:
+        end(SystemExit(2))
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "words", [["list", "{0}/k", "--unseal", "{0}/fifo"], ["create-key", "{0}/k", "--unseal", "{0}/fifo"]]
+)
+def test_control_c_ends_the_agents_commands_silently(tmp_path: Path, words: list[str]) -> None:
+    """With the exit code that shells report for it."""
+    assert agent_main(["keyring", "init", f"{tmp_path}/k", "--new-identity", f"{tmp_path}/i"]) == 0
+    os.mkfifo(tmp_path / "fifo")
+    command = [sys.executable, "-m", "keyferry_agent", "keyring", *(word.format(tmp_path) for word in words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + PATIENCE
+        writer = None
+        while writer is None:
+            assert time.monotonic() < deadline
+            try:
+                writer = os.open(tmp_path / "fifo", os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=PATIENCE)
+        os.close(writer)
+    assert (process.returncode, out, error) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    "words", [["fingerprint", "{0}/fifo"], ["fingerprint", "{0}"], ["check", "{0}"], ["check", "{0}/none"]]
+)
+def test_files_of_every_kind_get_one_line(tmp_path: Path, words: list[str]) -> None:
+    """A folder, a file that is not there, a pipe that ends."""
+    os.mkfifo(tmp_path / "fifo")
+    command = [sys.executable, "-m", "keyferry_agent", *(word.format(tmp_path) for word in words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        if "fifo" in words[-1]:
+            (tmp_path / "fifo").write_bytes(b"")
+        _, error = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, error.count(b"\n"), str(tmp_path).encode() in error) == (1, 1, True)
+
+
+@root()
+def test_without_proc_the_agent_says_what_it_needs_and_commands_work(tmp_path: Path, agent: RunningAgent) -> None:
+    """As in a chroot."""
+    python = f"{sys.executable} -m"
+    script = (
+        f"umount -l /proc; {python} keyferry_agent run --dev --socket {tmp_path}/s; echo code $?;"
+        f"{python} keyferry_agent keyring init {tmp_path}/k --new-identity {tmp_path}/i && "
+        f"{python} keyferry module init {tmp_path}/m --generate-passphrase && "
+        f"{python} keyferry status --socket {agent.socket}"
+    )
+    ended = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert (ended.returncode, "code 1\n" in ended.stdout) == (0, True), ended.stderr
+    assert ended.stderr.startswith("keyferry-agent: /proc/self/fd: No such file or directory: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_command_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
+    """Relative names lead nowhere then."""
+    script = f"mkdir {tmp_path}/x && cd {tmp_path}/x && rmdir {tmp_path}/x && {sys.executable} -m keyferry records list --store sqlite:///r"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert ended.returncode == 1
+    assert "the working folder does not exist any more" in ended.stderr.splitlines()[-1]
+
+
+# --- a user without a home folder -------------------------------------------------------------------------------------
+
+
+def test_without_a_home_folder_no_store_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the default one nor one that is named by ~."""
+
+    def unknown(_uid: int) -> pwd.struct_passwd:
+        raise KeyError
+
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.delenv("KEYFERRY_STORE", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    for home in (None, "", "relative"):
+        monkeypatch.delenv("HOME", raising=False)
+        if home is not None:
+            monkeypatch.setenv("HOME", home)
+        for store in (None, "sqlite:///~/x.db", "sqlite:///~nobody-of-that-name/x.db"):
+            with pytest.raises(StoreError, match=r"set \$KEYFERRY_STORE"):
+                find(store)
+    monkeypatch.setenv("HOME", "/home/a")
+    assert find("sqlite:///~/x.db").database == "/home/a/x.db"
+    assert find(None).database == "/home/a/.local/share/keyferry/records.sqlite"
+
+
+def test_an_empty_environment_is_enough(agent: RunningAgent, tmp_path: Path) -> None:
+    """For every command that does not need a setting."""
+    for words in (
+        ["keyferry", "status", "--socket", str(agent.socket)],
+        ["keyferry_agent", "keyring", "init", f"{tmp_path}/k", "--new-identity", f"{tmp_path}/i"],
+        ["keyferry", "module", "init", f"{tmp_path}/m", "--generate-passphrase"],
+    ):
+        ended = subprocess.run(
+            ["env", "-i", sys.executable, "-m", *words], capture_output=True, timeout=PATIENCE, check=False
+        )
+        assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+# --- sockets, numbers, times ------------------------------------------------------------------------------------------
+
+
+def test_the_socket_is_named_in_every_common_form(
+    agent: RunningAgent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the environment and as an option; abstract sockets are refused by name."""
+    path = str(agent.socket)
+    monkeypatch.setenv("HOME", str(agent.socket.parent))
+    for form in (path, f"unix://{path}", f"unix:{path}", f"~/{agent.socket.name}", f"unix://~/{agent.socket.name}"):
+        monkeypatch.setenv("KEYFERRY_SOCKET", form)
+        assert command.main(["status"]) == 0, form
+        monkeypatch.delenv("KEYFERRY_SOCKET")
+        assert command.main(["status", "--socket", form]) == 0, form
+    capsys.readouterr()
+    for form, why in (
+        ("@name", "abstract socket"),
+        ("unix://@name", "abstract socket"),
+        ("unix://", "names no socket"),
+    ):
+        monkeypatch.setenv("KEYFERRY_SOCKET", form)
+        assert command.main(["status"]) == 3
+        said = capsys.readouterr().err
+        assert form in said
+        assert why in said
+        with pytest.raises(SystemExit) as ended:
+            command.main(["status", "--socket", form])
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err
+    assert agent_main(["run", "--dev"]) == 1
+    assert "names no socket" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("folder", "is a folder, not a socket"), ("file", "is a regular file"), ("fifo", "is not a socket")],
+)
+def test_what_is_not_a_socket_is_said_to_be_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, why: str
+) -> None:
+    """Container runtimes make a folder where the socket is not there yet."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "fifo")
+    assert command.main(["status", "--socket", str(tmp_path / kind)]) == 3
+    assert f"{tmp_path / kind} {why}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["call", "Encrypt"],
+        ["status"],
+        ["records", "add"],
+        ["records", "recover"],
+        ["records", "rewrap"],
+        ["encrypt-file"],
+        ["decrypt-file"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_that_asks_an_agent_takes_its_socket(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an option of its own."""
+    with pytest.raises(SystemExit):
+        command.main([*words, "--help"])
+    assert "--socket PATH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["1_6", "１６", " 16", "16 ", "0x10", "", "1e3", "²"])
+def test_numbers_are_read_strictly(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python's own int and float take more."""
+    for words in (
+        ["call", "GenerateDataKey", "--KeyId", "alias/dev", "--NumberOfBytes", text],
+        ["status", "--wait", text if text != "1e3" else "1e999"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main(words)
+        assert ended.value.code == 2
+        assert "expected" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        agent_main(["keyring", "schedule-deletion", "k", "alias/a", "--unseal", "i", "--days", text])
+    assert "an integer is expected" in capsys.readouterr().err
+
+
+def test_numbers_and_times_that_people_write_are_read() -> None:
+    """With and without a fraction, or a time zone."""
+    assert [whole_number(text) for text in ("0", "16", "-1", "+2")] == [0, 16, -1, 2]
+    assert [seconds(text) for text in ("0", "30", "0.5", ".5", "5.")] == [0, 30, 0.5, 0.5, 5]
+    assert moment("2026-01-31T12:00:00Z").timestamp() == 1_769_860_800
+    assert moment("2026-01-31").tzinfo is not None
+
+
+def test_a_time_that_is_none_says_what_is_expected(capsys: pytest.CaptureFixture[str]) -> None:
+    """By an example."""
+    for text in ("now", "0001-01-01", "2026-13-01"):
+        with pytest.raises(SystemExit):
+            agent_main(["audit", "who", "file", "--key", "k", "--since", text])
+        assert "like 2026-01-31" in capsys.readouterr().err
