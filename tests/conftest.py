@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -26,6 +28,17 @@ NO_SKIPS = "KEYFERRY_NO_SKIPS"
 SKIPPED = ROOT / ".cache" / "skipped"
 
 os.umask(0o022)  # under 002, the configurations that tests write would be group-writable, which the agent refuses
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Ignore a signal in this process alone: other than SIG_IGN, a handler is not inherited by a program that is executed."""
+
+
+# Background jobs, nohup and many CI runners start programs with these signals ignored. Programs inherit that, but no handler;
+# and tests send the signals to programs that they start.
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _ignore)
 
 
 @pytest.fixture(scope="session")
