@@ -175,7 +175,7 @@ def test_progress_is_shown_on_a_terminal(keyring: Path, socket_path: Path, tmp_p
 
 
 def test_a_password_on_the_command_line_is_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Not one that comes from a file; and it is not repeated."""
+    """Not one that comes from a file; and it is not repeated. The warning does not need the database's driver."""
     url = "postgresql://u:hunter2@127.0.0.1:1/db"
     (tmp_path / "url").write_text(url)
     assert command.main(["records", "list", "--store", url]) == 1
@@ -204,6 +204,15 @@ def test_a_list_that_cannot_be_written_is_no_traceback(agent: RunningAgent, tmp_
 
 
 # --- what is not installed --------------------------------------------------------------------------------------------
+
+
+def test_the_warning_of_a_password_needs_no_driver(capsys: pytest.CaptureFixture[str]) -> None:
+    """A driver that is missing changes nothing about who can read the command line."""
+    arguments = ["records", "list", "--store", "postgresql+psycopg2://u@h/db?sslpassword=hunter2"]
+    assert command.main(arguments) == 1
+    err = capsys.readouterr().err
+    assert err.index("a password on the command line") < err.index("psycopg2, is not installed")
+    assert "hunter2" not in err
 
 
 def without(packages: str, *arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -70,14 +70,15 @@ def open_store(arguments: argparse.Namespace) -> "Store":
     """The store that the options name. Raises `KeyferryError`."""
     with extra("store"):
         from ..store import Store  # noqa: PLC0415
-    store = Store(arguments.store)
-    if arguments.store and store.has_password and not arguments.store.startswith("@"):
+        from ..store.location import find, secrets_of  # noqa: PLC0415
+    # Before the driver is loaded: the password is on the command line also where the driver cannot be had.
+    if arguments.store and not arguments.store.startswith("@") and secrets_of(find(arguments.store)):
         print(
             "keyferry: a password on the command line can be read by every user of this host: "
             "use --store @FILE, $KEYFERRY_STORE, or PostgreSQL's own ~/.pgpass",
             file=sys.stderr,
         )
-    return store
+    return Store(arguments.store)
 
 
 def _add(arguments: argparse.Namespace) -> int:

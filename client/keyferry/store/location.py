@@ -12,7 +12,7 @@ from sqlalchemy.exc import ArgumentError
 
 from .record import StoreError
 
-__all__ = ["find", "make_room", "shown"]
+__all__ = ["find", "make_room", "secrets_of", "shown"]
 
 _DRIVERS: Final = {
     "sqlite": "sqlite+pysqlite",
@@ -50,6 +50,12 @@ def shown(url: URL) -> str:
         return str(url.database)
     where = url.host or url.query.get("host") or "the local server"
     return f"PostgreSQL database {url.database or '(the default)'} at {where}"
+
+
+def secrets_of(url: URL) -> list[str]:
+    """Return the passwords that a URL holds, also those in its query."""
+    found = [url.password, *(url.query.get(name) for name in ("password", "sslpassword"))]
+    return [str(secret) for secret in found if secret]
 
 
 def _default() -> URL:

@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 import sqlalchemy as sql
 from sqlalchemy import event, exc
 
-from .location import find, make_room, shown
+from .location import find, make_room, secrets_of, shown
 from .record import LONGEST_NAME, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
 
 __all__ = ["Store"]
@@ -113,11 +113,6 @@ class Store:
 
     def __repr__(self) -> str:
         return f"Store({self._place!r})"
-
-    @property
-    def has_password(self) -> bool:
-        """Whether the URL itself holds a password."""
-        return any(self._secrets())
 
     def close(self) -> None:
         """Close the connections to the database."""
@@ -240,12 +235,7 @@ class Store:
         """The driver's own first line, without the statement that SQLAlchemy adds; and never a password."""
         cause = getattr(error, "orig", None) or error
         why = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        return type(cause).__name__ if any(secret in why for secret in self._secrets()) else why
-
-    def _secrets(self) -> list[str]:
-        url = self._url
-        found = [url.password, *(url.query.get(name) for name in ("password", "sslpassword"))]
-        return [str(secret) for secret in found if secret]
+        return type(cause).__name__ if any(secret in why for secret in secrets_of(self._url)) else why
 
 
 def _matching(key_id: str | None, not_under: str | None) -> list[Any]:
