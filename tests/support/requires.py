@@ -1,6 +1,7 @@
 """What a test needs beyond Python packages: it skips with a reason that names it, and the run ends with the list."""
 
 import functools
+import importlib
 import os
 import shutil
 import subprocess
@@ -85,6 +86,20 @@ def openssl_sm2() -> pytest.MarkDecorator:
 def postgresql() -> pytest.MarkDecorator:
     """Skip where there is no PostgreSQL server to start."""
     return pytest.mark.skipif(POSTGRESQL is None, reason="needs a PostgreSQL server (Debian package postgresql)")
+
+
+@functools.cache
+def _libpq() -> bool:
+    try:
+        importlib.import_module("psycopg")
+    except ImportError:
+        return False
+    return True
+
+
+def libpq() -> pytest.MarkDecorator:
+    """Skip where psycopg does not find the system's library for PostgreSQL clients."""
+    return pytest.mark.skipif(not _libpq(), reason="needs libpq (Debian package libpq5)")
 
 
 def fuse() -> pytest.MarkDecorator:
