@@ -68,7 +68,7 @@ records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite 
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
 
 hostile: $(VENV)/.development  ## a million invalid requests, a thousand slow peers, and so on, against a running agent: minutes
-	KEYFERRY_HOSTILE=1 $(BIN)/pytest -p no:xdist -o faulthandler_timeout=900 tests/test_hostile_*.py
+	KEYFERRY_HOSTILE=1 $(BIN)/pytest -p no:xdist -o faulthandler_timeout=900 tests/test_hostile_*.py tests/test_reload.py tests/test_memory.py
 
 soak: $(VENV)/.development  ## clients, an operator and accidents on one agent for MINUTES (60), then simulated lives for as long (docs/soak.md)
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(or $(MINUTES),60)
