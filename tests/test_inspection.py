@@ -278,6 +278,7 @@ MAY_BLOCK = {
     # What each reads is the kernel's or the agent's own; its name is not a peer's.
     ("keyferry_agent.peer.process", "cgroups"): {"open"},
     ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
+    ("keyferry_agent.peer.platform", "_control_groups_visible"): {"open"},
     ("keyferry_agent.serving", "__init__"): {"open"},
     ("keyferry_agent.serving", "_refuse_with_the_reserve"): {"open"},
 }
@@ -322,7 +323,9 @@ def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> 
                 found.setdefault((name, function), set()).add(called)
     assert found == MAY_BLOCK
     users = {name for name in ALL if "keyferry_agent.peer.program" in imports(name)}
-    assert users == {"keyferry_agent.peer", "keyferry_agent.peer.inspection", "keyferry_agent.peer.inspector"}
+    assert users == {
+        f"keyferry_agent.{name}" for name in ("peer", "peer.inspection", "peer.inspector", "peer.platform")
+    }
     assert not [name for name in ALL if "keyferry_agent.peer.inspector" in imports(name)]
     assert {name for name, path in ALL.items() if "/exe" in path.read_text()} <= {
         "keyferry_agent.peer.program",
