@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -24,8 +26,21 @@ from keyferry.store import store as store_module
 PROVIDE = "sudo make test-requirements (and what a line itself says)"
 NO_SKIPS = "KEYFERRY_NO_SKIPS"
 SKIPPED = ROOT / ".cache" / "skipped"
+COUNTS = ROOT / ".cache" / "counts"
+"""The list with which `make test` ends, and the numbers in its last line."""
 
 os.umask(0o022)  # under 002, the configurations that tests write would be group-writable, which the agent refuses
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Ignore a signal in this process alone: other than SIG_IGN, a handler is not inherited by a program that is executed."""
+
+
+# Background jobs, nohup and many CI runners start programs with these signals ignored. Programs inherit that, but no handler;
+# and tests send the signals to programs that they start.
+for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _ignore)
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +165,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
     SKIPPED.parent.mkdir(exist_ok=True)
     SKIPPED.write_text(summary(reasons))
-    if skipped and NO_SKIPS in os.environ and not exitstatus:
+    passed = reporter.stats.get("passed", []) if reporter else []
+    COUNTS.write_text(f"{len(passed):,} tests passed, {len(skipped):,} skipped\n")
+    if skipped and os.environ.get(NO_SKIPS) and not exitstatus:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -19,7 +19,7 @@ from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.peer import Peer
 from keyferry_agent.settings import Limits, Settings
 
-GRANTED, NAMED, STRANGER = 1, 2, 1_000
+GRANTED, NAMED, STRANGER = 1, 2, os.geteuid() + 1_000  # not the user that runs the tests
 KEEP = """
 connections = []
 for _ in range(int(sys.argv[2])):

@@ -205,7 +205,7 @@ def test_progress_is_shown_on_a_terminal(keyring: Path, socket_path: Path, tmp_p
 
 
 def test_a_password_on_the_command_line_is_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Not one that comes from a file; and it is not repeated."""
+    """Not one that comes from a file; and it is not repeated. The warning does not need the database's driver."""
     url = "postgresql://u:hunter2@127.0.0.1:1/db"
     (tmp_path / "url").write_text(url)
     assert command.main(["records", "list", "--store", url]) == 1

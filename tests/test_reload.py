@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
+from support.hostile import many
 from support.keyring import change, configuration, new_keyring, serving
 from support.requires import root
 
@@ -22,6 +23,9 @@ from keyferry.parameters import encode_base64
 from keyferry_agent.keyring import loader
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.keyring.sealing import Unsealer, seal
+
+RELOADS = many(30, 100)
+"""Under full load, each takes the time of hundreds of requests."""
 
 
 def reload(agent: RunningAgent, count: int = 1) -> None:
@@ -255,9 +259,7 @@ def test_what_is_wrong_with_a_replaced_keyring_is_reported_once_and_the_old_one_
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
 
 
-def test_a_hundred_reloads_under_full_load_lose_no_request_and_answer_none_wrongly(
-    keyring: Path, socket_path: Path
-) -> None:
+def test_reloads_under_full_load_lose_no_request_and_answer_none_wrongly(keyring: Path, socket_path: Path) -> None:
     """Pipelines of everything, while keys rotate and the agent reloads: each answer is the right one."""
     change(keyring, "create-key", "--alias", "alias/sm4", "--key-spec", "Aliyun_SM4")
     done = threading.Event()
@@ -289,7 +291,7 @@ def test_a_hundred_reloads_under_full_load_lose_no_request_and_answer_none_wrong
     with serving(keyring, socket_path) as agent, ThreadPoolExecutor(2) as pool:
         loads = [pool.submit(load, number) for number in range(2)]
         try:
-            for count in range(1, 101):
+            for count in range(1, RELOADS + 1):
                 if count % 10 == 0:
                     change(keyring, "rotate", "alias/a")
                 reload(agent, count)  # or more than that: the agent sees by itself, too, that the file was replaced
@@ -300,4 +302,4 @@ def test_a_hundred_reloads_under_full_load_lose_no_request_and_answer_none_wrong
         assert not wrong
         assert asked
         with agent.client() as kms:
-            assert kms.list_key_versions(key_id="alias/a").total_count == 11
+            assert kms.list_key_versions(key_id="alias/a").total_count == 1 + RELOADS // 10

@@ -181,11 +181,26 @@ def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [failure.split(":")[0] for failure in startup.harden()] == ["no new privileges", "not dumpable"]
 
 
+DESCRIPTORS_AT_EXIT = """
+import atexit, json, os, sys
+
+def report():
+    files = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in (0, 1)]
+    print(json.dumps({"event": "descriptors", "files": files}), file=sys.stderr)
+
+atexit.register(report)
+from keyferry_agent.__main__ import main
+sys.exit(main())
+"""
+"""An agent that logs its own standard descriptors when it exits: for other processes, only root can read them."""
+
+
 def test_an_agent_starts_with_its_standard_descriptors_closed(socket_path: Path) -> None:
     """They are /dev/null then."""
-    with RunningAgent(["--dev"], socket_path, preexec=lambda: os.closerange(0, 2)) as agent:
-        for descriptor in ("0", "1"):
-            assert Path(f"/proc/{agent.process.pid}/fd/{descriptor}").resolve() == Path("/dev/null")
+    command = ("-c", DESCRIPTORS_AT_EXIT)
+    with RunningAgent(["--dev"], socket_path, preexec=lambda: os.closerange(0, 2), command=command) as agent:
+        assert agent.stop() == 0
+        assert agent.wait_for("descriptors")["files"] == ["/dev/null", "/dev/null"]
 
 
 def test_an_agent_says_when_its_socket_file_is_gone(socket_path: Path) -> None:

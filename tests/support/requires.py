@@ -1,6 +1,7 @@
 """What a test needs beyond Python packages: it skips with a reason that names it, and the run ends with the list."""
 
 import functools
+import importlib
 import os
 import shutil
 import subprocess
@@ -114,6 +115,20 @@ def pgbouncer() -> pytest.MarkDecorator:
     """Skip where there is no PgBouncer, or no PostgreSQL server behind it."""
     missing = PGBOUNCER is None or POSTGRESQL is None
     return pytest.mark.skipif(missing, reason="needs PgBouncer and PostgreSQL (Debian packages pgbouncer, postgresql)")
+
+
+@functools.cache
+def _libpq() -> bool:
+    try:
+        importlib.import_module("psycopg")
+    except ImportError:
+        return False
+    return True
+
+
+def libpq() -> pytest.MarkDecorator:
+    """Skip where psycopg does not find the system's library for PostgreSQL clients."""
+    return pytest.mark.skipif(not _libpq(), reason="needs libpq (Debian package libpq5)")
 
 
 def fuse() -> pytest.MarkDecorator:

@@ -51,21 +51,17 @@ def secrets(url: URL) -> list[str]:
     return [str(secret) for secret in found if secret]
 
 
+def secrets_of(url: URL) -> list[str]:
+    """Return the passwords that a URL holds, also those in its query."""
+    found = [url.password, *(url.query.get(name) for name in ("password", "sslpassword"))]
+    return [str(secret) for secret in found if secret]
+
+
 def _default() -> URL:
     folder = os.environ.get("XDG_DATA_HOME") or ""
     if not os.path.isabs(folder):  # the XDG specification: relative ones are to be ignored
         folder = os.path.join(home(), ".local", "share")
     return URL.create("sqlite+pysqlite", database=os.path.join(folder, "keyferry", "records.sqlite"))
-
-
-def _in_home(path: str) -> str:
-    """Return a path that begins with `~` as an absolute one. Raises `StoreError` where the home folder is not known."""
-    whole = os.path.expanduser(path)
-    if not os.path.isabs(whole) or os.environ.get("HOME") == "":
-        raise StoreError(
-            f"{path}: the home folder of this user is not known; set $KEYFERRY_STORE (sqlite:////FILE), or $HOME"
-        )
-    return whole
 
 
 def _from_file(path: str) -> str:
