@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Final, NamedTuple, TypeVar, cast
 
+from keyferry.ciphertext import ciphertext_hash
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
 from keyferry.secret import Secret, SecretMemory
@@ -116,6 +117,8 @@ def find_version(
     Raises `KmsError`.
     """
     action = action or request.action
+    if blob:
+        request.audited.ciphertext = ciphertext_hash(blob)
     try:
         version_id = seal.key_version_id(blob)
     except SealError:
