@@ -180,7 +180,7 @@ class Listed(_Matching):
     def __init__(self, query: Query, spool: Spool) -> None:
         super().__init__(query)
         self._spool = spool
-        self._begin = self._end = spool.size
+        self._begin = self._end = 0
 
     def of(self, keys: Collection[str] | None) -> Iterator[dict[str, Any]]:
         """Yield the entries of some keys; None: of all."""
@@ -191,6 +191,8 @@ class Listed(_Matching):
 
     def _found(self, fields: dict[str, Any]) -> None:
         kept = {name: fields[name] for name in self.NAMES if name in fields}
+        if not self._end:  # files are read one after the other: what is found in one is in one piece
+            self._begin = self._spool.size
         self._spool.append(json.dumps(kept).encode() + b"\n")
         self._end = self._spool.size
 
