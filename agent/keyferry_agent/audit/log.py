@@ -26,11 +26,11 @@ from . import announcements
 from .file import Appended, RecordFile
 from .waiting import Hand
 
-__all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_KEY_CHARACTERS", "AuditLog"]
+__all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
 
 _PEERS: Final = 1_024
 """Callers whose part of a line is remembered."""
-_MOST_LISTED: Final = 64
+MAX_GROUPS: Final = 64
 """Groups to list of one request."""
 MAX_CONTEXT_KEYS: Final = 32
 MAX_KEY_CHARACTERS: Final = 40
@@ -174,7 +174,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 def _of_peer(peer: Peer) -> str:
     # The groups are ascending, and there may be 65,536 of them: only what is listed becomes a key of the cache.
-    return _described(peer.uid, tuple(itertools.islice(peer.gids, _MOST_LISTED)), peer.pid, peer.unit, peer.listener)
+    return _described(peer.uid, tuple(itertools.islice(peer.gids, MAX_GROUPS)), peer.pid, peer.unit, peer.listener)
 
 
 @functools.lru_cache(maxsize=_PEERS)

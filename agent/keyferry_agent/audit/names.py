@@ -38,23 +38,37 @@ class LoggedNames:
     def __init__(self) -> None:
         self.aliases: dict[str, dict[str, Period]] = {}
         """For each alias the IDs of the keys that it has named, and when."""
+        self._newest: datetime | None = None
 
     def take(self, fields: Mapping[str, Any], time: datetime | None) -> None:
         """Take the names in an entry, if it has any."""
-        for key_id, aliases in names_in(fields).items():
+        names = names_in(fields)
+        if names and time is not None and (self._newest is None or time > self._newest):
+            self._newest = time
+        for key_id, aliases in names.items():
             for alias in aliases:
                 self._add(alias, key_id, Period(time, time))
 
     def merge(self, others: Iterable["LoggedNames"]) -> None:
         """Take the names in other files."""
         for other in others:
+            if other._newest is not None and (self._newest is None or other._newest > self._newest):
+                self._newest = other._newest
             for alias, keys in other.aliases.items():
                 for key_id, period in keys.items():
                     self._add(alias, key_id, period)
 
-    def aliases_of(self, key_id: str) -> list[str]:
-        """Return the aliases that have named a key."""
-        return [alias for alias, keys in self.aliases.items() if key_id in keys]
+    def current(self, name: str) -> list[str]:
+        """Return the ID and the aliases of a key by one of them, as the newest entries have them; none for another name."""
+        now = {
+            alias: key_id
+            for alias, keys in self.aliases.items()
+            for key_id, period in keys.items()
+            if self._newest is not None and period.last == self._newest
+        }
+        key_id = now.get(name, name)
+        aliases = [alias for alias, owner in now.items() if owner == key_id]
+        return [key_id, *aliases] if aliases else []
 
     def _add(self, alias: str, key_id: str, period: Period) -> None:
         keys = self.aliases.setdefault(alias, {})

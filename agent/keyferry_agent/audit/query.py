@@ -9,7 +9,7 @@ from typing import IO, Any, Final, NamedTuple, Self
 from .log import MAX_CONTEXT_KEYS, MAX_CONTEXT_KEYS_BYTES, MAX_KEY_CHARACTERS
 from .names import LoggedNames
 
-__all__ = ["RELEASES", "Counted", "Listed", "Query", "Spool"]
+__all__ = ["RELEASES", "Counted", "Listed", "NamesOnly", "Query", "Spool", "names_of"]
 
 RELEASES: Final = ("GenerateAndExportDataKey", "ExportDataKey", "GenerateDataKey", "Decrypt", "ReEncrypt")
 """Operations that give a caller what is under a key, or let it get there under another key."""
@@ -62,18 +62,29 @@ def _one_of(value: str | None, fields: dict[str, Any], *names: str) -> bool:
     return value is None or any(fields.get(name) == value for name in names)
 
 
-class _Matching:
+class NamesOnly:
+    """The names of keys in one file."""
+
+    def __init__(self) -> None:
+        self.names = LoggedNames()
+
+    def __call__(self, fields: dict[str, Any], time: datetime | None) -> None:
+        """Take an entry."""
+        self.names.take(fields, time)
+
+
+class _Matching(NamesOnly):
     """What both kinds of tallies do with an entry."""
 
     def __init__(self, query: Query) -> None:
+        super().__init__()
         self._query = query
-        self.names = LoggedNames()
         self.undecided = 0
         """Entries of which it is not known whether they have the key of the EncryptionContext."""
 
     def __call__(self, fields: dict[str, Any], time: datetime | None) -> None:
         """Take an entry."""
-        self.names.take(fields, time)
+        super().__call__(fields, time)
         if self._query.matches(fields, time):
             has = self._query.has_context_key(fields)
             self.undecided += has is None
@@ -202,7 +213,7 @@ def is_of(fields: dict[str, Any], keys: Collection[str] | None) -> bool:
     return keys is None or fields.get("key_id") in keys or fields.get("destination_key_id") in keys
 
 
-def names_of(tallies: Iterable[_Matching]) -> LoggedNames:
+def names_of(tallies: Iterable[NamesOnly]) -> LoggedNames:
     """Return the names of keys that all files have."""
     names = LoggedNames()
     names.merge(tally.names for tally in tallies)
