@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.asking import ok, refused
+from support.audit_log import AT_START, requests
 from support.keyring import configuration, serving
 from support.keys import recipient
 
@@ -40,7 +41,8 @@ def record(tmp_path: Path) -> Path:
 def written(path: Path, count: int = 5) -> list[bytes]:
     """A record of some requests; its lines."""
     audit = AuditLog(Audit(str(path)))
-    for number in range(count):
+    audit.begin("2026-11-30T12:00:00Z")
+    for number in range(count - 1):
         audit.record(PEER, [(Audited(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")])
     return path.read_bytes().splitlines(keepends=True)
 
@@ -61,13 +63,13 @@ def test_every_request_has_its_line_and_the_chain_is_whole(
     made = ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "secret"}})
     refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]}, "InvalidParameter")
     refused(connection, "Explode", {}, "InvalidAction.NotFound")
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    lines = requests(record)
     assert [line["outcome"] for line in lines] == ["OK", "InvalidParameter", "InvalidAction.NotFound"]
     assert [line["key_id"] for line in lines] == [made["KeyId"], made["KeyId"], ""]
     assert lines[0]["context_keys"] == ["tenant"]
     assert "secret" not in record.read_text()
     assert main(["audit", "verify", str(record)]) == 0
-    assert capsys.readouterr().out.startswith("whole: 3 lines, from the beginning; the last has the SHA-256 ")
+    assert capsys.readouterr().out.startswith("whole: 5 lines, from the beginning; the last has the SHA-256 ")
 
 
 @pytest.mark.parametrize("letter", ["a", "密", "\N{GRINNING FACE}", "\x01"])
@@ -88,16 +90,31 @@ def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> Non
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
-        (lambda lines: [lines[0].replace(b"Decrypt", b"Encrypt"), *lines[1:]], "line 2: does not follow"),
+        (lambda lines: [lines[0].replace(b"12:00", b"13:00"), *lines[1:]], "line 2: does not follow"),
+        (lambda lines: [*lines[:1], lines[1].replace(b"Decrypt", b"Encrypt"), *lines[2:]], "line 3: does not follow"),
         (lambda lines: [*lines[:2], *lines[3:]], "line 3: does not follow"),
         (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], "line 2: does not follow"),
         (lambda lines: [*lines[:4], lines[4][:-1]], "line 5: cut off"),
         (lambda lines: [*lines[:2], lines[0], *lines[2:]], "line 3: begins a new chain"),
-        (lambda lines: [*lines[:2], b"nonsense\n", *lines[2:]], "line 3: not a line"),
-        (lambda lines: [*lines[:2], b"[" * 100_000 + b"\n", *lines[2:]], "line 3: not a line"),
+        (lambda lines: [*lines[:2], b"nonsense" + lines[2], *lines[2:]], "line 3: not a line"),
+        (lambda lines: [*lines[:4], lines[4].replace(b"{", b"[")], "line 5: not a line"),
+        (lambda _: [b"nonsense\n"], "line 1: not a line"),
+        (lambda _: [b"[" * 100_000 + b"\n"], "line 1: not a line"),
         (lambda _: [], "no line"),
     ],
-    ids=["changed", "taken out", "moved", "cut off", "begun anew", "nonsense", "nested", "empty"],
+    ids=[
+        "start changed",
+        "changed",
+        "taken out",
+        "moved",
+        "cut off",
+        "begun anew",
+        "damaged",
+        "damaged at the end",
+        "nonsense",
+        "nested",
+        "empty",
+    ],
 )
 def test_what_was_done_to_a_record_is_found(
     record: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[bytes]], list[bytes]], why: str
@@ -130,7 +147,7 @@ def test_a_record_that_is_moved_away_goes_on_in_a_new_file(
     agent.wait_for("audit.reopened")
     ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     assert record.stat().st_mode & 0o777 == 0o600
-    assert chain.verify([tmp_path / "audit.1", record]).lines == 2
+    assert chain.verify([tmp_path / "audit.1", record]).lines == AT_START + 2
     assert chain.verify([record]).lines == 1
     with pytest.raises(chain.ChainError, match="begins a new chain"):
         chain.verify([record, tmp_path / "audit.1"])
@@ -340,13 +357,13 @@ def test_the_configuration_leads_to_the_record_its_rotated_files_and_a_keys_alia
     config = ["--config", str(keyring.parent / "agent.toml")]
     capsys.readouterr()
     assert main(["audit", "verify", *config]) == 0
-    assert "whole: 6 lines, from the beginning" in capsys.readouterr().out
+    assert "whole: 8 lines, from the beginning" in capsys.readouterr().out
     for key in ("alias/a", made["KeyId"], f"acs:kms:local:0:key/{made['KeyId']}"):
         assert main(["audit", "who", "--key", key, *config]) == 0
         assert "Decrypt 3 times" in capsys.readouterr().out
     assert main(["audit", "who", "--key", "alias/none", *config]) == 1
     assert "no key or alias" in capsys.readouterr().err
     assert main(["audit", "who", "--key", "alias/a", str(record)]) == 1
-    assert "give --config" in capsys.readouterr().err
+    assert "no configuration is given: --config leads to the keyring" in capsys.readouterr().err
     assert main(["audit", "verify"]) == 1
     assert "--config" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 import structlog
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.asking import ok
+from support.audit_log import AT_START
 from support.other_user import OTHER_USER
 from support.requires import root
 
@@ -55,7 +56,7 @@ def test_a_second_agent_does_not_write_to_the_same_log(tmp_path: Path, name: str
         ok(connection, *DESCRIBE)
         assert lock_file_of(log).stat().st_mode & 0o777 == 0o600
         assert first.stop() == 0
-    assert chain.verify([log]).lines == 2
+    assert chain.verify([log]).lines == AT_START + 2
     assert not lock_file_of(log).exists()
 
 

@@ -207,7 +207,7 @@ def test_what_an_agent_wrote_is_whole_however_it_was_rotated(
                 to.with_name(f"{to.name}.gz").write_bytes(gzip.compress(to.read_bytes()))
                 to.unlink()
     assert log.run("verify") == 0, log.err
-    assert log.out.startswith("whole: 5 lines, from the beginning")
+    assert log.out.startswith("whole: 7 lines, from the beginning")
     assert log.run("who", key=key) == 0
     assert "GenerateDataKey 1 times" in log.out
     assert log.run("who", key="alias/a") == 0

@@ -19,6 +19,7 @@ import trio
 import trio.testing
 from support.agent import RawConnection, RunningAgent, dev_agent
 from support.asking import ok, refused
+from support.audit_log import AT_START
 from support.keyring import change, opened, serving
 from support.requires import library, root
 
@@ -176,12 +177,12 @@ def test_a_full_disk_refuses_what_cannot_be_recorded_until_there_is_room(
         assert error["Code"] == "ServiceUnavailableTemporary"
         assert "audit record" in error["Message"]
         assert agent.wait_for("audit.failed")["error"] == os.strerror(errno.ENOSPC)
-        assert chain.verify([record]).lines == answered
+        assert chain.verify([record]).lines == AT_START + answered
         subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
         for _ in range(20):
             ok(connection, *DESCRIBE)
         assert agent.stop() == 0
-        assert chain.verify([record]).lines == answered + 20
+        assert chain.verify([record]).lines == AT_START + answered + 20
 
 
 def test_a_record_that_is_cut_to_nothing_goes_on(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
@@ -215,7 +216,7 @@ def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
         record.rmdir()
         agent.wait_for("audit.reopened")
         ok(connection, *DESCRIBE)
-    assert chain.verify([tmp_path / "before", record]).lines == 2
+    assert chain.verify([tmp_path / "before", record]).lines == AT_START + 2
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -339,4 +340,4 @@ def test_a_clock_that_is_set_back_and_forth_ends_no_connection_and_breaks_no_rec
         agent.wait_for("reload.done")
     years = [int(json.loads(line)["time"][:4]) for line in record.read_text().splitlines()]
     assert len({*years}) == 3
-    assert chain.verify([record]).lines == len(years) == 10
+    assert chain.verify([record]).lines == len(years) == AT_START + 10

@@ -52,6 +52,10 @@ COMMANDS = {
             ("delete-alias", "alias/a"),
         )
     },
+    "explain": [
+        *(AGENT, "explain", "--config", "agent.toml"),
+        *("--uid", "1", "--action", "kms:Decrypt", "--key", "alias/a"),
+    ],
     "audit who": [AGENT, "audit", "who", "record", "--config", "agent.toml", "--key", "alias/a"],
     "module init": [CLIENT, "module", "init", "module", "--passphrase-file", "fifo"],
     "encrypt-file": [

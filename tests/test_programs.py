@@ -1,6 +1,5 @@
 """Programs that take another one's place in the middle of its requests, and what the audit log says of programs."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RawConnection
+from support.audit_log import requests
 from support.keyring import serving
 from support.keys import recipient
 from test_identity import this_program
@@ -54,7 +54,7 @@ def test_a_program_that_takes_another_ones_place_gets_nothing_that_was_not_decid
             received = other.stdout.read()
             assert other.wait(PATIENCE) in (0, 1)  # 1: the agent has closed before it has read all
         agent.wait_for("connection.program_changed")
-    entries = [json.loads(line) for line in audit.read_text().splitlines()]
+    entries = requests(audit)
     granted = [entry for entry in entries if entry["operation"] == "GenerateAndExportDataKey"]
     assert len(granted) == before
     assert 0 < received.count(b"CiphertextBlob") <= before
@@ -77,7 +77,7 @@ def test_the_audit_entry_names_the_program_that_a_grant_was_given_for(
     with serving(keyring, socket_path, to=to, more=more + by_user), RawConnection(socket_path) as connection:
         for method, params in (("DescribeKey", {"KeyId": "alias/a"}), ("ListKeys", {}), ("GetAgentStatus", {})):
             assert connection.call(method, params).error is None
-    described, listed, status = map(json.loads, audit.read_text().splitlines())
+    described, listed, status = requests(audit)
     assert (described["exe"], described["sha256"]) == (path, f"sha256:{digest}")
     assert "exe" not in listed
     assert "exe" not in status

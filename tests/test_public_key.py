@@ -287,6 +287,7 @@ def test_a_good_key_that_libcrypto_refuses_is_not_the_callers_fault(monkeypatch:
     def refuse(_der: bytes) -> None:
         raise libcrypto.LibcryptoError("libcrypto does not take this public key")
 
+    assert libcrypto.has_oaep(b"sha1")  # remembered: what libcrypto offers is not in question here
     monkeypatch.setattr(libcrypto, "public_key", refuse)
     with pytest.raises(libcrypto.LibcryptoError):
         recipient("RSA_2048", "RSAES_OAEP_SHA_1", rsa_der(N + 2))

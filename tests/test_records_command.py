@@ -60,7 +60,7 @@ def test_a_record_is_added_listed_shown_and_recovered(shell: Shell, agent: Runni
     listed = json.loads(shell("list", "--json")[0])
     assert listed[0] == added == json.loads(shell("show", "a")[0])
     assert list(added) == [
-        "Name", "KeyId", "KeyVersionId", "CiphertextBlob", "EncryptionContext", "Created", "Rewrapped",
+        "Name", "KeyId", "KeyVersionId", "CiphertextBlob", "CiphertextHash", "EncryptionContext", "Created", "Rewrapped",
     ]  # fmt: skip
     (tmp_path / "der").write_bytes(RSA.der)
     wrapping = ["--WrappingKeySpec", "RSA_2048", "--WrappingAlgorithm", "RSAES_OAEP_SHA_256"]

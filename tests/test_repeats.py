@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection
+from support.audit_log import requests
 from support.keyring import change, configuration, serving
 from support.keys import recipient
 
+from keyferry.ciphertext import ciphertext_hash
 from keyferry_agent.repeats import Repeats
 
 GENERATE: dict[str, Any] = {
@@ -60,7 +62,7 @@ def codes(connection: RawConnection, operation: str = "GenerateAndExportDataKey"
 def test_each_answer_to_the_same_request_is_another_one_and_each_line_of_the_record_is_whole(
     keyring: Path, socket_path: Path, tmp_path: Path, params: dict[str, Any]
 ) -> None:
-    """Another data key, another RequestId; and what is recorded of the first is recorded of all."""
+    """Another data key, another RequestId; and all but the hash of the ciphertext is recorded alike."""
     record = tmp_path / "audit.jsonl"
     with (
         serving(keyring, socket_path, more=f'[audit]\npath = "{record}"\n') as agent,
@@ -78,9 +80,12 @@ def test_each_answer_to_the_same_request_is_another_one_and_each_line_of_the_rec
     for name in ("CiphertextBlob", "ExportedDataKey", "RequestId"):
         assert len({each[name] for each in made if each is not None}) == 8
     assert len({each["Plaintext"] for each in opened if each is not None}) == 8
-    lines = [json.loads(line) for line in record.read_text().splitlines()][:8]
+    all_lines = requests(record)
+    lines = all_lines[:8]
     assert [line["request_id"] for line in lines] == [each["RequestId"] for each in made if each is not None]
-    own = ("request_id", "time", "microseconds", "previous")
+    hashes = [ciphertext_hash(each["CiphertextBlob"]) for each in made if each is not None]
+    assert [line["ciphertext"] for line in all_lines] == hashes * 2
+    own = ("request_id", "time", "microseconds", "previous", "ciphertext")
     assert len({json.dumps({k: v for k, v in line.items() if k not in own}) for line in lines}) == 1
     assert lines[-1]["grant"] == "me"
     assert lines[-1]["context_keys"] == ["tenant"]

@@ -1,7 +1,6 @@
 """What was decided before a reload is not done after it: not recalled, not queued, not half answered."""
 
 import itertools
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent
+from support.audit_log import requests
 from support.keyring import change, configuration, serving
 from support.keys import recipient
 
@@ -17,11 +17,6 @@ from keyferry import wire
 EXPORT = {"KeyId": "alias/a", **recipient("SM2PKE").params}
 FAST = {"KeyId": "alias/a", "EncryptionContext": {"k": "v" * 300}, **recipient("RSAES_OAEP_SHA_256").params}
 NOTHING = "kms:DescribeKey"
-
-
-def recorded(audit: Path) -> list[dict[str, Any]]:
-    """The entries of an audit log."""
-    return [json.loads(line) for line in audit.read_text().splitlines()]
 
 
 def stalled(
@@ -44,7 +39,7 @@ def stalled(
             break
     connection.socket.setblocking(True)
     before = -1
-    while before != (now := len(recorded(audit))) or not now:
+    while before != (now := len(requests(audit))) or not now:
         before = now
         with RawConnection(Path(connection.socket.getpeername())) as other:
             for _ in range(30):
@@ -77,9 +72,9 @@ def test_a_grant_that_was_taken_away_does_nothing_after_the_reload(
             assert connection.call("GenerateAndExportDataKey", params).error is None
         count, _ = stalled(connection, "GenerateAndExportDataKey", params, most, audit)
         refuse(agent, keyring, more)
-        done = sum(entry["outcome"] == "OK" and entry["operation"].startswith("Generate") for entry in recorded(audit))
+        done = sum(entry["outcome"] == "OK" and entry["operation"].startswith("Generate") for entry in requests(audit))
         codes = codes_until(connection, count)
-        granted = [entry for entry in recorded(audit) if entry["outcome"] == "OK" and entry["grant"]]
+        granted = [entry for entry in requests(audit) if entry["outcome"] == "OK" and entry["grant"]]
         assert len([entry for entry in granted if entry["operation"].startswith("Generate")]) == done
         assert codes["OK"] == done - 4
         assert codes["Forbidden.NoPermission"] == count - codes["OK"] > 0
@@ -108,17 +103,17 @@ def test_a_key_that_was_disabled_or_rotated_makes_nothing_after_the_reload(
         count, missing = stalled(connection, "GenerateAndExportDataKey", params, 3_000, audit)
         change(keyring, "rotate", "alias/a")
         agent.wait_for("reload.done")
-        before = sum(entry["key_version_id"] == old["KeyVersionId"] for entry in recorded(audit))
+        before = sum(entry["key_version_id"] == old["KeyVersionId"] for entry in requests(audit))
         codes = codes_until(connection, count)
         assert codes == {"OK": count}
         connection.send(missing)
         assert codes_until(connection, 1) == {"OK": 1}
-        assert sum(entry["key_version_id"] == old["KeyVersionId"] for entry in recorded(audit)) == before
+        assert sum(entry["key_version_id"] == old["KeyVersionId"] for entry in requests(audit)) == before
         count, _ = stalled(connection, "GenerateAndExportDataKey", params, 3_000, audit)
         change(keyring, "disable", "alias/a")
         agent.wait_for("reload.done", count=2)
-        done = sum(entry["outcome"] == "OK" for entry in recorded(audit) if entry["operation"].startswith("Generate"))
+        done = sum(entry["outcome"] == "OK" for entry in requests(audit) if entry["operation"].startswith("Generate"))
         codes = codes_until(connection, count)
         assert codes["Rejected.Disabled"] == count - codes["OK"] > 0
-        after = sum(entry["outcome"] == "OK" for entry in recorded(audit) if entry["operation"].startswith("Generate"))
+        after = sum(entry["outcome"] == "OK" for entry in requests(audit) if entry["operation"].startswith("Generate"))
         assert after == done

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent, configured, dev_agent
+from support.audit_log import requests
 
 from keyferry import Throttled, hardening, wire
 from keyferry_agent import listening, log, startup
@@ -266,8 +267,7 @@ def test_the_record_of_requests_goes_to_its_file(socket_path: Path, tmp_path: Pa
         assert is_alive(connection)
         connection.call("Explode", {})
         connection.call("DescribeKey", {"KeyId": "alias/none"})
-    lines = [json.loads(line) for line in record.read_text().splitlines()]
-    assert [(line.get("operation"), line.get("outcome")) for line in lines[1:]] == [
+    assert [(line["operation"], line["outcome"]) for line in requests(record)] == [
         ("DescribeKey", "OK"),
         ("Explode", "InvalidAction.NotFound"),
         ("DescribeKey", "Forbidden.AliasNotFound"),

@@ -12,7 +12,7 @@ _shtab_keyferry_agent_commands() {
   local _commands=(
     audit:'verify and search the audit log'
     check:'say everything that is wrong with a configuration'
-    explain:'Say of every grant whether it allows something, or the first thing in it that does not match.'
+    explain:'Print of every grant whether it allows something, or the first thing in it that does not match.'
     fingerprint:'a public key'"'"'s pin, as `recipients` takes it'
     keyring:'create and change sealed keyring files'
     run:'the daemon, in the foreground; its log is on stderr'
@@ -23,7 +23,7 @@ _shtab_keyferry_agent_commands() {
 _shtab_keyferry_agent_audit_commands() {
   local _commands=(
     verify:'Is the chain of audit entries whole?'
-    who:'Which callers were given data keys under a master key, and for which recipients.'
+    who:'Which callers were given data keys, under which master keys, and for which recipients.'
   )
   _describe 'keyferry-agent audit commands' _commands
 }
@@ -67,8 +67,8 @@ _shtab_keyferry_agent_audit_defaults_added=0
 _shtab_keyferry_agent_audit_verify_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--config[the agent\'s configuration\: its audit log, with the rotated files beside it]:FILE:_files"
-  "--since[like 2026-01-31 or 2026-01-31T12\:00\:00Z\; the audit log need not be complete before]:TIME:"
-  "(*)::files of the audit log, in any order\; or --config:_files"
+  "--since[a time like 2026-01-31, 2026-01-31T12\:00\:00Z, 2h or 3d (ago), today, yesterday, or monday\; without a time zone, it is this host\'s. The audit log need not be complete before]:TIME:"
+  "(*)::files of the audit log, or of a journal (journalctl -o cat), in any order\; or --config:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -77,11 +77,21 @@ _shtab_keyferry_agent_audit_verify_defaults_added=0
 _shtab_keyferry_agent_audit_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--config[the agent\'s configuration\: its audit log, with the rotated files beside it]:FILE:_files"
-  "--key[the master key\'s ID or ARN\; with --config also an alias]:KEY:"
-  "--version[one version of it]:ID:"
+  "--since[a time like 2026-01-31, 2026-01-31T12\:00\:00Z, 2h or 3d (ago), today, yesterday, or monday\; without a time zone, it is this host\'s. The audit log need not be complete before]:TIME:"
+  "--uid[the caller\'s user, by its number]:N:"
+  "--user[the caller\'s user, by its name on this host]:NAME:"
+  "--unit[the caller\'s systemd unit, like orders.service]:UNIT:"
+  "--key[the master key\'s ID, ARN or alias\; also as an alias was named then]:KEY:"
+  "--version[one version of a master key]:ID:"
+  "--recipient[the pin of the public key that data keys were exported to]:PIN:"
+  "--grant[the grant that allowed the requests]:NAME:"
+  "--operation[one operation\; otherwise all that give a caller a data key\: GenerateAndExportDataKey, ExportDataKey, GenerateDataKey, Decrypt, ReEncrypt]:NAME:(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)"
+  "--context-key[a key of the EncryptionContext]:KEY:"
+  "--ciphertext[one data key\: \`sha256\:\` and the SHA-256 of its CiphertextBlob]:HASH:"
+  "--until[up to this time, or to the end of this day\; like --since]:TIME:"
+  "--list[each request, with the hash that identifies its data key]"
   "--json[one JSON document on stdout]"
-  "--since[like 2026-01-31 or 2026-01-31T12\:00\:00Z\; the audit log need not be complete before]:TIME:"
-  "(*)::files of the audit log, in any order\; or --config:_files"
+  "(*)::files of the audit log, or of a journal (journalctl -o cat), in any order\; or --config:_files"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -98,17 +108,22 @@ _shtab_keyferry_agent_check_defaults_added=0
 _shtab_keyferry_agent_explain_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--config[FILE]:FILE:_files"
-  "--uid[the caller\'s user]:N:"
+  "--request-id[a request in the audit log\; instead of all that follows]:ID:"
+  "*--audit-log[with --request-id\: a file of the audit log, or of a journal (default\: the configuration\'s)\; may be repeated]:FILE:_files"
+  "--uid[the caller\'s user, by its number]:N:"
+  "--user[the caller\'s user, by its name, with its groups on this host]:NAME:"
   "*--gid[a group\; may be repeated]:N:"
+  "*--group[a group, by its name]:NAME:"
   "--listener[the listener it connects to]:NAME:"
   "--unit[what \`to\` calls unit]:TEXT:"
   "--pod[what \`to\` calls pod]:TEXT:"
   "--exe[what \`to\` calls exe]:TEXT:"
   "--sha256[what \`to\` calls sha256]:TEXT:"
   "--action[kms\:...]:kms:...:(kms:Decrypt kms:DescribeKey kms:Encrypt kms:ExportDataKey kms:GenerateAndExportDataKey kms:GenerateDataKey kms:GenerateDataKeyWithoutPlaintext kms:GetAgentStatus kms:ListAliases kms:ListKeyVersions kms:ListKeys kms:ReEncryptFrom kms:ReEncryptTo)"
-  "*--key[a key ID, alias or ARN\; to name all that a key is called by, it may be repeated]:KEY:"
+  "*--key[a key ID, alias or ARN\; the key\'s other names come from the keyring, or may be named by repeating it]:KEY:"
   "--recipient[the pin of the public key that a data key is to go to]:PIN:"
   "*--context[a pair of the EncryptionContext]:K=V:"
+  "--json[one JSON document on stdout]"
 )
 
 # guard to ensure default positional specs are added only once per session

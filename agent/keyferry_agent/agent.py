@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Self
 
+from keyferry.ciphertext import ciphertext_hash
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
 from keyferry.parameters import Parameter
@@ -58,9 +59,23 @@ class Audited:
     context_keys: tuple[str, ...] = ()
     line: str = ""
     """The part of its line that all requests equal to it share, once it was written (`audit`)."""
+    ciphertext: str = ""
+    """The hash of the CiphertextBlob that was made, or that the request has."""
+    destination_ciphertext: str = ""
+    """The hash of the CiphertextBlob that ReEncrypt made."""
+
+    def note(self, result: Any) -> None:
+        """Note the CiphertextBlob in the result of the request, where there is one."""
+        blob = getattr(result, "ciphertext_blob", "")
+        if not blob:
+            return
+        if self.destination_key_id:
+            self.destination_ciphertext = ciphertext_hash(blob)
+        else:
+            self.ciphertext = ciphertext_hash(blob)
 
     def again(self, request_id: str, started: float) -> "Audited":
-        """The same, of another request that is equal to this one."""
+        """The same, of another request that is equal to this one, before it has made a CiphertextBlob of its own."""
         return Audited(
             request_id,
             started,

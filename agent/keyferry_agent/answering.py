@@ -180,7 +180,7 @@ class Answering:
         if not done:
             return b""
         decided = [each if isinstance(each, Decided) else _ended(each) for each in done]
-        outcomes = [(a, outcome.code if isinstance(outcome, KmsError) else "OK") for _, a, outcome in decided]
+        outcomes = [(audited, _outcome(audited, outcome)) for _, audited, outcome in decided]
         recorded, failure = self._service.audit.record(self._caller.peer, outcomes)
         if self._service.metrics is not None:
             now = time.monotonic()
@@ -214,6 +214,14 @@ class Answering:
         return wire.encode_response(
             msgid, _error(error.code, error.message, audited.request_id, error.http_status), None
         )
+
+
+def _outcome(audited: Audited, outcome: Any) -> str:
+    """Return an outcome as the audit entry has it, and note what else the entry has of it."""
+    if isinstance(outcome, KmsError):
+        return outcome.code
+    audited.note(outcome)
+    return "OK"
 
 
 def _ended(begun: Begun) -> Decided:

@@ -171,6 +171,7 @@ class Reloader:
             return looks, type(error).__name__
         for what in (*limited, *settings.warnings):
             log.warning("reload.limited", what=what)
+        self._audit.name_keys(keyring)
         agent.adopt(settings, keyring)
         log.info("reload.done", keys=len(keyring.keys), grants=len(settings.grants))
         return looks, None

@@ -96,7 +96,7 @@ def _live(
     if served:
         held.callback(served[1].close)
     try:
-        trio.run(_serve, agent, server, reloader, host, sockets, strict_exception_groups=True)
+        trio.run(_serve, agent, server, audit, reloader, host, sockets, strict_exception_groups=True)
     finally:
         if settings.keep_keys:
             agent.keyring.memory.outlive()
@@ -179,12 +179,19 @@ def _agent(options: Options, settings: Settings, keeper: Keeper, given: Given, s
 
 
 async def _serve(
-    agent: Agent, server: Server, reloader: Reloader, host: Host, sockets: list[tuple[str, socket.socket]]
+    agent: Agent,
+    server: Server,
+    audit: AuditLog,
+    reloader: Reloader,
+    host: Host,
+    sockets: list[tuple[str, socket.socket]],
 ) -> None:
     try:
         opened = listening.open_all(agent.settings.listeners, sockets)
     except listening.ListeningError as error:
         raise StartError(str(error)) from None
+    audit.begin(agent.started_at)  # not before: a start that fails is tried again and again
+    audit.name_keys(agent.keyring)
     listeners = [(at.name, trio.SocketListener(trio.socket.from_stdlib_socket(at.socket))) for at in opened]
     try:
         async with trio.open_nursery() as nursery:

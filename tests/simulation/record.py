@@ -3,13 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 __all__ = ["Record"]
 
 BEGINNING = "0" * 64
+LONGEST = 4_096
+"""Bytes of a line, with its newline, that a pipe takes whole."""
 
 
 class Record:
@@ -45,6 +47,8 @@ class Record:
                 fields = json.loads(line)
             except ValueError:
                 continue  # the rest of a line that runs into this one: found at the end
+            if fields.get("event") != "audit":
+                continue  # an agent's start, or the names of its keys
             if fields["request_id"] in self.lines:
                 self._violate(f"recorded twice: {fields['request_id']}")
             self.lines[fields["request_id"]] = fields
@@ -61,6 +65,18 @@ class Record:
         `cut_off`: whether the last line may be, as nothing could be taken back.
         """
         found: list[str] = []
+        events: list[str] = []
+        for fields in self._chained(cut_off=cut_off):
+            if fields.get("request_id") != "FIRST":
+                events.append(fields["event"])
+            if fields.get("event") == "audit":
+                found.append(fields["request_id"])
+        if found != [*self.lines]:
+            self._violate(f"the record has {len(found)} lines, of the {len(self.lines)} that were written")
+        if events and (events[:2] != ["audit.start", "audit.keys"] or events.count("audit.start") != 1):
+            self._violate(f"the record begins with {events[:2]}, and has {events.count('audit.start')} starts")
+
+    def _chained(self, *, cut_off: bool) -> Iterator[dict[str, Any]]:
         previous = BEGINNING
         for path in (*self.rotated, self.path):
             text = path.read_bytes() if path.exists() else b""
@@ -75,9 +91,8 @@ class Record:
                     self._violate(f"a line of the record is damaged: {line[:40]!r} ... {line[-40:]!r}")
                     continue
                 if fields["previous"] != previous:
-                    self._violate(f"the record's chain is broken at {fields['request_id']}")
+                    self._violate(f"the record's chain is broken at {fields.get('request_id', fields['event'])}")
                 previous = hashlib.sha256(line).hexdigest()
-                if fields["request_id"] != "FIRST":
-                    found.append(fields["request_id"])
-        if found != [*self.lines]:
-            self._violate(f"the record has {len(found)} lines, of the {len(self.lines)} that were written")
+                if len(line) >= LONGEST:
+                    self._violate(f"a line of {len(line)} bytes")
+                yield fields

@@ -81,6 +81,8 @@ def check_record(
     for place, line in enumerate(chain.read(records)):
         if line["previous"] in ends:
             cut_at.append(place)
+        if line["event"] != "audit":
+            continue  # an agent's start, or the names of its keys
         request_id = line["request_id"]
         if request_id in seen:
             wrong.append(f"{request_id}: recorded twice")

@@ -49,6 +49,15 @@ def text(lines: Sequence[bytes]) -> bytes:
     return b"".join(each + b"\n" for each in lines)
 
 
+def requests(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of requests in a file: all but an agent's start and the names of its keys."""
+    return [fields for line in path.read_text().splitlines() if (fields := json.loads(line)).get("event") == "audit"]
+
+
+AT_START = 2
+"""Entries that an agent with a small keyring writes before the first request's: its start, and the names of its keys."""
+
+
 class Log:
     """An audit log in a folder, and the commands on it."""
 

@@ -5,6 +5,7 @@ import os
 import select
 import stat
 import sys
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, NamedTuple
@@ -18,6 +19,8 @@ _TAIL: Final = 65_536
 """Bytes at a file's end in which its last line is."""
 _READER_PATIENCE: Final = 1_500
 """Milliseconds to wait for the reader of a pipe: less than anybody waits for this file, so that the reason is told."""
+_MAX_WAITING: Final = 8
+"""Announcements that wait while the file takes nothing. Then the second one is dropped: the first is that of the start."""
 
 
 class Appended(NamedTuple):
@@ -28,7 +31,7 @@ class Appended(NamedTuple):
 
 
 class RecordFile:
-    """A file of mode 0600, or standard error; and the chain so far. For one thread."""
+    """A file of mode 0600, or standard error; and the chain so far. For one thread, but for `announce`."""
 
     def __init__(self, path: str) -> None:
         """Open the file. Raises OSError."""
@@ -36,11 +39,18 @@ class RecordFile:
         self._descriptor = _NONE
         self._patience = _READER_PATIENCE
         self._previous = BEGINNING
+        self._waiting: deque[list[str]] = deque()
         self._cut_off = 0
         """Bytes at the file's end that belong to lines which could not be written whole."""
         self.identity: tuple[int, int] | None = None
         """Device and inode of the file; None where there is none, or where nobody could move it away."""
+        self._readable = False
         self._open()
+        self.chain = "stream" if not self._readable else "new" if self._previous == BEGINNING else "continued"
+        """How the chain begins: `continued` behind the file's last line, `new` in an empty file, or `stream`.
+
+        In a stream (standard error, a pipe, a device) every start begins a chain: nothing that was written can be read back.
+        """
 
     def reopen(self) -> None:
         """Open the file again, after it was moved away, and go on with the chain in the new one. Raises OSError."""
@@ -54,7 +64,26 @@ class RecordFile:
             self._open()
 
     def append(self, records: Sequence[str]) -> Appended:
-        """Write a line for each record, a JSON object not closed yet, in their order, and at once where that is possible."""
+        """Write a line for each record, a JSON object not closed yet, in their order, and at once where that is possible.
+
+        What was announced before is written before.
+        """
+        while self._waiting:
+            announced = self._waiting.popleft()
+            written, error = self._append(announced)
+            if error is not None:
+                self._waiting.appendleft(announced[written:])
+                return Appended(0, error)
+        return self._append(records) if records else Appended(0)
+
+    def announce(self, records: list[str]) -> None:
+        """Have records written before the next ones. For any thread: whether the file takes anything or not."""
+        self._waiting.append(records)
+        if len(self._waiting) > _MAX_WAITING:
+            with suppress(IndexError):  # they are being written
+                del self._waiting[1]
+
+    def _append(self, records: Sequence[str]) -> Appended:
         lines, previous = [], self._previous
         for record in records:
             line = f'{record}, "previous": "{previous}"}}'.encode()
@@ -111,6 +140,7 @@ class RecordFile:
             self._waits.register(self._descriptor, select.POLLOUT)
         elif stat.S_ISREG(status.st_mode) and self._path != "stderr":
             self._continue(status.st_size)
+            self._readable = True
         self.identity = status.st_dev, status.st_ino
 
     def _continue(self, size: int) -> None:

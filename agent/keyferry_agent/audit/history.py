@@ -5,26 +5,23 @@ Each file is read once, as a stream. Where files or entries do not fit together,
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+import stat
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 from .chain import BEGINNING, link
-from .reading import ChainError, Line, MovedError, entry, lines
+from .reading import ChainError, Line, entry, lines
 from .rotated import File
+from .scan import Scan, Tally
 
-__all__ = ["History", "Problem", "Tally", "moment"]
+__all__ = ["Chain", "History", "Problem"]
 
-MAX_FAULTS: Final = 100
-"""Faults of one file that are reported one by one."""
 MAX_PLACES: Final = 8
 """Places of one hash that are remembered: only copies have several."""
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
-
-Tally: TypeAlias = Callable[[dict[str, Any], datetime | None], None]
-"""Called with each entry of one file, and its time."""
 
 
 class Problem(NamedTuple):
@@ -39,80 +36,21 @@ class Problem(NamedTuple):
 
 
 @dataclass
-class _Fault:
-    """A line that does not fit. `held`: the hash that it has for the entry before it; None for a line that is not an entry."""
+class Chain:
+    """Entries that follow each other, over all files. `start`: the entry of the agent's start, in a stream's chain."""
 
-    number: int
-    text: str
-    held: str | None = None
-    index: int = 0
-    healed: datetime | None = None
-
-
-@dataclass(eq=False)
-class _Scan:
-    """One file, as it was read."""
-
-    file: File
-    tally: Tally | None = None
-    count: int = 0
-    previous: str = ""
-    first_line: int = 0
-    last: str = ""
-    begins: datetime | None = None
-    ends: datetime | None = None
-    faults: list[_Fault] = field(default_factory=list)
-    omitted: int = 0
-    moved: bool = False
-
-    @property
-    def path(self) -> Path:
-        return self.file.path
-
-    def read(self) -> None:
-        """Read the file, as far as it can be read."""
-        unhealed: list[_Fault] = []
-        try:
-            for line in lines(self.path, self.file.identity):
-                try:
-                    fields = entry(self.path, line)
-                except ChainError as error:
-                    self._fault(unhealed, _Fault(line.number, str(error)))
-                    continue
-                if fields is None:
-                    continue
-                held, time = fields.get("previous"), moment(fields.get("time"))
-                held = held if isinstance(held, str) else ""
-                if not self.count:
-                    self.previous, self.first_line, self.begins = held, line.number, time
-                elif held != self.last:
-                    self._fault(unhealed, _Fault(line.number, "", held, self.count))
-                self.count, self.last, self.ends = self.count + 1, link(line.text), time
-                if time is not None:
-                    for fault in unhealed:
-                        fault.healed = time
-                    unhealed.clear()
-                if self.tally is not None:
-                    self.tally(fields, time)
-        except (ChainError, OSError) as error:
-            text = str(error) if isinstance(error, ChainError) else f"{self.path}: {error.strerror}"
-            self._fault(unhealed, _Fault(0, text))
-            self.moved = isinstance(error, MovedError)
-
-    def _fault(self, unhealed: list[_Fault], fault: _Fault) -> None:
-        if len(self.faults) < MAX_FAULTS:
-            self.faults.append(fault)
-        else:
-            self.omitted += 1
-            fault = self.faults[-1]
-        fault.healed = None
-        unhealed.append(fault)
+    start: Mapping[str, Any] | None
+    begins: datetime | None
+    ends: datetime | None
+    count: int
+    last: str
+    whole: bool
 
 
 class _Place(NamedTuple):
     """An entry: its file, its number among the entries of the file from 1 on, and its line."""
 
-    scan: _Scan
+    scan: Scan
     order: int
     line: int
 
@@ -129,7 +67,7 @@ class History:
         current: Path | None = None,
         tally: Callable[[], Tally] | None = None,
     ) -> None:
-        scans = [_Scan(file, tally() if tally else None) for file in files]
+        scans = [Scan(file, tally() if tally else None) for file in files]
         for scan in scans:
             scan.read()
         self.moved = any(scan.moved for scan in scans)
@@ -142,8 +80,14 @@ class History:
             self._places = _locate(whole)
             chains = _chains(self._without_copies(whole))
         chains = self._connected(chains)
+        self.notes += [
+            f"{scan.path}: skipped {scan.others} lines that are not audit entries" for scan in whole if scan.others
+        ]
         self._scans = [scan for chain in chains for scan in chain]
         self._unreadable = [scan for scan in scans if not scan.count and scan.faults]
+        self._streams = any(_is_stream(scan) for scan in scans)
+        self.chains = _joined(self._scans)
+        """The chains, oldest first: one for each start of an agent that writes to a stream."""
         self.files = [scan.path for scan in self._scans]
         """The files that have entries, oldest first."""
         self.count = sum(scan.count for scan in self._scans)
@@ -172,13 +116,17 @@ class History:
         healed = self.healed
         return not self.problems or (since is not None and healed is not None and healed <= since)
 
-    def _of_chains(self, chains: Sequence[Sequence[_Scan]]) -> Iterable[Problem]:
+    def _of_chains(self, chains: Sequence[Sequence[Scan]]) -> Iterable[Problem]:
         heads = {id(chain[0]): number for number, chain in enumerate(chains)}
         for rank, scan in enumerate(self._scans):
             number = heads.get(id(scan))
-            if number is not None and (number or scan.previous != BEGINNING):
+            if number is not None and scan.unstarted:
+                text = "the entry of the agent's start is missing before this line: a line was taken out or changed"
+                yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins)
+            elif number is not None and not scan.is_started and (number or scan.previous != BEGINNING):
                 text = self._why(scan.previous, rank, 0, oldest=not number)
-                oldest = not number and scan.previous not in self._places
+                # From a stream's chain nothing is deleted as a rule: it is to be whole from its start entry.
+                oldest = not number and scan.previous not in self._places and not self._streams
                 yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins, older=oldest)
             after = self._scans[rank + 1].begins if rank + 1 < len(self._scans) else None
             for place, fault in enumerate(scan.faults):
@@ -226,9 +174,9 @@ class History:
             "does not follow the line before it, nor any other: a line was changed or taken out, or a file is missing"
         )
 
-    def _without_copies(self, scans: Sequence[_Scan]) -> list[_Scan]:
+    def _without_copies(self, scans: Sequence[Scan]) -> list[Scan]:
         """Leave out each file whose entries are all in another file, too."""
-        kept: list[_Scan] = []
+        kept: list[Scan] = []
         for scan in sorted(scans, key=lambda each: (-each.count, len(each.faults), each.file.optional)):
             original = next((other for other in kept if self._contains(other, scan)), None)
             if original is None:
@@ -237,14 +185,16 @@ class History:
                 self.notes.append(f"{scan.path}: all its entries are in {original.path}, too; left out")
         return [scan for scan in scans if scan in kept]
 
-    def _contains(self, other: _Scan, scan: _Scan) -> bool:
+    def _contains(self, other: Scan, scan: Scan) -> bool:
         starts = [place.order for place in self._places.get(scan.previous, []) if place.scan is other]
         if scan.previous == other.previous:
             starts.append(0)
+        if scan.is_started:
+            starts += [part.index for part in other.parts if part.start is not None]
         ends = [place.order for place in self._places.get(scan.last, []) if place.scan is other]
         return any(start + scan.count in ends for start in starts)
 
-    def _connected(self, chains: Sequence[list[_Scan]]) -> list[list[_Scan]]:
+    def _connected(self, chains: Sequence[list[Scan]]) -> list[list[Scan]]:
         """Leave out chains of optional files only: another audit log with a similar name."""
         for chain in chains:
             if all(scan.file.optional for scan in chain):
@@ -252,26 +202,17 @@ class History:
         return [chain for chain in chains if not all(scan.file.optional for scan in chain)]
 
 
-def moment(value: object) -> datetime | None:
-    """Return an entry's time; None where it has none."""
-    try:
-        time = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
-    return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
-
-
-def _chains(scans: Iterable[_Scan]) -> list[list[_Scan]]:
+def _chains(scans: Iterable[Scan]) -> list[list[Scan]]:
     """Return the files as chains: each file follows the one before it. The chain that begins first comes first."""
     ordered = sorted(scans, key=_begins)
-    followers: dict[str, list[_Scan]] = {}
+    followers: dict[str, list[Scan]] = {}
     for scan in ordered:
         followers.setdefault(scan.previous, []).append(scan)
     ends = {scan.last for scan in ordered}
-    chains: list[list[_Scan]] = []
+    chains: list[list[Scan]] = []
     used: set[int] = set()
     for start in sorted(ordered, key=lambda scan: scan.previous in ends):  # files that follow another file come last
-        chain: list[_Scan] = []
+        chain: list[Scan] = []
         following = [start]
         while following := [scan for scan in following if id(scan) not in used]:
             chain.append(following[0])
@@ -282,11 +223,37 @@ def _chains(scans: Iterable[_Scan]) -> list[list[_Scan]]:
     return sorted(chains, key=lambda chain: (chain[0].previous in ends, _begins(chain[0])))
 
 
-def _begins(scan: _Scan) -> datetime:
+def _joined(scans: Iterable[Scan]) -> list[Chain]:
+    """Return the chains that the parts of files are, in the files' order."""
+    chains: list[Chain] = []
+    for scan in scans:
+        for part in scan.parts:
+            if part.start is None and not part.index and chains and scan.previous == chains[-1].last:
+                chain = chains[-1]
+                chain.ends, chain.count, chain.last = part.ends, chain.count + part.count, part.last
+                chain.whole = chain.whole and not part.broken
+            else:
+                begins = part.start is not None or (scan.previous == BEGINNING and not scan.unstarted)
+                whole = begins and not part.broken
+                chains.append(Chain(part.start, part.begins, part.ends, part.count, part.last, whole))
+    return chains
+
+
+def _is_stream(scan: Scan) -> bool:
+    """Whether a file holds what an agent wrote to a stream: it has starts of such an agent, or other lines, or is a pipe."""
+    if scan.others or any(part.start is not None for part in scan.parts):
+        return True
+    try:
+        return scan.file.mixed and not stat.S_ISREG(os.stat(scan.path).st_mode)
+    except OSError:
+        return False
+
+
+def _begins(scan: Scan) -> datetime:
     return scan.begins or _NEVER
 
 
-def _locate(scans: Collection[_Scan]) -> dict[str, list[_Place]]:
+def _locate(scans: Collection[Scan]) -> dict[str, list[_Place]]:
     """Read the files again, and return the places of the entries that other entries hold the hash of."""
     places: dict[str, list[_Place]] = {scan.last: [] for scan in scans}
     for scan in scans:

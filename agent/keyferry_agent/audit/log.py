@@ -1,6 +1,6 @@
 """Writes the record of requests: one JSON line for each, also for the refused, before its answer leaves.
 
-Fields come from a fixed list: names, fingerprints and outcomes. Never a value of an EncryptionContext, a blob or key material.
+Fields come from a fixed list: names, hashes and outcomes. Never a value of an EncryptionContext, a blob or key material.
 """
 
 import functools
@@ -9,30 +9,38 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Final
 
+from keyferry.errors import CODES
+
+from .. import __version__
 from ..agent import Audited
+from ..keyring.loaded import Keyring
 from ..locking import Lock
 from ..peer import Peer
 from ..settings import Audit
+from . import announcements
 from .file import Appended, RecordFile
 from .waiting import Hand
 
-__all__ = ["AuditLog"]
+__all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
 
 _PEERS: Final = 1_024
 """Callers whose part of a line is remembered."""
-_MOST_LISTED: Final = 64
+MAX_GROUPS: Final = 64
 """Groups to list of one request."""
-_MOST_KEYS: Final = 32
-_LONGEST_KEY: Final = 40
+MAX_CONTEXT_KEYS: Final = 32
+MAX_KEY_CHARACTERS: Final = 40
 """Characters of a context's key to record. A line stays below 4,096 bytes: so much a pipe takes whole, or not at all."""
-_LONGEST_KEYS: Final = 1_536
+MAX_CONTEXT_KEYS_BYTES: Final = 1_280
 """Bytes of all of them in the line, for the same reason: one character may take twelve."""
 _LONGEST_PROGRAM: Final = 512
 """Bytes of the program's path and hash, likewise."""
+_DONE: Final = frozenset({"OK", "DryRunOperationError"})
+_SERVER_ERROR: Final = 500
 
 
 class AuditLog:
@@ -44,6 +52,24 @@ class AuditLog:
         self._hand = Hand()
         self._file = self._hand.call(RecordFile, settings.path)
         self._lock = lock
+        self._named: tuple[tuple[str, tuple[str, ...]], ...] | None = None
+
+    def begin(self, started_at: str) -> None:
+        """Write the entry of this agent's start, or have it written before the first request's, if that is impossible now."""
+        now = _time_of_day(time.time())
+        self._announce([announcements.start(now, __version__, started_at, self._file.chain)])
+
+    def name_keys(self, keyring: Keyring) -> None:
+        """Write the entries that name the keys of a keyring, if they have other names than those in the entries before."""
+        named = tuple((key.key_id, key.aliases) for key in keyring.keys.values())
+        if named != self._named:
+            self._named = named
+            self._announce(announcements.key_lists(_time_of_day(time.time()), keyring.loaded_at, named))
+
+    def _announce(self, lines: list[str]) -> None:
+        self._file.announce(lines)
+        with suppress(OSError):  # then they come before the next request's entry, which cannot be written without them
+            self._hand.call(self._file.append, [])
 
     def reopen(self) -> None:
         """Open the file again, after it was moved away, and go on with the chain in the new one.
@@ -113,15 +139,26 @@ def _line(now: str, caller: str, audited: Audited, outcome: str, program: str = 
         audited.line = _of_request(audited)
     return (
         f'{{"time": "{now}", "event": "audit", "request_id": {quoted(audited.request_id)}, '
-        f'"operation": {quoted(audited.operation)}, {caller}, {program}{audited.line}, "outcome": {quoted(outcome)}, '
-        f'"microseconds": {round((time.monotonic() - audited.started) * 1e6)}'
+        f'"operation": {quoted(audited.operation)}, {caller}, {program}{audited.line}, '
+        f'"ciphertext": "{audited.ciphertext}", "destination_ciphertext": "{audited.destination_ciphertext}", '
+        f'{_OUTCOMES.get(outcome) or _of_outcome(outcome)}, "microseconds": {round((time.monotonic() - audited.started) * 1e6)}'
     )
 
 
+def _of_outcome(outcome: str) -> str:
+    """The outcome's field, and the level: `error` for what could not be done, `warning` for what was refused."""
+    known = CODES.get(outcome)
+    refused = "error" if known is not None and known.http_status >= _SERVER_ERROR else "warning"
+    return f'"outcome": {quoted(outcome)}, "level": "{"info" if outcome in _DONE else refused}"'
+
+
+_OUTCOMES: Final = {outcome: _of_outcome(outcome) for outcome in ("OK", *CODES)}
+
+
 def _of_request(audited: Audited) -> str:
-    keys = sorted(audited.context_keys)[:_MOST_KEYS]
+    keys = sorted(audited.context_keys)[:MAX_CONTEXT_KEYS]
     listed = _listed(keys)
-    while len(listed) > _LONGEST_KEYS:
+    while len(listed) > MAX_CONTEXT_KEYS_BYTES:
         listed = _listed(keys := keys[:-1])
     return (
         f'"grant": {quoted(audited.grant)}, "key_id": {quoted(audited.key_id)}, '
@@ -132,14 +169,13 @@ def _of_request(audited: Audited) -> str:
 
 
 def _listed(keys: Sequence[str]) -> str:
-    return f"[{', '.join([quoted(key[:_LONGEST_KEY]) for key in keys])}]"
+    return f"[{', '.join([quoted(key[:MAX_KEY_CHARACTERS]) for key in keys])}]"
 
 
 def _of_peer(peer: Peer) -> str:
     # There may be 65,536 groups: only those that are listed become a key of the cache.
-    return _described(
-        peer.uid, tuple(sorted(set(itertools.islice(peer.gids, _MOST_LISTED)))), peer.pid, peer.unit, peer.listener
-    )
+    listed = tuple(sorted(set(itertools.islice(peer.gids, MAX_GROUPS))))
+    return _described(peer.uid, listed, peer.pid, peer.unit, peer.listener)
 
 
 @functools.lru_cache(maxsize=_PEERS)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
 
-__all__ = ["MAX_LINE", "ChainError", "Identity", "Line", "MovedError", "entry", "identity", "lines"]
+__all__ = ["MAX_LINE", "ChainError", "Identity", "Line", "MovedError", "OtherLineError", "entry", "identity", "lines"]
 
 MAX_LINE: Final = 1 << 20
 """Bytes of a line. An audit entry has less than 4,096; a compressed file may hold a line that fits in no memory."""
@@ -20,6 +20,8 @@ _COMPRESSED: Final = (
 )
 """First bytes, and the module whose `open` reads what follows. Not imported before: an agent that serves needs none."""
 _LONGEST_MAGIC: Final = 6
+_CLAIMS: Final = (b'"event": "audit', b'"previous": "')
+"""What a line has that claims to be an audit entry, also where it is damaged."""
 _UNREADABLE: Final = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\x04\x22\x4d\x18", "lz4"),
@@ -39,6 +41,10 @@ class ChainError(Exception):
 
 class MovedError(ChainError):
     """Another file has the name now: a log rotation is under way."""
+
+
+class OtherLineError(ChainError):
+    """A line is text that does not claim to be an audit entry, as systemd writes into the journal of a unit."""
 
 
 class Line(NamedTuple):
@@ -76,7 +82,10 @@ def lines(path: Path, expected: Identity | None = None) -> Iterator[Line]:
 
 
 def entry(path: Path, line: Line) -> dict[str, Any] | None:
-    """Return a line's audit entry; None for other lines of the agent's log. Raises `ChainError` for any other line."""
+    """Return a line's audit entry; None for other lines of the agent's log.
+
+    Raises `OtherLineError` for a line that does not claim to be either, and `ChainError` for a damaged one.
+    """
     fault, fields = line.fault, None
     if not fault:
         with suppress(ValueError, RecursionError):
@@ -84,7 +93,8 @@ def entry(path: Path, line: Line) -> dict[str, Any] | None:
         if not isinstance(fields, dict):
             fault = "not a line of an audit log"
     if fields is None or fault:
-        raise ChainError(f"{path}, line {line.number}: {fault}")
+        other = not line.fault and not any(claim in line.text for claim in _CLAIMS)
+        raise (OtherLineError if other else ChainError)(f"{path}, line {line.number}: {fault}")
     return fields if fields.get("event") == "audit" or "previous" in fields else None
 
 

@@ -21,11 +21,14 @@ _SNIFF_LINES: Final = 1_000
 
 
 class File(NamedTuple):
-    """A file to read. `optional`: it counts only if its chain is connected with that of the others."""
+    """A file to read. `optional`: it counts only if its chain is connected with that of the others. `mixed`: lines that do not
+    claim to be audit entries do not matter, as in a journal.
+    """
 
     path: Path
     identity: Identity | None = None
     optional: bool = False
+    mixed: bool = False
 
 
 class Found(NamedTuple):

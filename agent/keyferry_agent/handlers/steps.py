@@ -6,6 +6,7 @@ from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from cryptography.exceptions import UnsupportedAlgorithm
 
+from keyferry.ciphertext import ciphertext_hash
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
 from keyferry.secret import Secret, SecretMemory
@@ -118,6 +119,8 @@ def find_version(
     Raises `KmsError`.
     """
     action = action or request.action
+    if blob:
+        request.audited.ciphertext = ciphertext_hash(blob)
     try:
         version_id = seal.key_version_id(blob)
     except SealError:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import new_files, passphrase, private_files
+from .. import descriptors, new_files, passphrase, private_files
 from ..content import resemblance
 from ..descriptors import open_to_read
 from ..output import DONE
@@ -179,12 +179,19 @@ def _new_passphrase(path: str) -> str:
 def _read(path: str, owners: Collection[int] = ()) -> bytes:
     """Return the content of a passphrase file, which may be a pipe: at most one byte more than such a file has.
 
-    `owners`: further users that root accepts. Raises `Failed`.
+    Of an open descriptor only the first line: what follows it is another reader's. `owners`: further users that root accepts.
+    Raises `Failed`.
     """
+    limit = passphrase.MAX_FILE_BYTES + 1
     try:
-        with open_to_read(path) as file:
+        with open_to_read(path, buffering=0) as file:  # unbuffered, for the same reason
             private_files.check(file.fileno(), path, secret=True, owners=owners)
-            return file.read(passphrase.MAX_FILE_BYTES + 1)
+            if descriptors.find(path) is not None:
+                return file.readline(limit)
+            content = b""
+            while len(content) < limit and (read := file.read(limit - len(content))):
+                content += read
+            return content
     except OSError as error:
         raise Failed(f"{path}: {error.strerror}") from None
     except private_files.PrivateFileError as error:

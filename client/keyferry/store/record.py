@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
+from ..ciphertext import ciphertext_hash
 from ..client import Client
 from ..errors import KeyferryError
 from ..parameters import encode_base64, unique_pairs
@@ -71,16 +72,21 @@ class Record(NamedTuple):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The record by the API's names; a context that is damaged is null."""
+        """The record by the API's names; a context that is damaged is null, and so is the hash of a damaged CiphertextBlob."""
         try:
             context: dict[str, str] | None = self.encryption_context
         except StoreError:
             context = None
+        try:
+            blob_hash: str | None = ciphertext_hash(self.ciphertext_blob)
+        except ValueError:
+            blob_hash = None
         return {
             "Name": self.name,
             "KeyId": self.key_id,
             "KeyVersionId": self.key_version_id,
             "CiphertextBlob": self.ciphertext_blob,
+            "CiphertextHash": blob_hash,
             "EncryptionContext": context,
             "Created": self.created,
             "Rewrapped": self.rewrapped,

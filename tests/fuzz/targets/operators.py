@@ -1,6 +1,7 @@
 """What operators write and read: the configuration, and the record of requests."""
 
 import argparse
+import functools
 import hashlib
 import io
 import json
@@ -97,14 +98,25 @@ def _second(data: bytes) -> chain.Verified | None:
 
 def _searched(path: Path) -> int:
     code = 0
-    for as_json in (False, True):
+    for more in (
+        ["verify"],
+        ["who", "--key", "k"],
+        ["who", "--json", "--since", "2026-01-01"],
+        ["who", "--list", "--key", "alias/k", "--context-key", "c"],
+        ["who", "--list", "--json", "--operation", "Decrypt"],
+    ):
         out, error = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-        arguments = argparse.Namespace(
-            verb_action=command._who, file=[path], config=None, key="k", version=None, since=None, json=as_json
-        )
+        arguments = _parser().parse_args(["audit", *more, str(path)])
         with redirect_stdout(out), redirect_stderr(error):
-            code = max(code, command._guarded(arguments))
+            code = max(code, arguments.run(arguments))
     return code
+
+
+@functools.cache
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return parser
 
 
 def _changed(texts: bytes, at: int, how: int) -> None:

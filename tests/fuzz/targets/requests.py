@@ -121,7 +121,9 @@ def _answered(agent: Agent, caller: Caller, request: wire.Request) -> dict[str, 
     caller.refresh(agent.policy)
     try:
         job = handlers.prepare(agent, caller, request.method, request.params, audited)
-        body = {**result_to_wire(job.run()), "RequestId": REQUEST_ID}
+        result = job.run()
+        audited.note(result)
+        body = {**result_to_wire(result), "RequestId": REQUEST_ID}
         packed = wire.encode_response(request.msgid, None, body)
         outcome = "OK"
     except KmsError as error:
@@ -130,7 +132,7 @@ def _answered(agent: Agent, caller: Caller, request: wire.Request) -> dict[str, 
         outcome = error.code
         body = {"Code": error.code, "Message": error.message, "RequestId": REQUEST_ID, "HttpStatus": error.http_status}
         packed = wire.encode_response(request.msgid, body, None)
-    _recorded(caller.peer, audited, outcome)
+    _recorded(caller.peer, audited, outcome, body)
     decoder = wire.Decoder(max_array=100)
     decoder.feed(packed)
     (answer,) = decoder.messages()
@@ -142,11 +144,19 @@ def _answered(agent: Agent, caller: Caller, request: wire.Request) -> dict[str, 
     return body
 
 
-def _recorded(peer: Peer, audited: Audited, outcome: str) -> None:
+def _recorded(peer: Peer, audited: Audited, outcome: str, body: dict[str, Any]) -> None:
     line = f'{log._line("2026-11-25T00:00:00.000+00:00", log._of_peer(peer), audited, outcome)}, "previous": "{"0" * 64}"}}\n'
     assert len(line.encode()) <= select.PIPE_BUF, "a pipe may take it in part"
     assert line.count("\n") == 1
-    assert json.loads(line)["outcome"] == outcome
+    fields = json.loads(line)
+    assert fields["outcome"] == outcome
+    assert fields["level"] == ("info" if outcome in ("OK", "DryRunOperationError") else "warning")
+    if "CiphertextBlob" in body:
+        digest = hashlib.sha256(decode_base64(body["CiphertextBlob"])).hexdigest()
+        name = "destination_ciphertext" if audited.operation == "ReEncrypt" else "ciphertext"
+        assert fields[name] == f"sha256:{digest}"
+    elif outcome == "OK" and audited.operation in ("Decrypt", "ExportDataKey"):
+        assert len(fields["ciphertext"]) == len("sha256:") + 64
 
 
 def _right(request: wire.Request, result: dict[str, Any]) -> None:

@@ -1,0 +1,78 @@
+"""Opens the audit log that a command is to read, and reports which files were read and from when on it is complete."""
+
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from ..settings import Settings
+from . import chain, rotated
+from .history import History
+from .scan import Tally
+
+__all__ = ["open_history", "report", "say", "time_text"]
+
+_MAX_PROBLEMS: Final = 20
+"""Problems that are printed one by one."""
+_MAX_ATTEMPTS: Final = 5
+"""Attempts to read all files while log rotation renames them."""
+
+
+def open_history(
+    files: Sequence[Path], settings: Settings | None, tally: Callable[[], Tally] | None, *, option: str = "files"
+) -> History:
+    """Read the files that are named, or those of the configuration. Raises `ChainError`."""
+    if files:
+        paths = dict.fromkeys(files)
+        beside = [
+            f"{path}: looks like a rotated file of this audit log, and was not named"
+            for path in rotated.not_among(paths)
+        ]
+        return History([rotated.File(path, mixed=True) for path in paths], not_given=beside, tally=tally)
+    if settings is None or settings.audit.path == "stderr":
+        where = (
+            "it goes to standard error; for a unit, journalctl -o cat prints it"
+            if settings
+            else "or use --config, to find them"
+        )
+        raise chain.ChainError(f"name the {option} of the audit log: {where}")
+    current = Path(settings.audit.path)
+    found = rotated.find(current)
+    for _ in range(_MAX_ATTEMPTS):
+        history = History(found.files, problems=found.problems, current=current, tally=tally)
+        before, found = found, rotated.find(current)
+        if not history.moved and before == found:
+            break
+    return history
+
+
+def report(history: History, since: datetime | None) -> None:
+    """Print which files were read, and from when on the audit log is complete."""
+    if history.files:
+        say(f"read, oldest first: {', '.join(map(str, history.files))}")
+    for text in history.notes:
+        say(text)
+    for problem in history.problems[:_MAX_PROBLEMS]:
+        say(problem.text)
+    if len(history.problems) > _MAX_PROBLEMS:
+        say(f"and {len(history.problems) - _MAX_PROBLEMS} more problems")
+    end = time_text(history.ends)
+    if not history.problems:
+        say(f"the audit log is complete from its beginning, {time_text(history.begins)}, to {end}")
+    elif history.is_complete(since):
+        say(f"the audit log is complete from {time_text(history.healed)} to {end}, and so since --since")
+    elif history.healed is not None:
+        say(f"THE AUDIT LOG IS INCOMPLETE: it is complete from {time_text(history.healed)} to {end} only")
+    else:
+        say("THE AUDIT LOG IS INCOMPLETE")
+
+
+def say(text: str) -> None:
+    """Print a line on standard error."""
+    print(f"keyferry-agent: {text}", file=sys.stderr)
+
+
+def time_text(time: datetime | None) -> str:
+    """Return a time as it is printed."""
+    return "an unknown time" if time is None else time.isoformat(timespec="milliseconds")

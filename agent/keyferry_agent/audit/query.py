@@ -1,0 +1,220 @@
+"""What `audit who` asks for: which entries match, counted in groups, or kept one by one."""
+
+import json
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from datetime import datetime
+from typing import IO, Any, Final, NamedTuple, Self
+
+from .log import MAX_CONTEXT_KEYS, MAX_CONTEXT_KEYS_BYTES, MAX_KEY_CHARACTERS
+from .names import LoggedNames
+
+__all__ = ["RELEASES", "Counted", "Listed", "NamesOnly", "Query", "Spool", "names_of"]
+
+RELEASES: Final = ("GenerateAndExportDataKey", "ExportDataKey", "GenerateDataKey", "Decrypt", "ReEncrypt")
+"""Operations that give a caller what is under a key, or let it get there under another key."""
+_MAYBE_MORE_BYTES: Final = MAX_CONTEXT_KEYS_BYTES - 12 * MAX_KEY_CHARACTERS - 4
+"""A list of context keys that is as long may have been cut off: one more key takes at most so many bytes in JSON."""
+
+
+class Query(NamedTuple):
+    """The entries that are asked for. None: any."""
+
+    operations: tuple[str, ...] = RELEASES
+    uid: int | None = None
+    unit: str | None = None
+    recipient: str | None = None
+    grant: str | None = None
+    version: str | None = None
+    ciphertext: str | None = None
+    context_key: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def matches(self, fields: dict[str, Any], time: datetime | None) -> bool:
+        """Whether an entry is asked for, whatever its key and its context are. An entry without a time is so at any time."""
+        wanted = ((self.uid, "uid"), (self.unit, "unit"), (self.recipient, "recipient"), (self.grant, "grant"))
+        return (
+            fields.get("event") == "audit"
+            and fields.get("outcome") == "OK"
+            and fields.get("operation") in self.operations
+            and all(value is None or fields.get(name) == value for value, name in wanted)
+            and _one_of(self.version, fields, "key_version_id", "destination_key_version_id")
+            and _one_of(self.ciphertext, fields, "ciphertext", "destination_ciphertext")
+            and not (time is not None and self.since is not None and time < self.since)
+            and not (time is not None and self.until is not None and time >= self.until)
+        )
+
+    def has_context_key(self, fields: dict[str, Any]) -> bool | None:
+        """Whether an entry has the key of the EncryptionContext; None where its list may have been cut off before it."""
+        if self.context_key is None:
+            return True
+        keys = fields.get("context_keys")
+        if not isinstance(keys, list):
+            return False
+        if self.context_key[:MAX_KEY_CHARACTERS] in keys:
+            return True
+        full = len(keys) >= MAX_CONTEXT_KEYS or len(json.dumps(keys)) >= _MAYBE_MORE_BYTES
+        return None if full else False
+
+
+def _one_of(value: str | None, fields: dict[str, Any], *names: str) -> bool:
+    return value is None or any(fields.get(name) == value for name in names)
+
+
+class NamesOnly:
+    """The names of keys in one file."""
+
+    def __init__(self) -> None:
+        self.names = LoggedNames()
+
+    def __call__(self, fields: dict[str, Any], time: datetime | None) -> None:
+        """Take an entry."""
+        self.names.take(fields, time)
+
+
+class _Matching(NamesOnly):
+    """What both kinds of tallies do with an entry."""
+
+    def __init__(self, query: Query) -> None:
+        super().__init__()
+        self._query = query
+        self.undecided = 0
+        """Entries of which it is not known whether they have the key of the EncryptionContext."""
+
+    def __call__(self, fields: dict[str, Any], time: datetime | None) -> None:
+        """Take an entry."""
+        super().__call__(fields, time)
+        if self._query.matches(fields, time):
+            has = self._query.has_context_key(fields)
+            self.undecided += has is None
+            if has:
+                self._found(fields)
+
+    def _found(self, fields: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class Counted(_Matching):
+    """Matching entries, counted: one group for each caller, operation, key and recipient."""
+
+    NAMES: Final = (
+        "uid",
+        "unit",
+        "listener",
+        "grant",
+        "operation",
+        "recipient",
+        "key_id",
+        "key_version_id",
+        "destination_key_id",
+    )
+
+    def __init__(self, query: Query) -> None:
+        super().__init__(query)
+        self._groups: dict[str, dict[str, Any]] = {}
+
+    def add(self, later: "Counted") -> None:
+        """Add all groups of a later file."""
+        for group in later._groups.values():
+            self._add(group)
+
+    def of(self, keys: Collection[str] | None) -> list[dict[str, Any]]:
+        """Return the groups of some keys; None: of all."""
+        return [group for group in self._groups.values() if is_of(group, keys)]
+
+    def _found(self, fields: dict[str, Any]) -> None:
+        when = fields.get("time")
+        self._add({**{name: fields.get(name) for name in self.NAMES}, "count": 1, "first": when, "last": when})
+
+    def _add(self, group: dict[str, Any]) -> None:
+        key = json.dumps([group[name] for name in self.NAMES])
+        known = self._groups.setdefault(key, {**group, "count": 0})
+        known["count"] += group["count"]
+        known["last"] = group["last"]
+
+
+class Spool:
+    """A file without a name, for entries that are printed when the order of the audit log's files is known."""
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+        self.size = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def append(self, line: bytes) -> None:
+        """Append a line with its newline. Raises OSError."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed at the end of the `with` block
+        self.size += self._file.write(line)
+
+    def lines(self, begin: int, end: int) -> Iterator[bytes]:
+        """Yield the lines between two places."""
+        while begin < end:
+            assert self._file is not None
+            self._file.seek(begin)
+            line = self._file.readline()
+            begin += len(line)
+            yield line
+
+
+class Listed(_Matching):
+    """Matching entries, one by one: kept in a spool, so that memory does not grow with them."""
+
+    NAMES: Final = (
+        "time",
+        "request_id",
+        "operation",
+        "ciphertext",
+        "destination_ciphertext",
+        "key_id",
+        "key_version_id",
+        "destination_key_id",
+        "destination_key_version_id",
+        "recipient",
+        "uid",
+        "pid",
+        "unit",
+        "listener",
+        "exe",
+        "sha256",
+        "grant",
+        "context_keys",
+    )
+
+    def __init__(self, query: Query, spool: Spool) -> None:
+        super().__init__(query)
+        self._spool = spool
+        self._begin = self._end = 0
+
+    def of(self, keys: Collection[str] | None) -> Iterator[dict[str, Any]]:
+        """Yield the entries of some keys; None: of all."""
+        for line in self._spool.lines(self._begin, self._end):
+            fields = json.loads(line)
+            if is_of(fields, keys):
+                yield fields
+
+    def _found(self, fields: dict[str, Any]) -> None:
+        kept = {name: fields[name] for name in self.NAMES if name in fields}
+        if not self._end:  # files are read one after the other: what is found in one is in one piece
+            self._begin = self._spool.size
+        self._spool.append(json.dumps(kept).encode() + b"\n")
+        self._end = self._spool.size
+
+
+def is_of(fields: dict[str, Any], keys: Collection[str] | None) -> bool:
+    """Whether an entry is about one of some keys: of ReEncrypt, also as the destination."""
+    return keys is None or fields.get("key_id") in keys or fields.get("destination_key_id") in keys
+
+
+def names_of(tallies: Iterable[NamesOnly]) -> LoggedNames:
+    """Return the names of keys that all files have."""
+    names = LoggedNames()
+    names.merge(tally.names for tally in tallies)
+    return names

@@ -1,0 +1,155 @@
+"""One file of an audit log, as it was read: how its entries follow each other, and which lines do not fit."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from .announcements import START
+from .chain import BEGINNING, link
+from .reading import ChainError, Line, MovedError, OtherLineError, entry, lines
+from .rotated import File
+
+__all__ = ["Fault", "Part", "Scan", "Tally", "moment"]
+
+MAX_FAULTS: Final = 100
+"""Faults of one file that are reported one by one."""
+
+Tally: TypeAlias = Callable[[dict[str, Any], datetime | None], None]
+"""Called with each entry of one file, and its time."""
+
+
+@dataclass
+class Fault:
+    """A line that does not fit. `held`: the hash that it has for the entry before it; None for a line that is not an entry."""
+
+    number: int
+    text: str
+    held: str | None = None
+    index: int = 0
+    healed: datetime | None = None
+
+
+@dataclass
+class Part:
+    """Entries of one file that belong to one chain.
+
+    `start`: the entry of the agent's start, where a stream's chain begins here.
+    `index`: the number of entries in the file before them. `broken`: whether a line among them does not fit.
+    """
+
+    index: int
+    start: Mapping[str, Any] | None
+    begins: datetime | None
+    ends: datetime | None = None
+    count: int = 0
+    last: str = ""
+    broken: bool = False
+
+
+@dataclass(eq=False)
+class Scan:
+    """One file, as it was read."""
+
+    file: File
+    tally: Tally | None = None
+    count: int = 0
+    previous: str = ""
+    first_line: int = 0
+    last: str = ""
+    begins: datetime | None = None
+    ends: datetime | None = None
+    parts: list[Part] = field(default_factory=list)
+    others: int = 0
+    """Lines that do not claim to be audit entries, in a file that may have such lines."""
+    unstarted: bool = False
+    """Whether the first entry begins a chain, and is not an agent's start although its agent writes starts."""
+    faults: list[Fault] = field(default_factory=list)
+    omitted: int = 0
+    moved: bool = False
+    _other: Fault | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.file.path
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the first entry is the start of an agent that writes to a stream."""
+        return bool(self.parts) and self.parts[0].start is not None
+
+    def read(self) -> None:
+        """Read the file, as far as it can be read."""
+        unhealed: list[Fault] = []
+        try:
+            for line in lines(self.path, self.file.identity):
+                fields = self._entry(unhealed, line)
+                if fields is None:
+                    continue
+                time = moment(fields.get("time"))
+                self._follow(unhealed, fields, line.number, time)
+                self.count, self.last, self.ends = self.count + 1, link(line.text), time
+                part = self.parts[-1]
+                part.count, part.last, part.ends = part.count + 1, self.last, time
+                if time is not None:
+                    for fault in unhealed:
+                        fault.healed = time
+                    unhealed.clear()
+                if self.tally is not None:
+                    self.tally(fields, time)
+        except (ChainError, OSError) as error:
+            text = str(error) if isinstance(error, ChainError) else f"{self.path}: {error.strerror}"
+            self._fault(unhealed, Fault(0, text))
+            self.moved = isinstance(error, MovedError)
+        if self._other is not None and not self.count:
+            self.faults.insert(0, self._other)
+
+    def _entry(self, unhealed: list[Fault], line: Line) -> dict[str, Any] | None:
+        try:
+            return entry(self.path, line)
+        except ChainError as error:
+            fault = Fault(line.number, str(error))
+            if self.file.mixed and isinstance(error, OtherLineError):
+                self.others += 1
+                self._other = self._other or fault
+            else:
+                self._fault(unhealed, fault)
+        return None
+
+    def _follow(self, unhealed: list[Fault], fields: Mapping[str, Any], number: int, time: datetime | None) -> None:
+        """Judge whether an entry follows the one before it, or begins a chain."""
+        held = fields.get("previous")
+        held = held if isinstance(held, str) else ""
+        starts = fields.get("event") == START
+        # Who can read back what was written continues its chain: only in a stream does one begin behind another.
+        stream = starts and held == BEGINNING and fields.get("chain") == "stream" and self.file.mixed
+        if stream or not self.count:
+            self.parts.append(Part(self.count, fields if stream else None, time))
+        if not self.count:
+            self.previous, self.first_line, self.begins = held, number, time
+            honest = starts and fields.get("chain") != "continued"
+            self.unstarted = held == BEGINNING and "level" in fields and not honest
+        elif held != self.last and not stream:
+            self._fault(unhealed, Fault(number, "", held, self.count))
+
+    def _fault(self, unhealed: list[Fault], fault: Fault) -> None:
+        if self.parts:
+            self.parts[-1].broken = True
+        if len(self.faults) < MAX_FAULTS:
+            self.faults.append(fault)
+        else:
+            self.omitted += 1
+            fault = self.faults[-1]
+        fault.healed = None
+        unhealed.append(fault)
+
+
+def moment(value: object) -> datetime | None:
+    """Return an entry's time; None where it has none."""
+    try:
+        time = datetime.fromisoformat(value) if isinstance(value, str) else None
+    except ValueError:
+        return None
+    return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time

@@ -1,0 +1,192 @@
+"""`keyferry-agent audit who`: which callers were given which data keys."""
+
+import argparse
+import json
+import pwd
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from keyferry.operations import OPERATIONS
+from keyferry.output import show_lines
+
+from ..keyring.document import KeyringError
+from ..settings import Settings
+from . import times
+from .chain import ChainError
+from .names import LoggedNames, open_keyring, plain_name
+from .opening import open_history, report, say
+from .query import RELEASES, Counted, Listed, Query, Spool, names_of
+
+__all__ = ["add_options", "who"]
+
+_FAILED: Final = 1
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which entries are asked for."""
+    user = parser.add_mutually_exclusive_group()
+    user.add_argument("--uid", type=int, metavar="N", help="the caller's user, by its number")
+    user.add_argument("--user", metavar="NAME", help="the caller's user, by its name on this host")
+    parser.add_argument("--unit", metavar="UNIT", help="the caller's systemd unit, like orders.service")
+    parser.add_argument(
+        "--key", metavar="KEY", help="the master key's ID, ARN or alias; also as an alias was named then"
+    )
+    parser.add_argument("--version", metavar="ID", help="one version of a master key")
+    parser.add_argument("--recipient", metavar="PIN", help="the pin of the public key that data keys were exported to")
+    parser.add_argument("--grant", metavar="NAME", help="the grant that allowed the requests")
+    parser.add_argument(
+        "--operation",
+        metavar="NAME",
+        choices=sorted(OPERATIONS),
+        help=f"one operation; otherwise all that give a caller a data key: {', '.join(RELEASES)}",
+    )
+    parser.add_argument("--context-key", metavar="KEY", help="a key of the EncryptionContext")
+    parser.add_argument(
+        "--ciphertext", metavar="HASH", help="one data key: `sha256:` and the SHA-256 of its CiphertextBlob"
+    )
+    parser.add_argument(
+        "--until", type=times.until, metavar="TIME", help="up to this time, or to the end of this day; like --since"
+    )
+    parser.add_argument("--list", action="store_true", help="each request, with the hash that identifies its data key")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+
+
+def who(arguments: argparse.Namespace, settings: Settings | None) -> int:
+    """Print the entries that are asked for. Raises `ChainError` or OSError."""
+    query = _query(arguments)
+    with Spool() as spool:
+        return _who(arguments, settings, query, spool)
+
+
+def _who(arguments: argparse.Namespace, settings: Settings | None, query: Query, spool: Spool) -> int:
+    def tally() -> Counted | Listed:
+        return Listed(query, spool) if arguments.list else Counted(query)
+
+    history = open_history(arguments.file, settings, tally)
+    tallies = [each for each in history.tallies if isinstance(each, Counted | Listed)]
+    names = names_of(tallies)
+    keys = _key_ids(arguments.key, settings, names)
+    report(history, query.since)
+    complete = history.is_complete(query.since)
+    if undecided := sum(each.undecided for each in tallies):
+        say(
+            f"{undecided} entries have more keys in their EncryptionContext than an entry holds: --context-key may miss them"
+        )
+        complete = False
+    found = _found(tallies, query, keys)
+    if arguments.json:
+        printed = show_lines("keyferry-agent", _json(found))
+    else:
+        printed = show_lines(
+            "keyferry-agent", _lines(found, _line if arguments.list else _group, _nothing(query, complete))
+        )
+    return printed or (0 if complete else _FAILED)
+
+
+def _query(arguments: argparse.Namespace) -> Query:
+    uid = arguments.uid
+    if arguments.user is not None:
+        try:
+            uid = pwd.getpwnam(arguments.user).pw_uid
+        except (KeyError, ValueError):
+            raise ChainError(
+                f"--user {arguments.user}: this host has no such user; give its number with --uid"
+            ) from None
+    if arguments.since is not None and arguments.until is not None and arguments.until <= arguments.since:
+        raise ChainError(f"--until {arguments.until} is not after --since {arguments.since}")
+    return Query(
+        operations=RELEASES if arguments.operation is None else (arguments.operation,),
+        uid=uid,
+        unit=arguments.unit,
+        recipient=arguments.recipient,
+        grant=arguments.grant,
+        version=arguments.version,
+        ciphertext=arguments.ciphertext,
+        context_key=arguments.context_key,
+        since=arguments.since,
+        until=arguments.until,
+    )
+
+
+def _key_ids(name: str | None, settings: Settings | None, names: LoggedNames) -> frozenset[str] | None:
+    """Return the IDs of the keys that a name is of: now, or when the audit log was written. None for no name.
+
+    Raises `ChainError` for an alias that neither the keyring nor the audit log has.
+    """
+    if name is None or not (plain := plain_name(name)).startswith("alias/"):
+        return None if name is None else frozenset({plain})
+    logged = names.aliases.get(plain, {})
+    ids, why = set(logged), ""
+    try:
+        ids.add(now := open_keyring(settings).find(plain).key_id)
+        say(f"{plain} is key {now} in the keyring")
+    except KeyringError as error:
+        why = str(error)
+    if not ids:
+        raise ChainError(
+            f"{plain}: the audit log has no such alias, and the keyring has not either ({why}); name the key's ID"
+        )
+    for key_id, period in logged.items():
+        say(f"{plain} was key {key_id} {period}, by the audit log")
+    if why:
+        say(f"the keyring was not asked for {plain}, or has it not: {why}")
+    return frozenset(ids)
+
+
+def _found(tallies: Iterable[Counted | Listed], query: Query, keys: frozenset[str] | None) -> Iterator[dict[str, Any]]:
+    total = Counted(query)
+    for tally in tallies:
+        if isinstance(tally, Counted):
+            total.add(tally)
+        else:
+            yield from tally.of(keys)
+    yield from total.of(keys)
+
+
+def _nothing(query: Query, complete: bool) -> str:
+    if not complete:
+        return "No entry was found, but the audit log is incomplete: callers may have been given data keys."
+    return "No caller was given such a data key." if query.operations == RELEASES else "No such request was answered."
+
+
+def _json(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield an array, an element to a line, as they come."""
+    before = "["
+    for fields in found:
+        yield before if before == "[" else f"{before},"
+        before = f"  {json.dumps(fields)}"
+    yield before
+    yield "]"
+
+
+def _lines(found: Iterable[dict[str, Any]], line: Any, nothing: str) -> Iterator[str]:
+    empty = True
+    for fields in found:
+        empty = False
+        yield line(fields)
+    if empty:
+        yield nothing
+
+
+def _caller(fields: dict[str, Any]) -> str:
+    return f"uid {fields.get('uid')}{' ' + str(fields['unit']) if fields.get('unit') else ''}"
+
+
+def _to(fields: dict[str, Any]) -> str:
+    return f"to {fields.get('recipient') or fields.get('destination_key_id') or 'itself, in plaintext'}"
+
+
+def _group(group: dict[str, Any]) -> str:
+    return (
+        f"{_caller(group)}: {group['operation']} {group['count']} times, {group['first']} to {group['last']}, "
+        f"key {group['key_id']}, version {group['key_version_id']}, {_to(group)}, by grant {group['grant']}"
+    )
+
+
+def _line(entry: dict[str, Any]) -> str:
+    again = f" as {entry['destination_ciphertext']}" if entry.get("destination_ciphertext") else ""
+    return (
+        f"{entry.get('time')} {entry.get('request_id')} {_caller(entry)}: {entry.get('operation')} "
+        f"{entry.get('ciphertext') or 'a data key without a hash'}{again}, key {entry.get('key_id')}, "
+        f"version {entry.get('key_version_id')}, {_to(entry)}, by grant {entry.get('grant')}"
+    )

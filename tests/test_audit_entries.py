@@ -1,0 +1,196 @@
+"""What audit entries identify: data keys, severities, the start of an agent, and the names of its keys."""
+
+import base64
+import hashlib
+import json
+import os
+import select
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.agent import RawConnection
+from support.asking import ok, refused
+from support.audit_log import requests
+from support.keyring import change, serving
+from support.keys import recipient
+
+from keyferry import __version__
+from keyferry_agent.agent import Audited
+from keyferry_agent.audit import AuditLog, announcements, chain, log
+from keyferry_agent.peer import Peer
+from keyferry_agent.settings import Audit
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
+OTHER = {"tenant": "other"}
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """The audit log of a test."""
+    return tmp_path / "audit.jsonl"
+
+
+def sha256sum(blob: str) -> str:
+    """The hash of a CiphertextBlob as the documentation computes it: base64 -d | sha256sum."""
+    printed = subprocess.run(
+        ["sh", "-c", "base64 -d | sha256sum"], input=blob.encode(), capture_output=True, check=True
+    )
+    return f"sha256:{printed.stdout.split()[0].decode()}"
+
+
+def entries(path: Path) -> list[dict[str, Any]]:
+    """All entries of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_an_entry_has_the_hash_of_its_ciphertext(keyring: Path, socket_path: Path, record: Path) -> None:
+    """Of what was made, exported, decrypted, and re-encrypted from and to; also of what was refused."""
+    more = f'[audit]\npath = "{record}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        made = [
+            ok(connection, "GenerateDataKey", {"KeyId": "alias/a"}),
+            ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}),
+            ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
+            ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}),
+        ]
+        blob = made[0]["CiphertextBlob"]
+        ok(connection, "Decrypt", {"CiphertextBlob": blob})
+        ok(connection, "Decrypt", {"CiphertextBlob": base64.b64decode(blob)})
+        ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params})
+        refused(connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": OTHER}, "InvalidParameter")
+        again = ok(
+            connection,
+            "ReEncrypt",
+            {"CiphertextBlob": blob, "DestinationKeyId": "alias/a", "DestinationEncryptionContext": OTHER},
+        )
+        ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        refused(connection, "Decrypt", {"CiphertextBlob": "AAAA"}, "InvalidParameter")
+    *first, decrypted, binary, exported, denied, moved, described, nonsense = requests(record)
+    assert [entry["ciphertext"] for entry in first] == [sha256sum(each["CiphertextBlob"]) for each in made]
+    for entry in (decrypted, binary, exported, denied, moved):
+        assert entry["ciphertext"] == sha256sum(blob)
+    assert moved["destination_ciphertext"] == sha256sum(again["CiphertextBlob"])
+    assert described["ciphertext"] == described["destination_ciphertext"] == decrypted["destination_ciphertext"] == ""
+    assert nonsense["ciphertext"] == sha256sum("AAAA")
+    text = record.read_text()
+    assert not any(each["CiphertextBlob"][20:60] in text for each in made)
+
+
+def test_a_level_tells_what_was_refused_from_what_failed() -> None:
+    """info, warning, and error for what the agent could not do."""
+    expected = {
+        "OK": "info",
+        "DryRunOperationError": "info",
+        "Forbidden.NoPermission": "warning",
+        "Rejected.Throttling": "warning",
+        "InvalidParameter": "warning",
+        "AccessDeniedError": "warning",
+        "InternalFailure": "error",
+        "ServiceUnavailableTemporary": "error",
+        "Another": "warning",
+    }
+    for outcome, level in expected.items():
+        line = log._line("2026-11-30T12:00:00.000+00:00", log._of_peer(PEER), Audited("id", 0.0), outcome)
+        fields = json.loads(f"{line}}}")
+        assert (fields["outcome"], fields["level"]) == (outcome, level)
+
+
+def test_a_line_is_shorter_than_a_pipe_takes_whole(record: Path) -> None:
+    """With everything in it at its longest, a program and two hashes too."""
+    peer = Peer(
+        4294967294,
+        frozenset(range(2**32 - 100, 2**32)),
+        2**22,
+        "l" * 64,
+        unit="u" * 255 + ".service",
+        exe="/" + "\N{GRINNING FACE}" * 1_000,
+        sha256="sha256:" + "0" * 64,
+    )
+    keys = tuple(f"{chr(0x1F600)}{number}" * 20 for number in range(40))
+    audited = Audited("i" * 36, 0.0, "G" * 64, "g" * 64, recipient="p" * 71, context_keys=keys, by_program=True)
+    for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
+        setattr(audited, name, "k" * 36)
+    audited.ciphertext = audited.destination_ciphertext = "sha256:" + "0" * 64
+    AuditLog(Audit(str(record))).record(peer, [(audited, "Rejected.PendingDeletion")])
+    assert record.stat().st_size < select.PIPE_BUF
+    assert requests(record)[0]["sha256"] == "sha256:" + "0" * 64
+
+
+def test_an_agent_begins_with_its_start_and_its_keys(keyring: Path, socket_path: Path, record: Path) -> None:
+    """In a file the chain goes on behind the agent before; a reload names the keys only if their names changed."""
+    more = f'[audit]\npath = "{record}"\n'
+    change(keyring, "create-key", "--alias", "alias/b")
+    for _ in range(2):
+        with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+            status = ok(connection, "GetAgentStatus", {})
+            ids = {name: ok(connection, "DescribeKey", {"KeyId": name}) for name in ("alias/a", "alias/b")}
+            assert agent.stop() == 0
+    found = entries(record)
+    assert [entry["event"] for entry in found] == ["audit.start", "audit.keys", *["audit"] * 3] * 2
+    assert [found[place]["chain"] for place in (0, 5)] == ["new", "continued"]
+    assert found[5]["previous"] == hashlib.sha256(record.read_bytes().splitlines()[4]).hexdigest()
+    assert (found[5]["version"], found[5]["started_at"]) == (__version__, status["StartedAt"])
+    assert found[5]["pid"] == agent.process.pid
+    key_ids = {name: description["KeyMetadata"]["KeyId"] for name, description in ids.items()}
+    assert found[6]["keys"] == {key_ids["alias/a"]: ["alias/a"], key_ids["alias/b"]: ["alias/b"]}
+    assert chain.verify([record]) == (10, hashlib.sha256(record.read_bytes().splitlines()[-1]).hexdigest(), True)
+
+
+def test_a_reload_names_keys_that_changed_their_names(keyring: Path, socket_path: Path, record: Path) -> None:
+    """A rotation changes no name, and writes none."""
+    more = f'[audit]\npath = "{record}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        agent.signal(signal.SIGHUP)
+        agent.wait_for("reload.done")
+        change(keyring, "rotate", "alias/a")
+        agent.wait_for("reload.done", 2)
+        change(keyring, "create-key", "--alias", "alias/new")
+        agent.wait_for("reload.done", 3)
+        ok(connection, "DescribeKey", {"KeyId": "alias/new"})
+    found = entries(record)
+    assert [entry["event"] for entry in found] == ["audit.start", "audit.keys", "audit.keys", "audit"]
+    assert found[2]["keys"][found[3]["key_id"]] == ["alias/new"]
+    assert len(found[2]["keys"]) == 2
+
+
+@pytest.mark.parametrize(("keys", "aliases"), [(0, 0), (1, 0), (1, 1_000), (3_000, 1), (200, 3)])
+def test_the_names_of_any_keyring_are_in_short_lines(keys: int, aliases: int) -> None:
+    """In several entries, which say how many there are; together they have every name once."""
+    named = [
+        (f"{key:036}", tuple(f"alias/{key}/{number}/{'x' * 230}"[:255] for number in range(aliases)))
+        for key in range(keys)
+    ]
+    lines = announcements.key_lists("2026-11-30T12:00:00.000+00:00", "2026-11-30T12:00:00Z", named)
+    found: dict[str, list[str]] = {}
+    for number, line in enumerate(lines, 1):
+        whole = f'{line}, "previous": "{"0" * 64}"}}\n'
+        assert len(whole) < select.PIPE_BUF
+        fields = json.loads(whole)
+        assert (fields["part"], fields["parts"]) == (number, len(lines))
+        for key_id, its in announcements.names_in(fields).items():
+            found.setdefault(key_id, []).extend(its)
+    assert found == {key_id: [*its] for key_id, its in named}
+
+
+def test_a_start_that_cannot_be_written_comes_before_the_first_request(
+    record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk was full at the start: no entry is there without it, and it is there once."""
+    real, full = os.write, True
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:7] if full else data))
+    audit = AuditLog(Audit(str(record)))
+    audit.begin("2026-11-30T12:00:00Z")
+    for _ in range(20):
+        audit._announce(['{"event": "audit.keys", "level": "info", "keys": {}'])
+    assert audit.record(PEER, [(Audited("id", 0.0), "OK")]).lines == 0
+    assert record.read_bytes() == b""
+    full = False
+    assert audit.record(PEER, [(Audited("id", 0.0), "OK")]) == (1, None)
+    events = [entry["event"] for entry in entries(record)]
+    assert (events[0], events[-1]) == ("audit.start", "audit")
+    assert events.count("audit.keys") < 10
+    assert chain.verify([record]).beginning

@@ -1,0 +1,258 @@
+"""`keyferry-agent audit who`: the questions of an incident, by caller, key, recipient and time, and for single data keys."""
+
+import json
+import os
+import pwd
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+from support.agent import RawConnection
+from support.asking import ok
+from support.audit_log import START, requests
+from support.keyring import change, opened, serving
+from support.keys import recipient
+
+from keyferry.ciphertext import ciphertext_hash
+from keyferry_agent.audit import times
+from keyferry_agent.audit.chain import BEGINNING, link
+from keyferry_agent.command import main
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+SM2 = recipient("SM2PKE")
+MORE = """
+[[grant]]
+name = "export"
+to = {{ uid = {uid} }}
+actions = ["kms:GenerateAndExportDataKey"]
+keys = ["alias/b"]
+"""
+Who: TypeAlias = Callable[..., Any]
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    """The audit log of a test."""
+    return tmp_path / "audit.jsonl"
+
+
+@pytest.fixture
+def who(record: Path, capsys: pytest.CaptureFixture[str]) -> Who:
+    """`audit who --json` on the file, or on other arguments."""
+
+    def ask(*arguments: object, code: int = 0, files: tuple[object, ...] = ()) -> Any:
+        capsys.readouterr()
+        assert main(["audit", "who", *map(str, files or (record,)), *map(str, arguments), "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+@pytest.fixture
+def made(keyring: Path, socket_path: Path, record: Path) -> dict[str, dict[str, Any]]:
+    """What an agent answered to some requests, by their names; it has ended."""
+    more = f'[audit]\npath = "{record}"\n'
+    change(keyring, "create-key", "--alias", "alias/b")
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        answers = {
+            "plain": ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme"}}),
+            "rsa": ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
+            "sm2": ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/b", **SM2.params}),
+        }
+        blob = answers["rsa"]["CiphertextBlob"]
+        answers["exported"] = ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **SM2.params})
+        answers["moved"] = ok(connection, "ReEncrypt", {"CiphertextBlob": blob, "DestinationKeyId": "alias/b"})
+        answers["unseen"] = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/b"})
+        ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        assert agent.stop() == 0
+    return answers
+
+
+def test_every_filter_chooses(made: dict[str, dict[str, Any]], who: Who, record: Path) -> None:
+    """Alone, together, and with a value that no entry has."""
+    mine, pins = os.getuid(), {entry["request_id"]: entry["recipient"] for entry in requests(record)}
+    rsa, sm2 = (pins[made[name]["RequestId"]] for name in ("rsa", "sm2"))
+    all_of_it = ["plain", "rsa", "sm2", "exported", "moved"]
+    ciphertext = ciphertext_hash(made["rsa"]["CiphertextBlob"])
+    questions: list[tuple[list[object], list[str]]] = [
+        ([], all_of_it),
+        (["--uid", mine], all_of_it),
+        (["--user", pwd.getpwuid(mine).pw_name], all_of_it),
+        (["--uid", mine + 1], []),
+        (["--unit", "orders.service"], []),
+        (["--recipient", rsa], ["rsa"]),
+        (["--recipient", sm2], ["sm2", "exported"]),
+        (["--recipient", sm2, "--key", made["rsa"]["KeyId"]], ["exported"]),
+        (["--grant", "me"], all_of_it),
+        (["--grant", "other"], []),
+        (["--key", made["sm2"]["KeyId"]], ["sm2", "moved"]),
+        (["--key", f"acs:kms:local:0:key/{made['sm2']['KeyId']}"], ["sm2", "moved"]),
+        (["--key", "alias/a"], ["plain", "rsa", "exported", "moved"]),
+        (["--key", "acs:kms:local:0:alias/a"], ["plain", "rsa", "exported", "moved"]),
+        (["--key", "00000000-0000-4000-8000-000000000000"], []),
+        (["--version", made["sm2"]["KeyVersionId"]], ["sm2", "moved"]),
+        (["--operation", "ReEncrypt"], ["moved"]),
+        (["--operation", "GenerateDataKeyWithoutPlaintext"], ["unseen"]),
+        (["--operation", "Encrypt"], []),
+        (["--context-key", "tenant"], ["plain"]),
+        (["--context-key", "none"], []),
+        (["--ciphertext", ciphertext], ["rsa", "exported", "moved"]),
+        (["--ciphertext", ciphertext_hash(made["moved"]["CiphertextBlob"])], ["moved"]),
+        (["--since", "1h", "--until", "now"], all_of_it),
+        (["--since", "2026-01-01", "--until", "2026-01-02"], []),
+        (["--until", "1h"], []),
+        (["--since", "9999-12-31"], []),
+    ]
+    for arguments, expected in questions:
+        listed = who("--list", *arguments)
+        assert [entry["request_id"] for entry in listed] == [made[name]["RequestId"] for name in expected], arguments
+        assert sum(group["count"] for group in who(*arguments)) == len(expected), arguments
+
+
+def test_single_data_keys_are_listed(
+    made: dict[str, dict[str, Any]], who: Who, record: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each with its hash, key, version, recipient and caller, in the order of the log, from rotated files too."""
+    lines = record.read_bytes().splitlines(keepends=True)
+    rotated = record.with_name("audit.jsonl.1")
+    rotated.write_bytes(b"".join(lines[:5]))
+    record.write_bytes(b"".join(lines[5:]))
+    listed = who("--list", files=(record, rotated))
+    assert [entry["request_id"] for entry in listed] == [
+        made[name]["RequestId"] for name in ("plain", "rsa", "sm2", "exported", "moved")
+    ]
+    assert [entry["ciphertext"] for entry in listed] == [
+        ciphertext_hash(made[name]["CiphertextBlob"]) for name in ("plain", "rsa", "sm2", "rsa", "rsa")
+    ]
+    assert listed[4]["destination_ciphertext"] == ciphertext_hash(made["moved"]["CiphertextBlob"])
+    assert {entry["uid"] for entry in listed} == {os.getuid()}
+    assert listed[0]["context_keys"] == ["tenant"]
+    capsys.readouterr()
+    assert main(["audit", "who", str(record), str(rotated), "--list", "--key", "alias/b"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    for word in (
+        made["sm2"]["RequestId"],
+        made["sm2"]["KeyVersionId"],
+        listed[2]["ciphertext"],
+        listed[2]["recipient"],
+    ):
+        assert word in first
+    assert f" as {listed[4]['destination_ciphertext']}, " in second
+    assert main(["audit", "who", str(record), str(rotated), "--list", "--grant", "none"]) == 0
+    assert capsys.readouterr().out == "No caller was given such a data key.\n"
+    assert main(["audit", "who", str(record), "--list", "--grant", "none"]) == 1
+    assert "incomplete" in capsys.readouterr().out
+
+
+def test_an_alias_is_found_where_the_keyring_cannot_be_opened(
+    made: dict[str, dict[str, Any]], who: Who, keyring: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The agent is stopped, and its credential is gone: the audit log has the names."""
+    config = ("--config", keyring.parent / "agent.toml")
+    (keyring.parent / "identity").unlink()
+    assert len(who("--list", "--key", "alias/b", *config)) == 2
+    main(["audit", "who", *map(str, config), "--key", "alias/b"])
+    said = capsys.readouterr().err
+    assert f"alias/b was key {made['sm2']['KeyId']} at 20" in said
+    assert "identity: No such file" in said
+    assert main(["audit", "who", *map(str, config), "--key", "alias/none"]) == 1
+    said = capsys.readouterr().err
+    assert "alias/none: the audit log has no such alias" in said
+    assert "name the key's ID" in said
+
+
+def test_an_alias_is_found_as_it_was_then(
+    keyring: Path, socket_path: Path, record: Path, who: Who, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names another key now: the keys of both times are searched, and the times are printed."""
+    change(keyring, "create-key", "--alias", "alias/b")
+    old, new = (opened(keyring).find(name).key_id for name in ("alias/a", "alias/b"))
+    more = f'[audit]\npath = "{record}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        change(keyring, "update-alias", "alias/a", "alias/b")
+        agent.wait_for("reload.done")
+        ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        assert agent.stop() == 0
+    assert [entry["key_id"] for entry in who("--list", "--key", "alias/a")] == [old, new]
+    assert main(["audit", "who", str(record), "--key", "alias/a", "--config", str(keyring.parent / "agent.toml")]) == 0
+    said = capsys.readouterr().err
+    assert f"alias/a is key {new} in the keyring" in said
+    assert f"alias/a was key {old} at " in said
+
+
+def test_a_cut_off_list_of_context_keys_is_not_a_no(record: Path, who: Who) -> None:
+    """An entry holds 32 keys: where another may have been there, the answer is incomplete."""
+    fields = {
+        "time": START.isoformat(),
+        "event": "audit",
+        "outcome": "OK",
+        "operation": "Decrypt",
+        "previous": BEGINNING,
+    }
+    record.write_text(json.dumps({**fields, "context_keys": [f"k{number:02}" for number in range(32)]}) + "\n")
+    assert who("--list", "--context-key", "z", code=1) == []
+    assert len(who("--list", "--context-key", "k07")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "ago"),
+    [
+        ("2h", timedelta(hours=2)),
+        ("90m", timedelta(minutes=90)),
+        ("90min", timedelta(minutes=90)),
+        ("3d", timedelta(3)),
+    ],
+)
+def test_a_time_may_be_how_long_ago(text: str, ago: timedelta) -> None:
+    """From now."""
+    for parse in (times.since, times.until):
+        assert abs(datetime.now(UTC) - ago - parse(text)) < timedelta(seconds=5)
+
+
+def test_a_day_begins_for_since_and_ends_for_until() -> None:
+    """Of this host's time zone; a weekday is the last one."""
+    today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)  # noqa: DTZ005
+    day = timedelta(days=1)
+    for text, begins in (
+        ("today", today),
+        ("yesterday", today - day),
+        (today.strftime("%A"), today),
+        ((today - day).strftime("%A").lower(), today - day),
+        ("2026-01-31", datetime(2026, 1, 31)),  # noqa: DTZ001 - the host's time zone
+        ("20260131", datetime(2026, 1, 31)),  # noqa: DTZ001
+    ):
+        assert times.since(text) == begins.astimezone()
+        assert times.until(text) == (begins + day).astimezone()
+    for text in ("2026-01-31T12:00:00Z", "2026-01-31T13:00+01:00"):
+        assert times.since(text) == times.until(text) == datetime(2026, 1, 31, 12, tzinfo=UTC)
+    assert times.until("9999-12-31") >= datetime(9999, 12, 31, tzinfo=UTC) - day
+
+
+@pytest.mark.parametrize(
+    "text", ["next week", "", "2026-13-01", "5y", "-2h", "999999w", "0000-00-00", "monday morning"]
+)
+@pytest.mark.parametrize("option", ["--since", "--until"])
+def test_a_bad_time_is_explained(record: Path, capsys: pytest.CaptureFixture[str], text: str, option: str) -> None:
+    """What is expected, in words; not the name of a function."""
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", "who", str(record), f"{option}={text}"])
+    assert ended.value.code == 2
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert f"argument {option}: {text!r} is not a time: expected is a time like 2026-01-31" in said
+
+
+def test_what_cannot_be_asked_is_explained(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown user, and a time that ends before it begins."""
+    line = json.dumps({"event": "audit", "previous": BEGINNING}).encode()
+    record.write_bytes(line + b"\n")
+    assert len(link(line)) == 64
+    for arguments, why in (
+        (["--user", "no-such-user"], "this host has no such user; give its number with --uid"),
+        (["--since", "today", "--until", "2h", "--until", "yesterday"], "is not after --since"),
+    ):
+        assert main(["audit", "who", str(record), *arguments]) == 1
+        assert why in capsys.readouterr().err
