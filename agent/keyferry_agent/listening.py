@@ -77,7 +77,7 @@ def open_all(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.so
         for each in opened:
             each.close()
         if isinstance(error, OSError):
-            raise ListeningError(f"{error.filename}: {error.strerror}") from None
+            raise ListeningError(f"{error.filename or listener.path}: {error.strerror}") from None
         raise
     return opened
 
@@ -160,7 +160,7 @@ def _check_directory(directory: Path) -> None:
         status = directory.stat()
     except OSError as error:
         raise ListeningError(
-            f"{directory}: {error.strerror}. Make it, owned by the agent's user, or name another socket with --socket"
+            f"{directory}: {error.strerror}. Make it, owned by the agent's user, or set another path"
         ) from None
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
     if open_to_all:

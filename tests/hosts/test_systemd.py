@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.agent import PATIENCE
+from support.installed import typed
 from support.machine import Machine
 from support.requires import ROOT, program, root
 
@@ -71,20 +72,13 @@ def machine() -> Iterator[Machine]:
         made.write("/etc/keyferry/agent.toml", SETTINGS.format(more="", to='user = "orders"'))
         made.run("useradd", "--system", "orders")
         made.write("/srv/load.py", LOAD)
-        for line in commands():
-            made.run("sh", "-ec", f"cd /srv && {line}")
+        typed(made, "Install")
         if int(made.run("systemctl", "--version").split()[1]) >= 253:
             made.write(
                 f"/etc/systemd/system/{AGENT}.d/notify-reload.conf", (SYSTEMD / "notify-reload.conf").read_text()
             )
             made.run("systemctl", "daemon-reload")
         yield made
-
-
-def commands() -> list[str]:
-    """What the README has an operator type."""
-    text = (SYSTEMD / "README.md").read_text().split("As root:")[1].split("\n\n")[1]
-    return [line.strip() for line in text.splitlines()]
 
 
 @pytest.fixture(autouse=True)

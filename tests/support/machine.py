@@ -69,7 +69,7 @@ class Machine:
         for distribution in ("client", "agent"):
             command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(made), str(ROOT / distribution)]
             subprocess.run(command, check=True, capture_output=True)
-        self._wheels = [str(wheel) for wheel in made.iterdir()]
+        self._wheels = [f"{wheel}[metrics]" if "agent" in wheel.name else str(wheel) for wheel in made.iterdir()]
         chroot = ["chroot", str(self.root)]
         subprocess.run([*chroot, "/usr/bin/python3", "-m", "venv", "--without-pip", HOME], check=True)
         version = "import sys; print('%d.%d' % sys.version_info[:2])"
