@@ -1,6 +1,7 @@
 """The `keyferry-agent` command: its arguments and exit codes. What it does is elsewhere."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -78,7 +79,8 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     except* StartError as errors:
         for error in errors.exceptions:
-            print(f"keyferry-agent: {error}", file=sys.stderr)
+            for line in f"keyferry-agent: {error}".splitlines():
+                print(f"{log.priority(logging.ERROR)}{line}", file=sys.stderr)
         return_code = FAILED
     else:
         return_code = DONE

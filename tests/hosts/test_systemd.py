@@ -1,7 +1,6 @@
 """The units on a real systemd: installed as their README says, started by a connection, killed, reloaded, upgraded."""
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.agent import PATIENCE
-from support.installed import typed
+from support.installed import install
 from support.machine import Machine
 from support.requires import ROOT, program, root
 
@@ -68,11 +67,9 @@ print(failures or "none failed", min(counts) > 0)
 def machine() -> Iterator[Machine]:
     """A machine on which the agent is installed as systemd/README.md says, with a user whose application may use it."""
     with Machine() as made:
-        shutil.copytree(SYSTEMD, made.root / "srv/systemd")
-        made.write("/etc/keyferry/agent.toml", SETTINGS.format(more="", to='user = "orders"'))
-        made.run("useradd", "--system", "orders")
+        install(made)
         made.write("/srv/load.py", LOAD)
-        typed(made, "Install")
+        made.write("/etc/keyferry/agent.toml", SETTINGS.format(more="", to='user = "orders"'))
         if int(made.run("systemctl", "--version").split()[1]) >= 253:
             made.write(
                 f"/etc/systemd/system/{AGENT}.d/notify-reload.conf", (SYSTEMD / "notify-reload.conf").read_text()
@@ -248,7 +245,7 @@ def test_a_unit_is_told_by_its_control_group(machine: Machine) -> None:
     ask = ["keyferry", "call", "DescribeKey", "--KeyId", "alias/orders"]
     for unit, expected in (("orders.service", '"KeyState": "Enabled"'), ("other.service", "Forbidden.NoPermission")):
         options = ["--quiet", "--wait", "--pipe", "--collect", f"--unit={unit}", "--uid=orders"]
-        groups = ["-p", "SupplementaryGroups=keyferry"]
+        groups = ["-p", "SupplementaryGroups=keyferry-clients"]
         assert expected in machine.run(
             "sh", "-c", " ".join(["systemd-run", *options, *groups, *ask, "2>&1", "||", "true"])
         )

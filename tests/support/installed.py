@@ -4,6 +4,8 @@ import json
 import shutil
 from typing import Any
 
+from pyrage.x25519 import Identity
+
 from .machine import Machine
 from .requires import ROOT
 
@@ -39,8 +41,11 @@ def install(machine: Machine) -> None:
     """Install the agent with a key that the user `orders` may use."""
     shutil.copytree(SYSTEMD, machine.root / "srv/systemd")
     machine.run("useradd", "--system", "orders")
-    machine.write(CONFIGURATION, SETTINGS)
+    offline = Identity.generate()
+    machine.write("/srv/offline.key", str(offline))
+    machine.write("/srv/offline.pub", f"{offline.to_public()}\n")
     typed(machine, "Install")
+    machine.write(CONFIGURATION, SETTINGS)
 
 
 def configure(machine: Machine, text: str) -> None:
