@@ -64,7 +64,9 @@ def extra(name: str) -> Iterator[None]:
         missing = (error.name or "").split(".")[0]
         if missing not in _EXTRAS[name]:
             raise
-        raise Failed(f"this needs {missing}, which is not installed: pip install 'keyferry[{name}]'") from None
+        raise Failed(
+            f'this needs {missing}, which is not installed; install the extra "{name}" of keyferry (docs/installing.md)'
+        ) from None
 
 
 def usage(message: str) -> NoReturn:
