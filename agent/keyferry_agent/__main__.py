@@ -23,8 +23,8 @@ def main() -> int:
 
 
 def _opens_a_keyring(words: Sequence[str]) -> bool:
-    """Return whether the command is the daemon, a verb on a keyring, or a search that looks up aliases."""
-    return words[:1] in (["run"], ["keyring"]) or words[:2] == ["audit", "who"]
+    """Return whether the command is the daemon, a verb on a keyring, or a command that looks up aliases."""
+    return words[:1] in (["run"], ["keyring"], ["check"]) or words[:2] == ["audit", "who"]
 
 
 if __name__ == "__main__":

@@ -8,16 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from keyferry import private_files
 from keyferry.exchange import DEFAULT_SOCKET, pem_to_der
 
-from . import __version__, explain, log
+from . import __version__, checking, explain, log
 from .audit import command as audit_command
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 from .keyring import command as keyring_command
 from .options import Options, StartError
 from .run import daemon
-from .settings import Settings, examine
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -48,9 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=_run)
 
-    check = commands.add_parser("check", help="say everything that is wrong with a configuration", allow_abbrev=False)
-    check.add_argument("file", type=Path, metavar="FILE")
-    check.set_defaults(run=_check)
+    checking.add_parser(commands)
 
     pin = commands.add_parser("fingerprint", help="a public key's pin, as `recipients` takes it", allow_abbrev=False)
     pin.add_argument("file", type=Path, metavar="FILE", help="a public key, PEM or DER")
@@ -85,46 +81,6 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         return_code = DONE
     return return_code
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    settings, wrong, open_to_others = examine(arguments.file)
-    warnings: list[str] = []
-    if settings is not None:
-        open_to_others += _open_files(settings)
-        warnings += settings.warnings
-        if not wrong:  # else a file may seem to be missing only because its line is wrong
-            warnings += _missing_files(settings)
-    for problem in (*open_to_others, *wrong):
-        print(problem, file=sys.stderr)
-    for warning in warnings:
-        print(f"{arguments.file}: warning: {warning}", file=sys.stderr)
-    if settings is None or wrong or open_to_others:
-        return FAILED
-    print(f"{arguments.file}: good; grants: {len(settings.grants)}")
-    return DONE
-
-
-def _missing_files(settings: Settings) -> list[str]:
-    """Return one warning for each file that `run` would not find."""
-    warnings: list[str] = []
-    for name, path in (("keyring", settings.keyring), ("unseal", settings.unseal)):
-        if path is None:
-            warnings.append(f"{name}: not set; run needs it, or --{name}")
-        elif not os.path.exists(path):
-            warnings.append(f"{name}: {path} does not exist here, or may not be seen by this user")
-    return warnings
-
-
-def _open_files(settings: Settings) -> list[str]:
-    """Return one message for each way in which other users can write the keyring, or read what opens it."""
-    problems: list[str] = []
-    if settings.keyring is not None:
-        problems += private_files.problems(settings.keyring, owners=None)
-    if settings.unseal is not None:
-        owners = private_files.owner_of(settings.keyring)
-        problems += private_files.problems(settings.unseal, secret=True, owners=owners)
-    return problems
 
 
 def _fingerprint(arguments: argparse.Namespace) -> int:

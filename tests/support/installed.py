@@ -43,6 +43,7 @@ def install(machine: Machine) -> None:
     machine.run("useradd", "--system", "orders")
     offline = Identity.generate()
     machine.write("/srv/offline.key", str(offline))
+    (machine.root / "srv/offline.key").chmod(0o600)
     machine.write("/srv/offline.pub", f"{offline.to_public()}\n")
     typed(machine, "Install")
     machine.write(CONFIGURATION, SETTINGS)

@@ -136,7 +136,8 @@ class Machine:
     def start(self, *command: str) -> "subprocess.Popen[str]":
         """Start a command in the machine; whoever does waits for it."""
         enter = ["nsenter", "--target", str(self._leader), "--all", "--", *command]
-        return subprocess.Popen(enter, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(enter, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
     def write(self, path: str, text: str) -> None:
         """Write a file in the machine; its folder is made."""
