@@ -164,7 +164,8 @@ def _check_directory(directory: Path) -> None:
         status = directory.stat()
     except OSError as error:
         raise ListeningError(
-            f"{directory}: {error.strerror}. Make it, owned by the agent's user, or set another path"
+            f"{directory}: {error.strerror}. Make it, owned by the agent's user, or set another path (of the agent's own "
+            "socket also with --socket)"
         ) from None
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
     if open_to_all:

@@ -79,7 +79,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
     return Builder(tmp_path_factory.mktemp("installing"))
 
 
-def test_a_build_is_installed_and_replaced_by_the_commands_of_the_page(builder: Builder) -> None:
+def test_a_build_is_installed_and_replaced_by_the_next(builder: Builder) -> None:
     """Both builds are of the same development version, and pip replaces the code all the same."""
     first = builder.build()
     commit = builder.run("git rev-parse --short=12 HEAD")

@@ -193,29 +193,6 @@ def test_a_reload_swaps_the_keyring_under_load(machine: Machine) -> None:
     assert machine.run("systemctl", "is-active", AGENT) == "active"
 
 
-def credential(machine: Machine) -> None:
-    """Put what opens the keyring into a credential that only this machine can read, and its file away."""
-    machine.run("mkdir", "-p", "/etc/credstore.encrypted")
-    sealed = "/etc/credstore.encrypted/keyferry.unseal"
-    machine.run(
-        "systemd-creds", "encrypt", "--with-key=host", "--name=keyferry.unseal", "/etc/keyferry/host.key", sealed
-    )
-    settings = SETTINGS.format(more="", to='user = "orders"')
-    machine.write("/etc/keyferry/agent.toml", settings.replace("/etc/keyferry/host.key", "credential:keyferry.unseal"))
-
-
-def test_the_unseal_secret_can_be_a_credential_of_this_machine(machine: Machine) -> None:
-    """Encrypted with the host's key; the drop-in is the one in examples/."""
-    credential(machine)
-    drop_in(machine, (SYSTEMD / "examples/unseal-credential.conf").read_text())
-    machine.run("mv", "/etc/keyferry/host.key", "/root/away")
-    try:
-        assert status(machine)["State"] == "Serving"
-        call(machine, "call", "GenerateDataKey", "--KeyId", "alias/orders")
-    finally:
-        machine.run("mv", "/root/away", "/etc/keyferry/host.key")
-
-
 def test_kept_keys_survive_restart_and_crash_without_the_secret_and_are_forgotten_by_a_stop(machine: Machine) -> None:
     """Systemd holds the locked memory; `systemctl stop` lets it go."""
     machine.write("/etc/keyferry/agent.toml", SETTINGS.format(more="keep_keys = true", to='user = "orders"'))

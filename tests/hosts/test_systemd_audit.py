@@ -79,7 +79,7 @@ def test_a_burst_of_calls_loses_no_audit_entry(machine: Machine, settings: str) 
         assert described(journal(machine)) == CALLS
 
 
-def test_the_shipped_configuration_writes_the_audit_log_to_a_file(machine: Machine) -> None:
+def test_the_shipped_configuration_audits_to_a_file(machine: Machine) -> None:
     """The agent's user owns it, and no other user reads it."""
     machine.run("cp", "/srv/systemd/agent.toml", CONFIGURATION)
     status(machine)
