@@ -77,19 +77,16 @@ soak: $(VENV)/.development  ## clients, an operator and accidents on one agent f
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
 	PYTHONPATH=tests $(BIN)/python tests/support/reference.py
 
-wheels: $(VENV)/.development  ## build both distributions into dist/
-	$(BIN)/python -m build --quiet --outdir dist client
-	$(BIN)/python -m build --quiet --outdir dist agent
+wheels: $(VENV)/.created  ## build both distributions into dist/, with their commit as version, and SHA256SUMS
+	@.ci/wheels $(PYTHON) $(VENV) dist
 
-image: $(VENV)/.development  ## build the agent's image with podman (BASE=... for another base than Python's own)
-	rm -f dist/keyferry*.whl
-	@$(MAKE) --no-print-directory wheels
+image: wheels  ## build the agent's image with podman (BASE=... for another base than Python's own)
 	podman build $(if $(BASE),--build-arg BASE=$(BASE)) --file deploy/Containerfile --tag keyferry-agent:$(VERSION) .
 
 # Each holds the versions of those before it: what is deployed is what is tested.
 requirements: $(VENV)/.created  ## write the pinned and hashed requirements (UPGRADE=1: anew; PACKAGE=name: one of them)
 	@.ci/pip $(PYTHON) $(VENV) uv==0.13.9
-	$(PIN) $(A_WEEK_OLD) agent/pyproject.toml --output-file deploy/requirements.txt
+	$(PIN) $(A_WEEK_OLD) agent/pyproject.toml --extra metrics --output-file deploy/requirements.txt
 	$(PIN) $(A_WEEK_OLD) client/pyproject.toml --all-extras -c deploy/requirements.txt --output-file deploy/requirements-client.txt
 	$(PIN) client/pyproject.toml agent/pyproject.toml --all-extras --group dev -c deploy/requirements.txt \
 		-c deploy/requirements-client.txt --output-file .ci/requirements.txt

@@ -290,7 +290,7 @@ def test_an_agent_whose_socket_has_no_directory_says_so(tmp_path: Path) -> None:
     agent = RunningAgent(["--dev"], tmp_path / "none" / "agent.sock")
     assert agent.wait() == 1
     agent.kill()
-    assert "another socket with --socket" in "".join(agent.output)
+    assert "set another path (of the agent's own socket also with --socket)" in "".join(agent.output)
 
 
 def test_the_demo_runs(tmp_path: Path) -> None:

@@ -278,3 +278,47 @@ logger.info("written")
     with open(path, "wb") as stderr, running(code, stderr) as process:
         assert process.wait(PATIENCE) == 0
     assert [line["event"] for line in lines_of(path)] == ["log.lost", "written"]
+
+
+SAYING = """
+import sys
+named = os.environ.get("JOURNAL_STREAM") == "own"
+status = os.fstat(2)
+if named:
+    os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+logger.debug("debug")
+logger.info("info")
+logger.warning("warning")
+logger.error("error")
+try:
+    raise ValueError("two\\nlines")
+except ValueError:
+    logging.getLogger("library").critical("critical", exc_info=True)
+settle()
+"""
+
+
+@pytest.mark.parametrize("stream", ["own", "1:2", "rubbish", None])
+def test_lines_have_a_priority_only_for_the_journal(stream: str | None) -> None:
+    """$JOURNAL_STREAM names standard error, or a descriptor of a parent process."""
+    environment = {**os.environ, "JOURNAL_STREAM": stream} if stream else None
+    with running(SAYING, subprocess.PIPE, env=environment) as process:
+        _, err = process.communicate(timeout=PATIENCE)
+    begins = [line.partition("{")[0] for line in err.splitlines()]
+    assert begins == (["<6>", "<4>", "<3>", "<3>"] if stream == "own" else [""] * 4)
+    events = [json.loads(line[line.index("{") :])["event"] for line in err.splitlines()]
+    assert events == ["info", "warning", "error", "critical"]
+
+
+def test_the_report_of_lost_lines_is_an_error_for_the_journal() -> None:
+    """It is written past the queue."""
+    code = """
+status = os.fstat(2)
+os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+logging.getLogger().handlers[0].dropped = 5
+logger.info("info")
+settle()
+"""
+    with running(code, subprocess.PIPE) as process:
+        _, err = process.communicate(timeout=PATIENCE)
+    assert [line.partition("{")[0] for line in err.splitlines()] == ["<3>", "<6>"]

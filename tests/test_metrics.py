@@ -21,7 +21,7 @@ from support.asking import ok, refused
 from support.keyring import serving
 from support.scrape import UnixHTTP, scraped
 
-from keyferry_agent import metrics, scrapes
+from keyferry_agent import metrics, scrapes, settings
 from keyferry_agent.command import main
 
 
@@ -69,13 +69,55 @@ def test_a_loopback_port_serves_them_too(keyring: Path, socket_path: Path, host:
         second.kill()
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:9464", "9464", "example.org:9464", "127.0.0.1:0", "127.0.0.1:x"])
-def test_metrics_are_served_to_this_host_only(tmp_path: Path, capsys: pytest.CaptureFixture[str], address: str) -> None:
-    """Anything but a socket's path and a loopback port is an error of the configuration."""
+@pytest.mark.parametrize(
+    ("listen", "why"),
+    [
+        (
+            '"0.0.0.0:9464"',
+            "metrics.listen: '0.0.0.0:9464' is not a loopback address, and metrics have no authentication",
+        ),
+        ('"[::]:9464"', "set remote = true"),
+        ('"9464"', "metrics.listen: expected an absolute path, or an address"),
+        ('"example.org:9464"\nremote = true', "metrics.listen: expected an absolute path, or an address"),
+        ('"127.0.0.1:0"', "metrics.listen: expected"),
+        ('"127.0.0.1:x"\nremote = true', "metrics.listen: expected"),
+        ('"/run/keyferry/agent.sock"', "a listener has the path /run/keyferry/agent.sock"),
+    ],
+)
+def test_an_address_of_other_hosts_takes_a_second_setting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], listen: str, why: str
+) -> None:
+    """Without `remote = true`, only a socket's path and a loopback port are accepted."""
     config = tmp_path / "agent.toml"
-    config.write_text(f'[metrics]\nlisten = "{address}"\n')
+    config.write_text(f"[metrics]\nlisten = {listen}\n")
     assert main(["check", str(config)]) == 1
-    assert "metrics.listen: expected an absolute path, or a loopback address" in capsys.readouterr().err
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:9464", "10.1.2.3:9464", "[::]:9464", "127.0.0.1:9464", "/run/m.sock"])
+def test_remote_accepts_every_address_of_this_host(tmp_path: Path, address: str) -> None:
+    """Whether the host has the address shows at the start."""
+    config = tmp_path / "agent.toml"
+    config.write_text(f'[metrics]\nlisten = "{address}"\nremote = true\n')
+    assert settings.read(config).metrics == address
+
+
+def test_remote_without_an_address_is_an_error(tmp_path: Path) -> None:
+    """The setting would have no effect."""
+    config = tmp_path / "agent.toml"
+    config.write_text("[metrics]\nremote = true\n")
+    with pytest.raises(settings.SettingsError, match=r"metrics\.remote: has no effect without listen"):
+        settings.read(config)
+
+
+def test_an_error_of_the_port_names_the_setting(keyring: Path, socket_path: Path) -> None:
+    """An address that this host does not have."""
+    config = keyring.parent / "agent.toml"
+    config.write_text('[metrics]\nlisten = "192.0.2.1:9464"\nremote = true\n')
+    agent = RunningAgent(["--dev", "--config", str(config)], socket_path)
+    assert agent.wait() == 1
+    assert 'keyferry-agent: metrics: listen = "192.0.2.1:9464": ' in "".join(agent.output)
+    agent.kill()
 
 
 WITHOUT = (
@@ -95,7 +137,7 @@ def test_a_missing_library_is_said_with_what_installs_it(tmp_path: Path) -> None
         check=False,
     )
     assert ended.returncode == 1
-    assert "pip install 'keyferry-agent[metrics]'" in ended.stderr
+    assert 'install the extra "metrics" of keyferry-agent' in ended.stderr
 
 
 # --- slow and hostile clients -----------------------------------------------------------------------------------------

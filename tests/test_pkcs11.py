@@ -239,7 +239,7 @@ except ImportError as error:
     print(error)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out == f"{name} needs {package}: pip install 'keyferry[{extra}]'\n"
+    assert out == f'{name} needs {package}; install the extra "{extra}" of keyferry (docs/installing.md)\n'
 
 
 def test_what_no_module_has_is_no_attribute() -> None:

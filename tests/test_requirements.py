@@ -35,7 +35,7 @@ def asked(path: str, *, extras: bool) -> list[str]:
 GROUPS = project(".")["dependency-groups"]
 ASKED = {
     ".ci/requirements.txt": [*asked("client", extras=True), *asked("agent", extras=True), *GROUPS["dev"]],
-    "deploy/requirements.txt": asked("agent", extras=False),
+    "deploy/requirements.txt": asked("agent", extras=True),
     "deploy/requirements-client.txt": asked("client", extras=True),
     **{f".ci/requirements-{group}.txt": GROUPS[group] for group in ("audit", "fuzz", "hosts")},
 }

@@ -10,7 +10,7 @@ _shtab_keyferry_agent_keyring_subparsers=(init reseal create-key import-key list
 _shtab_keyferry_agent_subparsers=(run check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev)
-_shtab_keyferry_agent_check_option_strings=(-h --help)
+_shtab_keyferry_agent_check_option_strings=(-h --help --systemd)
 _shtab_keyferry_agent_fingerprint_option_strings=(-h --help)
 _shtab_keyferry_agent_explain_option_strings=(-h --help --config --request-id --audit-log --uid --user --gid --group --listener --unit --pod --exe --sha256 --action --key --recipient --context --json)
 _shtab_keyferry_agent_audit_verify_option_strings=(-h --help --config --since)
@@ -97,6 +97,7 @@ _shtab_keyferry_agent_run___help_nargs=0
 _shtab_keyferry_agent_run___dev_nargs=0
 _shtab_keyferry_agent_check__h_nargs=0
 _shtab_keyferry_agent_check___help_nargs=0
+_shtab_keyferry_agent_check___systemd_nargs=0
 _shtab_keyferry_agent_fingerprint__h_nargs=0
 _shtab_keyferry_agent_fingerprint___help_nargs=0
 _shtab_keyferry_agent_explain__h_nargs=0

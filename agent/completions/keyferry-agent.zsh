@@ -99,6 +99,7 @@ _shtab_keyferry_agent_audit_who_defaults_added=0
 
 _shtab_keyferry_agent_check_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--systemd[this host runs it as keyferry-agent.service\: ask systemd for sockets, folders and credentials, and fail where the agent would not start]"
   ":FILE:_files"
 )
 

@@ -2,5 +2,5 @@
 
 __all__ = ["__version__"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 """The same as the client library's, which is not imported for it: this package is, twice, when an agent starts."""

@@ -1,23 +1,23 @@
 """The `keyferry-agent` command: its arguments and exit codes. What it does is elsewhere."""
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from keyferry import guard, private_files
+from keyferry import guard
 from keyferry.arguments import socket
 from keyferry.exchange import DEFAULT_SOCKET, default_socket, pem_to_der
 from keyferry.output import complain, say, show
 
-from . import __version__, explain, log
+from . import __version__, checking, explain, log
 from .audit import command as audit_command
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 from .keyring import command as keyring_command
 from .options import Options, StartError
 from .run import daemon
-from .settings import Settings, examine
 
 PROGRAM: Final = "keyferry-agent"
 DONE: Final = 0
@@ -51,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=_run)
 
-    check = commands.add_parser("check", help="say everything that is wrong with a configuration", allow_abbrev=False)
-    check.add_argument("file", type=Path, metavar="FILE")
-    check.set_defaults(run=_check)
+    checking.add_parser(commands)
 
     pin = commands.add_parser("fingerprint", help="a public key's pin, as `recipients` takes it", allow_abbrev=False)
     pin.add_argument("file", type=Path, metavar="FILE", help="a public key: PEM, DER or Base64")
@@ -82,50 +80,12 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     except* StartError as errors:
         for error in errors.exceptions:
-            complain(PROGRAM, str(error))
+            for line in f"{PROGRAM}: {error}".splitlines():
+                say(f"{log.priority(logging.ERROR)}{line}")
         return_code = FAILED
     else:
         return_code = DONE
     return return_code
-
-
-def _check(arguments: argparse.Namespace) -> int:
-    settings, wrong, open_to_others = examine(arguments.file)
-    warnings: list[str] = []
-    if settings is not None:
-        open_to_others += _open_files(settings)
-        warnings += settings.warnings
-        if not wrong:  # else a file may seem to be missing only because its line is wrong
-            warnings += _missing_files(settings)
-    for problem in (*open_to_others, *wrong):
-        say(problem)
-    for warning in warnings:
-        say(f"{arguments.file}: warning: {warning}")
-    if settings is None or wrong or open_to_others:
-        return FAILED
-    return show(PROGRAM, f"{arguments.file}: good; grants: {len(settings.grants)}")
-
-
-def _missing_files(settings: Settings) -> list[str]:
-    """Return one warning for each file that `run` would not find."""
-    warnings: list[str] = []
-    for name, path in (("keyring", settings.keyring), ("unseal", settings.unseal)):
-        if path is None:
-            warnings.append(f"{name}: not set; run needs it, or --{name}")
-        elif not os.path.exists(path):
-            warnings.append(f"{name}: {path} does not exist here, or may not be seen by this user")
-    return warnings
-
-
-def _open_files(settings: Settings) -> list[str]:
-    """Return one message for each way in which other users can write the keyring, or read what opens it."""
-    problems: list[str] = []
-    if settings.keyring is not None:
-        problems += private_files.problems(settings.keyring, owners=None)
-    if settings.unseal is not None:
-        owners = private_files.owner_of(settings.keyring)
-        problems += private_files.problems(settings.unseal, secret=True, owners=owners)
-    return problems
 
 
 def _fingerprint(arguments: argparse.Namespace) -> int:

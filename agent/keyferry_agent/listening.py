@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from .locking import Lock, LockError
 from .settings import Listener
 
-__all__ = ["Listening", "ListeningError", "open_all"]
+__all__ = ["Listening", "ListeningError", "assign", "open_all"]
 
 _BACKLOG: Final = 512
 _LOCK_SECONDS: Final = 5.0
@@ -63,12 +63,12 @@ def open_all(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.so
     A given socket belongs to the listener of its name, or of its path; a sole one that has neither, to the only listener that
     has none. Raises `ListeningError`, also for a given socket that belongs to nobody.
     """
-    found = _assign(listeners, given)
+    found = assign(listeners, [(name, _path(sock)) for name, sock in given])
     opened: list[Listening] = []
     try:
         for listener in listeners:
             if listener.name in found:
-                opened.append(_adopt(listener, found[listener.name]))
+                opened.append(_adopt(listener, given[found[listener.name]][1]))
             else:
                 made = _take(listener)
                 opened.append(Listening(listener.name, listener.path, made, None, made=True))
@@ -77,30 +77,34 @@ def open_all(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.so
         for each in opened:
             each.close()
         if isinstance(error, OSError):
-            raise ListeningError(f"{error.filename}: {error.strerror}") from None
+            raise ListeningError(f"{error.filename or listener.path}: {error.strerror}") from None
         raise
     return opened
 
 
-def _assign(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.socket]]) -> dict[str, socket.socket]:
-    found: dict[str, socket.socket] = {}
+def assign(listeners: Sequence[Listener], given: Sequence[tuple[str, Path | None]]) -> dict[str, int]:
+    """Return, by the name of a listener, which of the given sockets is its own. A socket is given by its name and path.
+
+    Raises `ListeningError` for a socket that belongs to no listener.
+    """
+    found: dict[str, int] = {}
     strangers = []
-    for name, sock in given:
-        path = _path(sock)
+    for number, (name, path) in enumerate(given):
         by_name = [each.name for each in listeners if each.name == name and each.name not in found]
         by_path = [each.name for each in listeners if each.path == path and each.name not in found]
         for owner in (by_name or by_path)[:1]:
-            found[owner] = sock
+            found[owner] = number
         if not by_name and not by_path:
-            strangers.append((name, path, sock))
+            strangers.append(number)
     rest = [each.name for each in listeners if each.name not in found]
     if len(strangers) == len(rest) == 1:  # one socket, one listener: nobody had to name anything
-        found[rest[0]] = strangers.pop()[2]
+        found[rest[0]] = strangers.pop()
     if strangers:
-        name, path, _ = strangers[0]
+        name, path = given[strangers[0]]
         raise ListeningError(
-            f"the service manager gave a socket named {name!r} at {path}, which no listener is called, or listens on: "
-            f"the socket unit's FileDescriptorName= is to be the name of a [[listener]] ({', '.join(rest) or 'all have one'})"
+            f"systemd hands over a socket named {name!r} at {path}, and no listener has this name or path: set "
+            f"FileDescriptorName= of the socket unit to the name of a [[listener]] ({', '.join(rest) or 'all have one'}), or "
+            "disable and stop the socket unit"
         )
     return found
 
@@ -172,7 +176,8 @@ def _check_directory(directory: Path) -> None:
         status = directory.stat()
     except OSError as error:
         raise ListeningError(
-            f"{directory}: {error.strerror}. Make it, owned by the agent's user, or name another socket with --socket"
+            f"{directory}: {error.strerror}. Make it, owned by the agent's user, or set another path (of the agent's own "
+            "socket also with --socket)"
         ) from None
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
     if open_to_all:

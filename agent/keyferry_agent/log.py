@@ -2,6 +2,8 @@
 
 A thread writes the lines: no request waits for the reader of standard error. The thread survives every write error. It drops
 the lines that it cannot write, and reports their number (`log.lost`) as soon as it can write again.
+
+Where systemd-journald reads standard error, each line begins with its priority, as in sd-daemon(3). journald removes it.
 """
 
 import errno
@@ -19,7 +21,7 @@ from typing import Any, Final
 
 import structlog
 
-__all__ = ["configure"]
+__all__ = ["configure", "priority"]
 
 MAX_WAITING: Final = 4_096
 """Lines that may wait to be written, some MiB at most. The queue drops later lines and counts them."""
@@ -30,6 +32,20 @@ REPORT_SECONDS: Final = 1.0
 POLL_MILLISECONDS: Final = 1_000
 RETRY_SECONDS: Final = 0.05
 """Pause after a descriptor that poll(2) called writable refused a write all the same."""
+PRIORITIES: Final = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.INFO, "<6>"), (logging.NOTSET, "<7>"))
+"""The lowest level of logging for each of syslog's priorities: error, warning, informational, debug."""
+
+
+def priority(level: int) -> str:
+    """Return what a line of this level begins with: a priority where journald reads standard error, else nothing."""
+    try:
+        status = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # closed, replaced by an object without a descriptor, or None
+        return ""
+    # A process inherits the variable, but may have another standard error: systemd.exec(5) says to compare.
+    if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
+        return ""
+    return next(text for lowest, text in PRIORITIES if level >= lowest)
 
 
 class _Queue(logging.handlers.QueueHandler):
@@ -70,8 +86,13 @@ class _StandardError:
         self._failed = False
 
     def error(self, line: str) -> None:
+        """Write one line of level ERROR, as `write` does. structlog calls a method of this name."""
+        self.write(line, logging.ERROR)
+
+    def write(self, line: str, level: int) -> None:
         """Write one line. Raises OSError, or ValueError where the process has no standard error. Blocks while it is full."""
         descriptor = sys.stderr.fileno()
+        line = priority(level) + line
         if self._failed:
             self._move_to_end(descriptor)
         data, written = f"{self._half * chr(10)}{line}\n".encode(errors="backslashreplace"), 0
@@ -146,7 +167,7 @@ class _Writer:
             try:
                 self._report(now=failed or record is None or self._waiting.queue.empty())
                 if record is not None:
-                    self._output.error(record.getMessage())
+                    self._output.write(record.getMessage(), record.levelno)
                 failed = False
             except Exception:
                 # The thread survives every exception: without it, nothing would be logged any more.

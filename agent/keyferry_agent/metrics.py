@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, on a socket or a loopback port of their own: off by default, and a thread apart from requests.
+"""Metrics for Prometheus, on a socket or a port of their own: off by default, and a thread apart from requests.
 
 Names of operations, codes and counts; nothing of keys, callers or contexts.
 """
@@ -12,12 +12,18 @@ from keyferry.operations import OPERATIONS
 from .agent import Agent
 from .audit import AuditLog
 
-__all__ = ["Metrics", "MetricsError"]
+__all__ = ["MISSING_LIBRARY", "Metrics", "MetricsError"]
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 _BUCKETS: Final = (0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_6, 0.003_2, 0.006_4, 0.025, 0.1, 1.0)
 """Seconds: an RSA call takes a tenth of a millisecond, an SM2 call one."""
+
+
+MISSING_LIBRARY: Final = (
+    'metrics: the package prometheus-client is missing; install the extra "metrics" of keyferry-agent (docs/installing.md), '
+    "or remove [metrics]"
+)
 
 
 class MetricsError(Exception):
@@ -32,9 +38,7 @@ class Metrics:
         try:
             import prometheus_client as prometheus  # noqa: PLC0415 - an extra
         except ImportError:
-            raise MetricsError(
-                "metrics need the package prometheus-client: pip install 'keyferry-agent[metrics]', or leave [metrics] out"
-            ) from None
+            raise MetricsError(MISSING_LIBRARY) from None
         self.handler = prometheus.MetricsHandler
         self.registry = registry = prometheus.CollectorRegistry()
         prometheus.ProcessCollector(registry=registry)

@@ -1,9 +1,10 @@
-"""Answers scrapes of metrics: HTTP on a Unix socket or a loopback port, a few scrapes at once, each in a thread.
+"""Answers scrapes of metrics: HTTP on a Unix socket or a port, a few scrapes at once, each in a thread.
 
 Every local user can connect to a loopback port. So a whole scrape has one deadline, the number of scrapes is bounded, and the
 threads are daemons: neither another scrape nor the end of the agent waits for a slow client.
 """
 
+import errno
 import io
 import socket
 import threading
@@ -154,24 +155,32 @@ class Server:
 
 
 def _serve(metrics: Metrics, address: str) -> Server:
-    """Answer scrapes at a socket's path, or at ADDRESS:PORT. Raises `MetricsError`."""
+    """Answer scrapes at a socket's path, or at ADDRESS:PORT. Raises `MetricsError`, `ListeningError` or OSError."""
     answer = _handler(metrics)
     if address.startswith("/"):
-        try:
-            (made,) = listening.open_all([Listener("metrics", Path(address))], [])
-        except listening.ListeningError as error:
-            raise MetricsError(f"metrics: {error}") from None
+        (made,) = listening.open_all([Listener("metrics", Path(address))], [])
         return Server(made.socket, made, answer)
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG)
-    except OSError as error:
-        raise MetricsError(f"metrics: {address}: {error.strerror}") from None
-    return Server(listener, None, answer)
+    return Server(socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG), None, answer)
+
+
+def _reason(error: OSError) -> str:
+    """Return why a port cannot be listened on, and what to do."""
+    if error.errno == errno.EAFNOSUPPORT:
+        return (
+            f"{error.strerror}: the service allows no network sockets; install the drop-in "
+            "systemd/examples/metrics-tcp.conf, or set listen to the path of a socket"
+        )
+    return error.strerror or str(error)
 
 
 def of(agent: Agent, audit: AuditLog, address: str) -> tuple[Metrics, Server]:
     """Return the metrics of an agent, and the server that answers scrapes of them at an address. Raises `MetricsError`."""
     metrics = Metrics(agent, audit)
-    return metrics, _serve(metrics, address)
+    try:
+        return metrics, _serve(metrics, address)
+    except listening.ListeningError as error:
+        raise MetricsError(f"metrics: listen: {error}") from None
+    except OSError as error:
+        raise MetricsError(f'metrics: listen = "{address}": {_reason(error)}') from None

@@ -85,7 +85,7 @@ class Settings:
     keep_keys: bool = False
     """Have the service manager keep the keyring's memory over a restart, so that no unseal secret is needed then."""
     metrics: str = ""
-    """Where metrics are served: the path of a socket, or a port of a loopback address; empty: nowhere."""
+    """Where metrics are served: the path of a socket, or ADDRESS:PORT; empty: nowhere."""
     limits: Limits = Limits()
     audit: Audit = Audit()
     grants: tuple[Grant, ...] = ()
@@ -172,9 +172,7 @@ def _settings(table: toml.Table) -> Settings:
         memory_backing=table.take("memory_backing", "", toml.one_of("auto", "memfd_secret", "mlock"), "auto"),
         sm2_fallback=table.take("sm2_fallback", "", toml.one_of("none", "gmssl"), "none"),
         keep_keys=table.take("keep_keys", "true or false", toml.boolean, False),
-        metrics=metrics.take(
-            "listen", 'an absolute path, or a loopback address like "127.0.0.1:9464"', toml.address, ""
-        ),
+        metrics=_metrics(metrics),
         limits=_limits(limits),
         audit=Audit(
             path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
@@ -184,8 +182,9 @@ def _settings(table: toml.Table) -> Settings:
         names=names,
     )
     audit.done()
-    metrics.done()
     table.done()
+    if settings.metrics in {str(listener.path) for listener in settings.listeners}:
+        table.wrong("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
     _check_grants(table, settings)
     return settings
 
@@ -255,6 +254,17 @@ def _audit_path(value: Any) -> str:
     if path != "stderr" and (not path.startswith("/") or "\0" in path):
         raise ValueError
     return path if path == "stderr" else str(toml.path(path))
+
+
+def _metrics(table: toml.Table) -> str:
+    """Return where metrics are served. An address that other hosts reach takes `remote = true`."""
+    remote = table.take("remote", "true or false", toml.boolean, False)
+    check = toml.remote_address if remote else toml.address
+    address: str = table.take("listen", 'an absolute path, or an address like "127.0.0.1:9464"', check, "")
+    if remote and not table.has("listen"):
+        table.wrong("remote", "has no effect without listen")
+    table.done()
+    return address
 
 
 def _limits(table: toml.Table) -> Limits:

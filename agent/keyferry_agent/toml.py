@@ -132,11 +132,23 @@ def unseal(value: Any) -> Path:
 
 def address(value: Any) -> str:
     """The path of a socket, or a port of this host's loopback: ADDRESS:PORT."""
+    text = remote_address(value)
+    if not text.startswith("/") and not ip_address(text.rpartition(":")[0].strip("[]")).is_loopback:
+        raise _Problem(
+            f"{_shown(value)} is not a loopback address, and metrics have no authentication; "
+            "set remote = true to serve other hosts and pods"
+        )
+    return text
+
+
+def remote_address(value: Any) -> str:
+    """The path of a socket, or a port of any address of this host: ADDRESS:PORT."""
     text = string(value)
     if text.startswith("/"):
         return str(socket_path(text))
     host, _, port = text.rpartition(":")
-    if not ip_address(host.strip("[]")).is_loopback or not 0 < int(port) < _PORTS:
+    ip_address(host.strip("[]"))
+    if not port.isdecimal() or not 0 < int(port) < _PORTS:
         raise ValueError
     return text
 

@@ -23,7 +23,7 @@ from .errors import (
     Throttled,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AccessDenied",

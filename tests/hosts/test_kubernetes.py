@@ -5,6 +5,7 @@ There is no kubelet here. What of it matters to the agent, `support/manifests.py
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ DESCRIBE = ("keyferry", "call", "DescribeKey", "--KeyId", "alias/orders")
 class Pods:
     """Pods of one base, with the secrets that they mount."""
 
-    def __init__(self, podman: Podman, folder: Path, base: str) -> None:
+    def __init__(self, podman: Podman, folder: Path, base: Path) -> None:
         self.podman = podman
         self.keyring = folder / "keyring.age"
         run("init", self.keyring, "--new-identity", folder / "identity")
@@ -47,7 +48,7 @@ class Pods:
         self.mounted = {path.name: path for path in (self.secret.folder, identity.folder)}
         self._folder = folder
         images = dict.fromkeys(("keyferry-agent", "orders", "reports"), IMAGE)
-        self._rendered = parsed(rendered(overlay(folder / "overlay", DEPLOY / base, images)))
+        self._rendered = parsed(rendered(overlay(folder / "overlay", base, images)))
 
     def mount_keyring(self) -> None:
         """Give the secret the content of the keyring, as the kubelet does some time after it was applied."""
@@ -136,7 +137,7 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
 @pytest.fixture(scope="module")
 def sidecar(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Pods:
     """The pod of deploy/sidecar, serving."""
-    pods = Pods(podman, tmp_path_factory.mktemp("sidecar"), "sidecar")
+    pods = Pods(podman, tmp_path_factory.mktemp("sidecar"), DEPLOY / "sidecar")
     pods.play_base("app")
     podman.run("exec", "app-orders", "keyferry", "status", "--wait", "30")
     return pods
@@ -256,7 +257,7 @@ def test_the_liveness_probe_has_an_agent_restarted_that_hangs(podman: Podman, si
 
 def test_one_agent_for_a_node_tells_pods_apart_by_their_user(podman: Podman, tmp_path: Path) -> None:
     """And serves them again, through the folder that they mounted, after it was killed."""
-    pods = Pods(podman, tmp_path, "daemonset")
+    pods = Pods(podman, tmp_path, DEPLOY / "daemonset")
     host = tmp_path / "run"
     host.mkdir(mode=0o755)
     pods.mounted["/run/keyferry"] = host
@@ -275,3 +276,23 @@ def test_one_agent_for_a_node_tells_pods_apart_by_their_user(podman: Podman, tmp
         application.wait_for("answered")
         done = application.end()
     assert done["wrong"] == done["refused"] == 0
+
+
+def test_metrics_of_the_image_are_served_on_the_pod_s_address(podman: Podman, tmp_path: Path) -> None:
+    """The image has what they need, and the configuration is the one of deploy/README.md."""
+    base = tmp_path / "deploy"
+    shutil.copytree(DEPLOY / "sidecar", base)
+    page = (DEPLOY / "README.md").read_text().split("## Metrics")[1]
+    lines = page.split("```toml\n")[1].split("```")[0].replace("\n   ", "\n").lstrip()
+    with open(base / "agent.toml", "a") as file:
+        file.write(f"\n{lines}\n")
+    pods = Pods(podman, tmp_path, base)
+    pods.play_base("metered")
+    podman.run("exec", "metered-orders", "keyferry", "status", "--wait", "30")
+    checked = podman.run("exec", "metered-keyferry-agent", "keyferry-agent", "check", "/etc/keyferry/config/agent.toml")
+    assert (checked.stdout.partition(";")[0], checked.stderr) == ("/etc/keyferry/config/agent.toml: good", "")
+    code = "from urllib.request import urlopen; print(urlopen('http://127.0.0.1:9464/metrics').read().decode())"
+    said = podman.run("exec", "metered-orders", "python", "-c", code).stdout
+    assert "keyferry_keys 1.0" in said
+    listening = podman.run("exec", "metered-orders", "cat", "/proc/net/tcp").stdout
+    assert "00000000:24F8" in listening  # every address of the pod, port 9464

@@ -1,11 +1,13 @@
 """The manifests of deploy/: what the API's schema says of them, and what they take away from the agent."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from support.agent import PATIENCE
 from support.manifests import DEPLOY, containers, parsed, rendered
 from support.requires import installed, program
@@ -28,6 +30,14 @@ def template(base: str) -> Any:
     return made["spec"]["template"]
 
 
+def metered(folder: Path, base: str) -> list[Any]:
+    """What a base makes with its component for metrics; `folder` is for the overlay."""
+    folder.mkdir()
+    at = os.path.relpath(DEPLOY / base, folder)
+    (folder / "kustomization.yaml").write_text(f"resources: [{at}]\ncomponents: [{at}/metrics]\n")
+    return parsed(rendered(folder))
+
+
 @installed("kubernetes-validate", "make test-hosts")
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_manifest_is_as_the_api_has_it(tmp_path: Path, version: str) -> None:
@@ -35,7 +45,9 @@ def test_every_manifest_is_as_the_api_has_it(tmp_path: Path, version: str) -> No
     files = [DEPLOY / "daemonset" / "application.yaml"]
     for base in BASES:
         files.append(tmp_path / f"{base}.yaml")
-        files[-1].write_text(rendered(DEPLOY / base))
+        # A PodMonitor is no part of the API itself.
+        made = [each for each in metered(tmp_path / base, base) if each["kind"] != "PodMonitor"]
+        files[-1].write_text(yaml.safe_dump_all(made))
     validator = Path(sys.executable).with_name("kubernetes-validate")
 
     def validate(*paths: Path) -> "subprocess.CompletedProcess[str]":
@@ -99,3 +111,24 @@ def test_the_configuration_names_the_files_that_are_mounted(base: str) -> None:
         command = agent[probe]["exec"]["command"]
         assert command[:2] == ["keyferry", "status"]
         assert "--socket" not in command or Path(command[3]) in sockets
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_component_names_the_port_that_is_scraped(tmp_path: Path, base: str) -> None:
+    """The PodMonitor selects the pods of the base, and a NetworkPolicy opens the port of no sidecar's application."""
+    made = metered(tmp_path / base, base)
+    kinds = {each["kind"]: each for each in made if each["kind"] != "NetworkPolicy"}
+    template = (kinds.get("Deployment") or kinds["DaemonSet"])["spec"]["template"]
+    (port,) = containers(template)["keyferry-agent"]["ports"]
+    assert port == {"name": "metrics", "containerPort": 9464}
+    monitor = kinds["PodMonitor"]["spec"]
+    assert [each["port"] for each in monitor["podMetricsEndpoints"]] == ["metrics"]
+    assert monitor["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = [
+        port["port"]
+        for each in made
+        if each["kind"] == "NetworkPolicy"
+        for rule in each["spec"].get("ingress", [])
+        for port in rule["ports"]
+    ]
+    assert ports == ([9464] if base == "daemonset" else [])

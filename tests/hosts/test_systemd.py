@@ -1,7 +1,6 @@
 """The units on a real systemd: installed as their README says, started by a connection, killed, reloaded, upgraded."""
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.agent import PATIENCE
+from support.installed import install
 from support.machine import Machine
 from support.requires import ROOT, program, root
 
@@ -67,24 +67,15 @@ print(failures or "none failed", min(counts) > 0)
 def machine() -> Iterator[Machine]:
     """A machine on which the agent is installed as systemd/README.md says, with a user whose application may use it."""
     with Machine() as made:
-        shutil.copytree(SYSTEMD, made.root / "srv/systemd")
-        made.write("/etc/keyferry/agent.toml", SETTINGS.format(more="", to='user = "orders"'))
-        made.run("useradd", "--system", "orders")
+        install(made)
         made.write("/srv/load.py", LOAD)
-        for line in commands():
-            made.run("sh", "-ec", f"cd /srv && {line}")
+        made.write("/etc/keyferry/agent.toml", SETTINGS.format(more="", to='user = "orders"'))
         if int(made.run("systemctl", "--version").split()[1]) >= 253:
             made.write(
                 f"/etc/systemd/system/{AGENT}.d/notify-reload.conf", (SYSTEMD / "notify-reload.conf").read_text()
             )
             made.run("systemctl", "daemon-reload")
         yield made
-
-
-def commands() -> list[str]:
-    """What the README has an operator type."""
-    text = (SYSTEMD / "README.md").read_text().split("As root:")[1].split("\n\n")[1]
-    return [line.strip() for line in text.splitlines()]
 
 
 @pytest.fixture(autouse=True)
@@ -202,29 +193,6 @@ def test_a_reload_swaps_the_keyring_under_load(machine: Machine) -> None:
     assert machine.run("systemctl", "is-active", AGENT) == "active"
 
 
-def credential(machine: Machine) -> None:
-    """Put what opens the keyring into a credential that only this machine can read, and its file away."""
-    machine.run("mkdir", "-p", "/etc/credstore.encrypted")
-    sealed = "/etc/credstore.encrypted/keyferry.unseal"
-    machine.run(
-        "systemd-creds", "encrypt", "--with-key=host", "--name=keyferry.unseal", "/etc/keyferry/host.key", sealed
-    )
-    settings = SETTINGS.format(more="", to='user = "orders"')
-    machine.write("/etc/keyferry/agent.toml", settings.replace("/etc/keyferry/host.key", "credential:keyferry.unseal"))
-
-
-def test_the_unseal_secret_can_be_a_credential_of_this_machine(machine: Machine) -> None:
-    """Encrypted with the host's key; the drop-in is the one in examples/."""
-    credential(machine)
-    drop_in(machine, (SYSTEMD / "examples/unseal-credential.conf").read_text())
-    machine.run("mv", "/etc/keyferry/host.key", "/root/away")
-    try:
-        assert status(machine)["State"] == "Serving"
-        call(machine, "call", "GenerateDataKey", "--KeyId", "alias/orders")
-    finally:
-        machine.run("mv", "/root/away", "/etc/keyferry/host.key")
-
-
 def test_kept_keys_survive_restart_and_crash_without_the_secret_and_are_forgotten_by_a_stop(machine: Machine) -> None:
     """Systemd holds the locked memory; `systemctl stop` lets it go."""
     machine.write("/etc/keyferry/agent.toml", SETTINGS.format(more="keep_keys = true", to='user = "orders"'))
@@ -254,7 +222,7 @@ def test_a_unit_is_told_by_its_control_group(machine: Machine) -> None:
     ask = ["keyferry", "call", "DescribeKey", "--KeyId", "alias/orders"]
     for unit, expected in (("orders.service", '"KeyState": "Enabled"'), ("other.service", "Forbidden.NoPermission")):
         options = ["--quiet", "--wait", "--pipe", "--collect", f"--unit={unit}", "--uid=orders"]
-        groups = ["-p", "SupplementaryGroups=keyferry"]
+        groups = ["-p", "SupplementaryGroups=keyferry-clients"]
         assert expected in machine.run(
             "sh", "-c", " ".join(["systemd-run", *options, *groups, *ask, "2>&1", "||", "true"])
         )

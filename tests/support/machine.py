@@ -69,7 +69,7 @@ class Machine:
         for distribution in ("client", "agent"):
             command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(made), str(ROOT / distribution)]
             subprocess.run(command, check=True, capture_output=True)
-        self._wheels = [str(wheel) for wheel in made.iterdir()]
+        self._wheels = [f"{wheel}[metrics]" if "agent" in wheel.name else str(wheel) for wheel in made.iterdir()]
         chroot = ["chroot", str(self.root)]
         subprocess.run([*chroot, "/usr/bin/python3", "-m", "venv", "--without-pip", HOME], check=True)
         version = "import sys; print('%d.%d' % sys.version_info[:2])"
@@ -136,7 +136,8 @@ class Machine:
     def start(self, *command: str) -> "subprocess.Popen[str]":
         """Start a command in the machine; whoever does waits for it."""
         enter = ["nsenter", "--target", str(self._leader), "--all", "--", *command]
-        return subprocess.Popen(enter, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(enter, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
     def write(self, path: str, text: str) -> None:
         """Write a file in the machine; its folder is made."""

@@ -124,8 +124,7 @@ class Podman:
                 str(ROOT / distribution),
             ]
             subprocess.run(command, check=True, capture_output=True, timeout=_BUILDING)
-        wheels = CACHE / "wheels"
-        _pip("download", "--python-version", python, "--only-binary=:all:", "--require-hashes", "--dest", wheels)
+        wheels = download(python)
         offline = self._folder / "pip.conf"
         offline.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
         self.run(
@@ -136,11 +135,10 @@ class Podman:
         )
 
 
-def _pip(*arguments: object) -> None:
-    requirements = ROOT / "deploy" / "requirements.txt"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--quiet", *map(str, arguments), "-r", requirements],
-        check=True,
-        capture_output=True,
-        timeout=_BUILDING,
-    )
+def download(python: str) -> Path:
+    """Download what the agent needs for a version of Python, into a folder that is kept. Return the folder."""
+    wheels = CACHE / "wheels"
+    command = [sys.executable, "-m", "pip", "--quiet", "download", "--python-version", python, "--only-binary=:all:"]
+    options = ["--require-hashes", "--dest", str(wheels), "-r", str(ROOT / "deploy" / "requirements.txt")]
+    subprocess.run([*command, *options], check=True, capture_output=True, timeout=_BUILDING)
+    return wheels

@@ -65,7 +65,9 @@ def extra(name: str) -> Iterator[None]:
         missing = (error.name or "").split(".")[0]
         if missing not in _EXTRAS[name] or error.path is not None:  # it is there, and something in it is broken
             raise
-        raise Failed(f"this needs {missing}, which is not installed: pip install 'keyferry[{name}]'") from None
+        raise Failed(
+            f'this needs {missing}, which is not installed; install the extra "{name}" of keyferry (docs/installing.md)'
+        ) from None
     except Exception as error:
         from ..libcrypto import cryptography_failure  # noqa: PLC0415 - few commands need libcrypto
 

@@ -28,6 +28,8 @@ def __getattr__(name: str) -> Any:
         found = getattr(importlib.import_module(f".{file}", __name__), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        raise ImportError(f"{name} needs {missing}: pip install 'keyferry[{extra}]'", name=error.name) from None
+        raise ImportError(
+            f'{name} needs {missing}; install the extra "{extra}" of keyferry (docs/installing.md)', name=error.name
+        ) from None
     globals()[name] = found
     return found

@@ -1,0 +1,191 @@
+"""`keyferry-agent check`: what would stop an agent on this host, and what can never match. Nothing is written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.agent import PATIENCE
+
+from keyferry_agent.command import main
+
+GRANT = '[[grant]]\nname = "g"\nto = {{ uid = 1 }}\nactions = ["kms:*"]\nkeys = [{keys}]\n'
+SYSTEMCTL = r"""#!/bin/sh
+[ "$1" = cat ] && { printf '%s\n' "$UNIT_TEXT"; exit 0; }
+for last; do :; done
+case $last in
+*.service) printf '%s\n' "LoadState=${LOADED-loaded}" "Wants=$WANTS tmp.mount" Requires= "TriggeredBy=$TRIGGERED" \
+    RuntimeDirectory=keyferry-agent LogsDirectory=keyferry ProtectSystem=strict ReadWritePaths= ;;
+*) printf '%s\n' "$SOCKETS" ;;
+esac
+"""
+DEFAULT = "Id=keyferry-agent.socket\nActiveState=active\nFileDescriptorName=default\nListen={path} (Stream)"
+
+
+@pytest.fixture
+def config(keyring: Path, tmp_path: Path) -> Path:
+    """A configuration of a keyring with `alias/a`, and a socket in a folder of this user."""
+    path = tmp_path / "checked.toml"
+    path.write_text(
+        f'keyring = "{keyring}"\nunseal = "{keyring.parent / "identity"}"\nsocket = "{tmp_path / "agent.sock"}"\n'
+    )
+    return path
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, list[str]]:
+    """Return the exit code of `check`, its output, and the lines on standard error."""
+    code = main(["check", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out.strip(), captured.err.splitlines()
+
+
+def test_a_configuration_without_fault_has_no_warning(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file appears beside it."""
+    with config.open("a") as file:
+        file.write(GRANT.format(keys='"alias/a", "alias/*", "*", "acs:kms:local:0:alias/a"'))
+    before = sorted(tmp_path.rglob("*"))
+    assert check(capsys, config) == (0, f"{config}: good; grants: 1", [])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("more", "warning"),
+    [
+        (GRANT.format(keys='"alias/b"'), "grant[0].keys: 'alias/b' matches no key of the keyring"),
+        (GRANT.format(keys='"alias/a", "b*"'), "grant[0].keys: 'b*' matches no key of the keyring"),
+        ('[audit]\npath = "/nowhere/audit.jsonl"\n', "audit.path: /nowhere: No such file or directory"),
+        ('[audit]\npath = "/tmp"\n', "audit.path: /tmp is a folder; name a file in it"),
+        ('[audit]\npath = "/etc/passwd/audit"\n', "audit.path: /etc/passwd: not a folder"),
+        ('[metrics]\nlisten = "/nowhere/m.sock"\n', "metrics.listen: /nowhere: No such file or directory"),
+    ],
+)
+def test_what_cannot_work_here_is_a_warning(
+    config: Path, capsys: pytest.CaptureFixture[str], more: str, warning: str
+) -> None:
+    """The configuration may be for another host, so the exit code is 0."""
+    with config.open("a") as file:
+        file.write(more)
+    code, out, err = check(capsys, config)
+    assert (code, out.rpartition("; ")[2]) == (0, "warnings: 1")
+    assert err == [f"{config}: warning: {warning}"]
+
+
+def test_a_socket_folder_that_is_missing_is_a_warning(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The message names the option that asks systemd."""
+    config.write_text(config.read_text().replace("agent.sock", "nowhere/agent.sock"))
+    (warning,) = check(capsys, config)[2]
+    assert "listener 'default': " in warning
+    assert "/nowhere: No such file or directory; or let systemd hand the socket over (check --systemd)" in warning
+
+
+def test_a_keyring_that_does_not_open_is_a_warning(
+    config: Path, keyring: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its content is damaged."""
+    keyring.write_bytes(keyring.read_bytes()[:-1])
+    (warning,) = check(capsys, config)[2]
+    assert f"{config}: warning: keyring: " in warning
+
+
+@pytest.mark.parametrize(
+    ("package", "setting", "message"),
+    [
+        ("prometheus_client", '[metrics]\nlisten = "127.0.0.1:9464"', 'install the extra "metrics" of keyferry-agent'),
+        ("gmssl", 'sm2_fallback = "gmssl"', "sm2_fallback needs the package gmssl"),
+    ],
+)
+def test_a_missing_package_is_a_warning(tmp_path: Path, package: str, setting: str, message: str) -> None:
+    """Only the setting that needs the package asks for it."""
+    config = tmp_path / "agent.toml"
+    code = f"import sys; sys.modules['{package}'] = None; from keyferry_agent.command import main; sys.exit(main())"
+    for text, expected in ((setting, True), ("", False)):
+        config.write_text(f"{text}\n")
+        ended = subprocess.run(
+            [sys.executable, "-c", code, "check", str(config)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+        assert (message in ended.stderr) is expected
+
+
+# --- with systemd -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A systemctl that describes a service with the common socket; tests change its variables."""
+    program = tmp_path / "bin" / "systemctl"
+    program.parent.mkdir()
+    program.write_text(SYSTEMCTL)
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    for name, value in (
+        ("WANTS", "keyferry-agent.socket"),
+        ("TRIGGERED", "keyferry-agent.socket"),
+        ("SOCKETS", DEFAULT.format(path="/run/keyferry/agent.sock")),
+        ("UNIT_TEXT", "[Service]\nLoadCredentialEncrypted=keyferry.unseal:/etc/credstore.encrypted/x\n"),
+    ):
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_service_that_gets_all_it_needs_is_good(
+    config: Path, systemctl: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The socket is handed over, and systemd makes the folders at the start."""
+    config.write_text(
+        f"{config.read_text().replace(str(config.parent / 'agent.sock'), '/run/keyferry/agent.sock')}"
+        '[audit]\npath = "/var/log/keyferry/audit.jsonl"\n[metrics]\nlisten = "/run/keyferry-agent/m.sock"\n'
+    )
+    assert check(capsys, "--systemd", config) == (0, f"{config}: good; grants: 0", [])
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"SOCKETS": DEFAULT.format(path="/run/b.sock").replace("=default", "=b")}, None),
+        (
+            {
+                "SOCKETS": f"{DEFAULT.format(path='/run/x')}\n\n{DEFAULT.format(path='/run/b').replace('=default', '=b')}"
+            },
+            "listener: systemd hands over a socket named 'b' at /run/b, and no listener has this name or path",
+        ),
+        (
+            {"SOCKETS": DEFAULT.format(path="/x").replace("=active", "=inactive"), "WANTS": ""},
+            "may not write there; use /var/log/keyferry, or add ReadWritePaths=; no enabled socket unit is for it",
+        ),
+        ({"LOADED": "not-found"}, "--systemd: keyferry-agent.service is not installed"),
+        ({"PATH": "/nonexistent"}, "--systemd: systemctl show: [Errno 2]"),
+    ],
+    ids=["sole socket", "stranger", "no socket", "no unit", "no systemctl"],
+)
+def test_what_would_stop_the_service_is_an_error(
+    config: Path,
+    systemctl: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    problem: str | None,
+) -> None:
+    """A sole socket belongs to a sole listener, whatever its name."""
+    for name, value in variables.items():
+        systemctl.setenv(name, value)
+    code, _, err = check(capsys, "--systemd", config)
+    assert code == (0 if problem is None else 1)
+    assert problem is None or problem in "\n".join(err)
+
+
+@pytest.mark.parametrize("name", ["keyferry.unseal", "other"])
+def test_a_credential_has_to_be_loaded_by_the_unit(
+    config: Path, systemctl: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """It is not there before the start."""
+    lines = [line for line in config.read_text().splitlines() if not line.startswith("unseal")]
+    config.write_text("\n".join([*lines, f'unseal = "credential:{name}"', ""]))
+    code, _, err = check(capsys, "--systemd", config)
+    assert code == (name == "other")
+    assert ("loads no credential 'other'" in "".join(err)) is (name == "other")
