@@ -16,6 +16,7 @@ from keyferry import command, guard
 from keyferry.arguments import moment, seconds, whole_number
 from keyferry.store import StoreError
 from keyferry.store.location import find
+from keyferry.store.sqlite import sqlite_file
 from keyferry_agent.command import main as agent_main
 
 NOT_TEXT = "an argument, or a file that it names, is not valid UTF-8 text"
@@ -162,7 +163,7 @@ def test_without_a_home_folder_no_store_is_made_up(monkeypatch: pytest.MonkeyPat
             with pytest.raises(StoreError, match=r"set \$KEYFERRY_STORE|no such user"):
                 find(store)
     monkeypatch.setenv("HOME", "/home/a")
-    assert find("sqlite:///~/x.db").database == "/home/a/x.db"
+    assert str(sqlite_file(find("sqlite:///~/x.db"))) == "/home/a/x.db"
     assert find(None).database == "/home/a/.local/share/keyferry/records.sqlite"
 
 
