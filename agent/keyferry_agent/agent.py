@@ -1,5 +1,6 @@
 """What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
 
+from binascii import a2b_base64
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Self
@@ -66,13 +67,16 @@ class Audited:
 
     def note(self, result: Any) -> None:
         """Note the CiphertextBlob in the result of the request, where there is one."""
-        blob = getattr(result, "ciphertext_blob", "")
-        if not blob:
+        blob = getattr(result, "ciphertext_blob", None)
+        if blob is None:
             return
+        made = ciphertext_hash(
+            a2b_base64(blob)
+        )  # what the agent encoded itself needs no strict decoding, which takes longer
         if self.destination_key_id:
-            self.destination_ciphertext = ciphertext_hash(blob)
+            self.destination_ciphertext = made
         else:
-            self.ciphertext = ciphertext_hash(blob)
+            self.ciphertext = made
 
     def again(self, request_id: str, started: float) -> "Audited":
         """The same, of another request that is equal to this one, before it has made a CiphertextBlob of its own."""

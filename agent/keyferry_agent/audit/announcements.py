@@ -1,8 +1,10 @@
 """Entries that are not requests: the start of an agent (`audit.start`), and the names of its keys (`audit.keys`)."""
 
+import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Final
 
 __all__ = ["KEYS", "START", "key_lists", "names_in", "start"]
@@ -32,25 +34,39 @@ def key_lists(now: str, loaded_at: str, keys: Iterable[tuple[str, Iterable[str]]
     """Return the entries that name all keys of a keyring, each with its aliases. There are several for a large keyring, and an
     entry for an empty one, too.
     """
-    parts: list[dict[str, list[str]]] = [{}]
-    size = 0
-    for key_id, aliases in keys:
-        for piece in [(key_id, None), *((key_id, alias) for alias in aliases)]:
-            name, alias = piece
-            part = parts[-1]
-            more = len(json.dumps(alias)) + 2 if alias is not None and name in part else len(json.dumps(piece)) + 2
-            if size + more > _MAX_KEYS:
-                parts.append(part := {})
-                size = 0
-                more = len(json.dumps(piece)) + 2
-            named = part.setdefault(name, [])
-            if alias is not None:
-                named.append(alias)
-            size += more
-    common = {"time": now, "event": KEYS, "level": "info", "loaded_at": loaded_at}
+    parts: list[list[str]] = [[]]
+    room = _MAX_KEYS
+    for piece in itertools.chain.from_iterable(itertools.starmap(_pieces, keys)):
+        if len(piece) > room:
+            parts.append([])
+            room = _MAX_KEYS
+        parts[-1].append(piece)
+        room -= len(piece) + len(", ")
+    common = _opened({"time": now, "event": KEYS, "level": "info", "loaded_at": loaded_at})
     return [
-        _opened({**common, "part": number, "parts": len(parts), "keys": part}) for number, part in enumerate(parts, 1)
+        f'{common}, "part": {number}, "parts": {len(parts)}, "keys": {{{", ".join(part)}}}'
+        for number, part in enumerate(parts, 1)
     ]
+
+
+def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:
+    """Yield a key and its aliases as a member of a JSON object; several for aliases that one entry does not hold.
+
+    No entry holds two of them: the second begins with what the first has no room for.
+    """
+    names = [quoted(alias) for alias in aliases]
+    whole = f"{quoted(key_id)}: [{', '.join(names)}]"
+    if len(whole) <= _MAX_KEYS:
+        yield whole
+        return
+    piece = ""
+    for name in names:
+        longer = f"{piece}, {name}" if piece else f"{quoted(key_id)}: [{name}"
+        if len(longer) >= _MAX_KEYS:
+            yield f"{piece}]"
+            longer = f"{quoted(key_id)}: [{name}"
+        piece = longer
+    yield f"{piece}]"
 
 
 def names_in(fields: Mapping[str, Any]) -> dict[str, list[str]]:
