@@ -31,7 +31,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 SCRAPE_SECONDS: Final = 5.0
 """Deadline of one scrape, from accept(2) to the last byte of the answer."""
 MAX_SCRAPES: Final = 8
-"""Scrapes at once. The server closes further connections immediately."""
+"""Scrapes at once. For one more, the server ends the oldest."""
 MAX_REQUEST: Final = 131_072
 """Bytes of one request. http.server limits a line to 64 KiB, but would read 100 such lines."""
 BACKLOG: Final = 16
@@ -112,7 +112,8 @@ class Server:
         self._listener = listener
         self._made = made
         self._answer = answer
-        self._free = threading.BoundedSemaphore(MAX_SCRAPES)
+        self._scrapes: dict[socket.socket, None] = {}  # the oldest first
+        self._changing = threading.Lock()
         self._closed = False
         threading.Thread(target=self._accept, name="keyferry-metrics", daemon=True).start()
 
@@ -133,25 +134,36 @@ class Server:
                 if not self._closed:
                     time.sleep(RETRY_SECONDS)
                 continue
-            if not self._free.acquire(blocking=False):
-                connection.close()
-                continue
+            self._make_room(connection)
             try:
                 threading.Thread(target=self._scrape, args=(connection,), name="keyferry-scrape", daemon=True).start()
             except RuntimeError:  # the host, or the pod, has no thread left
-                connection.close()
-                self._free.release()
+                self._end(connection)
+
+    def _make_room(self, connection: socket.socket) -> None:
+        """Take a connection in, and end the oldest where there are too many: a scrape takes milliseconds, unless it is slow."""
+        with self._changing:
+            self._scrapes[connection] = None
+            oldest = next(iter(self._scrapes)) if len(self._scrapes) > MAX_SCRAPES else None
+            if oldest is not None:
+                del self._scrapes[oldest]
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+
+    def _end(self, connection: socket.socket) -> None:
+        with self._changing:
+            self._scrapes.pop(connection, None)
+        connection.close()
 
     def _scrape(self, connection: socket.socket) -> None:
         try:
-            with connection:
-                self._answer(connection, time.monotonic() + SCRAPE_SECONDS)
+            self._answer(connection, time.monotonic() + SCRAPE_SECONDS)
         except OSError:
             pass  # the client was slow, or closed the connection
         except Exception as error:
             log.error("metrics.failed", exc_info=error)
         finally:
-            self._free.release()
+            self._end(connection)
 
 
 def _serve(metrics: Metrics, address: str) -> Server:

@@ -15,6 +15,9 @@ from .chain import BEGINNING, link
 __all__ = ["Appended", "RecordFile"]
 
 _NONE: Final = -1
+_ROOT: Final = 0
+_ENTRY: Final = b'{"time": "'
+"""How each entry begins."""
 _TAIL: Final = 65_536
 """Bytes at a file's end in which its last line is."""
 _READER_PATIENCE: Final = 1_500
@@ -131,8 +134,7 @@ class RecordFile:
         if self._path == "stderr":
             self._descriptor = sys.stderr.fileno()
         else:
-            flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._descriptor = os.open(self._path, flags, 0o600)
+            self._descriptor = _open_to_append(self._path)
         status = os.fstat(self._descriptor)
         self._waits: select.poll | None = None
         if stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode):
@@ -147,7 +149,28 @@ class RecordFile:
         """Take the chain up where the file's last line left it."""
         tail = os.pread(self._descriptor, _TAIL, max(0, size - _TAIL))
         whole = tail.rfind(b"\n") + 1
+        last = tail[:whole].splitlines()[-1] if whole else tail
+        if last and not _begins_like_an_entry(last):  # whoever can rename the file may have put another one there
+            raise OSError(errno.EINVAL, "it ends in something else than an audit entry; name another file", self._path)
         if whole != len(tail):  # cut off by a crash: no answer left after it
             os.ftruncate(self._descriptor, size - (len(tail) - whole))
         if whole:
             self._previous = link(tail[:whole].splitlines()[-1])
+
+
+def _open_to_append(path: str) -> int:
+    """Open the file, or make it. Follows a symbolic link only if root or this user made it. Raises OSError."""
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        owner = os.lstat(path).st_uid
+        if owner not in (_ROOT, os.geteuid()):
+            raise OSError(errno.ELOOP, f"a symbolic link that user {owner} made; remove it", path) from None
+        return os.open(path, flags, 0o600)
+
+
+def _begins_like_an_entry(line: bytes) -> bool:
+    return line.startswith(_ENTRY[: len(line)])

@@ -1,8 +1,9 @@
 """The names of master keys: from the keyring as it is now, and from the audit log as they were when it was written."""
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from keyferry.private_files import owner_of
 
@@ -13,6 +14,9 @@ from ..settings import Settings
 from .announcements import names_in
 
 __all__ = ["LoggedNames", "Period", "open_keyring", "plain_name"]
+
+
+_KEY_ID: Final = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
 class Period(NamedTuple):
@@ -76,8 +80,9 @@ class LoggedNames:
 
 
 def plain_name(name: str) -> str:
-    """Return the key ID or alias in an ARN; other names as they are."""
-    return name.rpartition(":")[2].removeprefix("key/") if name.startswith("acs:") else name
+    """Return the key ID or alias in an ARN, or behind `key/`; an ID in lower case, as the agent writes it."""
+    plain = (name.rpartition(":")[2] if name.startswith("acs:") else name).removeprefix("key/")
+    return plain.lower() if _KEY_ID.fullmatch(plain) else plain
 
 
 def open_keyring(settings: Settings | None) -> Document:

@@ -73,6 +73,7 @@ def not_among(files: Iterable[Path]) -> list[Path]:
     count = len(known)
     for path in paths:
         _look_beside(path, known, [], sniff=False)
+        _look_before(path, known)
     return [file.path for file in [*known.values()][count:]]
 
 
@@ -100,6 +101,24 @@ def _look_beside(current: Path, files: dict[Identity, File], problems: list[str]
                 problems.append(f"{path}: not a file")
         elif rotated or _has_entries(path):
             files[identity(status)] = File(path, identity(status), optional=extended and not rotated)
+
+
+def _look_before(path: Path, files: dict[Identity, File]) -> None:
+    """Add the file that the agent writes, and its other rotated files, where `path` is a rotated one."""
+    try:
+        names = sorted(os.listdir(path.parent))
+    except OSError:
+        return
+    for name in names:
+        current = path.with_name(name)
+        try:
+            status = current.stat()
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode) and _likeness(path.name, name)[0] and identity(status) not in files:
+            if _has_entries(current):
+                files[identity(status)] = File(current, identity(status))
+            _look_beside(current, files, [], sniff=False)
 
 
 def _likeness(name: str, current: str) -> tuple[bool, bool, bool]:
