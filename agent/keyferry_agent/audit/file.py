@@ -16,8 +16,8 @@ __all__ = ["Appended", "RecordFile"]
 
 _NONE: Final = -1
 _ROOT: Final = 0
-_ENTRY: Final = b'{"time": "'
-"""How each entry begins."""
+_OBJECT: Final = b"{"
+"""How each line begins."""
 _TAIL: Final = 65_536
 """Bytes at a file's end in which its last line is."""
 _READER_PATIENCE: Final = 1_500
@@ -150,8 +150,8 @@ class RecordFile:
         tail = os.pread(self._descriptor, _TAIL, max(0, size - _TAIL))
         whole = tail.rfind(b"\n") + 1
         last = tail[:whole].splitlines()[-1] if whole else tail
-        if last and not _begins_like_an_entry(last):  # whoever can rename the file may have put another one there
-            raise OSError(errno.EINVAL, "it ends in something else than an audit entry; name another file", self._path)
+        if last and not last.startswith(_OBJECT):  # whoever can rename the file may have put another one there
+            raise OSError(errno.EINVAL, "its last line is not an audit entry; name another file", self._path)
         if whole != len(tail):  # cut off by a crash: no answer left after it
             os.ftruncate(self._descriptor, size - (len(tail) - whole))
         if whole:
@@ -170,7 +170,3 @@ def _open_to_append(path: str) -> int:
         if owner not in (_ROOT, os.geteuid()):
             raise OSError(errno.ELOOP, f"a symbolic link that user {owner} made; remove it", path) from None
         return os.open(path, flags, 0o600)
-
-
-def _begins_like_an_entry(line: bytes) -> bool:
-    return line.startswith(_ENTRY[: len(line)])

@@ -91,7 +91,8 @@ class Inspector:
         self._requests[number] = self._under_way[user] = request
         try:
             async with self._sending:
-                await self._socket.send(packet)  # a packet: whole, or not at all
+                if self._socket is not None:  # else `run` has said so to all who wait
+                    await self._socket.send(packet)  # a packet: whole, or not at all
         except BaseException:
             self._end(self._requests.pop(number, request))
             raise
@@ -123,7 +124,9 @@ class Inspector:
 
     def _take(self, packet: bytes) -> None:
         number, found = json.loads(packet)
-        request = self._requests.pop(number)
+        request = self._requests.pop(number, None)
+        if request is None:  # its asker gave it up before it was sent whole
+            return
         if found is not None:
             path, identity, sha256 = found
             request.program = Program(path, tuple(identity), sha256)
