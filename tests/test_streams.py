@@ -69,7 +69,7 @@ def place(agent: RunningAgent, keyring: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(folder)
     monkeypatch.setenv("KEYFERRY_SOCKET", str(agent.socket))
     monkeypatch.setenv("KEYFERRY_STORE", f"sqlite:///{folder / 'records.sqlite'}")
-    (folder / "agent.toml").write_text(configuration(keyring, to="uid = 0"))
+    (folder / "agent.toml").write_text(configuration(keyring, to="uid = 0", more=f'socket = "{folder / "s"}"'))
     secret_file(folder / "passphrase", "correct horse battery")
     public = rsa_private_key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (folder / "public.pem").write_bytes(public)
