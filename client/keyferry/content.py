@@ -85,6 +85,11 @@ _PATTERNS: Final = tuple(
 _SSH_TYPE: Final = re.compile(rb"(?:sk-)?(?:ssh|ecdsa)-[A-Za-z0-9_.@-]+(?=\s+AAAA)")
 _OPENSSH_BODY: Final = re.compile(rb"-----BEGIN OPENSSH PRIVATE KEY-----([A-Za-z0-9+/=\s]*)")
 _OPENSSH_MAGIC: Final = b"openssh-key-v1\0"
+_SSH_TYPES: Final = frozenset(
+    f"{prefix}{name}{end}"
+    for name in ("ssh-ed25519", "ssh-rsa", "ssh-dss", *(f"ecdsa-sha2-nistp{bits}" for bits in (256, 384, 521)))
+    for prefix, end in (("", ""), ("sk-", "@openssh.com"), ("", "-cert-v01@openssh.com"))
+)
 _OPENSSH_TYPE: Final = re.compile(rb"\0\0\0[\x07-\x40]((?:sk-)?(?:ssh|ecdsa)-[A-Za-z0-9_.@-]+)")
 
 
@@ -187,7 +192,7 @@ def _content(der: bytes, at: int) -> tuple[int, int]:
 def _with_details(kind: str, content: bytes) -> Resemblance:
     if kind == SSH_PUBLIC_KEY:
         match = _SSH_TYPE.search(content)
-        return Resemblance(kind, match.group().decode() if match else "")
+        return Resemblance(kind, _known(match.group().decode()) if match else "")
     if kind != OPENSSH_KEY:
         return Resemblance(kind, encrypted=kind == ENCRYPTED_KEY)
     body = _OPENSSH_BODY.search(content)
@@ -196,4 +201,9 @@ def _with_details(kind: str, content: bytes) -> Resemblance:
         return Resemblance(kind)
     key_type = _OPENSSH_TYPE.search(key)
     encrypted = not key.startswith(_OPENSSH_MAGIC + b"\0\0\0\x04none")
-    return Resemblance(kind, key_type.group(1).decode() if key_type else "", encrypted)
+    return Resemblance(kind, _known(key_type.group(1).decode()) if key_type else "", encrypted)
+
+
+def _known(key_type: str) -> str:
+    """Return a type that OpenSSH has, and nothing for another: it is text of a file that may be a secret."""
+    return key_type if key_type in _SSH_TYPES else ""
