@@ -12,7 +12,7 @@ import sqlalchemy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.postgres import Cluster
-from support.requires import postgresql
+from support.requires import libpq, postgresql
 from test_store import record
 
 from keyferry import command
@@ -27,6 +27,7 @@ def connecting(url: str) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in ("client_encoding", "prepare_threshold")}
 
 
+@libpq()
 @pytest.mark.parametrize(
     ("url", "options"),
     [
@@ -100,6 +101,7 @@ def test_a_password_that_is_not_encoded_is_refused(url: str) -> None:
         assert part not in str(caught.value)
 
 
+@libpq()
 @pytest.mark.parametrize(
     ("url", "why"),
     [
@@ -139,6 +141,7 @@ def test_options_that_cannot_be_used_are_named(url: str, why: str) -> None:
     assert "MARK" not in str(caught.value) or "connect_timeout" in url
 
 
+@libpq()
 def test_whatever_a_driver_raises_is_an_error_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """As its first connection is made: a value of the wrong type is not the only way in which drivers fail."""
     for kind in (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ZeroDivisionError):
@@ -153,6 +156,7 @@ def test_whatever_a_driver_raises_is_an_error_of_the_store(monkeypatch: pytest.M
         assert "MARK" not in str(caught.value)
 
 
+@libpq()
 def test_several_hosts_that_fail_are_all_named() -> None:
     """And not only how many they are."""
     with pytest.raises(StoreError) as caught, Store("postgresql://u@127.0.0.1:1,127.0.0.1:2/d") as store:
