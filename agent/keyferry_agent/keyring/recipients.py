@@ -30,6 +30,8 @@ _AGE_KEY: Final = re.compile(r"(?<![0-9a-z])age1[0-9a-z]{30,}", re.IGNORECASE)
 _SSH_TYPES: Final = ("ssh-ed25519", "ssh-rsa")
 _TAG: Final = "age1tag"
 """Recipients of hardware keys, which pyrage 1.4 seals to."""
+_PLUGIN: Final = re.compile(r"age1([a-z0-9+._-]{1,24})")
+"""How the recipients of a plugin begin: its name, in the characters that age allows."""
 _POST_QUANTUM: Final = ("age1pq", "age1tagpq")
 """age refuses to seal to these beside any other kind, and no identity that opens a keyring here is of these kinds."""
 
@@ -140,9 +142,8 @@ def _reason(text: str, error: str) -> str:
         why = f": {error}"
     elif kind in _POST_QUANTUM:
         why = f" that is supported: it is a hybrid post-quantum recipient ({kind}1...); {SUPPORTED}"
-    elif kind.startswith("age1") and kind != _TAG:
-        plugin = kind.removeprefix("age1")[:MAX_SHOWN]
-        why = f" that is supported: it is a recipient of the age plugin {plugin!r}; {SUPPORTED}"
+    elif (plugin := _PLUGIN.fullmatch(kind)) and kind != _TAG:
+        why = f" that is supported: it is a recipient of the age plugin {plugin.group(1)!r}; {SUPPORTED}"
     elif "RsaModulus" in error:
         why = ": its RSA key is too short or too long; one of 2,048 to 4,096 bits is expected"
     elif found is not None and found.kind == SSH_PUBLIC_KEY and found.key_type in _SSH_TYPES:
