@@ -199,6 +199,14 @@ def test_a_recipient_of_another_kind_is_refused_by_name(text: str, kind: str) ->
         assert supported in str(caught.value)
 
 
+def test_bytes_that_are_no_text_never_stand_as_the_name_of_a_plugin() -> None:
+    """Their escapes made the error longer than an error may be."""
+    with pytest.raises(KeyringError) as caught:
+        recipients.parse("age1" + "\udcff" * 40 + "1" + "q" * 60)
+    assert "plugin" not in str(caught.value).partition("supported are")[0]
+    assert len(str(caught.value)) <= 400
+
+
 @program("ssh-keygen", "openssh-client")
 def test_an_rsa_key_of_an_unusual_size_is_refused(tmp_path: Path) -> None:
     """The age library seals to 2,048 bits and more."""
