@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from typing import IO, Any, Final, NamedTuple, Self
@@ -73,8 +74,8 @@ class NamesOnly:
         self.names.take(fields, time)
 
 
-class _Matching(NamesOnly):
-    """What both kinds of tallies do with an entry."""
+class _Matching(NamesOnly, ABC):
+    """A tally of the entries that match a query; a subclass decides what it keeps of each."""
 
     def __init__(self, query: Query) -> None:
         super().__init__()
@@ -91,8 +92,9 @@ class _Matching(NamesOnly):
             if has:
                 self._found(fields)
 
+    @abstractmethod
     def _found(self, fields: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Add a matching entry to the tally."""
 
 
 class Counted(_Matching):
