@@ -12,7 +12,6 @@ MAY_BLOCK = {
     ("keyferry_agent.peer.process", "cgroups"): {"open"},
     ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
     ("keyferry_agent.peer.platform", "_control_groups_visible"): {"open"},
-    ("keyferry_agent.peer.platform", "_read"): {"open"},
     ("keyferry_agent.serving", "__init__"): {"open"},
     ("keyferry_agent.serving", "_refuse_with_the_reserve"): {"open"},
 }

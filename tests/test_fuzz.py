@@ -21,7 +21,7 @@ from keyferry_agent.audit import chain
 from keyferry_agent.crypto import context, public_key, seal
 from keyferry_agent.grants import Grant
 from keyferry_agent.handlers import steps
-from keyferry_agent.keyring import document, sealing
+from keyferry_agent.keyring import document, recipients
 
 EXAMPLES = 300
 MOST_BYTES = 300_000
@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "encrypted_file": (stream, "_nonce", lambda counter, **_: counter.to_bytes(12, "big")),
     "configuration": (toml, "_shown", lambda value: str(int(repr(value)))),
     "keyring": (document, "encode_base64", lambda data: encode_base64(bytes(data).upper())),
-    "identity": (sealing, "_SHOWN", 4_096),
+    "identity": (recipients, "_MAX_SHOWN", 4_096),
     "audit": (chain, "link", lambda _: chain.BEGINNING),
 }
 """One for each target: a module, a name in it, and what it is replaced by."""

@@ -21,6 +21,7 @@ from support.secrets import secret_file
 from keyferry import command
 from keyferry.module import SoftwareModule
 from keyferry.store import Store
+from keyferry.store.url import SECRET_OPTIONS
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 
@@ -223,6 +224,7 @@ def test_a_password_on_the_command_line_is_warned_of(capsys: pytest.CaptureFixtu
         ("postgresql://u:hunter2@127.0.0.1:1/db", True),
         ("postgresql://u:hunter2@half@127.0.0.1:1/db", True),
         ("postgresql://u:hunter2", True),
+        *((f"postgresql://u@127.0.0.1:1/db?{option}=hunter2", True) for option in sorted(SECRET_OPTIONS)),
         ("mysql://u:hunter2@h/db", True),
         ("postgresql://u@127.0.0.1:1/db?password=hunter2", True),
         ("postgresql://127.0.0.1:1/db?x=1&pass%77ord=hunter2", True),

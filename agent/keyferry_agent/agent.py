@@ -207,15 +207,11 @@ class Agent:
             f"{'connection' if connections == 1 else 'connections'}, {self.counters.requests_total} requests so far"
         )
 
-    def arn(self, resource: str) -> str:
-        """The ARN of `key/ID` or `alias/NAME`."""
-        return f"acs:kms:{self.settings.region}:{self.settings.account}:{resource}"
-
     def plain_name(self, parameter: Parameter[str], key_id: str) -> str:
         """A key ID or alias from any form of KeyId. Raises `InvalidParameter` for an ARN that is not of this agent."""
         if not key_id.startswith("acs:"):
             return key_id
-        prefix = self.arn("")
+        prefix = self.settings.arn("")
         if not key_id.startswith(prefix):
             raise invalid_parameter(
                 parameter.name, f"the ARN is not of this agent: expected {prefix}key/... or {prefix}alias/..."
@@ -225,13 +221,6 @@ class Agent:
             raise invalid_parameter(parameter.name, "the ARN names neither a key nor an alias.")
         return name if kind == "key" else f"alias/{name}"
 
-    def names_of(self, name: str) -> tuple[str, ...]:
-        """All that a grant can call a key by of which only this name is known."""
-        return (name, self.arn(name if name.startswith("alias/") else f"key/{name}"))
-
     def names_of_key(self, key: Key) -> list[str]:
         """All that a grant can call a key by: its ID, its aliases, and the ARNs of both."""
-        names = [*self.names_of(key.key_id)]
-        for alias in key.aliases:
-            names += self.names_of(alias)
-        return names
+        return [each for name in (key.key_id, *key.aliases) for each in self.settings.names_of(name)]

@@ -201,12 +201,9 @@ def _keyring(settings: Settings) -> Document | None:
 
 def _keys(settings: Settings, document: Document) -> list[str]:
     """Return one message for each key of a grant that matches no key of the keyring: a misspelt alias, often."""
-    prefix = f"acs:kms:{settings.region}:{settings.account}:"
-    names: list[str] = []
-    for key in document.keys:
-        names += [key.key_id, f"{prefix}key/{key.key_id}"]
-    for aliases in document.aliases_by_key().values():
-        names += [each for alias in aliases for each in (alias, prefix + alias)]
+    own = [key.key_id for key in document.keys]
+    own += [alias for aliases in document.aliases_by_key().values() for alias in aliases]
+    names = [each for name in own for each in settings.names_of(name)]
     return [
         f"grant[{i}].keys: {key!r} matches no key of the keyring"
         for i, grant in enumerate(settings.grants)

@@ -93,6 +93,14 @@ class Settings:
     """The users and groups that grants name ("user" or "group", and the name), with their numbers; -1 for one not found."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
+    def arn(self, resource: str) -> str:
+        """Return the ARN of `key/ID` or `alias/NAME`."""
+        return f"acs:kms:{self.region}:{self.account}:{resource}"
+
+    def names_of(self, name: str) -> tuple[str, str]:
+        """Return all that a grant can call a key by of which only this name, an ID or an alias, is known."""
+        return name, self.arn(name if name.startswith("alias/") else f"key/{name}")
+
 
 class Examined(NamedTuple):
     """A configuration file as it is: its settings as far as it has any, and two kinds of problems, one message each."""
@@ -216,8 +224,7 @@ def _check_grants(table: toml.Table, settings: Settings) -> None:
                 _, _, region, account, _ = key.split(":", 4)
                 if not (fnmatchcase(settings.region, region) and fnmatchcase(settings.account, account)):
                     table.problems.append(
-                        f"grant[{i}].keys: {key!r} is not of this agent, whose ARNs begin with "
-                        f"acs:kms:{settings.region}:{settings.account}:"
+                        f"grant[{i}].keys: {key!r} is not of this agent, whose ARNs begin with {settings.arn('')}"
                     )
     table.warnings += _ways_round(settings.grants)
     names = [grant.name for grant in settings.grants if grant.name]

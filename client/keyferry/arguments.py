@@ -1,4 +1,4 @@
-"""Numbers, times and sockets on the command line, read strictly: Python's own `int` and `float` take more than people write.
+"""Numbers and sockets on the command line, read strictly: Python's own `int` and `float` take more than people write.
 
 Each function is a `type=` of argparse, and its errors say what is expected.
 """
@@ -6,12 +6,11 @@ Each function is a `type=` of argparse, and its errors say what is expected.
 import math
 import re
 from argparse import ArgumentTypeError
-from datetime import datetime
 from typing import Final
 
 from .exchange import socket_path
 
-__all__ = ["moment", "seconds", "socket", "whole_number"]
+__all__ = ["seconds", "socket", "whole_number"]
 
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,1000}", re.ASCII)
 _DECIMAL: Final = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", re.ASCII)
@@ -31,16 +30,6 @@ def seconds(text: str) -> float:
     if not 0 <= number < math.inf:
         raise ArgumentTypeError(f"a number of seconds is expected, like 30 or 0.5, not {_shown(text)}")
     return number
-
-
-def moment(text: str) -> datetime:
-    """Return a time; one without a time zone is in that of this host."""
-    try:
-        return datetime.fromisoformat(text).astimezone()
-    except (ValueError, OverflowError, OSError):
-        raise ArgumentTypeError(
-            f"a date or a time is expected, like 2026-01-31 or 2026-01-31T12:00:00Z, not {_shown(text)}"
-        ) from None
 
 
 def socket(text: str) -> str:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["DUMPABLE", "clear_freed_memory", "clears_freed_memory", "lock_memory", "protect"]
+__all__ = ["DUMPABLE", "clear_freed_memory", "clears_freed_memory", "has_capability", "lock_memory", "protect"]
 
 DUMPABLE: Final = "KEYFERRY_DUMPABLE"
 """An environment variable, for tests only: with it, other processes of the same user may read this one's memory."""
@@ -24,7 +24,7 @@ _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
 _CAP_IPC_LOCK: Final = 14
 _ALL_USERS: Final = ["0", "0", "4294967295"]
-"""The uid_map of the first user namespace: a capability in another one does not lift RLIMIT_MEMLOCK."""
+"""The uid_map of the first user namespace."""
 
 _PROBE: Final = 200
 _CLEARED: Final = "KEYFERRY_CLEARED"
@@ -94,13 +94,20 @@ def lock_memory() -> bool:
     return bool(libc.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT) == 0)
 
 
-def _may_lock_everything() -> bool:
-    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
-        return True
+def has_capability(number: int) -> bool:
+    """Return whether this process has a capability (capabilities(7)), by its number, over the whole host.
+
+    A capability in a user namespace of its own does not count: it lifts no limit of the host.
+    """
     try:
         status = Path("/proc/self/status").read_text().splitlines()
         users = Path("/proc/self/uid_map").read_text().split()
     except OSError:
         return False
     effective = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
-    return bool(effective >> _CAP_IPC_LOCK & 1) and users == _ALL_USERS
+    return bool(effective >> number & 1) and users == _ALL_USERS
+
+
+def _may_lock_everything() -> bool:
+    unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+    return unlimited or has_capability(_CAP_IPC_LOCK)

@@ -1,10 +1,11 @@
 """Opens the audit log that a command is to read, and reports which files were read and from when on it is complete."""
 
-import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
+
+from keyferry.output import complain
 
 from ..settings import Settings
 from . import chain, rotated
@@ -70,7 +71,7 @@ def report(history: History, since: datetime | None) -> None:
 
 def say(text: str) -> None:
     """Print a line on standard error."""
-    print(f"keyferry-agent: {text}", file=sys.stderr)
+    complain("keyferry-agent", text)
 
 
 def time_text(time: datetime | None) -> str:

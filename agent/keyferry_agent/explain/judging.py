@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 from keyferry.operations import OPERATIONS
 from keyferry.parameters import ENCRYPTION_CONTEXT, PUBLIC_KEY_BLOB
 
+from ..audit.log import MAX_KEY_CHARACTERS
 from ..grants import NEVER_WITH_RECIPIENTS, PLAINTEXT, SELECTORS, Grant
 from ..peer import Peer
 
@@ -136,7 +137,11 @@ def _judge(grant: Grant, question: Question) -> Verdict:
     if question.action in WITHOUT_CONTEXT:
         context = None
     elif question.context_keys is not None:
-        context = {key: value for key, value in grant.encryption_context.items() if key[:40] in question.context_keys}
+        context = {
+            key: value
+            for key, value in grant.encryption_context.items()
+            if key[:MAX_KEY_CHARACTERS] in question.context_keys
+        }
         conditions += [f"{key} is {value}, as values are not recorded" for key, value in context.items()]
     why = mismatch(grant, peer, question.action, names, question.recipient, context)
     if why is not None:

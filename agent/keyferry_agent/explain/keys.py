@@ -66,8 +66,4 @@ def _logged(settings: Settings) -> LoggedNames:
 
 def _names(plain: list[str], settings: Settings) -> tuple[str, ...]:
     """Return names, and the ARN of each: as the agent knows a key."""
-    prefix = f"acs:kms:{settings.region}:{settings.account}:"
-    names: list[str] = []
-    for name in plain:
-        names += [name, prefix + (name if name.startswith("alias/") else f"key/{name}")]
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(each for name in plain for each in settings.names_of(name)))

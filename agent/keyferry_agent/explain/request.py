@@ -72,11 +72,10 @@ def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple
     operation = entry.get("operation")
     if operation not in OPERATIONS:
         raise ChainError(f"the agent has no operation {operation!r}")
-    gids = entry.get("gids") if isinstance(entry.get("gids"), list) else []
-    uid = entry.get("uid")
+    gids, uid = entry.get("gids"), entry.get("uid")
     peer = Peer(
         uid=uid if isinstance(uid, int) else None,
-        gids=frozenset(gids or ()),
+        gids=frozenset(gids if isinstance(gids, list) else ()),
         pid=None,
         listener=str(entry.get("listener")),
         unit=entry.get("unit"),

@@ -18,7 +18,9 @@ def list_keys(request: Request) -> Job:
     _may_list(request)
     keys = request.caller.covered(request.agent).keys
     number, size, page = _page(request, keys)
-    entries = tuple(operations.KeyListEntry(key.key_id, request.agent.arn(f"key/{key.key_id}")) for key in page)
+    entries = tuple(
+        operations.KeyListEntry(key.key_id, request.agent.settings.arn(f"key/{key.key_id}")) for key in page
+    )
     return Job(lambda: operations.ListKeysResult(operations.KeyList(entries), len(keys), number, size))
 
 
@@ -38,7 +40,9 @@ def list_aliases(request: Request) -> Job:
     _may_list(request)
     aliases = request.caller.covered(request.agent).aliases
     number, size, page = _page(request, aliases)
-    entries = tuple(operations.AliasListEntry(key.key_id, alias, request.agent.arn(alias)) for alias, key in page)
+    entries = tuple(
+        operations.AliasListEntry(key.key_id, alias, request.agent.settings.arn(alias)) for alias, key in page
+    )
     return Job(lambda: operations.ListAliasesResult(operations.AliasList(entries), len(aliases), number, size))
 
 

@@ -14,7 +14,7 @@ def describe_key(request: Request) -> Job:
     key = find_key(request, KEY_ID)
     metadata = operations.KeyMetadata(
         key_id=key.key_id,
-        arn=request.agent.arn(f"key/{key.key_id}"),
+        arn=request.agent.settings.arn(f"key/{key.key_id}"),
         description=key.description,
         key_spec=key.key_spec,
         key_usage="ENCRYPT/DECRYPT",

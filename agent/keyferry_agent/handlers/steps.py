@@ -105,7 +105,7 @@ def find_key(
     if _grant(request, key, name, action, pin=pin, context=context) and key is not None:
         return key
     # A refused caller could measure a shorter way: the same is looked up whether the key exists or not.
-    may = request.caller.granted.would_cover(action, agent.names_of(name))
+    may = request.caller.granted.would_cover(action, agent.settings.names_of(name))
     if carrying(may, pin, context) and key is None:
         raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
     raise no_permission()

@@ -15,7 +15,7 @@ from keyferry.content import RECIPIENT, SECRETS, SSH_PUBLIC_KEY, byte_order_mark
 
 from .document import KeyringError
 
-__all__ = ["MAX_SHOWN", "STANZAS", "SUPPORTED", "Recipient", "distinct", "parse", "read_file"]
+__all__ = ["STANZAS", "SUPPORTED", "Recipient", "distinct", "parse", "read_file"]
 
 STANZAS: Final = (b"-> X25519 ", b"-> ssh-", b"-> p256tag ")
 """How the line begins that a sealed file has for each recipient."""
@@ -23,7 +23,8 @@ SUPPORTED: Final = "supported are age1... (X25519), age1tag1..., ssh-ed25519 and
 
 _STANDARD: Final = "-"
 _MAX_FILE_BYTES: Final = 1 << 20
-MAX_SHOWN: Final = 24
+_MAX_SHOWN: Final = 24
+"""Characters of a text that is not a recipient, in a message."""
 _COMMENT: Final = "#"
 _SSH_KEY: Final = re.compile(r"(?:sk-)?(?:ssh|ecdsa)-[\w.@-]+\s+AAAA")
 _AGE_KEY: Final = re.compile(r"(?<![0-9a-z])age1[0-9a-z]{30,}", re.IGNORECASE)
@@ -47,10 +48,10 @@ class Recipient(NamedTuple):
     """pyrage's object."""
 
 
-def parse(text: str, *, shown: int = MAX_SHOWN) -> Recipient:
+def parse(text: str) -> Recipient:
     """Parse the text of one recipient; white space around it is left out.
 
-    Raises `KeyringError`, which shows no secret, and at most `shown` characters of the text.
+    Raises `KeyringError`, which shows no secret, and a short part of the text at most.
     """
     text = text.strip()
     found = resemblance(text.encode(errors="replace"))
@@ -58,12 +59,12 @@ def parse(text: str, *, shown: int = MAX_SHOWN) -> Recipient:
         raise KeyringError("an identity was given as a recipient: it is secret; give its public half")
     if len(_SSH_KEY.findall(text)) + len(_AGE_KEY.findall(text)) > 1 or len(text.splitlines()) > 1:
         raise KeyringError(
-            f"{_shown(text, shown)} is more than one line or recipient; repeat --recipient for each, or use --recipients-file"
+            f"{_shown(text)} is more than one line or recipient; repeat --recipient for each, or use --recipients-file"
         )
     try:
         return _ssh(text) if text.startswith("ssh-") else _age(text)
     except (pyrage.RecipientError, UnicodeError) as error:  # UnicodeError: an argument that is not text
-        raise KeyringError(f"{_shown(text, shown)} is no recipient{_reason(text, str(error))}") from None
+        raise KeyringError(f"{_shown(text)} is no recipient{_reason(text, str(error))}") from None
 
 
 def distinct(recipients: Iterable[Recipient]) -> list[str]:
@@ -155,5 +156,5 @@ def _reason(text: str, error: str) -> str:
     return why
 
 
-def _shown(text: str, most: int) -> str:
-    return repr(text if len(text) <= most else f"{text[:most]}...")
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...")

@@ -15,14 +15,13 @@ from keyferry import age_passphrase, content, new_files, passphrase, private_fil
 from keyferry.age_passphrase import PassphraseError, SealedToRecipientsError
 
 from .document import KeyringError
-from .recipients import MAX_SHOWN, STANZAS, parse
+from .recipients import STANZAS, parse
 
-__all__ = ["Identity", "Unsealer", "check_recipient", "count_recipients", "new_identity", "read_passphrase", "seal"]
+__all__ = ["Identity", "Unsealer", "count_recipients", "new_identity", "read_passphrase", "seal"]
 
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
 _PEM: Final = b"-----BEGIN"
 _COMMENT: Final = "#"
-_SHOWN: Final = MAX_SHOWN
 _IDENTITY_MOST: Final = 65_536
 _SSH_TYPES: Final = ("", "ssh-ed25519", "ssh-rsa")
 _SUPPORTED: Final = (
@@ -124,7 +123,7 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
 def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
     """Seal, and count what the file is sealed to: nothing may be named that does not open the file. Raises `KeyringError`."""
     try:
-        parsed = [check_recipient(recipient) for recipient in recipients]
+        parsed = [parse(recipient).parsed for recipient in recipients]
     except KeyringError as error:
         raise KeyringError(f"{error}; the keyring names it: `keyring reseal` it to all that are to open it") from None
     try:
@@ -142,11 +141,6 @@ def count_recipients(sealed: bytes) -> int:
     """How many recipients a file is sealed to, as far as its header tells: not which."""
     header = sealed.split(b"\n---", 1)[0].split(b"\n")
     return sum(line.startswith(STANZAS) for line in header)
-
-
-def check_recipient(recipient: str) -> Any:
-    """Return pyrage's object for the text of one recipient. Raises `KeyringError`."""
-    return parse(recipient, shown=_SHOWN).parsed
 
 
 class Identity:

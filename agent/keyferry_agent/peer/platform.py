@@ -5,6 +5,8 @@ import socket
 from collections.abc import Mapping
 from typing import Final
 
+from keyferry.hardening import has_capability
+
 from .groups import LACKING, SO_PEERGROUPS
 from .process import Process
 
@@ -29,7 +31,7 @@ def lacking() -> Mapping[str, frozenset[str]]:
             return found
     if not _control_groups_visible():
         found["/proc does not show other users' processes (hidepid)"] = frozenset({"unit", "pod", "exe", "sha256"})
-    elif not _programs_visible():
+    elif not has_capability(_CAP_SYS_PTRACE):
         found["it takes CAP_SYS_PTRACE to see the programs of other users"] = frozenset({"exe", "sha256"})
     return found
 
@@ -59,18 +61,3 @@ def _control_groups_visible() -> bool:
             return bool(file.read(1))
     except OSError:
         return False
-
-
-def _programs_visible() -> bool:
-    """Whether this process has CAP_SYS_PTRACE, in the user namespace that all processes of the host are in."""
-    try:
-        status = dict(line.split(":\t", 1) for line in _read("/proc/self/status").splitlines() if ":\t" in line)
-        everybody = _read("/proc/self/uid_map").split() == ["0", "0", str(2**32 - 1)]
-    except OSError:
-        return False
-    return everybody and bool(int(status["CapEff"], 16) >> _CAP_SYS_PTRACE & 1)
-
-
-def _read(path: str) -> str:
-    with open(path) as file:
-        return file.read()

@@ -22,7 +22,10 @@ __all__ = ["add_parsers", "add_store_option", "open_store"]
 _ADD = OPERATIONS["GenerateDataKeyWithoutPlaintext"]
 _RECOVER = OPERATIONS["ExportDataKey"]
 _OF_THE_RECORD = ("CiphertextBlob", "EncryptionContext")
-_PASSWORD_OPTION: Final = re.compile(r"(?:^|&)(?:ssl)?password=[^&]", re.IGNORECASE)
+_SECRET_OPTION: Final = re.compile(
+    r"(?:^|&)(?:(?:ssl)?password|oauth_client_secret|scram_(?:client|server)_key)=[^&]", re.IGNORECASE
+)
+"""`url.SECRET_OPTIONS` of the store, which is not imported before the warning."""
 _NO_PORT: Final = re.compile(r"\[[0-9A-Fa-f:.]*\]|:[0-9]*(?=[,/]|$)")
 """Colons of a URL that no password follows: those of IPv6 addresses and ports."""
 
@@ -92,7 +95,7 @@ def _may_hold_a_password(text: str) -> bool:
         return False
     address, _, options = location.partition("?")
     user, at, _ = location.rpartition("@")
-    return ":" in (user if at else _NO_PORT.sub("", address)) or _PASSWORD_OPTION.search(unquote(options)) is not None
+    return ":" in (user if at else _NO_PORT.sub("", address)) or _SECRET_OPTION.search(unquote(options)) is not None
 
 
 def _add(arguments: argparse.Namespace) -> int:

@@ -51,12 +51,6 @@ def secrets(url: URL) -> list[str]:
     return [str(secret) for secret in found if secret]
 
 
-def secrets_of(url: URL) -> list[str]:
-    """Return the passwords that a URL holds, also those in its query."""
-    found = [url.password, *(url.query.get(name) for name in ("password", "sslpassword"))]
-    return [str(secret) for secret in found if secret]
-
-
 def _default() -> URL:
     folder = os.environ.get("XDG_DATA_HOME") or ""
     if not os.path.isabs(folder):  # the XDG specification: relative ones are to be ignored

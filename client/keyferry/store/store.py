@@ -102,11 +102,6 @@ class Store:
     def __reduce__(self) -> str:
         raise TypeError("a Store cannot be pickled, because its URL may hold a password: open one in each process")
 
-    @property
-    def has_password(self) -> bool:
-        """Whether the URL itself holds a password."""
-        return bool(secrets(self._url))
-
     def close(self) -> None:
         """Close the connections to the database."""
         self._engine.dispose()

@@ -12,10 +12,10 @@ import pyrage
 from keyferry import age_passphrase
 from keyferry.age_passphrase import PassphraseError
 from keyferry.secret import SecretMemory
-from keyferry_agent.keyring import loader
+from keyferry_agent.keyring import loader, recipients
 from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, VersionEntry
 from keyferry_agent.keyring.loaded import build, room_for
-from keyferry_agent.keyring.sealing import Unsealer, check_recipient, count_recipients, seal
+from keyferry_agent.keyring.sealing import Unsealer, count_recipients, seal
 
 from ..frugal import frugal
 from .operators import in_a_file
@@ -141,7 +141,7 @@ def identity(data: bytes) -> None:
             assert not any(line.decode(errors="replace") in str(error) for line in data.split() if len(line) > 16)
     try:
         text = data.decode("utf-8", "surrogateescape")
-        check_recipient(text)
+        recipients.parse(text)
         assert seal(b"payload", [text], None)
     except KeyringError as error:
         assert len(str(error)) < 400
