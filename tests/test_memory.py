@@ -159,12 +159,14 @@ def test_every_form_of_a_key_is_found_wherever_it_lies(tmp_path: Path) -> None:
     """At every alignment; and the forms are those of the standard (FIPS 197, A.1 and A.3)."""
     needles, key = Needles(), bytes(range(100, 132))
     needles.add_key("key", key)
-    for copy in (key, key[::-1], key.hex().encode(), aes_round_keys(key)[:32], key[8:24]):
+    digits = key.hex().encode()
+    for copy in (key, key[::-1], digits, digits[::-1], digits.upper()[:23], aes_round_keys(key)[:32], key[8:24]):
         for offset in range(8):
             (tmp_path / "haystack").write_bytes(bytes(64 + offset) + copy + bytes(64))
             assert scan_file(tmp_path / "haystack", needles), (copy, offset)
-    (tmp_path / "haystack").write_bytes(bytes(4096))
-    assert not scan_file(tmp_path / "haystack", needles)
+    for other in (bytes(4096), digits[:8] + bytes(64), digits[8:16] + digits[:8]):  # eight digits are anybody's
+        (tmp_path / "haystack").write_bytes(other)
+        assert not scan_file(tmp_path / "haystack", needles)
     assert aes_round_keys(bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c"))[-4:].hex() == "b6630ca6"
     long = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
     assert aes_round_keys(long)[-4:].hex() == "706c631e"

@@ -3,10 +3,14 @@
 What is sought is given as secrets with names; every form that a library may keep one in becomes needles: windows of eight
 bytes. A haystack is read as words of eight bytes at aligned addresses. So every copy of fifteen bytes or more is found
 wherever it lies, and every aligned fragment of eight.
+
+Eight hexadecimal digits are 32 bits only, and memory is full of others' digits: RequestIds, hashes. Of 100,000 windows, some
+would be found by chance. So digits are found where two words follow each other: in every copy of 23 digits or more.
 """
 
 import base64
 import functools
+import itertools
 import re
 import struct
 from collections import Counter
@@ -22,7 +26,8 @@ from keyferry.parameters import decode_base64
 
 _WORD = 8
 _CHUNK = 1 << 22
-_DIGITS = 100
+_BYTES_IN_DIGITS = 100
+"""The beginning of a long secret that is sought in digits."""
 
 
 class Needles:
@@ -30,26 +35,37 @@ class Needles:
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
+        self._pairs: dict[int, str] = {}
+        """Of digits: two words that follow each other."""
+        self._firsts: set[int] = set()
+        """The first words of the pairs."""
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._names) + len(self._pairs)
 
     def add(self, name: str, secret: bytes) -> None:
         """Seek one form of a secret, eight bytes or longer, in either byte order."""
-        for form, text in (("", secret), (" reversed", secret[::-1]), (" words reversed", _swapped(secret))):
+        for form, text in _forms(name, secret):
             for at in range(len(text) - _WORD + 1):
                 window = text[at : at + _WORD]
                 if len(set(window)) > 3:  # what is all alike is found everywhere
-                    self._names[int.from_bytes(window, "little")] = name + form
+                    self._names[_number(window)] = form
+
+    def add_digits(self, name: str, digits: str) -> None:
+        """Seek a secret that is written in hexadecimal digits, 16 or more, in either byte order."""
+        for form, text in _forms(name, digits.encode()):
+            for at in range(len(text) - 2 * _WORD + 1):
+                window = text[at : at + 2 * _WORD]
+                if len(set(window)) > 3:
+                    self._pairs[_number(window)] = form
+                    self._firsts.add(_number(window[:_WORD]))
 
     def add_key(self, name: str, key: bytes) -> None:
         """Seek a key: raw, as text, and as the round keys that ciphers make of it."""
         self.add(name, key)
-        # Of a long one the beginning: eight digits are 32 bits, and some 100,000 windows of them would be found by chance,
-        # in the RequestIds that are there.
-        beginning = key[:_DIGITS].hex()
-        self.add(f"{name} in hex", beginning.encode())
-        self.add(f"{name} in HEX", beginning.upper().encode())
+        digits = key[:_BYTES_IN_DIGITS].hex()
+        self.add_digits(f"{name} in hex", digits)
+        self.add_digits(f"{name} in HEX", digits.upper())
         self.add(f"{name} in Base64", base64.b64encode(key))
         if len(key) in (16, 24, 32):
             self.add(f"{name} as AES round keys", aes_round_keys(key))
@@ -72,7 +88,22 @@ class Needles:
     def in_words(self, data: bytes) -> Counter[str]:
         """What is in some memory that begins at an aligned address."""
         words = memoryview(data[: len(data) // _WORD * _WORD]).cast("Q")
-        return Counter(self._names[word] for word in self._names.keys() & set(words))
+        there = set(words)
+        found = Counter(self._names[word] for word in self._names.keys() & there)
+        if firsts := self._firsts & there:
+            pairs = {first | second << 8 * _WORD for first, second in itertools.pairwise(words) if first in firsts}
+            found.update(self._pairs[pair] for pair in self._pairs.keys() & pairs)
+        return found
+
+
+def _forms(name: str, text: bytes) -> Iterator[tuple[str, bytes]]:
+    yield name, text
+    yield f"{name} reversed", text[::-1]
+    yield f"{name} words reversed", _swapped(text)
+
+
+def _number(text: bytes) -> int:
+    return int.from_bytes(text, "little")
 
 
 def _swapped(text: bytes) -> bytes:
