@@ -50,3 +50,12 @@ def test_a_seed_is_one_story_in_this_process_and_in_another() -> None:
             check=True,
         ).stdout
         assert out.split() == here[::-1]
+
+
+def test_a_seed_is_one_story_whatever_number_the_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An audit entry has the number of the agent's process, and a world's own is no longer than another's."""
+    digests = set()
+    for number in (7, 4_000_000):
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        digests.add(simulate(7_000).digest)
+    assert len(digests) == 1

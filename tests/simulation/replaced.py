@@ -61,6 +61,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
 
     names: list[tuple[Any, str, Any]] = [
         *((os, name, getattr(outside, name)) for name in _OS),
+        (os, "getpid", lambda: _PID),
         (io, "open", outside.io_open),
         (socket, "send_fds", outside.send_fds),
         (_SocketType, "_nonblocking_helper", method(outside.helper)),
@@ -111,6 +112,9 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
 def _nobody(_number: int, _frame: object) -> None:
     """Take a signal, and do nothing."""
 
+
+_PID: Final = 4711
+"""The number of the agent's process, which is in its audit log: one with more digits makes a longer entry."""
 
 _OS: Final = (
     "open",
