@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
+from support.interrupting import interrupted
 from support.keyring import configuration
 from support.requires import ROOT
 from support.secrets import secret_file
@@ -375,8 +376,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing_and_no_traceback(
 ) -> None:
     """Control-C is no error of the program."""
     folder, running, _pipe = stalled
-    running.send_signal(signal.SIGINT)
-    assert running.wait(PATIENCE) == 130
+    assert interrupted(running)[0] == 130
     assert os.listdir(folder) == []
 
 
