@@ -55,7 +55,7 @@ def test_a_configuration_without_fault_has_no_warning(
     ("more", "warning"),
     [
         (GRANT.format(keys='"alias/b"'), "grant[0].keys: 'alias/b' matches no key of the keyring"),
-        (GRANT.format(keys='"alias/a", "b*"'), "grant[0].keys: 'b*' matches no key of the keyring"),
+        (GRANT.format(keys='"alias/a", "z*"'), "grant[0].keys: 'z*' matches no key of the keyring"),
         ('[audit]\npath = "/nowhere/audit.jsonl"\n', "audit.path: /nowhere: No such file or directory"),
         ('[audit]\npath = "/tmp"\n', "audit.path: /tmp is a folder; name a file in it"),
         ('[audit]\npath = "/etc/passwd/audit"\n', "audit.path: /etc/passwd: not a folder"),
