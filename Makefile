@@ -36,6 +36,7 @@ check: $(VENV)/.development
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
+	$(BIN)/python tools/language.py $(BASE)
 
 coverage: $(VENV)/.development
 	$(BIN)/coverage erase
