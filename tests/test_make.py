@@ -34,7 +34,7 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / ".cache").mkdir()
     for name in (".created", ".runtime", ".development"):
         (tmp_path / ".venv" / name).touch()
-    for name in ("ruff", "mypy", "coverage"):
+    for name in ("ruff", "mypy", "python", "coverage"):
         (programs / name).write_text(COVERAGE if name == "coverage" else 'test "$MYPY" != fails\n')
         (programs / name).chmod(0o755)
     return tmp_path
