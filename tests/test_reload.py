@@ -115,6 +115,8 @@ def test_a_replaced_keyring_is_unmapped_although_idle_connections_once_asked_abo
             connection = connections.enter_context(RawConnection(agent.socket))
             assert connection.call("GetAgentStatus", {}).error is None
             assert connection.call("Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}).error is None
+            for _ in range(3):  # so that it is recalled
+                assert connection.call("GenerateDataKey", {"KeyId": "alias/a"}).error is None
             refused = {"KeyId": "alias/a", "Plaintext": "AAAA", "DryRun": True}
             assert connection.call("Encrypt", refused).error is not None
             reload(agent, count)
