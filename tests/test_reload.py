@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.agent import RawConnection, RunningAgent
 from support.hostile import many
-from support.keyring import change, configuration, new_keyring, serving
+from support.keyring import change, configuration, copied, new_keyring, serving
 from support.requires import root
 
 from keyferry import KmsError, operations
@@ -157,13 +157,6 @@ def test_however_long_a_loaders_complaint_is_it_arrives(keyring: Path) -> None:
 
 
 # --- files that are replaced ------------------------------------------------------------------------------------------
-
-
-def copied(path: Path, content: bytes) -> None:
-    """Put a file in place as deployment tools do: beside it, and then renamed."""
-    beside = path.with_name("beside")
-    beside.write_bytes(content)
-    beside.replace(path)
 
 
 def test_a_keyring_that_is_replaced_is_loaded_without_a_signal(keyring: Path, socket_path: Path) -> None:
