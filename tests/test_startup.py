@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent, configured, dev_agent
 from support.audit_log import requests
-from support.waiting import wait_until
+from support.waiting import is_served, wait_until
 
-from keyferry import Client, Throttled, hardening, wire
+from keyferry import hardening, wire
 from keyferry_agent import listening, log, startup
 from keyferry_agent.command import main
 from keyferry_agent.crypto.selftest import SelfTestError
@@ -237,14 +237,6 @@ def test_an_agent_says_when_its_socket_file_is_gone(socket_path: Path) -> None:
         assert connection.call("GetAgentStatus", {}).error is None
 
 
-def answers(kms: Client) -> bool:
-    """Whether the agent serves a client, and does not throttle it."""
-    try:
-        return kms.get_agent_status().state == "Serving"
-    except Throttled:
-        return False
-
-
 def test_an_agent_without_descriptors_says_so_to_whoever_connects(socket_path: Path) -> None:
     """One is kept for that; and when some come back, it serves again."""
 
@@ -264,7 +256,7 @@ def test_an_agent_without_descriptors_says_so_to_whoever_connects(socket_path: P
             assert "descriptor" in refused["Message"]
             agent.wait_for("accept.failed")
         with agent.client() as kms:
-            wait_until("the agent serves again", lambda: answers(kms))  # it has not seen all of them leave yet
+            wait_until("the agent serves again", lambda: is_served(kms))  # it has not seen all of them leave yet
 
 
 def test_an_agent_closes_what_was_left_open_for_it(socket_path: Path) -> None:

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable
 
+from keyferry import Client, Throttled
+
 from .agent import PATIENCE
 
 _STEP = 0.005
@@ -14,3 +16,11 @@ def wait_until(what: str, holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not in {PATIENCE:g} s"
         time.sleep(_STEP)
+
+
+def is_served(kms: Client) -> bool:
+    """Whether the agent serves a client, and does not throttle it."""
+    try:
+        return kms.get_agent_status().state == "Serving"
+    except Throttled:
+        return False
