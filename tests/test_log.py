@@ -20,7 +20,6 @@ KIB = 1_024
 PROLOGUE = """
 import errno, logging, os, sys, threading, time
 import structlog
-
 from keyferry_agent import log
 log.configure()
 logger = structlog.get_logger("test")
