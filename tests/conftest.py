@@ -6,6 +6,7 @@ import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,6 +30,11 @@ SKIPPED = ROOT / ".cache" / "skipped"
 COUNTS = ROOT / ".cache" / "counts"
 """The list with which `make test` ends, and the numbers in its last line."""
 
+_SHARE_OF_TIMEOUT = 0.75
+"""Of pytest's faulthandler_timeout, which ends the whole process."""
+_FAIL_AGAIN_SECONDS = 5.0
+"""After which a test that waits for the end of what it began, which waits too, fails there as well."""
+
 os.umask(0o022)  # under 002, the configurations that tests write would be group-writable, which the agent refuses
 
 
@@ -41,6 +47,44 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _ignore)
+
+
+@contextmanager
+def _bounded(item: pytest.Item) -> Iterator[None]:
+    """Fail what waits too long, with a traceback that ends where it waits, before pytest ends the whole process."""
+    seconds = _SHARE_OF_TIMEOUT * float(item.config.getini("faulthandler_timeout"))
+
+    def fail(_number: int, _frame: FrameType | None) -> None:
+        pytest.fail(f"{item.nodeid} has not ended in {seconds:g} s; the last line of the traceback waits")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _FAIL_AGAIN_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Bound the time of a test's fixtures."""
+    with _bounded(item):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Bound the time of a test."""
+    with _bounded(item):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Bound the time of a test's end."""
+    with _bounded(item):
+        yield
 
 
 @pytest.fixture(scope="session")

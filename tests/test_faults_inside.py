@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,20 @@ import pytest
 import structlog
 import trio
 import trio.testing
+from support.inside import new_agent, new_audit_log
 
 from keyferry import wire
 from keyferry.errors import KmsError
-from keyferry_agent import handlers, reloading
+from keyferry_agent import handlers
 from keyferry_agent.agent import Agent, Caller
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.connection import Connection, Shared
-from keyferry_agent.grants import Grant
 from keyferry_agent.handlers.status import get_agent_status
-from keyferry_agent.host import Host
-from keyferry_agent.keyring.loaded import development_keyring
 from keyferry_agent.limits import Rate
-from keyferry_agent.options import Options
 from keyferry_agent.peer import Peer
 from keyferry_agent.peer.inspection import Inspector
-from keyferry_agent.reloading import Reloader
 from keyferry_agent.serving import Server
-from keyferry_agent.settings import Audit, Settings
+from keyferry_agent.settings import Audit
 from keyferry_agent.workers import Workers
 
 STATUS = ("GetAgentStatus", dict[str, Any]())
@@ -41,15 +36,13 @@ STATUS = ("GetAgentStatus", dict[str, Any]())
 @pytest.fixture
 def agent() -> Agent:
     """An agent's state, in this process, that grants everything to this user."""
-    everything = Grant("all", {"uid": os.geteuid()}, ("kms:*",), ("*",))
-    settings = Settings(memory="prefer", grants=(everything,))
-    return Agent(settings, development_keyring(backing="auto", require=False))
+    return new_agent()
 
 
 @pytest.fixture
 def audit(tmp_path: Path) -> AuditLog:
     """A record of requests in a file."""
-    return AuditLog(Audit(str(tmp_path / "audit.jsonl")))
+    return new_audit_log(tmp_path)
 
 
 @asynccontextmanager
@@ -274,96 +267,6 @@ async def test_behind_half_an_answer_comes_no_other(agent: Agent, audit: AuditLo
             theirs.recv(1)
 
 
-async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
-    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
-) -> None:
-    """It is said once; what was asked for meanwhile is done then."""
-    real = trio.to_thread.run_sync
-    failures = [RuntimeError("can't start new thread")] * 3
-
-    async def run_sync(*arguments: Any, **more: Any) -> Any:
-        if failures:
-            await trio.lowlevel.checkpoint()
-            raise failures.pop()
-        return await real(*arguments, **more)
-
-    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
-    reloader = Reloader(options, agent, audit, {}, Host(), None)
-    adopted = trio.Event()
-    monkeypatch.setattr(agent, "adopt", lambda *_: adopted.set())
-    with structlog.testing.capture_logs() as logged:
-        monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(reloader.run)
-            reloader.ask()
-            await adopted.wait()
-            nursery.cancel_scope.cancel()
-    assert [entry["event"] for entry in logged if entry["log_level"] != "info"] == ["reload.failed"]
-
-
-async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
-    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
-) -> None:
-    """The reason may have passed. It is said once, and again when it is another."""
-    reasons = ["no descriptor", "no descriptor", "no descriptor", "no memory"]
-    tried: list[float] = []
-    real = Options.settings
-
-    def settings(options: Options) -> Settings:
-        tried.append(trio.from_thread.run_sync(trio.current_time))
-        if reasons:
-            raise OSError(reasons.pop(0))
-        return real(options)
-
-    monkeypatch.setattr(Options, "settings", settings)
-    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
-    reloader = Reloader(options, agent, audit, {}, Host(), None)
-    adopted = trio.Event()
-    monkeypatch.setattr(agent, "adopt", lambda *_: adopted.set())
-    with structlog.testing.capture_logs() as logged:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(reloader.run)
-            reloader.ask()
-            await adopted.wait()
-            nursery.cancel_scope.cancel()
-    failures = [entry["why"] for entry in logged if entry["event"] == "reload.failed"]
-    assert failures == ["no descriptor", "no memory"]
-    waited = [after - before for before, after in pairwise(tried)]
-    assert all(expected <= wait < expected + 2 for expected, wait in zip((5, 10, 20, 40), waited, strict=True))
-
-
-async def test_nothing_is_tried_again_while_a_file_is_being_written(
-    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
-) -> None:
-    """Half of a configuration may be a whole one, with fewer grants."""
-    tried: list[float] = []
-    path = Path("agent.toml")
-    real = Options.settings
-
-    def settings(options: Options) -> Settings:
-        tried.append(trio.from_thread.run_sync(trio.current_time))
-        if len(tried) == 1:
-            raise OSError("broken")
-        return real(options)
-
-    def look(_paths: object) -> dict[Path, tuple[int, ...] | None]:
-        now = trio.from_thread.run_sync(trio.current_time)
-        return {path: (int(now * 1_000) if tried and now < tried[0] + 20 else 0,)}
-
-    monkeypatch.setattr(Options, "settings", settings)
-    monkeypatch.setattr(reloading, "look", look)
-    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
-    reloader = Reloader(options, agent, audit, {path: (0,)}, Host(), None)
-    adopted = trio.Event()
-    monkeypatch.setattr(agent, "adopt", lambda *_: adopted.set())
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reloader.run)
-        reloader.ask()
-        await adopted.wait()
-        nursery.cancel_scope.cancel()
-    assert tried[1] - tried[0] >= 20
-
-
 async def test_whoever_connects_is_seen_by_who_is_served(agent: Agent, audit: AuditLog, socket_path: Path) -> None:
     """Before the event loop has its turn, and accepts it; afterwards it is a connection, until it ends."""
     async with served(agent, audit, socket_path) as server:
@@ -379,15 +282,3 @@ async def test_whoever_connects_is_seen_by_who_is_served(agent: Agent, audit: Au
             assert arrivals.others_wait(-1)
         await trio.testing.wait_all_tasks_blocked()
         assert not arrivals.others_wait(-1)
-
-
-def test_the_rate_is_per_user_and_comes_back() -> None:
-    """A bucket for each, full again after a second; users that were quiet are forgotten."""
-    rate = Rate(2)
-    assert [rate.allows(1, 0.0) for _ in range(3)] == [True, True, False]
-    assert rate.allows(2, 0.0)
-    assert [rate.allows(1, 0.5), rate.allows(1, 0.5)] == [True, False]
-    for user in range(5_000):
-        assert rate.allows(user + 10, 100.0 + user)
-    assert len(rate._buckets) < 5_000
-    assert all(Rate(0).allows(1, 0.0) for _ in range(100))

@@ -1,5 +1,6 @@
 """The service manager: its sockets, what it is told, its watchdog, and the keys that it keeps over a restart."""
 
+import mmap
 import os
 import signal
 import socket
@@ -226,6 +227,14 @@ def test_a_restart_needs_no_unseal_secret_where_the_manager_keeps_the_keys(
     assert len(manager.kept) == 2
 
 
+def is_secret_left(descriptor: int) -> bool:
+    """Whether there is anything but zeros in secret memory. Closes the descriptor."""
+    size = os.fstat(descriptor).st_size
+    with mmap.mmap(descriptor, size) as mapped:
+        os.close(descriptor)
+        return any(mapped[:])
+
+
 def test_after_a_reload_the_new_keyring_is_kept_and_the_old_one_wiped(
     keyring: Path, socket_path: Path, manager: Manager
 ) -> None:
@@ -238,11 +247,12 @@ def test_after_a_reload_the_new_keyring_is_kept_and_the_old_one_wiped(
             agent.signal(signal.SIGHUP)
             manager.wait_for("READY=1")
         assert sorted(manager.kept) == ["keyring-4-description", "keyring-4-memory"]
+        assert not is_secret_left(old)
+        assert is_secret_left(os.dup(manager.kept["keyring-4-memory"]))
         agent.kill()
     with manager.start(what, path=socket_path) as agent, agent.client() as kms:
         assert kms.list_keys().total_count == 4
         assert not [line for line in agent.log if line["event"].startswith("reload")]
-    os.close(old)
 
 
 def test_a_keyring_that_was_replaced_while_no_agent_ran_is_read_at_the_start(

@@ -22,6 +22,7 @@ from support.asking import ok, refused
 from support.audit_log import AT_START
 from support.keyring import change, opened, serving
 from support.requires import library, root
+from support.waiting import wait_until
 
 from keyferry import wire
 from keyferry_agent import reloading
@@ -133,8 +134,8 @@ def test_a_reload_without_descriptors_leaves_the_old_state_serving(keyring: Path
             agent.signal(signal.SIGHUP)
             assert os.strerror(errno.EMFILE) in agent.wait_for("reload.failed")["why"]
             ok(first, *DESCRIBE)
-        while agent_is_short_of_descriptors(agent):
-            ok(first, *DESCRIBE)
+        wait_until("the agent has descriptors again", lambda: not agent_is_short_of_descriptors(agent))
+        ok(first, *DESCRIBE)
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
         ok(first, *DESCRIBE)

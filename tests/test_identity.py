@@ -224,6 +224,32 @@ def test_a_process_that_is_gone_when_it_is_asked_about_has_no_evidence(tmp_path:
                 process.close()
 
 
+def test_a_process_that_ends_while_it_is_read_has_no_evidence(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read after its end may be of another process with its number."""
+    text = f"0::/kubepods/besteffort/pod{POD}/ab\n"
+    code = f"import socket, sys; s = socket.socket(1); s.connect({str(socket_path)!r}); sys.stdin.read()"
+
+    def read_and_end(_process: Process) -> str:
+        child.kill()
+        child.wait(PATIENCE)
+        return text
+
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(socket_path))
+        listening.listen()
+        with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as child:
+            connection, _ = listening.accept()
+            with connection:
+                for read, pod in ((lambda _process: text, POD), (read_and_end, None)):
+                    monkeypatch.setattr(Process, "cgroups", read)
+                    peer, process = evidence(connection, "default")
+                    assert process is not None
+                    process.close()
+                    assert peer.pod == pod
+
+
 def test_a_process_that_cannot_be_numbered_has_no_evidence() -> None:
     """Of another pid namespace, that is not below this one, the kernel says 0."""
     here, there = socket.socketpair(socket.AF_UNIX)

@@ -14,6 +14,7 @@ from typing import IO, Any
 import pytest
 from support.agent import PATIENCE, RawConnection
 from support.requires import root
+from support.waiting import wait_until
 
 KIB = 1_024
 PROLOGUE = """
@@ -61,11 +62,12 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 def wait_for_lost(path: Path) -> int:
     """Wait for the report of lost lines, and return their number."""
-    deadline = time.monotonic() + PATIENCE
-    while not (found := [line["lines"] for line in lines_of(path) if line["event"] == "log.lost"]):
-        assert time.monotonic() < deadline, path.read_text()
-        time.sleep(0.05)
-    return sum(found)
+
+    def lost() -> list[int]:
+        return [line["lines"] for line in lines_of(path) if line["event"] == "log.lost"]
+
+    wait_until("the log reports lost lines", lost)
+    return sum(lost())
 
 
 def protocol_error(path: Path) -> None:
@@ -102,9 +104,7 @@ def test_an_agent_logs_again_after_a_full_disk(disk: Path, socket_path: Path, mo
         arguments = [sys.executable, "-m", "keyferry_agent", "run", "--dev", "--config", str(config)]
         process = subprocess.Popen([*arguments, "--socket", str(socket_path)], stderr=stderr)
     try:
-        while "agent.serving" not in path.read_text():
-            assert process.poll() is None
-            time.sleep(0.05)
+        wait_until("the agent serves", lambda: "agent.serving" in path.read_text() or process.poll() is not None)
         fill(disk / "other")
         for _ in range(40):  # the file's last page has room for some lines
             protocol_error(socket_path)

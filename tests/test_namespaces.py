@@ -85,7 +85,14 @@ def test_a_caller_of_a_pid_namespace_below_the_agents_is_seen(keyring: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("to", "expected"), [("uid=65534", REFUSED), (f"uid={OTHER}", REFUSED), ('listener="default"', "OK")]
+    ("to", "expected"),
+    [
+        ("uid=65534", REFUSED),
+        (f"uid={OTHER}", REFUSED),
+        ("gid=65534", REFUSED),
+        (f"gid={OTHER}", REFUSED),
+        ('listener="default"', "OK"),
+    ],
 )
 def test_a_user_whom_the_agents_user_namespace_does_not_know_is_nobody(keyring: Path, to: str, expected: str) -> None:
     """The kernel shows it as the overflow uid, which can be anybody."""

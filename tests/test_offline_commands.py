@@ -16,10 +16,12 @@ from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration, opened
 from support.requires import root
 from support.scan import Needles, scan
+from support.waiting import wait_until
 from test_memory import PR_CAPBSET_DROP, limited, needs_ptrace
 
 from keyferry import hardening
 from keyferry.hardening import DUMPABLE
+from keyferry_agent.keyring import loader
 
 AGENT, CLIENT = "keyferry-agent", "keyferry"
 SCRIPTS = Path(sys.executable).parent
@@ -235,9 +237,8 @@ def test_a_keyring_command_keeps_no_key_in_freed_memory(keyring: Path) -> None:
         command, stdout=writer, stderr=subprocess.DEVNULL, env={**os.environ, DUMPABLE: "1"}
     ) as process:
         os.close(writer)
-        while "pipe_w" not in Path(f"/proc/{process.pid}/wchan").read_text():
-            assert process.poll() is None
-            time.sleep(0.01)
+        wchan = Path(f"/proc/{process.pid}/wchan")
+        wait_until("the command blocks on its output", lambda: "pipe_w" in wchan.read_text())
         found = scan(process.pid, needles)
         process.kill()
     os.close(reader)
@@ -281,6 +282,15 @@ def test_memory_is_locked_under_an_unlimited_limit(monkeypatch: pytest.MonkeyPat
     assert hardening._may_lock_everything()
 
 
+def test_the_loader_is_hardened(place: Path) -> None:
+    """The process in which the agent opens a keyring. exec(2) undoes what the agent has done for itself."""
+    with blocked(place, [sys.executable, "-P", "-m", loader.__name__, "keyring.age", "fifo"]) as process:
+        assert status_of(process.pid)["NoNewPrivs"] == "1"
+        assert status_of(process.pid)["Umask"] == "0077"
+        assert core_limit(process.pid) == ["0", "0"]
+        assert reads(process.pid) == "Permission denied"
+
+
 @root()
 def test_the_loader_locks_its_memory_too(tmp_path: Path, keyring: Path, socket_path: Path) -> None:
     """The loader holds every master key as a Python object while it writes to the agent."""
@@ -289,8 +299,8 @@ def test_the_loader_locks_its_memory_too(tmp_path: Path, keyring: Path, socket_p
     agent = RunningAgent(["--keyring", str(keyring), "--unseal", str(fifo)], socket_path)
     with open(fifo, "wb") as writer:
         children = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children").read_text().split()
-        (loader,) = [int(child) for child in children if "loader" in Path(f"/proc/{child}/cmdline").read_text()]
-        status = status_of(loader)
+        (child,) = [int(child) for child in children if "loader" in Path(f"/proc/{child}/cmdline").read_text()]
+        status = status_of(child)
         writer.write((keyring.parent / "identity").read_bytes())
     with agent:
         assert status["VmLck"] != "0 kB"

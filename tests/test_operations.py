@@ -89,7 +89,8 @@ def test_export_refuses_what_the_wrapping_cannot_carry(connection: RawConnection
     made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/dev", "NumberOfBytes": 191, **to.params})
     blob = {"CiphertextBlob": made["CiphertextBlob"]}
     refused(connection, "ExportDataKey", {**blob, **RSA.params}, "InvalidParameter", "190", "191")
-    damaged = {"CiphertextBlob": decode_base64(made["CiphertextBlob"])[:-1] + b"\0"}
+    *rest, last = decode_base64(made["CiphertextBlob"])
+    damaged = {"CiphertextBlob": bytes([*rest, last ^ 1])}
     refused(connection, "ExportDataKey", {**damaged, **RSA.params}, "InvalidParameter", "damaged")
     ok(connection, "ExportDataKey", {**blob, **recipient("RSAES_OAEP_SHA_1").params})
 

@@ -195,11 +195,16 @@ def test_threads_take_turns(token: RealToken) -> None:
 
 def test_a_handle_that_means_another_key_after_a_reset_is_not_used(app: RealToken) -> None:
     """SoftHSM2 counts sessions and objects from 1 again: the first module back gets the numbers that the second one had."""
+    app.open().close()
+    app.finalize()  # else the count has passed, in other tests, all numbers that this test reaches
     second = app.open()
     key, data_key = tokens.imported(second)
+    numbers = tokens.session_number(second), second._keys[key].key.handle
     first = app.open()
     app.finalize()
     others = [tokens.imported(first)[0] for _ in range(60)]
+    assert numbers[0] == tokens.session_number(first)
+    assert numbers[1] in {first._keys[other].key.handle for other in others}
     sealed = second.encrypt(key, b"plaintext")
     assert AESGCM(data_key).decrypt(sealed[:12], sealed[12:], None) == b"plaintext"
     assert first.decrypt(others[0], first.encrypt(others[0], b"x")) == b"x"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.agent import RawConnection, RunningAgent
 from support.hostile import many
-from support.keyring import change, configuration, new_keyring, serving
+from support.keyring import change, configuration, copied, new_keyring, serving
 from support.requires import root
 
 from keyferry import KmsError, operations
@@ -115,6 +115,8 @@ def test_a_replaced_keyring_is_unmapped_although_idle_connections_once_asked_abo
             connection = connections.enter_context(RawConnection(agent.socket))
             assert connection.call("GetAgentStatus", {}).error is None
             assert connection.call("Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}).error is None
+            for _ in range(3):  # so that it is recalled
+                assert connection.call("GenerateDataKey", {"KeyId": "alias/a"}).error is None
             refused = {"KeyId": "alias/a", "Plaintext": "AAAA", "DryRun": True}
             assert connection.call("Encrypt", refused).error is not None
             reload(agent, count)
@@ -155,13 +157,6 @@ def test_however_long_a_loaders_complaint_is_it_arrives(keyring: Path) -> None:
 
 
 # --- files that are replaced ------------------------------------------------------------------------------------------
-
-
-def copied(path: Path, content: bytes) -> None:
-    """Put a file in place as deployment tools do: beside it, and then renamed."""
-    beside = path.with_name("beside")
-    beside.write_bytes(content)
-    beside.replace(path)
 
 
 def test_a_keyring_that_is_replaced_is_loaded_without_a_signal(keyring: Path, socket_path: Path) -> None:

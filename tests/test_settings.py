@@ -1,5 +1,6 @@
 """The configuration: everything that is wrong with it is said, by path; nothing unknown is ignored."""
 
+import grp
 import os
 import pwd
 from pathlib import Path
@@ -194,9 +195,19 @@ def test_check_of_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert read(path).grants[0].to == {"user": -1}
 
 
-def test_a_grant_to_the_overflow_uid_is_a_warning(tmp_path: Path) -> None:
-    """It matches nobody."""
-    assert "overflow" in read(written(tmp_path, GRANT.format(to="uid = 65534"))).warnings[0]
+@pytest.mark.parametrize(
+    ("to", "kind"),
+    [
+        ("uid = 65534", "uid"),
+        (f'user = "{pwd.getpwuid(65_534).pw_name}"', "uid"),
+        ("gid = 65534", "gid"),
+        (f'group = "{grp.getgrgid(65_534).gr_name}"', "gid"),
+    ],
+)
+def test_a_grant_to_an_overflow_number_is_a_warning(tmp_path: Path, to: str, kind: str) -> None:
+    """It matches no caller."""
+    (warning,) = read(written(tmp_path, GRANT.format(to=to))).warnings
+    assert f"65534 is the overflow {kind}" in warning
 
 
 @pytest.mark.parametrize("beside", ["uid = 5", 'user = "root"', 'unit = "a.service"', 'listener = "default"'])

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import socket
+import stat
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -15,8 +16,9 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent, configured, dev_agent
 from support.audit_log import requests
+from support.waiting import is_served, wait_until
 
-from keyferry import Throttled, hardening, wire
+from keyferry import hardening, wire
 from keyferry_agent import listening, log, startup
 from keyferry_agent.command import main
 from keyferry_agent.crypto.selftest import SelfTestError
@@ -78,6 +80,29 @@ def test_the_socket_has_the_mode_that_was_asked_for(socket_path: Path) -> None:
     arguments = configured(socket_path, 'mode = "0600"\n')
     with RunningAgent(arguments, socket_path):
         assert socket_path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o660, 0o666])
+def test_a_socket_opens_to_others_with_its_mode_only(
+    socket_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """From bind(2) to chmod(2) it is its owner's alone, under any umask."""
+    modes, chmod = [], os.chmod
+
+    def watched(path: str, wanted: int) -> None:
+        modes.append(stat.S_IMODE(socket_path.stat().st_mode))
+        chmod(path, wanted)
+        modes.append(stat.S_IMODE(socket_path.stat().st_mode))
+
+    monkeypatch.setattr(os, "chmod", watched)
+    mask = os.umask(0)
+    try:
+        (made,) = listening.open_all([Listener(path=socket_path, mode=mode)], [])
+        assert os.umask(0) == 0  # as it was
+    finally:
+        os.umask(mask)
+    made.close()
+    assert modes == [0o600, mode]
 
 
 def test_the_process_is_hardened(agent: RunningAgent) -> None:
@@ -231,12 +256,7 @@ def test_an_agent_without_descriptors_says_so_to_whoever_connects(socket_path: P
             assert "descriptor" in refused["Message"]
             agent.wait_for("accept.failed")
         with agent.client() as kms:
-            while True:
-                try:
-                    assert kms.get_agent_status().state == "Serving"
-                    break
-                except Throttled:  # it has not seen all of them leave yet
-                    continue
+            wait_until("the agent serves again", lambda: is_served(kms))  # it has not seen all of them leave yet
 
 
 def test_an_agent_closes_what_was_left_open_for_it(socket_path: Path) -> None:

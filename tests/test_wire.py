@@ -243,8 +243,9 @@ def test_a_message_one_byte_too_long_is_refused_before_its_end_arrives() -> None
     """The limit is on the message, wherever in it the bytes are."""
     long = msgpack.packb([0, 1, "x", [{"long": "x" * (wire.MAX_MESSAGE - 14)}]])
     assert len(long) == wire.MAX_MESSAGE + 1
-    with pytest.raises(ProtocolError, match="longer"):
-        decode(long[:100])
+    for received in (long[:100], long, REQUEST + long):
+        with pytest.raises(ProtocolError, match="longer"):
+            decode(received)
     many = msgpack.packb([0, 1, "x", [{str(i): "y" * 200 for i in range(400)}]])
     with pytest.raises(ProtocolError, match="longer"):
         decode(many, step=1000)

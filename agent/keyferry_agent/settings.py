@@ -19,7 +19,7 @@ from keyferry.secret import Backing
 
 from . import toml
 from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant
-from .peer import OVERFLOW_UID
+from .peer import OVERFLOW_GID, OVERFLOW_UID
 
 __all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "examine", "look_up", "read"]
 
@@ -197,6 +197,15 @@ def _settings(table: toml.Table) -> Settings:
     return settings
 
 
+_OVERFLOW: Final = (
+    ("uid", "uid", OVERFLOW_UID),
+    ("user", "uid", OVERFLOW_UID),
+    ("gid", "gid", OVERFLOW_GID),
+    ("group", "gid", OVERFLOW_GID),
+)
+"""Selectors, what their numbers are, and the number that stands for every user or group that the kernel cannot tell."""
+
+
 def _check_grants(table: toml.Table, settings: Settings) -> None:
     """Note what is wrong with grants in the light of everything else: what could never match is a mistake."""
     listeners = {listener.name for listener in settings.listeners}
@@ -204,10 +213,11 @@ def _check_grants(table: toml.Table, settings: Settings) -> None:
         listener = grant.to.get("listener")
         if listener is not None and listener not in listeners:
             table.problems.append(f"grant[{i}].to.listener: no listener is called {listener!r}")
-        if OVERFLOW_UID in (grant.to.get("uid"), grant.to.get("user")):
-            table.warnings.append(
-                f"grant[{i}].to: {OVERFLOW_UID} is the overflow uid, which can be anybody; matches nobody"
-            )
+        overflow = [(kind, number) for selector, kind, number in _OVERFLOW if grant.to.get(selector) == number]
+        table.warnings += [
+            f"grant[{i}].to: {number} is the overflow {kind}, which can be anybody; matches nobody"
+            for kind, number in overflow
+        ]
         if grant.program and not BESIDE_PROGRAM & grant.to.keys():
             table.problems.append(
                 f"grant[{i}].to: every user can run {' and '.join(sorted(grant.program))}, with a library of their own in it; "

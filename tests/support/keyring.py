@@ -47,6 +47,13 @@ def rewritten(keyring: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     keyring.write_bytes(seal(json.dumps(raw).encode(), raw["Recipients"], None))
 
 
+def copied(path: Path, content: bytes) -> None:
+    """Put a file in place as deployment tools do: beside it, and then renamed."""
+    beside = path.with_name("beside")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
 def configuration(keyring: Path, *, actions: str = "kms:*", more: str = "", to: str = f"uid={os.getuid()}") -> str:
     """The text of a configuration that grants this user, or somebody else, actions on all keys."""
     return (

@@ -9,26 +9,43 @@ from typing import TypeAlias
 
 from keyferry import Client, wire
 
+from .agent import PATIENCE
+
 Part: TypeAlias = Callable[[socket.socket], None]
 
 
 @contextmanager
 def scripted(path: Path, *script: Part) -> Iterator[None]:
-    """Listen, and play one part of the script for each connection, once its first bytes have come."""
+    """Listen, and play one part of the script for each connection, once its first bytes have come.
+
+    Raises AssertionError at the end of the block where the client did not make as many connections.
+    """
+    played = 0
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
         listening.listen()
 
         def play() -> None:
+            nonlocal played
             for part in script:
-                connection, _ = listening.accept()
+                try:
+                    connection, _ = listening.accept()
+                except OSError:  # the block is over
+                    return
                 with connection:
+                    connection.settimeout(PATIENCE)
                     part(connection)
+                played += 1
 
         thread = threading.Thread(target=play)
         thread.start()
-        yield
-        thread.join()
+        try:
+            yield
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)  # `accept` takes what is in the queue, and then fails
+            thread.join(PATIENCE)
+        assert not thread.is_alive(), f"the peer did not finish part {played} of its script in {PATIENCE} s"
+        assert played == len(script), f"the client made {played} connections of {len(script)}"
 
 
 @contextmanager

@@ -114,6 +114,13 @@ def imported(module: Pkcs11Module) -> tuple[DataKey, bytes]:
     return module.import_data_key(exported(module, data_key)), data_key
 
 
+def session_number(module: Pkcs11Module) -> int:
+    """Return the handle of a module's session."""
+    assert module._connection is not None
+    handle: int = module._connection._session.handle
+    return handle
+
+
 def data_keys(module: Pkcs11Module) -> list[object]:
     """The data keys that the token holds for this process, whoever's they are."""
     assert module._connection is not None

@@ -1,9 +1,9 @@
 """Who is calling: evidence from the kernel only, each piece with what it is worth. docs/identity.md says what can be forged."""
 
-from .credentials import OVERFLOW_UID, Peer, evidence
+from .credentials import OVERFLOW_GID, OVERFLOW_UID, Peer, evidence
 from .groups import Groups
 from .platform import lacking
 from .process import Process
 from .program import Program, inspect
 
-__all__ = ["OVERFLOW_UID", "Groups", "Peer", "Process", "Program", "evidence", "inspect", "lacking"]
+__all__ = ["OVERFLOW_GID", "OVERFLOW_UID", "Groups", "Peer", "Process", "Program", "evidence", "inspect", "lacking"]

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from .groups import Groups, PeerSocket, peer_groups
 from .process import Process, pod_of, unit_of
 
-__all__ = ["OVERFLOW_UID", "Peer", "evidence"]
+__all__ = ["OVERFLOW_GID", "OVERFLOW_UID", "Peer", "evidence"]
 
 _UCRED: Final = struct.Struct("iII")
 
@@ -27,7 +27,7 @@ def _overflow(name: str) -> int:
 
 
 OVERFLOW_UID: Final = _overflow("overflowuid")
-_OVERFLOW_GID: Final = _overflow("overflowgid")
+OVERFLOW_GID: Final = _overflow("overflowgid")
 
 
 class Peer(NamedTuple):
@@ -54,7 +54,7 @@ def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | Non
     Raises ProcessLookupError when it has ended, and OSError when this is not a Unix socket, or the agent lacks descriptors.
     """
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    gids = Groups([gid], packed=peer_groups(connection), without=_OVERFLOW_GID)
+    gids = Groups([gid], packed=peer_groups(connection), without=OVERFLOW_GID)
     peer = Peer(uid=None if uid == OVERFLOW_UID else uid, gids=gids, pid=pid or None, listener=listener)
     process = Process.of(connection, peer.pid)
     if process is not None:

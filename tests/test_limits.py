@@ -1,0 +1,39 @@
+"""The rate of requests, by a clock of the test's own."""
+
+from keyferry_agent import limits
+from keyferry_agent.limits import Rate
+
+
+def test_the_rate_is_per_user_and_comes_back() -> None:
+    """A bucket for each, full again after a second; users that were quiet are forgotten."""
+    rate = Rate(2)
+    assert [rate.allows(1, 0.0) for _ in range(3)] == [True, True, False]
+    assert rate.allows(2, 0.0)
+    assert [rate.allows(1, 0.5), rate.allows(1, 0.5)] == [True, False]
+    for user in range(5_000):
+        assert rate.allows(user + 10, 100.0 + user)
+    assert len(rate._buckets) < 5_000
+    assert all(Rate(0).allows(1, 0.0) for _ in range(100))
+
+
+def test_a_fraction_of_a_request_is_none() -> None:
+    """A quarter of a second after it was used up, a rate of 2 has half a request."""
+    rate = Rate(2)
+    assert [rate.allows(1, now) for now in (0.0, 0.0, 0.25, 0.49, 0.5, 0.51)] == [True, True, False, False, True, False]
+
+
+def test_several_at_once_are_allowed_together_or_not_at_all() -> None:
+    """A refusal takes nothing of the allowance; there is never more of it than for one second."""
+    rate = Rate(3)
+    assert [rate.allows(1, 0.0, count) for count in (2, 2, 1, 0)] == [True, False, True, True]
+    assert [rate.allows(1, 100.0, count) for count in (4, 3, 1)] == [False, True, False]
+
+
+def test_users_that_are_forgotten_are_those_seen_longest_ago() -> None:
+    """A user whose allowance is used up does not have it back because others come."""
+    rate, users = Rate(1), 10_000
+    for user in range(users):
+        assert rate.allows(user, user / 1e6)
+    assert len(rate._buckets) <= limits._FORGET
+    assert not rate.allows(users - 1, users / 1e6)
+    assert rate.allows(0, users / 1e6)  # the price of a bound

@@ -1,0 +1,211 @@
+"""The reloader, in this process: when it reads, when it tries again, and what it takes for seen. Time is simulated."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import trio
+import trio.testing
+from support.agent import PATIENCE
+from support.inside import new_agent, new_audit_log
+from support.keyring import change, configuration, copied
+
+from keyferry_agent import reloading
+from keyferry_agent.agent import Agent
+from keyferry_agent.audit import AuditLog
+from keyferry_agent.host import Host
+from keyferry_agent.options import Options
+from keyferry_agent.reloading import Looks, Reloader
+from keyferry_agent.settings import Settings
+
+
+@pytest.fixture
+def agent() -> Agent:
+    """An agent's state, in this process, that grants everything to this user."""
+    return new_agent()
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> AuditLog:
+    """A record of requests in a file."""
+    return new_audit_log(tmp_path)
+
+
+def names_of_grants(agent: Agent) -> list[str]:
+    """Return the names of the grants that an agent decides by."""
+    return [grant.name for grant in agent.settings.grants]
+
+
+def adoption(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+    """Return an event that is set when the agent has adopted new settings."""
+    adopted, adopt = trio.Event(), agent.adopt
+
+    def adopt_and_tell(*arguments: Any) -> None:
+        adopt(*arguments)
+        adopted.set()
+
+    monkeypatch.setattr(agent, "adopt", adopt_and_tell)
+    return adopted
+
+
+async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
+    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """It is said once; what was asked for meanwhile is done then."""
+    real = trio.to_thread.run_sync
+    failures = [RuntimeError("can't start new thread")] * 3
+
+    async def run_sync(*arguments: Any, **more: Any) -> Any:
+        if failures:
+            await trio.lowlevel.checkpoint()
+            raise failures.pop()
+        return await real(*arguments, **more)
+
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    reloader = Reloader(options, agent, audit, {}, Host(), None)
+    adopted = adoption(agent, monkeypatch)
+    with structlog.testing.capture_logs() as logged:
+        monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            reloader.ask()
+            await adopted.wait()
+            nursery.cancel_scope.cancel()
+    assert names_of_grants(agent) == ["dev"]
+    assert [entry["event"] for entry in logged if entry["log_level"] != "info"] == ["reload.failed"]
+
+
+async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
+    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """The reason may have passed. It is said once, and again when it is another."""
+    reasons = ["no descriptor", "no descriptor", "no descriptor", "no memory"]
+    tried: list[float] = []
+    real = Options.settings
+
+    def settings(options: Options) -> Settings:
+        tried.append(trio.from_thread.run_sync(trio.current_time))
+        if reasons:
+            raise OSError(reasons.pop(0))
+        return real(options)
+
+    monkeypatch.setattr(Options, "settings", settings)
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    reloader = Reloader(options, agent, audit, {}, Host(), None)
+    adopted = adoption(agent, monkeypatch)
+    with structlog.testing.capture_logs() as logged:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            reloader.ask()
+            await adopted.wait()
+            nursery.cancel_scope.cancel()
+    assert names_of_grants(agent) == ["dev"]
+    failures = [entry["why"] for entry in logged if entry["event"] == "reload.failed"]
+    assert failures == ["no descriptor", "no memory"]
+    waited = [after - before for before, after in pairwise(tried)]
+    assert all(expected <= wait < expected + 2 for expected, wait in zip((5, 10, 20, 40), waited, strict=True))
+
+
+async def test_nothing_is_tried_again_while_a_file_is_being_written(
+    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+) -> None:
+    """Half of a configuration may be a whole one, with fewer grants."""
+    tried: list[float] = []
+    path = Path("agent.toml")
+    real = Options.settings
+
+    def settings(options: Options) -> Settings:
+        tried.append(trio.from_thread.run_sync(trio.current_time))
+        if len(tried) == 1:
+            raise OSError("broken")
+        return real(options)
+
+    def look(_paths: object) -> dict[Path, tuple[int, ...] | None]:
+        now = trio.from_thread.run_sync(trio.current_time)
+        return {path: (int(now * 1_000) if tried and now < tried[0] + 20 else 0,)}
+
+    monkeypatch.setattr(Options, "settings", settings)
+    monkeypatch.setattr(reloading, "look", look)
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    reloader = Reloader(options, agent, audit, {path: (0,)}, Host(), None)
+    adopted = adoption(agent, monkeypatch)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(reloader.run)
+        reloader.ask()
+        await adopted.wait()
+        nursery.cancel_scope.cancel()
+    assert names_of_grants(agent) == ["dev"]
+    assert tried[1] - tried[0] >= 20
+
+
+# Files that change between two looks: in real time, with files and a keyring of the test's own
+
+
+@pytest.mark.parametrize("read", ["settings", "load_keyring"])
+async def test_a_file_that_changes_while_it_is_read_is_read_again(
+    audit: AuditLog, keyring: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    """A grant or a key that is taken away in that moment is gone after the next look."""
+    config = keyring.parent / "agent.toml"
+    config.write_text(configuration(keyring))
+    options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
+    settings = options.settings()
+    agent = Agent(settings, options.load_keyring(settings))
+    seen = reloading.look([config, keyring])
+    real, is_first = getattr(Options, read), iter([True])
+
+    def read_and_change(*arguments: Any) -> Any:
+        found = real(*arguments)
+        if next(is_first, False):
+            if read == "settings":
+                copied(config, configuration(keyring, actions="kms:Decrypt").encode())
+            else:
+                change(keyring, "disable", "alias/a")
+        return found
+
+    monkeypatch.setattr(Options, read, read_and_change)
+    monkeypatch.setattr(reloading, "_LOOK_EVERY", 0.01)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            reloader = Reloader(options, agent, audit, seen, Host(), None)
+            reloader.ask()
+            nursery.start_soon(reloader.run)
+            for generation in (1, 2):
+                adopted = adoption(agent, monkeypatch)
+                await adopted.wait()
+                assert agent.generation == generation
+            nursery.cancel_scope.cancel()
+    assert agent.settings.grants[0].actions == (("kms:Decrypt",) if read == "settings" else ("kms:*",))
+    assert agent.keyring.by_alias["alias/a"].enabled() == (read == "settings")
+
+
+async def test_files_that_do_not_change_are_read_once(
+    audit: AuditLog, keyring: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often the reloader looks at them."""
+    config = keyring.parent / "agent.toml"
+    config.write_text(configuration(keyring))
+    options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
+    settings = options.settings()
+    agent = Agent(settings, options.load_keyring(settings))
+    looks, look, seen_often = 0, reloading.look, trio.Event()
+
+    def counted(paths: Sequence[Path]) -> Looks:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            trio.from_thread.run_sync(seen_often.set)
+        return look(paths)
+
+    reloader = Reloader(options, agent, audit, look([config, keyring]), Host(), None)
+    monkeypatch.setattr(reloading, "look", counted)
+    monkeypatch.setattr(reloading, "_LOOK_EVERY", 0.001)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            await seen_often.wait()
+            nursery.cancel_scope.cancel()
+    assert agent.generation == 0

@@ -1,0 +1,277 @@
+"""What an agent remembers of a request holds until something changes: a key's date, its state, the evidence, the settings.
+
+The agent's state is in this process; the tests set its clock.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.inside import new_agent, new_audit_log
+from support.keys import recipient
+
+from keyferry import wire
+from keyferry.errors import KmsError
+from keyferry.parameters import encode_base64
+from keyferry_agent import handlers
+from keyferry_agent.agent import Agent, Audited, Caller
+from keyferry_agent.answering import Answering, Decided, Service, SlowJob
+from keyferry_agent.grants import Grant
+from keyferry_agent.keyring import document, loaded
+from keyferry_agent.keyring.document import Document, KeyEntry, iso
+from keyferry_agent.keyring.loaded import Keyring
+from keyferry_agent.limits import Rate
+from keyferry_agent.peer import Peer
+
+DATE = datetime(2026, 12, 1, 12, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
+CONTEXT = {"tenant": "acme"}
+RSA, SM2 = recipient("RSAES_OAEP_SHA_256"), recipient("SM2PKE")
+GENERATE = {"KeyId": "alias/dev", "EncryptionContext": CONTEXT}
+ME = Peer(os.geteuid(), frozenset(), 1, "default")
+
+
+class Clock(datetime):
+    """A class like datetime, whose present a test sets."""
+
+    present = DATE
+
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]  # noqa: ARG003
+        return cls.present
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
+    """Set the agent's clock to a day before a key's date."""
+    monkeypatch.setattr(Clock, "present", DATE - timedelta(days=1))
+    monkeypatch.setattr(loaded, "datetime", Clock)
+    monkeypatch.setattr(document, "datetime", Clock)
+    return Clock
+
+
+@pytest.fixture
+def agent() -> Agent:
+    """Return an agent whose keys end at DATE, although they are enabled until then."""
+    agent = new_agent()
+    keys = (replace(key, delete_date=iso(DATE)) for key in agent.keyring.keys.values())
+    agent.keyring = Keyring(keys, agent.keyring.memory, agent.keyring.check)
+    return agent
+
+
+class Asking:
+    """One caller of an agent, whose requests come as bytes."""
+
+    def __init__(self, agent: Agent, folder: Path, peer: Peer = ME) -> None:
+        self.agent = agent
+        self.caller = Caller(peer)
+        self.answering = Answering(Service(agent, new_audit_log(folder), Rate(0), Rate(0)), self.caller)
+        self._decoder = wire.Decoder(recall=self.answering.recall)
+
+    def decide(self, method: str, params: dict[str, Any]) -> tuple[Any, Any]:
+        """Return the message that a request came as, and what was decided."""
+        self._decoder.feed(wire.encode_request(1, method, params))
+        (message,) = self._decoder.messages()
+        assert isinstance(message, wire.Request | wire.Recalled)
+        return message, self.answering.decide(message)
+
+    def remembered(self, method: str, params: dict[str, Any]) -> wire.Recalled:
+        """Ask until the request is recalled."""
+        for _ in range(2):
+            self.decide(method, params)
+        message, _ = self.decide(method, params)
+        assert isinstance(message, wire.Recalled)
+        return message
+
+    def code(self, method: str, params: dict[str, Any]) -> str:
+        """Ask once more; return the code of a refusal, or OK. The request is not recalled."""
+        message, decided = self.decide(method, params)
+        assert isinstance(message, wire.Request)
+        return code_of(decided)
+
+
+def code_of(decided: Any) -> str:
+    """Return the code of an outcome, or OK."""
+    assert not isinstance(decided, SlowJob)
+    return decided.outcome.code if isinstance(decided, Decided) and isinstance(decided.outcome, KmsError) else "OK"
+
+
+@pytest.fixture
+def asking(agent: Agent, tmp_path: Path, clock: type[Clock]) -> Asking:
+    """Return a caller to whom everything is granted."""
+    return Asking(agent, tmp_path)
+
+
+REPEATABLE = [
+    ("GenerateAndExportDataKey", GENERATE | RSA.params),
+    ("GenerateDataKey", GENERATE),
+    ("GenerateDataKeyWithoutPlaintext", GENERATE),
+]
+
+
+@pytest.mark.parametrize(("method", "params"), REPEATABLE, ids=[method for method, _ in REPEATABLE])
+def test_a_remembered_request_ends_with_its_keys_date(
+    asking: Asking, clock: type[Clock], method: str, params: dict[str, Any]
+) -> None:
+    """No reload and no other request comes between."""
+    clock.present = DATE - SECOND
+    asking.remembered(method, params)
+    clock.present = DATE
+    assert asking.code(method, params) == "Forbidden.AliasNotFound"
+
+
+def test_a_request_recalled_before_its_keys_date_is_decided_anew(asking: Asking, clock: type[Clock]) -> None:
+    """The date comes between the recall of a message and the decision."""
+    method, params = REPEATABLE[0]
+    recalled = asking.remembered(method, params)
+    clock.present = DATE
+    assert code_of(asking.answering.decide(recalled)) == "Forbidden.AliasNotFound"
+
+
+@pytest.mark.parametrize("method", ["GenerateAndExportDataKey", "ExportDataKey"])
+def test_an_offloaded_job_holds_until_its_keys_date(asking: Asking, clock: type[Clock], method: str) -> None:
+    """A thread may begin it late."""
+    blob = asking.decide("Encrypt", GENERATE | {"Plaintext": encode_base64(bytes(32))})[1].outcome.ciphertext_blob
+    params = SM2.params | (GENERATE if method.startswith("Generate") else {"CiphertextBlob": blob})
+    _, slow = asking.decide(method, params | {"EncryptionContext": CONTEXT})
+    assert isinstance(slow, SlowJob)
+    clock.present = DATE - SECOND
+    assert asking.answering.holds(slow)
+    clock.present = DATE
+    assert not asking.answering.holds(slow)
+    gone = "Forbidden.AliasNotFound" if method.startswith("Generate") else "Forbidden.KeyVersionNotFound"
+    assert code_of(asking.answering.decide_anew(slow)) == gone
+
+
+def less(agent: Agent) -> None:
+    """Take a grant away."""
+    grant = Grant("less", {"uid": os.geteuid()}, ("kms:Decrypt",), ("*",))
+    agent.adopt(replace(agent.settings, grants=(grant,)), agent.keyring)
+
+
+def disabled(agent: Agent) -> None:
+    """Disable all keys, in another keyring."""
+    keys = (replace(key, stored_state="Disabled") for key in agent.keyring.keys.values())
+    agent.adopt(agent.settings, Keyring(keys, agent.keyring.memory, agent.keyring.check))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"), [(less, "Forbidden.NoPermission"), (disabled, "Rejected.Disabled")], ids=["grant", "key"]
+)
+@pytest.mark.parametrize("where", ["before the recall", "after the recall", "before a thread"])
+def test_a_reload_ends_what_was_decided_before(
+    asking: Asking, change: Callable[[Agent], None], code: str, where: str
+) -> None:
+    """At each place where a decision waits."""
+    method = "GenerateAndExportDataKey"
+    recalled = asking.remembered(method, GENERATE | RSA.params)
+    _, slow = asking.decide(method, GENERATE | SM2.params)
+    change(asking.agent)
+    assert not asking.agent.repeats
+    if where == "before the recall":
+        assert asking.code(method, GENERATE | RSA.params) == code
+    elif where == "after the recall":
+        assert code_of(asking.answering.decide(recalled)) == code
+    else:
+        assert not asking.answering.holds(slow)
+        assert code_of(asking.answering.decide_anew(slow)) == code
+
+
+@pytest.mark.parametrize("more", [{"unit": "orders.service"}, {"uid": 4_207}], ids=["more", "other"])
+def test_other_evidence_ends_what_was_decided_by_less(asking: Asking, more: dict[str, Any]) -> None:
+    """Of the same connection: a decision is the one of the evidence that it was decided by."""
+    method = "GenerateAndExportDataKey"
+    grants = [
+        Grant("all", {"uid": os.geteuid(), "unit": "none.service"}, ("kms:*",), ("*",)),
+        Grant("unit", {"unit": "orders.service"}, ("kms:Decrypt",), ("*",)),
+    ]
+    asking.agent.adopt(replace(asking.agent.settings, grants=tuple(grants)), asking.agent.keyring)
+    asking.caller.know(ME._replace(unit="none.service"))
+    recalled = asking.remembered(method, GENERATE | RSA.params)
+    _, slow = asking.decide(method, GENERATE | SM2.params)
+    asking.caller.know(ME._replace(unit="none.service")._replace(**more))
+    assert not asking.answering.holds(slow)
+    assert code_of(asking.answering.decide(recalled)) == "Forbidden.NoPermission"
+    assert asking.code(method, GENERATE | RSA.params) == "Forbidden.NoPermission"
+
+
+def test_a_decision_is_not_recalled_for_another_caller(asking: Asking, tmp_path: Path) -> None:
+    """An equal request of a caller without a grant."""
+    method, params = REPEATABLE[0]
+    asking.remembered(method, params)
+    stranger = Asking(asking.agent, tmp_path, ME._replace(uid=4_207))
+    assert stranger.code(method, params) == "Forbidden.NoPermission"
+
+
+def test_callers_with_the_same_grants_share_what_was_decided(asking: Asking, tmp_path: Path) -> None:
+    """A connection is no part of a decision."""
+    method, params = REPEATABLE[0]
+    asking.remembered(method, params)
+    message, decided = Asking(asking.agent, tmp_path, ME._replace(pid=2)).decide(method, params)
+    assert isinstance(message, wire.Recalled)
+    assert code_of(decided) == "OK"
+
+
+def test_the_keys_that_grants_cover_end_with_their_date(asking: Asking, clock: type[Clock]) -> None:
+    """Also where the keys of a caller were looked through before."""
+    caller = asking.caller
+    caller.refresh(asking.agent.policy)
+    assert len(caller.covered(asking.agent).keys) == 2
+    clock.present = DATE
+    assert caller.covered(asking.agent) == ((), ())
+    disabled(asking.agent)
+    clock.present = DATE - SECOND
+    caller.refresh(asking.agent.policy)
+    assert {key.stored_state for key in caller.covered(asking.agent).keys} == {"Disabled"}
+
+
+# The second of the date itself
+
+
+def test_a_key_is_deleted_in_the_second_of_its_date(agent: Agent, clock: type[Clock]) -> None:
+    """Not a second later, and not a microsecond before."""
+    (key, *_) = agent.keyring.keys.values()
+    states = []
+    for moment in (DATE - timedelta(microseconds=1), DATE, DATE + SECOND):
+        clock.present = moment
+        states.append((key.state(), key.enabled(), key.key_id in agent.keyring.gone()))
+    assert states == [("Enabled", True, False), ("Deleted", False, True), ("Deleted", False, True)]
+
+
+def test_a_key_is_purged_in_the_second_of_its_date(clock: type[Clock]) -> None:
+    """With its aliases; other keys stay."""
+
+    def purged(moment: datetime) -> tuple[list[str], dict[str, str]]:
+        clock.present = moment
+        keys = [KeyEntry(name, "Aliyun_SM4", "", [], "", delete_date=date) for name, date in dates.items()]
+        content = Document([], keys, {f"alias/{name}": name for name in dates})
+        content.purge()
+        return [key.key_id for key in content.keys], content.aliases
+
+    dates = {"due": iso(DATE), "later": iso(DATE + SECOND), "never": ""}
+    assert purged(DATE - SECOND)[0] == ["due", "later", "never"]
+    assert purged(DATE) == (["later", "never"], {"alias/later": "later", "alias/never": "never"})
+    assert purged(DATE + SECOND)[0] == ["never"]
+
+
+# The counters
+
+
+def test_counters_tell_refused_requests_from_all(asking: Asking) -> None:
+    """Each answer is counted once, and each error once more."""
+    decided = [asking.decide("DescribeKey", {"KeyId": f"alias/{name}"})[1] for name in ("dev", "none", "dev-sm4")]
+    decided.append(asking.decide("NoSuchOperation", {})[1])
+    asking.answering.answers(decided)
+    counters = asking.agent.counters.snapshot()
+    assert (counters.requests_total, counters.requests_refused) == (4, 2)
+
+
+def test_handlers_decide_without_counting(asking: Asking) -> None:
+    """A decision is no answer."""
+    asking.caller.refresh(asking.agent.policy)
+    handlers.prepare(asking.agent, asking.caller, "DescribeKey", {"KeyId": "alias/dev"}, Audited("id", 0.0))
+    assert asking.agent.counters.requests_total == 0
