@@ -122,7 +122,7 @@ def build(description: list[dict[str, Any]], fill: Callable[[memoryview], None],
 
 
 def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str, str] | None = None) -> Keyring:
-    """The keyring of `--dev`: fresh keys that exist nowhere else. `aliases` are beside `DEVELOPMENT_ALIASES`, with key specs."""
+    """The keyring of `--dev`: fresh keys that exist nowhere else; `aliases`, with key specs, beside `DEVELOPMENT_ALIASES`."""
     description = []
     for alias, key_spec in {**DEVELOPMENT_ALIASES, **(aliases or {})}.items():
         version = {"KeyVersionId": new_id(), "CreationDate": now(), "Staged": False}
