@@ -48,9 +48,11 @@ _shtab_keyferry_module_commands() {
 _shtab_keyferry_records_commands() {
   local _commands=(
     add:'Make a data key that nobody sees, and store its record.'
+    copy:'Copy all records to another store, and overwrite none there.'
     list:'List all records, in the order in which they were added.'
     recover:'Export a record'"'"'s data key to a module'"'"'s public key (ExportDataKey).'
     rewrap:'Move every record under its master key'"'"'s primary version (ReEncrypt).'
+    schema:'Print the statement that makes the store'"'"'s table, for an administrator.'
     show:'Show a record, as JSON.'
   )
   _describe 'keyferry records commands' _commands
@@ -278,9 +280,19 @@ _shtab_keyferry_records_add_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_records_add_defaults_added=0
 
+_shtab_keyferry_records_copy_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--to[the other store\: a URL or \@FILE, as --store takes it\; made where it does not exist]:URL:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_copy_defaults_added=0
+
 _shtab_keyferry_records_list_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  {--header,--no-header}"[begin with a line that names the columns (default\: on a terminal only)]"
   "--json[one JSON array on stdout, with all there is of each]"
 )
 
@@ -312,6 +324,14 @@ _shtab_keyferry_records_rewrap_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_records_rewrap_defaults_added=0
+
+_shtab_keyferry_records_schema_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_schema_defaults_added=0
 
 _shtab_keyferry_records_show_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -436,9 +456,11 @@ _shtab_keyferry_records() {
       curcontext="${curcontext%:*:*}:_shtab_keyferry_records-$line[1]:"
       case $line[1] in
         add) _arguments -C -s $_shtab_keyferry_records_add_options ;;
+        copy) _arguments -C -s $_shtab_keyferry_records_copy_options ;;
         list) _arguments -C -s $_shtab_keyferry_records_list_options ;;
         recover) _arguments -C -s $_shtab_keyferry_records_recover_options ;;
         rewrap) _arguments -C -s $_shtab_keyferry_records_rewrap_options ;;
+        schema) _arguments -C -s $_shtab_keyferry_records_schema_options ;;
         show) _arguments -C -s $_shtab_keyferry_records_show_options ;;
       esac
   esac
