@@ -40,7 +40,8 @@ _shtab_keyferry_call_commands() {
 
 _shtab_keyferry_module_commands() {
   local _commands=(
-    init:'Make a software module: a key pair in a new file, sealed with a passphrase. Prints its public key and its pin.'
+    init:'Make a software module: a key pair in a new file, sealed with a passphrase. Prints its public key and its fingerprint.'
+    show:'Print a module'"'"'s public key and its fingerprint, as `module init` did.'
   )
   _describe 'keyferry module commands' _commands
 }
@@ -218,7 +219,12 @@ _shtab_keyferry_decrypt_file_options=(
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
   ":what to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic:_files"
 )
@@ -233,7 +239,12 @@ _shtab_keyferry_encrypt_file_options=(
   "--record[the record in the store]:NAME:"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
   ":what to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output:_files"
 )
@@ -258,6 +269,20 @@ _shtab_keyferry_module_init_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_module_init_defaults_added=0
+
+_shtab_keyferry_module_show_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
+  "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
+  ":a software module that \`keyferry module init\` made:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_module_show_defaults_added=0
 
 _shtab_keyferry_records_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -319,7 +344,12 @@ _shtab_keyferry_records_rewrap_options=(
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--dry-run[change nothing\; say of each whether it could be moved]"
   "--module[a software module that \`keyferry module init\` made\; then each data key is proved to be the same as before]:FILE:_files"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -433,6 +463,7 @@ _shtab_keyferry_module() {
       curcontext="${curcontext%:*:*}:_shtab_keyferry_module-$line[1]:"
       case $line[1] in
         init) _arguments -C -s $_shtab_keyferry_module_init_options ;;
+        show) _arguments -C -s $_shtab_keyferry_module_show_options ;;
       esac
   esac
 }

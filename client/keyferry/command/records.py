@@ -13,7 +13,7 @@ from ..client import Client
 from ..operations import OPERATIONS
 from ..output import DONE, complain, show, show_lines
 from .common import PROGRAM, REFUSED, add_parameters, extra, given, progress, show_json, socket_option, usage
-from .modules import add_module_options, open_module
+from .modules import add_module_options, check_module_options, open_module
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -215,6 +215,7 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _rewrap(arguments: argparse.Namespace) -> int:
+    proves = check_module_options(arguments)
     with open_store(arguments) as store, Client(arguments.socket) as kms:
         from ..store import rewrap  # noqa: PLC0415
 
@@ -227,7 +228,7 @@ def _rewrap(arguments: argparse.Namespace) -> int:
                 store,
                 kms,
                 dry_run=arguments.dry_run,
-                module=open_module(arguments) if arguments.module else None,
+                module=open_module(arguments) if proves else None,
                 failed=lambda why: bar.write(f"keyferry: {why}", file=sys.stderr),
                 found=found,
                 advanced=bar.update,
