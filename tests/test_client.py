@@ -20,12 +20,14 @@ from keyferry import (
     AgentUnavailable,
     Client,
     DryRun,
+    InternalFailure,
     InvalidRequest,
     KeyferryError,
     KeyUnusable,
     KmsError,
     NotFound,
     ProtocolError,
+    ServiceUnavailable,
     Throttled,
     declaration,
     operations,
@@ -119,8 +121,11 @@ def test_refusals_are_exceptions_with_all_four_fields(agent: RunningAgent) -> No
 
 def test_every_code_has_its_exception() -> None:
     """One that this version does not know is a plain KmsError."""
-    children = {AccessDenied, NotFound, InvalidRequest, KeyUnusable, Throttled, DryRun}
-    assert {type(kms_error(code)) for code in CODES} == {*children, KmsError}
+    retryable: set[type[KmsError]] = {Throttled, ServiceUnavailable, InternalFailure}
+    children: set[type[KmsError]] = {AccessDenied, NotFound, InvalidRequest, KeyUnusable, DryRun, *retryable}
+    assert {type(kms_error(code)) for code in CODES} == children
+    others: tuple[type[KeyferryError], ...] = (KmsError, KeyferryError, ProtocolError)
+    assert {child for child in (*children, *others) if child.retryable} == retryable
     assert type(kms_error("Brand.New", message="m", http_status=418)) is KmsError
     assert kms_error("Brand.New", message="m").http_status == 0
     for child in (*children, KmsError, AgentUnavailable, ProtocolError):

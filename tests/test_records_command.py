@@ -92,6 +92,32 @@ def test_what_is_refused_makes_no_record(shell: Shell) -> None:
     assert len(shell("list")[0].splitlines()) == 1
 
 
+def test_a_list_has_a_header_where_it_is_asked_for(shell: Shell) -> None:
+    """A script that counts lines gets records only; --json has names of its own."""
+    shell("add", "a", "--KeyId", "alias/dev")
+    header = "Name\tKeyId\tKeyVersionId\tCreated\tRewrapped"
+    (row,) = shell("list")[0].splitlines()
+    assert shell("list", "--no-header")[0].splitlines() == [row]
+    assert shell("list", "--header")[0].splitlines() == [header, row]
+    assert json.loads(shell("list", "--json", "--header")[0])[0]["Name"] == "a"
+
+
+def test_a_list_has_a_header_on_a_terminal(agent: RunningAgent, tmp_path: Path) -> None:
+    """Unless it is declined."""
+    url = f"sqlite:///{tmp_path / 'records.sqlite'}"
+    with agent.client() as kms, Store(url) as store:
+        fill(store, kms, 1, key_id="alias/dev")
+    for option, lines in (([], 2), (["--no-header"], 1)):
+        near, far = pty.openpty()
+        arguments = [sys.executable, "-m", "keyferry", "records", "list", "--store", url, *option]
+        subprocess.run(arguments, stdout=far, timeout=PATIENCE, check=True)
+        os.close(far)
+        shown = os.read(near, 65_536).decode()
+        os.close(near)
+        assert len(shown.splitlines()) == lines
+        assert shown.startswith("Name\tKeyId") is (lines == 2)
+
+
 def test_an_empty_list_is_one_all_the_same(shell: Shell) -> None:
     """As text and as JSON, once the store was made."""
     shell("add", "a", "--KeyId", "alias/dev")

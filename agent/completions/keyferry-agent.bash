@@ -9,7 +9,7 @@ _shtab_keyferry_agent_audit_subparsers=(verify who)
 _shtab_keyferry_agent_keyring_subparsers=(init reseal create-key import-key list show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
 _shtab_keyferry_agent_subparsers=(run check fingerprint explain audit keyring)
 
-_shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev)
+_shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev --alias)
 _shtab_keyferry_agent_check_option_strings=(-h --help --systemd)
 _shtab_keyferry_agent_fingerprint_option_strings=(-h --help)
 _shtab_keyferry_agent_explain_option_strings=(-h --help --config --request-id --audit-log --uid --user --gid --group --listener --unit --pod --exe --sha256 --action --key --recipient --context --json)

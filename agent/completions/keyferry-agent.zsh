@@ -332,6 +332,7 @@ _shtab_keyferry_agent_run_options=(
   "--keyring[the sealed keyring]:FILE:_files"
   "--unseal[what opens it\: an age or SSH identity, or a passphrase file]:FILE:_files"
   "--dev[for trying out\: a keyring that lives only in memory (alias\/dev, alias\/dev-sm4), everything granted to you]"
+  "*--alias[with --dev, another key with this alias\; its key spec is Aliyun_AES_256 or Aliyun_SM4 (default\: the first)]:ALIAS[=SPEC]:"
 )
 
 # guard to ensure default positional specs are added only once per session

@@ -15,7 +15,9 @@ from keyferry.output import complain, say, show
 from . import __version__, checking, explain, log
 from .audit import command as audit_command
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
+from .crypto.seal import KEY_SIZES
 from .keyring import command as keyring_command
+from .keyring.document import KeyringError, check_alias
 from .options import Options, StartError
 from .run import daemon
 
@@ -49,7 +51,15 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="for trying out: a keyring that lives only in memory (alias/dev, alias/dev-sm4), everything granted to you",
     )
-    run.set_defaults(run=_run)
+    run.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        type=_alias,
+        metavar="ALIAS[=SPEC]",
+        help="with --dev, another key with this alias; its key spec is Aliyun_AES_256 or Aliyun_SM4 (default: the first)",
+    )
+    run.set_defaults(run=_run, wrong_usage=run.error)
 
     checking.add_parser(commands)
 
@@ -63,7 +73,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _alias(text: str) -> tuple[str, str]:
+    """Return an alias and the key spec of its key."""
+    alias, equals, key_spec = text.partition("=")
+    try:
+        check_alias(alias)
+    except KeyringError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if equals and key_spec not in KEY_SIZES:
+        raise argparse.ArgumentTypeError(f"{key_spec!r} is not a key spec: expected {' or '.join(KEY_SIZES)}")
+    return alias, key_spec or next(iter(KEY_SIZES))
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    aliases = dict(arguments.alias)
+    if aliases and not arguments.dev:
+        arguments.wrong_usage(
+            "--alias needs --dev; `keyferry-agent keyring create-key --alias` adds a key to a keyring"
+        )
+    if len(aliases) < len(arguments.alias):
+        arguments.wrong_usage("an --alias is given twice")
     log.configure()
     path = arguments.socket
     if path is None and arguments.dev and os.environ.get("KEYFERRY_SOCKET"):
@@ -76,6 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 keyring=arguments.keyring,
                 unseal=arguments.unseal,
                 dev=arguments.dev,
+                aliases=aliases,
             )
         )
     except* StartError as errors:

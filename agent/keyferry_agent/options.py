@@ -1,6 +1,7 @@
 """What the command line says, and what an agent is to be by it: settings and keyring, read as often as is asked."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -28,13 +29,21 @@ class Options:
     """The options of `run`: they win over the configuration file."""
 
     def __init__(
-        self, *, config: Path | None, socket: Path | None, keyring: Path | None, unseal: Path | None, dev: bool
+        self,
+        *,
+        config: Path | None,
+        socket: Path | None,
+        keyring: Path | None,
+        unseal: Path | None,
+        dev: bool,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
         self.config = config
         self._socket = socket
         self._keyring = keyring
         self._unseal = unseal
         self.dev = dev
+        self._aliases = aliases
 
     def settings(self) -> Settings:
         """Read the configuration, and put the options over it. Raises `SettingsError`."""
@@ -62,7 +71,7 @@ class Options:
         """
         require, backing = settings.memory == "require", settings.memory_backing
         if self.dev:
-            return development_keyring(backing=backing, require=require)
+            return development_keyring(backing=backing, require=require, aliases=self._aliases)
         if settings.keyring is None or settings.unseal is None:
             missing = "keyring" if settings.keyring is None else "unseal"
             raise StartError(f"no {missing} is configured: set {missing} = in the file, give --{missing}, or try --dev")

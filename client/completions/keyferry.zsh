@@ -40,7 +40,8 @@ _shtab_keyferry_call_commands() {
 
 _shtab_keyferry_module_commands() {
   local _commands=(
-    init:'Make a software module: a key pair in a new file, sealed with a passphrase. Prints its public key and its pin.'
+    init:'Make a software module: a key pair in a new file, sealed with a passphrase. Prints its public key and its fingerprint.'
+    show:'Print a module'"'"'s public key and its fingerprint, as `module init` did.'
   )
   _describe 'keyferry module commands' _commands
 }
@@ -48,9 +49,11 @@ _shtab_keyferry_module_commands() {
 _shtab_keyferry_records_commands() {
   local _commands=(
     add:'Make a data key that nobody sees, and store its record.'
+    copy:'Copy all records to another store, and overwrite none there.'
     list:'List all records, in the order in which they were added.'
     recover:'Export a record'"'"'s data key to a module'"'"'s public key (ExportDataKey).'
     rewrap:'Move every record under its master key'"'"'s primary version (ReEncrypt).'
+    schema:'Print the statement that makes the store'"'"'s table, for an administrator.'
     show:'Show a record, as JSON.'
   )
   _describe 'keyferry records commands' _commands
@@ -216,7 +219,12 @@ _shtab_keyferry_decrypt_file_options=(
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
   ":what to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic:_files"
 )
@@ -231,7 +239,12 @@ _shtab_keyferry_encrypt_file_options=(
   "--record[the record in the store]:NAME:"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
   ":what to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output:_files"
 )
@@ -257,6 +270,20 @@ _shtab_keyferry_module_init_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_module_init_defaults_added=0
 
+_shtab_keyferry_module_show_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
+  "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
+  ":a software module that \`keyferry module init\` made:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_module_show_defaults_added=0
+
 _shtab_keyferry_records_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
 )
@@ -278,9 +305,19 @@ _shtab_keyferry_records_add_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_records_add_defaults_added=0
 
+_shtab_keyferry_records_copy_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--to[the other store\: a URL or \@FILE, as --store takes it\; made where it does not exist]:URL:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_copy_defaults_added=0
+
 _shtab_keyferry_records_list_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  {--header,--no-header}"[begin with a line that names the columns (default\: on a terminal only)]"
   "--json[one JSON array on stdout, with all there is of each]"
 )
 
@@ -307,11 +344,24 @@ _shtab_keyferry_records_rewrap_options=(
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--dry-run[change nothing\; say of each whether it could be moved]"
   "--module[a software module that \`keyferry module init\` made\; then each data key is proved to be the same as before]:FILE:_files"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
 )
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_records_rewrap_defaults_added=0
+
+_shtab_keyferry_records_schema_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_schema_defaults_added=0
 
 _shtab_keyferry_records_show_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -413,6 +463,7 @@ _shtab_keyferry_module() {
       curcontext="${curcontext%:*:*}:_shtab_keyferry_module-$line[1]:"
       case $line[1] in
         init) _arguments -C -s $_shtab_keyferry_module_init_options ;;
+        show) _arguments -C -s $_shtab_keyferry_module_show_options ;;
       esac
   esac
 }
@@ -436,9 +487,11 @@ _shtab_keyferry_records() {
       curcontext="${curcontext%:*:*}:_shtab_keyferry_records-$line[1]:"
       case $line[1] in
         add) _arguments -C -s $_shtab_keyferry_records_add_options ;;
+        copy) _arguments -C -s $_shtab_keyferry_records_copy_options ;;
         list) _arguments -C -s $_shtab_keyferry_records_list_options ;;
         recover) _arguments -C -s $_shtab_keyferry_records_recover_options ;;
         rewrap) _arguments -C -s $_shtab_keyferry_records_rewrap_options ;;
+        schema) _arguments -C -s $_shtab_keyferry_records_schema_options ;;
         show) _arguments -C -s $_shtab_keyferry_records_show_options ;;
       esac
   esac

@@ -14,14 +14,17 @@ from .errors import (
     AccessDenied,
     AgentUnavailable,
     DryRun,
+    InternalFailure,
     InvalidRequest,
     KeyferryError,
     KeyUnusable,
     KmsError,
     NotFound,
     ProtocolError,
+    ServiceUnavailable,
     Throttled,
 )
+from .retry import Retry
 
 __version__ = "0.2.0.dev0"
 
@@ -30,12 +33,15 @@ __all__ = [
     "AgentUnavailable",
     "Client",
     "DryRun",
+    "InternalFailure",
     "InvalidRequest",
     "KeyUnusable",
     "KeyferryError",
     "KmsError",
     "NotFound",
     "ProtocolError",
+    "Retry",
+    "ServiceUnavailable",
     "Throttled",
     "__version__",
 ]

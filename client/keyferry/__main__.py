@@ -33,7 +33,7 @@ def _run() -> int:
 def _opens_a_module(words: Sequence[str]) -> bool:
     """Return whether the command makes or opens a cryptographic module."""
     if words[:2] == ["records", "rewrap"]:
-        return any(word.split("=")[0] == "--module" for word in words)
+        return any(word.split("=")[0] in ("--module", "--pkcs11") for word in words)
     return words[:1] in (["module"], ["encrypt-file"], ["decrypt-file"])
 
 

@@ -19,6 +19,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import UNIXSocketStream
 
+from . import logs
 from .declaration import Awaiting, Operation
 from .errors import AgentUnavailable, KeyferryError, KmsError
 from .exchange import (
@@ -34,9 +35,10 @@ from .exchange import (
     calls,
     default_socket,
     seconds,
-    why_unreachable,
+    unreachable,
 )
 from .operations import Operations
+from .retry import Attempts, Retry
 
 __all__ = ["Client"]
 
@@ -56,12 +58,16 @@ class Client(Operations, Awaiting):
     A call from another event loop raises `KeyferryError` until the first one has ended, or has closed the client. A forked
     child, and a client that was unpickled, connect anew.
 
-    `timeout` is in seconds and bounds one whole call; for a pipeline, the wait for each next part of its answers.
+    `timeout` is in seconds and bounds one whole call; for a pipeline, the wait for each next part of its answers. `retry`: as
+    for `keyferry.Client`.
     """
 
-    def __init__(self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
+    def __init__(
+        self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0, retry: Retry | None = None
+    ) -> None:
         self._path = os.fspath(socket) if socket is not None else default_socket()
         self._timeout = seconds(timeout)
+        self._retry = retry
         self._forget()
 
     def _forget(self) -> None:
@@ -145,27 +151,58 @@ class Client(Operations, Awaiting):
         return outcome
 
     async def _exchange(self, asked: Sequence[Asked]) -> None:
-        """Have everything answered, on as many connections as it takes."""
+        """Have everything answered. Whatever cannot be done is a `KeyferryError`."""
         self._bind()
-        lost = done = 0
+        began = anyio.current_time()
         try:
             with anyio.move_on_after(self._timeout) as patience:
-                while True:
-                    fresh = self._connection is None or self._connection.broken is not None
-                    connection = await self._connected()
-                    try:
-                        await self._go(connection, asked, patience)
-                        return
-                    except ConnectionAbortedError:
-                        pass  # another task was cancelled while it sent: neither the agent's fault nor this task's
-                    except ConnectionError:
-                        before, done = done, answered(asked)
-                        lost += fresh and done == before
-                        if lost == LOST_MOST:
-                            raise
+                await self._repeat(asked, patience)
+            if patience.cancelled_caught:
+                raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s")
+        except BaseException as error:
+            logs.failed(asked, error, anyio.current_time() - began)
+            raise
+        logs.answered(asked, anyio.current_time() - began)
+
+    async def _repeat(self, asked: Sequence[Asked], patience: anyio.CancelScope) -> None:
+        """Ask as often as the client's `Retry` permits."""
+        attempts = Attempts(self._retry)
+        while True:
+            failure = None
+            try:
+                await self._attempt(asked, patience)
+                now = anyio.current_time()
+                delay = attempts.after_answers(asked, now, patience.deadline - now)
+            except KeyferryError as error:
+                failure, now = error, anyio.current_time()
+                delay = attempts.after_failure(error, now, patience.deadline - now)
+                if delay is None:
+                    raise
+            if delay is None:
+                return
+            logs.repeating(asked, failure, delay)
+            del failure  # its traceback holds this frame
+            await anyio.sleep(delay)
+
+    async def _attempt(self, asked: Sequence[Asked], patience: anyio.CancelScope) -> None:
+        """Ask on as many connections as it takes."""
+        lost = done = 0
+        try:
+            while True:
+                fresh = self._connection is None or self._connection.broken is not None
+                connection = await self._connected()
+                try:
+                    await self._go(connection, asked, patience)
+                    return
+                except ConnectionAbortedError:
+                    pass  # another task was cancelled while it sent: neither the agent's fault nor this task's
+                except ConnectionError:
+                    before, done = done, answered(asked)
+                    lost += fresh and done == before
+                    if lost == LOST_MOST:
+                        raise
         except OSError as error:
-            raise AgentUnavailable(why_unreachable(self._path, error)) from error
-        raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s")
+            raise unreachable(self._path, error) from error
 
     async def _go(self, connection: "_Connection", asked: Sequence[Asked], patience: anyio.CancelScope) -> None:
         """Ask what is not answered yet, on one connection."""
@@ -221,7 +258,7 @@ class _Connection:
 
     async def close(self) -> None:
         """Close it; whoever waits for an answer on it is told."""
-        self._fail(AgentUnavailable("the client was closed while the call was under way"))
+        self._fail(AgentUnavailable("the client was closed while the call was under way", retryable=False))
         await self._stream.aclose()
 
     def abandon(self) -> None:

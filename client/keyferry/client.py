@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Self, TypeVar
 
+from . import logs
 from .declaration import Blocking, Operation
 from .errors import AgentUnavailable, KeyferryError, KmsError
 from .exchange import (
@@ -32,9 +33,10 @@ from .exchange import (
     calls,
     default_socket,
     seconds,
-    why_unreachable,
+    unreachable,
 )
 from .operations import Operations
+from .retry import Attempts, Retry
 
 __all__ = ["Client"]
 
@@ -59,11 +61,17 @@ class Client(Operations, Blocking):
     Calls raise `KmsError` and its children when the agent refuses, `AgentUnavailable` when nobody answers in time, and
     `ProtocolError` when what answers is no agent. When a connection that was used before breaks, as after a restart of the
     agent, what was not answered is asked again on a new one: no operation changes anything in the agent.
+
+    With `retry`, calls are also repeated after failures that are `retryable`, such as an agent that does not run. Without it,
+    the failure is raised at once.
     """
 
-    def __init__(self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0) -> None:
+    def __init__(
+        self, socket: str | os.PathLike[str] | None = None, *, timeout: float = 30.0, retry: Retry | None = None
+    ) -> None:
         self._path = os.fspath(socket) if socket is not None else default_socket()
         self._timeout = seconds(timeout)
+        self._retry = retry
         self._connection: sockets.socket | None = None
         self._poll: select.poll | _Select
         self._forget()
@@ -123,9 +131,36 @@ class Client(Operations, Blocking):
 
     def _exchange(self, asked: Sequence[Asked]) -> None:
         """Have everything answered. Whatever cannot be done is a `KeyferryError`."""
-        deadline = _Deadline(self._timeout)
+        began = time.monotonic()
+        try:
+            self._repeat(asked, _Deadline(self._timeout))
+        except BaseException as error:
+            logs.failed(asked, error, time.monotonic() - began)
+            raise
+        logs.answered(asked, time.monotonic() - began)
+
+    def _repeat(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
+        """Ask as often as the client's `Retry` permits."""
+        attempts = Attempts(self._retry)
+        while True:
+            failure = None
+            try:
+                self._attempt(asked, deadline)
+                delay = attempts.after_answers(asked, time.monotonic(), deadline.remaining())
+            except KeyferryError as error:
+                failure = error
+                delay = attempts.after_failure(error, time.monotonic(), deadline.remaining())
+                if delay is None:
+                    raise
+            if delay is None:
+                return
+            logs.repeating(asked, failure, delay)
+            del failure  # its traceback holds this frame
+            time.sleep(delay)
+
+    def _attempt(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
         lock = self._lock  # this one: a fork in a signal handler, in the middle of a call, gives the child another
-        if not lock.acquire(timeout=min(self._timeout, threading.TIMEOUT_MAX)):
+        if not lock.acquire(timeout=min(deadline.remaining(), threading.TIMEOUT_MAX)):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
             self._persist(asked, deadline)
@@ -134,7 +169,7 @@ class Client(Operations, Blocking):
             if isinstance(error, TimeoutError):
                 raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
             if isinstance(error, OSError):
-                raise AgentUnavailable(why_unreachable(self._path, error)) from error
+                raise unreachable(self._path, error) from error
             if isinstance(error, Exception) and not isinstance(error, (KeyferryError, MemoryError)):
                 # Of a program that replaces parts of the standard library: eventlet, gevent.
                 raise KeyferryError(
@@ -264,10 +299,14 @@ class _Deadline:
         """Begin again: there was progress."""
         self._at = time.monotonic() + self._timeout
 
+    def remaining(self) -> float:
+        """Seconds that are left, at least 0."""
+        return max(self._at - time.monotonic(), 0.0)
+
     def left(self) -> float:
         """Seconds that are left. Raises TimeoutError when there are none."""
-        left = self._at - time.monotonic()
-        if left <= 0:
+        left = self.remaining()
+        if not left:
             raise TimeoutError
         return left
 

@@ -5,6 +5,9 @@ Three families, told apart by what the caller can do:
 * `AgentUnavailable`: nobody answered. The agent is down, or out of reach for this user. Retry.
 * `ProtocolError`: the bytes made no sense. One of the two ends has a bug, or is not what it seems. Do not retry.
 * `KmsError`: the agent understood and refused. Its `code` is one of the cloud's, so is what it means.
+
+Every exception has `retryable`: whether the same call may succeed later. A repeated call is always safe, because no operation
+changes anything in the agent: a call that was executed twice leaves one more audit entry, and a data key that is not used.
 """
 
 from typing import Final, NamedTuple
@@ -14,12 +17,14 @@ __all__ = [
     "AccessDenied",
     "AgentUnavailable",
     "DryRun",
+    "InternalFailure",
     "InvalidRequest",
     "KeyUnusable",
     "KeyferryError",
     "KmsError",
     "NotFound",
     "ProtocolError",
+    "ServiceUnavailable",
     "Throttled",
     "invalid_parameter",
     "kms_error",
@@ -28,11 +33,20 @@ __all__ = [
 
 
 class KeyferryError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of everything this package raises on purpose. `retryable`: whether the same call may succeed later."""
+
+    retryable = False
 
 
 class AgentUnavailable(KeyferryError):
-    """Nobody answered: no socket, no listener, no permission on it, or no answer in time. Safe to retry."""
+    """Nobody answered: no socket, no listener, no permission on it, or no answer in time. Safe to retry.
+
+    `retryable` is False where time alone changes nothing: this user may not open the socket, or the path is not a socket.
+    """
+
+    def __init__(self, message: str = "", *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
 
 
 class ProtocolError(KeyferryError):
@@ -72,7 +86,23 @@ class KeyUnusable(KmsError):
 
 
 class Throttled(KmsError):
-    """Too many requests. Wait, then retry."""
+    """Too many requests or connections of this user. Wait `retry_after` seconds, then retry."""
+
+    retryable = True
+    retry_after = 1.0
+    """Seconds in which the agent's allowance of requests for one user fills up: it is a number of requests per second."""
+
+
+class ServiceUnavailable(KmsError):
+    """The agent cannot do it now, for example because its audit log cannot be written. Retry; the operator has to help."""
+
+    retryable = True
+
+
+class InternalFailure(KmsError):
+    """Something failed inside the agent: a bug, or a fault of its host. Its log has the RequestId. Retry, and report."""
+
+    retryable = True
 
 
 class DryRun(KmsError):
@@ -105,8 +135,8 @@ CODES: Final[dict[str, _Code]] = {
     ),
     "Rejected.Unavailable": _Code(409, "The request was rejected because the key state is Unavailable.", KeyUnusable),
     "Rejected.Throttling": _Code(429, "QPS Limit Exceeded", Throttled),
-    "InternalFailure": _Code(500, "Internal Failure.", KmsError),
-    "ServiceUnavailableTemporary": _Code(503, "Service Unavailable Temporary.", KmsError),
+    "InternalFailure": _Code(500, "Internal Failure.", InternalFailure),
+    "ServiceUnavailableTemporary": _Code(503, "Service Unavailable Temporary.", ServiceUnavailable),
     "DryRunOperationError": _Code(412, "The request would have succeeded, but the DryRun option is set.", DryRun),
     "ValidationError": _Code(400, "The request would have failed: a parameter is not valid.", DryRun),
     "AccessDeniedError": _Code(403, "The request would have failed: it is not authorized.", DryRun),

@@ -27,6 +27,7 @@ __all__ = [
     "pem_to_der",
     "seconds",
     "socket_path",
+    "unreachable",
     "why_unreachable",
 ]
 
@@ -77,6 +78,12 @@ def seconds(timeout: float) -> float:
     if not float(timeout) >= 0:
         raise ValueError(f"a timeout is a number of seconds from 0, not {timeout!r}")
     return timeout
+
+
+def unreachable(path: str, error: OSError) -> AgentUnavailable:
+    """Return the exception for a socket that does not connect, or whose connection broke."""
+    passes = isinstance(error, FileNotFoundError | ConnectionError) and _what_is_there(path) is None
+    return AgentUnavailable(why_unreachable(path, error), retryable=passes)
 
 
 def why_unreachable(path: str, error: OSError) -> str:
@@ -190,14 +197,27 @@ class Asked(NamedTuple):
         """A call that is to be asked."""
         return cls(call, Pending())
 
+    def refusal(self) -> KmsError | None:
+        """Return the agent's refusal; None for a result, and for what is not answered. Raises `ProtocolError`."""
+        response = self.pending.response
+        if response is None or isinstance(response, KmsError):
+            return response
+        return None if response.error is None else _refusal(response.error)
+
+    def request_id(self) -> str:
+        """Return the RequestId of a result; an empty text where there is none."""
+        response = self.pending.response
+        result = response.result if isinstance(response, wire.Response) else None
+        return str((result or {}).get("RequestId", ""))
+
     def outcome(self) -> Any:
         """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
         call, response = self.call, self.pending.response
         assert response is not None
-        if isinstance(response, KmsError):
-            return response
-        if response.error is not None:
-            return _refusal(response.error)
+        refusal = self.refusal()
+        if refusal is not None:
+            return refusal
+        assert isinstance(response, wire.Response)
         answer = response.result or {}
         if call.result is None:
             return answer

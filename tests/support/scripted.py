@@ -77,3 +77,23 @@ def answers(count: int) -> Part:
             connection.sendall(wire.encode_response(request.msgid, None, {"RequestId": request.method}))
 
     return part
+
+
+def outcomes(*codes: str) -> Part:
+    """A part that answers one request after another: with an error of this code, or a result where that is empty."""
+
+    def part(connection: socket.socket) -> None:
+        decoder, remaining = wire.Decoder(), list(codes)
+        while remaining:
+            data = connection.recv(65_536)
+            if not data:
+                return
+            decoder.feed(data)
+            for message in decoder.messages():
+                assert isinstance(message, wire.Request)
+                code = remaining.pop(0)
+                error = {"Code": code, "Message": "m", "RequestId": "r"} if code else None
+                result = None if code else {"RequestId": message.method}
+                connection.sendall(wire.encode_response(message.msgid, error, result))
+
+    return part

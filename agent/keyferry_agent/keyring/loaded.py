@@ -14,9 +14,11 @@ from keyferry.secret import Backing, Secret, SecretMemory, fill_random
 from ..crypto.seal import KEY_SIZES
 from .document import new_id, now
 
-__all__ = ["CHECK", "Key", "KeyVersion", "Keyring", "build", "development_keyring", "room_for"]
+__all__ = ["CHECK", "DEVELOPMENT_ALIASES", "Key", "KeyVersion", "Keyring", "build", "development_keyring", "room_for"]
 
 CHECK: Final = 32
+DEVELOPMENT_ALIASES: Final = {"alias/dev": "Aliyun_AES_256", "alias/dev-sm4": "Aliyun_SM4"}
+"""The keys of every agent with `--dev`, and their key specs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,10 @@ def build(description: list[dict[str, Any]], fill: Callable[[memoryview], None],
     return Keyring(keys, memory, memory.allocate(CHECK))
 
 
-def development_keyring(*, backing: Backing, require: bool) -> Keyring:
-    """The keyring of `--dev`: alias/dev and alias/dev-sm4 with fresh keys that exist nowhere else."""
+def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str, str] | None = None) -> Keyring:
+    """The keyring of `--dev`: fresh keys that exist nowhere else; `aliases`, with key specs, beside `DEVELOPMENT_ALIASES`."""
     description = []
-    for alias, key_spec in (("alias/dev", "Aliyun_AES_256"), ("alias/dev-sm4", "Aliyun_SM4")):
+    for alias, key_spec in {**DEVELOPMENT_ALIASES, **(aliases or {})}.items():
         version = {"KeyVersionId": new_id(), "CreationDate": now(), "Staged": False}
         description.append(
             {

@@ -47,6 +47,7 @@ UNREACHABLE: Final = 3
 
 _EXTRAS: Final = {
     "module": {"cryptography"},
+    "pkcs11": {"cryptography", "pkcs11"},
     "store": {"cryptography", "sqlalchemy", "psycopg", "tqdm"},
 }
 """Packages that an extra brings (client/pyproject.toml)."""

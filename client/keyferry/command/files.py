@@ -11,7 +11,7 @@ from ..client import Client
 from ..guard import reason
 from ..output import DONE
 from .common import Failed, extra, progress, socket_option, usage
-from .modules import add_module_options, open_module
+from .modules import add_module_options, check_module_options, open_module
 from .records import add_store_option, open_store
 
 __all__ = ["add_parsers"]
@@ -59,6 +59,7 @@ def _add_places(parser: argparse.ArgumentParser, output: str) -> None:
 
 
 def _encrypt(arguments: argparse.Namespace) -> int:
+    check_module_options(arguments)
     with extra("store"):
         from .. import files  # noqa: PLC0415
     from .places import Target, source  # noqa: PLC0415
@@ -82,6 +83,7 @@ def _encrypt(arguments: argparse.Namespace) -> int:
 
 
 def _decrypt(arguments: argparse.Namespace) -> int:
+    check_module_options(arguments)
     with extra("module"):
         from .. import files  # noqa: PLC0415
     from .places import Target, source  # noqa: PLC0415

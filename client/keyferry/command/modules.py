@@ -7,7 +7,7 @@ import stat
 from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from .. import descriptors, new_files, passphrase, private_files
 from ..content import resemblance
@@ -19,15 +19,18 @@ from .common import Failed, extra, show_json, usage, warn
 if TYPE_CHECKING:
     from ..module.interface import CryptographicModule
 
-__all__ = ["add_module_options", "add_parsers", "open_module"]
+__all__ = ["add_module_options", "add_parsers", "check_module_options", "open_module"]
+
+_URI: Final = "pkcs11:"
 
 
 def add_parsers(commands: Any) -> None:
-    """Add `module` and its verb."""
+    """Add `module` and its verbs."""
     module = commands.add_parser("module", help="cryptographic modules in files", allow_abbrev=False)
     verbs = module.add_subparsers(dest="verb", required=True, metavar="VERB")
     text = (
-        "Make a software module: a key pair in a new file, sealed with a passphrase. Prints its public key and its pin."
+        "Make a software module: a key pair in a new file, sealed with a passphrase. "
+        "Prints its public key and its fingerprint."
     )
     init = verbs.add_parser("init", help="make a software module in a new file", description=text, allow_abbrev=False)
     init.add_argument("file", metavar="FILE", help="the new file")
@@ -39,14 +42,55 @@ def add_parsers(commands: Any) -> None:
     )
     init.add_argument("--key-spec", choices=("RSA_2048", "EC_SM2"), default="RSA_2048", help="default: RSA_2048")
     init.set_defaults(run=_init)
+    text = "Print a module's public key and its fingerprint, as `module init` did."
+    show = verbs.add_parser("show", help="print a module's public key again", description=text, allow_abbrev=False)
+    add_module_options(show, positional=True)
+    show.set_defaults(run=_show)
 
 
-def add_module_options(parser: argparse.ArgumentParser, *, required: bool = True, why: str = "") -> None:
-    """Add the options that name a module."""
+def add_module_options(
+    parser: argparse.ArgumentParser, *, required: bool = True, why: str = "", positional: bool = False
+) -> None:
+    """Add the options that name a module: a file, or a key pair in a token. `check_module_options` finds what does not fit."""
+    which = parser.add_mutually_exclusive_group(required=required)
+    text = f"a software module that `keyferry module init` made{why}"
+    if positional:
+        which.add_argument("module", metavar="FILE", nargs="?", help=text)
+    else:
+        which.add_argument("--module", metavar="FILE", help=text)
+    which.add_argument("--pkcs11", metavar="LIBRARY", help="instead, a module in a token of this PKCS#11 library")
+    _add_passphrase(parser, required=False)
     parser.add_argument(
-        "--module", metavar="FILE", required=required, help=f"a software module that `keyferry module init` made{why}"
+        "--token", metavar="LABEL|URI", help="the token: its label, or a PKCS#11 URI (pkcs11:serial=...)"
     )
-    _add_passphrase(parser, required=required)
+    parser.add_argument("--key-label", metavar="LABEL", help="the label of the key pair in the token")
+    parser.add_argument(
+        "--pin-file", metavar="F", help="a file whose first line is the token's PIN; credential:NAME is systemd's"
+    )
+    parser.add_argument(
+        "--library-parameters", metavar="TEXT", help="what the library needs to initialise; NSS needs some"
+    )
+
+
+def check_module_options(arguments: argparse.Namespace) -> bool:
+    """Return whether the options name a module. Ends the command where they do not belong together."""
+    of_token = {
+        "--token": arguments.token,
+        "--key-label": arguments.key_label,
+        "--pin-file": arguments.pin_file,
+        "--library-parameters": arguments.library_parameters,
+    }
+    if arguments.pkcs11 is None:
+        if others := [option for option, value in of_token.items() if value is not None]:
+            usage(f"{', '.join(others)}: only with --pkcs11")
+        if arguments.module is not None and not arguments.passphrase_file:
+            usage("a software module needs --passphrase-file")
+        return arguments.module is not None
+    if arguments.passphrase_file:
+        usage("--passphrase-file is for software modules; a token's PIN comes from --pin-file")
+    if missing := [option for option in ("--token", "--key-label") if not of_token[option]]:
+        usage(f"--pkcs11 needs {' and '.join(missing)}")
+    return True
 
 
 def _add_passphrase(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -57,8 +101,28 @@ def _add_passphrase(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
     """The module that the options name. Raises `KeyferryError`."""
-    if not arguments.passphrase_file:
-        usage("--module needs --passphrase-file")
+    return _open_file(arguments) if arguments.module is not None else _open_token(arguments)
+
+
+def _open_token(arguments: argparse.Namespace) -> "CryptographicModule":
+    with extra("pkcs11"):
+        from ..module import Pkcs11Module  # noqa: PLC0415
+    token: str = arguments.token
+    is_uri = token.startswith(_URI)
+    try:
+        return Pkcs11Module.open(
+            arguments.pkcs11,
+            token_label=None if is_uri else token,
+            token_uri=token if is_uri else None,
+            key_label=arguments.key_label,
+            pin_file=arguments.pin_file,
+            library_parameters=arguments.library_parameters,
+        )
+    except ValueError as error:  # a URI that is not one
+        usage(f"--token: {error}")
+
+
+def _open_file(arguments: argparse.Namespace) -> "CryptographicModule":
     with extra("module"):
         from .. import age_passphrase  # noqa: PLC0415
         from ..module import ModuleError, SoftwareModule  # noqa: PLC0415
@@ -120,12 +184,17 @@ def _init(arguments: argparse.Namespace) -> int:
     return code if prints_passphrase else show_json(_shown(module))
 
 
+def _show(arguments: argparse.Namespace) -> int:
+    check_module_options(arguments)
+    return show_json(_shown(open_module(arguments)))
+
+
 def _exists(arguments: argparse.Namespace) -> Failed:
     return Failed(f"{arguments.file} exists; a module is never overwritten")
 
 
 def _shown(module: "CryptographicModule") -> dict[str, str]:
-    """Return what is printed about a new module."""
+    """Return what is printed about a module."""
     pin = hashlib.sha256(decode_base64(module.public_key_blob)).hexdigest()
     return {
         "PublicKeyBlob": module.public_key_blob,

@@ -1,6 +1,7 @@
 """`keyferry records`: data keys in a database, by their names."""
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -10,9 +11,9 @@ from urllib.parse import unquote
 
 from ..client import Client
 from ..operations import OPERATIONS
-from ..output import DONE, complain, show_lines
-from .common import PROGRAM, REFUSED, add_parameters, extra, given, progress, show_json, socket_option
-from .modules import add_module_options, open_module
+from ..output import DONE, complain, show, show_lines
+from .common import PROGRAM, REFUSED, add_parameters, extra, given, progress, show_json, socket_option, usage
+from .modules import add_module_options, check_module_options, open_module
 
 if TYPE_CHECKING:
     from ..store import Store
@@ -21,6 +22,7 @@ __all__ = ["add_parsers", "add_store_option", "open_store"]
 
 _ADD = OPERATIONS["GenerateDataKeyWithoutPlaintext"]
 _RECOVER = OPERATIONS["ExportDataKey"]
+_COLUMNS: Final = ("Name", "KeyId", "KeyVersionId", "Created", "Rewrapped")
 _OF_THE_RECORD = ("CiphertextBlob", "EncryptionContext")
 _SECRET_OPTION: Final = re.compile(
     r"(?:^|&)(?:(?:ssl)?password|oauth_client_secret|scram_(?:client|server)_key)=[^&]", re.IGNORECASE
@@ -50,6 +52,12 @@ def add_parsers(commands: Any) -> None:
     add_parameters(add, _ADD, without=["DryRun"], enforce=True)
 
     listing = verb("list", "List all records, in the order in which they were added.", _list, agent=False)
+    listing.add_argument(
+        "--header",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="begin with a line that names the columns (default: on a terminal only)",
+    )
     listing.add_argument("--json", action="store_true", help="one JSON array on stdout, with all there is of each")
 
     show = verb("show", "Show a record, as JSON.", _show, agent=False)
@@ -62,6 +70,16 @@ def add_parsers(commands: Any) -> None:
     rewrap = verb("rewrap", "Move every record under its master key's primary version (ReEncrypt).", _rewrap)
     rewrap.add_argument("--dry-run", action="store_true", help="change nothing; say of each whether it could be moved")
     add_module_options(rewrap, required=False, why="; then each data key is proved to be the same as before")
+
+    copy = verb("copy", "Copy all records to another store, and overwrite none there.", _copy, agent=False)
+    copy.add_argument(
+        "--to",
+        metavar="URL",
+        required=True,
+        help="the other store: a URL or @FILE, as --store takes it; made where it does not exist",
+    )
+
+    verb("schema", "Print the statement that makes the store's table, for an administrator.", _schema, agent=False)
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
@@ -76,16 +94,24 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
 
 def open_store(arguments: argparse.Namespace, *, create: bool = False) -> "Store":
     """The store that the options name. With `create`, `add` makes one that does not exist. Raises `KeyferryError`."""
-    # Before anything can fail: the password is in the process list already.
-    if _may_hold_a_password(arguments.store or ""):
+    return _open(arguments.store, create=create)
+
+
+def _open(url: str | None, *, create: bool) -> "Store":
+    _warn_of_password(url)
+    with extra("store"):
+        from ..store import Store  # noqa: PLC0415
+    return Store(url, create=create)
+
+
+def _warn_of_password(url: str | None) -> None:
+    """Print a warning, before anything can fail: the password is in the process list already."""
+    if _may_hold_a_password(url or ""):
         complain(
             PROGRAM,
             "a password on the command line can be read by every user of this host: "
-            "use --store @FILE, $KEYFERRY_STORE, or PostgreSQL's own ~/.pgpass",
+            "use @FILE, $KEYFERRY_STORE for --store, or PostgreSQL's own ~/.pgpass",
         )
-    with extra("store"):
-        from ..store import Store  # noqa: PLC0415
-    return Store(arguments.store, create=create)
 
 
 def _may_hold_a_password(text: str) -> bool:
@@ -118,14 +144,20 @@ def _add(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store:
-        lines = _json_lines(store) if arguments.json else _lines(store)
+        on_terminal = sys.stdout is not None and sys.stdout.isatty()
+        header = on_terminal if arguments.header is None else arguments.header
+        lines = _json_lines(store) if arguments.json else _lines(store, header=header)
         return show_lines(PROGRAM, lines, is_json=arguments.json)
 
 
-def _lines(store: "Store") -> Iterator[str]:
+def _lines(store: "Store", *, header: bool) -> Iterator[str]:
     from ..store.record import printable  # noqa: PLC0415
 
-    for record in store:
+    records = iter(store)
+    first = next(records, None)  # before the header: a store that cannot be read is not a list
+    if header:
+        yield "\t".join(_COLUMNS)
+    for record in itertools.chain([first] if first else [], records):
         fields = (record.name, record.key_id, record.key_version_id, record.created, record.rewrapped or "-")
         yield "\t".join(map(printable, fields))
 
@@ -158,7 +190,32 @@ def _recover(arguments: argparse.Namespace) -> int:
         return show_json(kms.call(_RECOVER.name, params))
 
 
+def _copy(arguments: argparse.Namespace) -> int:
+    if not arguments.to:
+        usage("--to names no store")
+    with open_store(arguments) as source, _open(arguments.to, create=True) as target:
+        from ..store import copy  # noqa: PLC0415
+
+        with progress("copying", " records", total=source.count()) as bar:
+            copied = copy(
+                source,
+                target,
+                refused=lambda why: bar.write(f"keyferry: {why}", file=sys.stderr),
+                advanced=bar.update,
+            )
+    done = show_json({name.capitalize(): count for name, count in copied._asdict().items()})
+    return REFUSED if copied.refused and done == DONE else done
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    _warn_of_password(arguments.store)
+    with extra("store"):
+        from ..store import schema  # noqa: PLC0415
+    return show(PROGRAM, schema(arguments.store))
+
+
 def _rewrap(arguments: argparse.Namespace) -> int:
+    proves = check_module_options(arguments)
     with open_store(arguments) as store, Client(arguments.socket) as kms:
         from ..store import rewrap  # noqa: PLC0415
 
@@ -171,7 +228,7 @@ def _rewrap(arguments: argparse.Namespace) -> int:
                 store,
                 kms,
                 dry_run=arguments.dry_run,
-                module=open_module(arguments) if arguments.module else None,
+                module=open_module(arguments) if proves else None,
                 failed=lambda why: bar.write(f"keyferry: {why}", file=sys.stderr),
                 found=found,
                 advanced=bar.update,

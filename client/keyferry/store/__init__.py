@@ -4,11 +4,13 @@
         store.add(new_record(kms, "orders", key_id="alias/orders", encryption_context={"tenant": "acme"}))
         key = module.recover_data_key(kms, store.get("orders").data_key_record())
 
-`rewrap` moves all of them under their master keys' newest versions. docs/records.md has it for operators.
+`rewrap` moves all of them under their master keys' newest versions; `copy` copies them to another store.
+docs/records.md has it for operators.
 """
 
 from .record import Record, StoreError, new_record
 from .rewrap import Outcome, rewrap
-from .store import Store
+from .store import Store, schema
+from .transfer import Copied, copy
 
-__all__ = ["Outcome", "Record", "Store", "StoreError", "new_record", "rewrap"]
+__all__ = ["Copied", "Outcome", "Record", "Store", "StoreError", "copy", "new_record", "rewrap", "schema"]

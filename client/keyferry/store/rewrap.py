@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 
 from .. import operations
 from ..client import Client
-from ..errors import KmsError, Throttled
+from ..errors import KmsError, ServiceUnavailable, Throttled
 from ..module.interface import CryptographicModule, ModuleError
 from ..parameters import decode_base64
 from .record import VERSION_PREFIX, Record, StoreError, printable, version_prefix
@@ -28,7 +28,6 @@ from .store import Store
 __all__ = ["Outcome", "rewrap"]
 
 _WOULD_SUCCEED: Final = "DryRunOperationError"
-_UNAVAILABLE: Final = "ServiceUnavailableTemporary"
 _PAUSE: Final = 0.5
 """Seconds to wait for an agent that has too much to do."""
 _PATIENCE: Final = 60
@@ -209,7 +208,7 @@ class _Rewrap:
 
 def _later(answer: Any) -> bool:
     """Whether the agent would have done it at another time."""
-    return isinstance(answer, Throttled) or getattr(answer, "code", None) == _UNAVAILABLE
+    return isinstance(answer, Throttled | ServiceUnavailable)
 
 
 def _re_encrypt(record: Record, blob: str, *, dry_run: bool = False) -> operations.ReEncrypt:

@@ -12,13 +12,14 @@ from urllib.parse import quote
 
 import sqlalchemy as sql
 from sqlalchemy import exc
+from sqlalchemy.dialects import postgresql, sqlite
 
 from .engine import make_engine
 from .location import find, secrets, shown
 from .record import LONGEST_NAME, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
 from .sqlite import sqlite_file
 
-__all__ = ["Store"]
+__all__ = ["Store", "schema"]
 
 _PAGE: Final = 500
 """Records to have in memory at a time."""
@@ -70,6 +71,25 @@ _REPLACE: Final = (
         rewrapped=sql.bindparam("at"),
     )
 )
+
+
+_DIALECTS: Final = {"sqlite": sqlite, "postgresql": postgresql}
+_NOT_PERMITTED: Final = "42501"
+"""PostgreSQL's SQLSTATE insufficient_privilege."""
+
+
+def schema(url: str | None = None) -> str:
+    """Return the statement that makes the table, in the dialect of the store's URL, without looking for the store.
+
+    Raises `StoreError`.
+    """
+    dialect = _DIALECTS[find(url).get_backend_name()].dialect()
+    lines = str(_create_table().compile(dialect=dialect)).strip().splitlines()
+    return "\n".join(line.rstrip() for line in lines) + ";"
+
+
+def _create_table() -> sql.schema.CreateTable:
+    return sql.schema.CreateTable(_records, if_not_exists=True)
 
 
 class Store:
@@ -139,6 +159,11 @@ class Store:
         if record is None:
             raise StoreError(f"there is no record {printable(name)} in {self._place}")
         return record
+
+    def named(self, names: Iterable[str]) -> dict[str, Record]:
+        """The records of these names, by name; none where the store does not exist yet."""
+        rows = self._rows(_SELECT.where(_c.name.in_(list(names)))) if self._exists() else []
+        return {record.name: record for record in (Record(*row) for row in rows)}
 
     def __iter__(self) -> Iterator[Record]:
         """All records in the order in which they were added, however many."""
@@ -223,7 +248,7 @@ class Store:
         if not sql.inspect(connection).has_table(_records.name):
             if connection.dialect.name == "postgresql":  # IF NOT EXISTS alone fails where two make it at once
                 connection.execute(sql.text("SELECT pg_advisory_xact_lock(hashtext('keyferry_records'))"))
-            connection.execute(sql.schema.CreateTable(_records, if_not_exists=True))
+            connection.execute(_create_table())
 
     @contextmanager
     def _doing(self) -> Iterator[sql.Connection]:
@@ -258,6 +283,8 @@ class Store:
         why = " ".join(lines) if lines[0].endswith(":") else lines[0]  # of several hosts, each has a line
         if any(form in why for secret in secrets(self._url) for form in _forms(secret)):
             why = type(cause).__name__
+        if getattr(cause, "sqlstate", None) == _NOT_PERMITTED:
+            why += ". Have a role that may do so run what `keyferry records schema` prints, and grant SELECT, INSERT, UPDATE"
         return why + (self._file.advice() if self._file is not None else "")
 
 

@@ -1,0 +1,85 @@
+"""What the clients log: the logger `keyferry` of the standard library, one line for each call.
+
+A line has the operation, the RequestId, the code and the duration. It never has a parameter, a result or an agent's message:
+they can hold plaintexts, ciphertexts and encryption contexts.
+
+Answers are DEBUG. Refusals, failures and repeats are INFO: the exception that is raised has the reason. A program that has not
+imported `logging` has no handler, so this module does not import it either: that takes as long as importing the client.
+"""
+
+import functools
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from .errors import KeyferryError, KmsError
+from .exchange import Asked
+
+if TYPE_CHECKING:
+    import logging
+
+__all__ = ["answered", "failed", "repeating"]
+
+
+def answered(asked: Iterable[Asked], seconds: float) -> None:
+    """Log the outcome of each call. `seconds`: how long all of them took together."""
+    logger = _logger()
+    if logger is None or not logger.isEnabledFor(_INFO):
+        return
+    for each in asked:
+        refusal = each.refusal()
+        if refusal is not None:
+            logger.info("%s: %s, %.1f ms", _shown(each.call.name), _refused(refusal), seconds * 1_000)
+        elif logger.isEnabledFor(_DEBUG):
+            request_id = _shown(each.request_id())
+            logger.debug("%s: answered, RequestId %s, %.1f ms", _shown(each.call.name), request_id, seconds * 1_000)
+
+
+def failed(asked: Iterable[Asked], error: BaseException, seconds: float) -> None:
+    """Log that calls have no answer."""
+    logger = _logger()
+    if logger is not None and logger.isEnabledFor(_INFO):
+        logger.info("%s: %s, %.1f ms", _names(asked), _refused(error), seconds * 1_000)
+
+
+def repeating(asked: Iterable[Asked], error: KeyferryError | None, delay: float) -> None:
+    """Log that calls are asked again after a delay in seconds. `error`: why, where it is not in each call's own answer."""
+    logger = _logger()
+    if logger is not None and logger.isEnabledFor(_INFO):
+        why = "refused" if error is None else _refused(error)
+        logger.info("%s: %s, asked again in %.0f ms", _names(asked), why, delay * 1_000)
+
+
+_DEBUG = 10
+_INFO = 20
+"""Levels of the module `logging`."""
+
+
+def _logger() -> "logging.Logger | None":
+    """Return the logger, and None in a program that has not imported `logging`."""
+    return _made() if "logging" in sys.modules else None
+
+
+@functools.cache
+def _made() -> "logging.Logger":
+    import logging  # noqa: PLC0415 - it is there already
+
+    logger = logging.getLogger("keyferry")
+    logger.addHandler(logging.NullHandler())
+    return logger
+
+
+def _refused(error: BaseException) -> str:
+    if isinstance(error, KmsError):
+        return f"refused with {_shown(error.code)}, RequestId {_shown(error.request_id)}"
+    return type(error).__name__
+
+
+def _names(asked: Iterable[Asked]) -> str:
+    """Return the names of the operations, each once."""
+    return ", ".join(dict.fromkeys(_shown(each.call.name) for each in asked))
+
+
+def _shown(text: str) -> str:
+    """Return a text of a peer's or a caller's without what could begin another line."""
+    return text[:64] if text.isprintable() else ascii(text[:64])

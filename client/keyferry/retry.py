@@ -1,0 +1,91 @@
+"""When a call is repeated, without any I/O: both clients ask this module for delays, and sleep in their own way.
+
+A client repeats nothing unless it is given a `Retry`: `Client(retry=Retry())`. The agent is on the same host, so a failure is
+news to act on, and a client that waited of its own accord would hold up a probe, a request of a web server, or a caller that
+has a policy of its own. (Apart from that, both clients ask again when an agent was restarted under a connection in use.)
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from .errors import KeyferryError, Throttled
+from .exchange import Asked, seconds
+
+__all__ = ["Attempts", "Retry"]
+
+_MAX_DOUBLINGS: Final = 32
+
+
+def _random() -> float:
+    """Return a number from 0 to below 1. (The module `random` takes longer to import than this package.)"""
+    return int.from_bytes(os.urandom(4), "big") / 2**32
+
+
+class Retry:
+    """Repeats calls whose failure is `retryable`: exponential backoff with full jitter, bounded in seconds.
+
+    The delay before the n-th repeat is chosen evenly from 0 to `first` · 2ⁿ⁻¹ seconds, at most `longest`; after a `Throttled`,
+    its `retry_after` comes on top. No repeat begins later than `within` seconds after the first failure, nor after the
+    client's `timeout`, which bounds the whole call with its repeats. Then the last failure is raised.
+
+    `random` returns a number from 0 to below 1; tests replace it.
+    """
+
+    def __init__(
+        self,
+        *,
+        within: float = 10.0,
+        first: float = 0.05,
+        longest: float = 2.0,
+        random: Callable[[], float] = _random,
+    ) -> None:
+        self.within = seconds(within)
+        self.first = seconds(first)
+        self.longest = seconds(longest)
+        self.random = random
+
+    def __repr__(self) -> str:
+        return f"Retry(within={self.within:g}, first={self.first:g}, longest={self.longest:g})"
+
+
+class Attempts:
+    """The attempts of one call. Without a `Retry`, the first is the only one.
+
+    `now` is the time of a steady clock, `left` what remains of the client's timeout, both in seconds.
+    """
+
+    def __init__(self, retry: Retry | None) -> None:
+        self._retry = retry
+        self._failures = 0
+        self._until = 0.0
+
+    def after_failure(self, error: KeyferryError, now: float, left: float) -> float | None:
+        """Return the seconds to wait before the next attempt; None when there is none, and the error is the call's."""
+        return self._delay([error], now, left) if error.retryable else None
+
+    def after_answers(self, asked: Iterable[Asked], now: float, left: float) -> float | None:
+        """Return the seconds to wait before refused calls are asked again; None when all outcomes are final.
+
+        Calls that are to be asked again count as not answered from then on.
+        """
+        if self._retry is None:
+            return None
+        again = [(each, refusal) for each in asked if (refusal := each.refusal()) is not None and refusal.retryable]
+        delay = self._delay([refusal for _, refusal in again], now, left) if again else None
+        if delay is not None:
+            for (_, pending), _ in again:
+                pending.response = None
+        return delay
+
+    def _delay(self, errors: Iterable[KeyferryError], now: float, left: float) -> float | None:
+        retry = self._retry
+        if retry is None:
+            return None
+        if not self._failures:
+            self._until = now + retry.within
+        ceiling = min(retry.longest, retry.first * 2 ** min(self._failures, _MAX_DOUBLINGS))
+        self._failures += 1
+        told = max(error.retry_after if isinstance(error, Throttled) else 0.0 for error in errors)
+        delay = told + ceiling * retry.random()
+        return delay if delay < left and now + delay <= self._until else None

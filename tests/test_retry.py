@@ -1,0 +1,244 @@
+"""Repeated calls: which failures are worth it, how long the delays are, and that both clients keep within their timeout."""
+
+import functools
+import pickle
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from support.agent import PATIENCE
+from support.scripted import outcomes, scripted
+
+from keyferry import (
+    AgentUnavailable,
+    Client,
+    InvalidRequest,
+    KmsError,
+    NotFound,
+    Retry,
+    ServiceUnavailable,
+    Throttled,
+    operations,
+    wire,
+)
+from keyferry import client as client_module
+from keyferry.aio import Client as AsyncClient
+from keyferry.errors import kms_error
+from keyferry.exchange import Asked, Call
+from keyferry.retry import Attempts
+
+Run = Callable[[Callable[[], Awaitable[Any]]], Any]
+AT_ONCE = Retry(first=0)
+THROTTLED = "Rejected.Throttling"
+UNAVAILABLE = "ServiceUnavailableTemporary"
+
+
+class Time:
+    """A clock that only a sleep moves on."""
+
+    def __init__(self) -> None:
+        self.now = 1_000.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    """The blocking client's time."""
+    made = Time()
+    monkeypatch.setattr(client_module, "time", made)
+    return made
+
+
+@pytest.fixture(params=["trio", "asyncio"])
+def run(request: pytest.FixtureRequest) -> Run:
+    """Run an async function in a fresh event loop of either kind."""
+    return functools.partial(anyio.run, backend=request.param)
+
+
+def delays(retry: Retry, error: KmsError, *, left: float = 1e9) -> Iterator[float]:
+    """The delays of a call that fails until no further attempt is made, at once each time."""
+    attempts, now = Attempts(retry), 0.0
+    while (delay := attempts.after_failure(error, now, left - now)) is not None:
+        yield delay
+        now += delay
+
+
+def test_delays_double_up_to_the_longest() -> None:
+    """The sum of the delays stays within the bound."""
+    retry = Retry(within=10, first=1, longest=3, random=lambda: 1.0)
+    assert list(delays(retry, kms_error(UNAVAILABLE))) == [1, 2, 3, 3]
+
+
+def test_delays_are_chosen_from_zero_on() -> None:
+    """Full jitter: callers that failed together do not come back together."""
+    numbers = iter([0.0, 0.25, 0.5, 2.0])
+    retry = Retry(within=10, first=4, longest=4, random=lambda: next(numbers))
+    assert list(delays(retry, kms_error(UNAVAILABLE))) == [0, 1, 2]
+    drawn = {Retry().random() for _ in range(100)}
+    assert len(drawn) > 50
+    assert all(0 <= number < 1 for number in drawn)
+
+
+def test_the_delay_after_throttling_is_at_least_its_own() -> None:
+    """An agent's allowance is per second."""
+    retry = Retry(within=10, first=0)
+    assert list(delays(retry, kms_error(THROTTLED))) == [1.0] * 10
+    assert Throttled.retry_after == 1.0
+
+
+def test_no_repeat_begins_after_the_timeout() -> None:
+    """The timeout is the shorter bound here."""
+    retry = Retry(within=10, first=1, longest=1, random=lambda: 1.0)
+    assert list(delays(retry, kms_error(UNAVAILABLE), left=3.5)) == [1, 1, 1]
+
+
+def test_a_failure_that_time_cannot_help_is_final() -> None:
+    """With a policy, and a retryable failure without one."""
+    assert Attempts(Retry()).after_failure(kms_error("Forbidden.KeyNotFound"), 0, 30) is None
+    assert Attempts(None).after_failure(kms_error(UNAVAILABLE), 0, 30) is None
+
+
+def test_only_refused_calls_are_asked_again() -> None:
+    """The others keep their answers."""
+    asked = [Asked.of(Call("DescribeKey", {})) for _ in range(3)]
+    for each, code in zip(asked, ["", UNAVAILABLE, "Forbidden.KeyNotFound"], strict=True):
+        error = {"Code": code, "Message": "m"} if code else None
+        each.pending.response = wire.Response(1, error, None if error else {})
+    assert Attempts(AT_ONCE).after_answers(asked, 0, 30) == 0
+    assert [each.pending.response is None for each in asked] == [False, True, False]
+
+
+@pytest.mark.parametrize("wrong", [{"within": -1}, {"first": float("nan")}, {"longest": -0.1}])
+def test_a_policy_of_impossible_numbers_is_refused(wrong: dict[str, float]) -> None:
+    """When it is made, not at the first failure."""
+    with pytest.raises(ValueError, match="a number of seconds"):
+        Retry(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_client_repeats_refused_calls(socket_path: Path, time: Time) -> None:
+    """Until there is a result."""
+    with scripted(socket_path, outcomes(THROTTLED, UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
+        assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
+    assert time.slept == [1.0, 0.0]
+
+
+def test_a_client_without_a_policy_repeats_nothing(socket_path: Path, time: Time) -> None:
+    """The first refusal is the call's."""
+    with scripted(socket_path, outcomes(UNAVAILABLE)), Client(socket_path) as kms, pytest.raises(ServiceUnavailable):
+        kms.call("GetAgentStatus", {})
+    assert time.slept == []
+
+
+def test_the_last_failure_is_raised_in_the_end(socket_path: Path, time: Time) -> None:
+    """Nobody listens; the delays are within the bound, and the message is the usual one."""
+    retry = Retry(within=3, first=1, longest=1, random=lambda: 1.0)
+    with Client(socket_path, retry=retry) as kms, pytest.raises(AgentUnavailable, match="does not exist"):
+        kms.call("GetAgentStatus", {})
+    assert time.slept == [1, 1, 1]
+    time.slept.clear()
+    with Client(socket_path, retry=retry, timeout=1.5) as kms, pytest.raises(AgentUnavailable, match="does not exist"):
+        kms.call("GetAgentStatus", {})
+    assert time.slept == [1]
+
+
+def test_a_client_waits_for_an_agent_that_starts(
+    socket_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that is refused is repeated."""
+    with ExitStack() as started, Client(socket_path, retry=AT_ONCE) as kms:
+        agent = scripted(socket_path, outcomes(""))
+        monkeypatch.setattr(time, "sleep", lambda _seconds: started.enter_context(agent))
+        assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
+
+
+def test_a_pipeline_repeats_what_was_refused(socket_path: Path, time: Time) -> None:
+    """Results stay in their places."""
+    codes = ["", UNAVAILABLE, "Forbidden.KeyNotFound", ""]
+    calls: list[tuple[str, dict[str, Any]]] = [("A", {}), ("B", {}), ("C", {})]
+    with scripted(socket_path, outcomes(*codes)), Client(socket_path, retry=AT_ONCE) as kms:
+        first, second, third = kms.pipeline(calls)
+    assert (first, second) == ({"RequestId": "A"}, {"RequestId": "B"})
+    assert isinstance(third, NotFound)
+    assert time.slept == [0.0]
+
+
+def test_a_refused_connection_is_repeated(socket_path: Path, time: Time) -> None:
+    """An agent without room closes the connection after its refusal."""
+
+    def full(connection: socket.socket) -> None:
+        connection.recv(65_536)
+        connection.sendall(wire.encode_response(None, {"Code": THROTTLED, "Message": "m", "RequestId": "r"}, None))
+
+    with scripted(socket_path, full, outcomes("")), Client(socket_path, retry=AT_ONCE) as kms:
+        assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
+    assert time.slept == [1.0]
+
+
+def test_other_threads_call_while_a_client_waits(
+    socket_path: Path, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client's lock is free during a delay."""
+    free = []
+    with scripted(socket_path, outcomes(UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
+        monkeypatch.setattr(time, "sleep", lambda _seconds: free.append(not kms._lock.locked()))
+        kms.call("GetAgentStatus", {})
+    assert free == [True]
+
+
+def test_an_awaited_client_repeats_refused_calls(socket_path: Path, run: Run) -> None:
+    """Under trio and asyncio, in a call and in a pipeline."""
+
+    async def main() -> None:
+        async with AsyncClient(socket_path, retry=AT_ONCE) as kms:
+            assert await kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
+            first, second = await kms.pipeline([("A", {}), ("B", {})])
+            assert (first, second) == ({"RequestId": "A"}, {"RequestId": "B"})
+
+    with scripted(socket_path, outcomes(UNAVAILABLE, "InternalFailure", "", UNAVAILABLE, "", "")):
+        run(main)
+
+
+def test_an_awaited_client_raises_the_last_failure(socket_path: Path, run: Run) -> None:
+    """At the end of its bound, and at once for what is not retryable or where there is no policy."""
+
+    async def main() -> None:
+        async with AsyncClient(socket_path, retry=Retry(within=0.05, first=0.01)) as kms:
+            with pytest.raises(AgentUnavailable, match="does not exist"):
+                await kms.describe_key(key_id="alias/a")
+        with scripted(socket_path, outcomes("InvalidParameter")):
+            async with AsyncClient(socket_path, retry=AT_ONCE, timeout=PATIENCE) as kms:
+                with pytest.raises(InvalidRequest):
+                    await kms.describe_key(key_id="alias/a")
+        async with AsyncClient(socket_path) as kms:
+            with pytest.raises(AgentUnavailable, match="nobody listens"):
+                await kms.pipeline([operations.DescribeKey(key_id="alias/a")])
+
+    run(main)
+
+
+def test_an_unreachable_agent_is_retryable_where_time_helps(tmp_path: Path) -> None:
+    """An agent may start; a regular file does not become a socket."""
+    for path, retryable in ((tmp_path / "none", True), (tmp_path / "file", False)):
+        if not retryable:
+            path.touch()
+        with Client(path) as kms, pytest.raises(AgentUnavailable) as caught:
+            kms.get_agent_status()
+        assert caught.value.retryable is retryable
+        assert pickle.loads(pickle.dumps(caught.value)).retryable is retryable
+
+
+def test_a_policy_is_pickled_with_its_client(tmp_path: Path) -> None:
+    """As the path and the timeout are."""
+    with Client(tmp_path / "none", retry=Retry(within=3)) as kms:
+        assert repr(pickle.loads(pickle.dumps(kms))._retry) == "Retry(within=3, first=0.05, longest=2)"
