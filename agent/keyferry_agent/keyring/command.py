@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from keyferry import age_passphrase
 from keyferry.arguments import whole_number
@@ -24,15 +24,19 @@ _MATERIAL_MOST: Final = 65
 """Bytes of material to read at most: enough to see that hex is not raw bytes."""
 
 
+_Act: TypeAlias = Callable[[argparse.Namespace], dict[str, Any] | None]
+"""From arguments to what to print, by the API's names; None where that was printed already."""
+_Verb: TypeAlias = Callable[[str, str, _Act], argparse.ArgumentParser]
+"""Adds the parser of a verb: its name, its help text, and what it does."""
+
+
 def add_parser(commands: Any) -> None:
     """Add `keyring` and its verbs to the agent's command."""
     keyring = commands.add_parser("keyring", help="create and change sealed keyring files", allow_abbrev=False)
     keyring.set_defaults(run=_main)
     subparsers = keyring.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(
-        name: str, help_text: str, do: Callable[[argparse.Namespace], dict[str, Any] | None]
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, help_text: str, do: _Act) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = subparsers.add_parser(
             name, help=help_text, description=help_text, allow_abbrev=False
         )
@@ -49,11 +53,46 @@ def add_parser(commands: Any) -> None:
             )
         return parser
 
-    access.add_sealed_to(verb("init", "Create an empty keyring.", access.init)).add_argument(
-        "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it"
-    )
-    access.add_sealed_to(verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", access.reseal))
+    _add_access_verbs(verb)
+    _add_key_verbs(verb)
+    _add_alias_verbs(verb)
+    _add_identity_verbs(subparsers)
 
+
+def _add_access_verbs(verb: _Verb) -> None:
+    init = verb("init", "Create an empty keyring.", access.init)
+    access.add_sealed_to(init)
+    init.add_argument(
+        "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it, too"
+    )
+    reseal = verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", access.reseal)
+    access.add_sealed_to(reseal)
+    verb("recipients", "List what the keyring is sealed to, as --recipients-file takes it.", access.list_recipients)
+    add = verb("add-recipient", "Seal to further recipients, too.", access.add_recipient)
+    remove = verb("remove-recipient", "Seal to all recipients but some.", access.remove_recipient)
+    for parser in (add, remove):
+        access.add_recipients(parser)
+    for parser in (reseal, add, remove):
+        parser.add_argument(
+            "--yes",
+            action="store_true",
+            help="also where what --unseal names does not open the keyring any more, or one recipient is left",
+        )
+
+
+def _add_identity_verbs(subparsers: Any) -> None:
+    act: _Act
+    for name, help_text, metavar, act in (
+        ("recipient-of", "Print the recipient of an age or SSH identity.", "IDENTITY", access.recipient_of),
+        ("new-identity", "Make an age identity in a new file, and print its recipient.", "OUT", access.new_identity),
+    ):
+        parser = subparsers.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        parser.add_argument("identity", type=Path, metavar=metavar, help="the file of the identity")
+        parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        parser.set_defaults(verb_action=act, file=None)
+
+
+def _add_key_verbs(verb: _Verb) -> None:
     create_key = verb("create-key", "Add a key.", _changing(_create_key))
     create_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), default=_DEFAULT_SPEC)
     import_key = verb("import-key", "Add a key of material that you have.", _import_key)
@@ -88,6 +127,8 @@ def add_parser(commands: Any) -> None:
                 "--days", type=whole_number, required=True, metavar=days, help="until then it can be cancelled"
             )
 
+
+def _add_alias_verbs(verb: _Verb) -> None:
     for name, help_text, do in (
         ("create-alias", "Give a key a further name.", lambda d, a: verbs.create_alias(d, a.alias, a.key)),
         ("update-alias", "Point an alias to another key.", lambda d, a: verbs.update_alias(d, a.alias, a.key)),
@@ -102,7 +143,8 @@ def add_parser(commands: Any) -> None:
 def _main(arguments: argparse.Namespace) -> int:
     try:
         result = arguments.verb_action(arguments)
-        _warn_of_weak_work_factor(arguments.file)
+        if arguments.file is not None:
+            _warn_of_weak_work_factor(arguments.file)
     except KeyringError as error:
         complain(PROGRAM, str(error))
         return FAILED

@@ -63,6 +63,9 @@ def _for_people(result: dict[str, Any]) -> Iterator[str]:
             ((key["KeyId"], key["KeySpec"], key["KeyState"], ", ".join(key["Aliases"])) for key in keys),
         )
         return
+    if "SealedTo" in result or "Identity" in result:  # lines that --recipients-file reads
+        yield from ["# sealed to a passphrase"] if result.get("SealedTo") == "Passphrase" else result["Recipients"]
+        return
     for name, value in {**result, **result.get("KeyMetadata", {})}.items():
         if isinstance(value, list):
             value = ", ".join(value)  # noqa: PLW2901 - shown, not kept
