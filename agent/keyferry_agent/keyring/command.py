@@ -112,6 +112,8 @@ def _add_key_verbs(verb: _Verb) -> None:
         ("promote", "Make a staged version the primary one, once every host has it.", _changing(_promote)),
         ("enable", "Let a key be used again.", _changing(lambda d, a: verbs.enable(d, a.key))),
         ("disable", "Let a key be used for nothing.", _changing(lambda d, a: verbs.disable(d, a.key))),
+        ("disable-version", "Let a version decrypt nothing any more.", _changing(_disable_version)),
+        ("enable-version", "Let a version decrypt again.", _changing(_enable_version)),
         ("schedule-deletion", "Delete a key, some days from now.", _changing(_schedule_deletion)),
         ("cancel-deletion", "Keep a key after all.", _changing(lambda d, a: verbs.cancel_deletion(d, a.key))),
     ):
@@ -121,6 +123,10 @@ def _add_key_verbs(verb: _Verb) -> None:
             parser.add_argument("--stage", action="store_true", help="it decrypts, and is not primary until promoted")
         elif name == "promote":
             parser.add_argument("version", metavar="VERSION", help="the staged version's ID")
+        elif name.endswith("-version"):
+            parser.add_argument("version", metavar="VERSION", help="the version's ID")
+            if name == "disable-version":
+                parser.add_argument("--yes", action="store_true", help="what it encrypted was moved, or may be lost")
         elif name == "schedule-deletion":
             days = f"{verbs.DAYS[0]}..{verbs.DAYS[-1]}"
             parser.add_argument(
@@ -208,6 +214,14 @@ def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:
     return verbs.promote(document, arguments.key, arguments.version)
+
+
+def _disable_version(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.disable_version(document, arguments.key, arguments.version, confirmed=arguments.yes)
+
+
+def _enable_version(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.enable_version(document, arguments.key, arguments.version)
 
 
 def _schedule_deletion(document: Document, arguments: argparse.Namespace) -> KeyEntry:

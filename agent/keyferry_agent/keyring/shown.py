@@ -32,6 +32,7 @@ def version_of(key: KeyEntry, version: VersionEntry) -> dict[str, Any]:
         "KeyVersionId": version.version_id,
         "CreationDate": version.created,
         "Staged": version.staged,
+        "Disabled": version.disabled,
     }
 
 
@@ -51,6 +52,7 @@ def metadata(key: KeyEntry, aliases: Mapping[str, list[str]]) -> dict[str, Any]:
         "CreationDate": key.created,
         "DeleteDate": key.delete_date,
         "PrimaryKeyVersion": key.primary,
+        "DisabledKeyVersions": [version.version_id for version in key.versions if version.disabled],
         "Aliases": aliases.get(key.key_id, []),
     }
 
@@ -60,7 +62,7 @@ def _for_people(result: dict[str, Any]) -> Iterator[str]:
         keys = result["Keys"]["Key"]
         yield from _table(
             ("KEY ID", "KEY SPEC", "STATE", "ALIASES"),
-            ((key["KeyId"], key["KeySpec"], key["KeyState"], ", ".join(key["Aliases"])) for key in keys),
+            ((key["KeyId"], key["KeySpec"], _state(key), ", ".join(key["Aliases"])) for key in keys),
         )
         return
     if "SealedTo" in result or "Identity" in result:  # lines that --recipients-file reads
@@ -77,14 +79,24 @@ def _for_people(result: dict[str, Any]) -> Iterator[str]:
         yield from _table(
             ("KEY VERSION ID", "CREATED", ""),
             (
-                (
-                    version["KeyVersionId"],
-                    version["CreationDate"],
-                    "staged" if version["Staged"] else "primary" if version["KeyVersionId"] == primary else "",
-                )
+                (version["KeyVersionId"], version["CreationDate"], _role(version, primary))
                 for version in result["KeyVersions"]["KeyVersion"]
             ),
         )
+
+
+def _state(key: dict[str, Any]) -> str:
+    disabled = len(key["DisabledKeyVersions"])
+    return f"{key['KeyState']}" + (f" ({disabled} disabled version{'s' if disabled > 1 else ''})" if disabled else "")
+
+
+def _role(version: dict[str, Any], primary: str) -> str:
+    roles = (
+        ("primary", version["KeyVersionId"] == primary),
+        ("staged", version["Staged"]),
+        ("disabled", version["Disabled"]),
+    )
+    return ", ".join(role for role, applies in roles if applies)
 
 
 def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
