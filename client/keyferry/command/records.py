@@ -59,6 +59,14 @@ def add_parsers(commands: Any) -> None:
     recover.add_argument("name", metavar="NAME")
     add_parameters(recover, _RECOVER, without=_OF_THE_RECORD, enforce=False)
 
+    renew = verb("renew", "Give a record a new data key. The old one stays, under another name.", _renew)
+    renew.add_argument("name", metavar="NAME")
+    renew.add_argument(
+        "--old-name",
+        metavar="NAME",
+        help="what the old record is called from now on (default: NAME@ and when it was added)",
+    )
+
     rewrap = verb("rewrap", "Move every record under its master key's primary version (ReEncrypt).", _rewrap)
     rewrap.add_argument("--dry-run", action="store_true", help="change nothing; say of each whether it could be moved")
     add_module_options(rewrap, required=False, why="; then each data key is proved to be the same as before")
@@ -156,6 +164,14 @@ def _recover(arguments: argparse.Namespace) -> int:
     params.update({name: record[name] for name in _OF_THE_RECORD})  # type: ignore[literal-required]
     with Client(arguments.socket) as kms:
         return show_json(kms.call(_RECOVER.name, params))
+
+
+def _renew(arguments: argparse.Namespace) -> int:
+    with open_store(arguments) as store, Client(arguments.socket) as kms:
+        from ..store import renew  # noqa: PLC0415
+
+        new, old = renew(store, kms, arguments.name, old_name=arguments.old_name)
+    return show_json({"New": new.to_json(), "Old": old.to_json()})
 
 
 def _rewrap(arguments: argparse.Namespace) -> int:

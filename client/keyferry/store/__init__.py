@@ -8,7 +8,8 @@
 """
 
 from .record import Record, StoreError, new_record
+from .renew import renew
 from .rewrap import Outcome, rewrap
 from .store import Store
 
-__all__ = ["Outcome", "Record", "Store", "StoreError", "new_record", "rewrap"]
+__all__ = ["Outcome", "Record", "Store", "StoreError", "new_record", "renew", "rewrap"]
