@@ -1,4 +1,4 @@
-"""What a CiphertextBlob shows without a key: the hash that identifies it in audit entries and stores, and the size of its data key."""
+"""What a CiphertextBlob shows without a key: the hash that identifies it in entries and records, and its data key's size."""
 
 import hashlib
 from typing import Final
