@@ -132,7 +132,10 @@ def list_recipients(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def recipient_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the recipients of the identities in a file. Raises `KeyringError`."""
-    return {"Identity": str(arguments.identity), "Recipients": sealing.recipients_of(arguments.identity)}
+    return {
+        "Identity": str(arguments.identity),
+        "Recipients": sealing.recipients_of(arguments.identity, owner_of(arguments.identity)),
+    }
 
 
 def new_identity(arguments: argparse.Namespace) -> dict[str, Any]:
