@@ -36,7 +36,7 @@ def offered(script: str, function: str, *words: str) -> set[str]:
         ),
         (("keyferry", "call", "ExportDataKey", "--WrappingKeySpec", ""), {"RSA_2048", "EC_SM2"}),
         (("keyferry", "status", "--w"), {"--wait"}),
-        (("keyferry", "records", "re"), {"recover", "rewrap"}),
+        (("keyferry", "records", "re"), {"recover", "renew", "rewrap"}),
         (("keyferry", "records", "add", "a", "--Ke"), {"--KeyId", "--KeySpec"}),
         (("keyferry", "module", "init", "m", "--key-spec", ""), {"RSA_2048", "EC_SM2"}),
     ],
@@ -49,7 +49,7 @@ def test_bash_offers_operations_parameters_and_their_values(words: tuple[str, ..
 def test_bash_offers_the_agents_verbs_too() -> None:
     """And their options."""
     verbs = offered(str(AGENT), "_shtab_keyferry_agent", "keyferry-agent", "keyring", "re")
-    assert verbs == {"reseal"}
+    assert verbs == {"reseal", "recipients", "recipient-of", "remove-recipient"}
     options = offered(str(AGENT), "_shtab_keyferry_agent", "keyferry-agent", "keyring", "rotate", "--st")
     assert options == {"--stage"}
 

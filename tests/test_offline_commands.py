@@ -39,6 +39,9 @@ COMMANDS = {
         verb: [AGENT, "keyring", verb, "keyring.age", *arguments, "--unseal", "fifo"]
         for verb, *arguments in (
             ("reseal", "--passphrase-file", "fifo"),
+            ("recipients",),
+            ("add-recipient", "--recipient", "age1"),
+            ("remove-recipient", "--recipient", "age1"),
             ("create-key",),
             ("import-key", "--material", "fifo"),
             ("list",),
@@ -47,6 +50,8 @@ COMMANDS = {
             ("promote", "alias/a", "version"),
             ("enable", "alias/a"),
             ("disable", "alias/a"),
+            ("disable-version", "alias/a", "version"),
+            ("enable-version", "alias/a", "version"),
             ("schedule-deletion", "alias/a", "--days", "7"),
             ("cancel-deletion", "alias/a"),
             ("create-alias", "alias/b", "alias/a"),
@@ -54,6 +59,7 @@ COMMANDS = {
             ("delete-alias", "alias/a"),
         )
     },
+    "recipient-of": [AGENT, "keyring", "recipient-of", "fifo"],
     "explain": [
         *(AGENT, "explain", "--config", "agent.toml"),
         *("--uid", "1", "--action", "kms:Decrypt", "--key", "alias/a"),

@@ -167,7 +167,7 @@ def test_a_recipients_file_that_others_can_write_is_refused(tmp_path: Path, caps
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--passphrase-file", "p"], ["--generate-passphrase"], ["--new-identity", "i"]],
+    [["--passphrase-file", "p"], ["--generate-passphrase"]],
 )
 def test_a_recipients_file_stands_beside_recipients(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration
-from support.requires import ROOT, program
+from support.requires import ROOT
 
-SHOWN = re.compile(r"^    ((?:age-keygen|cp|keyferry-agent keyring) [^#\n]*)", re.MULTILINE)
+SHOWN = re.compile(r"^    ((?:cp|keyferry-agent keyring) [^#\n]*)", re.MULTILINE)
 
 
-@program("age-keygen", "age")
 def test_the_exercise_in_recovery_works_as_it_is_written(tmp_path: Path) -> None:
     """With the backup, and the identity that was kept offline."""
     text = (ROOT / "agent" / "README.md").read_text().split("## Backup and recovery")[1]

@@ -43,10 +43,10 @@ def test_reseal_goes_from_recipients_to_a_passphrase_and_back(keyring: Path, tmp
     """And later changes keep what it was sealed to."""
     secret_file(tmp_path / "pass", "correct horse\n")
     recipient = (tmp_path / "identity").read_text().split()[3]
-    run("reseal", keyring, "--passphrase-file", tmp_path / "pass", "--unseal", tmp_path / "identity")
+    run("reseal", keyring, "--passphrase-file", tmp_path / "pass", "--unseal", tmp_path / "identity", "--yes")
     run("list", keyring, "--unseal", tmp_path / "identity", code=1)
     run("create-key", keyring, "--alias", "alias/b", "--unseal", tmp_path / "pass")
-    run("reseal", keyring, "--recipient", recipient, "--unseal", tmp_path / "pass")
+    run("reseal", keyring, "--recipient", recipient, "--unseal", tmp_path / "pass", "--yes")
     assert set(opened(keyring).aliases) == {"alias/a", "alias/b"}
 
 
@@ -64,7 +64,7 @@ def test_a_file_that_the_age_program_sealed_anew_opens_and_is_not_sealed_away_fr
     run("create-key", keyring, "--unseal", tmp_path / "other", code=1)
     assert "reseal" in capsys.readouterr().err
     assert keyring.read_bytes() == before
-    run("reseal", keyring, "--recipient", recipient, "--unseal", tmp_path / "other")
+    run("reseal", keyring, "--recipient", recipient, "--unseal", tmp_path / "other", "--yes")
     run("create-key", keyring, "--unseal", tmp_path / "other")
 
 
@@ -137,7 +137,8 @@ def test_a_change_that_cannot_be_printed_is_made_all_the_same(keyring: Path) -> 
 def test_a_recipient_that_is_named_twice_is_one(keyring: Path) -> None:
     """So that the number of them is that of the file."""
     recipient = (keyring.parent / "identity").read_text().split()[3]
-    run("reseal", keyring, "--recipient", recipient, "--recipient", recipient, "--unseal", keyring.parent / "identity")
+    twice = ["--recipient", recipient, "--recipient", recipient]
+    run("reseal", keyring, *twice, "--unseal", keyring.parent / "identity", "--yes")
     assert opened(keyring).recipients == [recipient]
     change(keyring, "create-key")
 

@@ -30,16 +30,23 @@ _shtab_keyferry_agent_audit_commands() {
 
 _shtab_keyferry_agent_keyring_commands() {
   local _commands=(
+    add-recipient:'Seal to further recipients, too.'
     cancel-deletion:'Keep a key after all.'
     create-alias:'Give a key a further name.'
     create-key:'Add a key.'
     delete-alias:'Take a name away; the key stays.'
     disable:'Let a key be used for nothing.'
+    disable-version:'Let a version decrypt nothing any more.'
     enable:'Let a key be used again.'
+    enable-version:'Let a version decrypt again.'
     import-key:'Add a key of material that you have.'
     init:'Create an empty keyring.'
     list:'List all keys.'
+    new-identity:'Make an age identity in a new file, and print its recipient.'
     promote:'Make a staged version the primary one, once every host has it.'
+    recipient-of:'Print the recipient of an age or SSH identity.'
+    recipients:'List what the keyring is sealed to, as --recipients-file takes it.'
+    remove-recipient:'Seal to all recipients but some.'
     reseal:'Seal to other recipients, or to a passphrase, from now on.'
     rotate:'Give a key a new version, which is its primary one at once.'
     schedule-deletion:'Delete a key, some days from now.'
@@ -145,6 +152,19 @@ _shtab_keyferry_agent_keyring_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_defaults_added=0
 
+_shtab_keyferry_agent_keyring_add_recipient_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
+  "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
+  "--yes[also where what --unseal names does not open the keyring any more, or one recipient is left]"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_add_recipient_defaults_added=0
+
 _shtab_keyferry_agent_keyring_cancel_deletion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -203,6 +223,19 @@ _shtab_keyferry_agent_keyring_disable_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_disable_defaults_added=0
 
+_shtab_keyferry_agent_keyring_disable_version_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  "--yes[what it encrypted was moved, or may be lost]"
+  ":the keyring:_files"
+  ":a key ID or an alias:"
+  ":the version\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_disable_version_defaults_added=0
+
 _shtab_keyferry_agent_keyring_enable_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -213,6 +246,18 @@ _shtab_keyferry_agent_keyring_enable_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_enable_defaults_added=0
+
+_shtab_keyferry_agent_keyring_enable_version_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+  ":a key ID or an alias:"
+  ":the version\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_enable_version_defaults_added=0
 
 _shtab_keyferry_agent_keyring_import_key_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -232,10 +277,10 @@ _shtab_keyferry_agent_keyring_init_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
+  "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--passphrase-file[seal to the passphrase that the file contains]:F:_files"
-  "*"{-R,--recipients-file}"[seal to the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
-  "--new-identity[make an age identity in a new file, and seal to it]:OUT:_files"
+  "--new-identity[make an age identity in a new file, and seal to it, too]:OUT:_files"
   ":the keyring:_files"
 )
 
@@ -252,6 +297,15 @@ _shtab_keyferry_agent_keyring_list_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_list_defaults_added=0
 
+_shtab_keyferry_agent_keyring_new_identity_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  ":the file of the identity:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_new_identity_defaults_added=0
+
 _shtab_keyferry_agent_keyring_promote_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -264,14 +318,47 @@ _shtab_keyferry_agent_keyring_promote_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_promote_defaults_added=0
 
+_shtab_keyferry_agent_keyring_recipient_of_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  ":the file of the identity:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_recipient_of_defaults_added=0
+
+_shtab_keyferry_agent_keyring_recipients_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_recipients_defaults_added=0
+
+_shtab_keyferry_agent_keyring_remove_recipient_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
+  "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
+  "--yes[also where what --unseal names does not open the keyring any more, or one recipient is left]"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_remove_recipient_defaults_added=0
+
 _shtab_keyferry_agent_keyring_reseal_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
+  "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--passphrase-file[seal to the passphrase that the file contains]:F:_files"
-  "*"{-R,--recipients-file}"[seal to the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
+  "--yes[also where what --unseal names does not open the keyring any more, or one recipient is left]"
   ":the keyring:_files"
 )
 
@@ -409,16 +496,23 @@ _shtab_keyferry_agent_keyring() {
       (( CURRENT += 1 ))
       curcontext="${curcontext%:*:*}:_shtab_keyferry_agent_keyring-$line[1]:"
       case $line[1] in
+        add-recipient) _arguments -C -s $_shtab_keyferry_agent_keyring_add_recipient_options ;;
         cancel-deletion) _arguments -C -s $_shtab_keyferry_agent_keyring_cancel_deletion_options ;;
         create-alias) _arguments -C -s $_shtab_keyferry_agent_keyring_create_alias_options ;;
         create-key) _arguments -C -s $_shtab_keyferry_agent_keyring_create_key_options ;;
         delete-alias) _arguments -C -s $_shtab_keyferry_agent_keyring_delete_alias_options ;;
         disable) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_options ;;
+        disable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_version_options ;;
         enable) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_options ;;
+        enable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_version_options ;;
         import-key) _arguments -C -s $_shtab_keyferry_agent_keyring_import_key_options ;;
         init) _arguments -C -s $_shtab_keyferry_agent_keyring_init_options ;;
         list) _arguments -C -s $_shtab_keyferry_agent_keyring_list_options ;;
+        new-identity) _arguments -C -s $_shtab_keyferry_agent_keyring_new_identity_options ;;
         promote) _arguments -C -s $_shtab_keyferry_agent_keyring_promote_options ;;
+        recipient-of) _arguments -C -s $_shtab_keyferry_agent_keyring_recipient_of_options ;;
+        recipients) _arguments -C -s $_shtab_keyferry_agent_keyring_recipients_options ;;
+        remove-recipient) _arguments -C -s $_shtab_keyferry_agent_keyring_remove_recipient_options ;;
         reseal) _arguments -C -s $_shtab_keyferry_agent_keyring_reseal_options ;;
         rotate) _arguments -C -s $_shtab_keyferry_agent_keyring_rotate_options ;;
         schedule-deletion) _arguments -C -s $_shtab_keyferry_agent_keyring_schedule_deletion_options ;;

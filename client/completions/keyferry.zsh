@@ -15,6 +15,7 @@ _shtab_keyferry_commands() {
     encrypt-file:'Encrypt IN to OUT, inside a module, with the data key of a record. OUT appears when it is complete.'
     module:'cryptographic modules in files'
     records:'data keys in a database, by their names'
+    reencrypt-file:'Decrypt IN in memory and encrypt it with the data key of a record, to OUT or in the place of IN. The new file is read back before it appears: it must decrypt to the same content.'
     status:'Ask the agent for its health. For probes.'
   )
   _describe 'keyferry commands' _commands
@@ -52,6 +53,7 @@ _shtab_keyferry_records_commands() {
     copy:'Copy all records to another store, and overwrite none there.'
     list:'List all records, in the order in which they were added.'
     recover:'Export a record'"'"'s data key to a module'"'"'s public key (ExportDataKey).'
+    renew:'Give a record a new data key. The old one stays, under another name.'
     rewrap:'Move every record under its master key'"'"'s primary version (ReEncrypt).'
     schema:'Print the statement that makes the store'"'"'s table, for an administrator.'
     show:'Show a record, as JSON.'
@@ -338,6 +340,17 @@ _shtab_keyferry_records_recover_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_records_recover_defaults_added=0
 
+_shtab_keyferry_records_renew_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--old-name[what the old record is called from now on (default\: NAME\@ and when it was added)]:NAME:"
+  ":NAME:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_records_renew_defaults_added=0
+
 _shtab_keyferry_records_rewrap_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
@@ -372,6 +385,26 @@ _shtab_keyferry_records_show_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_records_show_defaults_added=0
 
+_shtab_keyferry_reencrypt_file_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
+  "--record[the record in the store]:NAME:"
+  "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
+  "--module[a software module that \`keyferry module init\` made]:FILE:_files"
+  "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
+  "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
+  "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
+  "--key-label[the label of the key pair in the token]:LABEL:"
+  "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
+  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
+  ":what to read\; -\: standard input:_files"
+  ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic\; without it, IN is replaced:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_reencrypt_file_defaults_added=0
+
 _shtab_keyferry_status_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
@@ -405,6 +438,7 @@ _shtab_keyferry() {
         encrypt-file) _arguments -C -s $_shtab_keyferry_encrypt_file_options ;;
         module) _shtab_keyferry_module ;;
         records) _shtab_keyferry_records ;;
+        reencrypt-file) _arguments -C -s $_shtab_keyferry_reencrypt_file_options ;;
         status) _arguments -C -s $_shtab_keyferry_status_options ;;
       esac
   esac
@@ -490,6 +524,7 @@ _shtab_keyferry_records() {
         copy) _arguments -C -s $_shtab_keyferry_records_copy_options ;;
         list) _arguments -C -s $_shtab_keyferry_records_list_options ;;
         recover) _arguments -C -s $_shtab_keyferry_records_recover_options ;;
+        renew) _arguments -C -s $_shtab_keyferry_records_renew_options ;;
         rewrap) _arguments -C -s $_shtab_keyferry_records_rewrap_options ;;
         schema) _arguments -C -s $_shtab_keyferry_records_schema_options ;;
         show) _arguments -C -s $_shtab_keyferry_records_show_options ;;

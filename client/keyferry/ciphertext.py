@@ -1,10 +1,16 @@
-"""The hash that identifies a CiphertextBlob, and with it a data key: in audit entries, and beside the records of a store."""
+"""What a CiphertextBlob shows without a key: the hash that identifies it in entries and records, and its data key's size."""
 
 import hashlib
+from typing import Final
 
 from .parameters import decode_base64
 
-__all__ = ["ciphertext_hash"]
+__all__ = ["ciphertext_hash", "data_key_size"]
+
+_OVERHEAD: Final = 117
+"""Bytes that a CiphertextBlob of format 1 is longer than what it encrypts (docs/ciphertext.md)."""
+_FORMAT_BYTE: Final = 36
+_FORMAT: Final = 1
 
 
 def ciphertext_hash(blob: bytes | str) -> str:
@@ -14,3 +20,11 @@ def ciphertext_hash(blob: bytes | str) -> str:
     not canonical Base64.
     """
     return f"sha256:{hashlib.sha256(decode_base64(blob) if isinstance(blob, str) else blob).hexdigest()}"
+
+
+def data_key_size(blob: str) -> int:
+    """Return how many bytes a CiphertextBlob of format 1 encrypts. Raises ValueError for anything else."""
+    data = decode_base64(blob)
+    if len(data) <= _OVERHEAD or data[_FORMAT_BYTE] != _FORMAT:
+        raise ValueError("not a CiphertextBlob of format 1")
+    return len(data) - _OVERHEAD

@@ -24,7 +24,9 @@ class Machine:
     host's; KEYFERRY_MACHINE names another, with systemd and Python 3.11 or newer in it (debootstrap makes one).
     """
 
-    def __init__(self, lower: Path | None = None) -> None:
+    def __init__(self, lower: Path | None = None, *, extra: str = "") -> None:
+        """`extra`: of the client, to be installed, too."""
+        self._extra = f"[{extra}]" if extra else ""
         self._folder = Path(tempfile.mkdtemp(prefix="keyferry-machine-"))
         self.root = self._folder / "root"
         self._lower = lower or Path(os.environ.get("KEYFERRY_MACHINE", "/"))
@@ -69,7 +71,9 @@ class Machine:
         for distribution in ("client", "agent"):
             command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(made), str(ROOT / distribution)]
             subprocess.run(command, check=True, capture_output=True)
-        self._wheels = [f"{wheel}[metrics]" if "agent" in wheel.name else str(wheel) for wheel in made.iterdir()]
+        self._wheels = [
+            f"{wheel}[metrics]" if "agent" in wheel.name else f"{wheel}{self._extra}" for wheel in made.iterdir()
+        ]
         chroot = ["chroot", str(self.root)]
         subprocess.run([*chroot, "/usr/bin/python3", "-m", "venv", "--without-pip", HOME], check=True)
         version = "import sys; print('%d.%d' % sys.version_info[:2])"

@@ -60,7 +60,7 @@ def decrypt(request: Request) -> Job:
     """Open a blob for the caller itself."""
     blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
     key, version = find_version(request, blob, pin=PLAINTEXT, context=context)
-    usable(key)
+    usable(key, version)
     scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
 
     def run() -> operations.DecryptResult:
@@ -89,7 +89,7 @@ def re_encrypt(request: Request) -> Job:
     stays = destination.key_id == source.key_id and new_context == old_context
     permit(request, destination, _TO, pin=None if stays else PLAINTEXT, context=new_context)
     permit(request, source, _FROM, pin=None if stays else PLAINTEXT, context=old_context)
-    usable(source)
+    usable(source, old)
     usable(destination)
     new, scratch, dry_run = destination.primary, request.agent.scratch, request.values.get(DRY_RUN)
     request.audited.destination_key_id = destination.key_id

@@ -93,7 +93,7 @@ def export_data_key(request: Request) -> Job:
     blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
     recipient = _recipient(request)
     key, version = find_version(request, blob, pin=recipient.pin, context=context)
-    usable(key)
+    usable(key, version)
     scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
 
     def run() -> "operations.ExportDataKeyResult":

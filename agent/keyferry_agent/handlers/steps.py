@@ -159,13 +159,15 @@ def _grant(
     return True
 
 
-def usable(key: Key) -> None:
-    """Refuse a key that is not enabled. Raises `Rejected.*`."""
+def usable(key: Key, version: KeyVersion | None = None) -> None:
+    """Refuse a key that is not enabled, and a version that is disabled. Raises `Rejected.*`."""
     state = key.state()
     if state == "Deleted":  # in this very moment
         raise kms_error("Forbidden.KeyNotFound")
     if state != "Enabled":
         raise kms_error(f"Rejected.{state}")
+    if version is not None and version.disabled:
+        raise kms_error("Rejected.Disabled", f"Only the key version {version.version_id} is: others can be used.")
 
 
 class Sealing(NamedTuple):

@@ -1,29 +1,33 @@
 """`keyferry-agent keyring ...`: creates and changes sealed keyring files. No verb ever prints key material."""
 
 import argparse
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from keyferry import age_passphrase, passphrase
+from keyferry import age_passphrase
 from keyferry.arguments import whole_number
-from keyferry.output import DONE, complain, show, show_json
-from keyferry.private_files import owner_of
+from keyferry.output import DONE, complain
 
 from ..crypto.seal import KEY_SIZES
-from . import file, recipients, sealing, verbs
-from .document import Document, KeyEntry, KeyringError, VersionEntry
+from . import access, file, verbs
+from .document import Document, KeyEntry, KeyringError
+from .shown import PROGRAM, metadata, print_result, version_of, versions_of, warn
 
 __all__ = ["add_parser"]
 
 FAILED: Final = 1
 
-_PROGRAM: Final = "keyferry-agent"
 _DEFAULT_SPEC: Final = "Aliyun_AES_256"
 _MATERIAL_MOST: Final = 65
 """Bytes of material to read at most: enough to see that hex is not raw bytes."""
+
+
+_Act: TypeAlias = Callable[[argparse.Namespace], dict[str, Any] | None]
+"""From arguments to what to print, by the API's names; None where that was printed already."""
+_Verb: TypeAlias = Callable[[str, str, _Act], argparse.ArgumentParser]
+"""Adds the parser of a verb: its name, its help text, and what it does."""
 
 
 def add_parser(commands: Any) -> None:
@@ -32,9 +36,7 @@ def add_parser(commands: Any) -> None:
     keyring.set_defaults(run=_main)
     subparsers = keyring.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(
-        name: str, help_text: str, do: Callable[[argparse.Namespace], dict[str, Any] | None]
-    ) -> argparse.ArgumentParser:
+    def verb(name: str, help_text: str, do: _Act) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = subparsers.add_parser(
             name, help=help_text, description=help_text, allow_abbrev=False
         )
@@ -51,11 +53,46 @@ def add_parser(commands: Any) -> None:
             )
         return parser
 
-    _add_sealed_to(verb("init", "Create an empty keyring.", _init)).add_argument(
-        "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it"
-    )
-    _add_sealed_to(verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", _reseal))
+    _add_access_verbs(verb)
+    _add_key_verbs(verb)
+    _add_alias_verbs(verb)
+    _add_identity_verbs(subparsers)
 
+
+def _add_access_verbs(verb: _Verb) -> None:
+    init = verb("init", "Create an empty keyring.", access.init)
+    access.add_sealed_to(init)
+    init.add_argument(
+        "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it, too"
+    )
+    reseal = verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", access.reseal)
+    access.add_sealed_to(reseal)
+    verb("recipients", "List what the keyring is sealed to, as --recipients-file takes it.", access.list_recipients)
+    add = verb("add-recipient", "Seal to further recipients, too.", access.add_recipient)
+    remove = verb("remove-recipient", "Seal to all recipients but some.", access.remove_recipient)
+    for parser in (add, remove):
+        access.add_recipients(parser)
+    for parser in (reseal, add, remove):
+        parser.add_argument(
+            "--yes",
+            action="store_true",
+            help="also where what --unseal names does not open the keyring any more, or one recipient is left",
+        )
+
+
+def _add_identity_verbs(subparsers: Any) -> None:
+    act: _Act
+    for name, help_text, metavar, act in (
+        ("recipient-of", "Print the recipient of an age or SSH identity.", "IDENTITY", access.recipient_of),
+        ("new-identity", "Make an age identity in a new file, and print its recipient.", "OUT", access.new_identity),
+    ):
+        parser = subparsers.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        parser.add_argument("identity", type=Path, metavar=metavar, help="the file of the identity")
+        parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        parser.set_defaults(verb_action=act, file=None)
+
+
+def _add_key_verbs(verb: _Verb) -> None:
     create_key = verb("create-key", "Add a key.", _changing(_create_key))
     create_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), default=_DEFAULT_SPEC)
     import_key = verb("import-key", "Add a key of material that you have.", _import_key)
@@ -75,6 +112,8 @@ def add_parser(commands: Any) -> None:
         ("promote", "Make a staged version the primary one, once every host has it.", _changing(_promote)),
         ("enable", "Let a key be used again.", _changing(lambda d, a: verbs.enable(d, a.key))),
         ("disable", "Let a key be used for nothing.", _changing(lambda d, a: verbs.disable(d, a.key))),
+        ("disable-version", "Let a version decrypt nothing any more.", _changing(_disable_version)),
+        ("enable-version", "Let a version decrypt again.", _changing(_enable_version)),
         ("schedule-deletion", "Delete a key, some days from now.", _changing(_schedule_deletion)),
         ("cancel-deletion", "Keep a key after all.", _changing(lambda d, a: verbs.cancel_deletion(d, a.key))),
     ):
@@ -84,12 +123,18 @@ def add_parser(commands: Any) -> None:
             parser.add_argument("--stage", action="store_true", help="it decrypts, and is not primary until promoted")
         elif name == "promote":
             parser.add_argument("version", metavar="VERSION", help="the staged version's ID")
+        elif name.endswith("-version"):
+            parser.add_argument("version", metavar="VERSION", help="the version's ID")
+            if name == "disable-version":
+                parser.add_argument("--yes", action="store_true", help="what it encrypted was moved, or may be lost")
         elif name == "schedule-deletion":
             days = f"{verbs.DAYS[0]}..{verbs.DAYS[-1]}"
             parser.add_argument(
                 "--days", type=whole_number, required=True, metavar=days, help="until then it can be cancelled"
             )
 
+
+def _add_alias_verbs(verb: _Verb) -> None:
     for name, help_text, do in (
         ("create-alias", "Give a key a further name.", lambda d, a: verbs.create_alias(d, a.alias, a.key)),
         ("update-alias", "Point an alias to another key.", lambda d, a: verbs.update_alias(d, a.alias, a.key)),
@@ -101,136 +146,18 @@ def add_parser(commands: Any) -> None:
             parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
 
 
-def _add_sealed_to(parser: argparse.ArgumentParser) -> Any:
-    """Add the options that name recipients or a passphrase; return the group of which at most one may be given."""
-    to = parser.add_mutually_exclusive_group()
-    to.add_argument("--recipient", action="append", metavar="R", help="age1... or an SSH public key; may be repeated")
-    to.add_argument("--passphrase-file", type=Path, metavar="F", help="seal to the passphrase that the file contains")
-    parser.add_argument(
-        "-R",
-        "--recipients-file",
-        action="append",
-        metavar="F",
-        help="seal to the recipients in a file, one on each line; - is standard input; may be repeated",
-    )
-    parser.add_argument(
-        "--generate-passphrase",
-        action="store_true",
-        help="seal to a new, strong passphrase, and print it; with --passphrase-file, write it to that new file instead",
-    )
-    parser.set_defaults(new_identity=None, wrong_usage=parser.error)
-    return to
-
-
 def _main(arguments: argparse.Namespace) -> int:
     try:
         result = arguments.verb_action(arguments)
-        _warn_of_weak_work_factor(arguments.file)
+        if arguments.file is not None:
+            _warn_of_weak_work_factor(arguments.file)
     except KeyringError as error:
-        complain(_PROGRAM, str(error))
+        complain(PROGRAM, str(error))
         return FAILED
-    return DONE if result is None else _print(arguments, result)
-
-
-def _print(arguments: argparse.Namespace, result: dict[str, Any]) -> int:
-    if arguments.json:
-        return show_json(_PROGRAM, result)
-    return show(_PROGRAM, "\n".join(_for_people(result)))
+    return DONE if result is None else print_result(arguments, result)
 
 
 # --- the verbs: arguments -> what to print, as the API's names ---------------------------------------------------------
-
-
-def _init(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    if os.path.lexists(arguments.file):
-        raise KeyringError(f"{arguments.file} exists; a keyring is never overwritten")
-    sealed_to, phrase = _sealed_to(arguments)
-    identity = sealing.Identity() if arguments.new_identity else None
-    if identity is not None:
-        sealed_to = [identity.recipient]
-    written: Path | None = None
-    try:
-        with file.creating(arguments.file, Document(sealed_to), phrase):  # only its name is missing in the block
-            if identity is not None:
-                identity.write(arguments.new_identity)
-                written = arguments.new_identity
-            elif arguments.generate_passphrase:
-                _hand_over(arguments, phrase)
-                written = arguments.passphrase_file
-    except BaseException:
-        if written and not os.path.lexists(arguments.file):
-            written.unlink()  # it opens nothing, and would be in the way of the next attempt
-        raise
-    return _resealed(arguments, sealed_to)
-
-
-def _reseal(arguments: argparse.Namespace) -> dict[str, Any] | None:
-    sealed_to, phrase = _sealed_to(arguments)
-    with file.reseal(arguments.file, _unsealer(arguments), sealed_to, phrase):
-        if arguments.generate_passphrase:
-            _hand_over(arguments, phrase)
-    return _resealed(arguments, sealed_to)
-
-
-def _resealed(arguments: argparse.Namespace, sealed_to: list[str]) -> dict[str, Any] | None:
-    """Return the result of a verb that seals, and None where `_hand_over` printed it with the passphrase."""
-    if arguments.generate_passphrase and not arguments.passphrase_file:
-        return None
-    return {"Keyring": str(arguments.file), "Recipients": sealed_to}
-
-
-def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
-    """Return recipients and passphrase. Ends the command where the options name none, or two kinds."""
-    to_recipients = bool(arguments.recipient or arguments.recipients_file)
-    to_identities = to_recipients or arguments.new_identity
-    if arguments.generate_passphrase:
-        if to_identities:
-            arguments.wrong_usage("--generate-passphrase seals to a passphrase, and recipients are given too")
-        return [], passphrase.generate()
-    if not to_identities and not arguments.passphrase_file:
-        arguments.wrong_usage(
-            "one of --recipient, --recipients-file, --passphrase-file, --generate-passphrase (or, for init, --new-identity) "
-            "is required"
-        )
-    if arguments.recipients_file and (arguments.passphrase_file or arguments.new_identity):
-        arguments.wrong_usage("--recipients-file is not allowed with --passphrase-file or --new-identity")
-    owners = owner_of(arguments.file)
-    if not arguments.passphrase_file:
-        return _recipients(arguments, owners), None
-    phrase = sealing.read_passphrase(arguments.passphrase_file, owners)
-    if weakness := passphrase.weakness(phrase):
-        _warn(f"{arguments.passphrase_file}: {weakness}")
-    return [], phrase
-
-
-def _recipients(arguments: argparse.Namespace, owners: tuple[int, ...]) -> list[str]:
-    """Return the recipients of all options, each key once."""
-    files = arguments.recipients_file or []
-    if files.count("-") > 1:
-        arguments.wrong_usage("--recipients-file -: standard input can be read only once")
-    named = [recipients.parse(text) for text in arguments.recipient or []]
-    for path in files:
-        named += recipients.read_file(path, owners)
-    return recipients.distinct(named)
-
-
-def _hand_over(arguments: argparse.Namespace, phrase: str | None) -> None:
-    """Write a generated passphrase to its new file, or print it with the verb's result, before the keyring is replaced.
-
-    Raises `KeyringError`: a keyring whose passphrase nobody has is lost.
-    """
-    assert phrase is not None
-    path = arguments.passphrase_file
-    if path is None:
-        if _print(arguments, {"Keyring": str(arguments.file), "Recipients": [], "Passphrase": phrase}) != DONE:
-            raise KeyringError(f"{arguments.file}: nothing was sealed, because the passphrase could not be printed")
-        return
-    try:
-        passphrase.write_new_file(path, phrase)
-    except FileExistsError:
-        raise KeyringError(f"{path} exists; a generated passphrase needs a new file") from None
-    except OSError as error:
-        raise KeyringError(f"{path}: {error.strerror}") from None
 
 
 def _warn_of_weak_work_factor(path: Path) -> None:
@@ -238,14 +165,10 @@ def _warn_of_weak_work_factor(path: Path) -> None:
     with suppress(KeyringError):
         factor = age_passphrase.work_factor(file.read_sealed(path))
     if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
-        _warn(
+        warn(
             f"{path}: its passphrase is sealed with work factor {factor}, which is low; "
             f"`keyring reseal` it with a new passphrase: work factor {age_passphrase.WORK_FACTOR} is used then"
         )
-
-
-def _warn(message: str) -> None:
-    complain(_PROGRAM, f"warning: {message}")
 
 
 def _changing(
@@ -254,9 +177,9 @@ def _changing(
     """A verb that changes one key, and shows it as it is then."""
 
     def act(arguments: argparse.Namespace) -> dict[str, Any]:
-        with file.change(arguments.file, _unsealer(arguments)) as document:
+        with file.change(arguments.file, access.unsealer(arguments)) as document:
             key = do(document, arguments)
-        return {"KeyMetadata": _metadata(key, document.aliases_by_key()), **_versions(key)}
+        return {"KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
 
     return act
 
@@ -283,14 +206,22 @@ def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
-    with file.change(arguments.file, _unsealer(arguments)) as document:
+    with file.change(arguments.file, access.unsealer(arguments)) as document:
         key = verbs.rotate(document, arguments.key, stage=arguments.stage)
-    made = _version(key, key.versions[-1])
-    return {"KeyVersion": made, "KeyMetadata": _metadata(key, document.aliases_by_key()), **_versions(key)}
+    made = version_of(key, key.versions[-1])
+    return {"KeyVersion": made, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
 
 
 def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:
     return verbs.promote(document, arguments.key, arguments.version)
+
+
+def _disable_version(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.disable_version(document, arguments.key, arguments.version, confirmed=arguments.yes)
+
+
+def _enable_version(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return verbs.enable_version(document, arguments.key, arguments.version)
 
 
 def _schedule_deletion(document: Document, arguments: argparse.Namespace) -> KeyEntry:
@@ -298,16 +229,16 @@ def _schedule_deletion(document: Document, arguments: argparse.Namespace) -> Key
 
 
 def _list(arguments: argparse.Namespace) -> dict[str, Any]:
-    document = file.read(arguments.file, _unsealer(arguments))
+    document = file.read(arguments.file, access.unsealer(arguments))
     aliases = document.aliases_by_key()
-    keys = [_metadata(key, aliases) for key in document.keys]
+    keys = [metadata(key, aliases) for key in document.keys]
     return {"Keys": {"Key": keys}, "TotalCount": len(keys)}
 
 
 def _show(arguments: argparse.Namespace) -> dict[str, Any]:
-    document = file.read(arguments.file, _unsealer(arguments))
+    document = file.read(arguments.file, access.unsealer(arguments))
     key = document.find(arguments.key)
-    return {"KeyMetadata": _metadata(key, document.aliases_by_key()), **_versions(key)}
+    return {"KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
 
 
 def _read_material(path: str) -> bytearray:
@@ -320,73 +251,3 @@ def _read_material(path: str) -> bytearray:
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
     return material
-
-
-def _version(key: KeyEntry, version: VersionEntry) -> dict[str, Any]:
-    return {
-        "KeyId": key.key_id,
-        "KeyVersionId": version.version_id,
-        "CreationDate": version.created,
-        "Staged": version.staged,
-    }
-
-
-def _versions(key: KeyEntry) -> dict[str, Any]:
-    return {"KeyVersions": {"KeyVersion": [_version(key, version) for version in key.versions]}}
-
-
-def _unsealer(arguments: argparse.Namespace) -> sealing.Unsealer:
-    return sealing.Unsealer.read(arguments.unseal, owner_of(arguments.file))
-
-
-def _metadata(key: KeyEntry, aliases: Mapping[str, list[str]]) -> dict[str, Any]:
-    return {
-        "KeyId": key.key_id,
-        "KeySpec": key.key_spec,
-        "KeyState": key.state,
-        "Description": key.description,
-        "Origin": key.origin,
-        "CreationDate": key.created,
-        "DeleteDate": key.delete_date,
-        "PrimaryKeyVersion": key.primary,
-        "Aliases": aliases.get(key.key_id, []),
-    }
-
-
-# --- the same for people ----------------------------------------------------------------------------------------------
-
-
-def _for_people(result: dict[str, Any]) -> Iterator[str]:
-    if "Keys" in result:
-        keys = result["Keys"]["Key"]
-        yield from _table(
-            ("KEY ID", "KEY SPEC", "STATE", "ALIASES"),
-            ((key["KeyId"], key["KeySpec"], key["KeyState"], ", ".join(key["Aliases"])) for key in keys),
-        )
-        return
-    for name, value in {**result, **result.get("KeyMetadata", {})}.items():
-        if isinstance(value, list):
-            value = ", ".join(value)  # noqa: PLW2901 - shown, not kept
-        if value and not isinstance(value, dict):
-            yield f"{name + ':':<19}{value}"
-    if "KeyVersions" in result:
-        primary = result["KeyMetadata"]["PrimaryKeyVersion"]
-        yield ""
-        yield from _table(
-            ("KEY VERSION ID", "CREATED", ""),
-            (
-                (
-                    version["KeyVersionId"],
-                    version["CreationDate"],
-                    "staged" if version["Staged"] else "primary" if version["KeyVersionId"] == primary else "",
-                )
-                for version in result["KeyVersions"]["KeyVersion"]
-            ),
-        )
-
-
-def _table(heading: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    lines = [heading, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heading))]
-    for line in lines:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

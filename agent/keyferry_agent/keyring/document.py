@@ -47,12 +47,13 @@ class KeyringError(Exception):
 
 @dataclass
 class VersionEntry:
-    """One version of a key. A staged one can decrypt, but has never been primary."""
+    """One version of a key. A staged one can decrypt, but has never been primary. A disabled one decrypts nothing."""
 
     version_id: str
     created: str
     material: bytearray = field(repr=False)
     staged: bool = False
+    disabled: bool = False
 
 
 @dataclass
@@ -126,6 +127,9 @@ class Document:
                                 "CreationDate": version.created,
                                 "Staged": version.staged,
                                 "Material": encode_base64(version.material),
+                                # Left out of all others: a program that does not know the field refuses the keyring, rather
+                                # than to decrypt with a version that is disabled.
+                                **({"Disabled": True} if version.disabled else {}),
                             }
                             for version in key.versions
                         ],
@@ -185,8 +189,8 @@ def _key(reader: "_Reader") -> KeyEntry:
     )
     reader.done()
     check_description(key.description)
-    if key.primary not in {version.version_id for version in key.versions if not version.staged}:
-        raise KeyringError(f"{reader.path}: PrimaryKeyVersion is not a version of the key, or is staged")
+    if key.primary not in {version.version_id for version in key.versions if not (version.staged or version.disabled)}:
+        raise KeyringError(f"{reader.path}: PrimaryKeyVersion is not a version of the key, or is staged or disabled")
     if (key.state == "PendingDeletion") != bool(key.delete_date):
         raise KeyringError(f"{reader.path}: DeleteDate and the state PendingDeletion go together")
     return key
@@ -205,6 +209,7 @@ def _version(reader: "_Reader", size: int) -> VersionEntry:
         created=reader.date("CreationDate"),
         staged=reader.boolean("Staged"),
         material=decoded,
+        disabled=reader.boolean("Disabled", absent=False),
     )
     reader.done()
     return version
@@ -220,9 +225,9 @@ class _Reader:
         self._raw = raw
         self._taken: set[str] = set()
 
-    def _take(self, name: str, kind: type | tuple[type, ...]) -> Any:
+    def _take(self, name: str, kind: type | tuple[type, ...], absent: Any = None) -> Any:
         self._taken.add(name)
-        value = self._raw.get(name)
+        value = self._raw.get(name, absent)
         if not isinstance(value, kind):
             raise KeyringError(f"{self.path}.{name}: missing, or of the wrong type")
         return value
@@ -231,8 +236,8 @@ class _Reader:
         value: str = self._take(name, str)
         return value
 
-    def boolean(self, name: str) -> bool:
-        value: bool = self._take(name, bool)
+    def boolean(self, name: str, *, absent: bool | None = None) -> bool:
+        value: bool = self._take(name, bool, absent)
         return value
 
     def strings(self, name: str) -> list[str]:

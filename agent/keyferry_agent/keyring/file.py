@@ -7,18 +7,19 @@ it, sealed like the file itself, goes with the next change.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from keyferry import descriptors, private_files
 
 from ..locking import Lock, LockError
 from .document import Document, KeyringError
+from .recipients import missing, shortened
 from .sealing import Unsealer, count_recipients, seal
 
-__all__ = ["change", "create", "open_sealed", "read", "read_sealed", "reseal"]
+__all__ = ["Before", "change", "create", "open_sealed", "read", "read_sealed", "reseal"]
 
 _LOCK_SECONDS: Final = 30.0
 """For other commands to end that change the same keyring: sealing with a passphrase takes seconds."""
@@ -86,26 +87,71 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
         yield document
         after = seal(document.to_json(), document.recipients, unsealer.passphrase)
         if not unsealer.opens(after) or count_recipients(before) != count_recipients(after):
-            raise KeyringError(
-                f"{path} was sealed by hand, to others than the recipients that it names, who would be shut out: "
-                "`keyring reseal` it first, to all that are to open it"
-            )
+            raise _sealed_by_hand(path)
         _replace(path, after)
 
 
-@contextmanager
-def reseal(path: Path, unsealer: Unsealer, recipients: list[str], passphrase: str | None) -> Iterator[None]:
-    """Seal to other recipients, or to a passphrase, from now on. Raises `KeyringError`.
+class Before(NamedTuple):
+    """What opened a keyring before it was resealed."""
 
-    Everything that can be refused is done before the `with` block, and the file is replaced after it: in the block, the caller
-    stores a new passphrase. An exception in the block changes nothing.
+    recipients: list[str]
+    unnamed: int
+    """Recipients of the sealed file beyond those that its content named."""
+
+
+@contextmanager
+def reseal(
+    path: Path,
+    unsealer: Unsealer,
+    choose: Callable[[list[str]], list[str]],
+    passphrase: str | None,
+    *,
+    confirmed: bool = False,
+    keeps_others: bool = False,
+) -> Iterator[Before]:
+    """Seal to the recipients that `choose` returns for those before, or to a passphrase. Raises `KeyringError`.
+
+    Unless `confirmed`, a change is refused that the unsealer could not open, or that leaves one recipient. `keeps_others`:
+    refuse a file that was sealed by hand to recipients which it does not name. Everything that can be refused is done before
+    the `with` block, and the file is replaced after it: in the block, the caller stores a new passphrase. An exception in the
+    block changes nothing.
     """
     path = _real(path)
     with _locked(path):
-        document = read(path, unsealer)
-        document.recipients = recipients
-        with _replacing(path, seal(document.to_json(), recipients, passphrase)):
-            yield
+        sealed = read_sealed(path)
+        document = open_sealed(sealed, unsealer)
+        before = Before(document.recipients, count_recipients(sealed) - len(document.recipients))
+        if keeps_others and before.unnamed:
+            raise _sealed_by_hand(path)
+        document.recipients = choose(list(before.recipients))
+        after = seal(document.to_json(), document.recipients, passphrase)
+        if not confirmed:
+            _check_access(path, unsealer, after, before.recipients, document.recipients)
+        with _replacing(path, after):
+            yield before
+
+
+def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[str], after: list[str]) -> None:
+    """Refuse what may lock out the operator, or everybody. Raises `KeyringError`."""
+    reasons = []
+    if not unsealer.opens(sealed):
+        reasons.append("what --unseal names could not open it any more")
+    if len(after) == 1:
+        reasons.append("one recipient would be left, whose identity may be lost, and every key with it")
+    if reasons:
+        removed = missing(before, after)
+        raise KeyringError(
+            f"{path}: nothing was changed: {', and '.join(reasons)}"
+            + (f"; removed would be: {shortened(removed)}" if removed else "")
+            + "; `keyring add-recipient` keeps all that are there, and --yes does it all the same"
+        )
+
+
+def _sealed_by_hand(path: Path) -> KeyringError:
+    return KeyringError(
+        f"{path} was sealed by hand, to others than the recipients that it names, who would be shut out: "
+        "`keyring reseal` it first, to all that are to open it"
+    )
 
 
 def _real(path: Path) -> Path:

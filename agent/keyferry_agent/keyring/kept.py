@@ -22,7 +22,10 @@ __all__ = ["Keeper"]
 
 _NAME: Final = re.compile(r"keyring-(\d{1,9})-(memory|description)")
 _FORMAT: Final = 1
-"""Of the description. An agent of another version that does not know it opens the keyring's file instead."""
+_FORMAT_WITH_DISABLED: Final = 2
+"""Of the description. An agent of another version that does not know it opens the keyring's file instead: one that knows only
+the first must not decrypt with a version that is disabled.
+"""
 _MOST: Final = 1 << 28
 """Bytes of a description to read at most."""
 
@@ -108,7 +111,7 @@ def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
         closing.callback(os.close, memory)
         try:
             content = json.loads(description)
-            if content["Format"] != _FORMAT:
+            if content["Format"] not in (_FORMAT, _FORMAT_WITH_DISABLED):
                 return None
             size = room_for(content["Keys"])
         except (ValueError, KeyError, TypeError):
@@ -141,7 +144,9 @@ def _digest(keyring: Keyring, description: bytes) -> bytes:
 
 def _describe(keyring: Keyring, look: Look) -> dict[str, Any]:
     keys = [_description_of(key) for key in keyring.keys.values()]
-    return {"Format": _FORMAT, "LoadedAt": keyring.loaded_at, "File": look, "Keys": keys}
+    disabled = any(version.disabled for key in keyring.keys.values() for version in key.versions.values())
+    form = _FORMAT_WITH_DISABLED if disabled else _FORMAT
+    return {"Format": form, "LoadedAt": keyring.loaded_at, "File": look, "Keys": keys}
 
 
 def _description_of(key: Key) -> dict[str, Any]:
@@ -156,8 +161,13 @@ def _description_of(key: Key) -> dict[str, Any]:
         "KeyState": key.stored_state,
         "PrimaryKeyVersion": key.primary.version_id,
         "KeyVersions": [
-            {"KeyVersionId": each.version_id, "CreationDate": each.created, "Staged": each.staged}
-            for each in key.versions.values()
+            {
+                "KeyVersionId": version.version_id,
+                "CreationDate": version.created,
+                "Staged": version.staged,
+                "Disabled": version.disabled,
+            }
+            for version in key.versions.values()
         ],
         "Aliases": list(key.aliases),
     }

@@ -28,6 +28,7 @@ class KeyVersion:
     version_id: str
     created: str
     staged: bool
+    disabled: bool
     material: Secret = field(repr=False)
 
 
@@ -103,7 +104,10 @@ def build(description: list[dict[str, Any]], fill: Callable[[memoryview], None],
             with material.lend() as view:
                 fill(view)
             version_id = version["KeyVersionId"]
-            versions[version_id] = KeyVersion(version_id, version["CreationDate"], version["Staged"], material)
+            disabled = version.get("Disabled", False)
+            versions[version_id] = KeyVersion(
+                version_id, version["CreationDate"], version["Staged"], disabled, material
+            )
         keys.append(
             Key(
                 key_id=key["KeyId"],

@@ -149,7 +149,12 @@ def describe(document: Document) -> list[dict[str, Any]]:
             "KeyState": key.state,
             "PrimaryKeyVersion": key.primary,
             "KeyVersions": [
-                {"KeyVersionId": version.version_id, "CreationDate": version.created, "Staged": version.staged}
+                {
+                    "KeyVersionId": version.version_id,
+                    "CreationDate": version.created,
+                    "Staged": version.staged,
+                    "Disabled": version.disabled,
+                }
                 for version in key.versions
             ],
             "Aliases": aliases.get(key.key_id, []),

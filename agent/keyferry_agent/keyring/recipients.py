@@ -15,7 +15,18 @@ from keyferry.content import RECIPIENT, SECRETS, SSH_PUBLIC_KEY, byte_order_mark
 
 from .document import KeyringError
 
-__all__ = ["STANZAS", "SUPPORTED", "Recipient", "distinct", "parse", "read_file"]
+__all__ = [
+    "STANZAS",
+    "SUPPORTED",
+    "Recipient",
+    "added",
+    "distinct",
+    "missing",
+    "parse",
+    "read_file",
+    "shortened",
+    "without",
+]
 
 STANZAS: Final = (b"-> X25519 ", b"-> ssh-", b"-> p256tag ")
 """How the line begins that a sealed file has for each recipient."""
@@ -25,6 +36,9 @@ _STANDARD: Final = "-"
 _MAX_FILE_BYTES: Final = 1 << 20
 _MAX_SHOWN: Final = 24
 """Characters of a text that is not a recipient, in a message."""
+_MAX_WHOLE: Final = 64
+"""Characters of a recipient that a message shows whole: an X25519 recipient has 62."""
+_MAX_LISTED: Final = 4
 _COMMENT: Final = "#"
 _SSH_KEY: Final = re.compile(r"(?:sk-)?(?:ssh|ecdsa)-[\w.@-]+\s+AAAA")
 _AGE_KEY: Final = re.compile(r"(?<![0-9a-z])age1[0-9a-z]{30,}", re.IGNORECASE)
@@ -73,6 +87,48 @@ def distinct(recipients: Iterable[Recipient]) -> list[str]:
     for recipient in recipients:
         texts.setdefault(recipient.key, recipient.text)
     return list(texts.values())
+
+
+def missing(recipients: Collection[str], others: Collection[str]) -> list[str]:
+    """Return the recipients that are not among the others. Two texts of one key are one recipient."""
+    keys = {_key(text) for text in others}
+    return [text for text in recipients if _key(text) not in keys]
+
+
+def added(before: list[str], named: Collection[Recipient]) -> list[str]:
+    """Return the recipients of a keyring with further ones at their end. Raises `KeyringError` for one that is there."""
+    if not before:
+        raise KeyringError("the keyring is sealed to a passphrase: `keyring reseal` seals it to recipients instead")
+    keys = {_key(text) for text in before}
+    if there := [recipient.text for recipient in named if recipient.key in keys]:
+        raise KeyringError(f"{shortened(there)}: a recipient of the keyring already")
+    return [*before, *distinct(named)]
+
+
+def without(before: list[str], named: Collection[Recipient]) -> list[str]:
+    """Return the recipients of a keyring but some. Raises `KeyringError` for one that is not there, or where none is left."""
+    if absent := missing([recipient.text for recipient in named], before):
+        raise KeyringError(f"{shortened(absent)}: not a recipient of the keyring; `keyring recipients` lists them")
+    keys = {recipient.key for recipient in named}
+    left = [text for text in before if _key(text) not in keys]
+    if not left:
+        raise KeyringError("that removes every recipient, and nothing would open the keyring; nothing was changed")
+    return left
+
+
+def shortened(recipients: Collection[str]) -> str:
+    """Return recipients for a message: at most four of them, and the ends of long ones, where an SSH key has its comment."""
+    texts = [text if len(text) <= _MAX_WHOLE else f"{text[:_MAX_SHOWN]}...{text[-_MAX_SHOWN:]}" for text in recipients]
+    more = len(texts) - _MAX_LISTED
+    return ", ".join(texts[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _key(text: str) -> str:
+    """Return what is the same for all texts of one key; the text itself where an earlier version stored two keys as one."""
+    try:
+        return parse(text).key
+    except KeyringError:
+        return text
 
 
 def read_file(path: str, owners: Collection[int] = ()) -> list[Recipient]:

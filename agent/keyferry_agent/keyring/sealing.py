@@ -17,7 +17,7 @@ from keyferry.age_passphrase import PassphraseError, SealedToRecipientsError
 from .document import KeyringError
 from .recipients import STANZAS, parse
 
-__all__ = ["Identity", "Unsealer", "count_recipients", "new_identity", "read_passphrase", "seal"]
+__all__ = ["Identity", "Unsealer", "count_recipients", "new_identity", "read_passphrase", "recipients_of", "seal"]
 
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
 _PEM: Final = b"-----BEGIN"
@@ -66,9 +66,8 @@ class Unsealer:
         if data.startswith(_PEM):
             return cls([_ssh_identity(path, data)], None, taken_for=f"{path} was taken for an SSH private key")
         text = _text(path, data)
-        lines = [line.strip() for line in text.splitlines()]
-        if any(line.startswith(_AGE_IDENTITY) for line in lines):
-            return cls(_age_identities(path, lines), None, taken_for=f"{path} was taken for an age identity")
+        if identities := _age_identities(path, text):
+            return cls(identities, None, taken_for=f"{path} was taken for an age identity")
         return cls(
             [],
             _passphrase(path, text),
@@ -169,6 +168,29 @@ def new_identity(path: Path) -> str:
     return identity.recipient
 
 
+def recipients_of(path: Path, owners: Collection[int] = ()) -> list[str]:
+    """Return the recipients of the identities in a file: age identities, or an SSH key. `owners` as for `Unsealer.read`.
+
+    Raises `KeyringError`, also for a passphrase, which has no recipient.
+    """
+    data = _read(path, owners)
+    if data.startswith(_PEM):
+        _ssh_identity(path, data)
+        return [_ssh_recipient(data)]
+    if identities := _age_identities(path, _text(path, data)):
+        return [str(identity.to_public()) for identity in identities]
+    raise KeyringError(f"{path}: holds no identity, and only an identity has a recipient{_why_unknown(data)}")
+
+
+def _ssh_recipient(data: bytes) -> str:
+    """Return the public half of an SSH private key that pyrage has read."""
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415 - the loader does without
+
+    load = serialization.load_ssh_private_key if b"OPENSSH" in data else serialization.load_pem_private_key
+    key = load(data, None).public_key()
+    return key.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
+
+
 def read_passphrase(path: Path, owners: Collection[int] = ()) -> str:
     """Read the passphrase to seal with from a file that contains nothing else. `owners` as for `Unsealer.read`.
 
@@ -189,8 +211,12 @@ def _ssh_identity(path: Path, data: bytes) -> Any:
         ) from None
 
 
-def _age_identities(path: Path, lines: list[str]) -> list[Any]:
+def _age_identities(path: Path, text: str) -> list[Any]:
+    """Return the identities in an age identity file, and none for the text of another file. Raises `KeyringError`."""
     identities = []
+    lines = [line.strip() for line in text.splitlines()]
+    if not any(line.startswith(_AGE_IDENTITY) for line in lines):
+        return []
     for number, line in enumerate(lines, 1):
         if line and not line.startswith(_COMMENT):
             try:

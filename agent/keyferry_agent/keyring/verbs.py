@@ -27,7 +27,9 @@ __all__ = [
     "create_key",
     "delete_alias",
     "disable",
+    "disable_version",
     "enable",
+    "enable_version",
     "import_key",
     "promote",
     "rotate",
@@ -102,15 +104,46 @@ def rotate(document: Document, key_id: str, *, stage: bool = False) -> KeyEntry:
 def promote(document: Document, key_id: str, version_id: str) -> KeyEntry:
     """Make a staged version the primary one. Raises `KeyringError` for a version that is not staged."""
     key = _enabled(document.find(key_id))
-    version = next((version for version in key.versions if version.version_id == version_id), None)
-    if version is None:
-        raise KeyringError(f"Forbidden.KeyVersionNotFound: {key.key_id} has no version {version_id!r}")
+    version = _version(key, version_id)
+    if version.disabled:
+        raise KeyringError(f"Rejected.Disabled: {version_id} is disabled: `enable-version` it first")
     if not version.staged:
         what = "is the primary version already" if key.primary == version_id else "was primary before: it is not staged"
         raise KeyringError(f"{version_id} {what}")
     version.staged = False
     key.primary = version_id
     return key
+
+
+def disable_version(document: Document, key_id: str, version_id: str, *, confirmed: bool) -> KeyEntry:
+    """Let a version decrypt nothing any more. Raises `KeyringError` for the primary version, and unless `confirmed`."""
+    key = _switchable(document.find(key_id))
+    version = _version(key, version_id)
+    if version_id == key.primary:
+        raise KeyringError(f"{version_id} is the primary version, which encrypts: `rotate` the key first")
+    if not confirmed and not version.disabled:
+        raise KeyringError(
+            f"nothing was changed: without {version_id}, everything that it encrypted fails with Rejected.Disabled in every "
+            f"agent that loads this keyring, until `enable-version`. `keyferry-agent audit who --key {key_id}` counts what "
+            "callers still decrypt under it, `keyferry records list` shows the records under it, `keyferry records rewrap` "
+            "moves them, and `keyferry reencrypt-file` moves files. Then repeat this with --yes"
+        )
+    version.disabled = True
+    return key
+
+
+def enable_version(document: Document, key_id: str, version_id: str) -> KeyEntry:
+    """Let a version decrypt again. Raises `KeyringError`."""
+    key = _switchable(document.find(key_id))
+    _version(key, version_id).disabled = False
+    return key
+
+
+def _version(key: KeyEntry, version_id: str) -> VersionEntry:
+    for version in key.versions:
+        if version.version_id == version_id:
+            return version
+    raise KeyringError(f"Forbidden.KeyVersionNotFound: {key.key_id} has no version {version_id!r}")
 
 
 # --- states -----------------------------------------------------------------------------------------------------------
@@ -127,9 +160,7 @@ def disable(document: Document, key_id: str) -> KeyEntry:
 
 
 def _switch(document: Document, key_id: str, state: str) -> KeyEntry:
-    key = document.find(key_id)
-    if key.state not in ("Enabled", "Disabled"):
-        raise _state_modified_failed(key)
+    key = _switchable(document.find(key_id))
     key.state = state
     return key
 
@@ -182,6 +213,12 @@ def delete_alias(document: Document, alias: str) -> KeyEntry:
     _check_known(document, alias)
     key = document.find(alias)
     del document.aliases[alias]
+    return key
+
+
+def _switchable(key: KeyEntry) -> KeyEntry:
+    if key.state not in ("Enabled", "Disabled"):
+        raise _state_modified_failed(key)
     return key
 
 

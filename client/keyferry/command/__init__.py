@@ -1,8 +1,8 @@
 """The `keyferry` command: its arguments and exit codes. What each part of it does is in the module of its name.
 
     operations.py  call, status
-    records.py     records add, list, show, recover, rewrap, copy, schema
-    files.py       encrypt-file, decrypt-file
+    records.py     records add, list, show, recover, renew, rewrap, copy, schema
+    files.py       encrypt-file, decrypt-file, reencrypt-file
     modules.py     module init, show
 
 Nothing beyond the standard library and msgpack is imported before a command that needs it runs.

@@ -1,28 +1,32 @@
-"""`keyferry encrypt-file` and `keyferry decrypt-file`."""
+"""`keyferry encrypt-file`, `decrypt-file` and `reencrypt-file`."""
 
 import argparse
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, BinaryIO, Final
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from ..client import Client
 from ..guard import reason
 from ..output import DONE
-from .common import Failed, extra, progress, socket_option, usage
+from .common import Failed, extra, progress, socket_option, usage, warn
 from .modules import add_module_options, check_module_options, open_module
 from .records import add_store_option, open_store
+
+if TYPE_CHECKING:
+    from ..module.interface import CryptographicModule, DataKey
 
 __all__ = ["add_parsers"]
 
 _OF_THIS_USER: Final = 0o600
 _AS_THE_UMASK_LETS: Final = 0o666
 """Of a new file that is encrypted."""
+_PROBE: Final = b"keyferry reencrypt-file"
 
 
 def add_parsers(commands: Any) -> None:
-    """Add both commands."""
+    """Add the three commands."""
     encrypt = commands.add_parser(
         "encrypt-file",
         help="encrypt a file with a record's data key",
@@ -43,13 +47,26 @@ def add_parsers(commands: Any) -> None:
     )
     _add_places(decrypt, "standard output, which gets nothing before all of IN was authentic")
     decrypt.set_defaults(run=_decrypt)
-    for parser in (encrypt, decrypt):
+    reencrypt = commands.add_parser(
+        "reencrypt-file",
+        help="move an encrypted file to the data key of a record",
+        description="Decrypt IN in memory and encrypt it with the data key of a record, to OUT or in the place of IN. The new "
+        "file is read back before it appears: it must decrypt to the same content.",
+        parents=[socket_option()],
+        allow_abbrev=False,
+    )
+    _add_places(reencrypt, "standard output, which gets nothing before all of IN was authentic", in_place=True)
+    reencrypt.add_argument("--record", metavar="NAME", required=True, help="the record in the store")
+    add_store_option(reencrypt)
+    reencrypt.set_defaults(run=_reencrypt)
+    for parser in (encrypt, decrypt, reencrypt):
         add_module_options(parser)
 
 
-def _add_places(parser: argparse.ArgumentParser, output: str) -> None:
+def _add_places(parser: argparse.ArgumentParser, output: str, *, in_place: bool = False) -> None:
     parser.add_argument("source", metavar="IN", help="what to read; -: standard input")
-    parser.add_argument("target", metavar="OUT", help=f"the result; a file of that name is replaced; -: {output}")
+    what = f"the result; a file of that name is replaced; -: {output}" + ("; without it, IN is replaced" * in_place)
+    parser.add_argument("target", metavar="OUT", nargs="?" if in_place else None, help=what)
     parser.add_argument(
         "--preserve",
         action="store_true",
@@ -105,6 +122,64 @@ def _decrypt(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _reencrypt(arguments: argparse.Namespace) -> int:
+    check_module_options(arguments)
+    with extra("store"):
+        from .. import files  # noqa: PLC0415
+        from ..files.sparse import SparseWriter  # noqa: PLC0415
+    from .places import Target, in_place, source  # noqa: PLC0415
+
+    with _failing(arguments):
+        target = None if arguments.target is None else Target(arguments.target, preserve=arguments.preserve)
+        if target is not None and target.is_terminal():
+            usage("an encrypted file is nothing for a terminal: name a file, or a pipe")
+        with source(arguments.source) as sealed:
+            with _naming(arguments.source):
+                header = files.read_header(sealed)
+            with open_store(arguments) as store:
+                record = store.get(arguments.record)
+            module = open_module(arguments)
+            with Client(arguments.socket) as kms:
+                key = module.recover_data_key(kms, header.record)
+                new_key = module.recover_data_key(kms, record.data_key_record())
+            if target is None and _are_one(module, key, new_key):
+                warn(
+                    f"{arguments.source}: encrypted with this record's data key already, and left as it is; "
+                    "`keyferry records renew` gives a record a new data key"
+                )
+                return DONE
+            place: AbstractContextManager[BinaryIO]
+            if target is None:
+                place = in_place(arguments.source, sealed, preserve=arguments.preserve)
+            else:
+                place = target.open(sealed, mode=_AS_THE_UMASK_LETS, after_all=True)
+            with (
+                place as out,
+                progress("encrypting", "B", scale=True, total=_size(sealed)) as bar,
+                _naming(arguments.source),
+            ):
+                assert isinstance(out, SparseWriter)
+                new = record.data_key_record()
+                digest = files.reencrypt(
+                    sealed, out, module, key, header, new_key, new, name=record.name, advanced=bar.update
+                )
+                with out.reading_back() as written:
+                    if files.plaintext_hash(written, module, new_key) != digest:
+                        raise files.FileError("the new file does not decrypt to the same content, and was not kept")
+    return DONE
+
+
+def _are_one(module: "CryptographicModule", key: "DataKey", other: "DataKey") -> bool:
+    """Whether two handles of a module are of the same data key, also where their CiphertextBlobs differ after a rewrap."""
+    from ..module import ModuleError  # noqa: PLC0415
+
+    try:
+        module.decrypt(other, module.encrypt(key, _PROBE))
+    except ModuleError:
+        return False
+    return True
+
+
 @contextmanager
 def _failing(arguments: argparse.Namespace) -> Iterator[None]:
     """For what the system refuses, such as a full disk. A reader that has seen enough is no error of its own."""
@@ -113,7 +188,7 @@ def _failing(arguments: argparse.Namespace) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = "" if error.filename else f"{arguments.source} to {arguments.target}: "
+        where = "" if error.filename else f"{arguments.source} to {arguments.target or arguments.source}: "
         raise Failed(f"{where}{reason(error)}") from None
 
 

@@ -13,12 +13,12 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, BinaryIO, Final
 
 from .. import descriptors, streams
-from ..files import Attributes, replacing
+from ..files import Attributes, FileError, replacing
 from ..files.output import check_not_source, check_place
 from ..files.sparse import SparseWriter
 from .common import Failed, usage
 
-__all__ = ["Target", "source"]
+__all__ = ["Target", "in_place", "source"]
 
 _STANDARD: Final = "-"
 _STANDARD_INPUT: Final = 0
@@ -34,6 +34,27 @@ def source(path: str) -> Iterator[BinaryIO]:
         raise Failed("-: standard input is closed")
     with streams.reader(_STANDARD_INPUT) if path == _STANDARD else descriptors.open_to_read(path) as file:
         yield file
+
+
+@contextmanager
+def in_place(path: str, source: BinaryIO, *, preserve: bool) -> Iterator[SparseWriter]:
+    """Lend a file that takes the place of the one that is read at the end of the block, with its mode, owner and group.
+
+    `preserve`: and with its times. Raises `Failed` for what cannot be replaced, and `FileError` where another process changed
+    or replaced the file meanwhile; the file is left as it is then.
+    """
+    status = os.fstat(source.fileno())
+    if path == _STANDARD or descriptors.find(path) is not None or not stat.S_ISREG(status.st_mode):
+        raise Failed(f"{path}: not a regular file with a name, and so it is not replaced; name an OUT")
+    if status.st_nlink > 1:
+        raise Failed(
+            f"{path}: has {status.st_nlink} names (hard links), of which only one would be replaced; name an OUT"
+        )
+    with replacing(path, attributes=Attributes.of_original(status) if preserve else None) as out:
+        yield out
+        now = os.stat(path)
+        if not os.path.samestat(now, status) or (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            raise FileError(f"{path}: another process changed it meanwhile; it was left as it is")
 
 
 class Target:

@@ -67,6 +67,14 @@ def add_parsers(commands: Any) -> None:
     recover.add_argument("name", metavar="NAME")
     add_parameters(recover, _RECOVER, without=_OF_THE_RECORD, enforce=False)
 
+    renew = verb("renew", "Give a record a new data key. The old one stays, under another name.", _renew)
+    renew.add_argument("name", metavar="NAME")
+    renew.add_argument(
+        "--old-name",
+        metavar="NAME",
+        help="what the old record is called from now on (default: NAME@ and when it was added)",
+    )
+
     rewrap = verb("rewrap", "Move every record under its master key's primary version (ReEncrypt).", _rewrap)
     rewrap.add_argument("--dry-run", action="store_true", help="change nothing; say of each whether it could be moved")
     add_module_options(rewrap, required=False, why="; then each data key is proved to be the same as before")
@@ -212,6 +220,14 @@ def _schema(arguments: argparse.Namespace) -> int:
     with extra("store"):
         from ..store import schema  # noqa: PLC0415
     return show(PROGRAM, schema(arguments.store))
+
+
+def _renew(arguments: argparse.Namespace) -> int:
+    with open_store(arguments) as store, Client(arguments.socket) as kms:
+        from ..store import renew  # noqa: PLC0415
+
+        new, old = renew(store, kms, arguments.name, old_name=arguments.old_name)
+    return show_json({"New": new.to_json(), "Old": old.to_json()})
 
 
 def _rewrap(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,16 @@ docs/files.md has the format, and why it is as it is. Needs the extra `module`.
 from .attributes import Attributes
 from .header import FileError, Header, read_header
 from .output import replacing
-from .stream import decrypt, encrypt
+from .stream import decrypt, encrypt, plaintext_hash, reencrypt
 
-__all__ = ["Attributes", "FileError", "Header", "decrypt", "encrypt", "read_header", "replacing"]
+__all__ = [
+    "Attributes",
+    "FileError",
+    "Header",
+    "decrypt",
+    "encrypt",
+    "plaintext_hash",
+    "read_header",
+    "reencrypt",
+    "replacing",
+]

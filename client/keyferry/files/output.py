@@ -23,7 +23,7 @@ _UNNAMED: Final = new_files.UNNAMED
 @contextlib.contextmanager
 def replacing(
     path: str, *, source: BinaryIO | None = None, mode: int = 0o600, attributes: Attributes | None = None
-) -> Iterator[BinaryIO]:
+) -> Iterator[SparseWriter]:
     """Lend a file to write to; at the end of the block it is `path`, on the disk, in the place of what was there before.
 
     When the block raises, nothing has happened. `source` is what the block reads: it is never replaced by its own result. The

@@ -2,7 +2,9 @@
 
 import io
 import os
-from typing import Any, Final
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Final
 
 __all__ = ["SparseWriter"]
 
@@ -23,6 +25,15 @@ class SparseWriter(io.BufferedWriter):
         end = self.raw.tell()
         if end > os.fstat(self.fileno()).st_size:
             os.ftruncate(self.fileno(), end)
+
+    @contextmanager
+    def reading_back(self) -> Iterator[BinaryIO]:
+        """Finish the file, and lend a file that reads what was written. The descriptor must be open for reading, too."""
+        self.finish()
+        with open(os.dup(self.fileno()), "rb") as file:
+            file.seek(0)
+            yield file
+            file.seek(0, os.SEEK_END)  # the two share their place
 
 
 class _Skipping(io.FileIO):

@@ -4,6 +4,7 @@ Each chunk is encrypted under the file's own key with the nonce `uint88 counter 
 its place of its file only, and the last one only as the last.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, Final
 
@@ -12,9 +13,9 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ..module.interface import CryptographicModule, DataKey
 from ..record import DataKeyRecord
-from .header import NOT_AUTHENTIC, FileError, Header, new_header, payload_key, read_exactly
+from .header import NOT_AUTHENTIC, FileError, Header, new_header, payload_key, read_exactly, read_header
 
-__all__ = ["CHUNK", "decrypt", "encrypt"]
+__all__ = ["CHUNK", "decrypt", "encrypt", "plaintext_hash", "reencrypt"]
 
 CHUNK: Final = 65_536
 """Bytes of plaintext in every chunk but the last."""
@@ -38,12 +39,7 @@ def encrypt(
     `advanced` is told of each chunk how many bytes it took. Raises OSError, `ModuleError`, or `FileError` for a file that is
     too long.
     """
-    header, chunk_key = new_header(module, key, record, name)
-    target.write(header.to_bytes())
-    gcm = AESGCM(chunk_key)
-    for counter, (chunk, final) in enumerate(_chunks(source, CHUNK)):
-        target.write(gcm.encrypt(_nonce(counter, final=final), chunk, None))
-        advanced(len(chunk))
+    _write(_chunks(source, CHUNK), target, module, key, record, name, advanced)
 
 
 def decrypt(
@@ -60,14 +56,79 @@ def decrypt(
 
     Raises `FileError` for anything that `encrypt` did not write so, OSError.
     """
+    target.writelines(piece for piece, _final in _opened(source, module, key, header, advanced))
+
+
+def reencrypt(
+    source: BinaryIO,
+    target: BinaryIO,
+    module: CryptographicModule,
+    key: DataKey,
+    header: Header,
+    new_key: DataKey,
+    record: DataKeyRecord,
+    *,
+    name: str = "",
+    advanced: Callable[[int], None] = lambda _bytes: None,
+) -> str:
+    """Decrypt what follows the header with one data key and encrypt it with another, chunk by chunk, in memory.
+
+    `record` and `name` are of the new key. Returns the SHA-256 of the plaintext in hexadecimal, for `plaintext_hash` of the
+    target. Raises as `encrypt` and `decrypt` do; the target is of no use then.
+    """
+    digest = hashlib.sha256()
+
+    def pieces() -> Iterator[tuple[bytes, bool]]:
+        for piece, final in _opened(source, module, key, header, advanced):
+            digest.update(piece)
+            yield piece, final
+
+    _write(pieces(), target, module, new_key, record, name, lambda _bytes: None)
+    return digest.hexdigest()
+
+
+def plaintext_hash(source: BinaryIO, module: CryptographicModule, key: DataKey) -> str:
+    """Decrypt an encrypted file in memory, and return the SHA-256 of its plaintext in hexadecimal. Raises as `decrypt` does."""
+    digest = hashlib.sha256()
+    for piece, _final in _opened(source, module, key, read_header(source), lambda _bytes: None):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write(
+    pieces: Iterator[tuple[bytes, bool]],
+    target: BinaryIO,
+    module: CryptographicModule,
+    key: DataKey,
+    record: DataKeyRecord,
+    name: str,
+    advanced: Callable[[int], None],
+) -> None:
+    header, chunk_key = new_header(module, key, record, name)
+    target.write(header.to_bytes())
+    gcm = AESGCM(chunk_key)
+    for counter, (piece, final) in enumerate(pieces):
+        target.write(gcm.encrypt(_nonce(counter, final=final), piece, None))
+        advanced(len(piece))
+
+
+def _opened(
+    source: BinaryIO,
+    module: CryptographicModule,
+    key: DataKey,
+    header: Header,
+    advanced: Callable[[int], None],
+) -> Iterator[tuple[bytes, bool]]:
+    """Yield the plaintext of each chunk, and whether it is the last. Raises `FileError`, OSError."""
     gcm = AESGCM(payload_key(module, key, header))
     for counter, (chunk, final) in enumerate(_chunks(source, CHUNK + _TAG)):
         if len(chunk) < _TAG or (len(chunk) == _TAG and counter):  # an empty chunk is all there is, or is not there
             raise FileError(NOT_AUTHENTIC)
         try:
-            target.write(gcm.decrypt(_nonce(counter, final=final), chunk, None))
+            piece = gcm.decrypt(_nonce(counter, final=final), chunk, None)
         except InvalidTag:
             raise FileError(NOT_AUTHENTIC) from None
+        yield piece, final
         advanced(len(chunk))
 
 

@@ -9,8 +9,9 @@ docs/records.md has it for operators.
 """
 
 from .record import Record, StoreError, new_record
+from .renew import renew
 from .rewrap import Outcome, rewrap
 from .store import Store, schema
 from .transfer import Copied, copy
 
-__all__ = ["Copied", "Outcome", "Record", "Store", "StoreError", "copy", "new_record", "rewrap", "schema"]
+__all__ = ["Copied", "Outcome", "Record", "Store", "StoreError", "copy", "new_record", "renew", "rewrap", "schema"]

@@ -144,6 +144,24 @@ class Store:
             names = records[0].name if len(records) == 1 else "one of these names"
             raise StoreError(f"{names} is taken: a record is never overwritten") from None
 
+    def renew(self, old: Record, new: Record, old_name: str) -> None:
+        """Rename a record, and add one that takes its name, in one transaction. Neither is changed where that fails.
+
+        `new` has the name that `old` has in the database.
+        """
+        check_name(old_name)
+        self._require()
+        rename = sql.update(_records).where(_c.row_id == old.row_id, _c.name == old.name).values(name=old_name)
+        try:
+            with self._doing() as connection:
+                if connection.execute(rename).rowcount != 1:
+                    raise StoreError(
+                        f"{printable(old.name)}: another process renamed it meanwhile; nothing was changed"
+                    )
+                connection.execute(sql.insert(_records), [_row(new)])
+        except exc.IntegrityError:
+            raise StoreError(f"{printable(old_name)} is taken: a record is never overwritten") from None
+
     def check_free(self, name: str) -> None:
         """Refuse a name that is no good or taken, before a data key is made in vain."""
         check_name(name)
