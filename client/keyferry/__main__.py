@@ -34,7 +34,7 @@ def _opens_a_module(words: Sequence[str]) -> bool:
     """Return whether the command makes or opens a cryptographic module."""
     if words[:2] == ["records", "rewrap"]:
         return any(word.split("=")[0] in ("--module", "--pkcs11") for word in words)
-    return words[:1] in (["module"], ["encrypt-file"], ["decrypt-file"])
+    return words[:1] in (["module"], ["encrypt-file"], ["decrypt-file"], ["reencrypt-file"])
 
 
 if __name__ == "__main__":
