@@ -6,8 +6,8 @@ from contextlib import suppress
 
 from .agent import PATIENCE
 
-_AGAIN = 1.0
-"""Seconds until Control-C is pressed again."""
+_AGAIN = 10.0
+"""Seconds until Control-C is pressed again: longer than a process takes to end, which a second one would interrupt."""
 
 
 def interrupted(process: "subprocess.Popen[bytes]") -> tuple[int, bytes, bytes]:
