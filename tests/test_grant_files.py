@@ -290,7 +290,7 @@ def test_an_agent_does_not_start_with_a_bad_file(keyring: Path) -> None:
     config.write_text(configuration(keyring))
     (keyring.parent / "grants.d").mkdir()
     (keyring.parent / "grants.d" / "a.toml").write_text("x = 1")
-    command = [sys.executable, "-m", "keyferry_agent", "run", "--config", config, "--socket", keyring.parent / "s"]
+    command: list[str | Path] = [sys.executable, "-m", "keyferry_agent", "run", "--config", config, "--socket", keyring.parent / "s"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert ended.returncode == 1
     assert f"{keyring.parent / 'grants.d' / 'a.toml'}: x: a file of grants" in ended.stderr

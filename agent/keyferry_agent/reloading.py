@@ -171,7 +171,7 @@ class Reloader:
             files = options.files(settings)
             # What was looked at before it was read stays so: what changes meanwhile is noticed.
             looks = {**await _in_thread(look, files), **{path: looks[path] for path in files if path in looks}}
-            if settings.grants_folder not in self._seen:  # it was read before it was looked at
+            if settings.grants_folder not in (None, *self._seen):  # it was read before it was looked at
                 settings = await _in_thread(options.settings)
             settings, limited = _keep_fixed(settings, agent.settings)
             looked = looks.get(settings.keyring) if settings.keyring else None
