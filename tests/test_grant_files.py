@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.keyring import configuration, serving
+from support.other_user import OTHER_USER
 from support.requires import root
 
 from keyferry_agent.command import main
 from keyferry_agent.settings import SettingsError, read
-
-OTHER_USER = 65_533
 
 
 def grant(name: str, *, actions: str = "kms:*", to: str = f"uid = {os.getuid()}", keys: str = "*") -> str:
@@ -290,7 +289,7 @@ def test_an_agent_does_not_start_with_a_bad_file(keyring: Path) -> None:
     config.write_text(configuration(keyring))
     (keyring.parent / "grants.d").mkdir()
     (keyring.parent / "grants.d" / "a.toml").write_text("x = 1")
-    command: list[str | Path] = [sys.executable, "-m", "keyferry_agent", "run", "--config", config, "--socket", keyring.parent / "s"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    command = [sys.executable, "-m", "keyferry_agent", "run", "--config", str(config), "--socket", "s"]
+    ended = subprocess.run(command, cwd=keyring.parent, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert ended.returncode == 1
     assert f"{keyring.parent / 'grants.d' / 'a.toml'}: x: a file of grants" in ended.stderr

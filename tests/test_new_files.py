@@ -204,4 +204,4 @@ def test_a_keyring_is_never_made_or_changed_through_a_descriptor(
     assert agent_main(["keyring", "init", path, "--new-identity", "j"]) == 1
     assert agent_main(["keyring", "create-key", path, "--unseal", "i"]) == 1
     assert "leads to an open descriptor" in capsys.readouterr().err
-    assert sorted(os.listdir(tmp_path)) == ["i", "k", "link"]
+    assert sorted(os.listdir(tmp_path)) == ["i", "k", "k.changes.jsonl", "link"]

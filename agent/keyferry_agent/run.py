@@ -69,7 +69,7 @@ def _live(
         seen = look(options.files(Settings()))
         settings = options.settings()
         looked = {**look(options.files(settings)), **seen}  # before anything is read: what changes meanwhile is noticed
-        if settings.grants_folder not in (None, *seen):  # a folder that the configuration names was read before it was looked at
+        if settings.grants_folder not in (None, *seen):  # the folder was read before it was looked at
             settings = options.settings()
         seen = looked
         keeper = Keeper(host.store, host.forget)

@@ -13,7 +13,7 @@ from keyferry.output import DONE, complain, show, show_json
 from keyferry.private_files import owner_of
 
 from ..crypto.seal import KEY_SIZES
-from . import file, recipients, sealing, verbs
+from . import changes, file, history, recipients, sealing, verbs
 from .document import Document, KeyEntry, KeyringError, VersionEntry
 
 __all__ = ["add_parser"]
@@ -68,6 +68,7 @@ def add_parser(commands: Any) -> None:
         parser.add_argument("--description", default="", metavar="TEXT")
 
     verb("list", "List all keys.", _list)
+    history.add_parser(subparsers)
 
     for name, help_text, act in (
         ("show", "Show a key with its versions.", _show),
@@ -124,7 +125,8 @@ def _add_sealed_to(parser: argparse.ArgumentParser) -> Any:
 
 def _main(arguments: argparse.Namespace) -> int:
     try:
-        result = arguments.verb_action(arguments)
+        with changes.attributed(arguments.verb):
+            result = arguments.verb_action(arguments)
         _warn_of_weak_work_factor(arguments.file)
     except KeyringError as error:
         complain(_PROGRAM, str(error))
