@@ -80,7 +80,8 @@ def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(
     killing = [sys.executable, "-c", KILLED, killed_at, "0", *words(making, folder)]
     ended = subprocess.run(killing, capture_output=True, timeout=PATIENCE, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
-    assert not {name for name in os.listdir(folder) if not name.startswith(".")}
+    left = {name for name in os.listdir(folder) if not name.startswith(".")}
+    assert left <= {"keyring.changes.jsonl"}  # the next attempt continues it
     assert ends(words(making, folder)) == 0
 
 

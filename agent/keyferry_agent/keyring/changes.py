@@ -199,7 +199,10 @@ def _open(log: Path, keyring: Path) -> "RecordFile":
         finally:
             os.close(descriptor)
         sync_folder(log.parent)
-    if found := private_files.problems(log, owners=None):
+    owners = private_files.owner_of(keyring) or private_files.owner_of(
+        keyring.parent
+    )  # root manages keyrings of other users
+    if found := private_files.problems(log, owners=owners):
         raise KeyringError(f"{'; '.join(found)}; the keyring was not changed")
     return RecordFile(str(log))
 
