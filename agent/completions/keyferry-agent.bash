@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_keyferry_agent_audit_subparsers=(verify who)
-_shtab_keyferry_agent_keyring_subparsers=(init reseal create-key import-key list show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
+_shtab_keyferry_agent_keyring_subparsers=(init reseal create-key import-key list history show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
 _shtab_keyferry_agent_subparsers=(run check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev)
@@ -21,6 +21,7 @@ _shtab_keyferry_agent_keyring_reseal_option_strings=(-h --help --json --unseal -
 _shtab_keyferry_agent_keyring_create_key_option_strings=(-h --help --json --unseal --key-spec --alias --description)
 _shtab_keyferry_agent_keyring_import_key_option_strings=(-h --help --json --unseal --material --key-spec --alias --description)
 _shtab_keyferry_agent_keyring_list_option_strings=(-h --help --json --unseal)
+_shtab_keyferry_agent_keyring_history_option_strings=(-h --help --json)
 _shtab_keyferry_agent_keyring_show_option_strings=(-h --help --json --unseal)
 _shtab_keyferry_agent_keyring_rotate_option_strings=(-h --help --json --unseal --stage)
 _shtab_keyferry_agent_keyring_promote_option_strings=(-h --help --json --unseal)
@@ -63,6 +64,7 @@ _shtab_keyferry_agent_keyring_import_key___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_import_key___material_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_list_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_list___unseal_COMPGEN=_shtab_compgen_files
+_shtab_keyferry_agent_keyring_history_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_show_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_show___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_rotate_pos_0_COMPGEN=_shtab_compgen_files
@@ -89,7 +91,7 @@ _shtab_keyferry_agent_audit_who___operation_choices=(Decrypt DescribeKey Encrypt
 _shtab_keyferry_agent_audit_pos_0_choices=(verify who)
 _shtab_keyferry_agent_keyring_create_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_import_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
-_shtab_keyferry_agent_keyring_pos_0_choices=(init reseal create-key import-key list show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
+_shtab_keyferry_agent_keyring_pos_0_choices=(init reseal create-key import-key list history show rotate promote enable disable schedule-deletion cancel-deletion create-alias update-alias delete-alias)
 _shtab_keyferry_agent_pos_0_choices=(run check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run__h_nargs=0
@@ -131,6 +133,9 @@ _shtab_keyferry_agent_keyring_import_key___json_nargs=0
 _shtab_keyferry_agent_keyring_list__h_nargs=0
 _shtab_keyferry_agent_keyring_list___help_nargs=0
 _shtab_keyferry_agent_keyring_list___json_nargs=0
+_shtab_keyferry_agent_keyring_history__h_nargs=0
+_shtab_keyferry_agent_keyring_history___help_nargs=0
+_shtab_keyferry_agent_keyring_history___json_nargs=0
 _shtab_keyferry_agent_keyring_show__h_nargs=0
 _shtab_keyferry_agent_keyring_show___help_nargs=0
 _shtab_keyferry_agent_keyring_show___json_nargs=0

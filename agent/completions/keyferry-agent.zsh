@@ -36,6 +36,7 @@ _shtab_keyferry_agent_keyring_commands() {
     delete-alias:'Take a name away; the key stays.'
     disable:'Let a key be used for nothing.'
     enable:'Let a key be used again.'
+    history:'Print the changes of a keyring, and verify their chain; nothing is unsealed.'
     import-key:'Add a key of material that you have.'
     init:'Create an empty keyring.'
     list:'List all keys.'
@@ -213,6 +214,15 @@ _shtab_keyferry_agent_keyring_enable_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_enable_defaults_added=0
+
+_shtab_keyferry_agent_keyring_history_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_history_defaults_added=0
 
 _shtab_keyferry_agent_keyring_import_key_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -414,6 +424,7 @@ _shtab_keyferry_agent_keyring() {
         delete-alias) _arguments -C -s $_shtab_keyferry_agent_keyring_delete_alias_options ;;
         disable) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_options ;;
         enable) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_options ;;
+        history) _arguments -C -s $_shtab_keyferry_agent_keyring_history_options ;;
         import-key) _arguments -C -s $_shtab_keyferry_agent_keyring_import_key_options ;;
         init) _arguments -C -s $_shtab_keyferry_agent_keyring_init_options ;;
         list) _arguments -C -s $_shtab_keyferry_agent_keyring_list_options ;;
