@@ -165,7 +165,11 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
     monkeypatch.setattr(os, "fsync", full)
     run("create-key", keyring, "--unseal", keyring.parent / "identity", code=1)
     assert keyring.read_bytes() == before
-    assert sorted(path.name for path in keyring.parent.iterdir()) == ["identity", "keyring.age"]
+    assert sorted(path.name for path in keyring.parent.iterdir()) == [
+        "identity",
+        "keyring.age",
+        "keyring.age.changes.jsonl",
+    ]
 
 
 @pytest.mark.parametrize("content", [b"not age", b"", b"age-encryption.org/v1\n"])

@@ -231,7 +231,11 @@ def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys
     assert capsys.readouterr().err.count("a generated passphrase needs a new file") == 3
     assert (tmp_path / "k.age").read_bytes() == before
     assert (tmp_path / "p").read_text() == STRONG
-    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {"p", "k.age"}
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")} == {
+        "p",
+        "k.age",
+        "k.age.changes.jsonl",
+    }
 
 
 def test_a_refused_command_leaves_no_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,9 @@ from support.keyring import change, opened, run
 from support.requires import program
 from support.secrets import secret_file
 
+from keyferry_agent.command import main
 from keyferry_agent.keyring import file
+from keyferry_agent.keyring.changes import log_of
 from keyferry_agent.keyring.sealing import Unsealer, seal
 
 
@@ -215,5 +217,10 @@ def test_killed_at_any_step_the_file_is_the_old_one_or_the_new_one(keyring: Path
     assert killed > 30
     assert old > 20
     assert new > 1
-    assert sorted(path.name for path in keyring.parent.iterdir()) == ["identity", "keyring.age"]
+    assert sorted(path.name for path in keyring.parent.iterdir()) == [
+        "identity",
+        "keyring.age",
+        "keyring.age.changes.jsonl",
+    ]
+    assert main(["audit", "verify", str(log_of(keyring))]) == 0
     assert f"alias/n{at}" in opened(keyring).aliases

@@ -157,7 +157,7 @@ def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkey
             "grant[0].keys",
             "not of this agent",
         ),
-        (GRANT.format(to="uid = 5") + GRANT.format(to="uid = 6"), "grant", "same name"),
+        (GRANT.format(to="uid = 5") + GRANT.format(to="uid = 6"), "grant[1].name", "same name"),
         ('[[listener]]\nname = "a"\npath = "/a"\nuser = -1', "listener[0].user", "user of this host"),
         ('[[listener]]\nname = "a"\npath = "/a"\ngroup = 4294967295', "listener[0].group", "group of this host"),
         ('[[listener]]\nname = "a"\npath = "/a"\nuser = "a\\u0000"', "listener[0].user", "user of this host"),

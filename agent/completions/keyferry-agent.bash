@@ -6,7 +6,7 @@
 # See also: https://github.com/scop/bash-completion/blob/main/doc/configuration.md
 
 _shtab_keyferry_agent_audit_subparsers=(verify who)
-_shtab_keyferry_agent_keyring_subparsers=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion create-alias update-alias delete-alias recipient-of new-identity)
+_shtab_keyferry_agent_keyring_subparsers=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion history create-alias update-alias delete-alias recipient-of new-identity)
 _shtab_keyferry_agent_subparsers=(run check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev --alias)
@@ -33,6 +33,7 @@ _shtab_keyferry_agent_keyring_disable_version_option_strings=(-h --help --json -
 _shtab_keyferry_agent_keyring_enable_version_option_strings=(-h --help --json --unseal)
 _shtab_keyferry_agent_keyring_schedule_deletion_option_strings=(-h --help --json --unseal --days)
 _shtab_keyferry_agent_keyring_cancel_deletion_option_strings=(-h --help --json --unseal)
+_shtab_keyferry_agent_keyring_history_option_strings=(-h --help --json)
 _shtab_keyferry_agent_keyring_create_alias_option_strings=(-h --help --json --unseal)
 _shtab_keyferry_agent_keyring_update_alias_option_strings=(-h --help --json --unseal)
 _shtab_keyferry_agent_keyring_delete_alias_option_strings=(-h --help --json --unseal)
@@ -98,6 +99,7 @@ _shtab_keyferry_agent_keyring_schedule_deletion_pos_0_COMPGEN=_shtab_compgen_fil
 _shtab_keyferry_agent_keyring_schedule_deletion___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_cancel_deletion_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_cancel_deletion___unseal_COMPGEN=_shtab_compgen_files
+_shtab_keyferry_agent_keyring_history_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_create_alias_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_create_alias___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_update_alias_pos_0_COMPGEN=_shtab_compgen_files
@@ -111,7 +113,7 @@ _shtab_keyferry_agent_audit_who___operation_choices=(Decrypt DescribeKey Encrypt
 _shtab_keyferry_agent_audit_pos_0_choices=(verify who)
 _shtab_keyferry_agent_keyring_create_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_import_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
-_shtab_keyferry_agent_keyring_pos_0_choices=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion create-alias update-alias delete-alias recipient-of new-identity)
+_shtab_keyferry_agent_keyring_pos_0_choices=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion history create-alias update-alias delete-alias recipient-of new-identity)
 _shtab_keyferry_agent_pos_0_choices=(run check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run__h_nargs=0
@@ -194,6 +196,9 @@ _shtab_keyferry_agent_keyring_schedule_deletion___json_nargs=0
 _shtab_keyferry_agent_keyring_cancel_deletion__h_nargs=0
 _shtab_keyferry_agent_keyring_cancel_deletion___help_nargs=0
 _shtab_keyferry_agent_keyring_cancel_deletion___json_nargs=0
+_shtab_keyferry_agent_keyring_history__h_nargs=0
+_shtab_keyferry_agent_keyring_history___help_nargs=0
+_shtab_keyferry_agent_keyring_history___json_nargs=0
 _shtab_keyferry_agent_keyring_create_alias__h_nargs=0
 _shtab_keyferry_agent_keyring_create_alias___help_nargs=0
 _shtab_keyferry_agent_keyring_create_alias___json_nargs=0

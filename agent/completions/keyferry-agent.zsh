@@ -39,6 +39,7 @@ _shtab_keyferry_agent_keyring_commands() {
     disable-version:'Let a version decrypt nothing any more.'
     enable:'Let a key be used again.'
     enable-version:'Let a version decrypt again.'
+    history:'Print the changes of a keyring, and verify their chain; nothing is unsealed.'
     import-key:'Add a key of material that you have.'
     init:'Create an empty keyring.'
     list:'List all keys.'
@@ -258,6 +259,15 @@ _shtab_keyferry_agent_keyring_enable_version_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_enable_version_defaults_added=0
+
+_shtab_keyferry_agent_keyring_history_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_history_defaults_added=0
 
 _shtab_keyferry_agent_keyring_import_key_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -505,6 +515,7 @@ _shtab_keyferry_agent_keyring() {
         disable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_version_options ;;
         enable) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_options ;;
         enable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_version_options ;;
+        history) _arguments -C -s $_shtab_keyferry_agent_keyring_history_options ;;
         import-key) _arguments -C -s $_shtab_keyferry_agent_keyring_import_key_options ;;
         init) _arguments -C -s $_shtab_keyferry_agent_keyring_init_options ;;
         list) _arguments -C -s $_shtab_keyferry_agent_keyring_list_options ;;

@@ -16,6 +16,7 @@ from keyferry import age_passphrase, private_files
 from keyferry.output import say, show
 
 from . import listening, units
+from .grants import places
 from .keyring.document import Document, KeyringError
 from .keyring.file import open_sealed, read_sealed
 from .keyring.sealing import Unsealer
@@ -41,13 +42,14 @@ def add_parser(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    settings, problems, open_to_others = examine(arguments.file)
+    settings, problems, open_to_others, missing = examine(arguments.file)
     warnings: list[str] = []
     if settings is not None:
         open_to_others += _open_files(settings)
         warnings += settings.warnings
         if not problems:  # else a file may seem to be missing only because its line is wrong
             obstacles, remarks = _of_this_host(settings, systemd=arguments.systemd)
+            obstacles += missing
             if arguments.systemd:
                 problems = [f"{arguments.file}: {obstacle}" for obstacle in obstacles]
             else:
@@ -205,8 +207,8 @@ def _keys(settings: Settings, document: Document) -> list[str]:
     own += [alias for aliases in document.aliases_by_key().values() for alias in aliases]
     names = [each for name in own for each in settings.names_of(name)]
     return [
-        f"grant[{i}].keys: {key!r} matches no key of the keyring"
-        for i, grant in enumerate(settings.grants)
+        f"{place}.keys: {key!r} matches no key of the keyring"
+        for place, grant in places(settings.grants)
         for key in grant.keys
         if key != "*" and not replace(grant, keys=(key,)).has_key(names)
     ]

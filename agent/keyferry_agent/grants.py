@@ -6,8 +6,10 @@ the pairs of the EncryptionContext. There are no deny rules and no order.
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 from keyferry.operations import OPERATIONS
@@ -25,6 +27,7 @@ __all__ = [
     "Granted",
     "Policy",
     "carrying",
+    "places",
 ]
 
 PLAINTEXT: Final = "plaintext"
@@ -83,6 +86,8 @@ class Grant:
     keys: tuple[str, ...]
     recipients: frozenset[str] | None = None
     encryption_context: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = field(default=None, compare=False, repr=False)
+    """The file in the folder of grants that has the grant; None for the configuration."""
     _names: frozenset[str] = field(init=False, repr=False)
     _keys: re.Pattern[str] = field(init=False, repr=False)
     _actions: re.Pattern[str] = field(init=False, repr=False)
@@ -134,6 +139,15 @@ def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str
         if grant.has_recipient(pin) and grant.has_context(context):
             return grant
     return None
+
+
+def places(grants: Iterable[Grant]) -> Iterator[tuple[str, Grant]]:
+    """Yield each grant with its place, as messages name it: `grant[0]`, with the path of its file before it, if it has one."""
+    counts: Counter[Path | None] = Counter()
+    for grant in grants:
+        place = f"grant[{counts[grant.file]}]"
+        counts[grant.file] += 1
+        yield (f"{grant.file}: {place}" if grant.file is not None else place), grant
 
 
 @functools.lru_cache(maxsize=1_024)

@@ -8,6 +8,7 @@ from typing import Final
 
 import structlog
 
+from . import grant_files
 from .grants import Grant
 from .keyring import loader
 from .keyring.kept import Keeper, Look
@@ -82,5 +83,6 @@ class Options:
         return keyring
 
     def files(self, settings: Settings) -> list[Path]:
-        """The files that all this was read from."""
-        return [path for path in (self.config, settings.keyring, settings.unseal) if path is not None]
+        """The files, and the folder of grants, that all this was read from."""
+        folder = settings.grants_folder or (self.config and grant_files.beside(self.config))
+        return [path for path in (self.config, folder, settings.keyring, settings.unseal) if path is not None]

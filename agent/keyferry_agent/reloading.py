@@ -17,6 +17,7 @@ import trio
 
 from keyferry.secret import SecretMemoryError
 
+from . import grant_files
 from .agent import Agent
 from .audit import AuditLog
 from .host import Host
@@ -41,7 +42,9 @@ _FIXED: Final = ("listeners", "limits", "audit", "memory", "memory_backing", "sm
 
 T = TypeVar("T")
 Looks: TypeAlias = Mapping[Path, tuple[int, ...] | None]
-"""How files looked: which file each name led to, its size, and when it was last changed; None for one that is not there."""
+"""How files looked: which file each name led to, its size, and when it was last changed; None for one that is not there.
+
+A folder looks as its files do."""
 
 
 def look(paths: Sequence[Path]) -> Looks:
@@ -50,6 +53,18 @@ def look(paths: Sequence[Path]) -> Looks:
 
 
 def _look(path: Path) -> tuple[int, ...] | None:
+    status = _status(path)
+    if status is None or not os.path.isdir(path):
+        return status
+    try:
+        files = [_status(file) for file in grant_files.find(path)]
+    except OSError:
+        return status
+    # Also a file that was changed in place, or behind a symbolic link: the folder itself looks the same.
+    return (*status, *(number for each in files if each is not None for number in each))
+
+
+def _status(path: Path) -> tuple[int, ...] | None:
     try:
         status = os.stat(path)
     except OSError:
@@ -156,6 +171,8 @@ class Reloader:
             files = options.files(settings)
             # What was looked at before it was read stays so: what changes meanwhile is noticed.
             looks = {**await _in_thread(look, files), **{path: looks[path] for path in files if path in looks}}
+            if settings.grants_folder not in (None, *self._seen):  # it was read before it was looked at
+                settings = await _in_thread(options.settings)
             settings, limited = _keep_fixed(settings, agent.settings)
             looked = looks.get(settings.keyring) if settings.keyring else None
             keyring = (

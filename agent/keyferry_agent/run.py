@@ -68,7 +68,10 @@ def _live(
     try:
         seen = look(options.files(Settings()))
         settings = options.settings()
-        seen = {**look(options.files(settings)), **seen}  # before anything is read: what changes meanwhile is noticed
+        looked = {**look(options.files(settings)), **seen}  # before anything is read: what changes meanwhile is noticed
+        if settings.grants_folder not in (None, *seen):  # the folder was read before it was looked at
+            settings = options.settings()
+        seen = looked
         keeper = Keeper(host.store, host.forget)
         agent, current = _agent(options, settings, keeper, given, seen)
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")

@@ -4,27 +4,20 @@ Every limit has a default that a small host can live with, and its reason beside
 `recipients` must never mean "any".
 """
 
-import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, NamedTuple
 
-from keyferry import private_files
-from keyferry.content import byte_order_mark
 from keyferry.exchange import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
-from . import toml
-from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant
-from .peer import OVERFLOW_GID, OVERFLOW_UID
+from . import grant_checks, grant_files, toml
+from .grants import SELECTORS, Grant
 
 __all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "examine", "look_up", "read"]
-
-
-_BYTE_ORDER_MARK: Final = "\ufeff"
 
 
 class SettingsError(Exception):
@@ -89,6 +82,8 @@ class Settings:
     limits: Limits = Limits()
     audit: Audit = Audit()
     grants: tuple[Grant, ...] = ()
+    grants_folder: Path | None = field(default=None, compare=False)
+    """Where further grants are, each application's in a file of its own. The folder beside the configuration need not exist."""
     names: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """The users and groups that grants name ("user" or "group", and the name), with their numbers; -1 for one not found."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
@@ -108,48 +103,42 @@ class Examined(NamedTuple):
     settings: Settings | None
     problems: list[str]
     open_to_others: list[str]
-    """The ways in which other users can write the file."""
+    """The ways in which other users can write a file."""
+    missing: list[str]
+    """What is named and is not on this host, although it may be on the host that the configuration is for."""
 
 
 def read(path: Path) -> Settings:
     """Read a configuration file. Raises `SettingsError` with everything that is wrong."""
-    examined = examine(path)
-    if examined.settings is None or examined.problems or examined.open_to_others:
-        raise SettingsError([*examined.open_to_others, *examined.problems])
-    return examined.settings
+    settings, *problems = examine(path)
+    if settings is None or any(problems):
+        raise SettingsError([each for kind in problems for each in kind])
+    return settings
 
 
 def examine(path: Path) -> Examined:
-    """Return what a configuration file says, and everything that is wrong with the file and with its content."""
-    open_to_others: list[str] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            open_to_others = private_files.problems(path, file.fileno())
-            text = file.read()
-        if text.startswith(_BYTE_ORDER_MARK):
-            return Examined(None, [f"{path}: {_has_byte_order_mark('UTF-8')}"], open_to_others)
-        raw = tomllib.loads(text)
-    except OSError as error:
-        problem = error.strerror
-    except UnicodeDecodeError as error:
-        encoding = byte_order_mark(error.object)
-        problem = _has_byte_order_mark(encoding) if encoding else f"not UTF-8: {error.reason} at byte {error.start}"
-    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits, and of arrays in arrays
-        problem = f"not TOML: {error}"
-    else:
-        table = toml.Table("", raw, [], [])
-        settings = _settings(table)
-        problems = [f"{path}: {problem}" for problem in table.problems]
-        return Examined(replace(settings, warnings=tuple(table.warnings)), problems, open_to_others)
-    return Examined(None, [f"{path}: {problem}"], open_to_others)
+    """Return what a configuration says, and everything that is wrong with its files and with their content."""
+    loaded = toml.load(path)
+    if loaded.raw is None:
+        return Examined(None, [f"{path}: {loaded.problem}"], loaded.open_to_others, [])
+    table = toml.Table("", loaded.raw, [], [])
+    chosen = table.take("grants_folder", "the path of a folder", toml.path, None)
+    folder = grant_files.beside(path) if chosen is None else chosen
+    files = grant_files.read(folder)
+    settings = _settings(table, files)
+    sources = [(path, table), *((file.path, file.table) for file in files)]
+    problems = [f"{source}: {problem}" for source, each in sources for problem in each.problems]
+    names = {listener.name for listener in settings.listeners}
+    warnings = [f"{file.path}: {warning}" for file in files for warning in file.table.warnings]
+    warnings = [*table.warnings, *warnings, *grant_checks.warnings(settings.grants)]
+    return Examined(
+        replace(settings, grants_folder=folder, warnings=tuple(warnings)),
+        [*problems, *grant_checks.problems(settings.grants, path, names, settings.arn(""))],
+        [*loaded.open_to_others, *(each for file in files for each in file.open_to_others)],
+        [f"grants_folder: {folder} does not exist"] if chosen is not None and not os.path.lexists(chosen) else [],
+    )
 
 
-def _has_byte_order_mark(encoding: str) -> str:
-    return f"begins with a byte order mark ({encoding}); save it as UTF-8 without one"
-
-
-_MAX_COMPARED: Final = 100_000
-"""Pairs of grants that are compared with each other at most."""
 _LISTENER: Final = Listener()
 _LIMITS: Final = Limits()
 _AUDIT: Final = Audit()
@@ -158,7 +147,7 @@ _AUDIT: Final = Audit()
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def _settings(table: toml.Table) -> Settings:
+def _settings(table: toml.Table, files: Sequence[grant_files.File]) -> Settings:
     single = _listener(table, "socket")
     listeners = tuple(_named_listener(entry) for entry in table.tables("listener"))
     for name in ("socket", "mode"):
@@ -186,84 +175,17 @@ def _settings(table: toml.Table) -> Settings:
             path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
             on_failure=audit.take("on_failure", "", toml.one_of("refuse", "serve"), _AUDIT.on_failure),
         ),
-        grants=tuple(_grant(entry, names) for entry in table.tables("grant")),
+        grants=(
+            *(_grant(entry, names, None) for entry in table.tables("grant")),
+            *(_grant(entry, names, file.path) for file in files for entry in file.table.tables("grant")),
+        ),
         names=names,
     )
     audit.done()
     table.done()
     if settings.metrics in {str(listener.path) for listener in settings.listeners}:
         table.wrong("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
-    _check_grants(table, settings)
     return settings
-
-
-_OVERFLOW: Final = (
-    ("uid", "uid", OVERFLOW_UID),
-    ("user", "uid", OVERFLOW_UID),
-    ("gid", "gid", OVERFLOW_GID),
-    ("group", "gid", OVERFLOW_GID),
-)
-"""Selectors, what their numbers are, and the number that stands for every user or group that the kernel cannot tell."""
-
-
-def _check_grants(table: toml.Table, settings: Settings) -> None:
-    """Note what is wrong with grants in the light of everything else: what could never match is a mistake."""
-    listeners = {listener.name for listener in settings.listeners}
-    for i, grant in enumerate(settings.grants):
-        listener = grant.to.get("listener")
-        if listener is not None and listener not in listeners:
-            table.problems.append(f"grant[{i}].to.listener: no listener is called {listener!r}")
-        overflow = [(kind, number) for selector, kind, number in _OVERFLOW if grant.to.get(selector) == number]
-        table.warnings += [
-            f"grant[{i}].to: {number} is the overflow {kind}, which can be anybody; matches nobody"
-            for kind, number in overflow
-        ]
-        if grant.program and not BESIDE_PROGRAM & grant.to.keys():
-            table.problems.append(
-                f"grant[{i}].to: every user can run {' and '.join(sorted(grant.program))}, with a library of their own in it; "
-                f"add {', '.join(sorted(BESIDE_PROGRAM - {'listener'}))} or listener"
-            )
-        excluded = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))
-        if grant.recipients is not None and excluded:
-            table.warnings.append(
-                f"grant[{i}].actions: a grant with recipients never covers {', '.join(excluded)}: the caller would learn or "
-                "choose a data key; leave the action out, or give it a grant of its own"
-            )
-        for key in grant.keys:
-            if key.startswith("acs:"):
-                _, _, region, account, _ = key.split(":", 4)
-                if not (fnmatchcase(settings.region, region) and fnmatchcase(settings.account, account)):
-                    table.problems.append(
-                        f"grant[{i}].keys: {key!r} is not of this agent, whose ARNs begin with {settings.arn('')}"
-                    )
-    table.warnings += _ways_round(settings.grants)
-    names = [grant.name for grant in settings.grants if grant.name]
-    if len(set(names)) != len(names):
-        table.wrong("grant", "two grants have the same name; the record of requests could not tell them apart")
-
-
-def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
-    """Warn of grants without recipients that give a caller what its grant with recipients is to keep from it."""
-    pinned = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is not None]
-    others = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is None]
-    if len(pinned) * len(others) > _MAX_COMPARED:
-        return
-    for i, grant in pinned:
-        for j, other in others:
-            if not any(other.has_action(action) for action in (*NEVER_WITH_RECIPIENTS, "kms:ReEncryptTo")):
-                continue
-            if _agree(grant.to, other.to) and _agree(grant.encryption_context, other.encryption_context):
-                shared = sorted({a for a in grant.keys for b in other.keys if fnmatchcase(a, b) or fnmatchcase(b, a)})
-                if shared:
-                    yield (
-                        f"grant[{i}].recipients: grant[{j}] has none, and may be to the same caller for {', '.join(shared)}: "
-                        "through it the caller can learn or choose what the first grant exports"
-                    )
-
-
-def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether no name has two values, so that one caller, or one EncryptionContext, may match both."""
-    return all(other.get(name, value) == value for name, value in one.items())
 
 
 def _audit_path(value: Any) -> str:
@@ -325,7 +247,7 @@ def _named_listener(table: toml.Table) -> Listener:
     return made
 
 
-def _grant(table: toml.Table, names: dict[tuple[str, str], int]) -> Grant:
+def _grant(table: toml.Table, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
     name = table.take("name", "a name", toml.string, "")
     for needed in ("name", "to", "actions", "keys"):
         if not table.has(needed):
@@ -344,6 +266,7 @@ def _grant(table: toml.Table, names: dict[tuple[str, str], int]) -> Grant:
             None,
         ),
         encryption_context=table.take("encryption_context", "a table of strings", toml.pairs, MappingProxyType({})),
+        file=file,
     )
     table.done()
     return grant

@@ -4,18 +4,60 @@ import grp
 import os
 import pwd
 import re
+import stat
+import tomllib
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+
+from keyferry import private_files
+from keyferry.content import byte_order_mark
 
 from .grants import ACTIONS
 
 _LONGEST_SOCKET: Final = 107  # sun_path of sockaddr_un, less its NUL
 _PORTS: Final = 65_536
 _NO_ID: Final = 2**32 - 1  # (uid_t) -1
+_BYTE_ORDER_MARK: Final = "\ufeff"
+
+
+class File(NamedTuple):
+    """What a TOML file has, or why it has nothing; and the ways in which other users can write it, one message each."""
+
+    raw: Mapping[str, Any] | None
+    problem: str
+    open_to_others: list[str]
+
+
+def load(path: Path, *, regular: bool = False) -> File:
+    """Read a file. `regular`: refuse a pipe, which would be waited for, and all else that is not a regular file."""
+    open_to_others: list[str] = []
+    try:
+        with open(
+            os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular else 0)), encoding="utf-8"
+        ) as file:
+            if regular and not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return File(None, "not a regular file", [])
+            open_to_others = private_files.problems(path, file.fileno())
+            text = file.read()
+        if text.startswith(_BYTE_ORDER_MARK):
+            return File(None, _has_byte_order_mark("UTF-8"), open_to_others)
+        return File(tomllib.loads(text), "", open_to_others)
+    except OSError as error:
+        problem = str(error.strerror)
+    except UnicodeDecodeError as error:
+        encoding = byte_order_mark(error.object)
+        problem = _has_byte_order_mark(encoding) if encoding else f"not UTF-8: {error.reason} at byte {error.start}"
+    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits, and of arrays in arrays
+        problem = f"not TOML: {error}"
+    return File(None, problem, open_to_others)
+
+
+def _has_byte_order_mark(encoding: str) -> str:
+    return f"begins with a byte order mark ({encoding}); save it as UTF-8 without one"
 
 
 class Table:

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Collection, Iterator
 from typing import Final, TypeAlias
 
-__all__ = ["ALLOW_OPEN_FILES", "PrivateFileError", "allowed", "check", "owner_of", "problems"]
+__all__ = ["ALLOW_OPEN_FILES", "PrivateFileError", "allowed", "check", "folder_problems", "owner_of", "problems"]
 
 ALLOW_OPEN_FILES: Final = "KEYFERRY_ALLOW_OPEN_FILES"
 """An environment variable. "1" switches the rule off, for platforms that cannot give files a private mode or owner."""
@@ -85,6 +85,27 @@ def problems(
     ]
 
 
+def folder_problems(path: _Path) -> list[str]:
+    """Return one message for each way in which other users can put files into a folder, or replace files in it.
+
+    The owners are those of `problems`. A path that does not exist, or is not a folder, has no problems. A sticky bit is not
+    enough: it does not keep other users from adding files.
+    """
+    if allowed() or not os.path.isdir(path):
+        return []
+    name, trusted = os.fspath(path), {_ROOT, os.geteuid()}
+    found = list(_folder_problems(f"{name}/*", trusted))
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if mode & stat.S_ISVTX and mode & (stat.S_IWGRP | stat.S_IWOTH) and not _is_read_only(name):
+        found.append(f"{name}: mode {mode:04o}: other users can put files into it; chmod go-w {name}")
+    return found
+
+
+def _is_read_only(path: str) -> bool:
+    """Return whether a folder is on a read-only mount, so that its writers, if any, are elsewhere."""
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def owner_of(path: _Path | None) -> tuple[int, ...]:
     """Return the owner of a file for `owners`: none where there is no such file."""
     try:
@@ -131,7 +152,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
                 yield f"{path}: the link {name} belongs to user {status.st_uid}, who can point it to another file; remove it"
             continue
         try:
-            read_only = bool(os.statvfs(name).f_flag & os.ST_RDONLY)
+            read_only = _is_read_only(name)
         except OSError:
             continue
         mode = stat.S_IMODE(status.st_mode)

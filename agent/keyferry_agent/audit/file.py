@@ -79,6 +79,14 @@ class RecordFile:
                 return Appended(0, error)
         return self._append(records) if records else Appended(0)
 
+    def sync(self) -> None:
+        """Have all appended lines on the disk. Raises OSError."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close a file that nothing more is appended to. Raises OSError."""
+        os.close(self._descriptor)
+
     def announce(self, records: list[str]) -> None:
         """Have records written before the next ones. For any thread: whether the file takes anything or not."""
         self._waiting.append(records)

@@ -135,7 +135,7 @@ def _explain(arguments: argparse.Namespace, usage: Callable[[str], None]) -> int
     toml = None
     if not explanation.granted:
         toml = suggested([decision.question for decision in explanation.decisions], names, arguments.user)
-    text = _json(explanation, notes, toml) if arguments.json else _text(explanation, toml)
+    text = _json(explanation, notes, toml, arguments.config) if arguments.json else _text(explanation, toml, settings)
     allowed = explanation.granted and not explanation.unusable
     return show("keyferry-agent", text) or (ALLOWED if allowed else REFUSED)
 
@@ -199,7 +199,7 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _text(explanation: _Explanation, toml: str | None) -> str:
+def _text(explanation: _Explanation, toml: str | None, settings: Settings) -> str:
     lines = list(explanation.recorded)
     if lines:
         lines.append("By the configuration as it is now:")
@@ -210,11 +210,13 @@ def _text(explanation: _Explanation, toml: str | None) -> str:
         else:
             lines.append(str(decision))
     if toml is not None:
-        lines += ["", "This grant would allow it:", "", toml]
+        folder = settings.grants_folder
+        where = f", in a file in {folder} or in the configuration" if folder and folder.is_dir() else ""
+        lines += ["", f"This grant would allow it{where}:", "", toml]
     return "\n".join(lines)
 
 
-def _json(explanation: _Explanation, notes: list[str], toml: str | None) -> str:
+def _json(explanation: _Explanation, notes: list[str], toml: str | None, configuration: Path) -> str:
     return json.dumps(
         {
             "allowed": explanation.granted and not explanation.unusable,
@@ -229,6 +231,7 @@ def _json(explanation: _Explanation, notes: list[str], toml: str | None) -> str:
                     "grants": [
                         {
                             "grant": verdict.grant,
+                            "file": str(verdict.file or configuration),
                             "allows": not verdict.why,
                             "why": verdict.why or None,
                             "recipients": verdict.recipients,

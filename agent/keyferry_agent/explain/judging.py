@@ -1,6 +1,7 @@
 """What grants have to do with a request: pure functions, which agree with what an agent decides."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from keyferry.operations import OPERATIONS
@@ -54,19 +55,22 @@ class Question(NamedTuple):
 class Verdict(NamedTuple):
     """What one grant has to do with a question. `why`: the first thing that does not match; empty where it allows.
 
-    `recipients`: those that it allows it for only. `conditions`: what it depends on that is not known.
+    `recipients`: those that it allows it for only. `conditions`: what it depends on that is not known. `file`: the file in the
+    folder of grants that has the grant; None for the configuration.
     """
 
     grant: str
     why: str
     recipients: tuple[str, ...] | None = None
     conditions: tuple[str, ...] = ()
+    file: Path | None = None
 
     def __str__(self) -> str:
+        grant = self.grant if self.file is None else f"{self.grant} ({self.file})"
         if self.why:
-            return f"{self.grant}: {self.why}"
+            return f"{grant}: {self.why}"
         only = f" for these recipients only: {', '.join(self.recipients)}" if self.recipients is not None else ""
-        return f"{self.grant}: allows it{only}{''.join(f', if {condition}' for condition in self.conditions)}"
+        return f"{grant}: allows it{only}{''.join(f', if {condition}' for condition in self.conditions)}"
 
 
 class Decision(NamedTuple):
@@ -101,7 +105,7 @@ class Decision(NamedTuple):
 
 def decide(grants: Iterable[Grant], question: Question) -> Decision:
     """Judge every grant."""
-    return Decision(question, [_judge(grant, question) for grant in grants])
+    return Decision(question, [_judge(grant, question)._replace(file=grant.file) for grant in grants])
 
 
 def mismatch(

@@ -11,7 +11,7 @@ from keyferry.arguments import whole_number
 from keyferry.output import DONE, complain
 
 from ..crypto.seal import KEY_SIZES
-from . import access, file, verbs
+from . import access, changes, file, history, verbs
 from .document import Document, KeyEntry, KeyringError
 from .shown import PROGRAM, metadata, print_result, version_of, versions_of, warn
 
@@ -55,6 +55,7 @@ def add_parser(commands: Any) -> None:
 
     _add_access_verbs(verb)
     _add_key_verbs(verb)
+    history.add_parser(subparsers)
     _add_alias_verbs(verb)
     _add_identity_verbs(subparsers)
 
@@ -148,7 +149,8 @@ def _add_alias_verbs(verb: _Verb) -> None:
 
 def _main(arguments: argparse.Namespace) -> int:
     try:
-        result = arguments.verb_action(arguments)
+        with changes.attributed(arguments.verb):
+            result = arguments.verb_action(arguments)
         if arguments.file is not None:
             _warn_of_weak_work_factor(arguments.file)
     except KeyringError as error:

@@ -1,8 +1,8 @@
 """The keyring file: read whole, changed under a lock, replaced in one step.
 
-A change is: lock, read, change, seal, write beside, fsync, rename, fsync the directory. Two commands at the same moment take
-turns; a crash at any instant leaves the old file or the new one, never a mixture and never half. What a crash leaves beside
-it, sealed like the file itself, goes with the next change.
+A change is: lock, read, change, seal, write beside, fsync, write an entry of the change (changes.py), rename, fsync the
+directory, complete the entry. Two commands at the same moment take turns; a crash at any instant leaves the old file or the new
+one, never a mixture and never half. What a crash leaves beside it, sealed like the file itself, goes with the next change.
 """
 
 import os
@@ -15,6 +15,8 @@ from typing import Final, NamedTuple
 from keyferry import descriptors, private_files
 
 from ..locking import Lock, LockError
+from . import changes
+from .changes import Change, Picture
 from .document import Document, KeyringError
 from .recipients import missing, shortened
 from .sealing import Unsealer, count_recipients, seal
@@ -47,9 +49,16 @@ def read_sealed(path: Path) -> bytes:
 
 def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:
     """Unseal and check a keyring, without the keys whose deletion date has come. Raises `KeyringError`."""
-    document = Document.from_json(unsealer.unseal(sealed))
-    document.purge()
+    document, _ = _opened(sealed, unsealer)
     return document
+
+
+def _opened(sealed: bytes, unsealer: Unsealer) -> tuple[Document, Picture]:
+    """Return what `open_sealed` returns, and the picture of the file: with keys that the next change removes."""
+    document = Document.from_json(unsealer.unseal(sealed))
+    was = changes.picture(document)
+    document.purge()
+    return document, was
 
 
 def create(path: Path, document: Document, passphrase: str | None) -> None:
@@ -69,7 +78,8 @@ def creating(path: Path, document: Document, passphrase: str | None) -> Iterator
     with _locked(path):
         if path.exists():
             raise KeyringError(f"{path} exists; a keyring is never overwritten")
-        with _replacing(path, seal(document.to_json(), document.recipients, passphrase)):
+        after = seal(document.to_json(), document.recipients, passphrase)
+        with _replacing(path, Change(None, after, {}, changes.picture(document))):
             yield
 
 
@@ -83,12 +93,13 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
     path = _real(path)
     with _locked(path):
         before = read_sealed(path)
-        document = open_sealed(before, unsealer)
+        document, was = _opened(before, unsealer)
         yield document
         after = seal(document.to_json(), document.recipients, unsealer.passphrase)
         if not unsealer.opens(after) or count_recipients(before) != count_recipients(after):
             raise _sealed_by_hand(path)
-        _replace(path, after)
+        with _replacing(path, Change(before, after, was, changes.picture(document))):
+            pass
 
 
 class Before(NamedTuple):
@@ -119,7 +130,7 @@ def reseal(
     path = _real(path)
     with _locked(path):
         sealed = read_sealed(path)
-        document = open_sealed(sealed, unsealer)
+        document, was = _opened(sealed, unsealer)
         before = Before(document.recipients, count_recipients(sealed) - len(document.recipients))
         if keeps_others and before.unnamed:
             raise _sealed_by_hand(path)
@@ -127,7 +138,7 @@ def reseal(
         after = seal(document.to_json(), document.recipients, passphrase)
         if not confirmed:
             _check_access(path, unsealer, after, before.recipients, document.recipients)
-        with _replacing(path, after):
+        with _replacing(path, Change(sealed, after, was, changes.picture(document))):
             yield before
 
 
@@ -176,15 +187,12 @@ def _locked(path: Path) -> Iterator[None]:
         raise KeyringError(str(error)) from None
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Replace the file in one step, with the lock held. Raises `KeyringError`, and then the old file is there."""
-    with _replacing(path, content):
-        pass
-
-
 @contextmanager
-def _replacing(path: Path, content: bytes) -> Iterator[None]:
-    """Write the new file beside, and replace the old one by it after the `with` block. Raises as `_replace` does."""
+def _replacing(path: Path, change: Change) -> Iterator[None]:
+    """Write the new file beside the old one and the entry of the change, and replace the old file after the `with` block.
+
+    Raises `KeyringError`, and then the old file is there, unless the message says that it was changed.
+    """
     beside = path.with_name(f".{path.name}.new")
     try:
         with suppress(FileNotFoundError):
@@ -192,31 +200,31 @@ def _replacing(path: Path, content: bytes) -> Iterator[None]:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
-                file.write(content)
+                file.write(change.after)
                 file.flush()
                 os.fsync(descriptor)
-                yield
-                with suppress(
-                    FileNotFoundError
-                ):  # whoever could read the old file may read the new one; no more than 0600
-                    status = path.lstat()
-                    if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                        # By its descriptor: another user may own the folder, and put another file at the name.
-                        os.fchown(descriptor, status.st_uid, status.st_gid)
-                os.replace(beside, path)
-                if not os.path.samestat(path.lstat(), os.fstat(descriptor)):
-                    raise KeyringError(f"{path}: another user replaced the file while it was written; check its folder")
+                with changes.recorded(path, change):
+                    yield
+                    _rename(beside, path, descriptor)
         except BaseException:
             with suppress(OSError):
                 beside.unlink()
             raise
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
+
+
+def _rename(beside: Path, path: Path, descriptor: int) -> None:
+    """Give the new file, open behind `descriptor`, the owner and the name of the old one. Raises `KeyringError` or OSError."""
+    with suppress(FileNotFoundError):  # whoever could read the old file may read the new one; no more than 0600
+        status = path.lstat()
+        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            # By its descriptor: another user may own the folder, and put another file at the name.
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+    os.replace(beside, path)
+    if not os.path.samestat(path.lstat(), os.fstat(descriptor)):
+        raise KeyringError(f"{path}: another user replaced the file while it was written; check its folder")
     try:
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        changes.sync_folder(path.parent)
     except OSError as error:
         raise KeyringError(f"{path} was changed, but a power failure may undo it: {error.strerror}") from None

@@ -1,0 +1,224 @@
+"""The log of a keyring's changes, beside the keyring: an entry before each change and one after it, in the audit log's chain.
+
+The first entry of a change (`begun`) is on the disk before the keyring is replaced, and a change without it is refused. The
+second one (`done` or `failed`) follows the replacement. A crash between them leaves `begun` alone: the hashes in the next
+entry, or of the file, show whether the keyring was replaced (`history` compares them).
+
+What changed is found by comparing the document before and after, whatever the verb is. No entry has key material.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pwd
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from keyferry import private_files
+
+from .document import Document, KeyringError
+
+if TYPE_CHECKING:
+    from ..audit.file import RecordFile
+
+__all__ = ["EVENT", "Change", "Picture", "attributed", "file_hash", "log_of", "picture", "recorded", "sync_folder"]
+
+EVENT: Final = "keyring.change"
+MAX_CHANGES_BYTES: Final = 3_072
+"""Bytes of all single changes in an entry, so that a line stays below 4,096 bytes, as in the audit log."""
+MAX_VALUE_CHARACTERS: Final = 100
+"""Characters of a recipient, or of a value that was changed: a description has up to 8,192."""
+_MAX_UID: Final = 2**32 - 1
+"""(uid_t) -1: the kernel's number for a process that no login began."""
+
+Picture: TypeAlias = dict[tuple[tuple[str, str], ...], dict[str, Any]]
+"""Keys, versions, aliases and recipients, each by its names, with all its values that are not secret."""
+
+_verb: ContextVar[str] = ContextVar("verb", default="")
+
+
+@contextmanager
+def attributed(verb: str) -> Iterator[None]:
+    """Name the verb of all changes that are made in the `with` block."""
+    token = _verb.set(verb)
+    try:
+        yield
+    finally:
+        _verb.reset(token)
+
+
+def log_of(keyring: Path) -> Path:
+    """Return where the log of a keyring's changes is."""
+    return keyring.with_name(f"{keyring.name}.changes.jsonl")
+
+
+def file_hash(content: bytes | None) -> str | None:
+    """Return the SHA-256 of a keyring file, as entries have it; None where there is no file."""
+    return None if content is None else f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def picture(document: Document) -> Picture:
+    """Return what an entry may say of a document."""
+    seen: Picture = {(("recipient", text[:MAX_VALUE_CHARACTERS]),): {} for text in document.recipients}
+    for key in document.keys:
+        named = ("key_id", key.key_id)
+        seen[(named,)] = _values(key)
+        seen |= {(named, ("key_version_id", version.version_id)): _values(version) for version in key.versions}
+    return seen | {(("alias", alias),): {"key_id": owner} for alias, owner in document.aliases.items()}
+
+
+def _values(entry: Any) -> dict[str, Any]:
+    """Return the values of a key or a version: texts and numbers, but not what its repr leaves out, the material."""
+    return {
+        each.name: getattr(entry, each.name)
+        for each in dataclasses.fields(entry)
+        if each.repr and isinstance(getattr(entry, each.name), str | bool | int)
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a keyring becomes: its sealed content before and after, and the pictures of both."""
+
+    before: bytes | None
+    after: bytes
+    was: Picture
+    now: Picture
+
+    def entry(self) -> dict[str, Any]:
+        """Return the entry of the change, without its result."""
+        listed: list[dict[str, Any]] = []
+        size, omitted = 0, 0
+        for change in self._differences():
+            size += len(json.dumps(change)) + len(", ")
+            if size <= MAX_CHANGES_BYTES:
+                listed.append(change)
+            else:
+                omitted += 1
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": EVENT,  # and no level, by which `audit verify` would expect the start of an agent before it
+            "verb": _verb.get(),
+            **_operator(),
+            "changes": listed,
+            "omitted_changes": omitted,
+            "recipients": sum(names[0][0] == "recipient" for names in self.now),
+            "before": file_hash(self.before),
+            "after": file_hash(self.after),
+        }
+
+    def _differences(self) -> Iterator[dict[str, Any]]:
+        """Yield what was added, what was removed, and each value that was changed."""
+        for kind, some, others in (("added", self.now, self.was), ("removed", self.was, self.now)):
+            for names, values in some.items():
+                if names not in others:
+                    owner = {"key_id": values["key_id"]} if names[0][0] == "alias" else {}
+                    yield {**dict(names), **owner, "change": kind}
+        for names, values in self.now.items():
+            for name in sorted(values.keys() | self.was.get(names, values).keys()):
+                before, after = self.was.get(names, values).get(name), values.get(name)
+                if before != after:
+                    yield {**dict(names), "change": name, "before": _short(before), "after": _short(after)}
+
+
+def _short(value: Any) -> Any:
+    return value[:MAX_VALUE_CHARACTERS] if isinstance(value, str) else value
+
+
+def _operator() -> dict[str, Any]:
+    """Return the user of this process, the user who logged in, as far as the kernel has one, and the user that sudo claims."""
+    uid = os.getuid()
+    user = login = None
+    with suppress(KeyError):
+        user = pwd.getpwuid(uid).pw_name
+    with suppress(OSError, ValueError):
+        login = int(Path("/proc/self/loginuid").read_text())
+    claimed = os.environ.get("SUDO_UID", "")
+    return {
+        "uid": uid,
+        "user": user,
+        "login_uid": None if login == _MAX_UID else login,
+        "claimed_sudo_uid": int(claimed) if claimed.isascii() and claimed.isdecimal() and len(claimed) <= 10 else None,
+    }
+
+
+@contextmanager
+def recorded(keyring: Path, change: Change) -> Iterator[None]:
+    """Write the first entry of a change before the `with` block, which replaces the keyring, and the second one after it.
+
+    The caller holds the keyring's lock. Raises `KeyringError` before the block if the entry cannot be written.
+    """
+    log = log_of(keyring)
+    entry = change.entry()
+    try:
+        file = _open(log, keyring)
+        try:
+            _append(file, {**entry, "result": "begun"})
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise KeyringError(
+            f"{log}: {error.strerror}; the keyring was not changed, because each change needs an entry in this file"
+        ) from None
+    try:
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                _append(file, {**entry, "result": "failed"})
+            raise
+        _append(file, {**entry, "result": "done"})
+    except OSError as error:
+        raise KeyringError(
+            f"{log}: {error.strerror}; {keyring} was changed, and the entry of that is not complete"
+        ) from None
+    finally:
+        file.close()
+
+
+def _open(log: Path, keyring: Path) -> "RecordFile":
+    """Open the log, or make it with the keyring's owner. Raises OSError, and `KeyringError` where other users can write it."""
+    from ..audit.file import RecordFile  # noqa: PLC0415 - the loader reads keyrings, and is not to import an audit log
+
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        pass
+    else:
+        try:
+            with suppress(FileNotFoundError):  # the keyring is new, too
+                status = keyring.lstat()
+                if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                    os.fchown(descriptor, status.st_uid, status.st_gid)
+        finally:
+            os.close(descriptor)
+        sync_folder(log.parent)
+    owners = private_files.owner_of(keyring) or private_files.owner_of(
+        keyring.parent
+    )  # root manages keyrings of other users
+    if found := private_files.problems(log, owners=owners):
+        raise KeyringError(f"{'; '.join(found)}; the keyring was not changed")
+    return RecordFile(str(log))
+
+
+def _append(file: "RecordFile", entry: dict[str, Any]) -> None:
+    """Write an entry to the disk. Raises OSError."""
+    written = file.append([json.dumps(entry)[:-1]])
+    if written.error is not None:
+        raise written.error
+    file.sync()
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
