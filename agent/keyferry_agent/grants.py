@@ -6,8 +6,9 @@ the pairs of the EncryptionContext. There are no deny rules and no order.
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Final
 
 from keyferry.operations import OPERATIONS
@@ -25,6 +26,7 @@ __all__ = [
     "Granted",
     "Policy",
     "carrying",
+    "ways_round",
 ]
 
 PLAINTEXT: Final = "plaintext"
@@ -32,6 +34,8 @@ PLAINTEXT: Final = "plaintext"
 
 _REMEMBERED: Final = 32_768
 """Keys whose coverage a `Granted` remembers at most; then it begins anew. Each takes some 200 bytes."""
+_MAX_COMPARED: Final = 100_000
+"""Pairs of grants that are compared with each other at most."""
 _CALLERS_ROOM: Final = 4 * 2**20
 """Bytes for the evidence of callers that a `Policy` remembers; then it begins anew."""
 _CALLER_BYTES: Final = 600
@@ -283,3 +287,27 @@ class Policy:
 def _user_of(grant: Grant) -> int | None:
     uid: int | None = grant.to.get("uid", grant.to.get("user"))
     return uid
+
+
+def ways_round(grants: Sequence[Grant]) -> Iterator[str]:
+    """Warn of grants without recipients that give a caller what its grant with recipients is to keep from it."""
+    pinned = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is not None]
+    others = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is None]
+    if len(pinned) * len(others) > _MAX_COMPARED:
+        return
+    for i, grant in pinned:
+        for j, other in others:
+            if not any(other.has_action(action) for action in (*NEVER_WITH_RECIPIENTS, "kms:ReEncryptTo")):
+                continue
+            if _agree(grant.to, other.to) and _agree(grant.encryption_context, other.encryption_context):
+                shared = sorted({a for a in grant.keys for b in other.keys if fnmatchcase(a, b) or fnmatchcase(b, a)})
+                if shared:
+                    yield (
+                        f"grant[{i}].recipients: grant[{j}] has none, and may be to the same caller for {', '.join(shared)}: "
+                        "through it the caller can learn or choose what the first grant exports"
+                    )
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether no name has two values, so that one caller, or one EncryptionContext, may match both."""
+    return all(other.get(name, value) == value for name, value in one.items())

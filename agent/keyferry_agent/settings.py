@@ -5,7 +5,7 @@ Every limit has a default that a small host can live with, and its reason beside
 """
 
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,7 +18,7 @@ from keyferry.exchange import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
 from . import toml
-from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant
+from .grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, SELECTORS, Grant, ways_round
 from .peer import OVERFLOW_UID
 
 __all__ = [
@@ -163,8 +163,6 @@ def _has_byte_order_mark(encoding: str) -> str:
     return f"begins with a byte order mark ({encoding}); save it as UTF-8 without one"
 
 
-_MAX_COMPARED: Final = 100_000
-"""Pairs of grants that are compared with each other at most."""
 _LISTENER: Final = Listener()
 _LIMITS: Final = Limits()
 _AUDIT: Final = Audit()
@@ -251,34 +249,10 @@ def _check_grants(table: toml.Table, settings: Settings) -> None:
                     table.problems.append(
                         f"grant[{i}].keys: {key!r} is not of this agent, whose ARNs begin with {settings.arn('')}"
                     )
-    table.warnings += _ways_round(settings.grants)
+    table.warnings += ways_round(settings.grants)
     names = [grant.name for grant in settings.grants if grant.name]
     if len(set(names)) != len(names):
         table.wrong("grant", "two grants have the same name; the record of requests could not tell them apart")
-
-
-def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
-    """Warn of grants without recipients that give a caller what its grant with recipients is to keep from it."""
-    pinned = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is not None]
-    others = [(i, grant) for i, grant in enumerate(grants) if grant.recipients is None]
-    if len(pinned) * len(others) > _MAX_COMPARED:
-        return
-    for i, grant in pinned:
-        for j, other in others:
-            if not any(other.has_action(action) for action in (*NEVER_WITH_RECIPIENTS, "kms:ReEncryptTo")):
-                continue
-            if _agree(grant.to, other.to) and _agree(grant.encryption_context, other.encryption_context):
-                shared = sorted({a for a in grant.keys for b in other.keys if fnmatchcase(a, b) or fnmatchcase(b, a)})
-                if shared:
-                    yield (
-                        f"grant[{i}].recipients: grant[{j}] has none, and may be to the same caller for {', '.join(shared)}: "
-                        "through it the caller can learn or choose what the first grant exports"
-                    )
-
-
-def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether no name has two values, so that one caller, or one EncryptionContext, may match both."""
-    return all(other.get(name, value) == value for name, value in one.items())
 
 
 def _audit_path(value: Any) -> str:
