@@ -270,8 +270,9 @@ def test_a_keyring_that_was_replaced_while_no_agent_ran_is_read_at_the_start(
     change(keyring, "create-key", "--alias", "alias/c")
     (keyring.parent / "identity").unlink()
     with manager.start(what, path=socket_path) as agent, agent.client() as kms:
-        agent.wait_for("reload.failed")
+        assert "was replaced and has not been opened" in agent.wait_for("unseal.absent")["what"]
         kms.describe_key(key_id="alias/b")
+        assert {each.name for each in kms.get_agent_status().conditions} == {"KeyringStale", "UnsealAbsent"}
 
 
 @pytest.mark.parametrize("damage", ["memory", "description", "zero", "format"])

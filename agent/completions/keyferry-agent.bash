@@ -7,9 +7,10 @@
 
 _shtab_keyferry_agent_audit_subparsers=(verify who)
 _shtab_keyferry_agent_keyring_subparsers=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion history create-alias update-alias delete-alias recipient-of new-identity)
-_shtab_keyferry_agent_subparsers=(run check fingerprint explain audit keyring)
+_shtab_keyferry_agent_subparsers=(run unseal check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev --alias)
+_shtab_keyferry_agent_unseal_option_strings=(-h --help --secret --socket)
 _shtab_keyferry_agent_check_option_strings=(-h --help --systemd)
 _shtab_keyferry_agent_fingerprint_option_strings=(-h --help)
 _shtab_keyferry_agent_explain_option_strings=(-h --help --config --request-id --audit-log --uid --user --gid --group --listener --unit --pod --exe --sha256 --action --key --recipient --context --json)
@@ -46,6 +47,8 @@ _shtab_keyferry_agent_run___config_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_run___socket_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_run___keyring_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_run___unseal_COMPGEN=_shtab_compgen_files
+_shtab_keyferry_agent_unseal___secret_COMPGEN=_shtab_compgen_files
+_shtab_keyferry_agent_unseal___socket_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_check_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_fingerprint_pos_0_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_explain___config_COMPGEN=_shtab_compgen_files
@@ -109,16 +112,18 @@ _shtab_keyferry_agent_keyring_delete_alias___unseal_COMPGEN=_shtab_compgen_files
 _shtab_keyferry_agent_keyring_new_identity_pos_0_COMPGEN=_shtab_compgen_files
 
 _shtab_keyferry_agent_explain___action_choices=(kms:Decrypt kms:DescribeKey kms:Encrypt kms:ExportDataKey kms:GenerateAndExportDataKey kms:GenerateDataKey kms:GenerateDataKeyWithoutPlaintext kms:GetAgentStatus kms:ListAliases kms:ListKeyVersions kms:ListKeys kms:ReEncryptFrom kms:ReEncryptTo)
-_shtab_keyferry_agent_audit_who___operation_choices=(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)
+_shtab_keyferry_agent_audit_who___operation_choices=(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentHealth GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)
 _shtab_keyferry_agent_audit_pos_0_choices=(verify who)
 _shtab_keyferry_agent_keyring_create_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_import_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_pos_0_choices=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion history create-alias update-alias delete-alias recipient-of new-identity)
-_shtab_keyferry_agent_pos_0_choices=(run check fingerprint explain audit keyring)
+_shtab_keyferry_agent_pos_0_choices=(run unseal check fingerprint explain audit keyring)
 
 _shtab_keyferry_agent_run__h_nargs=0
 _shtab_keyferry_agent_run___help_nargs=0
 _shtab_keyferry_agent_run___dev_nargs=0
+_shtab_keyferry_agent_unseal__h_nargs=0
+_shtab_keyferry_agent_unseal___help_nargs=0
 _shtab_keyferry_agent_check__h_nargs=0
 _shtab_keyferry_agent_check___help_nargs=0
 _shtab_keyferry_agent_check___systemd_nargs=0

@@ -16,6 +16,7 @@ _shtab_keyferry_agent_commands() {
     fingerprint:'a public key'"'"'s pin, as `recipients` takes it'
     keyring:'create and change sealed keyring files'
     run:'the daemon, in the foreground; its log is on stderr'
+    unseal:'Give the secret that opens the keyring to a running agent. It is read from standard input.'
   )
   _describe 'keyferry-agent commands' _commands
 }
@@ -93,7 +94,7 @@ _shtab_keyferry_agent_audit_who_options=(
   "--version[one version of a master key]:ID:"
   "--recipient[the pin of the public key that data keys were exported to]:PIN:"
   "--grant[the grant that allowed the requests]:NAME:"
-  "--operation[one operation\; otherwise all that give a caller a data key\: GenerateAndExportDataKey, ExportDataKey, GenerateDataKey, Decrypt, ReEncrypt]:NAME:(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)"
+  "--operation[one operation\; otherwise all that give a caller a data key\: GenerateAndExportDataKey, ExportDataKey, GenerateDataKey, Decrypt, ReEncrypt]:NAME:(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentHealth GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)"
   "--context-key[a key of the EncryptionContext]:KEY:"
   "--ciphertext[one data key\: \`sha256\:\` and the SHA-256 of its CiphertextBlob]:HASH:"
   "--until[up to this time, or to the end of this day\; like --since]:TIME:"
@@ -435,6 +436,15 @@ _shtab_keyferry_agent_run_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_run_defaults_added=0
 
+_shtab_keyferry_agent_unseal_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--secret[an age or SSH identity, or a passphrase file\; \"credential\:NAME\" for one of systemd\; default\: standard input]:FILE:_files"
+  "--socket[the agent\'s unseal_socket (default \/run\/keyferry-agent\/unseal.sock)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_unseal_defaults_added=0
+
 
 _shtab_keyferry_agent() {
   local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->keyferry-agent'
@@ -460,6 +470,7 @@ _shtab_keyferry_agent() {
         fingerprint) _arguments -C -s $_shtab_keyferry_agent_fingerprint_options ;;
         keyring) _shtab_keyferry_agent_keyring ;;
         run) _arguments -C -s $_shtab_keyferry_agent_run_options ;;
+        unseal) _arguments -C -s $_shtab_keyferry_agent_unseal_options ;;
       esac
   esac
 }

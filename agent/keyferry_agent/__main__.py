@@ -52,8 +52,8 @@ def _not_importable(error: Exception) -> int:
 
 
 def _opens_a_keyring(words: Sequence[str]) -> bool:
-    """Return whether the command is the daemon, a verb on a keyring, or a command that looks up aliases."""
-    return words[:1] in (["run"], ["keyring"], ["explain"], ["check"]) or words[:2] == ["audit", "who"]
+    """Return whether the command is the daemon, a verb on a keyring, or a command that unseals or looks up aliases."""
+    return words[:1] in (["run"], ["keyring"], ["unseal"], ["explain"], ["check"]) or words[:2] == ["audit", "who"]
 
 
 if __name__ == "__main__":

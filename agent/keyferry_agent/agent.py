@@ -1,7 +1,7 @@
 """What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
 
 from binascii import a2b_base64
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Self
 
@@ -11,15 +11,18 @@ from keyferry.operations import Counters
 from keyferry.parameters import Parameter
 from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory, whole_pages
 
+from . import health
 from .grants import Granted, Policy
 from .keyring.document import now
-from .keyring.loaded import Key, Keyring
+from .keyring.loaded import KEPT, Key, Keyring
 from .peer import Peer
 from .repeats import Repeats
 from .settings import Settings
 
 __all__ = ["AT_ONCE", "MOST_AT_ONCE", "SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
 
+_SHOWN_OTHERWISE: Final = (health.DRAINING, health.RELOAD_FAILED)
+"""Conditions that `status` shows by other words."""
 SLOW_JOBS: Final = 4
 """Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
 _REMEMBERED: Final = 64
@@ -143,6 +146,8 @@ class Count:
     requests_total: int = 0
     requests_refused: int = 0
     notifications_total: int = 0
+    connections_refused: int = 0
+    reloads_failed: int = 0
 
     def snapshot(self) -> Counters:
         """The totals as GetAgentStatus answers them."""
@@ -164,6 +169,14 @@ class Agent:
     """How often settings and keyring were replaced: a decision of an earlier generation holds no longer."""
     repeats: Repeats[Any] = field(default_factory=Repeats)
     """What was decided of requests that may come again: it holds on to keys, so it goes with their keyring."""
+    reload_failure: str = ""
+    """What the last reload did not do, and why, for the operator; empty where it did all."""
+    keyring_stale: bool = False
+    """Whether the keyring's file is another one than was loaded, and has not been opened."""
+    unseal_absent: bool = False
+    """Whether the file that opens the keyring is not there."""
+    audit_fails: Callable[[], bool] = lambda: False
+    """Returns whether the audit log could not be written the last time."""
     _covered: dict[Granted, Covered] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -198,13 +211,44 @@ class Agent:
         kinds: tuple[Protection, ...] = ("none", "mlock", "memfd_secret")
         return min(self.scratch.protection, self.keyring.memory.protection, key=kinds.index)
 
+    @property
+    def conditions(self) -> list[str]:
+        """The conditions that hold now (`health`), the ones first that matter most."""
+        holding = {
+            health.DRAINING: self.draining,
+            health.SEALED: self.keyring.is_sealed,
+            health.AUDIT_FAILING: self.audit_fails(),
+            health.RELOAD_FAILED: bool(self.reload_failure),
+            health.KEYRING_STALE: self.keyring_stale,
+            health.UNSEAL_ABSENT: self.unseal_absent,
+        }
+        return [name for name in health.MESSAGES if holding[name]]
+
+    @property
+    def state(self) -> str:
+        """The state in one word: Serving, Sealed, Refusing or Draining."""
+        return health.state(self.conditions, refusing=self.settings.audit.on_failure == "refuse")
+
     def status(self) -> str:
         """How it is, in one line for people."""
         keys, connections = len(self.keyring.keys), self.counters.connections
+        failure = f"{self.reload_failure}; " if self.reload_failure else ""
+        conditions = [health.MESSAGES[name] for name in self.conditions if name not in _SHOWN_OTHERWISE]
+        keyring = "no keyring is open"
+        if not self.keyring.is_sealed:
+            keyring = (
+                f"{keys} {'key' if keys == 1 else 'keys'} in {self.memory_protection} memory"
+                f"{', kept over a restart' if self.keyring.source == KEPT else ''}, loaded {self.keyring.loaded_at}"
+            )
         return (
-            f"{'Draining' if self.draining else 'Serving'}: {keys} {'key' if keys == 1 else 'keys'} in "
-            f"{self.memory_protection} memory, loaded {self.keyring.loaded_at}; {connections} "
-            f"{'connection' if connections == 1 else 'connections'}, {self.counters.requests_total} requests so far"
+            "; ".join(
+                [
+                    f"{failure}{self.state}: {keyring}",
+                    *conditions,
+                    f"{connections} {'connection' if connections == 1 else 'connections'}",
+                ]
+            )
+            + f", {self.counters.requests_total} requests so far"
         )
 
     def plain_name(self, parameter: Parameter[str], key_id: str) -> str:

@@ -11,6 +11,7 @@ import structlog
 from keyferry import wire
 from keyferry.declaration import result_to_wire
 from keyferry.errors import KmsError, ProtocolError, kms_error
+from keyferry.operations import GetAgentHealthResult, GetAgentStatusResult
 
 from . import handlers
 from .agent import AT_ONCE, Agent, Audited, Caller
@@ -38,6 +39,10 @@ _LOOKED_AT: Final = 256
 _LONGEST_NAME: Final = 64
 """Characters of an operation's name to record: what a client calls an operation may be anything."""
 _IDS_AT_ONCE: Final = 64
+_UNRECORDED: Final = GetAgentHealthResult
+"""The result that has no audit entry: a probe asks for it every few seconds, and it holds nothing of keys or callers."""
+_ALWAYS_ANSWERED: Final = GetAgentStatusResult
+"""The result that is sent although its audit entry cannot be written: it has the reason why all others are refused."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -180,19 +185,23 @@ class Answering:
         if not done:
             return b""
         decided = [each if isinstance(each, Decided) else _ended(each) for each in done]
-        outcomes = [(audited, _outcome(audited, outcome)) for _, audited, outcome in decided]
-        recorded, failure = self._service.audit.record(self._caller.peer, outcomes)
+        outcomes = [
+            (audited, _outcome(audited, outcome)) for _, audited, outcome in decided if type(outcome) is not _UNRECORDED
+        ]
+        recorded, failure = self._service.audit.record(self._caller.peer, outcomes) if outcomes else Appended(0)
         if self._service.metrics is not None:
             now = time.monotonic()
-            for audited, outcome in outcomes:
-                self._service.metrics.observe(audited.operation, outcome, now - audited.started)
+            for _, audited, outcome in decided:
+                code = outcome.code if isinstance(outcome, KmsError) else "OK"
+                self._service.metrics.observe(audited.operation, code, now - audited.started)
+        missing: list[str] = []
         if failure is not None:
-            ids = [audited.request_id for _, audited, _ in decided[recorded:]]
-            log.error("audit.failed", error=failure.strerror, request_ids=ids)
+            missing = [audited.request_id for audited, _ in outcomes[recorded:]]
+            log.error("audit.failed", error=failure.strerror, request_ids=missing)
         must = self._agent.settings.audit.on_failure == "refuse"
         answers = bytearray()
-        for place, (msgid, audited, outcome) in enumerate(decided):
-            if place >= recorded and must:
+        for msgid, audited, outcome in decided:
+            if missing and must and audited.request_id in missing and type(outcome) is not _ALWAYS_ANSWERED:
                 unrecorded = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
                 answers += self._answer(msgid, audited, unrecorded)
             else:

@@ -125,6 +125,8 @@ def _folders(settings: Settings, unit: units.Unit) -> list[str]:
     problems = []
     if settings.metrics.startswith("/"):
         problems += [f"metrics.listen: {each}" for each in _unwritable(Path(settings.metrics), unit)]
+    if settings.unseal_socket is not None:
+        problems += [f"unseal_socket: {each}" for each in _unwritable(settings.unseal_socket, unit)]
     path = Path(settings.audit.path)
     if path.is_absolute():
         if not os.path.exists(path):
@@ -161,6 +163,8 @@ def _missing_files(settings: Settings, unit: units.Unit) -> list[str]:
     """Return one message for each file that `run` would not find."""
     problems: list[str] = []
     for name, path in (("keyring", settings.keyring), ("unseal", settings.unseal)):
+        if path is None and name == "unseal" and settings.unseal_socket is not None:
+            continue  # an operator has it
         if path is None:
             problems.append(f"{name}: not set; run needs it, or --{name}")
         elif unit.is_known and name == "unseal" and path.parent == units.CREDENTIALS:

@@ -12,7 +12,7 @@ from keyferry.arguments import socket
 from keyferry.exchange import DEFAULT_SOCKET, default_socket, pem_to_der
 from keyferry.output import complain, say, show
 
-from . import __version__, checking, explain, log
+from . import __version__, checking, explain, log, unseal
 from .audit import command as audit_command
 from .crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 from .crypto.seal import KEY_SIZES
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=_run, wrong_usage=run.error)
 
+    unseal.add_parser(commands)
     checking.add_parser(commands)
 
     pin = commands.add_parser("fingerprint", help="a public key's pin, as `recipients` takes it", allow_abbrev=False)

@@ -45,7 +45,7 @@ _SETS_REMEMBERED: Final = 1_024
 ACTIONS: Final = frozenset(
     f"kms:{name}"
     for name in (
-        *(name for name in OPERATIONS if name != "ReEncrypt"),
+        *(name for name in OPERATIONS if name not in ("ReEncrypt", "GetAgentHealth")),  # which needs no grant
         "ReEncryptFrom",  # ReEncrypt needs two: one on the key that opens, one on the key that seals
         "ReEncryptTo",
     )

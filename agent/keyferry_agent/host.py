@@ -86,6 +86,12 @@ class Host:
         self._status = status
         self._tell("READY=1", f"STATUS={status}")
 
+    def changed(self, status: str) -> None:
+        """It is in another state than before. `status` is for people."""
+        if status != self._status:
+            self._status = status
+            self._tell(f"STATUS={status}")
+
     def reloading(self) -> None:
         """It reads its files again; `ready` says when it has."""
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000}")

@@ -56,7 +56,7 @@ class Options:
         if self._keyring:
             settings = replace(settings, keyring=self._keyring)
         if self._unseal:
-            settings = replace(settings, unseal=self._unseal)
+            settings = replace(settings, unseal=self._unseal, unseal_socket=None)
         if self.dev:
             if settings.keyring:
                 raise SettingsError(["--dev makes a keyring of its own, for trying out: leave the other one out"])
@@ -65,19 +65,23 @@ class Options:
             settings = replace(settings, memory="prefer", grants=(*settings.grants, everything))
         return settings
 
-    def load_keyring(self, settings: Settings, keeper: Keeper | None = None, looked: Look = None) -> Keyring:
+    def load_keyring(
+        self, settings: Settings, keeper: Keeper | None = None, looked: Look = None, secret: int | None = None
+    ) -> Keyring:
         """Load the keyring that the settings name, of a file that looked like this, and have it kept; with `--dev`, make one.
 
-        Raises `StartError`, `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
+        `secret`: the descriptor of a pipe from which the unseal secret is read, instead of its file. Raises `StartError`,
+        `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
         """
         require, backing = settings.memory == "require", settings.memory_backing
         if self.dev:
             return development_keyring(backing=backing, require=require, aliases=self._aliases)
-        if settings.keyring is None or settings.unseal is None:
+        unseal = loader.STANDARD_INPUT if secret is not None else settings.unseal
+        if settings.keyring is None or unseal is None:
             missing = "keyring" if settings.keyring is None else "unseal"
             raise StartError(f"no {missing} is configured: set {missing} = in the file, give --{missing}, or try --dev")
         share = keeper.share if keeper else None
-        keyring = loader.load(settings.keyring, settings.unseal, backing=backing, require=require, share=share)
+        keyring = loader.load(settings.keyring, unseal, backing=backing, require=require, share=share, secret=secret)
         if keeper and not keeper.keep(keyring, looked):
             log.warning("keyring.not_kept", what="it takes memfd_secret, and a service manager that keeps descriptors")
         return keyring

@@ -16,14 +16,16 @@ import trio
 from keyferry import libcrypto, private_files
 from keyferry.secret import SecretMemoryError
 
-from . import __version__, listening, startup, watchdog
+from . import __version__, listening, startup, unsealing, watchdog
 from .agent import Agent, locked_memory_needed
 from .audit import AuditLog
 from .audit import lock as lock_audit_log
 from .crypto import selftest
+from .health import MESSAGES, SEALED
 from .host import Given, Host
 from .keyring.document import KeyringError
 from .keyring.kept import Keeper
+from .keyring.loaded import KEPT, sealed_keyring
 from .locking import LockError
 from .metrics import Metrics, MetricsError
 from .options import Options, StartError
@@ -74,9 +76,11 @@ def _live(
         seen = looked
         keeper = Keeper(host.store, host.forget)
         agent, current = _agent(options, settings, keeper, given, seen)
+        secret_is_gone = agent.keyring.source == KEPT and settings.unseal is not None and seen[settings.unseal] is None
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
         audit = _audit_log(settings)
         held.callback(audit.close)
+        agent.audit_fails = lambda: audit.failing
         served = _metrics(agent, audit, settings)
         server = Server(agent, audit, served[0] if served else None)
     except (
@@ -93,15 +97,15 @@ def _live(
         raise StartError(f"{where}{_why(error)}") from None
     _say_what_is_not(options, agent, unavailable)
     gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
-    reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None)
-    if not current:
+    reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None, current=current)
+    if not current or secret_is_gone:
         reloader.ask()
     if served:
         held.callback(served[1].close)
     try:
         trio.run(_serve, agent, server, audit, reloader, host, sockets, strict_exception_groups=True)
     finally:
-        if settings.keep_keys:
+        if settings.keep_keys and not agent.keyring.is_sealed:
             agent.keyring.memory.outlive()
 
 
@@ -155,7 +159,9 @@ def _say_what_is_not(options: Options, agent: Agent, unavailable: list[str]) -> 
             what="a keyring that lives only in memory; everything it encrypts is lost when this agent stops",
             granted_to_uid=os.geteuid(),
         )
-    elif not settings.grants:
+    elif agent.keyring.is_sealed:
+        log.warning("unseal.absent", what=MESSAGES[SEALED])
+    if not settings.grants and not options.dev:
         log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
 
 
@@ -168,7 +174,10 @@ def _agent(options: Options, settings: Settings, keeper: Keeper, given: Given, s
     looked = seen.get(settings.keyring) if settings.keyring else None
     try:
         restored = keeper.restore(given.named) if settings.keep_keys and not options.dev else None
-        if restored is None:
+        if restored is None and settings.unseal_socket is not None:
+            keyring = sealed_keyring(backing=settings.memory_backing, require=settings.memory == "require")
+            current = True
+        elif restored is None:
             keyring = options.load_keyring(settings, keeper if settings.keep_keys else None, looked)
             current = True
         else:
@@ -191,17 +200,21 @@ async def _serve(
 ) -> None:
     try:
         opened = listening.open_all(agent.settings.listeners, sockets)
+        administrative = unsealing.listen(agent.settings.unseal_socket)
     except listening.ListeningError as error:
         raise StartError(str(error)) from None
     audit.begin(agent.started_at)  # not before: a start that fails is tried again and again
     audit.name_keys(agent.keyring)
+    unsealer = unsealing.Unsealing(reloader, audit, agent)
     listeners = [(at.name, trio.SocketListener(trio.socket.from_stdlib_socket(at.socket))) for at in opened]
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(_handle_signals, agent, server, reloader, host)
             nursery.start_soon(reloader.run)
             nursery.start_soon(server.inspector.run)
-            nursery.start_soon(_watch_sockets, opened)
+            nursery.start_soon(_watch_sockets, [*opened, *administrative])
+            for at in administrative:
+                nursery.start_soon(unsealer.serve, at.socket)
             await nursery.start(_serve_then, server, listeners, nursery.cancel_scope.cancel)
             if host.watchdog:
                 near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
@@ -217,7 +230,7 @@ async def _serve(
                 libcrypto=libcrypto.version(),
             )
     finally:
-        for each in opened:
+        for each in (*opened, *administrative):
             each.remove()
     log.info("agent.stopped")
 

@@ -204,6 +204,7 @@ class Server:
 
         Only a few at a time get an explanation.
         """
+        self.agent.counters.connections_refused += 1
         if self._may_complain():
             log.warning("connection.refused", why=why, uid=peer.uid)
         if self._refusing >= _MOST_REFUSALS:

@@ -17,7 +17,22 @@ from keyferry.secret import Backing
 from . import grant_checks, grant_files, toml
 from .grants import SELECTORS, Grant
 
-__all__ = ["Audit", "Limits", "Listener", "Settings", "SettingsError", "examine", "look_up", "read"]
+__all__ = [
+    "DEFAULT_UNSEAL_SOCKET",
+    "Audit",
+    "Limits",
+    "Listener",
+    "Settings",
+    "SettingsError",
+    "examine",
+    "look_up",
+    "read",
+]
+
+
+MANUAL: Final = "manual"
+"""The value of `unseal` with which an operator gives the secret to a running agent."""
+DEFAULT_UNSEAL_SOCKET: Final = Path("/run/keyferry-agent/unseal.sock")
 
 
 class SettingsError(Exception):
@@ -70,6 +85,8 @@ class Settings:
     listeners: tuple[Listener, ...] = (Listener(),)
     keyring: Path | None = None
     unseal: Path | None = None
+    unseal_socket: Path | None = None
+    """Where an operator gives the unseal secret, with `unseal = "manual"`; None where a file has it."""
     region: str = "local"
     account: str = "0"
     memory: Literal["require", "prefer"] = "require"
@@ -158,11 +175,18 @@ def _settings(table: toml.Table, files: Sequence[grant_files.File]) -> Settings:
         if len(set(values)) != len(values):
             table.wrong("listener", f"two listeners have the same {attribute}")
     names: dict[tuple[str, str], int] = {}
+    manual = table.has("unseal") and table.take("unseal", "", lambda value: value, None) == MANUAL
+    unseal_socket = table.take("unseal_socket", "the path of a socket", toml.socket_path, DEFAULT_UNSEAL_SOCKET)
+    if table.has("unseal_socket") and not manual:
+        table.wrong("unseal_socket", 'has no effect without unseal = "manual"')
     limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
     settings = Settings(
         listeners=listeners or (single,),
         keyring=table.take("keyring", "the path of a keyring file", toml.path, None),
-        unseal=table.take("unseal", "the path of an identity or passphrase file", toml.unseal, None),
+        unseal=None
+        if manual
+        else table.take("unseal", "the path of an identity or passphrase file", toml.unseal, None),
+        unseal_socket=unseal_socket if manual else None,
         region=table.take("region", "letters, digits, _ and -", toml.arn_part, "local"),
         account=table.take("account", "letters, digits, _ and -", toml.arn_part, "0"),
         memory=table.take("memory", "", toml.one_of("require", "prefer"), "require"),
@@ -183,8 +207,11 @@ def _settings(table: toml.Table, files: Sequence[grant_files.File]) -> Settings:
     )
     audit.done()
     table.done()
-    if settings.metrics in {str(listener.path) for listener in settings.listeners}:
+    paths = {str(listener.path) for listener in settings.listeners}
+    if settings.metrics in paths:
         table.wrong("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
+    if str(settings.unseal_socket) in paths | {settings.metrics}:
+        table.wrong("unseal_socket", f"another socket has the path {settings.unseal_socket}; name another one")
     return settings
 
 

@@ -1,6 +1,6 @@
 """Feeds the service manager's watchdog, and only while requests are being answered.
 
-A connection of the agent's own, like any other but for its record, asks GetAgentStatus again and again: each answer is one
+A connection of the agent's own, like any other but for its record, asks GetAgentHealth again and again: each answer is one
 feeding. An agent that turns, but does not answer, is restarted.
 """
 
@@ -40,7 +40,7 @@ async def feed(host: Host, stream: trio.SocketStream, status: Callable[[], str])
 
 
 async def _answered(stream: trio.SocketStream, decoder: wire.Decoder, msgid: int) -> bool:
-    await stream.send_all(wire.encode_request(msgid, "GetAgentStatus", {}))
+    await stream.send_all(wire.encode_request(msgid, "GetAgentHealth", {}))
     while True:
         received = await stream.receive_some()
         if not received:

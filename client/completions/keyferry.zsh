@@ -30,6 +30,7 @@ _shtab_keyferry_call_commands() {
     GenerateAndExportDataKey:'Make a data key; return it encrypted under the master key, and under a module'"'"'s public key. Never in plaintext.'
     GenerateDataKey:'Make a data key; return it encrypted under the master key, and in plaintext.'
     GenerateDataKeyWithoutPlaintext:'Make a data key; return it encrypted under the master key only, for somebody else to open later.'
+    GetAgentHealth:'Return whether the agent answers calls, and why not. For probes: it needs no grant, and has no audit entry.'
     GetAgentStatus:'Say how the agent is. Needs no grant; with kms:GetAgentStatus it counts connections and requests too.'
     ListAliases:'List the aliases of the master keys that the caller has a grant on, a page at a time.'
     ListKeyVersions:'List the versions of a master key, staged ones included, in the order they were made.'
@@ -163,6 +164,14 @@ _shtab_keyferry_call_GenerateDataKeyWithoutPlaintext_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_call_GenerateDataKeyWithoutPlaintext_defaults_added=0
+
+_shtab_keyferry_call_GetAgentHealth_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_call_GetAgentHealth_defaults_added=0
 
 _shtab_keyferry_call_GetAgentStatus_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -408,7 +417,9 @@ _shtab_keyferry_reencrypt_file_defaults_added=0
 _shtab_keyferry_status_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--wait[how long to wait for an agent that is not there yet]:SECONDS:"
+  "--wait[how long to wait for an agent that is not there yet\; with --ready, also for one that is not ready]:SECONDS:"
+  "--live[fail only where the agent does not answer, so that a restart may help\; no audit entry]"
+  "--ready[fail (exit code 1) also while the agent refuses calls\; no audit entry]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -469,6 +480,7 @@ _shtab_keyferry_call() {
         GenerateAndExportDataKey) _arguments -C -s $_shtab_keyferry_call_GenerateAndExportDataKey_options ;;
         GenerateDataKey) _arguments -C -s $_shtab_keyferry_call_GenerateDataKey_options ;;
         GenerateDataKeyWithoutPlaintext) _arguments -C -s $_shtab_keyferry_call_GenerateDataKeyWithoutPlaintext_options ;;
+        GetAgentHealth) _arguments -C -s $_shtab_keyferry_call_GetAgentHealth_options ;;
         GetAgentStatus) _arguments -C -s $_shtab_keyferry_call_GetAgentStatus_options ;;
         ListAliases) _arguments -C -s $_shtab_keyferry_call_ListAliases_options ;;
         ListKeyVersions) _arguments -C -s $_shtab_keyferry_call_ListKeyVersions_options ;;

@@ -172,7 +172,7 @@ def _plan(kind: type[Any]) -> tuple[_Field, ...]:
             field,
             wire_name(field),
             field not in kind._field_defaults,
-            hint if hint in (str, int) else None,
+            hint if hint in (str, int, bool) else None,
             _maker(hint),
         )
         for field, hint in get_type_hints(kind).items()

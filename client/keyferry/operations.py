@@ -317,6 +317,11 @@ class Counters(NamedTuple):
     requests_refused: int
 
 
+class Condition(NamedTuple):
+    name: str
+    message: str
+
+
 class GetAgentStatusResult(NamedTuple):
     version: str
     protocol_version: int
@@ -326,6 +331,23 @@ class GetAgentStatusResult(NamedTuple):
     keyring_loaded_at: str
     memory_protection: str
     counters: Counters | None = None
+    ready: bool | None = None
+    keyring_source: str | None = None
+    conditions: tuple[Condition, ...] = ()
+    request_id: str = ""
+
+
+# --- GetAgentHealth ---------------------------------------------------------------------------------------------------
+
+
+class GetAgentHealth(NamedTuple):
+    """Return whether the agent answers calls, and why not. For probes: it needs no grant, and has no audit entry."""
+
+
+class GetAgentHealthResult(NamedTuple):
+    state: str
+    ready: bool
+    conditions: tuple[Condition, ...]
     request_id: str = ""
 
 
@@ -349,6 +371,7 @@ class Operations:
     list_key_versions = Operation(ListKeyVersions, ListKeyVersionsResult)
     list_aliases = Operation(ListAliases, ListAliasesResult)
     get_agent_status = Operation(GetAgentStatus, GetAgentStatusResult)
+    get_agent_health = Operation(GetAgentHealth, GetAgentHealthResult)
 
 
 OPERATIONS: Final[Mapping[str, Operation[..., Any]]] = {

@@ -3,7 +3,7 @@
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .agent import PATIENCE, RunningAgent
@@ -70,6 +70,13 @@ class Manager:
 
     def wait_for(self, line: str) -> list[str]:
         """Hear until somebody tells this; give the lines that came with it."""
+        return self._hear(lambda lines: line in lines)
+
+    def wait_for_status(self, beginning: str) -> list[str]:
+        """Hear until the status begins so; give the lines that came with it."""
+        return self._hear(lambda lines: any(line.startswith(f"STATUS={beginning}") for line in lines))
+
+    def _hear(self, wanted: Callable[[list[str]], bool]) -> list[str]:
         while True:
             said, descriptors, _, _ = socket.recv_fds(self._notify, 65_536, 4)
             lines = said.decode().split("\n")
@@ -80,7 +87,7 @@ class Manager:
             if "FDSTOREREMOVE" in told and told["FDNAME"] in self.kept:
                 os.close(self.kept.pop(told["FDNAME"]))
             assert not descriptors
-            if line in lines:
+            if wanted(lines):
                 return lines
 
     def close(self) -> None:

@@ -1,4 +1,6 @@
-"""Entries that are not requests: the start of an agent (`audit.start`), and the names of its keys (`audit.keys`)."""
+"""Entries that are not requests: the start of an agent (`audit.start`), the names of its keys (`audit.keys`), attempts to
+unseal its keyring (`audit.unseal`), and the end of a gap (`audit.resumed`).
+"""
 
 import itertools
 import json
@@ -7,10 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Final
 
-__all__ = ["KEYS", "START", "key_lists", "names_in", "start"]
+from ..peer import Peer
+
+__all__ = ["KEYS", "RESUMED", "START", "UNSEAL", "key_lists", "names_in", "resumed", "start", "unsealing"]
 
 START: Final = "audit.start"
 KEYS: Final = "audit.keys"
+UNSEAL: Final = "audit.unseal"
+RESUMED: Final = "audit.resumed"
 _MAX_KEYS: Final = 3_584
 """Bytes of the keys in one entry, so that a line stays below 4,096: so much a pipe takes whole, or not at all."""
 
@@ -47,6 +53,28 @@ def key_lists(now: str, loaded_at: str, keys: Iterable[tuple[str, Iterable[str]]
         f'{common}, "part": {number}, "parts": {len(parts)}, "keys": {{{", ".join(part)}}}'
         for number, part in enumerate(parts, 1)
     ]
+
+
+def unsealing(now: str, peer: Peer, outcome: str, loaded_at: str) -> str:
+    """Return the entry of an attempt to unseal the keyring. `outcome`: "OK" or "Refused". `loaded_at`: of the keyring then."""
+    return _opened(
+        {
+            "time": now,
+            "event": UNSEAL,
+            "level": "info" if outcome == "OK" else "warning",
+            "uid": peer.uid,
+            "gids": sorted(peer.gids),
+            "pid": peer.pid,
+            "unit": peer.unit,
+            "outcome": outcome,
+            "loaded_at": loaded_at,
+        }
+    )
+
+
+def resumed(now: str, unrecorded: int) -> str:
+    """Return the entry that follows a gap, with the number of requests that were not recorded."""
+    return _opened({"time": now, "event": RESUMED, "level": "warning", "unrecorded": unrecorded})
 
 
 def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:

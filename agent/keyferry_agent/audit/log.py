@@ -53,6 +53,11 @@ class AuditLog:
         self._file = self._hand.call(RecordFile, settings.path)
         self._lock = lock
         self._named: tuple[tuple[str, tuple[str, ...]], ...] | None = None
+        self.failures = 0
+        """Requests whose entries could not be written, since the start."""
+        self._resumed_at = 0
+        self.failing = False
+        """Whether the last entry could not be written."""
 
     def begin(self, started_at: str) -> None:
         """Write the entry of this agent's start, or have it written before the first request's, if that is impossible now."""
@@ -65,6 +70,23 @@ class AuditLog:
         if named != self._named:
             self._named = named
             self._announce(announcements.key_lists(_time_of_day(time.time()), keyring.loaded_at, named))
+
+    def unsealed(self, peer: Peer, outcome: str, loaded_at: str) -> None:
+        """Write the entry of an attempt to unseal the keyring, or have it written before the next request's."""
+        now = _time_of_day(time.time())
+        self._announce([announcements.unsealing(now, peer, outcome, loaded_at)])
+
+    @property
+    def gap(self) -> int:
+        """Requests whose entries could not be written since the last entry that says so."""
+        return self.failures - self._resumed_at
+
+    def resume(self) -> bool:
+        """Write the entry that ends a gap. Returns False where nothing can be written yet."""
+        failures = self.failures
+        if self._append([announcements.resumed(_time_of_day(time.time()), self.gap)]).error is None:
+            self._resumed_at = failures
+        return not self.failing
 
     def _announce(self, lines: list[str]) -> None:
         self._file.announce(lines)
@@ -113,10 +135,18 @@ class AuditLog:
         lines = [
             _line(now, caller, audited, outcome, program if audited.by_program else "") for audited, outcome in requests
         ]
+        appended = self._append(lines)
+        if appended.error is not None:
+            self.failures += len(lines) - appended.lines
+        return appended
+
+    def _append(self, lines: list[str]) -> Appended:
         try:
-            return self._hand.call(self._file.append, lines)
+            appended = self._hand.call(self._file.append, lines)
         except OSError as error:
-            return Appended(0, error)
+            appended = Appended(0, error)
+        self.failing = appended.error is not None
+        return appended
 
 
 def _time_of_day(now: float) -> str:

@@ -91,6 +91,8 @@ def open_keyring(settings: Settings | None) -> Document:
         raise KeyringError("no configuration is given: --config leads to the keyring")
     if settings.keyring is None or settings.unseal is None:
         missing = "keyring" if settings.keyring is None else "unseal"
+        if settings.unseal_socket is not None:
+            raise KeyringError('an operator has the secret that opens the keyring (unseal = "manual")')
         raise KeyringError(f"the configuration has no {missing}")
     try:
         return file.read(settings.keyring, Unsealer.read(settings.unseal, owner_of(settings.keyring)))

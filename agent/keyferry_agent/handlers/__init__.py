@@ -15,12 +15,13 @@ from keyferry.declaration import Operation
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import DRY_RUN
 
+from .. import health
 from ..agent import Agent, Audited, Caller
 from .encryption import decrypt, encrypt, re_encrypt
 from .export import export_data_key, generate_and_export_data_key
 from .generation import generate_data_key, generate_data_key_without_plaintext
 from .lists import list_aliases, list_key_versions, list_keys
-from .status import describe_key, get_agent_status
+from .status import describe_key, get_agent_health, get_agent_status
 from .steps import Job, Request, in_one_go
 
 __all__ = ["HANDLERS", "Job", "in_one_go", "prepare"]
@@ -40,7 +41,10 @@ HANDLERS: Final[Mapping[str, Callable[[Request], Job]]] = {
     "ListKeyVersions": list_key_versions,
     "ListAliases": list_aliases,
     "GetAgentStatus": get_agent_status,
+    "GetAgentHealth": get_agent_health,
 }
+_WITHOUT_KEYRING: Final = frozenset({"GetAgentStatus", "GetAgentHealth"})
+"""Operations that a sealed agent answers."""
 
 
 def prepare(agent: Agent, caller: Caller, method: str, params: Mapping[str, Any], audited: Audited) -> Job:
@@ -57,7 +61,10 @@ def prepare(agent: Agent, caller: Caller, method: str, params: Mapping[str, Any]
 def _decide(
     agent: Agent, caller: Caller, operation: Operation[..., Any], params: Mapping[str, Any], audited: Audited
 ) -> Job:
-    return HANDLERS[operation.name](Request(agent, caller, operation.action, operation.check(params), audited))
+    values = operation.check(params)
+    if agent.keyring.is_sealed and operation.name not in _WITHOUT_KEYRING:
+        raise kms_error("ServiceUnavailableTemporary", f"The agent is sealed: {health.MESSAGES[health.SEALED]}.")
+    return HANDLERS[operation.name](Request(agent, caller, operation.action, values, audited))
 
 
 # What DryRun makes of a refusal; other failures keep their own code.

@@ -1,12 +1,13 @@
-"""How a key is, and how the agent is: DescribeKey, GetAgentStatus."""
+"""How a key is, and how the agent is: DescribeKey, GetAgentStatus, GetAgentHealth."""
 
 from keyferry import __version__, operations
 from keyferry.parameters import KEY_ID
 from keyferry.wire import PROTOCOL_VERSION
 
+from .. import health
 from .steps import Job, Request, find_key
 
-__all__ = ["describe_key", "get_agent_status"]
+__all__ = ["describe_key", "get_agent_health", "get_agent_status"]
 
 
 def describe_key(request: Request) -> Job:
@@ -40,11 +41,21 @@ def get_agent_status(request: Request) -> Job:
     status = operations.GetAgentStatusResult(
         version=__version__,
         protocol_version=PROTOCOL_VERSION,
-        state="Draining" if agent.draining else "Serving",
+        state=agent.state,
         started_at=agent.started_at,
         keys=len(request.caller.covered(agent).keys),
         keyring_loaded_at=agent.keyring.loaded_at,
         memory_protection=agent.memory_protection,
         counters=counters.snapshot() if counters else None,
+        ready=health.is_ready(agent.state),
+        keyring_source=agent.keyring.source,
+        conditions=health.described(agent.conditions),
     )
     return Job(lambda: status)
+
+
+def get_agent_health(request: Request) -> Job:
+    """For everybody, without an audit entry: nothing of keys or callers is in the answer."""
+    state, conditions = request.agent.state, request.agent.conditions
+    answer = operations.GetAgentHealthResult(state, health.is_ready(state), health.described(conditions))
+    return Job(lambda: answer)

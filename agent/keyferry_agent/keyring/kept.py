@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from keyferry.secret import SecretMemory, SecretMemoryError
 
-from .loaded import Key, Keyring, build, room_for
+from .loaded import KEPT, Key, Keyring, build, room_for
 
 __all__ = ["Keeper"]
 
@@ -124,7 +124,7 @@ def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
     with keyring.check.lend() as check:
         if not hmac.compare_digest(check, _digest(keyring, description)):
             return None
-    keyring.loaded_at = content["LoadedAt"]
+    keyring.loaded_at, keyring.source = content["LoadedAt"], KEPT
     return keyring, content["File"]
 
 

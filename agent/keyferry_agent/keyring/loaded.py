@@ -14,11 +14,27 @@ from keyferry.secret import Backing, Secret, SecretMemory, fill_random
 from ..crypto.seal import KEY_SIZES
 from .document import new_id, now
 
-__all__ = ["CHECK", "DEVELOPMENT_ALIASES", "Key", "KeyVersion", "Keyring", "build", "development_keyring", "room_for"]
+__all__ = [
+    "CHECK",
+    "DEVELOPMENT_ALIASES",
+    "KEPT",
+    "Key",
+    "KeyVersion",
+    "Keyring",
+    "build",
+    "development_keyring",
+    "room_for",
+    "sealed_keyring",
+]
 
 CHECK: Final = 32
 DEVELOPMENT_ALIASES: Final = {"alias/dev": "Aliyun_AES_256", "alias/dev-sm4": "Aliyun_SM4"}
 """The keys of every agent with `--dev`, and their key specs."""
+FILE: Final = "File"
+KEPT: Final = "Kept"
+DEVELOPMENT: Final = "Development"
+NOWHERE: Final = "None"
+"""Where a keyring is from: its file, the service manager, `--dev`, or nowhere yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +87,18 @@ class Keyring:
         self.check = check
         """Room behind the material, for whoever wants to find this memory again."""
         self.loaded_at = now()
+        self.source = FILE
         self._dated = [key for key in self.keys.values() if key.delete_date]
 
     @property
+    def is_sealed(self) -> bool:
+        """Whether it stands for a keyring that has not been opened yet."""
+        return self.source == NOWHERE
+
+    @property
     def loaded_timestamp(self) -> float:
-        """When it was loaded, in seconds since 1970."""
-        return datetime.fromisoformat(self.loaded_at).timestamp()
+        """When it was loaded, in seconds since 1970; 0 where none is."""
+        return datetime.fromisoformat(self.loaded_at).timestamp() if self.loaded_at else 0.0
 
     def gone(self) -> set[str]:
         """The IDs of keys whose deletion date has come since they were loaded."""
@@ -144,4 +166,13 @@ def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str
                 "Aliases": [alias],
             }
         )
-    return build(description, fill_random, SecretMemory(room_for(description), backing=backing, require=require))
+    keyring = build(description, fill_random, SecretMemory(room_for(description), backing=backing, require=require))
+    keyring.source = DEVELOPMENT
+    return keyring
+
+
+def sealed_keyring(*, backing: Backing, require: bool) -> Keyring:
+    """Return the keyring of an agent that is sealed: it has no keys, and was never loaded."""
+    keyring = build([], fill_random, SecretMemory(room_for([]), backing=backing, require=require))
+    keyring.loaded_at, keyring.source = "", NOWHERE
+    return keyring

@@ -33,7 +33,10 @@ from .file import open_sealed, read_sealed
 from .loaded import Keyring, build, room_for
 from .sealing import Unsealer
 
-__all__ = ["load"]
+__all__ = ["STANDARD_INPUT", "load"]
+
+STANDARD_INPUT: Final = Path("/dev/stdin")
+"""Where the loader reads an unseal secret that no file has."""
 
 _LENGTH: Final = 8
 _CHUNK: Final = 65_536
@@ -49,16 +52,25 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 def load(
-    path: Path, unseal: Path, *, backing: Backing, require: bool, share: Callable[[int], object] | None = None
+    path: Path,
+    unseal: Path,
+    *,
+    backing: Backing,
+    require: bool,
+    share: Callable[[int], object] | None = None,
+    secret: int | None = None,
 ) -> Keyring:
-    """Load a keyring file; `share` is told its memory's descriptor.
+    """Load a keyring file; `share` is told its memory's descriptor. `secret`: a descriptor that becomes `STANDARD_INPUT`.
 
     Raises `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
     """
     arguments = [sys.executable, "-P", "-m", __spec__.name, os.fspath(path), os.fspath(unseal)]
     # -P: nothing is imported from the working directory. stderr is small (one line) and read last.
     with subprocess.Popen(  # noqa: S603 - this interpreter, this module
-        arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        arguments,
+        stdin=subprocess.DEVNULL if secret is None else secret,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None

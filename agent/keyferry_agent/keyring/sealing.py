@@ -13,6 +13,7 @@ import pyrage
 
 from keyferry import age_passphrase, content, new_files, passphrase, private_files
 from keyferry.age_passphrase import PassphraseError, SealedToRecipientsError
+from keyferry.descriptors import open_to_read
 
 from .document import KeyringError
 from .recipients import STANZAS, parse
@@ -272,7 +273,8 @@ def _text(path: Path, data: bytes) -> str:
 def _read(path: Path, owners: Collection[int]) -> bytes:
     """Return the content of a file, which may be a pipe: at most one byte more than an identity has. Raises `KeyringError`."""
     try:
-        with open(path, "rb") as file:
+        # A pipe that another user made is read from its descriptor: its path cannot be opened.
+        with open_to_read(path) as file:
             private_files.check(file.fileno(), path, secret=True, owners=owners)
             return file.read(_IDENTITY_MOST + 1)
     except OSError as error:

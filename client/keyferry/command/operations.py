@@ -2,13 +2,15 @@
 
 import argparse
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 from ..arguments import seconds
 from ..client import Client
-from ..errors import AgentUnavailable
+from ..errors import AgentUnavailable, KmsError
 from ..operations import OPERATIONS
-from .common import add_parameters, given, show_json, socket_option
+from ..output import DONE
+from .common import REFUSED, add_parameters, given, show_json, socket_option
 
 __all__ = ["add_parsers"]
 
@@ -44,7 +46,16 @@ def add_parsers(commands: Any) -> None:
         type=seconds,
         default=0.0,
         metavar="SECONDS",
-        help="how long to wait for an agent that is not there yet",
+        help="how long to wait for an agent that is not there yet; with --ready, also for one that is not ready",
+    )
+    probe = status.add_mutually_exclusive_group()
+    probe.add_argument(
+        "--live",
+        action="store_true",
+        help="fail only where the agent does not answer, so that a restart may help; no audit entry",
+    )
+    probe.add_argument(
+        "--ready", action="store_true", help="fail (exit code 1) also while the agent refuses calls; no audit entry"
     )
     status.set_defaults(run=_status)
 
@@ -61,8 +72,22 @@ def _status(arguments: argparse.Namespace) -> int:
     with Client(arguments.socket, timeout=max(arguments.wait, _PROBE)) as kms:
         while True:
             try:
-                return show_json(kms.call("GetAgentStatus", {}))
+                answer = _ask(kms, arguments)
+                if not arguments.ready or answer["Ready"] or time.monotonic() >= deadline:
+                    return show_json(answer) or (REFUSED if arguments.ready and not answer["Ready"] else DONE)
             except AgentUnavailable:
                 if time.monotonic() >= deadline:
                     raise
-                time.sleep(_WAIT_STEP)
+            time.sleep(_WAIT_STEP)
+
+
+def _ask(kms: Client, arguments: argparse.Namespace) -> Mapping[str, Any]:
+    """Return the agent's status, or its health for a probe. To a probe for life, a refusal is an answer, too."""
+    if not arguments.live and not arguments.ready:
+        return kms.call("GetAgentStatus", {})
+    try:
+        return kms.call("GetAgentHealth", {})
+    except KmsError as error:
+        if not arguments.live:
+            raise
+        return {"Code": error.code, "Message": error.message, "RequestId": error.request_id}

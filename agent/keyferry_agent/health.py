@@ -1,0 +1,57 @@
+"""How an agent is: the conditions that an operator should know of, and which of them keep calls from being answered.
+
+Every caller may read the conditions, so their messages name no file and no key: those are in the log.
+"""
+
+from typing import Final
+
+from keyferry.operations import Condition
+
+__all__ = [
+    "AUDIT_FAILING",
+    "DRAINING",
+    "KEYRING_STALE",
+    "MESSAGES",
+    "RELOAD_FAILED",
+    "SEALED",
+    "UNSEAL_ABSENT",
+    "described",
+    "is_ready",
+    "state",
+]
+
+DRAINING: Final = "Draining"
+SEALED: Final = "Sealed"
+AUDIT_FAILING: Final = "AuditFailing"
+RELOAD_FAILED: Final = "ReloadFailed"
+KEYRING_STALE: Final = "KeyringStale"
+UNSEAL_ABSENT: Final = "UnsealAbsent"
+
+MESSAGES: Final = {
+    DRAINING: "the agent answers what has arrived, and stops",
+    SEALED: "calls are refused until an operator gives the unseal secret with `keyferry-agent unseal`",
+    AUDIT_FAILING: "the audit log cannot be written",
+    RELOAD_FAILED: "files could not be read again; the agent's log has the reason",
+    KEYRING_STALE: "the keyring's file was replaced and has not been opened; the keyring before it serves",
+    UNSEAL_ABSENT: "the unseal secret is absent; the keyring serves from memory",
+}
+"""Every condition, the ones first that matter most."""
+
+
+def state(conditions: list[str], *, refusing: bool) -> str:
+    """Return the state in one word. `refusing`: whether calls are refused that the audit log cannot record."""
+    if DRAINING in conditions:
+        return "Draining"
+    if SEALED in conditions:
+        return "Sealed"
+    return "Refusing" if AUDIT_FAILING in conditions and refusing else "Serving"
+
+
+def is_ready(state: str) -> bool:
+    """Return whether calls are answered in a state."""
+    return state == "Serving"
+
+
+def described(conditions: list[str]) -> tuple[Condition, ...]:
+    """Return conditions as answers have them."""
+    return tuple(Condition(name, MESSAGES[name]) for name in conditions)
