@@ -9,7 +9,7 @@ PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate
 	--no-emit-package keyferry --no-emit-package keyferry-agent $(UPGRADE:%=--upgrade) $(PACKAGE:%=--upgrade-package %)
 A_WEEK_OLD = $(UPGRADE:%=--exclude-newer "7 days")
 
-.PHONY: demo demo-hsm test test-bare test-hosts check format coverage memory bench bench-check fuzz simulate hostile soak records docs wheels image requirements audit \
+.PHONY: demo demo-hsm test test-fast test-bare test-hosts check format coverage memory bench bench-check fuzz simulate hostile soak records docs wheels image requirements audit \
 	test-requirements clean help
 
 help:  ## this list
@@ -25,6 +25,9 @@ test:  ## linters, types, and the whole test suite
 	@echo "make test: linters, types, and about 2,800 tests take about 6 minutes on two cores. The first time, the tools are installed before."
 	@$(MAKE) --no-print-directory check coverage
 	@echo "make test passed: $$(cat .cache/counts)"
+
+test-fast: $(VENV)/.development  ## the tests that start no process and no scrypt: more than half of all, in a fraction of the time
+	$(BIN)/pytest -n auto --dist worksteal --fast
 
 test-bare:  ## (as root) make demo and make test on a Debian with nothing but Python, pip, make and git, as an ordinary user
 	.ci/bare
