@@ -37,3 +37,14 @@ def test_users_that_are_forgotten_are_those_seen_longest_ago() -> None:
     assert len(rate._buckets) <= limits._FORGET
     assert not rate.allows(users - 1, users / 1e6)
     assert rate.allows(0, users / 1e6)  # the price of a bound
+
+
+def test_users_whose_allowance_is_full_again_are_forgotten_first() -> None:
+    """No user who has used up an allowance has it back while others are quiet."""
+    rate, half = Rate(1), limits._FORGET // 2
+    quiet, busy = range(half), range(half, 2 * half)
+    assert all(rate.allows(user, 9.0) for user in quiet)
+    assert all(rate.allows(user, 10.0) for user in busy)
+    assert rate.allows(-1, 10.0)
+    assert not any(rate.allows(user, 10.0) for user in busy)
+    assert rate._buckets.keys() == {*busy, -1}
