@@ -40,11 +40,11 @@ def test_users_that_are_forgotten_are_those_seen_longest_ago() -> None:
 
 
 def test_users_whose_allowance_is_full_again_are_forgotten_first() -> None:
-    """No user who has used up an allowance has it back while others are quiet."""
-    rate, half = Rate(1), limits._FORGET // 2
+    """No user who has used up an allowance has it back, although the others were seen later."""
+    rate, half = Rate(8), limits._FORGET // 2
     quiet, busy = range(half), range(half, 2 * half)
-    assert all(rate.allows(user, 9.0) for user in quiet)
-    assert all(rate.allows(user, 10.0) for user in busy)
-    assert rate.allows(-1, 10.0)
-    assert not any(rate.allows(user, 10.0) for user in busy)
+    assert all(rate.allows(user, 9.75, 8) for user in busy)
+    assert all(rate.allows(user, 9.875) for user in quiet)
+    assert rate.allows(-1, 10.0)  # now the quiet ones have all eight again, and the busy ones two
+    assert not any(rate.allows(user, 10.0, 3) for user in busy)
     assert rate._buckets.keys() == {*busy, -1}
