@@ -9,7 +9,7 @@ PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate
 	--no-emit-package keyferry --no-emit-package keyferry-agent $(UPGRADE:%=--upgrade) $(PACKAGE:%=--upgrade-package %)
 A_WEEK_OLD = $(UPGRADE:%=--exclude-newer "7 days")
 
-.PHONY: demo demo-hsm test test-bare test-hosts check format coverage memory bench bench-check fuzz simulate hostile soak records docs wheels image requirements audit \
+.PHONY: demo demo-hsm test test-fast test-bare test-hosts check format coverage memory bench bench-check fuzz mutants simulate hostile soak records docs wheels image requirements audit \
 	test-requirements clean help
 
 help:  ## this list
@@ -25,6 +25,9 @@ test:  ## linters, types, and the whole test suite
 	@echo "make test: linters, types, and about 2,800 tests take about 6 minutes on two cores. The first time, the tools are installed before."
 	@$(MAKE) --no-print-directory check coverage
 	@echo "make test passed: $$(cat .cache/counts)"
+
+test-fast: $(VENV)/.development  ## the tests that start no process and no scrypt: more than half of all, in a fraction of the time
+	$(BIN)/pytest -n auto --dist worksteal --fast
 
 test-bare:  ## (as root) make demo and make test on a Debian with nothing but Python, pip, make and git, as an ordinary user
 	.ci/bare
@@ -61,6 +64,9 @@ bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one th
 fuzz: $(VENV)/.fuzz  ## fuzz what reads what others wrote (MINUTES=10 in all, TARGET=codec for one; docs/fuzzing.md)
 	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(or $(MINUTES),2) $(TARGET)
 
+mutants: $(VENV)/.mutants  ## plant faults in the security core, which tests have to find (MINUTES=10 in all, MODULE=grants, SEED=1; docs/mutants.md)
+	PYTHONPATH=tests $(BIN)/python -m mutants --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(MODULE)
+
 simulate: $(VENV)/.development  ## the whole daemon in simulated time, under faults: SEED=... again, or MINUTES=... of new ones
 	PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
 		$(if $(FIRST),--first $(FIRST)) $(if $(RUNS),--runs $(RUNS)) $(if $(PROCESSES),--processes $(PROCESSES))
@@ -93,6 +99,7 @@ requirements: $(VENV)/.created  ## write the pinned and hashed requirements (UPG
 		-c deploy/requirements-client.txt --output-file .ci/requirements.txt
 	$(PIN) --group audit -c .ci/requirements.txt --output-file .ci/requirements-audit.txt
 	$(PIN) --group fuzz -c .ci/requirements.txt --output-file .ci/requirements-fuzz.txt
+	$(PIN) --group mutants -c .ci/requirements.txt --output-file .ci/requirements-mutants.txt
 	$(PIN) --group hosts -c .ci/requirements.txt --output-file .ci/requirements-hosts.txt
 
 audit: $(VENV)/.audit  ## look every pinned requirement up in a database of known vulnerabilities
@@ -130,6 +137,11 @@ $(VENV)/.bench: $(VENV)/.development
 $(VENV)/.fuzz: $(VENV)/.development .ci/requirements-fuzz.txt
 	@echo "Installing the fuzzer into $(VENV) ..."
 	@.ci/pip $(PYTHON) $(VENV) --require-hashes -r .ci/requirements-fuzz.txt
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.development .ci/requirements-mutants.txt
+	@echo "Installing what mutates the product into $(VENV) ..."
+	@.ci/pip $(PYTHON) $(VENV) --require-hashes -r .ci/requirements-mutants.txt
 	@touch $@
 
 $(VENV)/.audit: $(VENV)/.development .ci/requirements-audit.txt

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support import dying, requires, tokens
 from support.agent import RunningAgent, dev_agent
+from support.fast import is_fast
 from support.keyring import Command, new_keyring, run, serving
 from support.postgres import Cluster
 from support.requires import ROOT, postgresql
@@ -47,6 +48,19 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 for _number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _ignore)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take `--fast`."""
+    parser.addoption("--fast", action="store_true", help="only tests that start no process (support/fast.py)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is not fast, where that is asked for."""
+    if config.getoption("fast"):
+        left_out = [item for item in items if not is_fast(item)]
+        items[:] = [item for item in items if is_fast(item)]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @contextmanager

@@ -37,3 +37,14 @@ def test_users_that_are_forgotten_are_those_seen_longest_ago() -> None:
     assert len(rate._buckets) <= limits._FORGET
     assert not rate.allows(users - 1, users / 1e6)
     assert rate.allows(0, users / 1e6)  # the price of a bound
+
+
+def test_users_whose_allowance_is_full_again_are_forgotten_first() -> None:
+    """No user who has used up an allowance has it back, although the others were seen later."""
+    rate, half = Rate(8), limits._FORGET // 2
+    quiet, busy = range(half), range(half, 2 * half)
+    assert all(rate.allows(user, 9.75, 8) for user in busy)
+    assert all(rate.allows(user, 9.875) for user in quiet)
+    assert rate.allows(-1, 10.0)  # now the quiet ones have all eight again, and the busy ones two
+    assert not any(rate.allows(user, 10.0, 3) for user in busy)
+    assert rate._buckets.keys() == {*busy, -1}

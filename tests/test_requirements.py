@@ -37,7 +37,7 @@ ASKED = {
     ".ci/requirements.txt": [*asked("client", extras=True), *asked("agent", extras=True), *GROUPS["dev"]],
     "deploy/requirements.txt": asked("agent", extras=True),
     "deploy/requirements-client.txt": asked("client", extras=True),
-    **{f".ci/requirements-{group}.txt": GROUPS[group] for group in ("audit", "fuzz", "hosts")},
+    **{f".ci/requirements-{group}.txt": GROUPS[group] for group in ("audit", "fuzz", "hosts", "mutants")},
 }
 
 

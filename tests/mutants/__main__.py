@@ -1,0 +1,169 @@
+"""The command: `python -m mutants [--minutes M] [--seed N] [PART...]` plants faults, one at a time, in a copy of the product.
+
+Cosmic Ray's operators make the faults. A seed draws a sample of them: without one the date, so that each day has another.
+"""
+
+import argparse
+import ast
+import datetime as dt
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from cosmic_ray.ast import ast_nodes, get_ast
+from cosmic_ray.mutating import mutate_code
+from cosmic_ray.plugins import get_operator, operator_names
+
+from .modules import MODULES
+
+ROOT = Path(__file__).parents[2]
+COPY = ROOT / ".cache" / "mutants"
+_TIMES_BASELINE = 3
+_MARGIN_SECONDS = 20
+"""A mutant whose tests take so many times what they take without it, and so many seconds more, counts as caught: it hangs."""
+_EQUIVALENT = ("core/ReplaceBinaryOperator_BitOr", "core/ExceptionReplacer")
+"""Operators whose mutants say little: unions in annotations, and handlers of an exception that is never raised."""
+
+_NOT_CAUGHT = (0, 5)
+"""Exit codes of pytest: every test passed, or none was selected."""
+
+
+class Mutant(NamedTuple):
+    """One fault: an operator's nth change of a module."""
+
+    operator: str
+    occurrence: int
+    line: int
+
+
+def main() -> int:
+    """Return 0: survivors are for people to judge. 1 where the tests fail without a fault; 2: usage."""
+    parser = argparse.ArgumentParser(prog="python -m mutants")
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all modules together")
+    parser.add_argument("--seed", type=int, default=dt.datetime.now(dt.UTC).toordinal())
+    parser.add_argument("part", nargs="*", help="part of a module's path: only such modules")
+    arguments = parser.parse_args()
+    chosen = [module for module in MODULES if not arguments.part or any(part in module for part in arguments.part)]
+    if not chosen:
+        parser.error(f"no module has such a path; there are {', '.join(MODULES)}")
+    _copy()
+    print(f"seed {arguments.seed}")
+    total: Counter[str] = Counter()
+    end = time.monotonic() + 60 * arguments.minutes
+    for number, module in enumerate(chosen):
+        share = (end - time.monotonic()) / (len(chosen) - number)
+        counts = _try(module, arguments.seed, time.monotonic() + share)
+        if counts is None:
+            return 1
+        total += counts
+    _report("all", total)
+    return 0
+
+
+def _copy() -> None:
+    """Copy what git knows: the faults are never in the checkout itself."""
+    shutil.rmtree(COPY, ignore_errors=True)
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (ROOT / name).is_file():
+            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, COPY / name)
+
+
+def _try(module: str, seed: int, end: float) -> Counter[str] | None:
+    """Plant faults in a module until the time is over; return how many were caught, and how."""
+    source = (COPY / module).read_text()
+    before = time.monotonic()
+    if _run(module, None) != 0:
+        print(f"{module}: the tests fail without a fault")
+        return None
+    patience = _TIMES_BASELINE * (time.monotonic() - before) + _MARGIN_SECONDS
+    mutants = sorted(_mutants(source))
+    random.Random(f"{seed} {module}").shuffle(mutants)
+    counts: Counter[str] = Counter()
+    for mutant in mutants:
+        if time.monotonic() >= end:
+            break
+        changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
+        if changed is None:
+            continue
+        (COPY / module).write_text(changed)
+        try:
+            code = _run(module, patience)
+        finally:
+            (COPY / module).write_text(source)
+        outcome = {None: "hung", 0: "survived"}.get(code, "caught")
+        counts[outcome] += 1
+        if outcome == "survived":
+            after = changed.splitlines()[mutant.line - 1].strip()
+            print(f"{module}:{mutant.line}: {mutant.operator.removeprefix('core/')}: {after}", flush=True)
+    _report(f"{module} ({len(mutants)} in all)", counts)
+    return counts
+
+
+def _mutants(source: str) -> Iterator[Mutant]:
+    """Yield every fault of a module that can matter: not in annotations, imports, docstrings and other texts of constants."""
+    lines = _lines_that_run(source)
+    nodes = list(ast_nodes(get_ast(source)))
+    for name in operator_names():
+        operator = get_operator(name)
+        if name.startswith(_EQUIVALENT) or operator.arguments():
+            continue
+        places = [start for node in nodes for start, _ in operator().mutation_positions(node)]
+        for occurrence, (line, _) in enumerate(places):
+            if line in lines:
+                yield Mutant(name, occurrence, line)
+
+
+def _lines_that_run(source: str) -> set[int]:
+    """Return the lines of statements inside functions, and of constants; without definitions and their annotations."""
+    lines: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for statement in node.body:
+                lines.update(range(statement.lineno, (statement.end_lineno or statement.lineno) + 1))
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            lines.update(range(node.value.lineno, (node.value.end_lineno or node.value.lineno) + 1))
+    return lines
+
+
+def _run(module: str, patience: float | None) -> int | None:
+    """Run the tests of a module in the copy, those that start no process first.
+
+    Returns pytest's exit code, or None where the tests took too long.
+    """
+    code = _run_tests(module, patience, "--fast")
+    return code if code not in _NOT_CAUGHT else _run_tests(module, patience)
+
+
+def _run_tests(module: str, patience: float | None, *options: str) -> int | None:
+    tests = [f"tests/{name}.py" for name in MODULES[module]]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *options, *tests]
+    path = os.pathsep.join(str(COPY / folder) for folder in ("client", "agent", "tests"))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    running = subprocess.Popen(
+        command, cwd=COPY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        return running.wait(patience)
+    except subprocess.TimeoutExpired:
+        os.killpg(running.pid, 9)  # with the agents that the tests have started
+        running.wait()
+        return None
+
+
+def _report(name: str, counts: Counter[str]) -> None:
+    tried = counts.total()
+    share = f"{100 * (tried - counts['survived']) / tried:.0f} %" if tried else "-"
+    print(f"{name}: {tried} tried, {share} caught, {counts['hung']} of them by a hang", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

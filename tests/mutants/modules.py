@@ -1,0 +1,32 @@
+"""What is mutated, and the tests that have to notice: each module with the test files for it, the quickest first."""
+
+from typing import Final
+
+AGENT, CLIENT = "agent/keyferry_agent", "client/keyferry"
+
+MODULES: Final = {
+    f"{AGENT}/grants.py": ("test_grants",),
+    f"{AGENT}/limits.py": ("test_limits",),
+    f"{AGENT}/repeats.py": ("test_repeats", "test_remembered"),
+    f"{AGENT}/answering.py": ("test_remembered", "test_faults_inside"),
+    f"{AGENT}/crypto/context.py": ("test_ciphertext",),
+    f"{AGENT}/crypto/seal.py": ("test_ciphertext", "test_wiping"),
+    f"{AGENT}/crypto/public_key.py": ("test_public_key", "test_wycheproof"),
+    f"{AGENT}/crypto/wrapping.py": ("test_public_key", "test_sm2"),
+    f"{AGENT}/handlers/encryption.py": ("test_encryption", "test_states"),
+    f"{AGENT}/handlers/export.py": ("test_remembered", "test_operations"),
+    f"{AGENT}/handlers/generation.py": ("test_remembered", "test_operations"),
+    f"{AGENT}/handlers/steps.py": ("test_remembered", "test_operations", "test_states"),
+    f"{AGENT}/keyring/document.py": ("test_remembered", "test_keyring", "test_verbs"),
+    f"{AGENT}/keyring/loaded.py": ("test_remembered", "test_states"),
+    f"{AGENT}/audit/chain.py": ("test_audit", "test_audit_incomplete", "test_audit_rotated"),
+    f"{AGENT}/audit/file.py": ("test_audit", "test_audit_incomplete"),
+    f"{CLIENT}/wire.py": ("test_wire", "test_wiping"),
+    f"{CLIENT}/headers.py": ("test_wire",),
+    f"{CLIENT}/exchange.py": ("test_deadlines", "test_pipeline", "test_client"),
+    f"{CLIENT}/client.py": ("test_deadlines", "test_pipeline", "test_client"),
+    f"{CLIENT}/files/stream.py": ("test_files",),
+    f"{CLIENT}/files/header.py": ("test_files",),
+    f"{CLIENT}/files/output.py": ("test_durability", "test_places"),
+}
+"""The paths of modules, and names of test files."""
