@@ -102,6 +102,7 @@ def test_a_passphrase_in_place_of_recipients_needs_yes(keyring: Path, capsys: py
         ("remove-recipient", "mine", "removes every recipient"),
         ("remove-recipient", "age1x", "is no recipient"),
     ],
+    ids=["there already", "not there", "the last one", "no recipient"],
 )
 def test_a_wrong_recipient_changes_nothing(
     keyring: Path, capsys: pytest.CaptureFixture[str], verb: str, recipient: str, why: str
@@ -213,6 +214,7 @@ def test_an_ssh_identity_has_the_recipient_of_ssh_keygen(
         (f"{ONE.identity}\nnonsense", "line 2: not an age identity"),
         ("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA", "not an age identity or an unencrypted SSH private key"),
     ],
+    ids=["text", "a recipient", "a second line", "a cut SSH key"],
 )
 def test_a_file_without_an_identity_has_no_recipient(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, why: str
