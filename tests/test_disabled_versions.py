@@ -1,6 +1,7 @@
 """A disabled version of a key: what it encrypted opens nowhere, until it is enabled again."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from support.keys import recipient
 from support.rotating import Rotating
 
 from keyferry_agent.keyring.document import Document, KeyringError
+from keyferry_agent.keyring.kept import Keeper
+from keyferry_agent.keyring.loader import load
 from keyferry_agent.keyring.sealing import Unsealer
 
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -176,3 +179,28 @@ def test_a_disabled_of_another_type_is_refused(said: Command, keyring: Path, val
     entry["Disabled"] = True
     with pytest.raises(KeyringError, match="is staged or disabled"):
         Document.from_json(json.dumps(raw).encode())
+
+
+def test_a_kept_keyring_keeps_its_disabled_versions(said: Command, keyring: Path) -> None:
+    """In a description of a format that an earlier agent does not take, so that it opens nothing with the version."""
+    version = primary(said)
+    said("rotate", "alias/a")
+    said("disable-version", "alias/a", version, "--yes")
+    stored: dict[str, int] = {}
+
+    def store(name: str, descriptor: int) -> bool:
+        stored[name] = os.dup(descriptor)
+        return True
+
+    keeper = Keeper(store, lambda _name: None)
+    loaded = load(keyring, keyring.parent / "identity", backing="auto", require=False, share=keeper.share)
+    if not stored:
+        pytest.skip("needs memfd_secret")
+    assert keeper.keep(loaded, None)
+    description = json.loads(os.pread(stored["keyring-1-description"], 1 << 20, 0))
+    assert description["Format"] == 2
+    restored = Keeper(store, lambda _name: None).restore(stored.items())
+    assert restored is not None
+    assert restored[0].by_version[version][1].disabled
+    restored[0].memory.close()
+    loaded.memory.close()

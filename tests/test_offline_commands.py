@@ -18,6 +18,7 @@ from support.requires import root
 from support.scan import Needles, scan
 from support.waiting import wait_until
 from test_memory import PR_CAPBSET_DROP, limited, needs_ptrace
+from test_recipients import SSH
 
 from keyferry import hardening
 from keyferry.hardening import DUMPABLE
@@ -40,8 +41,8 @@ COMMANDS = {
         for verb, *arguments in (
             ("reseal", "--passphrase-file", "fifo"),
             ("recipients",),
-            ("add-recipient", "--recipient", "age1"),
-            ("remove-recipient", "--recipient", "age1"),
+            ("add-recipient", "--recipient", SSH),
+            ("remove-recipient", "--recipient", SSH),
             ("create-key",),
             ("import-key", "--material", "fifo"),
             ("list",),
