@@ -109,8 +109,9 @@ def test_the_configuration_names_the_files_that_are_mounted(base: str) -> None:
         assert path.parent in mounts, path
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         command = agent[probe]["exec"]["command"]
-        assert command[:2] == ["keyferry", "status"]
-        assert "--socket" not in command or Path(command[3]) in sockets
+        kind = "--ready" if probe == "readinessProbe" else "--live"
+        assert command[:3] == ["keyferry", "status", kind]
+        assert "--socket" not in command or Path(command[command.index("--socket") + 1]) in sockets
 
 
 @pytest.mark.parametrize("base", BASES)
