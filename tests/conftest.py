@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import hypothesis
 import pytest
 from support import dying, requires, tokens
 from support.agent import RunningAgent, dev_agent
@@ -35,6 +36,10 @@ _SHARE_OF_TIMEOUT = 0.75
 """Of pytest's faulthandler_timeout, which ends the whole process."""
 _FAIL_AGAIN_SECONDS = 5.0
 """After which a test that waits for the end of what it began, which waits too, fails there as well."""
+
+# How long an input takes is no matter: on a busy machine it takes as long as the others let it.
+hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("untimed")
 
 os.umask(0o022)  # under 002, the configurations that tests write would be group-writable, which the agent refuses
 

@@ -14,6 +14,7 @@ def test_the_rate_is_per_user_and_comes_back() -> None:
         assert rate.allows(user + 10, 100.0 + user)
     assert len(rate._buckets) < 5_000
     assert all(Rate(0).allows(1, 0.0) for _ in range(100))
+    assert (Rate(0).unlimited, Rate(1).unlimited) == (True, False)
 
 
 def test_a_fraction_of_a_request_is_none() -> None:

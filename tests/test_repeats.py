@@ -48,7 +48,9 @@ def test_memory_for_what_is_kept_is_bounded() -> None:
     assert 15_000 < most < 18_000
     assert repeats.recall("who", number.to_bytes(4, "big") * 100) == number
     for _ in range(THRICE):
+        repeats.remember("who", bytes(4_096), 1)
         repeats.remember("who", bytes(4_097), 0)
+    assert repeats.recall("who", bytes(4_096)) == 1
     assert repeats.recall("who", bytes(4_097)) is None
 
 

@@ -25,6 +25,8 @@ from .modules import MODULES
 
 ROOT = Path(__file__).parents[2]
 COPY = ROOT / ".cache" / "mutants"
+LOG = COPY / "pytest.log"
+"""What the last run of tests printed."""
 _TIMES_BASELINE = 3
 _MARGIN_SECONDS = 20
 """A mutant whose tests take so many times what they take without it, and so many seconds more, counts as caught: it hangs."""
@@ -82,7 +84,7 @@ def _try(module: str, seed: int, end: float) -> Counter[str] | None:
     source = (COPY / module).read_text()
     before = time.monotonic()
     if _run(module, None) != 0:
-        print(f"{module}: the tests fail without a fault")
+        print(f"{module}: the tests fail without a fault: see {LOG}")
         return None
     patience = _TIMES_BASELINE * (time.monotonic() - before) + _MARGIN_SECONDS
     mutants = sorted(_mutants(source))
@@ -148,9 +150,10 @@ def _run_tests(module: str, patience: float | None, *options: str) -> int | None
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *options, *tests]
     path = os.pathsep.join(str(COPY / folder) for folder in ("client", "agent", "tests"))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
-    running = subprocess.Popen(
-        command, cwd=COPY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    with LOG.open("wb") as log:
+        running = subprocess.Popen(
+            command, cwd=COPY, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
     try:
         return running.wait(patience)
     except subprocess.TimeoutExpired:
