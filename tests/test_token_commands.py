@@ -151,7 +151,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 
 @pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])
-def test_what_module_init_prints_is_a_public_key_for_every_command(
+def test_every_command_reads_what_module_init_prints(
     key_spec: str, agent: RunningAgent, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As it is, and its PublicKeyBlob alone; `module show` prints the same again."""
