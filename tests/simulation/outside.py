@@ -5,7 +5,6 @@ is unchanged: what is replaced are names of the standard library and of trio, an
 """
 
 import errno
-import io
 import os
 import signal
 import socket
@@ -45,7 +44,6 @@ class _Real:
     pread, ftruncate, fstat = os.pread, os.ftruncate, os.fstat
     stat, lstat, unlink, chmod = os.stat, os.lstat, os.unlink, os.chmod
     monotonic = time.monotonic
-    io_open = io.open
 
 
 REAL: Final = _Real
@@ -88,6 +86,13 @@ class Outside:
             world.fails("keep a reserve")
         elif flags & os.O_DIRECTORY:
             world.fails("open the folder")
+        elif self._ours(path) and flags & os.O_ACCMODE == os.O_RDONLY:
+            world.fails("read the configuration")
+            world.takes_descriptor()
+            world.gives_descriptor()  # a file object closes it
+            world.read = world.on_disk[1]
+            world.note("read the configuration", world.read)
+            return REAL.open(path, flags, mode, dir_fd=dir_fd)
         world.takes_descriptor()
         descriptor = REAL.open(path, flags, mode, dir_fd=dir_fd)
         if record:
@@ -185,16 +190,6 @@ class Outside:
     def unlink(self, path: Any, **more: Any) -> None:
         self.world.fails("remove the socket")
         REAL.unlink(path, **more)
-
-    def io_open(self, path: Any, *arguments: Any, **more: Any) -> Any:
-        world = self.world
-        if self._ours(path) and arguments[:1] == ("r",):
-            world.fails("read the configuration")
-            world.takes_descriptor()
-            world.gives_descriptor()
-            world.read = world.on_disk[1]
-            world.note("read the configuration", world.read)
-        return REAL.io_open(path, *arguments, **more)
 
     def _ours(self, path: Any) -> bool:
         return not isinstance(path, int) and os.fspath(path).startswith(str(self.world.directory))

@@ -4,7 +4,6 @@
 
 import datetime as dt
 import gc
-import io
 import os
 import signal
 import socket
@@ -62,7 +61,6 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
     names: list[tuple[Any, str, Any]] = [
         *((os, name, getattr(outside, name)) for name in _OS),
         (os, "getpid", lambda: _PID),
-        (io, "open", outside.io_open),
         (socket, "send_fds", outside.send_fds),
         (_SocketType, "_nonblocking_helper", method(outside.helper)),
         (_SocketType, "getsockopt", method(outside.getsockopt)),
