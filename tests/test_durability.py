@@ -12,6 +12,7 @@ from support.keyring import change, new_keyring, opened, run
 
 from keyferry import new_files
 from keyferry.files import output, replacing
+from keyferry_agent.keyring.changes import log_of
 
 CONTENT = b"content" * 1_000
 Write: TypeAlias = Callable[[Path], None]
@@ -94,14 +95,18 @@ def test_a_disk_that_does_not_sync_leaves_the_old_file(tmp_path: Path, disk: Dis
 
 
 def test_a_keyring_is_synced_then_named_then_its_folder(tmp_path: Path, disk: Disk) -> None:
-    """The new keyring and each change of it."""
+    """Between its content and its name the first entry about the change is on the disk, and after both the second one."""
     keyring = new_keyring(tmp_path)
     disk.steps.clear()
     change(keyring, "create-key", "--alias", "alias/b")
+    log = log_of(keyring)
+    *_, done = log.read_bytes().splitlines(keepends=True)
     assert disk.steps == [
         ("sync file", keyring.stat().st_size),
+        ("sync file", log.stat().st_size - len(done)),
         ("name", "keyring.age"),
         ("sync folder", None),
+        ("sync file", log.stat().st_size),
     ]
 
 

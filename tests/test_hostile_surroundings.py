@@ -206,7 +206,7 @@ def test_a_record_that_is_cut_to_nothing_goes_on(keyring: Path, socket_path: Pat
 def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
     keyring: Path, socket_path: Path, tmp_path: Path
 ) -> None:
-    """Said once, not twice a second."""
+    """The failure is logged once, not twice a second. Then an entry has the number of requests without one."""
     record = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
@@ -216,9 +216,9 @@ def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
         assert agent.wait_for("audit.failed")["error"] == os.strerror(errno.EISDIR)
         refused(connection, *DESCRIBE, "ServiceUnavailableTemporary", "audit record")
         record.rmdir()
-        agent.wait_for("audit.reopened")
+        assert agent.wait_for("audit.resumed")["unrecorded"] == 1
         ok(connection, *DESCRIBE)
-    assert chain.verify([tmp_path / "before", record]).lines == AT_START + 2
+    assert chain.verify([tmp_path / "before", record]).lines == AT_START + 3
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

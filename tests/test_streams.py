@@ -15,6 +15,7 @@ from support.keys import rsa_private_key
 from support.secrets import secret_file
 
 from keyferry import command, guard, output, streams
+from keyferry_agent.keyring.sealing import Identity
 
 AGENT, CLIENT = "keyferry_agent", "keyferry"
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -44,7 +45,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "--key",
         "alias/a",
     ),
-    "keyring init": (AGENT, "keyring", "init", "new{}.age", "--new-identity", "new{}.identity"),
+    "keyring init": (AGENT, "keyring", "init", "new{}.age", "--new-identity", "new{}.identity", "-R", "recipients"),
     "keyring list": (AGENT, "keyring", "list", "keyring.age", "--unseal", "identity"),
     "keyring show --json": (AGENT, "keyring", "show", "keyring.age", "alias/a", "--json", "--unseal", "identity"),
 }
@@ -70,6 +71,7 @@ def place(agent: RunningAgent, keyring: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("KEYFERRY_SOCKET", str(agent.socket))
     monkeypatch.setenv("KEYFERRY_STORE", f"sqlite:///{folder / 'records.sqlite'}")
     (folder / "agent.toml").write_text(configuration(keyring, to="uid = 0", more=f'socket = "{folder / "s"}"'))
+    (folder / "recipients").write_text(Identity().recipient)
     secret_file(folder / "passphrase", "correct horse battery")
     public = rsa_private_key().public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     (folder / "public.pem").write_bytes(public)
