@@ -32,7 +32,7 @@ CONNECTIONS = 4
 RSA = recipient("RSAES_OAEP_SHA_256")
 EXPORTS: list[Any] = [operations.GenerateAndExportDataKey(key_id=key_id, **RSA.arguments) for key_id in KEYS] * 8
 IN_PLAINTEXT: list[Any] = [operations.GenerateDataKey(key_id=key_id) for key_id in KEYS] * 8
-NAIVE = ("-c", "import sys; from keyferry_agent.command import main; sys.exit(main())")
+NAIVE = ("-c", "import sys; from keyferry_agent.cli.main import main; sys.exit(main())")
 
 
 def measure(name: str, command: tuple[str, ...], *, exports_only: bool) -> None:

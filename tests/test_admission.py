@@ -11,13 +11,13 @@ from support.keyring import serving
 from support.other_user import line_of, running_as
 from support.requires import root
 
-from keyferry import wire
-from keyferry_agent.admission import Admission, NoRoomError, Place
-from keyferry_agent.agent import Agent, Caller
-from keyferry_agent.grants import Grant
-from keyferry_agent.keyring.loaded import development_keyring
+from keyferry.protocol import wire
+from keyferry_agent.authz.grants import Grant
+from keyferry_agent.config.settings import Limits, Settings
+from keyferry_agent.keyring.keyring import development_keyring
 from keyferry_agent.peer import Peer
-from keyferry_agent.settings import Limits, Settings
+from keyferry_agent.server.admission import Admission, NoRoomError, Place
+from keyferry_agent.state import Agent, Caller
 
 GRANTED, NAMED, STRANGER = 1, 2, os.geteuid() + 1_000  # not the user that runs the tests
 KEEP = """

@@ -15,10 +15,11 @@ from support.agent import PATIENCE, RunningAgent, dev_agent
 from support.keys import recipient
 from support.scripted import Part, answers, says, scripted
 
-from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, Throttled, operations, wire
+from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, Throttled, operations
 from keyferry.aio import Client
-from keyferry.exchange import LOST_MOST, Asked, Call
 from keyferry.parameters import decode_base64, encode_base64
+from keyferry.protocol import wire
+from keyferry.protocol.rpc import LOST_MOST, Asked, Call
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 SM2 = recipient("SM2PKE")

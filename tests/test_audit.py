@@ -22,11 +22,12 @@ from support.audit_log import AT_START, requests
 from support.keyring import configuration, serving
 from support.keys import recipient
 
-from keyferry_agent.agent import Audited
-from keyferry_agent.audit import AuditLog, chain
-from keyferry_agent.command import main
+from keyferry_agent.audit import AuditLog
+from keyferry_agent.chained_log import chain
+from keyferry_agent.cli.main import main
+from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.settings import Audit
+from keyferry_agent.state import Audited
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")

@@ -18,10 +18,11 @@ from support.keyring import change, serving
 from support.keys import recipient
 
 from keyferry import __version__
-from keyferry_agent.agent import Audited
-from keyferry_agent.audit import AuditLog, announcements, chain, log
+from keyferry_agent.audit import AuditLog, announcements, log
+from keyferry_agent.chained_log import chain
+from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.settings import Audit
+from keyferry_agent.state import Audited
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")

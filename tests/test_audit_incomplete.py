@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.audit_log import LOST, Log, entries, line, text
 
-from keyferry_agent.audit import chain
+from keyferry_agent.chained_log import chain
 
 
 @pytest.fixture

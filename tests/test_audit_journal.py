@@ -13,10 +13,10 @@ from support.asking import ok
 from support.audit_log import Log
 from support.keyring import serving
 
-from keyferry_agent.agent import Audited
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.settings import Audit
+from keyferry_agent.state import Audited
 
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
 SYSTEMD = [
@@ -40,8 +40,8 @@ def written(folder: Path, starts: int = 3, each: int = 4) -> list[list[bytes]]:
     found = []
     for start in range(starts):
         code = (
-            "import sys; from keyferry_agent.audit import AuditLog; from keyferry_agent.agent import Audited;"
-            "from keyferry_agent.peer import Peer; from keyferry_agent.settings import Audit;"
+            "import sys; from keyferry_agent.audit import AuditLog; from keyferry_agent.state import Audited;"
+            "from keyferry_agent.peer import Peer; from keyferry_agent.config.settings import Audit;"
             "audit = AuditLog(Audit()); audit.begin('2026-11-30T12:00:00Z');"
             "peer = Peer(uid=1, gids=frozenset({1}), pid=1, listener='default');"
             f"[audit.record(peer, [(Audited(f'id{start}-{{n}}', 0.0, 'Decrypt', key_id='k'), 'OK')]) for n in range({each})]"
@@ -121,7 +121,7 @@ def test_what_was_done_to_a_journal_is_found(log: Log, damage: str) -> None:
 
 def rechained(lines: list[bytes]) -> list[bytes]:
     """The lines with new hashes, as whoever can write them makes them."""
-    from keyferry_agent.audit.chain import BEGINNING, link  # noqa: PLC0415
+    from keyferry_agent.chained_log.chain import BEGINNING, link  # noqa: PLC0415
 
     previous, found = BEGINNING, []
     for line in lines:

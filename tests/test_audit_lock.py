@@ -15,9 +15,10 @@ from support.audit_log import AT_START
 from support.other_user import OTHER_USER
 from support.requires import root
 
-from keyferry_agent.audit import AuditLog, chain, exclusive
+from keyferry_agent.audit import AuditLog, exclusive
+from keyferry_agent.chained_log import chain
+from keyferry_agent.config.settings import Audit
 from keyferry_agent.locking import Lock, LockError, lock_file_of
-from keyferry_agent.settings import Audit
 
 DESCRIBE = ("DescribeKey", {"KeyId": "alias/dev"})
 

@@ -20,7 +20,8 @@ from support.asking import ok
 from support.audit_log import START, Log, entries, line, text
 from support.keyring import serving
 
-from keyferry_agent.audit import chain, rotated
+from keyferry_agent.audit import rotated
+from keyferry_agent.chained_log import chain
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "plain": bytes,
@@ -256,7 +257,7 @@ def test_a_large_file_is_read_in_little_memory(tmp_path: Path, content: str) -> 
         else:
             for piece in pieces[content]:
                 file.write(piece)
-    code = "import sys; from keyferry_agent.command import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from keyferry_agent.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
     def little() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (120_000_000, 120_000_000))

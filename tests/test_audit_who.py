@@ -18,8 +18,8 @@ from support.keys import recipient
 
 from keyferry.ciphertext import ciphertext_hash
 from keyferry_agent.audit import times
-from keyferry_agent.audit.chain import BEGINNING, link
-from keyferry_agent.command import main
+from keyferry_agent.chained_log.chain import BEGINNING, link
+from keyferry_agent.cli.main import main
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 SM2 = recipient("SM2PKE")

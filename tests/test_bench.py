@@ -13,10 +13,10 @@ from bench.subject import Subject, requests, subject
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyferry import wire
 from keyferry.parameters import decode_base64
+from keyferry.protocol import wire
 from keyferry.secret import SecretMemory
-from keyferry_agent.crypto import seal
+from keyferry_agent.crypto import ciphertext_blob
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,7 +123,7 @@ def test_the_bare_loop_computes_what_the_agent_computes() -> None:
     opened = bytearray(48)
     scratch, cmk = SecretMemory(4096, require=False), memoryview(bytearray(loops.CMK))
     raw = decode_base64(blob.decode())
-    seal.open_into("Aliyun_AES_256", cmk, raw, loops.KEY_ID, loops.CONTEXT, memoryview(opened), scratch)
+    ciphertext_blob.open_into("Aliyun_AES_256", cmk, raw, loops.KEY_ID, loops.CONTEXT, memoryview(opened), scratch)
     scratch.close()
     assert [bytes(opened)] == wrapped == [decode_base64(exported.decode())]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE
 
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 
 GRANT = '[[grant]]\nname = "g"\nto = {{ uid = 1 }}\nactions = ["kms:*"]\nkeys = [{keys}]\n'
 SYSTEMCTL = r"""#!/bin/sh
@@ -100,7 +100,7 @@ def test_a_keyring_that_does_not_open_is_a_warning(
 def test_a_missing_package_is_a_warning(tmp_path: Path, package: str, setting: str, message: str) -> None:
     """Only the setting that needs the package asks for it."""
     config = tmp_path / "agent.toml"
-    code = f"import sys; sys.modules['{package}'] = None; from keyferry_agent.command import main; sys.exit(main())"
+    code = f"import sys; sys.modules['{package}'] = None; from keyferry_agent.cli.main import main; sys.exit(main())"
     for text, expected in ((setting, True), ("", False)):
         config.write_text(f"{text}\n")
         ended = subprocess.run(

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from vectors import make_ciphertext
 
 from keyferry.secret import SecretMemory
-from keyferry_agent.crypto import seal, selftest
-from keyferry_agent.crypto.context import associated_data
+from keyferry_agent.crypto import ciphertext_blob, selftest
+from keyferry_agent.crypto.aad import associated_data
 
 Case: TypeAlias = dict[str, Any]
 
@@ -31,7 +31,7 @@ INVALID = [case for case in CASES if case["result"] == "invalid"]
 PATIENT = settings(deadline=None)
 SLOW = settings(PATIENT, max_examples=60)
 
-key_specs = st.sampled_from(sorted(seal.KEY_SIZES))
+key_specs = st.sampled_from(sorted(ciphertext_blob.KEY_SIZES))
 contexts = st.dictionaries(st.text(max_size=12), st.text(max_size=12), max_size=5)
 
 
@@ -56,7 +56,7 @@ def seal_with(case: Case, scratch: SecretMemory) -> bytes:
     cmk, plaintext = view(bytes.fromhex(case["cmk"])), view(bytes.fromhex(case["plaintext"]))
     context = case["encryption_context"] or {}
     salt = bytes.fromhex(case["salt"])
-    return seal.bind(case["key_spec"], case["key_version_id"], case["key_id"], context).seal(
+    return ciphertext_blob.bind(case["key_spec"], case["key_version_id"], case["key_id"], context).seal(
         cmk, plaintext, scratch, salt
     )
 
@@ -65,9 +65,9 @@ def open_blob(
     scratch: SecretMemory, key_spec: str, cmk: bytes, key_id: str, context: dict[str, str] | None, blob: bytes
 ) -> bytes:
     """What the agent does with a blob, when the KeyVersionId in it is one that has this master key."""
-    seal.key_version_id(blob)
-    out = bytearray(seal.plaintext_size(blob))
-    seal.open_into(key_spec, view(cmk), blob, key_id, context or {}, memoryview(out), scratch)
+    ciphertext_blob.key_version_id(blob)
+    out = bytearray(ciphertext_blob.plaintext_size(blob))
+    ciphertext_blob.open_into(key_spec, view(cmk), blob, key_id, context or {}, memoryview(out), scratch)
     return bytes(out)
 
 
@@ -78,8 +78,10 @@ def values_to_open(case: Case) -> tuple[str, bytes, str, dict[str, str] | None, 
 
 def sample(key_spec: str, scratch: SecretMemory) -> tuple[bytes, bytes]:
     """A master key, and a blob that the agent sealed under it for {"a": "1"}."""
-    cmk = bytes(range(seal.KEY_SIZES[key_spec]))
-    return cmk, seal.seal(key_spec, view(cmk), VERSION_ID, KEY_ID, {"a": "1"}, view(b"0123456789abcdef" * 2), scratch)
+    cmk = bytes(range(ciphertext_blob.KEY_SIZES[key_spec]))
+    return cmk, ciphertext_blob.seal(
+        key_spec, view(cmk), VERSION_ID, KEY_ID, {"a": "1"}, view(b"0123456789abcdef" * 2), scratch
+    )
 
 
 # The vectors
@@ -116,12 +118,12 @@ def test_sealing_with_a_vectors_salt_gives_its_blob(scratch: SecretMemory, case:
 @pytest.mark.parametrize("case", VALID, ids=name_of)
 def test_a_valid_blob_opens(scratch: SecretMemory, case: Case) -> None:
     assert open_blob(scratch, *values_to_open(case)).hex() == case["plaintext"]
-    assert seal.key_version_id(bytes.fromhex(case["blob"])) == case["key_version_id"]
+    assert ciphertext_blob.key_version_id(bytes.fromhex(case["blob"])) == case["key_version_id"]
 
 
 @pytest.mark.parametrize("case", INVALID, ids=name_of)
 def test_an_invalid_blob_does_not_open(scratch: SecretMemory, case: Case) -> None:
-    with pytest.raises(seal.SealError):
+    with pytest.raises(ciphertext_blob.SealError):
         open_blob(scratch, *values_to_open(case))
     with pytest.raises(second_decoder.NotAuthentic):
         second_decoder.open_blob(*values_to_open(case))
@@ -129,7 +131,7 @@ def test_an_invalid_blob_does_not_open(scratch: SecretMemory, case: Case) -> Non
 
 def test_contexts_give_different_blobs_unless_they_are_both_empty() -> None:
     """With one key, one salt and one plaintext, only the absent context and {} bind alike."""
-    for key_spec in seal.KEY_SIZES:
+    for key_spec in ciphertext_blob.KEY_SIZES:
         salt = make_ciphertext.value(f"{key_spec} salt", 32).hex()
         blobs: dict[str, list[Any]] = {}
         for case in VALID:
@@ -154,8 +156,8 @@ def test_the_agents_self_test_holds_the_frozen_blobs() -> None:
 def test_what_the_agent_seals_the_second_implementation_opens(
     scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], key_id: object, key: bytes
 ) -> None:
-    cmk = key[: seal.KEY_SIZES[key_spec]]
-    blob = seal.seal(key_spec, view(cmk), VERSION_ID, str(key_id), context, view(plaintext), scratch)
+    cmk = key[: ciphertext_blob.KEY_SIZES[key_spec]]
+    blob = ciphertext_blob.seal(key_spec, view(cmk), VERSION_ID, str(key_id), context, view(plaintext), scratch)
     assert len(blob) == len(plaintext) + 117
     assert second_decoder.open_blob(key_spec, cmk, str(key_id), context, blob) == plaintext
 
@@ -165,10 +167,10 @@ def test_what_the_agent_seals_the_second_implementation_opens(
 def test_what_the_second_implementation_seals_the_agent_opens(
     scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], random: bytes
 ) -> None:
-    cmk, salt = random[: seal.KEY_SIZES[key_spec]], random[32:]
+    cmk, salt = random[: ciphertext_blob.KEY_SIZES[key_spec]], random[32:]
     blob = second_decoder.seal_blob(key_spec, cmk, VERSION_ID, KEY_ID, context, plaintext, salt)
     assert open_blob(scratch, key_spec, cmk, KEY_ID, context, blob) == plaintext
-    same = seal.bind(key_spec, VERSION_ID, KEY_ID, context).seal(view(cmk), view(plaintext), scratch, salt)
+    same = ciphertext_blob.bind(key_spec, VERSION_ID, KEY_ID, context).seal(view(cmk), view(plaintext), scratch, salt)
     assert same == blob
 
 
@@ -208,22 +210,22 @@ def test_the_order_of_a_context_does_not_matter(context: dict[str, str]) -> None
 # What is refused
 
 
-@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+@pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
 def test_a_blob_with_any_one_bit_flipped_does_not_open(scratch: SecretMemory, key_spec: str) -> None:
     cmk, blob = sample(key_spec, scratch)
     assert len(blob) == 149
     for position, bit in itertools.product(range(len(blob)), range(8)):
         flipped = bytearray(blob)
         flipped[position] ^= 1 << bit
-        with pytest.raises(seal.SealError):
+        with pytest.raises(ciphertext_blob.SealError):
             open_blob(scratch, key_spec, cmk, KEY_ID, {"a": "1"}, bytes(flipped))
 
 
-@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+@pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
 def test_a_blob_cut_off_anywhere_does_not_open(scratch: SecretMemory, key_spec: str) -> None:
     cmk, blob = sample(key_spec, scratch)
     for size in range(len(blob)):
-        with pytest.raises(seal.SealError):
+        with pytest.raises(ciphertext_blob.SealError):
             open_blob(scratch, key_spec, cmk, KEY_ID, {"a": "1"}, blob[:size])
 
 
@@ -231,7 +233,7 @@ def test_every_cause_of_a_refusal_reads_the_same(scratch: SecretMemory) -> None:
     """Who sends blobs learns nothing from the exception: not from its text, and not from a cause."""
     seen = set()
     for case in INVALID:
-        with pytest.raises(seal.SealError) as caught:
+        with pytest.raises(ciphertext_blob.SealError) as caught:
             open_blob(scratch, *values_to_open(case))
         seen.add((str(caught.value), repr(caught.value), caught.value.__cause__))
     assert seen == {("", "SealError()", None)}
@@ -243,34 +245,34 @@ BLOB = bytes.fromhex(VALID[0]["blob"])
 @pytest.mark.parametrize("blob", [b"", BLOB[:117], BLOB[:36] + b"\x02" + BLOB[37:], b"\xb0" + BLOB[1:]])
 def test_a_blob_of_another_form_names_no_version(blob: bytes) -> None:
     """Too short for any plaintext, another format, no ASCII: refused before a master key is looked for."""
-    with pytest.raises(seal.SealError):
-        seal.key_version_id(blob)
+    with pytest.raises(ciphertext_blob.SealError):
+        ciphertext_blob.key_version_id(blob)
 
 
-@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+@pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
 def test_another_master_key_is_refused_before_anything_is_decrypted(scratch: SecretMemory, key_spec: str) -> None:
     cmk, blob = sample(key_spec, scratch)
     out = bytearray(32)
-    with pytest.raises(seal.SealError):
-        seal.open_into(key_spec, view(cmk[::-1]), blob, KEY_ID, {"a": "1"}, memoryview(out), scratch)
+    with pytest.raises(ciphertext_blob.SealError):
+        ciphertext_blob.open_into(key_spec, view(cmk[::-1]), blob, KEY_ID, {"a": "1"}, memoryview(out), scratch)
     assert out == bytes(32)
 
 
 @pytest.mark.parametrize("version_id", ["", VERSION_ID[:-1], VERSION_ID + "0"])
 def test_a_version_id_of_another_length_is_not_sealed(scratch: SecretMemory, version_id: str) -> None:
     with pytest.raises(ValueError, match="36 characters"):
-        seal.seal("Aliyun_SM4", view(bytes(16)), version_id, KEY_ID, {}, view(b"data"), scratch)
+        ciphertext_blob.seal("Aliyun_SM4", view(bytes(16)), version_id, KEY_ID, {}, view(b"data"), scratch)
 
 
 def test_a_version_id_beyond_ascii_is_not_sealed(scratch: SecretMemory) -> None:
     with pytest.raises(UnicodeEncodeError):
-        seal.seal("Aliyun_SM4", view(bytes(16)), VERSION_ID[:-1] + "é", KEY_ID, {}, view(b"data"), scratch)
+        ciphertext_blob.seal("Aliyun_SM4", view(bytes(16)), VERSION_ID[:-1] + "é", KEY_ID, {}, view(b"data"), scratch)
 
 
 # One call
 
 
-@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+@pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
 def test_sealing_the_same_twice_differs_in_everything_but_the_header(scratch: SecretMemory, key_spec: str) -> None:
     (_, one), (_, two) = sample(key_spec, scratch), sample(key_spec, scratch)
     assert one[:37] == two[:37]
@@ -278,24 +280,24 @@ def test_sealing_the_same_twice_differs_in_everything_but_the_header(scratch: Se
         assert one[field] != two[field]
 
 
-@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+@pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
 def test_sealing_and_opening_leave_the_callers_buffers_as_they_were(scratch: SecretMemory, key_spec: str) -> None:
-    cmk, plaintext = bytes(range(seal.KEY_SIZES[key_spec])), b"the caller wipes this"
+    cmk, plaintext = bytes(range(ciphertext_blob.KEY_SIZES[key_spec])), b"the caller wipes this"
     lent, data = view(cmk), view(plaintext)
-    blob = seal.seal(key_spec, lent, VERSION_ID, KEY_ID, {}, data, scratch)
+    blob = ciphertext_blob.seal(key_spec, lent, VERSION_ID, KEY_ID, {}, data, scratch)
     out = view(bytes(len(plaintext)))
-    seal.open_into(key_spec, lent, blob, KEY_ID, {}, out, scratch)
+    ciphertext_blob.open_into(key_spec, lent, blob, KEY_ID, {}, out, scratch)
     assert (bytes(lent), bytes(data), bytes(out)) == (cmk, plaintext, plaintext)
 
 
 @pytest.mark.parametrize("damage", [0, 1])
-@pytest.mark.parametrize("key_spec", sorted(seal.KEY_SIZES))
+@pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
 def test_one_time_keys_are_wiped_whether_a_blob_opens_or_not(key_spec: str, damage: int) -> None:
     """In a memory that serves nobody else, some room was used, and all of it holds zeros."""
     with contextlib.closing(SecretMemory(4096, require=False)) as scratch:
         cmk, blob = sample(key_spec, scratch)
         offered = blob[:-1] + bytes([blob[-1] ^ damage])
-        with pytest.raises(seal.SealError) if damage else contextlib.nullcontext():
-            seal.open_into(key_spec, view(cmk), offered, KEY_ID, {"a": "1"}, view(bytes(32)), scratch)
+        with pytest.raises(ciphertext_blob.SealError) if damage else contextlib.nullcontext():
+            ciphertext_blob.open_into(key_spec, view(cmk), offered, KEY_ID, {"a": "1"}, view(bytes(32)), scratch)
         assert scratch._used > 0
         assert not any(scratch._view(0, scratch.size))

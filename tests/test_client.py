@@ -31,11 +31,11 @@ from keyferry import (
     Throttled,
     declaration,
     operations,
-    wire,
 )
 from keyferry.errors import CODES, kms_error
-from keyferry.exchange import LOST_MOST, default_socket, pem_to_der, why_unreachable
 from keyferry.parameters import encode_base64
+from keyferry.protocol import wire
+from keyferry.protocol.rpc import LOST_MOST, default_socket, pem_to_der, why_unreachable
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 

@@ -17,7 +17,7 @@ from support.keys import recipient, rsa_private_key, spki
 from keyferry import __version__
 from keyferry import command as keyferry_command
 from keyferry.operations import OPERATIONS
-from keyferry_agent import command as agent_command
+from keyferry_agent.cli import main as agent_command
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from support.keyring import configuration, serving
 from support.other_user import OTHER_USER, line_of, running_as
 from support.requires import root, unified_cgroups
 
-from keyferry import wire
+from keyferry.protocol import wire
 
 POD = "3f1d2a77-0b6e-4a0e-9f0a-2f7b6f0c1d22"
 MOVE = """

@@ -13,7 +13,8 @@ import trio
 from support.agent import PATIENCE
 from support.scripted import answers, client_of, says
 
-from keyferry import AgentUnavailable, aio, client, wire
+from keyferry import AgentUnavailable, aio, client
+from keyferry.protocol import wire
 
 TIMEOUT = 5.0
 CALLS = [(f"Method{number}", dict[str, Any]()) for number in range(10)]

@@ -6,7 +6,7 @@ import pytest
 from support.agent import RunningAgent, configured
 
 from keyferry import Client
-from keyferry_agent import command
+from keyferry_agent.cli import main
 
 
 def test_dev_has_a_key_for_each_alias(socket_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_an_alias_that_cannot_be_is_wrong_usage(
 ) -> None:
     """Exit code 2, before anything starts."""
     with pytest.raises(SystemExit) as ended:
-        command.main(["run", *arguments])
+        main.main(["run", *arguments])
     assert ended.value.code == 2
     assert why in capsys.readouterr().err
 

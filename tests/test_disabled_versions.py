@@ -13,7 +13,7 @@ from support.keys import recipient
 from support.rotating import Rotating
 
 from keyferry_agent.keyring.document import Document, KeyringError
-from keyferry_agent.keyring.kept import Keeper
+from keyferry_agent.keyring.fdstore import Keeper
 from keyferry_agent.keyring.loader import load
 from keyferry_agent.keyring.sealing import Unsealer
 

@@ -8,8 +8,8 @@ import pytest
 from support import reference
 
 import keyferry
-from keyferry_agent import settings
-from keyferry_agent.crypto import seal
+from keyferry_agent.config import settings
+from keyferry_agent.crypto import ciphertext_blob
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
@@ -59,8 +59,8 @@ def test_the_example_configurations_are_good(tmp_path: Path) -> None:
 def test_the_ciphertext_page_has_the_sizes_of_the_code() -> None:
     """117 bytes longer."""
     text = (ROOT / "docs" / "ciphertext.md").read_text()
-    assert f"a blob is {seal.OVERHEAD} bytes longer" in text
-    assert all(suite.info.decode() in text for suite in seal._SUITES.values())
+    assert f"a blob is {ciphertext_blob.OVERHEAD} bytes longer" in text
+    assert all(suite.info.decode() in text for suite in ciphertext_blob._SUITES.values())
 
 
 def test_every_setting_is_explained() -> None:

@@ -12,25 +12,25 @@ MAY_BLOCK = {
     ("keyferry_agent.peer.process", "cgroups"): {"open"},
     ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
     ("keyferry_agent.peer.platform", "_control_groups_visible"): {"open"},
-    ("keyferry_agent.serving", "__init__"): {"open"},
-    ("keyferry_agent.serving", "_refuse_with_the_reserve"): {"open"},
+    ("keyferry_agent.server.server", "__init__"): {"open"},
+    ("keyferry_agent.server.server", "_refuse_with_the_reserve"): {"open"},
 }
 IN_ANOTHER_PROCESS = ("keyferry_agent.peer.program", "keyferry_agent.peer.inspector")
 ON_THE_LOOP = (
-    "keyferry_agent.admission",
-    "keyferry_agent.agent",
-    "keyferry_agent.answering",
-    "keyferry_agent.arrivals",
-    "keyferry_agent.connection",
+    "keyferry_agent.server.admission",
+    "keyferry_agent.state",
+    "keyferry_agent.server.dispatch",
+    "keyferry_agent.server.readiness",
+    "keyferry_agent.server.connection",
     "keyferry_agent.crypto",
-    "keyferry_agent.grants",
+    "keyferry_agent.authz.grants",
     "keyferry_agent.handlers",
-    "keyferry_agent.identity",
-    "keyferry_agent.limits",
+    "keyferry_agent.server.identity",
+    "keyferry_agent.server.rate_limit",
     "keyferry_agent.peer",
-    "keyferry_agent.repeats",
-    "keyferry_agent.serving",
-    "keyferry_agent.watchdog",
+    "keyferry_agent.authz.decision_cache",
+    "keyferry_agent.server.server",
+    "keyferry_agent.daemon.systemd_watchdog",
 )
 """The modules whose functions run on the event loop while there are peers."""
 
@@ -60,7 +60,7 @@ def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> 
     assert not [name for name in ALL if "keyferry_agent.peer.inspector" in imports(name)]
     assert {name for name, path in ALL.items() if name.startswith("keyferry_agent") and "/exe" in path.read_text()} <= {
         "keyferry_agent.peer.program",
-        "keyferry_agent.grants",
+        "keyferry_agent.authz.grants",
     }
 
 

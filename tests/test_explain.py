@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.policy import allows
 
-from keyferry_agent.command import main
-from keyferry_agent.explain import mismatch
-from keyferry_agent.grants import PLAINTEXT, Grant
+from keyferry_agent.authz.grants import PLAINTEXT, Grant
+from keyferry_agent.cli.explain import mismatch
+from keyferry_agent.cli.main import main
 from keyferry_agent.peer import Peer
 
 PIN = "sha256:" + "0" * 64

@@ -13,8 +13,8 @@ from support.agent import RawConnection, RunningAgent
 from support.keyring import change, opened, serving
 from support.keys import recipient
 
-from keyferry_agent import settings
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
+from keyferry_agent.config import settings
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PIN = "sha256:" + "0" * 64

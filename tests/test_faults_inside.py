@@ -16,19 +16,19 @@ import trio
 import trio.testing
 from support.inside import new_agent, new_audit_log
 
-from keyferry import wire
 from keyferry.errors import KmsError
+from keyferry.protocol import wire
 from keyferry_agent import handlers
-from keyferry_agent.agent import Agent, Caller
 from keyferry_agent.audit import AuditLog
-from keyferry_agent.connection import Connection, Shared
+from keyferry_agent.config.settings import Audit
 from keyferry_agent.handlers.status import get_agent_status
-from keyferry_agent.limits import Rate
 from keyferry_agent.peer import Peer
 from keyferry_agent.peer.inspection import Inspector
-from keyferry_agent.serving import Server
-from keyferry_agent.settings import Audit
-from keyferry_agent.workers import Workers
+from keyferry_agent.server.connection import Connection, Shared
+from keyferry_agent.server.rate_limit import Rate
+from keyferry_agent.server.server import Server
+from keyferry_agent.server.thread_pool import Workers
+from keyferry_agent.state import Agent, Caller
 
 STATUS = ("GetAgentStatus", dict[str, Any]())
 
@@ -182,7 +182,7 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
         await stream.send_all(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}))
         await trio.to_thread.run_sync(begun.wait)
-        monkeypatch.setattr("keyferry_agent.connection.os.write", cut_off)
+        monkeypatch.setattr("keyferry_agent.server.connection.os.write", cut_off)
         monkeypatch.setattr(trio.SocketStream, "send_all", no_memory)
         stream.socket._sock.send(wire.encode_request(2, *STATUS))  # type: ignore[attr-defined]
         received = b""
@@ -220,7 +220,7 @@ async def test_who_ended_before_the_kernel_was_asked_is_hung_up_on(
         raise ProcessLookupError
 
     async with served(agent, audit, socket_path):
-        monkeypatch.setattr("keyferry_agent.serving.evidence", gone)
+        monkeypatch.setattr("keyferry_agent.server.server.evidence", gone)
         with structlog.testing.capture_logs() as logged:
             async with await trio.open_unix_socket(str(socket_path)) as stream:
                 assert await stream.receive_some() == b""
@@ -237,7 +237,7 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as other:
         assert (await ask(other, *STATUS)).error is None
         with monkeypatch.context() as patch, structlog.testing.capture_logs() as logged:
-            patch.setattr("keyferry_agent.connection.wire.Decoder.feed", lambda _self, _data: 1 / 0)
+            patch.setattr("keyferry_agent.server.connection.wire.Decoder.feed", lambda _self, _data: 1 / 0)
             async with await trio.open_unix_socket(str(socket_path)) as stream:
                 await stream.send_all(b"x")
                 assert await stream.receive_some() == b""

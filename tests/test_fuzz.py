@@ -13,14 +13,15 @@ from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from keyferry import exchange, sm2_ciphertext, wire
+from keyferry import sm2_ciphertext
 from keyferry.files import stream
 from keyferry.parameters import encode_base64
-from keyferry_agent import toml
-from keyferry_agent.audit import chain
-from keyferry_agent.crypto import context, public_key, seal
-from keyferry_agent.grants import Grant
-from keyferry_agent.handlers import steps
+from keyferry.protocol import rpc, wire
+from keyferry_agent.authz.grants import Grant
+from keyferry_agent.chained_log import chain
+from keyferry_agent.config import table
+from keyferry_agent.crypto import aad, ciphertext_blob, public_key
+from keyferry_agent.handlers import common
 from keyferry_agent.keyring import document, recipients
 
 EXAMPLES = 300
@@ -71,14 +72,14 @@ def test_every_promise_is_kept_on_variations_of_the_corpus(target: str) -> None:
 
 FAULTS: dict[str, tuple[Any, str, Any]] = {
     "codec": (wire, "MAX_DEPTH", 9),
-    "agent": (steps, "carrying", lambda *_: Grant("", {}, (), ())),
-    "answers": (exchange, "result_from_wire", lambda *_: None),
-    "ciphertext": (seal, "associated_data", lambda header, *_: header),
-    "context": (context, "_with_length", lambda text: text),
+    "agent": (common, "carrying", lambda *_: Grant("", {}, (), ())),
+    "answers": (rpc, "result_from_wire", lambda *_: None),
+    "ciphertext": (ciphertext_blob, "associated_data", lambda header, *_: header),
+    "context": (aad, "_with_length", lambda text: text),
     "sm2_ciphertext": (sm2_ciphertext, "_integer", lambda coordinate: b"\x02\x21\0" + coordinate),
     "public_key": (public_key, "_RSA_BITS", 4_096),
     "encrypted_file": (stream, "_nonce", lambda counter, **_: counter.to_bytes(12, "big")),
-    "configuration": (toml, "_shown", lambda value: str(int(repr(value)))),
+    "configuration": (table, "_shown", lambda value: str(int(repr(value)))),
     "keyring": (document, "encode_base64", lambda data: encode_base64(bytes(data).upper())),
     "identity": (recipients, "_MAX_SHOWN", 4_096),
     "audit": (chain, "link", lambda _: chain.BEGINNING),

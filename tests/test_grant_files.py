@@ -15,8 +15,8 @@ from support.keyring import configuration, serving
 from support.other_user import OTHER_USER
 from support.requires import root
 
-from keyferry_agent.command import main
-from keyferry_agent.settings import SettingsError, read
+from keyferry_agent.cli.main import main
+from keyferry_agent.config.settings import SettingsError, read
 
 
 def grant(name: str, *, actions: str = "kms:*", to: str = f"uid = {os.getuid()}", keys: str = "*") -> str:

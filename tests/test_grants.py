@@ -19,8 +19,8 @@ from support.policy import allows, may_name
 from support.requires import root
 
 from keyferry.parameters import decode_base64
+from keyferry_agent.authz.grants import PLAINTEXT, Grant, Granted, Policy
 from keyferry_agent.crypto.public_key import fingerprint
-from keyferry_agent.grants import PLAINTEXT, Grant, Granted, Policy
 from keyferry_agent.peer import Groups, Peer
 
 PIN = "sha256:" + "0" * 64
@@ -277,7 +277,7 @@ def test_the_overflow_uid_is_nobody(socket_path: Path) -> None:
 
 def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) -> None:
     """Also the user the agent runs as."""
-    from keyferry_agent.command import main  # noqa: PLC0415
+    from keyferry_agent.cli.main import main  # noqa: PLC0415
 
     keyring, identity = tmp_path / "k.age", tmp_path / "id"
     assert main(["keyring", "init", str(keyring), "--new-identity", str(identity)]) == 0

@@ -17,7 +17,7 @@ from keyferry.arguments import seconds, whole_number
 from keyferry.store import StoreError
 from keyferry.store.location import find
 from keyferry.store.sqlite import sqlite_file
-from keyferry_agent.command import main as agent_main
+from keyferry_agent.cli.main import main as agent_main
 
 NOT_TEXT = "an argument, or a file that it names, is not valid UTF-8 text"
 

@@ -20,8 +20,9 @@ from support.scrape import scraped
 from test_unseal import manual, secret, unseal
 
 from keyferry import KmsError
-from keyferry_agent import health, metrics
-from keyferry_agent.command import main
+from keyferry_agent import health
+from keyferry_agent.cli.main import main
+from keyferry_agent.telemetry import metrics
 
 FULL = '[audit]\npath = "/dev/full"\n'
 

@@ -17,12 +17,13 @@ from support.asking import ok
 from support.keyring import change, configuration
 from support.manager import Manager
 
-from keyferry import Client, wire
+from keyferry import Client
+from keyferry.protocol import wire
 from keyferry.secret import SecretMemory
-from keyferry_agent.host import Given, Host
-from keyferry_agent.keyring.kept import Keeper
-from keyferry_agent.keyring.loaded import development_keyring
-from keyferry_agent.watchdog import feed
+from keyferry_agent.daemon.systemd import Given, Host
+from keyferry_agent.daemon.systemd_watchdog import feed
+from keyferry_agent.keyring.fdstore import Keeper
+from keyferry_agent.keyring.keyring import development_keyring
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import msgpack
 import pytest
 from support.hostile import PING, Siege, besieged, many, until_closed
 
-from keyferry import wire
+from keyferry.protocol import wire
 
 STATUS, DESCRIBE, ENCRYPT = b"\xaeGetAgentStatus", b"\xabDescribeKey", b"\xa7Encrypt"
 KEY_ID = b"\xa5KeyId"

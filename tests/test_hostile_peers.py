@@ -20,7 +20,7 @@ from support.keys import recipient
 from support.peers import peers
 from support.requires import root
 
-from keyferry import wire
+from keyferry.protocol import wire
 
 
 @pytest.fixture(scope="module")

@@ -24,16 +24,17 @@ from support.keyring import change, opened, serving
 from support.requires import library, root
 from support.waiting import wait_until
 
-from keyferry import wire
-from keyferry_agent import reloading
-from keyferry_agent.agent import Agent
-from keyferry_agent.audit import AuditLog, chain
-from keyferry_agent.host import Host
-from keyferry_agent.keyring.loaded import development_keyring
-from keyferry_agent.options import Options
+from keyferry.protocol import wire
+from keyferry_agent.audit import AuditLog
+from keyferry_agent.chained_log import chain
+from keyferry_agent.config.options import Options
+from keyferry_agent.config.settings import Audit, Settings
+from keyferry_agent.daemon import reload
+from keyferry_agent.daemon.reload import Reloader
+from keyferry_agent.daemon.systemd import Host
+from keyferry_agent.keyring.keyring import development_keyring
 from keyferry_agent.peer import Process, evidence
-from keyferry_agent.reloading import Reloader
-from keyferry_agent.settings import Audit, Settings
+from keyferry_agent.state import Agent
 
 DESCRIBE = ("DescribeKey", {"KeyId": "alias/a"})
 
@@ -284,7 +285,7 @@ async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
         looked.set()
         return function()
 
-    monkeypatch.setattr(reloading, "_in_thread", in_thread)
+    monkeypatch.setattr(reload, "_in_thread", in_thread)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
     settings = Settings(memory="prefer")
     agent = Agent(settings, development_keyring(backing="auto", require=False))

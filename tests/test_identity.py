@@ -18,8 +18,8 @@ from support.keyring import serving
 from support.other_user import line_of, running_as
 from support.requires import root
 
-from keyferry import wire
-from keyferry_agent.grants import Grant, Policy
+from keyferry.protocol import wire
+from keyferry_agent.authz.grants import Grant, Policy
 from keyferry_agent.peer import Groups, Peer, Process, evidence, inspect
 from keyferry_agent.peer.process import pod_of, unit_of
 

@@ -24,7 +24,7 @@ from support.keyring import configuration
 from support.other_user import OTHER_USER, line_of
 from support.requires import fuse, root
 
-from keyferry import wire
+from keyferry.protocol import wire
 from keyferry_agent.peer import Process, inspection
 from keyferry_agent.peer.inspection import Inspector
 

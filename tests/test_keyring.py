@@ -20,7 +20,7 @@ from support.secrets import secret_file
 
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import Document, KeyringError, check_alias
-from keyferry_agent.keyring.loaded import development_keyring
+from keyferry_agent.keyring.keyring import development_keyring
 from keyferry_agent.keyring.sealing import Unsealer
 
 

@@ -16,11 +16,11 @@ from support.keyring import Command, change, opened, rewritten, run
 from support.other_user import OTHER_USER
 from support.requires import root
 
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.changes import MAX_CHANGES_BYTES, file_hash, log_of
+from keyferry_agent.keyring.edits import create_key
 from keyferry_agent.keyring.sealing import Unsealer
-from keyferry_agent.keyring.verbs import create_key
 
 
 def entries(keyring: Path) -> list[dict[str, Any]]:

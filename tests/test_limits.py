@@ -1,7 +1,7 @@
 """The rate of requests, by a clock of the test's own."""
 
-from keyferry_agent import limits
-from keyferry_agent.limits import Rate
+from keyferry_agent.server import rate_limit
+from keyferry_agent.server.rate_limit import Rate
 
 
 def test_the_rate_is_per_user_and_comes_back() -> None:
@@ -35,14 +35,14 @@ def test_users_that_are_forgotten_are_those_seen_longest_ago() -> None:
     rate, users = Rate(1), 10_000
     for user in range(users):
         assert rate.allows(user, user / 1e6)
-    assert len(rate._buckets) <= limits._FORGET
+    assert len(rate._buckets) <= rate_limit._FORGET
     assert not rate.allows(users - 1, users / 1e6)
     assert rate.allows(0, users / 1e6)  # the price of a bound
 
 
 def test_users_whose_allowance_is_full_again_are_forgotten_first() -> None:
     """No user who has used up an allowance has it back, although the others were seen later."""
-    rate, half = Rate(8), limits._FORGET // 2
+    rate, half = Rate(8), rate_limit._FORGET // 2
     quiet, busy = range(half), range(half, 2 * half)
     assert all(rate.allows(user, 9.75, 8) for user in busy)
     assert all(rate.allows(user, 9.875) for user in quiet)

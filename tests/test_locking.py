@@ -13,11 +13,11 @@ from support.keyring import change, run
 from support.other_user import line_of, running_as
 from support.requires import root
 
+from keyferry_agent.config.settings import Listener
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import KeyringError
-from keyferry_agent.listening import ListeningError, open_all
 from keyferry_agent.locking import Lock, LockError, lock_file_of
-from keyferry_agent.settings import Listener
+from keyferry_agent.server.unix_sockets import ListeningError, open_all
 
 HOLD = """
 import fcntl, os, sys

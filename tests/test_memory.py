@@ -122,7 +122,7 @@ def test_a_core_dump_holds_nothing_either(at_rest: tuple[RunningAgent, Witness],
     assert not found
 
 
-WITHOUT_CLEARING = "import sys; from keyferry_agent.command import main; sys.exit(main())"
+WITHOUT_CLEARING = "import sys; from keyferry_agent.cli.main import main; sys.exit(main())"
 KEEPING_KEYS = """
 import sys
 from keyferry_agent.keyring import loaded

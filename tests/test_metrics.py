@@ -21,8 +21,10 @@ from support.asking import ok, refused
 from support.keyring import serving
 from support.scrape import UnixHTTP, scraped
 
-from keyferry_agent import metrics, scrapes, settings
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
+from keyferry_agent.config import settings
+from keyferry_agent.server import metrics_server
+from keyferry_agent.telemetry import metrics
 
 
 def test_a_scrape_tells_of_requests_connections_and_the_keyring(keyring: Path, socket_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_an_error_of_the_port_names_the_setting(keyring: Path, socket_path: Path
 
 
 WITHOUT = (
-    "import sys; sys.modules['prometheus_client'] = None; from keyferry_agent.command import main; sys.exit(main())"
+    "import sys; sys.modules['prometheus_client'] = None; from keyferry_agent.cli.main import main; sys.exit(main())"
 )
 
 
@@ -230,7 +232,7 @@ def test_a_scrape_has_one_deadline_for_all_its_bytes(served: Served) -> None:
     ended, began = threading.Event(), time.monotonic()
     with served.connect() as connection:
         drip(connection, ended)
-    assert scrapes.SCRAPE_SECONDS - 1 < time.monotonic() - began < 2 * scrapes.SCRAPE_SECONDS
+    assert metrics_server.SCRAPE_SECONDS - 1 < time.monotonic() - began < 2 * metrics_server.SCRAPE_SECONDS
     assert served.scrape()[0] == 200
 
 
@@ -242,7 +244,7 @@ def test_a_scrape_has_one_deadline_for_all_its_bytes(served: Served) -> None:
 def test_idle_clients_keep_no_scrape_from_being_answered(served: Served, bytes_sent: bytes) -> None:
     """For one more scrape the oldest is ended: clients that keep their places keep nobody else from being answered."""
     with ExitStack() as stack:
-        idle = [stack.enter_context(served.connect()) for _ in range(scrapes.MAX_SCRAPES)]
+        idle = [stack.enter_context(served.connect()) for _ in range(metrics_server.MAX_SCRAPES)]
         for client in idle:
             client.sendall(bytes_sent)
         began = time.monotonic()
@@ -282,12 +284,12 @@ def test_a_request_that_is_not_one_harms_only_itself(served: Served, request_byt
 def test_a_reader_that_never_reads_has_the_same_deadline(served: Served) -> None:
     """The agent has more to send than the socket takes."""
     with ExitStack() as stack:
-        for _ in range(scrapes.MAX_SCRAPES):
+        for _ in range(metrics_server.MAX_SCRAPES):
             connection = stack.enter_context(served.connect())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
             with suppress(OSError):
                 connection.sendall(REQUEST * 200)
-        assert served.scrape_when_possible() < 2 * scrapes.SCRAPE_SECONDS
+        assert served.scrape_when_possible() < 2 * metrics_server.SCRAPE_SECONDS
         began = time.monotonic()
         assert served.agent.stop() == 0
         assert time.monotonic() - began < PROMPTLY
@@ -295,14 +297,14 @@ def test_a_reader_that_never_reads_has_the_same_deadline(served: Served) -> None
 
 def test_an_answer_that_is_not_read_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     """One write of many MiB is under the deadline, too."""
-    monkeypatch.setattr(scrapes, "SCRAPE_SECONDS", 0.5)
+    monkeypatch.setattr(metrics_server, "SCRAPE_SECONDS", 0.5)
     began = threading.Event()
     ended = threading.Event()
 
     def answer(connection: socket.socket, deadline: float) -> None:
         began.set()
         try:
-            scrapes._Stream(connection, deadline).write(b"x" * 50_000_000)
+            metrics_server._Stream(connection, deadline).write(b"x" * 50_000_000)
         finally:
             ended.set()
 
@@ -316,7 +318,7 @@ def test_a_storm_of_connections_leaves_the_agent_serving(served: Served) -> None
     for _ in range(100):
         with suppress(OSError):
             served.connect().close()
-    assert served.scrape_when_possible() < 2 * scrapes.SCRAPE_SECONDS
+    assert served.scrape_when_possible() < 2 * metrics_server.SCRAPE_SECONDS
 
 
 @contextmanager
@@ -324,7 +326,7 @@ def answering(answer: Callable[[socket.socket, float], object]) -> Iterator[tupl
     """The address of a server in this process; at the end of the block its threads have ended."""
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    server = scrapes.Server(listener, None, answer)
+    server = metrics_server.Server(listener, None, answer)
     try:
         yield address
     finally:
@@ -346,9 +348,9 @@ class _Metrics:
 
 def test_a_metric_that_fails_is_logged_and_answered_with_500() -> None:
     """It reaches neither the agent nor standard error."""
-    answer = scrapes._handler(_Metrics())  # type: ignore[arg-type]
+    answer = metrics_server._handler(_Metrics())  # type: ignore[arg-type]
     with structlog.testing.capture_logs() as logged, answering(answer) as address:
-        for _ in range(2 * scrapes.MAX_SCRAPES):
+        for _ in range(2 * metrics_server.MAX_SCRAPES):
             connection = HTTPConnection(*address, timeout=PATIENCE)
             connection.request("GET", "/metrics")
             assert connection.getresponse().status == 500
@@ -381,7 +383,7 @@ def test_a_scrape_without_a_thread_is_refused_and_the_next_served(monkeypatch: p
     with answering(lambda connection, _deadline: connection.sendall(b"answered")) as address:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", no_thread)
-            for _ in range(2 * scrapes.MAX_SCRAPES):
+            for _ in range(2 * metrics_server.MAX_SCRAPES):
                 with socket.create_connection(address, PATIENCE) as connection:
                     assert connection.recv(8) == b""
         with socket.create_connection(address, PATIENCE) as connection:

@@ -13,9 +13,9 @@ from support.secrets import secret_file
 
 from keyferry import command, new_files
 from keyferry.module import SoftwareModule
-from keyferry_agent.command import main as agent_main
+from keyferry_agent.cli.main import main as agent_main
 
-CLIENT, AGENT = "keyferry.command", "keyferry_agent.command"
+CLIENT, AGENT = "keyferry.command", "keyferry_agent.cli.main"
 MAKING = {
     "module": (CLIENT, "module", "init", "{}/module", "--passphrase-file", "{}/../passphrase"),
     "module and passphrase": (

@@ -21,7 +21,7 @@ from keyferry.command.modules import open_module
 from keyferry.module import SoftwareModule
 from keyferry_agent.keyring import file, loader
 from keyferry_agent.keyring.document import KeyringError
-from keyferry_agent.keyring.loaded import Keyring
+from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.keyring.sealing import Unsealer
 
 STRONG = "correct horse battery"

@@ -9,9 +9,10 @@ from support.agent import RunningAgent
 from support.keys import recipient
 from support.scripted import answers, client_of, says
 
-from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations, wire
-from keyferry.exchange import LOST_MOST
+from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations
 from keyferry.parameters import decode_base64, encode_base64
+from keyferry.protocol import wire
+from keyferry.protocol.rpc import LOST_MOST
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 SM2 = recipient("SM2PKE")

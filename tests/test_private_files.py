@@ -20,7 +20,7 @@ from keyferry import private_files
 from keyferry.module import ModuleError, SoftwareModule
 from keyferry.module.pin import read_pin
 from keyferry.private_files import ALLOW_OPEN_FILES, problems
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 
 GROUP = 4_300
 """A group that no user is in, unless the test says so."""

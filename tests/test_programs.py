@@ -12,7 +12,7 @@ from support.keyring import serving
 from support.keys import recipient
 from test_identity import this_program
 
-from keyferry import wire
+from keyferry.protocol import wire
 
 FLOOD = """
 import os, socket, sys, threading

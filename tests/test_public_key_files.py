@@ -17,10 +17,10 @@ from support.keys import rsa_private_key, spki
 from support.requires import program
 
 from keyferry import command
-from keyferry.exchange import Call, pem_to_der
 from keyferry.operations import OPERATIONS, GenerateAndExportDataKey
 from keyferry.parameters import encode_base64
-from keyferry_agent.command import main as agent_command
+from keyferry.protocol.rpc import Call, pem_to_der
+from keyferry_agent.cli.main import main as agent_command
 from keyferry_agent.crypto.public_key import fingerprint
 
 PRIVATE = rsa_private_key()

@@ -13,13 +13,13 @@ from support.agent import PATIENCE
 from support.inside import new_agent, new_audit_log
 from support.keyring import change, configuration, copied
 
-from keyferry_agent import reloading
-from keyferry_agent.agent import Agent
 from keyferry_agent.audit import AuditLog
-from keyferry_agent.host import Host
-from keyferry_agent.options import Options
-from keyferry_agent.reloading import Looks, Reloader
-from keyferry_agent.settings import Settings
+from keyferry_agent.config.options import Options
+from keyferry_agent.config.settings import Settings
+from keyferry_agent.daemon import reload
+from keyferry_agent.daemon.reload import Looks, Reloader
+from keyferry_agent.daemon.systemd import Host
+from keyferry_agent.state import Agent
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ async def test_nothing_is_tried_again_while_a_file_is_being_written(
         return {path: (int(now * 1_000) if tried and now < tried[0] + 20 else 0,)}
 
     monkeypatch.setattr(Options, "settings", settings)
-    monkeypatch.setattr(reloading, "look", look)
+    monkeypatch.setattr(reload, "look", look)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
     reloader = Reloader(options, agent, audit, {path: (0,)}, Host(), None)
     adopted = adoption(agent, monkeypatch)
@@ -154,7 +154,7 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
     agent = Agent(settings, options.load_keyring(settings))
-    seen = reloading.look([config, keyring])
+    seen = reload.look([config, keyring])
     real, is_first = getattr(Options, read), iter([True])
 
     def read_and_change(*arguments: Any) -> Any:
@@ -167,7 +167,7 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
         return found
 
     monkeypatch.setattr(Options, read, read_and_change)
-    monkeypatch.setattr(reloading, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(reload, "_LOOK_EVERY", 0.01)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             reloader = Reloader(options, agent, audit, seen, Host(), None)
@@ -191,7 +191,7 @@ async def test_files_that_do_not_change_are_read_once(
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
     agent = Agent(settings, options.load_keyring(settings))
-    looks, look, seen_often = 0, reloading.look, trio.Event()
+    looks, look, seen_often = 0, reload.look, trio.Event()
 
     def counted(paths: Sequence[Path]) -> Looks:
         nonlocal looks
@@ -201,8 +201,8 @@ async def test_files_that_do_not_change_are_read_once(
         return look(paths)
 
     reloader = Reloader(options, agent, audit, look([config, keyring]), Host(), None)
-    monkeypatch.setattr(reloading, "look", counted)
-    monkeypatch.setattr(reloading, "_LOOK_EVERY", 0.001)
+    monkeypatch.setattr(reload, "look", counted)
+    monkeypatch.setattr(reload, "_LOOK_EVERY", 0.001)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reloader.run)

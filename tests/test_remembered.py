@@ -14,18 +14,18 @@ import pytest
 from support.inside import new_agent, new_audit_log
 from support.keys import recipient
 
-from keyferry import wire
 from keyferry.errors import KmsError
 from keyferry.parameters import encode_base64
+from keyferry.protocol import wire
 from keyferry_agent import handlers
-from keyferry_agent.agent import Agent, Audited, Caller
-from keyferry_agent.answering import Answering, Decided, Service, SlowJob
-from keyferry_agent.grants import Grant
-from keyferry_agent.keyring import document, loaded
+from keyferry_agent.authz.grants import Grant
+from keyferry_agent.keyring import document, keyring
 from keyferry_agent.keyring.document import Document, KeyEntry, iso
-from keyferry_agent.keyring.loaded import Keyring
-from keyferry_agent.limits import Rate
+from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.peer import Peer
+from keyferry_agent.server.dispatch import Answering, Decided, Service, SlowJob
+from keyferry_agent.server.rate_limit import Rate
+from keyferry_agent.state import Agent, Audited, Caller
 
 DATE = datetime(2026, 12, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -49,7 +49,7 @@ class Clock(datetime):
 def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
     """Set the agent's clock to a day before a key's date."""
     monkeypatch.setattr(Clock, "present", DATE - timedelta(days=1))
-    monkeypatch.setattr(loaded, "datetime", Clock)
+    monkeypatch.setattr(keyring, "datetime", Clock)
     monkeypatch.setattr(document, "datetime", Clock)
     return Clock
 

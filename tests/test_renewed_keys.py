@@ -20,7 +20,7 @@ from keyferry.module import SoftwareModule
 from keyferry.parameters import encode_base64
 from keyferry.store import Store, StoreError, renew
 from keyferry.store.record import new_record
-from keyferry_agent.crypto import seal
+from keyferry_agent.crypto import ciphertext_blob
 
 
 @pytest.fixture
@@ -135,11 +135,11 @@ def test_a_damaged_record_is_not_renewed(shell: Shell) -> None:
 
 def test_the_size_of_a_data_key_is_that_of_the_format() -> None:
     """The client's number is the agent's. Another format has no size."""
-    blob = bytearray(seal.OVERHEAD + 24)
-    blob[36] = seal.FORMAT
+    blob = bytearray(ciphertext_blob.OVERHEAD + 24)
+    blob[36] = ciphertext_blob.FORMAT
     assert data_key_size(encode_base64(blob)) == 24
     blob[36] = 2
-    for wrong in (encode_base64(blob), encode_base64(blob[: seal.OVERHEAD]), "*"):
+    for wrong in (encode_base64(blob), encode_base64(blob[: ciphertext_blob.OVERHEAD]), "*"):
         with pytest.raises(ValueError, match=r"."):
             data_key_size(wrong)
 

@@ -12,7 +12,7 @@ from support.keyring import change, configuration, serving
 from support.keys import recipient
 
 from keyferry.ciphertext import ciphertext_hash
-from keyferry_agent.repeats import Repeats
+from keyferry_agent.authz.decision_cache import Repeats
 
 GENERATE: dict[str, Any] = {
     "KeyId": "alias/a",

@@ -23,12 +23,12 @@ from keyferry import (
     ServiceUnavailable,
     Throttled,
     operations,
-    wire,
 )
 from keyferry import client as client_module
 from keyferry.aio import Client as AsyncClient
 from keyferry.errors import kms_error
-from keyferry.exchange import Asked, Call
+from keyferry.protocol import wire
+from keyferry.protocol.rpc import Asked, Call
 from keyferry.retry import Attempts
 
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]

@@ -16,15 +16,15 @@ from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64
 from keyferry.secret import SecretMemory, fill_random
 from keyferry_agent import handlers
-from keyferry_agent.agent import Agent, Audited, Caller
-from keyferry_agent.grants import Grant
-from keyferry_agent.keyring import file, verbs
+from keyferry_agent.authz.grants import Grant
+from keyferry_agent.config.settings import Settings
+from keyferry_agent.keyring import edits, file
 from keyferry_agent.keyring.document import Document, VersionEntry, new_id, now
-from keyferry_agent.keyring.loaded import build, room_for
+from keyferry_agent.keyring.keyring import build, room_for
 from keyferry_agent.keyring.loader import describe
 from keyferry_agent.keyring.sealing import new_identity
 from keyferry_agent.peer import Peer
-from keyferry_agent.settings import Settings
+from keyferry_agent.state import Agent, Audited, Caller
 
 KEYS, VERSIONS = 10_000, 5
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -35,7 +35,7 @@ def document(keys: int, recipients: list[str]) -> Document:
     made = Document(recipients)
     for number in range(keys):
         spec, size = (("Aliyun_AES_256", 32), ("Aliyun_SM4", 16))[number % 2]
-        key = verbs.create_key(made, key_spec=spec, alias=f"alias/k{number}")
+        key = edits.create_key(made, key_spec=spec, alias=f"alias/k{number}")
         key.versions += [VersionEntry(new_id(), now(), bytearray(os.urandom(size))) for _ in range(VERSIONS - 1)]
     return made
 

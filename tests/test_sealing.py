@@ -12,7 +12,7 @@ from support.keyring import change, opened, run
 from support.requires import program
 from support.secrets import secret_file
 
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.changes import log_of
 from keyferry_agent.keyring.sealing import Unsealer, seal

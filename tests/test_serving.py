@@ -14,7 +14,8 @@ from support.keys import recipient
 from support.scrape import scraped
 from support.waiting import is_served, wait_until
 
-from keyferry import AgentUnavailable, wire
+from keyferry import AgentUnavailable
+from keyferry.protocol import wire
 
 GENERATE = {"KeyId": "alias/dev", **recipient("RSAES_OAEP_SHA_256").params}
 GENERATE_SM2 = {"KeyId": "alias/dev", **recipient("SM2PKE").params}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from keyferry_agent.command import main
-from keyferry_agent.settings import Limits, Listener, Settings, SettingsError, read
+from keyferry_agent.cli.main import main
+from keyferry_agent.config.settings import Limits, Listener, Settings, SettingsError, read
 
 PIN = "sha256:" + "ab" * 32
 GRANT = '[[grant]]\nname = "g"\nto = {{ {to} }}\nactions = ["kms:*"]\nkeys = ["*"]\n'

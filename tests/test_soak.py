@@ -13,10 +13,10 @@ from support.keys import recipient
 
 from keyferry import KmsError
 from keyferry.parameters import encode_base64
-from keyferry_agent.agent import Audited
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.settings import Audit
+from keyferry_agent.state import Audited
 
 TEXT = b"what it was made of"
 

@@ -12,7 +12,7 @@ from support.audit_log import requests
 from support.keyring import change, configuration, serving
 from support.keys import recipient
 
-from keyferry import wire
+from keyferry.protocol import wire
 
 EXPORT = {"KeyId": "alias/a", **recipient("SM2PKE").params}
 FAST = {"KeyId": "alias/a", "EncryptionContext": {"k": "v" * 300}, **recipient("RSAES_OAEP_SHA_256").params}

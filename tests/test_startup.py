@@ -18,13 +18,16 @@ from support.agent import PATIENCE, RawConnection, RunningAgent, configured, dev
 from support.audit_log import requests
 from support.waiting import is_served, wait_until
 
-from keyferry import hardening, wire
-from keyferry_agent import listening, log, startup
-from keyferry_agent.command import main
+from keyferry import hardening
+from keyferry.protocol import wire
+from keyferry_agent import process_hardening
+from keyferry_agent.cli.main import main
+from keyferry_agent.config.options import Options, StartError
+from keyferry_agent.config.settings import Listener
 from keyferry_agent.crypto.selftest import SelfTestError
-from keyferry_agent.options import Options, StartError
-from keyferry_agent.run import daemon
-from keyferry_agent.settings import Listener
+from keyferry_agent.daemon.daemon import daemon
+from keyferry_agent.server import unix_sockets
+from keyferry_agent.telemetry import logging_setup
 
 PING = ("DescribeKey", {"KeyId": "alias/dev"})
 
@@ -97,7 +100,7 @@ def test_a_socket_opens_to_others_with_its_mode_only(
     monkeypatch.setattr(os, "chmod", watched)
     mask = os.umask(0)
     try:
-        (made,) = listening.open_all([Listener(path=socket_path, mode=mode)], [])
+        (made,) = unix_sockets.open_all([Listener(path=socket_path, mode=mode)], [])
         assert os.umask(0) == 0  # as it was
     finally:
         os.umask(mask)
@@ -119,7 +122,7 @@ def test_hardening_makes_a_process_undumpable_and_without_core() -> None:
     child = os.fork()
     if child == 0:
         os.dup2(writing, 1)  # it closes all others
-        assert startup.harden() == []
+        assert process_hardening.harden() == []
         libc = ctypes.CDLL(None)
         os.write(1, json.dumps([libc.prctl(3, 0, 0, 0, 0), resource.getrlimit(resource.RLIMIT_CORE)]).encode())
         os._exit(0)
@@ -165,9 +168,9 @@ def test_a_listener_that_cannot_be_had_leaves_none_of_them(tmp_path: Path) -> No
 
 def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     """By the system's own reason."""
-    with pytest.raises(listening.ListeningError, match="too long"):
-        listening.open_all([Listener(path=tmp_path / ("x" * 200))], [])
-    (made,) = listening.open_all([Listener(path=tmp_path / "sock")], [])
+    with pytest.raises(unix_sockets.ListeningError, match="too long"):
+        unix_sockets.open_all([Listener(path=tmp_path / ("x" * 200))], [])
+    (made,) = unix_sockets.open_all([Listener(path=tmp_path / "sock")], [])
     assert not made.lost()
     (tmp_path / "sock").unlink()
     assert made.lost()
@@ -190,8 +193,8 @@ def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
         return real(path)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    with pytest.raises(listening.ListeningError, match="second: Permission denied"):
-        listening.open_all([Listener("first", first), Listener("second", second)], [])
+    with pytest.raises(unix_sockets.ListeningError, match="second: Permission denied"):
+        unix_sockets.open_all([Listener("first", first), Listener("second", second)], [])
     monkeypatch.undo()
     assert not first.exists()
     assert not second.exists()
@@ -200,11 +203,11 @@ def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
 def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """And closed standard descriptors are opened, so that no key file becomes one."""
     monkeypatch.setattr(hardening, "_PR_SET_DUMPABLE", 10_000)
-    monkeypatch.setattr(startup, "_close_inherited", lambda _keep: None)  # this process needs its own
+    monkeypatch.setattr(process_hardening, "_close_inherited", lambda _keep: None)  # this process needs its own
     monkeypatch.setattr("os.umask", lambda mode: mode)
     monkeypatch.setattr("resource.setrlimit", lambda _which, _limits: None)
     monkeypatch.setattr(hardening, "_PR_SET_NO_NEW_PRIVS", 10_001)
-    assert [failure.split(":")[0] for failure in startup.harden()] == ["no new privileges", "not dumpable"]
+    assert [failure.split(":")[0] for failure in process_hardening.harden()] == ["no new privileges", "not dumpable"]
 
 
 DESCRIPTORS_AT_EXIT = """
@@ -349,8 +352,8 @@ def test_a_system_that_has_no_descriptor_left_stops_the_start(
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return real(path, *arguments, **more)
 
-    monkeypatch.setattr(startup, "harden", lambda **_: [])
-    monkeypatch.setattr(log, "configure", lambda: None)
+    monkeypatch.setattr(process_hardening, "harden", lambda **_: [])
+    monkeypatch.setattr(logging_setup, "configure", lambda: None)
     monkeypatch.setattr(os, "open", open_)
     assert main(["run", "--dev", "--config", str(config), "--socket", str(tmp_path / "agent.sock")]) == 1
     assert "keyferry-agent: Too many open files" in capsys.readouterr().err
@@ -363,7 +366,7 @@ def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
         raise SelfTestError("Aliyun_SM4: wrong")
 
     monkeypatch.setattr("keyferry_agent.crypto.selftest.run", wrong)
-    monkeypatch.setattr("keyferry_agent.startup.harden", lambda **_: [])
+    monkeypatch.setattr("keyferry_agent.process_hardening.harden", lambda **_: [])
     options = Options(config=None, socket=Path("/nowhere"), keyring=None, unseal=None, dev=True)
     with pytest.raises(StartError, match="Aliyun_SM4: wrong"):
         daemon(options)

@@ -8,8 +8,8 @@ import pytest
 from support.agent import RawConnection
 from support.keyring import change, opened, serving
 
-from keyferry import wire
 from keyferry.parameters import encode_base64
+from keyferry.protocol import wire
 
 ROUNDS = 60
 PIPELINE = 150

@@ -15,7 +15,7 @@ from support.tokens import RealToken
 from keyferry import command
 from keyferry.module import SoftwareModule
 from keyferry.store import Store, new_record
-from keyferry_agent import command as agent_command
+from keyferry_agent.cli import main as agent_command
 from keyferry_agent.crypto.public_key import fingerprint
 
 KEY = "files"

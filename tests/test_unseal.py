@@ -18,7 +18,7 @@ from support.other_user import OTHER_USER, line_of, running_as
 from support.requires import root
 
 from keyferry import KmsError
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 from keyferry_agent.keyring.sealing import seal
 
 DESCRIBE = ("DescribeKey", {"KeyId": "alias/a"})

@@ -12,10 +12,11 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from support.requires import program
 from support.scan import aes_round_keys
 
-from keyferry import age_passphrase, libcrypto, new_files, wire
-from keyferry.headers import Walk
+from keyferry import age_passphrase, libcrypto, new_files
 from keyferry.module import ModuleError, SoftwareModule
-from keyferry_agent.crypto import seal
+from keyferry.protocol import wire
+from keyferry.protocol.msgpack_scanner import Walk
+from keyferry_agent.crypto import ciphertext_blob
 
 PASSPHRASE = "correct horse battery"
 COST = 4
@@ -243,9 +244,9 @@ def test_no_round_key_stays_in_a_register(registers: Callable[[], bytes]) -> Non
 
     def opening(key: memoryview, plaintext: memoryview) -> None:
         sealed[:] = AESGCM(key).encrypt(nonce, plaintext, b"")
-        seal._aes_decrypt_into(key, memoryview(sealed), b"", memoryview(bytearray(len(plaintext))))
+        ciphertext_blob._aes_decrypt_into(key, memoryview(sealed), b"", memoryview(bytearray(len(plaintext))))
 
     if not leaves(lambda key, plaintext: AESGCM(key).encrypt(nonce, plaintext, b""), registers):
         pytest.skip("needs a processor with which OpenSSL's AES leaves round keys in registers (AVX-512)")
-    assert leaves(lambda key, plaintext: seal._aes_encrypt(key, plaintext, b""), registers) == 0
+    assert leaves(lambda key, plaintext: ciphertext_blob._aes_encrypt(key, plaintext, b""), registers) == 0
     assert leaves(opening, registers) == 0

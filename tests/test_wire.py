@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keyferry import wire
 from keyferry.errors import ProtocolError
+from keyferry.protocol import wire
 
 REQUEST = wire.encode_request(7, "DescribeKey", {"KeyId": "alias/dev", "n": 32, "blob": b"\0\xff", "no": None})
 DECODED = wire.Request(7, "DescribeKey", {"KeyId": "alias/dev", "n": 32, "blob": b"\0\xff", "no": None})

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import pytest
 import trio
 
-from keyferry_agent.arrivals import Arrivals
-from keyferry_agent.workers import Workers
+from keyferry_agent.server.readiness import Arrivals
+from keyferry_agent.server.thread_pool import Workers
 
 
 async def results(made: Workers, jobs: int) -> list[object]:

@@ -34,7 +34,7 @@ def _run() -> int:
                 complain("keyferry-agent", f"warning: {failure}")
             hardening.lock_memory()
     try:
-        from .command import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice
+        from .cli.main import main as command  # noqa: PLC0415 - only now: what is imported before is imported twice
     except Exception as error:
         return _not_importable(error)
     return command()

@@ -22,7 +22,8 @@ from anyio.abc import UNIXSocketStream
 from . import logs
 from .declaration import Awaiting, Operation
 from .errors import AgentUnavailable, KeyferryError, KmsError
-from .exchange import (
+from .operations import Operations
+from .protocol.rpc import (
     CONNECT_STEP,
     LOST_MOST,
     RECEIVE,
@@ -37,7 +38,6 @@ from .exchange import (
     seconds,
     unreachable,
 )
-from .operations import Operations
 from .retry import Attempts, Retry
 
 __all__ = ["Client"]

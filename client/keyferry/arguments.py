@@ -8,7 +8,7 @@ import re
 from argparse import ArgumentTypeError
 from typing import Final
 
-from .exchange import socket_path
+from .protocol.rpc import socket_path
 
 __all__ = ["seconds", "socket", "whole_number"]
 

@@ -22,7 +22,8 @@ from typing import Any, Final, Self, TypeVar
 from . import logs
 from .declaration import Blocking, Operation
 from .errors import AgentUnavailable, KeyferryError, KmsError
-from .exchange import (
+from .operations import Operations
+from .protocol.rpc import (
     CONNECT_STEP,
     LOST_MOST,
     RECEIVE,
@@ -35,7 +36,6 @@ from .exchange import (
     seconds,
     unreachable,
 )
-from .operations import Operations
 from .retry import Attempts, Retry
 
 __all__ = ["Client"]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .errors import KeyferryError, KmsError
-from .exchange import Asked
+from .protocol.rpc import Asked
 
 if TYPE_CHECKING:
     import logging

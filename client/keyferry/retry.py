@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from .errors import KeyferryError, Throttled
-from .exchange import Asked, seconds
+from .protocol.rpc import Asked, seconds
 
 __all__ = ["Attempts", "Retry"]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, Self
 
-from keyferry import wire
+from keyferry.protocol import wire
 
 __all__ = ["Connection", "beside_greedy", "many", "one_at_a_time", "open_loop", "pipelined", "serially"]
 

@@ -20,7 +20,7 @@ from support.keys import RecipientFor
 from keyferry import libcrypto
 from keyferry.module import SoftwareModule
 from keyferry.sm2_ciphertext import der_to_raw
-from keyferry_agent.crypto.context import associated_data
+from keyferry_agent.crypto.aad import associated_data
 
 __all__ = ["CMK", "CONTEXT", "KEY_ID", "LOOPS", "Step", "bare"]
 

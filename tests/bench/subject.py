@@ -14,8 +14,8 @@ from support.agent import RunningAgent
 from support.keyring import opened, run
 from support.keys import recipient
 
-from keyferry import wire
-from keyferry_agent.keyring import file, verbs
+from keyferry.protocol import wire
+from keyferry_agent.keyring import edits, file
 from keyferry_agent.keyring.sealing import Unsealer
 
 from .cores import SERVER
@@ -65,7 +65,7 @@ def _keyring(folder: Path, keys: int) -> list[str]:
     aliases = [f"alias/k{number}" for number in range(keys)]
     with file.change(path, Unsealer.read(identity)) as document:  # all at once: each command would write the file anew
         for alias in aliases:
-            verbs.create_key(document, key_spec="Aliyun_AES_256", alias=alias)
+            edits.create_key(document, key_spec="Aliyun_AES_256", alias=alias)
     assert len(opened(path).keys) == keys
     return aliases
 

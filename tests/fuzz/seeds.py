@@ -14,10 +14,11 @@ import second_file_decoder
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from support.keys import ALGORITHMS, recipient, spki
 
-from keyferry import age_passphrase, wire
+from keyferry import age_passphrase
 from keyferry.parameters import encode_base64
+from keyferry.protocol import wire
 from keyferry.sm2_ciphertext import raw_to_der, raw_to_sdf
-from keyferry_agent.audit import chain
+from keyferry_agent.chained_log import chain
 from keyferry_agent.crypto import selftest
 from keyferry_agent.keyring.document import Document
 

@@ -12,7 +12,7 @@ from support.agent import PATIENCE
 from support.manifests import DEPLOY, containers, parsed, rendered
 from support.requires import installed, program
 
-from keyferry_agent import settings
+from keyferry_agent.config import settings
 
 pytestmark = program("kubectl", "kubernetes-client")
 BASES = ("sidecar", "daemonset")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgpack
 import trio
 
-from keyferry import wire
+from keyferry.protocol import wire
 
 from . import stock
 from .asking import Ask, random_ask

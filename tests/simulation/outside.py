@@ -18,12 +18,12 @@ import trio
 from trio._socket import _SocketType
 
 from keyferry.secret import SecretMemory, SecretMemoryError
-from keyferry_agent import run as _run  # noqa: F401 - all of the agent's modules are there
-from keyferry_agent import workers
-from keyferry_agent.agent import SLOW_JOBS
 from keyferry_agent.crypto import selftest
-from keyferry_agent.keyring import loaded
+from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agent's modules are there
+from keyferry_agent.keyring import keyring
 from keyferry_agent.keyring.document import KeyringError
+from keyferry_agent.server import thread_pool
+from keyferry_agent.state import SLOW_JOBS
 
 from . import stock
 from .faults import DAMAGED, DIES, HANGS, NO_MEMORY, SHORT, STOPS
@@ -323,7 +323,7 @@ class Outside:
 
     def submit(
         self,
-        threads: workers.Workers,
+        threads: thread_pool.Workers,
         _user: Hashable,
         job: Callable[[], Any],
         done: Callable[[Any, Exception | None], None],
@@ -343,7 +343,7 @@ class Outside:
         threads.busy += 1
         trio.lowlevel.spawn_system_task(work, name=SLOW)
 
-    def load(self, path: Path, _unseal: Path, **_: Any) -> loaded.Keyring:
+    def load(self, path: Path, _unseal: Path, **_: Any) -> keyring.Keyring:
         """What a loader's process gives."""
         world = self.world
         fault = world.plan.strike("load the keyring")
@@ -366,8 +366,8 @@ class Outside:
         def fill(view: memoryview) -> None:
             view[:] = next(material)
 
-        memory = SecretMemory(loaded.room_for(keys), backing="mlock", require=False)
-        return loaded.build(keys, fill, memory)
+        memory = SecretMemory(keyring.room_for(keys), backing="mlock", require=False)
+        return keyring.build(keys, fill, memory)
 
     def self_test(self, *arguments: Any, **more: Any) -> list[str]:
         """The real one, once in each process."""

@@ -19,11 +19,12 @@ import trio
 import trio._core._run as trio_run
 from trio._socket import _SocketType
 
-from keyferry_agent import answering, arrivals, startup, workers
-from keyferry_agent import run as _run  # noqa: F401 - all of the agent's modules are there
-from keyferry_agent.audit import waiting
+from keyferry_agent import process_hardening
+from keyferry_agent.audit import writer_thread
 from keyferry_agent.crypto import selftest
+from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agent's modules are there
 from keyferry_agent.keyring import loader
+from keyferry_agent.server import dispatch, readiness, thread_pool
 
 from .outside import REAL, Outside
 from .threads import Lockstep
@@ -68,18 +69,18 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (_SocketType, "shutdown", method(outside.shutdown)),
         (trio.socket, "socketpair", outside.socketpair),
         (trio.to_thread, "run_sync", outside.run_sync),
-        (workers.Workers, "submit", method(outside.submit)),
-        (answering, "new_request_id", answering._request_ids().__next__),
-        (arrivals, "_AWAKE", 0.0),
-        (arrivals, "_MOMENT", 0.0),
+        (thread_pool.Workers, "submit", method(outside.submit)),
+        (dispatch, "new_request_id", dispatch._request_ids().__next__),
+        (readiness, "_AWAKE", 0.0),
+        (readiness, "_MOMENT", 0.0),
         (trio, "run", run),
         (time, "monotonic", lambda: MONOTONIC + world.now if threading.get_ident() == mine else REAL.monotonic()),
         (time, "time", lambda: world.wall),
-        (waiting, "threading", world.lockstep),
-        (waiting, "Bell", world.lockstep.bell),
+        (writer_thread, "threading", world.lockstep),
+        (writer_thread, "Bell", world.lockstep.bell),
         (loader, "load", outside.load),
         (selftest, "run", outside.self_test),
-        (startup, "harden", lambda **_: []),
+        (process_hardening, "harden", lambda **_: []),
         (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
         (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         *((module, "datetime", Datetime) for module in _DATED),

@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple
 
 import trio
 
-from keyferry_agent import run as life
-from keyferry_agent.options import Options, StartError
+from keyferry_agent.config.options import Options, StartError
+from keyferry_agent.daemon import daemon as life
 
 from . import checks, operator
 from .clients import Client

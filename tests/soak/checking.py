@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from keyferry import Client, KmsError, operations
-from keyferry_agent.audit import chain
+from keyferry_agent.chained_log import chain
 
 from .journal import Answer, Journal, Made, digest, read
 

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from keyferry import Client, wire
+from keyferry import Client
+from keyferry.protocol import wire
 
 PATIENCE = 60.0
 """Seconds that something may take that must happen: only a broken test ever waits so long."""

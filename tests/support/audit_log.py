@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from keyferry_agent.audit import chain
-from keyferry_agent.command import main
+from keyferry_agent.chained_log import chain
+from keyferry_agent.cli.main import main
 
 START = datetime(2026, 11, 1, tzinfo=UTC)
 LOST = "lost-key"

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
-from keyferry import Client, wire
+from keyferry import Client
 from keyferry.parameters import decode_base64, encode_base64
-from keyferry_agent.audit import chain
+from keyferry.protocol import wire
+from keyferry_agent.chained_log import chain
 
 from .agent import PATIENCE, RawConnection, RunningAgent, configured
 from .scrape import scraped

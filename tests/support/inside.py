@@ -3,11 +3,11 @@
 import os
 from pathlib import Path
 
-from keyferry_agent.agent import Agent
 from keyferry_agent.audit import AuditLog
-from keyferry_agent.grants import Grant
-from keyferry_agent.keyring.loaded import development_keyring
-from keyferry_agent.settings import Audit, Settings
+from keyferry_agent.authz.grants import Grant
+from keyferry_agent.config.settings import Audit, Settings
+from keyferry_agent.keyring.keyring import development_keyring
+from keyferry_agent.state import Agent
 
 
 def new_agent() -> Agent:

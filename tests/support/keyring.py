@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import Document
 from keyferry_agent.keyring.sealing import Unsealer, seal

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from keyferry_agent.grants import Grant, Granted, carrying
+from keyferry_agent.authz.grants import Grant, Granted, carrying
 
 
 def allows(

@@ -12,7 +12,7 @@ from keyferry import command as keyferry_command
 from keyferry.declaration import wire_name
 from keyferry.errors import CODES
 from keyferry.operations import OPERATIONS
-from keyferry_agent import command as agent_command
+from keyferry_agent.cli import main as agent_command
 
 ROOT = Path(__file__).parents[2]
 PROTOCOL = ROOT / "PROTOCOL.md"

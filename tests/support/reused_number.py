@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from keyferry import wire
+from keyferry.protocol import wire
 from support.agent import PATIENCE, RunningAgent
 
 

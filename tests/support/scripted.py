@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
-from keyferry import Client, wire
+from keyferry import Client
+from keyferry.protocol import wire
 
 from .agent import PATIENCE
 

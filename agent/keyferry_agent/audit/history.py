@@ -12,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from .chain import BEGINNING, link
-from .reading import ChainError, Line, entry, lines
+from ..chained_log.chain import BEGINNING, link
+from ..chained_log.reading import ChainError, Line, entry, lines
 from .rotated import File
 from .scan import Scan, Tally
 

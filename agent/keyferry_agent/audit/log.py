@@ -17,14 +17,14 @@ from typing import Final
 from keyferry.errors import CODES
 
 from .. import __version__
-from ..agent import Audited
-from ..keyring.loaded import Keyring
+from ..chained_log.file import Appended, RecordFile
+from ..config.settings import Audit
+from ..keyring.keyring import Keyring
 from ..locking import Lock
 from ..peer import Peer
-from ..settings import Audit
+from ..state import Audited
 from . import announcements
-from .file import Appended, RecordFile
-from .waiting import Hand
+from .writer_thread import Hand
 
 __all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
 

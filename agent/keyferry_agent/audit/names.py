@@ -7,10 +7,10 @@ from typing import Any, Final, NamedTuple
 
 from keyferry.private_files import owner_of
 
+from ..config.settings import Settings
 from ..keyring import file
 from ..keyring.document import Document, KeyringError
 from ..keyring.sealing import Unsealer
-from ..settings import Settings
 from .announcements import names_in
 
 __all__ = ["LoggedNames", "Period", "open_keyring", "plain_name"]

@@ -7,8 +7,9 @@ from typing import Final
 
 from keyferry.output import complain
 
-from ..settings import Settings
-from . import chain, rotated
+from ..chained_log import chain
+from ..config.settings import Settings
+from . import rotated
 from .history import History
 from .scan import Tally
 

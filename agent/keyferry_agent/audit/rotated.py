@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from .reading import ChainError, Identity, entry, identity, lines
+from ..chained_log.reading import ChainError, Identity, entry, identity, lines
 
 __all__ = ["File", "Found", "find", "not_among"]
 

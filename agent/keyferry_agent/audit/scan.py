@@ -6,9 +6,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from ..chained_log.chain import BEGINNING, link
+from ..chained_log.reading import ChainError, Line, MovedError, OtherLineError, entry, lines
 from .announcements import START
-from .chain import BEGINNING, link
-from .reading import ChainError, Line, MovedError, OtherLineError, entry, lines
 from .rotated import File
 
 __all__ = ["Fault", "Part", "Scan", "Tally", "moment"]

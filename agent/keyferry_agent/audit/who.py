@@ -9,10 +9,10 @@ from typing import Any, Final
 from keyferry.operations import OPERATIONS
 from keyferry.output import show_lines
 
+from ..chained_log.chain import ChainError
+from ..config.settings import Settings
 from ..keyring.document import KeyringError
-from ..settings import Settings
 from . import times
-from .chain import ChainError
 from .names import LoggedNames, open_keyring, plain_name
 from .opening import open_history, report, say
 from .query import RELEASES, Counted, Listed, Query, Spool, names_of

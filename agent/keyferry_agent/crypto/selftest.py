@@ -11,7 +11,7 @@ from keyferry import libcrypto
 from keyferry.secret import SecretMemory
 from keyferry.sm2_ciphertext import der_to_raw, raw_to_der
 
-from . import seal, wrapping
+from . import ciphertext_blob, wrapping
 from .public_key import PublicKeyError
 
 __all__ = ["SelfTestError", "run"]
@@ -129,15 +129,15 @@ def _unavailable(algorithm: str, missing: str) -> str:
 
 
 def _check_seal(key_spec: str, expected: bytes, scratch: SecretMemory) -> None:
-    cmk = memoryview(bytearray(range(seal.KEY_SIZES[key_spec])))
+    cmk = memoryview(bytearray(range(ciphertext_blob.KEY_SIZES[key_spec])))
     plaintext = memoryview(bytearray(_PLAINTEXT))
-    sealed = seal.bind(key_spec, _VERSION, _KEY, {}).seal(cmk, plaintext, scratch, _SALT)
+    sealed = ciphertext_blob.bind(key_spec, _VERSION, _KEY, {}).seal(cmk, plaintext, scratch, _SALT)
     if sealed != expected:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not have the bytes it must have")
     opened = bytearray(len(_PLAINTEXT))
     try:
-        seal.open_into(key_spec, cmk, expected, _KEY, {}, memoryview(opened), scratch)
-    except seal.SealError:
+        ciphertext_blob.open_into(key_spec, cmk, expected, _KEY, {}, memoryview(opened), scratch)
+    except ciphertext_blob.SealError:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not open") from None
     if opened != _PLAINTEXT:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob opens to something else")
@@ -172,7 +172,7 @@ def _check_sm2() -> None:
 
 
 def _check_sm2_portable() -> None:
-    from . import sm2_portable  # noqa: PLC0415 - as in `wrapping`
+    from . import sm2_fallback as sm2_portable  # noqa: PLC0415 - as in `wrapping`
 
     d, point = int(_SM2_D, 16), bytes.fromhex(_SM2_POINT)
     for sealed in (bytes.fromhex(_SM2_CIPHERTEXT), sm2_portable.encrypt(point, bytearray(_SM2_MESSAGE))):

@@ -16,13 +16,13 @@ from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import DRY_RUN
 
 from .. import health
-from ..agent import Agent, Audited, Caller
+from ..state import Agent, Audited, Caller
+from .common import Job, Request, in_one_go
+from .data_keys import generate_data_key, generate_data_key_without_plaintext
 from .encryption import decrypt, encrypt, re_encrypt
 from .export import export_data_key, generate_and_export_data_key
-from .generation import generate_data_key, generate_data_key_without_plaintext
-from .lists import list_aliases, list_key_versions, list_keys
+from .listing import list_aliases, list_key_versions, list_keys
 from .status import describe_key, get_agent_health, get_agent_status
-from .steps import Job, Request, in_one_go
 
 __all__ = ["HANDLERS", "Job", "in_one_go", "prepare"]
 

@@ -14,8 +14,8 @@ from keyferry.parameters import (
 )
 from keyferry.parameters import PLAINTEXT as PLAINTEXT_PARAMETER
 
-from ..grants import PLAINTEXT
-from .steps import (
+from ..authz.grants import PLAINTEXT
+from .common import (
     Job,
     Request,
     find_key,

@@ -17,12 +17,11 @@ from keyferry.parameters import (
 )
 from keyferry.secret import SecretMemory, fill_random
 
-from ..agent import MOST_AT_ONCE
 from ..crypto import wrapping
 from ..crypto.public_key import PublicKeyError
-from ..keyring.loaded import Key
-from .generation import data_key_size
-from .steps import (
+from ..keyring.keyring import Key
+from ..state import MOST_AT_ONCE
+from .common import (
     Job,
     Request,
     Sealing,
@@ -35,6 +34,7 @@ from .steps import (
     usable,
     would_succeed,
 )
+from .data_keys import data_key_size
 
 __all__ = ["export_data_key", "generate_and_export_data_key"]
 

@@ -2,10 +2,10 @@
 
 from keyferry import __version__, operations
 from keyferry.parameters import KEY_ID
-from keyferry.wire import PROTOCOL_VERSION
+from keyferry.protocol.wire import PROTOCOL_VERSION
 
 from .. import health
-from .steps import Job, Request, find_key
+from .common import Job, Request, find_key
 
 __all__ = ["describe_key", "get_agent_health", "get_agent_status"]
 

@@ -24,7 +24,7 @@ from keyferry import private_files
 from .document import Document, KeyringError
 
 if TYPE_CHECKING:
-    from ..audit.file import RecordFile
+    from ..chained_log.file import RecordFile
 
 __all__ = ["EVENT", "Change", "Picture", "attributed", "file_hash", "log_of", "picture", "recorded", "sync_folder"]
 
@@ -184,7 +184,7 @@ def recorded(keyring: Path, change: Change) -> Iterator[None]:
 
 def _open(log: Path, keyring: Path) -> "RecordFile":
     """Open the log, or make it with the keyring's owner. Raises OSError, and `KeyringError` where other users can write it."""
-    from ..audit.file import RecordFile  # noqa: PLC0415 - the loader reads keyrings, and is not to import an audit log
+    from ..chained_log.file import RecordFile  # noqa: PLC0415 - the loader reads keyrings, and is not to import an audit log
 
     try:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

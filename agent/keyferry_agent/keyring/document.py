@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from keyferry.parameters import decode_base64, encode_base64, unique_pairs
 
-from ..crypto.seal import KEY_SIZES
+from ..crypto.ciphertext_blob import KEY_SIZES
 
 __all__ = [
     "ALIAS",

@@ -27,10 +27,10 @@ from keyferry.hardening import lock_memory
 from keyferry.private_files import owner_of
 from keyferry.secret import Backing, SecretMemory
 
-from ..startup import harden
+from ..process_hardening import harden
 from .document import Document, KeyringError
 from .file import open_sealed, read_sealed
-from .loaded import Keyring, build, room_for
+from .keyring import Keyring, build, room_for
 from .sealing import Unsealer
 
 __all__ = ["STANDARD_INPUT", "load"]

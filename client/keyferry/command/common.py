@@ -11,7 +11,6 @@ from ..arguments import socket, whole_number
 from ..declaration import Operation
 from ..descriptors import open_to_read
 from ..errors import KeyferryError
-from ..exchange import DEFAULT_SOCKET, pem_to_der
 from ..parameters import (
     CIPHERTEXT_BLOB,
     DESTINATION_ENCRYPTION_CONTEXT,
@@ -23,6 +22,7 @@ from ..parameters import (
     decode_base64,
     encode_base64,
 )
+from ..protocol.rpc import DEFAULT_SOCKET, pem_to_der
 
 __all__ = [
     "PROGRAM",

@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from .. import wire
 from ..errors import ProtocolError, kms_error
 from ..parameters import MAX_PAGE, encode_base64
+from ..protocol import wire
 from .places import AGENT_SOCKET, SOCKET
 
 __all__ = ["main"]

@@ -3,8 +3,8 @@
 from typing import Any
 
 from keyferry.errors import KmsError, ProtocolError
-from keyferry.exchange import Asked, Call, Exchange, Pending
 from keyferry.operations import OPERATIONS
+from keyferry.protocol.rpc import Asked, Call, Exchange, Pending
 
 from ..frugal import frugal
 

@@ -12,15 +12,15 @@ from keyferry import sm2_ciphertext as sm2
 from keyferry.errors import KmsError
 from keyferry.parameters import ENCRYPTION_CONTEXT, decode_base64, encode_base64
 from keyferry.secret import SecretMemory
-from keyferry_agent.crypto import seal
-from keyferry_agent.crypto.context import associated_data
+from keyferry_agent.crypto import ciphertext_blob
+from keyferry_agent.crypto.aad import associated_data
 
 from ..frugal import frugal
 
 KEY_ID = str(uuid.UUID(int=1))
 VERSION_ID = str(uuid.UUID(int=2))
 CONTEXTS: tuple[dict[str, str], ...] = ({}, {"tenant": "acme"}, {"tenant": "acme", "größe": "密"})
-SPECS = tuple(seal.KEY_SIZES)
+SPECS = tuple(ciphertext_blob.KEY_SIZES)
 _SALT = 32
 
 
@@ -31,7 +31,7 @@ def _scratch() -> SecretMemory:
 
 def cmk(spec: str) -> bytes:
     """The master key of all blobs here."""
-    return bytes(range(seal.KEY_SIZES[spec]))
+    return bytes(range(ciphertext_blob.KEY_SIZES[spec]))
 
 
 def ciphertext(data: bytes) -> None:
@@ -43,7 +43,7 @@ def ciphertext(data: bytes) -> None:
     if how & 1 and len(rest) > _SALT:
         salt, plaintext = rest[:_SALT], rest[_SALT:]
         key = memoryview(bytearray(cmk(spec)))
-        blob = seal.bind(spec, VERSION_ID, KEY_ID, context).seal(
+        blob = ciphertext_blob.bind(spec, VERSION_ID, KEY_ID, context).seal(
             key, memoryview(bytearray(plaintext)), _scratch(), salt
         )
         assert blob == second_decoder.seal_blob(spec, cmk(spec), VERSION_ID, KEY_ID, context, plaintext, salt)
@@ -60,11 +60,11 @@ def ciphertext(data: bytes) -> None:
 
 def _opened(spec: str, context: dict[str, str], blob: bytes) -> bytes | None:
     try:
-        assert seal.key_version_id(blob).encode() == blob[:36]
-        out = bytearray(seal.plaintext_size(blob))
+        assert ciphertext_blob.key_version_id(blob).encode() == blob[:36]
+        out = bytearray(ciphertext_blob.plaintext_size(blob))
         key = memoryview(bytearray(cmk(spec)))
-        seal.open_into(spec, key, blob, KEY_ID, context, memoryview(out), _scratch())
-    except seal.SealError:
+        ciphertext_blob.open_into(spec, key, blob, KEY_ID, context, memoryview(out), _scratch())
+    except ciphertext_blob.SealError:
         return None
     return bytes(out)
 

@@ -14,7 +14,7 @@ from keyferry.age_passphrase import PassphraseError
 from keyferry.secret import SecretMemory
 from keyferry_agent.keyring import loader, recipients
 from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, VersionEntry
-from keyferry_agent.keyring.loaded import build, room_for
+from keyferry_agent.keyring.keyring import build, room_for
 from keyferry_agent.keyring.sealing import Unsealer, count_recipients, seal
 
 from ..frugal import frugal

@@ -11,9 +11,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from keyferry_agent import settings
-from keyferry_agent.audit import chain, command
-from keyferry_agent.grants import Policy
+from keyferry_agent.authz.grants import Policy
+from keyferry_agent.chained_log import chain
+from keyferry_agent.cli import audit as command
+from keyferry_agent.config import settings
 from keyferry_agent.peer import Peer
 
 from ..frugal import frugal

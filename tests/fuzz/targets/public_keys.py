@@ -6,7 +6,7 @@ from typing import Any
 from Cryptodome.Util.asn1 import DerBitString, DerInteger, DerNull, DerObjectId, DerSequence
 
 from keyferry import libcrypto
-from keyferry.exchange import pem_to_der
+from keyferry.protocol.rpc import pem_to_der
 from keyferry_agent.crypto import wrapping
 from keyferry_agent.crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2
 

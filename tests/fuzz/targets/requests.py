@@ -12,19 +12,19 @@ from typing import Any
 
 import second_decoder
 
-from keyferry import wire
 from keyferry.declaration import result_to_wire
 from keyferry.errors import CODES, KmsError, ProtocolError
 from keyferry.operations import OPERATIONS
 from keyferry.parameters import decode_base64
+from keyferry.protocol import wire
 from keyferry.secret import SecretMemory
 from keyferry_agent import handlers
-from keyferry_agent.agent import Agent, Audited, Caller
 from keyferry_agent.audit import log
-from keyferry_agent.grants import Grant
-from keyferry_agent.keyring.loaded import Keyring, build, room_for
+from keyferry_agent.authz.grants import Grant
+from keyferry_agent.config.settings import Settings
+from keyferry_agent.keyring.keyring import Keyring, build, room_for
 from keyferry_agent.peer import Peer
-from keyferry_agent.settings import Settings
+from keyferry_agent.state import Agent, Audited, Caller
 
 KEYS = [str(uuid.UUID(int=number)) for number in range(1, 5)]
 VERSIONS = [str(uuid.UUID(int=256 + number)) for number in range(1, 5)]

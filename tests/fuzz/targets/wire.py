@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import second_wire_decoder
 
-from keyferry import wire
 from keyferry.errors import ProtocolError
+from keyferry.protocol import wire
 
 from ..frugal import frugal
 

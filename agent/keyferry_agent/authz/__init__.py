@@ -1,0 +1,1 @@
+"""Authorization: which grants a caller has, and the cache of decisions."""

@@ -1,0 +1,299 @@
+"""May this caller do this? Pure functions over the grants of the configuration. What no grant allows is refused.
+
+A grant matches when all of it matches: whom it is `to`, the action, the key, and where it names them, the recipient's pin and
+the pairs of the EncryptionContext. There are no deny rules and no order.
+"""
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from keyferry.operations import OPERATIONS
+
+from ..peer import Groups, Peer
+
+__all__ = [
+    "ACTIONS",
+    "BESIDE_PROGRAM",
+    "NEVER_WITH_RECIPIENTS",
+    "PLAINTEXT",
+    "PROGRAM",
+    "SELECTORS",
+    "Grant",
+    "Granted",
+    "Policy",
+    "carrying",
+    "places",
+]
+
+PLAINTEXT: Final = "plaintext"
+"""The recipient of a data key that the caller learns or chooses itself. No pin is equal to it."""
+
+_REMEMBERED: Final = 32_768
+"""Keys whose coverage a `Granted` remembers at most; then it begins anew. Each takes some 200 bytes."""
+_CALLERS_ROOM: Final = 4 * 2**20
+"""Bytes for the evidence of callers that a `Policy` remembers; then it begins anew."""
+_CALLER_BYTES: Final = 600
+"""Bytes that one caller's evidence takes, as measured, besides 4 for each of its groups."""
+_SETS_REMEMBERED: Final = 1_024
+"""Different sets of grants that a `Policy` remembers tables for."""
+
+ACTIONS: Final = frozenset(
+    f"kms:{name}"
+    for name in (
+        *(name for name in OPERATIONS if name not in ("ReEncrypt", "GetAgentHealth")),  # which needs no grant
+        "ReEncryptFrom",  # ReEncrypt needs two: one on the key that opens, one on the key that seals
+        "ReEncryptTo",
+    )
+)
+"""What can be granted."""
+
+NEVER_WITH_RECIPIENTS: Final = frozenset({"kms:Decrypt", "kms:Encrypt", "kms:GenerateDataKey"})
+"""Actions by which a caller learns or chooses a data key: a grant with `recipients` never covers them.
+
+ReEncrypt is such a one too, unless it stays with the same key and EncryptionContext.
+"""
+
+# Who a grant is to. To add a selector: a line here, its evidence in `peer`, its value's check in `settings`.
+SELECTORS: Final[Mapping[str, Callable[[Peer, Any], bool]]] = {
+    "uid": lambda peer, uid: peer.uid is not None and peer.uid == uid,
+    "user": lambda peer, uid: peer.uid is not None and peer.uid == uid,  # looked up when the configuration was read
+    "gid": lambda peer, gid: gid in peer.gids,
+    "group": lambda peer, gid: gid in peer.gids,
+    "listener": lambda peer, name: peer.listener == name,
+    "unit": lambda peer, unit: peer.unit is not None and peer.unit == unit,
+    "pod": lambda peer, pod: peer.pod is not None and peer.pod == pod,
+    "exe": lambda peer, exe: peer.exe is not None and peer.exe == exe,
+    "sha256": lambda peer, sha256: peer.sha256 is not None and peer.sha256 == sha256,
+}
+PROGRAM: Final = frozenset({"exe", "sha256"})
+"""The selectors whose evidence a process can change by running another program."""
+BESIDE_PROGRAM: Final = frozenset({"uid", "user", "unit", "pod", "listener"})
+"""The selectors of which one must stand beside those: any user can run a program, with a library of their own in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """One `[[grant]]`: the same names. `recipients` None means any recipient."""
+
+    name: str
+    to: Mapping[str, Any]
+    actions: tuple[str, ...]
+    keys: tuple[str, ...]
+    recipients: frozenset[str] | None = None
+    encryption_context: Mapping[str, str] = field(default_factory=dict)
+    file: Path | None = field(default=None, compare=False, repr=False)
+    """The file in the folder of grants that has the grant; None for the configuration."""
+    _names: frozenset[str] = field(init=False, repr=False)
+    _keys: re.Pattern[str] = field(init=False, repr=False)
+    _actions: re.Pattern[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        wild = tuple(key for key in self.keys if "*" in key)
+        object.__setattr__(self, "_names", frozenset(self.keys).difference(wild))  # most grants name their keys
+        object.__setattr__(self, "_keys", _pattern(wild, part="[^/:]*"))
+        object.__setattr__(self, "_actions", _pattern(self.actions, part=".*"))
+
+    def is_to(self, peer: Peer) -> bool:
+        """Whether all that `to` names matches this caller. An empty `to` matches no caller."""
+        return self.could_be_to(peer) and all(SELECTORS[name](peer, self.to[name]) for name in self.program)
+
+    def could_be_to(self, peer: Peer) -> bool:
+        """Whether all that `to` names besides the program matches this caller."""
+        return bool(self.to) and all(
+            SELECTORS[selector](peer, value) for selector, value in self.to.items() if selector not in PROGRAM
+        )
+
+    @property
+    def program(self) -> frozenset[str]:
+        """The selectors in `to` that are about the caller's program."""
+        return PROGRAM & self.to.keys()
+
+    def has_action(self, action: str) -> bool:
+        """Whether it covers this action."""
+        return self._actions.fullmatch(action) is not None
+
+    def has_key(self, names: Iterable[str]) -> bool:
+        """Whether one of a key's names (ID, aliases, ARNs) is one of the patterns."""
+        return any(name in self._names or self._keys.fullmatch(name) for name in names)
+
+    def has_recipient(self, pin: str | None) -> bool:
+        """Whether a data key may go to this recipient: a fingerprint, `PLAINTEXT`, or None when none leaves or enters.
+
+        A grant with `recipients` never covers what its holder could learn or choose a data key by: that would be a way round.
+        """
+        return self.recipients is None or pin is None or pin in self.recipients
+
+    def has_context(self, context: Mapping[str, str] | None) -> bool:
+        """Whether the pairs it demands are there; None: the operation has no context, and nothing to demand of it."""
+        return context is None or self.encryption_context.items() <= context.items()
+
+
+def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str] | None) -> Grant | None:
+    """The first that also covers the recipient and the context."""
+    for grant in grants:
+        if grant.has_recipient(pin) and grant.has_context(context):
+            return grant
+    return None
+
+
+def places(grants: Iterable[Grant]) -> Iterator[tuple[str, Grant]]:
+    """Yield each grant with its place, as messages name it: `grant[0]`, with the path of its file before it, if it has one."""
+    counts: Counter[Path | None] = Counter()
+    for grant in grants:
+        place = f"grant[{counts[grant.file]}]"
+        counts[grant.file] += 1
+        yield (f"{grant.file}: {place}" if grant.file is not None else place), grant
+
+
+@functools.lru_cache(maxsize=1_024)
+def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
+    """One expression for all patterns: a sole `*` is everything, else `*` is `part`."""
+    alternatives = (".*" if p == "*" else _STARS.sub(functools.partial(_piece, part), p) for p in patterns)
+    return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives) or r"(?!)", re.DOTALL)
+
+
+# Stars and, where another star follows in the same part of the name, the text between them; or text.
+_STARS: Final = re.compile(r"\*+(?:([^*/:]+)(?=\*))?|[^*]+")
+
+
+def _piece(part: str, found: re.Match[str]) -> str:
+    if not found[0].startswith("*"):
+        return re.escape(found[0])
+    if found[1] is None:
+        return part
+    # The first place where the text is leaves the most to the stars after it: there is no other to come back for. Else a name
+    # that nearly matches (whoever asks says the name) would be tried in as many ways as its length to the power of the stars.
+    return f"(?>{part}?{re.escape(found[1])})"
+
+
+class _Covering:
+    """The grants that cover one action, found by the names of keys: most grants name theirs, and few have patterns."""
+
+    def __init__(self, grants: Sequence[Grant]) -> None:
+        self.grants = tuple(grants)
+        self._by_name: dict[str, list[int]] = {}
+        self._by_prefix: dict[str, list[int]] = {}  # patterns, by what they have before their first `*`
+        for place, grant in enumerate(grants):
+            for key in grant.keys:
+                prefix, wild, _ = key.partition("*")
+                (self._by_prefix if wild else self._by_name).setdefault(prefix, []).append(place)
+        self._prefix_lengths = sorted({len(prefix) for prefix in self._by_prefix})
+
+    def with_key(self, names: Sequence[str]) -> tuple[Grant, ...]:
+        """Those that cover a key that is called by these names, in the configuration's order."""
+        places = {place for name in names for place in self._by_name.get(name, ())}
+        perhaps = {
+            place
+            for name in names
+            for length in self._prefix_lengths
+            for place in self._by_prefix.get(name[:length], ())
+        }
+        places.update(place for place in perhaps - places if self.grants[place].has_key(names))
+        return tuple(self.grants[place] for place in sorted(places))
+
+
+class Granted:
+    """The grants to one kind of caller, and what they cover as far as was asked before: so that a request costs a look-up.
+
+    `asks`: the selectors about a program in the grants that are to this caller but for its program.
+    """
+
+    __slots__ = ("_actions", "_known", "asks", "grants", "on_program")
+
+    def __init__(self, grants: tuple[Grant, ...], asks: frozenset[str] = frozenset()) -> None:
+        self.grants = grants
+        self.asks = asks
+        self.on_program = any(grant.program for grant in grants)
+        self._actions: dict[str, _Covering] = {}
+        self._known: dict[tuple[str, str], tuple[Grant, ...]] = {}
+
+    def with_action(self, action: str) -> tuple[Grant, ...]:
+        """Those that cover an action."""
+        return self._covering(action).grants
+
+    def covering(self, action: str, name: str, names: Callable[[], Iterable[str]] | None) -> tuple[Grant, ...]:
+        """Return those that cover an action on the key that is known by `name`; `names` returns all that it can be called by.
+
+        None for `names` says that no such key exists: then none covers it, after the same look-up.
+        """
+        known = self._known.get((action, name))
+        if known is None:
+            if names is None:
+                return ()
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            known = self._known[action, name] = self._covering(action).with_key(tuple(names()))
+        return known
+
+    def would_cover(self, action: str, names: Iterable[str]) -> tuple[Grant, ...]:
+        """Return those that would cover an action on a key of these names, whether such a key exists or not.
+
+        Not remembered: callers can make up as many names as they like.
+        """
+        return self._covering(action).with_key(tuple(names))
+
+    def _covering(self, action: str) -> _Covering:
+        known = self._actions.get(action)
+        if known is None:
+            # Many grants have the same actions: each list is looked at once.
+            matching = {
+                grant.actions: grant.has_action(action) for grant in {g.actions: g for g in self.grants}.values()
+            }
+            known = self._actions[action] = _Covering([grant for grant in self.grants if matching[grant.actions]])
+        return known
+
+
+class Policy:
+    """All grants of a configuration, found by whom they are to."""
+
+    def __init__(self, grants: Sequence[Grant]) -> None:
+        self._by_uid: dict[int, list[tuple[int, Grant]]] = {}
+        self._others: list[tuple[int, Grant]] = []
+        for place, grant in enumerate(grants):
+            uid = _user_of(grant)
+            (self._others if uid is None else self._by_uid.setdefault(uid, [])).append((place, grant))
+        self.users_by_program = frozenset(
+            uid for grant in grants if grant.program and (uid := _user_of(grant)) is not None
+        )
+        """The users whom a grant names beside a program."""
+        self._known: dict[Peer, Granted] = {}
+        self._room = _CALLERS_ROOM
+        self._sets: dict[tuple[tuple[int, ...], frozenset[str]], Granted] = {}
+
+    def granted(self, peer: Peer) -> Granted:
+        """Return the grants to this caller. Callers with the same grants share what was found out about them."""
+        evidence = peer._replace(pid=None)
+        known = self._known.get(evidence)
+        if known is None:
+            known = self._look_up(peer)
+            size = _CALLER_BYTES + (peer.gids.size if isinstance(peer.gids, Groups) else 0)
+            self._room -= size
+            if self._room < 0:
+                self._known.clear()
+                self._room = _CALLERS_ROOM - size
+            self._known[evidence] = known
+        return known
+
+    def _look_up(self, peer: Peer) -> Granted:
+        own = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
+        candidates = sorted([*own, *self._others], key=lambda placed: placed[0])
+        possible = [(place, grant) for place, grant in candidates if grant.could_be_to(peer)]
+        asks = frozenset[str]().union(*(grant.program for _, grant in possible))
+        granted = [(place, grant) for place, grant in possible if grant.is_to(peer)]
+        key = tuple(place for place, _ in granted), asks
+        known = self._sets.get(key)
+        if known is None:
+            if len(self._sets) >= _SETS_REMEMBERED:
+                self._sets.clear()
+            known = self._sets[key] = Granted(tuple(grant for _, grant in granted), asks)
+        return known
+
+
+def _user_of(grant: Grant) -> int | None:
+    uid: int | None = grant.to.get("uid", grant.to.get("user"))
+    return uid

@@ -1,0 +1,1 @@
+"""The command `keyferry-agent`: one module for each group of subcommands."""

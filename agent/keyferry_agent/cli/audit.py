@@ -1,0 +1,95 @@
+"""`keyferry-agent audit ...`: whether the audit log is whole, and which callers were given data keys."""
+
+import argparse
+from pathlib import Path
+from typing import Any, Final
+
+from keyferry.output import show_lines
+
+from ..audit import times, who
+from ..audit.history import Chain
+from ..audit.opening import open_history, report, say, time_text
+from ..chained_log.chain import ChainError
+from ..config.settings import Settings, SettingsError, read
+from ..keyring.document import KeyringError
+
+__all__ = ["add_parser"]
+
+FAILED: Final = 1
+_EPILOG: Final = (
+    "exit codes: 0 done, and the audit log is complete (for verify: every chain is whole from its first entry); 1 it is "
+    "incomplete, or was changed, or could not be read, and why is on stderr; 2 usage"
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Add `audit` and its verbs to the agent's command."""
+    parser = commands.add_parser("audit", help="verify and search the audit log", epilog=_EPILOG, allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, text, do in (
+        ("verify", "Is the chain of audit entries whole?", _verify),
+        ("who", "Which callers were given data keys, under which master keys, and for which recipients.", who.who),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False)
+        verb.add_argument(
+            "file",
+            type=Path,
+            nargs="*",
+            metavar="FILE",
+            help="files of the audit log, or of a journal (journalctl -o cat), in any order; or --config",
+        )
+        verb.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help="the agent's configuration: its audit log, with the rotated files beside it",
+        )
+        verb.set_defaults(run=_guarded, verb_action=do)
+        verb.add_argument(
+            "--since",
+            type=times.since,
+            metavar="TIME",
+            help=f"{times.EXPECTED}. The audit log need not be complete before",
+        )
+        if name == "who":
+            who.add_options(verb)
+
+
+def _guarded(arguments: argparse.Namespace) -> int:
+    try:
+        settings = read(arguments.config) if arguments.config else None
+        code: int = arguments.verb_action(arguments, settings)
+    except (ChainError, KeyringError, SettingsError, OSError) as error:
+        say(str(error))
+    except (KeyError, TypeError, ValueError) as error:  # an entry with other fields than the agent's
+        say(f"not a line of an audit log: {error!r}")
+    else:
+        return code
+    return FAILED
+
+
+def _verify(arguments: argparse.Namespace, settings: Settings | None) -> int:
+    history = open_history(arguments.file, settings, None)
+    report(history, arguments.since)
+    # Old files are deleted as a rule: a chain that is whole from its first entry is not damaged. --since asks for more.
+    whole = history.only_older_missing and arguments.since is None
+    whole = whole or history.is_complete(arguments.since)
+    lines = []
+    if len(history.chains) > 1 and any(each.start is not None for each in history.chains):
+        lines = [f"chain {number}: {_line(each)}" for number, each in enumerate(history.chains, 1)]
+    if whole:
+        since = f"from {time_text(history.healed)} on" if history.problems else "from the beginning"
+        chains = f" in {len(lines)} chains" if lines else ""
+        lines.append(f"whole: {history.count} lines{chains}, {since}; the last has the SHA-256 {history.last}")
+    return show_lines("keyferry-agent", lines) or (0 if whole else FAILED)
+
+
+def _line(chain: Chain) -> str:
+    start = chain.start
+    begins = f"from {time_text(chain.begins)}"
+    if start is not None:
+        begins = f"from the start of agent {start.get('version')}, pid {start.get('pid')}, at {time_text(chain.begins)}"
+    return (
+        f"{'whole' if chain.whole else 'NOT WHOLE'}: {chain.count} lines, {begins} to {time_text(chain.ends)}; "
+        f"the last has the SHA-256 {chain.last}"
+    )

@@ -1,0 +1,219 @@
+"""`keyferry-agent check`: everything that is wrong with a configuration, and what would stop an agent on this host.
+
+A configuration is often checked on another host than the one that it is for. So what only this host lacks is a warning; with
+--systemd it is an error, because this is the host. Nothing is written, made or locked.
+"""
+
+import argparse
+import importlib
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+from keyferry import age_passphrase, private_files
+from keyferry.output import say, show
+
+from ..authz.grants import places
+from ..config.settings import Settings, examine
+from ..keyring.document import Document, KeyringError
+from ..keyring.file import open_sealed, read_sealed
+from ..keyring.sealing import Unsealer
+from ..server import unix_sockets
+from ..telemetry.metrics import MISSING_LIBRARY
+from . import systemd_units
+
+__all__ = ["add_parser"]
+
+FAILED: Final = 1
+
+
+def add_parser(commands: Any) -> None:
+    """Add `check` to the agent's command."""
+    parser = commands.add_parser("check", help="say everything that is wrong with a configuration", allow_abbrev=False)
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--systemd",
+        action="store_true",
+        help=f"this host runs it as {systemd_units.SERVICE}: ask systemd for sockets, folders and credentials, and fail where the "
+        "agent would not start",
+    )
+    parser.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    settings, problems, open_to_others, missing = examine(arguments.file)
+    warnings: list[str] = []
+    if settings is not None:
+        open_to_others += _open_files(settings)
+        warnings += settings.warnings
+        if not problems:  # else a file may seem to be missing only because its line is wrong
+            obstacles, remarks = _of_this_host(settings, systemd=arguments.systemd)
+            obstacles += missing
+            if arguments.systemd:
+                problems = [f"{arguments.file}: {obstacle}" for obstacle in obstacles]
+            else:
+                warnings += obstacles
+            warnings += remarks
+    for problem in (*open_to_others, *problems):
+        say(problem)
+    for warning in warnings:
+        say(f"{arguments.file}: warning: {warning}")
+    if settings is None or problems or open_to_others:
+        return FAILED
+    counted = f"; warnings: {len(warnings)}" if warnings else ""
+    return show("keyferry-agent", f"{arguments.file}: good; grants: {len(settings.grants)}{counted}")
+
+
+def _of_this_host(settings: Settings, *, systemd: bool) -> tuple[list[str], list[str]]:
+    """Return what would stop an agent here, and what can never match; a message each."""
+    try:
+        unit = systemd_units.read() if systemd else systemd_units.Unit()
+    except systemd_units.UnitError as error:
+        return [f"--systemd: {error}"], []
+    obstacles = [*_packages(settings), *_sockets(settings, unit), *_folders(settings, unit)]
+    missing = _missing_files(settings, unit)
+    remarks: list[str] = []
+    if not missing:
+        try:
+            document = _keyring(settings)
+        except KeyringError as error:
+            missing.append(f"keyring: {error}")
+        else:
+            remarks = _keys(settings, document) if document else []
+    return [*obstacles, *missing], remarks
+
+
+def _packages(settings: Settings) -> list[str]:
+    problems = []
+    if settings.metrics and not _importable("prometheus_client"):
+        problems.append(MISSING_LIBRARY)
+    if settings.sm2_fallback == "gmssl" and not _importable("gmssl"):
+        problems.append("sm2_fallback needs the package gmssl, which is a part of every installation: install it again")
+    return problems
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+# --- sockets and folders ----------------------------------------------------------------------------------------------
+
+
+def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
+    """Return what is wrong with the sockets that systemd hands over, and with those that the agent has to make."""
+    try:
+        handed = unix_sockets.assign(settings.listeners, [(each.name, each.path) for each in unit.sockets])
+    except unix_sockets.ListeningError as error:
+        return [f"listener: {error}"]
+    hint = (
+        "no enabled socket unit is for it" if unit.is_known else "or let systemd hand the socket over (check --systemd)"
+    )
+    return [
+        f"listener {listener.name!r}: {problem}; {hint}"
+        for listener in settings.listeners
+        if listener.name not in handed
+        for problem in _unwritable(listener.path, unit)
+    ]
+
+
+def _folders(settings: Settings, unit: systemd_units.Unit) -> list[str]:
+    problems = []
+    if settings.metrics.startswith("/"):
+        problems += [f"metrics.listen: {each}" for each in _unwritable(Path(settings.metrics), unit)]
+    if settings.unseal_socket is not None:
+        problems += [f"unseal_socket: {each}" for each in _unwritable(settings.unseal_socket, unit)]
+    path = Path(settings.audit.path)
+    if path.is_absolute():
+        if not os.path.exists(path):
+            problems += [f"audit.path: {each}" for each in _unwritable(path, unit)]
+        elif path.is_dir():
+            problems.append(f"audit.path: {path} is a folder; name a file in it")
+        elif not os.access(path, os.R_OK | os.W_OK):
+            problems.append(f"audit.path: {path}: this user may not write to it")
+        else:
+            problems += [f"audit.path: {each}" for each in unit.protected(path)]
+    return problems
+
+
+def _unwritable(path: Path, unit: systemd_units.Unit) -> list[str]:
+    """Return why an agent of this user cannot make a file; nothing, where systemd makes its folder at the start."""
+    if unit.makes(path):
+        return []
+    folder = path.parent
+    try:
+        mode = folder.stat().st_mode
+    except OSError as error:
+        return [f"{folder}: {error.strerror}"]
+    if not stat.S_ISDIR(mode):
+        return [f"{folder}: not a folder"]
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return [f"{folder}: this user may not make files there"]
+    return unit.protected(path)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _missing_files(settings: Settings, unit: systemd_units.Unit) -> list[str]:
+    """Return one message for each file that `run` would not find."""
+    problems: list[str] = []
+    for name, path in (("keyring", settings.keyring), ("unseal", settings.unseal)):
+        if path is None and name == "unseal" and settings.unseal_socket is not None:
+            continue  # an operator has it
+        if path is None:
+            problems.append(f"{name}: not set; run needs it, or --{name}")
+        elif unit.is_known and name == "unseal" and path.parent == systemd_units.CREDENTIALS:
+            if path.name not in unit.credentials:
+                problems.append(
+                    f"unseal: {systemd_units.SERVICE} loads no credential {path.name!r}; add LoadCredentialEncrypted="
+                )
+        elif not os.path.exists(path):
+            problems.append(f"{name}: {path} does not exist here, or may not be seen by this user")
+    return problems
+
+
+def _open_files(settings: Settings) -> list[str]:
+    """Return one message for each way in which other users can write the keyring, or read what opens it."""
+    problems: list[str] = []
+    if settings.keyring is not None:
+        problems += private_files.problems(settings.keyring, owners=None)
+    if settings.unseal is not None:
+        owners = private_files.owner_of(settings.keyring)
+        problems += private_files.problems(settings.unseal, secret=True, owners=owners)
+    return problems
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def _keyring(settings: Settings) -> Document | None:
+    """Return the keyring. Returns None where this user cannot open it, or a passphrase would take seconds.
+
+    Raises `KeyringError` where the agent could not open it either.
+    """
+    keyring, unseal = settings.keyring, settings.unseal
+    if keyring is None or unseal is None or not (os.access(keyring, os.R_OK) and os.access(unseal, os.R_OK)):
+        return None
+    sealed = read_sealed(keyring)
+    if age_passphrase.work_factor(sealed) is not None:
+        return None
+    return open_sealed(sealed, Unsealer.read(unseal, private_files.owner_of(keyring)))
+
+
+def _keys(settings: Settings, document: Document) -> list[str]:
+    """Return one message for each key of a grant that matches no key of the keyring: a misspelt alias, often."""
+    own = [key.key_id for key in document.keys]
+    own += [alias for aliases in document.aliases_by_key().values() for alias in aliases]
+    names = [each for name in own for each in settings.names_of(name)]
+    return [
+        f"{place}.keys: {key!r} matches no key of the keyring"
+        for place, grant in places(settings.grants)
+        for key in grant.keys
+        if key != "*" and not replace(grant, keys=(key,)).has_key(names)
+    ]

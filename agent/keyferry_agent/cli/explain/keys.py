@@ -1,0 +1,69 @@
+"""All names of a key, as a grant may call it: from the keyring, or else from the audit log."""
+
+from typing import NamedTuple
+
+from ...audit.names import LoggedNames, open_keyring, plain_name
+from ...audit.opening import open_history
+from ...audit.query import NamesOnly, names_of
+from ...chained_log.chain import ChainError
+from ...config.settings import Settings
+from ...keyring.document import KeyringError
+
+__all__ = ["Keys", "find_keys"]
+
+
+class Keys(NamedTuple):
+    """The names of a key, the one to print, and why it cannot be used, if it cannot. `notes`: where the names are from."""
+
+    names: tuple[str, ...]
+    shown: str
+    missing: str = ""
+    state: str = "Enabled"
+    notes: tuple[str, ...] = ()
+
+
+def find_keys(given: list[str], settings: Settings, logged: LoggedNames | None = None) -> Keys:
+    """Return the names of the key that is named by its ID, an ARN, or an alias. `logged`: the names in an audit log, if it was
+    read. Raises `ChainError` where the names are of different keys.
+    """
+    plain = list(dict.fromkeys(map(plain_name, given)))
+    shown = ", ".join(given)
+    try:
+        document = open_keyring(settings)
+    except KeyringError as error:
+        why = f"the keyring was not read: {error}"
+        names = logged if logged is not None else _logged(settings)
+        found = [name for each in plain for name in names.current(each)]
+        source = "the key's other names are from the audit log" if found else "only the names that are given are judged"
+        return Keys(_names([*plain, *found], settings), shown, notes=(f"{why}; {source}",))
+    aliases = document.aliases_by_key()
+    entries = {}
+    for name in plain:
+        try:
+            entry = document.find(name)
+        except KeyringError:
+            return Keys(_names(plain, settings), shown, missing=name)
+        entries[entry.key_id] = entry
+    if len(entries) > 1:
+        raise ChainError(f"--key names {len(entries)} different keys: {', '.join(entries)}")
+    (entry,) = entries.values()
+    names_now = [entry.key_id, *aliases.get(entry.key_id, [])]
+    also = [name for name in names_now if name not in plain]
+    if also:
+        shown += f" ({', '.join(also)})"
+    return Keys(_names([*plain, *names_now], settings), shown, state=entry.state)
+
+
+def _logged(settings: Settings) -> LoggedNames:
+    if settings.audit.path == "stderr":
+        return LoggedNames()
+    try:
+        history = open_history([], settings, NamesOnly)
+    except (ChainError, OSError):
+        return LoggedNames()
+    return names_of(each for each in history.tallies if isinstance(each, NamesOnly))
+
+
+def _names(plain: list[str], settings: Settings) -> tuple[str, ...]:
+    """Return names, and the ARN of each: as the agent knows a key."""
+    return tuple(dict.fromkeys(each for name in plain for each in settings.names_of(name)))

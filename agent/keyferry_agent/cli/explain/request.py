@@ -1,0 +1,111 @@
+"""A request as its audit entry has it: found by its RequestId, and asked again of the grants as they are now."""
+
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from keyferry.errors import CODES
+from keyferry.operations import OPERATIONS
+
+from ...audit.log import MAX_GROUPS
+from ...audit.names import LoggedNames
+from ...audit.opening import open_history, report
+from ...audit.query import NamesOnly, names_of
+from ...chained_log.chain import ChainError
+from ...config.settings import Settings
+from ...peer import Peer
+from .judging import WITHOUT_KEY, Question
+from .keys import Keys
+
+__all__ = ["find_request", "questions_of", "recorded_lines"]
+
+_BY_GRANTS: Final = ("Forbidden.NoPermission", "AccessDeniedError")
+
+
+class _Search(NamesOnly):
+    """Finds the entry of a request in a file."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__()
+        self._request_id = request_id
+        self.entry: dict[str, Any] | None = None
+
+    def __call__(self, fields: dict[str, Any], time: datetime | None) -> None:
+        super().__call__(fields, time)
+        if fields.get("event") == "audit" and fields.get("request_id") == self._request_id:
+            self.entry = fields
+
+
+def find_request(request_id: str, files: list[Path], settings: Settings) -> tuple[dict[str, Any], LoggedNames]:
+    """Return the audit entry of a request, and the names of keys in the audit log. Raises `ChainError` or OSError."""
+    wanted = request_id.strip().upper()
+    history = open_history(files, settings, lambda: _Search(wanted), option="files (--audit-log FILE)")
+    searches = [each for each in history.tallies if isinstance(each, _Search)]
+    for search in searches:
+        if search.entry is not None:
+            return search.entry, names_of(searches)
+    report(history, None)
+    raise ChainError(f"no request {wanted} is in the audit log")
+
+
+def recorded_lines(entry: dict[str, Any]) -> list[str]:
+    """Return what the entry says of the request and its outcome."""
+    outcome = str(entry.get("outcome"))
+    key = f" on key {entry['key_id']}" if entry.get("key_id") else ""
+    unit = f", unit {entry['unit']}" if entry.get("unit") else ""
+    first = (
+        f"request {entry.get('request_id')}, at {entry.get('time')}: uid {entry.get('uid')}{unit}, "
+        f"listener {entry.get('listener')}: {entry.get('operation')}{key}: {outcome}"
+    )
+    if outcome == "OK":
+        grant = entry.get("grant")
+        return [first, f"It was allowed by the grant {grant!r}." if grant else "It needed no grant."]
+    if outcome in _BY_GRANTS:
+        return [first, "It was refused, because no grant covered it then."]
+    known = CODES.get(outcome)
+    return [first, f"It was not refused by the grants: {known.message if known else outcome}"]
+
+
+def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple[list[Question], list[Keys]]:
+    """Return what the request asked of the grants, and the keys. Raises `ChainError` for an operation that there is not."""
+    operation = entry.get("operation")
+    if operation not in OPERATIONS:
+        raise ChainError(f"the agent has no operation {operation!r}")
+    gids, uid = entry.get("gids"), entry.get("uid")
+    peer = Peer(
+        uid=uid if isinstance(uid, int) else None,
+        gids=frozenset(gids if isinstance(gids, list) else ()),
+        pid=None,
+        listener=str(entry.get("listener")),
+        unit=entry.get("unit"),
+        exe=entry.get("exe"),
+        sha256=entry.get("sha256"),
+    )
+    unknown = {"pod"}
+    if "exe" not in entry:
+        unknown |= {"exe", "sha256"}
+    if len(peer.gids) >= MAX_GROUPS:
+        unknown |= {"gid", "group"}
+    source, destination = (str(entry.get(name) or "") for name in ("key_id", "destination_key_id"))
+    asked = [(f"kms:{operation}", source)]
+    if operation == "ReEncrypt":
+        asked = [("kms:ReEncryptFrom", source), ("kms:ReEncryptTo", destination)]
+    questions, found = [], []
+    for action, key_id in asked:
+        keys = keys_of(key_id) if key_id else None
+        if keys is not None:
+            found.append(keys)
+        questions.append(
+            Question(
+                peer=peer,
+                action=action,
+                key=keys.shown if keys else "every key" if action in WITHOUT_KEY else "a key that is not recorded",
+                names=keys.names if keys else None,
+                pin=entry.get("recipient") or None,
+                context_keys=tuple(entry.get("context_keys") or ()),
+                unknown=frozenset(unknown),
+                stays=source == destination or not destination,
+            )
+        )
+    return questions, found

@@ -1,0 +1,1 @@
+"""`keyferry-agent keyring`: its parsers, what it prints, and its verbs."""

@@ -1,0 +1,256 @@
+"""`keyferry-agent keyring ...`: creates and changes sealed keyring files. No verb ever prints key material."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+from keyferry import age_passphrase
+from keyferry.arguments import whole_number
+from keyferry.output import DONE, complain
+
+from ...crypto.ciphertext_blob import KEY_SIZES
+from ...keyring import changes, edits, file
+from ...keyring.document import Document, KeyEntry, KeyringError
+from . import access, history
+from .output import PROGRAM, metadata, print_result, version_of, versions_of, warn
+
+__all__ = ["add_parser"]
+
+FAILED: Final = 1
+
+_DEFAULT_SPEC: Final = "Aliyun_AES_256"
+_MATERIAL_MOST: Final = 65
+"""Bytes of material to read at most: enough to see that hex is not raw bytes."""
+
+
+_Act: TypeAlias = Callable[[argparse.Namespace], dict[str, Any] | None]
+"""From arguments to what to print, by the API's names; None where that was printed already."""
+_Verb: TypeAlias = Callable[[str, str, _Act], argparse.ArgumentParser]
+"""Adds the parser of a verb: its name, its help text, and what it does."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add `keyring` and its verbs to the agent's command."""
+    keyring = commands.add_parser("keyring", help="create and change sealed keyring files", allow_abbrev=False)
+    keyring.set_defaults(run=_main)
+    subparsers = keyring.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, help_text: str, do: _Act) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = subparsers.add_parser(
+            name, help=help_text, description=help_text, allow_abbrev=False
+        )
+        parser.add_argument("file", type=Path, metavar="FILE", help="the keyring")
+        parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        parser.set_defaults(verb_action=do)
+        if name != "init":
+            parser.add_argument(
+                "--unseal",
+                type=Path,
+                metavar="FILE",
+                required=True,
+                help="an age or SSH identity, or a passphrase file",
+            )
+        return parser
+
+    _add_access_verbs(verb)
+    _add_key_verbs(verb)
+    history.add_parser(subparsers)
+    _add_alias_verbs(verb)
+    _add_identity_verbs(subparsers)
+
+
+def _add_access_verbs(verb: _Verb) -> None:
+    init = verb("init", "Create an empty keyring.", access.init)
+    access.add_sealed_to(init)
+    init.add_argument(
+        "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it, too"
+    )
+    reseal = verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", access.reseal)
+    access.add_sealed_to(reseal)
+    verb("recipients", "List what the keyring is sealed to, as --recipients-file takes it.", access.list_recipients)
+    add = verb("add-recipient", "Seal to further recipients, too.", access.add_recipient)
+    remove = verb("remove-recipient", "Seal to all recipients but some.", access.remove_recipient)
+    for parser in (add, remove):
+        access.add_recipients(parser)
+    for parser in (reseal, add, remove):
+        parser.add_argument(
+            "--yes",
+            action="store_true",
+            help="also where what --unseal names does not open the keyring any more, or one recipient is left",
+        )
+
+
+def _add_identity_verbs(subparsers: Any) -> None:
+    act: _Act
+    for name, help_text, metavar, act in (
+        ("recipient-of", "Print the recipient of an age or SSH identity.", "IDENTITY", access.recipient_of),
+        ("new-identity", "Make an age identity in a new file, and print its recipient.", "OUT", access.new_identity),
+    ):
+        parser = subparsers.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        parser.add_argument("identity", type=Path, metavar=metavar, help="the file of the identity")
+        parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        parser.set_defaults(verb_action=act, file=None)
+
+
+def _add_key_verbs(verb: _Verb) -> None:
+    create_key = verb("create-key", "Add a key.", _changing(_create_key))
+    create_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), default=_DEFAULT_SPEC)
+    import_key = verb("import-key", "Add a key of material that you have.", _import_key)
+    import_key.add_argument(
+        "--material", required=True, metavar="FILE|-", help="32 (Aliyun_AES_256) or 16 (Aliyun_SM4) raw bytes"
+    )
+    import_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), help="default: by the length of the material")
+    for parser in (create_key, import_key):
+        parser.add_argument("--alias", metavar="alias/NAME")
+        parser.add_argument("--description", default="", metavar="TEXT")
+
+    verb("list", "List all keys.", _list)
+
+    for name, help_text, act in (
+        ("show", "Show a key with its versions.", _show),
+        ("rotate", "Give a key a new version, which is its primary one at once.", _rotate),
+        ("promote", "Make a staged version the primary one, once every host has it.", _changing(_promote)),
+        ("enable", "Let a key be used again.", _changing(lambda d, a: edits.enable(d, a.key))),
+        ("disable", "Let a key be used for nothing.", _changing(lambda d, a: edits.disable(d, a.key))),
+        ("disable-version", "Let a version decrypt nothing any more.", _changing(_disable_version)),
+        ("enable-version", "Let a version decrypt again.", _changing(_enable_version)),
+        ("schedule-deletion", "Delete a key, some days from now.", _changing(_schedule_deletion)),
+        ("cancel-deletion", "Keep a key after all.", _changing(lambda d, a: edits.cancel_deletion(d, a.key))),
+    ):
+        parser = verb(name, help_text, act)
+        parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
+        if name == "rotate":
+            parser.add_argument("--stage", action="store_true", help="it decrypts, and is not primary until promoted")
+        elif name == "promote":
+            parser.add_argument("version", metavar="VERSION", help="the staged version's ID")
+        elif name.endswith("-version"):
+            parser.add_argument("version", metavar="VERSION", help="the version's ID")
+            if name == "disable-version":
+                parser.add_argument("--yes", action="store_true", help="what it encrypted was moved, or may be lost")
+        elif name == "schedule-deletion":
+            days = f"{edits.DAYS[0]}..{edits.DAYS[-1]}"
+            parser.add_argument(
+                "--days", type=whole_number, required=True, metavar=days, help="until then it can be cancelled"
+            )
+
+
+def _add_alias_verbs(verb: _Verb) -> None:
+    for name, help_text, do in (
+        ("create-alias", "Give a key a further name.", lambda d, a: edits.create_alias(d, a.alias, a.key)),
+        ("update-alias", "Point an alias to another key.", lambda d, a: edits.update_alias(d, a.alias, a.key)),
+        ("delete-alias", "Take a name away; the key stays.", lambda d, a: edits.delete_alias(d, a.alias)),
+    ):
+        parser = verb(name, help_text, _changing(do))
+        parser.add_argument("alias", metavar="alias/NAME")
+        if name != "delete-alias":
+            parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
+
+
+def _main(arguments: argparse.Namespace) -> int:
+    try:
+        with changes.attributed(arguments.verb):
+            result = arguments.verb_action(arguments)
+        if arguments.file is not None:
+            _warn_of_weak_work_factor(arguments.file)
+    except KeyringError as error:
+        complain(PROGRAM, str(error))
+        return FAILED
+    return DONE if result is None else print_result(arguments, result)
+
+
+# --- the verbs: arguments -> what to print, as the API's names ---------------------------------------------------------
+
+
+def _warn_of_weak_work_factor(path: Path) -> None:
+    factor = None
+    with suppress(KeyringError):
+        factor = age_passphrase.work_factor(file.read_sealed(path))
+    if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
+        warn(
+            f"{path}: its passphrase is sealed with work factor {factor}, which is low; "
+            f"`keyring reseal` it with a new passphrase: work factor {age_passphrase.WORK_FACTOR} is used then"
+        )
+
+
+def _changing(
+    do: Callable[[Document, argparse.Namespace], KeyEntry],
+) -> Callable[[argparse.Namespace], dict[str, Any]]:
+    """A verb that changes one key, and shows it as it is then."""
+
+    def act(arguments: argparse.Namespace) -> dict[str, Any]:
+        with file.change(arguments.file, access.unsealer(arguments)) as document:
+            key = do(document, arguments)
+        return {"KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
+
+    return act
+
+
+def _create_key(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return edits.create_key(
+        document, key_spec=arguments.key_spec, alias=arguments.alias, description=arguments.description
+    )
+
+
+def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
+    material = _read_material(arguments.material)  # before the file is locked: somebody may have to type it
+
+    def add(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+        return edits.import_key(
+            document,
+            material,
+            key_spec=arguments.key_spec,
+            alias=arguments.alias,
+            description=arguments.description,
+        )
+
+    return _changing(add)(arguments)
+
+
+def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
+    with file.change(arguments.file, access.unsealer(arguments)) as document:
+        key = edits.rotate(document, arguments.key, stage=arguments.stage)
+    made = version_of(key, key.versions[-1])
+    return {"KeyVersion": made, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
+
+
+def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return edits.promote(document, arguments.key, arguments.version)
+
+
+def _disable_version(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return edits.disable_version(document, arguments.key, arguments.version, confirmed=arguments.yes)
+
+
+def _enable_version(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return edits.enable_version(document, arguments.key, arguments.version)
+
+
+def _schedule_deletion(document: Document, arguments: argparse.Namespace) -> KeyEntry:
+    return edits.schedule_deletion(document, arguments.key, arguments.days)
+
+
+def _list(arguments: argparse.Namespace) -> dict[str, Any]:
+    document = file.read(arguments.file, access.unsealer(arguments))
+    aliases = document.aliases_by_key()
+    keys = [metadata(key, aliases) for key in document.keys]
+    return {"Keys": {"Key": keys}, "TotalCount": len(keys)}
+
+
+def _show(arguments: argparse.Namespace) -> dict[str, Any]:
+    document = file.read(arguments.file, access.unsealer(arguments))
+    key = document.find(arguments.key)
+    return {"KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
+
+
+def _read_material(path: str) -> bytearray:
+    """All of a small file, or of standard input. Raises `KeyringError`."""
+    material = bytearray()
+    try:
+        with open(0 if path == "-" else path, "rb", buffering=0, closefd=path != "-") as source:
+            while len(material) <= _MATERIAL_MOST and (read := source.read(_MATERIAL_MOST)):
+                material += read
+    except OSError as error:
+        raise KeyringError(f"{path}: {error.strerror}") from None
+    return material

@@ -1,0 +1,105 @@
+"""`keyferry-agent keyring history`: the changes of a keyring, and whether each was done, as the hashes of the file show."""
+
+import argparse
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from keyferry.output import complain, show_json, show_lines
+
+from ...chained_log import chain
+from ...keyring.changes import EVENT, file_hash, log_of
+from ...keyring.document import KeyringError
+from ...keyring.file import read_sealed
+
+__all__ = ["add_parser"]
+
+FAILED: Final = 1
+_PROGRAM: Final = "keyferry-agent"
+_OTHER: Final = "replaced by other means than these commands"
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add `history` to the verbs of keyrings."""
+    text = "Print the changes of a keyring, and verify their chain; nothing is unsealed."
+    parser = subparsers.add_parser("history", help=text, description=text, allow_abbrev=False)
+    parser.add_argument("file", type=Path, metavar="FILE", help="the keyring")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.set_defaults(run=_history)
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    keyring = Path(os.path.realpath(arguments.file))
+    log = log_of(keyring)
+    try:
+        now: str | None = file_hash(read_sealed(keyring))
+    except KeyringError as error:
+        complain(_PROGRAM, str(error))
+        now = None
+    code = 0
+    try:
+        changes = _judged([each for each in chain.read([log]) if each.get("event") == EVENT], now)
+        if not chain.verify([log]).beginning:
+            raise chain.ChainError(f"{log}: the beginning is missing")
+    except chain.ChainError as error:
+        complain(_PROGRAM, str(error))
+        code = FAILED
+    except OSError as error:
+        complain(_PROGRAM, f"{log}: {error.strerror}")
+        return FAILED
+    shown = show_json(_PROGRAM, {"Changes": changes}) if arguments.json else show_lines(_PROGRAM, _lines(changes))
+    return shown or code
+
+
+def _judged(entries: list[dict[str, Any]], now: str | None) -> list[dict[str, Any]]:
+    """Return one entry for each change, with its result; and one for each time that the file was replaced by other means."""
+    begun: list[dict[str, Any]] = []
+    for entry in entries:
+        if entry.get("result") == "begun":
+            begun.append(dict(entry))
+        elif begun and begun[-1].get("after") == entry.get("after"):
+            begun[-1]["result"] = entry.get("result")
+    judged: list[dict[str, Any]] = []
+    following = [*(entry.get("before") for entry in begun[1:]), now]
+    for entry, later in zip(begun, following, strict=True):
+        before, after = entry.get("before"), entry.get("after")
+        if later == after:  # also where a crash came between the replacement and the second entry
+            entry["result"] = "done"
+        elif entry["result"] == "begun":
+            entry["result"] = "not done" if later == before else "unknown"
+        judged.append(entry)
+        left = after if entry["result"] == "done" else before
+        if later != left and entry["result"] != "unknown":
+            judged.append({"result": _OTHER, "before": left, "after": later})
+    return judged
+
+
+def _lines(changes: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for entry in changes:
+        if entry["result"] == _OTHER:
+            yield f"the keyring was {_OTHER}, or removed"
+            continue
+        users = [f"user {entry.get('user')} ({entry.get('uid')})"]
+        users += [
+            f"{name} {entry[field]}"
+            for name, field in (("login uid", "login_uid"), ("claimed sudo uid", "claimed_sudo_uid"))
+            if entry.get(field) is not None
+        ]
+        yield f"{entry.get('time')}  {entry.get('verb')}: {entry['result']}; {', '.join(users)}"
+        for change in entry.get("changes", []):
+            yield f"    {_line(change)}"
+        if entry.get("omitted_changes"):
+            yield f"    and {entry['omitted_changes']} more"
+
+
+def _line(change: dict[str, Any]) -> str:
+    names = [
+        f"{name.removesuffix('_id').replace('_', ' ')} {change[name]}"
+        for name in ("recipient", "alias", "key_id", "key_version_id")
+        if name in change
+    ]
+    what = str(change.get("change"))
+    if "before" in change:
+        what = f"{what} from {change['before']} to {change['after']}"
+    return f"{', '.join(names)}: {what}"

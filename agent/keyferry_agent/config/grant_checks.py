@@ -1,0 +1,88 @@
+"""What is wrong with grants in the light of everything else: what could never match is a mistake."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Final
+
+from ..authz.grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, Grant, places
+from ..peer import OVERFLOW_GID, OVERFLOW_UID
+
+__all__ = ["problems", "warnings"]
+
+_MAX_COMPARED: Final = 100_000
+"""Pairs of grants that are compared with each other at most."""
+
+_OVERFLOW: Final = (
+    ("uid", "uid", OVERFLOW_UID),
+    ("user", "uid", OVERFLOW_UID),
+    ("gid", "gid", OVERFLOW_GID),
+    ("group", "gid", OVERFLOW_GID),
+)
+"""Selectors, the kind of their numbers, and the number that stands for every user or group that the kernel cannot tell."""
+
+
+def problems(grants: Sequence[Grant], configuration: Path, listeners: Collection[str], arns: str) -> Iterator[str]:
+    """Yield what is wrong with grants, each with its file. `arns`: how the agent's ARNs begin."""
+    _, _, own_region, own_account, _ = arns.split(":", 4)
+    first: dict[str, str] = {}
+    for place, grant in places(grants):
+        at = place if grant.file is not None else f"{configuration}: {place}"
+        listener = grant.to.get("listener")
+        if listener is not None and listener not in listeners:
+            yield f"{at}.to.listener: no listener is called {listener!r}"
+        if grant.program and not BESIDE_PROGRAM & grant.to.keys():
+            yield (
+                f"{at}.to: every user can run {' and '.join(sorted(grant.program))}, with a library of their own in it; "
+                f"add {', '.join(sorted(BESIDE_PROGRAM - {'listener'}))} or listener"
+            )
+        for key in grant.keys:
+            if key.startswith("acs:"):
+                _, _, region, account, _ = key.split(":", 4)
+                if not (fnmatchcase(own_region, region) and fnmatchcase(own_account, account)):
+                    yield f"{at}.keys: {key!r} is not of this agent, whose ARNs begin with {arns}"
+        if grant.name and first.setdefault(grant.name, at) != at:
+            yield (
+                f"{at}.name: {grant.name!r} is also the name of {first[grant.name]}: two grants have the same name, and the "
+                "audit log could not tell them apart"
+            )
+
+
+def warnings(grants: Sequence[Grant]) -> Iterator[str]:
+    """Yield what can never match, and what gives a caller a way round another grant."""
+    for place, grant in places(grants):
+        for selector, kind, number in _OVERFLOW:
+            if grant.to.get(selector) == number:
+                yield f"{place}.to: {number} is the overflow {kind}, which can be anybody; matches nobody"
+        excluded = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))
+        if grant.recipients is not None and excluded:
+            yield (
+                f"{place}.actions: a grant with recipients never covers {', '.join(excluded)}: the caller would learn or "
+                "choose a data key; leave the action out, or give it a grant of its own"
+            )
+    yield from _ways_round(grants)
+
+
+def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
+    """Warn of grants without recipients that give a caller what its grant with recipients is to keep from it."""
+    placed = list(places(grants))
+    pinned = [(place, grant) for place, grant in placed if grant.recipients is not None]
+    others = [(place, grant) for place, grant in placed if grant.recipients is None]
+    if len(pinned) * len(others) > _MAX_COMPARED:
+        return
+    for place, grant in pinned:
+        for way_round, other in others:
+            if not any(other.has_action(action) for action in (*NEVER_WITH_RECIPIENTS, "kms:ReEncryptTo")):
+                continue
+            if _agree(grant.to, other.to) and _agree(grant.encryption_context, other.encryption_context):
+                shared = sorted({a for a in grant.keys for b in other.keys if fnmatchcase(a, b) or fnmatchcase(b, a)})
+                if shared:
+                    yield (
+                        f"{place}.recipients: {way_round} has none, and may be to the same caller for {', '.join(shared)}: "
+                        "through it the caller can learn or choose what the first grant exports"
+                    )
+
+
+def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether no name has two values, so that one caller, or one EncryptionContext, may match both."""
+    return all(other.get(name, value) == value for name, value in one.items())

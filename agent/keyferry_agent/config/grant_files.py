@@ -1,0 +1,71 @@
+"""Grants in files of their own: one for each application, in a folder that is read in the order of the files' names.
+
+A file of grants has `[[grant]]` tables and nothing else, so that a file that is for one application changes nothing for others.
+"""
+
+import os
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from keyferry import private_files
+
+from . import table as toml
+
+__all__ = ["File", "beside", "find", "read"]
+
+_NAME: Final = "grants.d"
+_EXTENSION: Final = ".toml"
+_ONLY: Final = "grant"
+
+
+class File(NamedTuple):
+    """A file of grants, or the folder itself where that is what something is wrong with."""
+
+    path: Path
+    table: toml.Table
+    open_to_others: list[str]
+
+
+def beside(configuration: Path) -> Path:
+    """Return the folder that is read where the configuration names none. It need not exist."""
+    return configuration.absolute().with_name(_NAME)
+
+
+def find(folder: Path) -> list[Path]:
+    """Return the paths of all files of grants in a folder, in their order. Raises OSError."""
+    return [folder / name for name in _names(folder) if name.endswith(_EXTENSION)]
+
+
+def read(folder: Path) -> list[File]:
+    """Return the folder and its files of grants, with what is wrong with each; nothing where there is no such folder."""
+    this = File(folder, toml.Table("", {}, [], []), private_files.folder_problems(folder))
+    try:
+        paths = find(folder)
+        others = [name for name in _names(folder) if not name.endswith(_EXTENSION)]
+    except OSError as error:
+        if not os.path.lexists(folder):
+            return []
+        this.table.problems.append(f"this folder cannot be read: {error.strerror}")
+        return [this]
+    for name in others:
+        this.table.warnings.append(f"{name!r} is not read: the name of a file of grants ends in {_EXTENSION}")
+    return [this, *(_read_file(path, is_folder_safe=not this.open_to_others) for path in paths)]
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the names in a folder but hidden ones, as those of editors and of a mounted ConfigMap. Raises OSError."""
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def _read_file(path: Path, *, is_folder_safe: bool) -> File:
+    loaded = toml.load(path, regular=True)
+    raw = loaded.raw or {}
+    table = toml.Table("", {name: value for name, value in raw.items() if name == _ONLY}, [], [])
+    if loaded.problem:
+        table.problems.append(loaded.problem)
+    for name in raw:
+        if name != _ONLY:
+            table.wrong(
+                name, "a file of grants has [[grant]] tables only; move this into the configuration, or remove it"
+            )
+    return File(path, table, loaded.open_to_others if is_folder_safe else [])

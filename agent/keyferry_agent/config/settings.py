@@ -1,0 +1,348 @@
+"""The configuration: TOML in, frozen settings out, and everything that is wrong with it in one go.
+
+Every limit has a default that a small host can live with, and its reason beside it. An unknown key is an error: a misspelt
+`recipients` must never mean "any".
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple
+
+from keyferry.protocol.rpc import DEFAULT_SOCKET
+from keyferry.secret import Backing
+
+from ..authz.grants import SELECTORS, Grant
+from . import grant_checks, grant_files
+from . import table as toml
+
+__all__ = [
+    "DEFAULT_UNSEAL_SOCKET",
+    "Audit",
+    "Limits",
+    "Listener",
+    "Settings",
+    "SettingsError",
+    "examine",
+    "look_up",
+    "read",
+]
+
+
+MANUAL: Final = "manual"
+"""The value of `unseal` with which an operator gives the secret to a running agent."""
+DEFAULT_UNSEAL_SOCKET: Final = Path("/run/keyferry-agent/unseal.sock")
+
+
+class SettingsError(Exception):
+    """The configuration is wrong. `problems` says everything that is, a line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A socket to serve. `name` is what grants call it by; user and group are numeric, None leaves them alone."""
+
+    name: str = "default"
+    path: Path = Path(DEFAULT_SOCKET)
+    mode: int = 0o660
+    uid: int | None = None
+    gid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one agent, and one user, may take. Seconds, and plain numbers."""
+
+    connections: int = 1_024
+    """In all. Each idle one costs a few KiB and a descriptor."""
+    connections_per_user: int = 256
+    """So that four users have to conspire to take them all."""
+    request_timeout: float = 10.0
+    """For one whole request to arrive, and for its answer to be taken: a local process needs milliseconds."""
+    requests_per_second: int = 0
+    """Per user; 0 is no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """Where the record of requests goes: "stderr", or the path of a file that is appended to; and what a request is worth that
+    cannot be recorded.
+    """
+
+    path: str = "stderr"
+    on_failure: Literal["refuse", "serve"] = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Everything the agent is told. docs/configuration.md explains each."""
+
+    listeners: tuple[Listener, ...] = (Listener(),)
+    keyring: Path | None = None
+    unseal: Path | None = None
+    unseal_socket: Path | None = None
+    """Where an operator gives the unseal secret, with `unseal = "manual"`; None where a file has it."""
+    region: str = "local"
+    account: str = "0"
+    memory: Literal["require", "prefer"] = "require"
+    memory_backing: Backing = "auto"
+    sm2_fallback: Literal["none", "gmssl"] = "none"
+    keep_keys: bool = False
+    """Have the service manager keep the keyring's memory over a restart, so that no unseal secret is needed then."""
+    metrics: str = ""
+    """Where metrics are served: the path of a socket, or ADDRESS:PORT; empty: nowhere."""
+    limits: Limits = Limits()
+    audit: Audit = Audit()
+    grants: tuple[Grant, ...] = ()
+    grants_folder: Path | None = field(default=None, compare=False)
+    """Where further grants are, each application's in a file of its own. The folder beside the configuration need not exist."""
+    names: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """The users and groups that grants name ("user" or "group", and the name), with their numbers; -1 for one not found."""
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+    def arn(self, resource: str) -> str:
+        """Return the ARN of `key/ID` or `alias/NAME`."""
+        return f"acs:kms:{self.region}:{self.account}:{resource}"
+
+    def names_of(self, name: str) -> tuple[str, str]:
+        """Return all that a grant can call a key by of which only this name, an ID or an alias, is known."""
+        return name, self.arn(name if name.startswith("alias/") else f"key/{name}")
+
+
+class Examined(NamedTuple):
+    """A configuration file as it is: its settings as far as it has any, and two kinds of problems, one message each."""
+
+    settings: Settings | None
+    problems: list[str]
+    open_to_others: list[str]
+    """The ways in which other users can write a file."""
+    missing: list[str]
+    """What is named and is not on this host, although it may be on the host that the configuration is for."""
+
+
+def read(path: Path) -> Settings:
+    """Read a configuration file. Raises `SettingsError` with everything that is wrong."""
+    settings, *problems = examine(path)
+    if settings is None or any(problems):
+        raise SettingsError([each for kind in problems for each in kind])
+    return settings
+
+
+def examine(path: Path) -> Examined:
+    """Return what a configuration says, and everything that is wrong with its files and with their content."""
+    loaded = toml.load(path)
+    if loaded.raw is None:
+        return Examined(None, [f"{path}: {loaded.problem}"], loaded.open_to_others, [])
+    table = toml.Table("", loaded.raw, [], [])
+    chosen = table.take("grants_folder", "the path of a folder", toml.path, None)
+    folder = grant_files.beside(path) if chosen is None else chosen
+    files = grant_files.read(folder)
+    settings = _settings(table, files)
+    sources = [(path, table), *((file.path, file.table) for file in files)]
+    problems = [f"{source}: {problem}" for source, each in sources for problem in each.problems]
+    names = {listener.name for listener in settings.listeners}
+    warnings = [f"{file.path}: {warning}" for file in files for warning in file.table.warnings]
+    warnings = [*table.warnings, *warnings, *grant_checks.warnings(settings.grants)]
+    return Examined(
+        replace(settings, grants_folder=folder, warnings=tuple(warnings)),
+        [*problems, *grant_checks.problems(settings.grants, path, names, settings.arn(""))],
+        [*loaded.open_to_others, *(each for file in files for each in file.open_to_others)],
+        [f"grants_folder: {folder} does not exist"] if chosen is not None and not os.path.lexists(chosen) else [],
+    )
+
+
+_LISTENER: Final = Listener()
+_LIMITS: Final = Limits()
+_AUDIT: Final = Audit()
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def _settings(table: toml.Table, files: Sequence[grant_files.File]) -> Settings:
+    single = _listener(table, "socket")
+    listeners = tuple(_named_listener(entry) for entry in table.tables("listener"))
+    for name in ("socket", "mode"):
+        if listeners and table.has(name):
+            table.wrong(name, "either socket and mode, or [[listener]] tables; not both")
+    for attribute in ("name", "path"):
+        values = [getattr(listener, attribute) for listener in listeners]
+        if len(set(values)) != len(values):
+            table.wrong("listener", f"two listeners have the same {attribute}")
+    names: dict[tuple[str, str], int] = {}
+    manual = table.has("unseal") and table.take("unseal", "", lambda value: value, None) == MANUAL
+    unseal_socket = table.take("unseal_socket", "the path of a socket", toml.socket_path, DEFAULT_UNSEAL_SOCKET)
+    if table.has("unseal_socket") and not manual:
+        table.wrong("unseal_socket", 'has no effect without unseal = "manual"')
+    limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
+    settings = Settings(
+        listeners=listeners or (single,),
+        keyring=table.take("keyring", "the path of a keyring file", toml.path, None),
+        unseal=None
+        if manual
+        else table.take("unseal", "the path of an identity or passphrase file", toml.unseal, None),
+        unseal_socket=unseal_socket if manual else None,
+        region=table.take("region", "letters, digits, _ and -", toml.arn_part, "local"),
+        account=table.take("account", "letters, digits, _ and -", toml.arn_part, "0"),
+        memory=table.take("memory", "", toml.one_of("require", "prefer"), "require"),
+        memory_backing=table.take("memory_backing", "", toml.one_of("auto", "memfd_secret", "mlock"), "auto"),
+        sm2_fallback=table.take("sm2_fallback", "", toml.one_of("none", "gmssl"), "none"),
+        keep_keys=table.take("keep_keys", "true or false", toml.boolean, False),
+        metrics=_metrics(metrics),
+        limits=_limits(limits),
+        audit=Audit(
+            path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
+            on_failure=audit.take("on_failure", "", toml.one_of("refuse", "serve"), _AUDIT.on_failure),
+        ),
+        grants=(
+            *(_grant(entry, names, None) for entry in table.tables("grant")),
+            *(_grant(entry, names, file.path) for file in files for entry in file.table.tables("grant")),
+        ),
+        names=names,
+    )
+    audit.done()
+    table.done()
+    paths = {str(listener.path) for listener in settings.listeners}
+    if settings.metrics in paths:
+        table.wrong("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
+    if str(settings.unseal_socket) in paths | {settings.metrics}:
+        table.wrong("unseal_socket", f"another socket has the path {settings.unseal_socket}; name another one")
+    return settings
+
+
+def _audit_path(value: Any) -> str:
+    path = toml.string(value)
+    if path != "stderr" and (not path.startswith("/") or "\0" in path):
+        raise ValueError
+    return path if path == "stderr" else str(toml.path(path))
+
+
+def _metrics(table: toml.Table) -> str:
+    """Return where metrics are served. An address that other hosts reach takes `remote = true`."""
+    remote = table.take("remote", "true or false", toml.boolean, False)
+    check = toml.remote_address if remote else toml.address
+    address: str = table.take("listen", 'an absolute path, or an address like "127.0.0.1:9464"', check, "")
+    if remote and not table.has("listen"):
+        table.wrong("remote", "has no effect without listen")
+    table.done()
+    return address
+
+
+def _limits(table: toml.Table) -> Limits:
+    limits = Limits(
+        connections=table.take("connections", "an integer from 1", toml.at_least(1), _LIMITS.connections),
+        connections_per_user=table.take(
+            "connections_per_user", "an integer from 1", toml.at_least(1), _LIMITS.connections_per_user
+        ),
+        request_timeout=table.take(
+            "request_timeout", "seconds, above 0 to 3600", toml.seconds, _LIMITS.request_timeout
+        ),
+        requests_per_second=table.take(
+            "requests_per_second", "an integer from 0", toml.at_least(0), _LIMITS.requests_per_second
+        ),
+    )
+    table.done()
+    return limits
+
+
+def _listener(table: toml.Table, path: str) -> Listener:
+    return Listener(
+        path=table.take(path, "the path of a socket", toml.socket_path, _LISTENER.path),
+        mode=table.take("mode", 'an octal mode as text, like "0660"', toml.mode, _LISTENER.mode),
+    )
+
+
+def _named_listener(table: toml.Table) -> Listener:
+    listener = _listener(table, "path")
+    if not table.has("path"):
+        table.wrong("path", "missing")
+    made = Listener(
+        name=table.take("name", "a name", toml.string, ""),
+        path=listener.path,
+        mode=listener.mode,
+        uid=table.take("user", "a user of this host, by name or number", toml.uid, None),
+        gid=table.take("group", "a group of this host, by name or number", toml.gid, None),
+    )
+    if not table.has("name"):
+        table.wrong("name", "missing")
+    table.done()
+    return made
+
+
+def _grant(table: toml.Table, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
+    name = table.take("name", "a name", toml.string, "")
+    for needed in ("name", "to", "actions", "keys"):
+        if not table.has(needed):
+            table.wrong(needed, "missing")
+    grant = Grant(
+        name=name,
+        to=_to(table.table("to"), table.has("to"), names),
+        actions=table.take("actions", 'a list of actions like "kms:Decrypt"', toml.actions, ()),
+        keys=table.take(
+            "keys", 'a list of keys like "alias/orders-*"', toml.each(toml.KEY, "key ID, alias or ARN"), ()
+        ),
+        recipients=table.take(
+            "recipients",
+            "a list of pins",
+            lambda value: frozenset(toml.each(toml.PIN, "pin (keyferry-agent fingerprint FILE prints one)")(value)),
+            None,
+        ),
+        encryption_context=table.take("encryption_context", "a table of strings", toml.pairs, MappingProxyType({})),
+        file=file,
+    )
+    table.done()
+    return grant
+
+
+_LOOKUPS: Final[Mapping[str, Callable[[Any], int]]] = {"user": toml.uid, "group": toml.gid}
+_NOBODY: Final = -1
+
+
+def _number_of(selector: str, name: str) -> int:
+    """Return the number of a user or group in the system's databases; -1 where it is not found. May block."""
+    try:
+        return _LOOKUPS[selector](name)
+    except (KeyError, ValueError):  # ValueError: no host can have it
+        return _NOBODY
+
+
+def look_up(names: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
+    """Return the numbers that users and groups have now. May block: a directory service may be far away."""
+    return {(selector, name): _number_of(selector, name) for selector, name in names}
+
+
+def _to(table: toml.Table, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
+    checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "uid": ("a number, 0 to 4294967294", toml.identity),
+        "gid": ("a number, 0 to 4294967294", toml.identity),
+        "user": ("the name of a user", toml.string),
+        "group": ("the name of a group", toml.string),
+        "listener": ("the name of a listener", toml.string),
+        "unit": ("the name of a systemd unit, like orders.service", toml.matching(toml.UNIT)),
+        "pod": ("the UID of a Kubernetes pod", toml.matching(toml.POD)),
+        "exe": ("the absolute path of a program", lambda value: str(toml.path(value))),
+        "sha256": ('"sha256:" and the hash of a program, in hex', toml.matching(toml.PIN)),
+    }
+    to: dict[str, Any] = {}
+    for selector in SELECTORS:
+        expected, check = checks[selector]
+        if table.has(selector):
+            to[selector] = table.take(selector, expected, check, None)
+    for selector in _LOOKUPS:
+        name = to.get(selector)
+        if isinstance(name, str):
+            # Not an error where there is none: the same file may serve several hosts. It matches nobody until there is one.
+            to[selector] = names[selector, name] = _number_of(selector, name)
+            if to[selector] == _NOBODY:
+                table.warnings.append(f"{table._at(selector)}: this host has no {selector} {name!r}; matches nobody")
+    table._taken += [selector for selector in SELECTORS if selector not in table._taken]
+    if present and not table._raw:
+        table.problems.append(f"{table._path}: empty; say whom the grant is to, for example uid = 1000")
+    table.done()
+    return MappingProxyType(to)

@@ -1,0 +1,1 @@
+"""The life of the daemon: start, reload, the service manager, shutdown."""

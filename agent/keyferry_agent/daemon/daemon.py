@@ -1,0 +1,279 @@
+"""The life of the daemon, from its settings to its last answer: harden, check, load, listen, serve, drain."""
+
+import errno
+import gc
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
+
+import structlog
+import trio
+
+from keyferry import libcrypto, private_files
+from keyferry.secret import SecretMemoryError
+
+from .. import __version__, process_hardening
+from ..audit import AuditLog
+from ..audit import lock as lock_audit_log
+from ..config.options import Options, StartError
+from ..config.settings import Settings, SettingsError
+from ..crypto import selftest
+from ..health import MESSAGES, SEALED
+from ..keyring.document import KeyringError
+from ..keyring.fdstore import Keeper
+from ..keyring.keyring import KEPT, sealed_keyring
+from ..locking import LockError
+from ..peer import lacking
+from ..server import unix_sockets
+from ..server.server import Server
+from ..state import Agent, locked_memory_needed
+from ..telemetry.metrics import Metrics, MetricsError
+from . import systemd_watchdog, unsealing
+from .reload import Looks, Reloader, look
+from .systemd import Given, Host
+
+if TYPE_CHECKING:
+    from ..server.metrics_server import Server as MetricsServer
+
+__all__ = ["daemon"]
+
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at the socket files."""
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+
+def daemon(options: Options) -> None:
+    """Run until SIGTERM or SIGINT. Raises `StartError`."""
+    host, given = Host.take(), Given.take()
+    try:
+        failures = process_hardening.harden(keep=given.descriptors)
+    except process_hardening.HardeningError as error:
+        raise StartError(str(error)) from None
+    if not process_hardening.clears_freed_memory():
+        failures.append("freed memory is not overwritten, which takes glibc: libraries may leave copies of keys there")
+    if private_files.allowed():
+        failures.append(f"{private_files.ALLOW_OPEN_FILES} is set: other users may be able to change or read the files")
+    for failure in failures:
+        log.warning("startup.not_hardened", what=failure)
+    sockets = given.sockets()
+    with ExitStack() as held:
+        _live(options, host, given, sockets, held)
+
+
+def _live(
+    options: Options, host: Host, given: Given, sockets: list[tuple[str, socket.socket]], held: ExitStack
+) -> None:
+    """Load, listen and serve. `held`: what the agent gives back at its end. Raises `StartError`."""
+    try:
+        seen = look(options.files(Settings()))
+        settings = options.settings()
+        looked = {**look(options.files(settings)), **seen}  # before anything is read: what changes meanwhile is noticed
+        if settings.grants_folder not in (None, *seen):  # the folder was read before it was looked at
+            settings = options.settings()
+        seen = looked
+        keeper = Keeper(host.store, host.forget)
+        agent, current = _agent(options, settings, keeper, given, seen)
+        secret_is_gone = agent.keyring.source == KEPT and settings.unseal is not None and seen[settings.unseal] is None
+        unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
+        audit = _audit_log(settings)
+        held.callback(audit.close)
+        agent.audit_fails = lambda: audit.failing
+        served = _metrics(agent, audit, settings)
+        server = Server(agent, audit, served[0] if served else None)
+    except (
+        SettingsError,
+        KeyringError,
+        selftest.SelfTestError,
+        libcrypto.LibcryptoError,
+        MetricsError,
+        LockError,
+    ) as error:
+        raise StartError(str(error)) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise StartError(f"{where}{_why(error)}") from None
+    _say_what_is_not(options, agent, unavailable)
+    gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
+    reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None, current=current)
+    if not current or secret_is_gone:
+        reloader.ask()
+    if served:
+        held.callback(served[1].close)
+    try:
+        trio.run(_serve, agent, server, audit, reloader, host, sockets, strict_exception_groups=True)
+    finally:
+        if settings.keep_keys and not agent.keyring.is_sealed:
+            agent.keyring.memory.outlive()
+
+
+def _audit_log(settings: Settings) -> AuditLog:
+    """Lock and open the audit log. Raises `LockError` or OSError."""
+    lock = lock_audit_log(settings.audit.path)
+    try:
+        return AuditLog(settings.audit, lock)
+    except OSError:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+def _why(error: OSError) -> str:
+    """Return why a file did not open. Standard output of a unit is a socket, which nothing opens by its path."""
+    if error.errno == errno.ENXIO and isinstance(error.filename, str) and _is_socket(error.filename):
+        return 'is a socket, as standard output is under systemd; use "stderr"'
+    return error.strerror or str(error)
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, MetricsServer] | None":
+    if not settings.metrics:
+        return None
+    from ..server.metrics_server import of  # noqa: PLC0415 - an HTTP server takes as long to import as a keyring to load
+
+    return of(agent, audit, settings.metrics)
+
+
+def _say_what_is_not(options: Options, agent: Agent, unavailable: list[str]) -> None:
+    settings = agent.settings
+    for what in (*settings.warnings, *unavailable):
+        log.warning("startup.limited", what=what)
+    if agent.memory_protection == "none":
+        log.warning("startup.memory_unprotected", what="keys are in ordinary memory, and can reach swap and core dumps")
+    for why, selectors in lacking().items():
+        names = [grant.name for grant in settings.grants if selectors & grant.to.keys()]
+        if names:
+            shown = ", ".join(sorted(selectors))
+            log.warning("startup.limited", what=f"{why}: {shown} cannot match other users", grants=names)
+    if options.dev:
+        log.warning(
+            "startup.development",
+            what="a keyring that lives only in memory; everything it encrypts is lost when this agent stops",
+            granted_to_uid=os.geteuid(),
+        )
+    elif agent.keyring.is_sealed:
+        log.warning("unseal.absent", what=MESSAGES[SEALED])
+    if not settings.grants and not options.dev:
+        log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
+
+
+def _agent(options: Options, settings: Settings, keeper: Keeper, given: Given, seen: Looks) -> tuple[Agent, bool]:
+    """The agent, and whether its keyring is as the file is now.
+
+    In a function of its own: nothing may hold on to the keyring but the agent, or no reload would retire it.
+    """
+    size = None
+    looked = seen.get(settings.keyring) if settings.keyring else None
+    try:
+        restored = keeper.restore(given.named) if settings.keep_keys and not options.dev else None
+        if restored is None and settings.unseal_socket is not None:
+            keyring = sealed_keyring(backing=settings.memory_backing, require=settings.memory == "require")
+            current = True
+        elif restored is None:
+            keyring = options.load_keyring(settings, keeper if settings.keep_keys else None, looked)
+            current = True
+        else:
+            keyring, look_then = restored
+            current = look_then is not None and looked is not None and [*look_then] == [*looked]
+            log.info("keyring.kept", keys=len(keyring.keys), loaded_at=keyring.loaded_at)
+        size = keyring.memory.size
+        return Agent(settings, keyring), current
+    except SecretMemoryError as error:
+        raise StartError(f"{error}. {locked_memory_needed(error.size if size is None else size)}") from None
+
+
+async def _serve(
+    agent: Agent,
+    server: Server,
+    audit: AuditLog,
+    reloader: Reloader,
+    host: Host,
+    sockets: list[tuple[str, socket.socket]],
+) -> None:
+    try:
+        opened = unix_sockets.open_all(agent.settings.listeners, sockets)
+        administrative = unsealing.listen(agent.settings.unseal_socket)
+    except unix_sockets.ListeningError as error:
+        raise StartError(str(error)) from None
+    audit.begin(agent.started_at)  # not before: a start that fails is tried again and again
+    audit.name_keys(agent.keyring)
+    unsealer = unsealing.Unsealing(reloader, audit, agent)
+    listeners = [(at.name, trio.SocketListener(trio.socket.from_stdlib_socket(at.socket))) for at in opened]
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_handle_signals, agent, server, reloader, host)
+            nursery.start_soon(reloader.run)
+            nursery.start_soon(server.inspector.run)
+            nursery.start_soon(_watch_sockets, [*opened, *administrative])
+            for at in administrative:
+                nursery.start_soon(unsealer.serve, at.socket)
+            await nursery.start(_serve_then, server, listeners, nursery.cancel_scope.cancel)
+            if host.watchdog:
+                near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
+                nursery.start_soon(server.serve_own, far)
+                nursery.start_soon(systemd_watchdog.feed, host, near, agent.status)
+            host.ready(agent.status())
+            log.info(
+                "agent.serving",
+                version=__version__,
+                sockets=[str(listening.path) for listening in opened],
+                keys=len(agent.keyring.keys),
+                memory_protection=agent.memory_protection,
+                libcrypto=libcrypto.version(),
+            )
+    finally:
+        for each in (*opened, *administrative):
+            each.remove()
+    log.info("agent.stopped")
+
+
+async def _watch_sockets(opened: list[unix_sockets.Listening]) -> None:
+    """Say when a socket's file is gone, or is somebody else's: nobody new will find this agent then."""
+    lost: set[str] = set()
+    while True:
+        await trio.sleep(_LOOK_EVERY)
+        for each in opened:
+            if each.name not in lost and each.lost():
+                lost.add(each.name)
+                whose = "the agent" if each.made else "its socket unit"
+                log.error("socket.lost", path=str(each.path), what=f"its file was removed or replaced; restart {whose}")
+
+
+async def _serve_then(
+    server: Server,
+    listeners: list[tuple[str, trio.SocketListener]],
+    then: Callable[[], None],
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    await server.serve(listeners, task_status)
+    then()
+
+
+async def _handle_signals(
+    agent: Agent,
+    server: Server,
+    reloader: Reloader,
+    host: Host,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+        task_status.started()
+        async for number in signals:
+            if number == signal.SIGHUP:
+                reloader.ask()
+            elif agent.draining:  # somebody is in a hurry
+                server.drain(grace=0)
+            else:
+                log.info("agent.draining", signal=signal.Signals(number).name, connections=agent.counters.connections)
+                host.stopping()
+                server.drain()

@@ -1,0 +1,50 @@
+"""Data keys for the caller itself: GenerateDataKey, GenerateDataKeyWithoutPlaintext."""
+
+from typing import Final
+
+from keyferry import operations
+from keyferry.parameters import DATA_KEY_SPECS, DRY_RUN, KEY_ID, KEY_SPEC, NUMBER_OF_BYTES, encode_base64
+from keyferry.secret import fill_random
+
+from ..authz.grants import PLAINTEXT
+from .common import Job, Request, find_key, sealing, usable, would_succeed
+
+__all__ = ["data_key_size", "generate_data_key", "generate_data_key_without_plaintext"]
+
+_DEFAULT: Final = DATA_KEY_SPECS["AES_256"]
+
+
+def data_key_size(request: Request) -> int:
+    """Bytes of the data key that a request asks for."""
+    return request.values.get(NUMBER_OF_BYTES) or request.values.get(KEY_SPEC) or _DEFAULT
+
+
+def generate_data_key(request: Request) -> Job:
+    """With the data key in the answer."""
+    return _generate(request, plaintext=True)
+
+
+def generate_data_key_without_plaintext(request: Request) -> Job:
+    """With its ciphertext only."""
+    return _generate(request, plaintext=False)
+
+
+def _generate(request: Request, *, plaintext: bool) -> Job:
+    size, context = data_key_size(request), request.context()
+    key = find_key(request, KEY_ID, pin=PLAINTEXT if plaintext else None, context=context)
+    usable(key)
+    version, scratch = key.primary, request.agent.scratch
+    request.audited.key_version_id = version.version_id
+    if request.values.get(DRY_RUN):
+        raise would_succeed()
+    seal = sealing(key, version, context, scratch)
+
+    def run() -> "operations.GenerateDataKeyResult | operations.GenerateDataKeyWithoutPlaintextResult":
+        with scratch.borrow(size) as data_key:
+            fill_random(data_key)
+            blob = encode_base64(seal(data_key))
+            if plaintext:
+                return operations.GenerateDataKeyResult(key.key_id, version.version_id, blob, encode_base64(data_key))
+        return operations.GenerateDataKeyWithoutPlaintextResult(key.key_id, version.version_id, blob)
+
+    return Job(run, holds=key.enabled, repeatable=True)

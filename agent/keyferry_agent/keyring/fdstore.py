@@ -1,0 +1,173 @@
+"""Keys that survive a restart: the service manager keeps the keyring's memory, and what is known about its keys beside it.
+
+Each keyring is a generation of two descriptors: its secret memory, stored when it is made, and a sealed description in JSON,
+stored when it is whole. At a start the newest generation that is whole is mapped again; no secret is needed to open it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+from keyferry.secret import SecretMemory, SecretMemoryError
+
+from .keyring import KEPT, Key, Keyring, build, room_for
+
+__all__ = ["Keeper"]
+
+_NAME: Final = re.compile(r"keyring-(\d{1,9})-(memory|description)")
+_FORMAT: Final = 1
+_FORMAT_WITH_DISABLED: Final = 2
+"""Of the description. An agent of another version that does not know it opens the keyring's file instead: one that knows only
+the first must not decrypt with a version that is disabled.
+"""
+_MOST: Final = 1 << 28
+"""Bytes of a description to read at most."""
+
+Look = Sequence[int] | None
+"""How the keyring's file looked when it was read."""
+
+
+class Keeper:
+    """Has the manager keep the newest keyring, and no other."""
+
+    def __init__(self, store: Callable[[str, int], bool], forget: Callable[[str], None]) -> None:
+        """`store` and `forget` are the manager's, for a descriptor by a name."""
+        self._store = store
+        self._forget = forget
+        self._numbers: set[int] = set()
+        self._shared: int | None = None
+        self._kept: int | None = None
+
+    def share(self, descriptor: int) -> None:
+        """Have the memory of the next keyring kept, before anything is in it."""
+        self._drop(self._numbers - {self._kept})  # what was shared and never became a keyring
+        self._shared = max(self._numbers, default=0) + 1
+        self._numbers.add(self._shared)
+        self._store(f"keyring-{self._shared}-memory", descriptor)
+
+    def keep(self, keyring: Keyring, look: Look) -> bool:
+        """Have the keyring whose memory was shared last kept from now on; False if it was not shared, or cannot be stored."""
+        number, self._shared = self._shared, None
+        if number is None:
+            return False
+        description = json.dumps(_describe(keyring, look)).encode()
+        digest = _digest(keyring, description)
+        with keyring.check.lend() as check:
+            check[:] = digest
+        descriptor = os.memfd_create("keyferry-keyring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            with open(descriptor, "wb", closefd=False) as file:
+                file.write(description)
+            seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+            stored = self._store(f"keyring-{number}-description", descriptor)
+        finally:
+            os.close(descriptor)
+        if stored:
+            self._kept = number
+            self._drop(self._numbers - {number})
+        return stored
+
+    def restore(self, given: Iterable[tuple[str, int]]) -> tuple[Keyring, Look] | None:
+        """The newest whole keyring among descriptors that the manager gave, with how its file looked; closes them all."""
+        found: dict[int, dict[str, int]] = {}
+        for name, descriptor in given:
+            match = _NAME.fullmatch(name)
+            if match and match[2] not in found.get(int(match[1]), {}):
+                found.setdefault(int(match[1]), {})[match[2]] = descriptor
+            else:
+                os.close(descriptor)
+        self._numbers |= found.keys()
+        restored = None
+        for number in sorted(found, reverse=True):
+            pair = found[number]
+            if restored is None and len(pair) == 2:
+                restored = _restore(pair["memory"], pair["description"])
+                self._kept = number if restored else None
+            else:
+                for descriptor in pair.values():
+                    os.close(descriptor)
+        self._drop(self._numbers - {self._kept})
+        return restored
+
+    def _drop(self, numbers: Iterable[int | None]) -> None:
+        for number in list(numbers):
+            for part in ("memory", "description"):
+                self._forget(f"keyring-{number}-{part}")
+            self._numbers.discard(number)
+
+
+def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
+    with open(described, "rb") as file:
+        file.seek(0)
+        description = file.read(_MOST)
+    with contextlib.ExitStack() as closing:
+        closing.callback(os.close, memory)
+        try:
+            content = json.loads(description)
+            if content["Format"] not in (_FORMAT, _FORMAT_WITH_DISABLED):
+                return None
+            size = room_for(content["Keys"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        closing.pop_all()
+    try:
+        keyring = build(content["Keys"], _as_it_is, SecretMemory(size, given=memory))
+    except (SecretMemoryError, ValueError, KeyError, TypeError):
+        return None
+    with keyring.check.lend() as check:
+        if not hmac.compare_digest(check, _digest(keyring, description)):
+            return None
+    keyring.loaded_at, keyring.source = content["LoadedAt"], KEPT
+    return keyring, content["File"]
+
+
+def _as_it_is(_view: memoryview) -> None:
+    """Material that is there already."""
+
+
+def _digest(keyring: Keyring, description: bytes) -> bytes:
+    """SHA-256 over the description and the material: it tells memory that is whole and belongs to it."""
+    digest = hashlib.sha256(description)
+    for key in keyring.keys.values():
+        for version in key.versions.values():
+            with version.material.lend() as material:
+                digest.update(material)
+    return digest.digest()
+
+
+def _describe(keyring: Keyring, look: Look) -> dict[str, Any]:
+    keys = [_description_of(key) for key in keyring.keys.values()]
+    disabled = any(version.disabled for key in keyring.keys.values() for version in key.versions.values())
+    form = _FORMAT_WITH_DISABLED if disabled else _FORMAT
+    return {"Format": form, "LoadedAt": keyring.loaded_at, "File": look, "Keys": keys}
+
+
+def _description_of(key: Key) -> dict[str, Any]:
+    """As `loader.describe` describes it."""
+    return {
+        "KeyId": key.key_id,
+        "KeySpec": key.key_spec,
+        "Description": key.description,
+        "Origin": key.origin,
+        "CreationDate": key.created,
+        "DeleteDate": key.delete_date,
+        "KeyState": key.stored_state,
+        "PrimaryKeyVersion": key.primary.version_id,
+        "KeyVersions": [
+            {
+                "KeyVersionId": version.version_id,
+                "CreationDate": version.created,
+                "Staged": version.staged,
+                "Disabled": version.disabled,
+            }
+            for version in key.versions.values()
+        ],
+        "Aliases": list(key.aliases),
+    }

@@ -1,0 +1,1 @@
+"""Connections: sockets, admission, batches of requests, threads for offloaded jobs."""

@@ -1,0 +1,123 @@
+"""Admission of connections: how many there may be in all, of one user, and of callers without any grant.
+
+A user is a uid, and one person can have 65,536 of them (subordinate uids). So callers without a grant share one small pool,
+and their connections are closed first when there is no room.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from ..state import Agent, Caller
+
+__all__ = ["Admission", "NoRoomError", "Place"]
+
+_UNGRANTED: Final = 64
+"""Connections of all callers without a grant together; half of all connections, where that is less."""
+_ROOT: Final = 0
+
+
+class NoRoomError(Exception):
+    """There is no room for a connection. The message says of what."""
+
+
+class Place:
+    """The place of one connection. `close` is called, once, when another connection needs the place."""
+
+    __slots__ = ("_caller", "_close", "_operator", "granted")
+
+    def __init__(self, caller: Caller, *, operator: bool, close: Callable[[], None]) -> None:
+        self._caller = caller
+        self._operator = operator
+        self._close = close
+        self.granted = True
+
+    @property
+    def user(self) -> int | None:
+        """The user whose connection it is."""
+        return self._caller.peer.uid
+
+
+class Admission:
+    """The places of an agent's connections."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._policy = agent.policy
+        self._places: dict[Place, None] = {}
+        """In the order in which they came."""
+        self._ungranted: dict[Place, None] = {}
+        self._per_user: Counter[int | None] = Counter()
+
+    def enter(self, caller: Caller, *, seen: bool, close: Callable[[], None]) -> Place:
+        """Take a place for a connection, if need be from a caller without a grant. Raises `NoRoomError`.
+
+        `seen`: the agent sees the caller's process. Root and the agent's own user, in this pid namespace, are operators and
+        probes: their connections are closed for no other.
+        """
+        self._follow_policy()
+        limits = self._agent.settings.limits
+        user = caller.peer.uid
+        if self._per_user[user] >= limits.connections_per_user:
+            raise NoRoomError("This user has all the connections one user may have")
+        place = Place(caller, operator=seen and user in (_ROOT, os.geteuid()), close=close)
+        place.granted = self._is_granted(place)
+        pool = max(1, min(_UNGRANTED, limits.connections // 2))
+        full = len(self._places) >= limits.connections
+        if (full or (not place.granted and len(self._ungranted) >= pool)) and not self._make_room():
+            raise NoRoomError("This agent has all the connections it may have")
+        self._places[place] = None
+        self._per_user[user] += 1
+        if not place.granted:
+            self._ungranted[place] = None
+        self._count()
+        return place
+
+    def leave(self, place: Place) -> None:
+        """Give a place back. Does nothing for one that was taken away."""
+        if place not in self._places:
+            return
+        del self._places[place]
+        self._ungranted.pop(place, None)
+        self._per_user[place.user] -= 1
+        if not self._per_user[place.user]:
+            del self._per_user[place.user]
+        self._count()
+
+    def judge(self, place: Place) -> None:
+        """Look again whether the caller has a grant: evidence about its program has come."""
+        if place not in self._places:
+            return
+        place.granted = self._is_granted(place)
+        if place.granted:
+            self._ungranted.pop(place, None)
+        else:
+            self._ungranted.setdefault(place)
+
+    def _is_granted(self, place: Place) -> bool:
+        policy, caller = self._agent.policy, place._caller
+        caller.refresh(policy)
+        # A user who is named beside a program counts before the program was inspected: that takes a while.
+        expected = bool(caller.granted.asks) and place.user in policy.users_by_program
+        return place._operator or expected or bool(caller.granted.grants)
+
+    def _follow_policy(self) -> None:
+        if self._policy is not self._agent.policy:
+            self._policy = self._agent.policy
+            for place in self._places:
+                self.judge(place)
+
+    def _make_room(self) -> bool:
+        """Close the oldest connection of the user who has most of those without a grant; False where there is none."""
+        if not self._ungranted:
+            return False
+        per_user = Counter(place.user for place in self._ungranted)
+        most = max(per_user.values())
+        place = next(place for place in self._ungranted if per_user[place.user] == most)
+        self.leave(place)
+        place._close()
+        return True
+
+    def _count(self) -> None:
+        self._agent.counters.connections = len(self._places)

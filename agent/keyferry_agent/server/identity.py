@@ -1,0 +1,73 @@
+"""The identity of one connection's caller: confirmed before each batch of its requests is decided.
+
+A process can hand its socket to another, end, or run another program. So the process is looked at again each time, and its
+program too, where a grant was given for it; only then, since that asks another process (`peer.inspection`).
+"""
+
+from collections.abc import Callable
+from typing import Final
+
+import structlog
+
+from ..peer import Process, Program
+from ..peer.inspection import Inspector
+from ..state import Agent, Caller
+
+__all__ = ["Identity"]
+
+_NOTHING: Final[frozenset[str]] = frozenset()
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+
+class Identity:
+    """Keeps the evidence about a caller complete and true. `more_evidence` is called when there is more."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        inspector: Inspector,
+        caller: Caller,
+        process: Process | None,
+        more_evidence: Callable[[], None],
+    ) -> None:
+        self._agent = agent
+        self._inspector = inspector
+        self._caller = caller
+        self._process = process
+        self._more_evidence = more_evidence
+        self._program: Program | None = None
+        self._inspected = _NOTHING
+        """The selectors of grants that the program was inspected for."""
+
+    async def confirm(self) -> bool:
+        """Whether the peer is still there, runs the program that it ran, and all evidence that grants ask for was collected.
+
+        To be called before each batch is decided, and again after each wait in it.
+        """
+        process, caller = self._process, self._caller
+        caller.refresh(self._agent.policy)
+        if process is None:
+            return True
+        asks = caller.granted.asks - self._inspected
+        if (asks or caller.granted.on_program) and not await self._inspect(process, asks):
+            log.info("connection.program_changed", uid=caller.peer.uid, pid=caller.peer.pid)
+            return False
+        return process.alive()  # after everything that was read
+
+    async def _inspect(self, process: Process, asks: frozenset[str]) -> bool:
+        """Inspect the program, and take what was found as evidence; False where it is not what it was."""
+        caller = self._caller
+        program = await self._inspector.inspect(
+            process, caller.peer.uid, self._agent.policy.users_by_program, hashed="sha256" in asks
+        )
+        self._inspected |= asks
+        if self._program is not None and not self._program.runs_in(program):
+            return program is None and not caller.granted.on_program
+        if asks:
+            self._program = self._program or program
+            path, sha256 = (program.path, program.sha256) if program is not None else (None, None)
+            caller.know(caller.peer._replace(exe=path, sha256=sha256 or caller.peer.sha256))
+            caller.refresh(self._agent.policy)
+            self._more_evidence()
+        return True

@@ -1,0 +1,222 @@
+"""Listeners, the admission of connections, and drain: with `connection` the only place with nurseries, besides `run`."""
+
+import errno
+import math
+import os
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from dataclasses import replace
+from typing import Final
+
+import structlog
+import trio
+
+from keyferry import libcrypto
+
+from ..audit import Appended, AuditLog
+from ..peer import Peer, Process, evidence
+from ..peer.inspection import Inspector
+from ..state import SLOW_JOBS, Agent, Audited, Caller
+from ..telemetry.metrics import Metrics
+from .admission import Admission, NoRoomError
+from .connection import LINGER, Connection, Shared, refuse
+from .rate_limit import Rate
+from .readiness import Arrivals
+from .thread_pool import Workers
+
+__all__ = ["GRACE", "Server"]
+
+GRACE: Final = 10.0
+"""Seconds that a drain may take: as long as a request may, by default."""
+_LAST_LOOK: Final = 0.05
+"""Seconds in which a draining agent still takes requests: those that lie in its sockets were sent in good faith."""
+_NOTIFICATIONS_PER_SECOND: Final = 10_000
+"""Notifications of one user where requests have no limit: they have no effect, so that no client needs many."""
+_NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
+_MOST_REFUSALS: Final = 16
+"""Connections to explain a refusal to at one time; the others are closed without a word."""
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+
+class _Nowhere:
+    """The record of what nobody asked for but the agent itself."""
+
+    def record(self, _peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended:
+        return Appended(len(requests))
+
+
+class Server:
+    """Serves an agent on listeners until `drain` is called."""
+
+    def __init__(self, agent: Agent, audit: AuditLog, metrics: Metrics | None = None) -> None:
+        self.agent = agent
+        self._arrivals = Arrivals()
+        self.inspector = Inspector()
+        rate = Rate(agent.settings.limits.requests_per_second)
+        self._shared = Shared(
+            agent=agent,
+            audit=audit,
+            rate=rate,
+            notifications=Rate(_NOTIFICATIONS_PER_SECOND) if rate.unlimited else rate,
+            metrics=metrics,
+            # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
+            workers=Workers(SLOW_JOBS if libcrypto.has_sm2() else 1),
+            inspector=self.inspector,
+            arrivals=self._arrivals,
+        )
+        self._admission = Admission(agent)
+        self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._accepting = trio.CancelScope()
+        self._refusing = 0
+        self._next_complaint = -math.inf
+        self._all = trio.CancelScope()
+
+    async def serve(
+        self,
+        listeners: Sequence[tuple[str, trio.SocketListener]],
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept and answer until `drain`; returns when the last answer is out, or the grace period is over."""
+        with closing(self._arrivals), self._all:
+            async with trio.open_nursery() as connections:
+                with self._accepting:
+                    async with trio.open_nursery() as accepting:
+                        for name, listener in listeners:
+                            accepting.start_soon(self._accept, name, listener, connections)
+                        task_status.started()
+        if self._all.cancelled_caught:
+            log.warning("drain.grace_over", connections=self.agent.counters.connections)
+
+    async def serve_own(self, stream: trio.SocketStream) -> None:
+        """Serve a connection of the agent's own, which is neither recorded nor limited."""
+        own = replace(self._shared, audit=_Nowhere(), rate=Rate(0), notifications=Rate(0), metrics=None, arrivals=None)
+        peer = Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener="")
+        async with stream:
+            await Connection(own, stream, Caller(peer), None).run()
+
+    def drain(self, grace: float = GRACE) -> None:
+        """Stop accepting, let every connection answer what it has received, and close them; at the latest after `grace`.
+
+        May be called again, to shorten the grace.
+        """
+        self.agent.draining = True
+        self._shared.last_look = trio.current_time() + _LAST_LOOK
+        self._all.deadline = min(self._all.deadline, trio.current_time() + grace)
+        self._accepting.cancel()
+        for scope in self._shared.idle:
+            scope.cancel()
+
+    async def _accept(self, name: str, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        number = listener.socket.fileno()
+        async with listener:
+            with suppress(OSError):  # no memory for it: then who connects waits a little longer
+                self._arrivals.add(number)
+            try:
+                await self._accept_all(name, listener, connections)
+            finally:
+                self._arrivals.forget(number)
+
+    async def _accept_all(self, name: str, listener: trio.SocketListener, connections: trio.Nursery) -> None:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as error:  # out of descriptors or memory: wait for some to come back, and say so
+                log.error("accept.failed", listener=name, error=error.strerror)
+                if error.errno in _NO_DESCRIPTORS:
+                    await self._refuse_with_the_reserve(listener)
+                await trio.sleep(0.1)
+                continue
+            try:
+                peer, process = evidence(stream.socket, name)
+            except ProcessLookupError:
+                log.info("connection.process_ended", listener=name)
+                stream.socket.close()
+            except OSError as error:
+                log.error("accept.failed", listener=name, error=error.strerror or str(error))
+                if error.errno in _NO_DESCRIPTORS:
+                    await _refuse_for_descriptors(stream)
+                stream.socket.close()
+            except Exception as error:  # whatever is odd about one peer closes that one connection
+                log.error("connection.failed", listener=name, exc_info=error)
+                stream.socket.close()
+            else:
+                connections.start_soon(self._connection, stream, peer, process)
+
+    async def _refuse_with_the_reserve(self, listener: trio.SocketListener) -> None:
+        """Take one connection with a descriptor that was kept for it, say why, and close it."""
+        if self._reserve is None:
+            return
+        os.close(self._reserve)
+        self._reserve = None
+        with trio.move_on_after(LINGER), suppress(OSError):
+            await _refuse_for_descriptors(await listener.accept())
+        with suppress(OSError):
+            self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    async def _connection(self, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
+        """One connection from its first byte to its last. Nothing that happens in it reaches another."""
+        try:
+            await self._admit(stream, peer, process)
+        finally:
+            if process is not None:
+                process.close()
+
+    async def _admit(self, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
+        self.agent.counters.connections_total += 1
+        caller, scope = Caller(peer), trio.CancelScope()
+
+        def closed_for_another() -> None:
+            if self._may_complain():
+                log.warning(
+                    "connection.closed_for_another",
+                    why="its caller has no grant, and its place was needed",
+                    uid=peer.uid,
+                )
+            scope.cancel()
+
+        try:
+            place = self._admission.enter(caller, seen=process is not None, close=closed_for_another)
+        except NoRoomError as error:
+            await self._refuse(stream, peer, str(error))
+            return
+        try:
+            with scope:
+                async with stream:
+                    await Connection(self._shared, stream, caller, process, lambda: self._admission.judge(place)).run()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # the peer went away
+        except* Exception as errors:
+            log.error("connection.failed", exc_info=errors)
+        finally:
+            self._admission.leave(place)
+
+    def _may_complain(self) -> bool:
+        """Whether to write a line to the log, one in a second: to be refused must not cost more than to be served."""
+        now = trio.current_time()
+        if now < self._next_complaint:
+            return False
+        self._next_complaint = now + 1
+        return True
+
+    async def _refuse(self, stream: trio.SocketStream, peer: Peer, why: str) -> None:
+        """Refuse a connection and say why, in a way that every client of the protocol can read.
+
+        Only a few at a time get an explanation.
+        """
+        self.agent.counters.connections_refused += 1
+        if self._may_complain():
+            log.warning("connection.refused", why=why, uid=peer.uid)
+        if self._refusing >= _MOST_REFUSALS:
+            stream.socket.close()
+            return
+        self._refusing += 1
+        try:
+            await refuse(stream, why)
+        finally:
+            self._refusing -= 1
+
+
+async def _refuse_for_descriptors(stream: trio.SocketStream) -> None:
+    with trio.move_on_after(LINGER):
+        await refuse(stream, "This agent has no file descriptor left for a connection")

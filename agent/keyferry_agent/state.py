@@ -1,0 +1,270 @@
+"""What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
+
+from binascii import a2b_base64
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Self
+
+from keyferry.ciphertext import ciphertext_hash
+from keyferry.errors import invalid_parameter
+from keyferry.operations import Counters
+from keyferry.parameters import Parameter
+from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory, whole_pages
+
+from . import health
+from .authz.decision_cache import Repeats
+from .authz.grants import Granted, Policy
+from .config.settings import Settings
+from .keyring.document import now
+from .keyring.keyring import KEPT, Key, Keyring
+from .peer import Peer
+
+__all__ = ["AT_ONCE", "MOST_AT_ONCE", "SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
+
+_SHOWN_OTHERWISE: Final = (health.DRAINING, health.RELOAD_FAILED)
+"""Conditions that `status` shows by other words."""
+SLOW_JOBS: Final = 4
+"""Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
+_REMEMBERED: Final = 64
+"""Sets of grants whose keys are remembered: one for each kind of caller."""
+AT_ONCE: Final = 32
+"""Requests of one connection that are done in one go: each turn costs a hand-over to the record, a write, and a look around."""
+MOST_AT_ONCE: Final = SCRATCH_SIZES[0]
+"""Bytes of a data key of which there may be one for each of them at the same time."""
+_SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + AT_ONCE * MOST_AT_ONCE
+"""Bytes, 38 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
+
+
+def locked_memory_needed(keyring: int) -> str:
+    """How much locked memory an agent needs in all, for a person, where its keyring takes so many bytes."""
+    scratch = whole_pages(_SCRATCH)
+    total = scratch + 2 * keyring
+    return (
+        f"This agent needs {total // 1024} KiB of locked memory in all: {scratch // 1024} for its work, and twice "
+        f"{keyring // 1024} for the keyring, which is there twice while it is read again"
+    )
+
+
+@dataclass(slots=True)
+class Audited:
+    """What is to be said of one request, gathered on its way down. Only names and fingerprints: nothing secret."""
+
+    request_id: str
+    started: float
+    operation: str = ""
+    grant: str = ""
+    by_program: bool = False
+    """Whether that grant names the caller's program."""
+    key_id: str = ""
+    key_version_id: str = ""
+    destination_key_id: str = ""
+    destination_key_version_id: str = ""
+    recipient: str = ""
+    context_keys: tuple[str, ...] = ()
+    line: str = ""
+    """The part of its line that all requests equal to it share, once it was written (`audit`)."""
+    ciphertext: str = ""
+    """The hash of the CiphertextBlob that was made, or that the request has."""
+    destination_ciphertext: str = ""
+    """The hash of the CiphertextBlob that ReEncrypt made."""
+
+    def note(self, result: Any) -> None:
+        """Note the CiphertextBlob in the result of the request, where there is one."""
+        blob = getattr(result, "ciphertext_blob", None)
+        if blob is None:
+            return
+        made = ciphertext_hash(
+            a2b_base64(blob)
+        )  # what the agent encoded itself needs no strict decoding, which takes longer
+        if self.destination_key_id:
+            self.destination_ciphertext = made
+        else:
+            self.ciphertext = made
+
+    def again(self, request_id: str, started: float) -> "Audited":
+        """The same, of another request that is equal to this one, before it has made a CiphertextBlob of its own."""
+        return Audited(
+            request_id,
+            started,
+            self.operation,
+            self.grant,
+            self.by_program,
+            self.key_id,
+            self.key_version_id,
+            self.destination_key_id,
+            self.destination_key_version_id,
+            self.recipient,
+            self.context_keys,
+            self.line,
+        )
+
+
+class Caller:
+    """One connection's peer, with the grants that are to it: looked up once, and again after a reload."""
+
+    __slots__ = ("_policy", "granted", "peer")
+
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+        self.granted = Granted(())
+        self._policy: Policy | None = None
+
+    def refresh(self, policy: Policy) -> None:
+        """Look the grants up, if this is another policy than the last time."""
+        if self._policy is not policy:
+            self._policy = policy
+            self.granted = policy.granted(self.peer)
+
+    def know(self, peer: Peer) -> None:
+        """Take more evidence of the same caller."""
+        self.peer, self._policy = peer, None
+
+    def covered(self, agent: "Agent") -> "Covered":
+        """What some grant to this caller covers."""
+        return agent.covered(self.granted)
+
+
+class Covered(NamedTuple):
+    """The keys that a caller has a grant on, in the keyring's order, and their aliases."""
+
+    keys: tuple[Key, ...]
+    aliases: tuple[tuple[str, Key], ...]
+
+    @classmethod
+    def of(cls, keys: Iterable[Key]) -> Self:
+        """All of these keys."""
+        made = tuple(keys)
+        return cls(made, tuple((alias, key) for key in made for alias in key.aliases))
+
+
+@dataclass
+class Count:
+    """Running totals since the start."""
+
+    connections: int = 0
+    connections_total: int = 0
+    requests_total: int = 0
+    requests_refused: int = 0
+    notifications_total: int = 0
+    connections_refused: int = 0
+    reloads_failed: int = 0
+
+    def snapshot(self) -> Counters:
+        """The totals as GetAgentStatus answers them."""
+        return Counters(self.connections, self.connections_total, self.requests_total, self.requests_refused)
+
+
+@dataclass
+class Agent:
+    """The state of a running agent. Changes happen synchronously, between two awaits; I/O comes after."""
+
+    settings: Settings
+    keyring: Keyring
+    scratch: SecretMemory = field(init=False)
+    policy: Policy = field(init=False)
+    counters: Count = field(default_factory=Count)
+    started_at: str = field(default_factory=now)
+    draining: bool = False
+    generation: int = 0
+    """How often settings and keyring were replaced: a decision of an earlier generation holds no longer."""
+    repeats: Repeats[Any] = field(default_factory=Repeats)
+    """What was decided of requests that may come again: it holds on to keys, so it goes with their keyring."""
+    reload_failure: str = ""
+    """What the last reload did not do, and why, for the operator; empty where it did all."""
+    keyring_stale: bool = False
+    """Whether the keyring's file is another one than was loaded, and has not been opened."""
+    unseal_absent: bool = False
+    """Whether the file that opens the keyring is not there."""
+    audit_fails: Callable[[], bool] = lambda: False
+    """Returns whether the audit log could not be written the last time."""
+    _covered: dict[Granted, Covered] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.policy = Policy(self.settings.grants)
+        require = self.settings.memory == "require"
+        self.scratch = SecretMemory(_SCRATCH, backing=self.settings.memory_backing, require=require)
+
+    def adopt(self, settings: Settings, keyring: Keyring) -> None:
+        """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
+        self.generation += 1
+        self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
+        self._covered.clear()
+        self.repeats.clear()
+
+    def covered(self, granted: Granted) -> Covered:
+        """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""
+        grants = granted.grants
+        covered = self._covered.get(granted)
+        if covered is None:
+            if len(self._covered) >= _REMEMBERED:
+                self._covered.clear()
+            keys = self.keyring.keys.values() if grants else ()
+            covered = self._covered[granted] = Covered.of(
+                key for key in keys if any(grant.has_key(self.names_of_key(key)) for grant in grants)
+            )
+        gone = self.keyring.gone()
+        return Covered.of(key for key in covered.keys if key.key_id not in gone) if gone else covered
+
+    @property
+    def memory_protection(self) -> Protection:
+        """How all of the agent's secret memory is protected: as its weakest part."""
+        kinds: tuple[Protection, ...] = ("none", "mlock", "memfd_secret")
+        return min(self.scratch.protection, self.keyring.memory.protection, key=kinds.index)
+
+    @property
+    def conditions(self) -> list[str]:
+        """The conditions that hold now (`health`), the ones first that matter most."""
+        holding = {
+            health.DRAINING: self.draining,
+            health.SEALED: self.keyring.is_sealed,
+            health.AUDIT_FAILING: self.audit_fails(),
+            health.RELOAD_FAILED: bool(self.reload_failure),
+            health.KEYRING_STALE: self.keyring_stale,
+            health.UNSEAL_ABSENT: self.unseal_absent,
+        }
+        return [name for name in health.MESSAGES if holding[name]]
+
+    @property
+    def state(self) -> str:
+        """The state in one word: Serving, Sealed, Refusing or Draining."""
+        return health.state(self.conditions, refusing=self.settings.audit.on_failure == "refuse")
+
+    def status(self) -> str:
+        """How it is, in one line for people."""
+        keys, connections = len(self.keyring.keys), self.counters.connections
+        failure = f"{self.reload_failure}; " if self.reload_failure else ""
+        conditions = [health.MESSAGES[name] for name in self.conditions if name not in _SHOWN_OTHERWISE]
+        keyring = "no keyring is open"
+        if not self.keyring.is_sealed:
+            keyring = (
+                f"{keys} {'key' if keys == 1 else 'keys'} in {self.memory_protection} memory"
+                f"{', kept over a restart' if self.keyring.source == KEPT else ''}, loaded {self.keyring.loaded_at}"
+            )
+        return (
+            "; ".join(
+                [
+                    f"{failure}{self.state}: {keyring}",
+                    *conditions,
+                    f"{connections} {'connection' if connections == 1 else 'connections'}",
+                ]
+            )
+            + f", {self.counters.requests_total} requests so far"
+        )
+
+    def plain_name(self, parameter: Parameter[str], key_id: str) -> str:
+        """A key ID or alias from any form of KeyId. Raises `InvalidParameter` for an ARN that is not of this agent."""
+        if not key_id.startswith("acs:"):
+            return key_id
+        prefix = self.settings.arn("")
+        if not key_id.startswith(prefix):
+            raise invalid_parameter(
+                parameter.name, f"the ARN is not of this agent: expected {prefix}key/... or {prefix}alias/..."
+            )
+        kind, _, name = key_id.removeprefix(prefix).partition("/")
+        if kind not in ("key", "alias") or not name or (kind == "key" and "/" in name):
+            raise invalid_parameter(parameter.name, "the ARN names neither a key nor an alias.")
+        return name if kind == "key" else f"alias/{name}"
+
+    def names_of_key(self, key: Key) -> list[str]:
+        """All that a grant can call a key by: its ID, its aliases, and the ARNs of both."""
+        return [each for name in (key.key_id, *key.aliases) for each in self.settings.names_of(name)]

@@ -1,0 +1,1 @@
+"""The agent's log of events and its metrics."""

@@ -1,0 +1,161 @@
+"""Metrics for Prometheus, on a socket or a port of their own: off by default, and a thread apart from requests.
+
+Names of operations, codes and counts; nothing of keys, callers or contexts.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from importlib import metadata
+from typing import Any, Final
+
+import structlog
+
+from keyferry.operations import OPERATIONS
+
+from .. import __version__
+from ..audit import AuditLog
+from ..health import MESSAGES, is_ready
+from ..keyring.document import STATES
+from ..state import Agent
+
+__all__ = ["MISSING_LIBRARY", "Metrics", "MetricsError"]
+
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+_BUCKETS: Final = (0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_6, 0.003_2, 0.006_4, 0.025, 0.1, 1.0)
+"""Seconds: an RSA call takes a tenth of a millisecond, an SM2 call one."""
+
+
+MISSING_LIBRARY: Final = (
+    'metrics: the package prometheus-client is missing; install the extra "metrics" of keyferry-agent (docs/installing.md), '
+    "or remove [metrics]"
+)
+
+
+class MetricsError(Exception):
+    """Metrics cannot be had as the configuration says. The message says why, and what to do."""
+
+
+class _State:
+    """What is looked at when somebody asks: one look at the agent for each scrape."""
+
+    def __init__(self, agent: Agent, audit: AuditLog) -> None:
+        self._agent = agent
+        self._audit = audit
+        self._build = [__version__, _commit()]
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the metrics, as prometheus-client collects them."""
+        from prometheus_client import core  # noqa: PLC0415 - an extra
+
+        agent, counters = self._agent, self._agent.counters
+        keyring, state, now = agent.keyring, agent.state, time.time()
+        build = core.GaugeMetricFamily("keyferry_build_info", "Always 1", labels=["version", "commit"])
+        build.add_metric(self._build, 1)
+        yield build
+        states = Counter(key.state() for key in keyring.keys.values())
+        by_state = core.GaugeMetricFamily("keyferry_keys_by_state", "Master keys, by their state", labels=["state"])
+        for name in (*STATES, "Deleted"):
+            by_state.add_metric([name], states[name])
+        yield by_state
+        conditions = core.GaugeMetricFamily(
+            "keyferry_condition", "1 while the condition of GetAgentHealth holds", labels=["condition"]
+        )
+        for name in MESSAGES:
+            conditions.add_metric([name], int(name in agent.conditions))
+        yield conditions
+        primary = [datetime.fromisoformat(key.primary.created) for key in keyring.keys.values() if key.enabled()]
+        due = [datetime.fromisoformat(key.delete_date) for key in keyring.keys.values() if key.delete_date]
+        for gauge, text, values in (
+            ("connections", "Connections open now", [counters.connections]),
+            ("keys", "Master keys in the keyring", [len(keyring.keys)]),
+            ("keyring_loaded_timestamp_seconds", "When the keyring was loaded", [keyring.loaded_timestamp]),
+            (
+                "oldest_primary_version_age_seconds",
+                "Age of the oldest version that is an enabled key's primary one; absent without such a key",
+                [now - min(primary).timestamp()] if primary else [],
+            ),
+            (
+                "next_deletion_seconds",
+                "Seconds until the next key is deleted, below 0 after it was; absent where none is to be",
+                [min(due).timestamp() - now] if due else [],
+            ),
+            ("audit_lag_seconds", "How long the last record took, or the one under way has taken", [self._audit.lag]),
+            ("draining", "1 while the agent is about to stop", [int(agent.draining)]),
+            ("sealed", "1 while no keyring is open, and calls are refused", [int(keyring.is_sealed)]),
+            ("ready", "1 while calls are answered", [int(is_ready(state))]),
+        ):
+            family = core.GaugeMetricFamily(f"keyferry_{gauge}", text)
+            for value in values:
+                family.add_metric([], value)
+            yield family
+        for counter, text, count in (
+            ("reload_failures", "Reloads that failed, each attempt counted", counters.reloads_failed),
+            ("audit_failures", "Requests whose audit entries could not be written", self._audit.failures),
+            ("connections_refused", "Connections refused for a limit", counters.connections_refused),
+        ):
+            yield core.CounterMetricFamily(f"keyferry_{counter}", text, value=count)
+
+
+def _commit() -> str:
+    """Return the commit that was installed, where pip noted one; else an empty text."""
+    try:
+        noted = json.loads(metadata.distribution("keyferry-agent").read_text("direct_url.json") or "{}")
+        return str(noted["vcs_info"]["commit_id"])
+    except (metadata.PackageNotFoundError, KeyError, TypeError, ValueError):
+        return ""
+
+
+class Metrics:
+    """What is counted while requests are served, and what is looked at when somebody asks."""
+
+    def __init__(self, agent: Agent, audit: AuditLog) -> None:
+        """Raises `MetricsError` where the library is missing."""
+        try:
+            import prometheus_client as prometheus  # noqa: PLC0415 - an extra
+        except ImportError:
+            raise MetricsError(MISSING_LIBRARY) from None
+        self.handler = prometheus.MetricsHandler
+        self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
+        self._requests = prometheus.Counter(
+            "keyferry_requests", "Requests answered", ["operation", "outcome"], registry=registry
+        )
+        self._seconds = prometheus.Histogram(
+            "keyferry_request_seconds",
+            "Seconds from a request's decision to its record",
+            ["operation"],
+            buckets=_BUCKETS,
+            registry=registry,
+        )
+        self._notifications = prometheus.Counter(
+            "keyferry_notifications", "Notifications received, which have no effect", registry=registry
+        )
+        self._failed = False
+        self._known: dict[tuple[str, str], tuple[Any, Any]] = {}
+
+        registry.register(_State(agent, audit))
+
+    def notified(self, count: int) -> None:
+        """Count notifications."""
+        self._notifications.inc(count)
+
+    def observe(self, operation: str, outcome: str, seconds: float) -> None:
+        """Count one request. Operations that the protocol does not have are counted together. Never raises."""
+        try:
+            self._observe(operation, outcome, seconds)
+        except Exception as error:
+            if not self._failed:  # logged once, not for each request
+                log.error("metrics.failed", exc_info=error)
+            self._failed = True
+
+    def _observe(self, operation: str, outcome: str, seconds: float) -> None:
+        key = operation if operation in OPERATIONS else "unknown", outcome
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._requests.labels(*key), self._seconds.labels(key[0])
+        known[0].inc()
+        known[1].observe(seconds)

@@ -1,0 +1,1 @@
+"""MessagePack-RPC without I/O, for both clients and the agent."""

@@ -1,0 +1,315 @@
+"""What both clients share, without any I/O: a call as it travels, and one connection's requests and answers."""
+
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+from ..declaration import Operation, request_to_wire, result_from_wire
+from ..errors import AgentUnavailable, KmsError, ProtocolError, kms_error
+from ..operations import OPERATIONS
+from ..parameters import MAX_PAGE, PLAINTEXT, PUBLIC_KEY_BLOB, encode_base64
+from . import wire
+
+__all__ = [
+    "CONNECT_STEP",
+    "DEFAULT_SOCKET",
+    "LOST_MOST",
+    "RECEIVE",
+    "Asked",
+    "Call",
+    "Chunk",
+    "Exchange",
+    "Pending",
+    "answered",
+    "calls",
+    "default_socket",
+    "pem_to_der",
+    "seconds",
+    "socket_path",
+    "unreachable",
+    "why_unreachable",
+]
+
+DEFAULT_SOCKET: Final = "/run/keyferry/agent.sock"
+RECEIVE: Final = 65_536
+"""Bytes to receive at once."""
+LOST_MOST: Final = 3
+"""Fresh connections that may end without an answer: over a restart, one can meet the agent that goes, and another a crash."""
+CONNECT_STEP: Final = 0.005
+"""Seconds between two attempts to connect to an agent that has no room in its queue."""
+_CHUNK: Final = 32_768
+"""Bytes of requests to send at once, but for a single longer one."""
+
+_DER_BEGINS: Final = (bytes.fromhex("30820122300d"), bytes.fromhex("305930130607"))
+"""How the DER of the two supported kinds of public key begins: RSA of 2,048 bits, and SM2."""
+_URLS: Final = ("unix://", "unix:")
+
+_AS_THEY_ARE: Final = frozenset({str, int, bool, dict})
+
+
+def default_socket() -> str:
+    """Return where the agent listens: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock. Raises `AgentUnavailable`."""
+    try:
+        return socket_path(os.environ.get("KEYFERRY_SOCKET") or DEFAULT_SOCKET)
+    except ValueError as error:
+        raise AgentUnavailable(f"KEYFERRY_SOCKET: {error}") from None
+
+
+def socket_path(text: str) -> str:
+    """Return the path in the text of a setting: a path, `unix://PATH`, `unix:PATH`, or one that begins with `~`.
+
+    Raises ValueError for an abstract socket and for an empty path.
+    """
+    path = text
+    for prefix in _URLS:
+        if text.startswith(prefix):
+            path = text.removeprefix(prefix)
+            break
+    if path.startswith("@"):
+        raise ValueError(f"{text} names an abstract socket, which every user can take; set the path of a socket file")
+    if not path:
+        raise ValueError(f"{text!r} names no socket; set the path of a socket file")
+    return os.path.expanduser(path)
+
+
+def seconds(timeout: float) -> float:
+    """A timeout that is one. Raises ValueError, or TypeError."""
+    if not float(timeout) >= 0:
+        raise ValueError(f"a timeout is a number of seconds from 0, not {timeout!r}")
+    return timeout
+
+
+def unreachable(path: str, error: OSError) -> AgentUnavailable:
+    """Return the exception for a socket that does not connect, or whose connection broke."""
+    passes = isinstance(error, FileNotFoundError | ConnectionError) and _what_is_there(path) is None
+    return AgentUnavailable(why_unreachable(path, error), retryable=passes)
+
+
+def why_unreachable(path: str, error: OSError) -> str:
+    """What a person can do about a socket that does not connect."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path} does not exist: is keyferry-agent running, and is this its socket?"
+    if isinstance(error, ConnectionRefusedError):
+        return _what_is_there(path) or f"nobody listens on {path}: keyferry-agent is not running"
+    if isinstance(error, PermissionError):
+        return f"this user may not open {path}: see the socket's mode and group"
+    return f"{path}: {error.strerror or error}"
+
+
+def _what_is_there(path: str) -> str | None:
+    """Return what stands at the path of a socket, and None where that is a socket."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return None
+    if stat.S_ISDIR(mode):
+        return (
+            f"{path} is a folder, not a socket: a container runtime makes one where the socket is not there yet; "
+            "remove it, start keyferry-agent, then the container"
+        )
+    if stat.S_ISREG(mode):
+        return f"{path} is a regular file, not a socket: is this the path that keyferry-agent listens on?"
+    if not stat.S_ISSOCK(mode):
+        return f"{path} is not a socket: is this the path that keyferry-agent listens on?"
+    return None
+
+
+def pem_to_der(data: bytes) -> bytes:
+    """Return the DER of a public key in PEM, DER or Base64. Raises ValueError, as `public_keys.to_der` does."""
+    if data.startswith(_DER_BEGINS):
+        return data
+    from ..public_keys import to_der  # noqa: PLC0415 - `import keyferry` is kept short; few callers have PEM
+
+    return to_der(data)
+
+
+def _public_key_text(text: str) -> str:
+    data = text.encode(errors="replace")
+    der = pem_to_der(data)
+    return text if der == data else encode_base64(der)
+
+
+class Call(NamedTuple):
+    """One call: what to send, and what to make of the answer (`result` None: leave it as it came)."""
+
+    name: str
+    params: dict[str, Any]
+    result: type[Any] | None = None
+
+    @classmethod
+    def of(cls, operation: Operation[..., Any], request: Any) -> "Call":
+        """The call of a request tuple."""
+        params = request_to_wire(request)
+        blob, plaintext = params.get(PUBLIC_KEY_BLOB.name), params.get(PLAINTEXT.name)
+        if isinstance(blob, bytes):
+            params[PUBLIC_KEY_BLOB.name] = encode_base64(pem_to_der(blob))
+        elif isinstance(blob, str) and (
+            "-" in blob or not blob.isascii()
+        ):  # not Base64: perhaps the text of a PEM file
+            params[PUBLIC_KEY_BLOB.name] = _public_key_text(blob)
+        if isinstance(plaintext, bytes):
+            params[PLAINTEXT.name] = encode_base64(plaintext)
+        for key, value in params.items():
+            if type(value) not in _AS_THEY_ARE and isinstance(value, Mapping):
+                params[key] = dict(value)
+        return cls(operation.name, params, operation.result)
+
+
+def calls(wanted: Iterable[Any]) -> list[Call]:
+    """Make calls of request tuples, and of pairs: an operation's name, and its parameters by the API's names.
+
+    Raises TypeError for anything else.
+    """
+    made = []
+    for each in wanted:
+        operation = OPERATIONS.get(type(each).__name__)
+        if operation is not None and isinstance(each, operation.request):
+            made.append(Call.of(operation, each))
+        elif isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) and isinstance(each[1], Mapping):
+            made.append(Call(each[0], dict(each[1])))
+        else:
+            raise TypeError(f"a request of keyferry.operations, or a name and parameters; not {type(each).__name__}")
+    return made
+
+
+class Pending:
+    """A request under way. `response` is None until it is answered, or an error if it could not be sent at all.
+
+    Without what was asked: a connection keeps it until the answer comes, also when nobody waits for that any more.
+    """
+
+    __slots__ = ("msgid", "response")
+
+    def __init__(self) -> None:
+        self.msgid = 0
+        self.response: wire.Response | KmsError | None = None
+
+
+class Asked(NamedTuple):
+    """A call, and what is under way for it."""
+
+    call: Call
+    pending: Pending
+
+    @classmethod
+    def of(cls, call: Call) -> "Asked":
+        """A call that is to be asked."""
+        return cls(call, Pending())
+
+    def refusal(self) -> KmsError | None:
+        """Return the agent's refusal; None for a result, and for what is not answered. Raises `ProtocolError`."""
+        response = self.pending.response
+        if response is None or isinstance(response, KmsError):
+            return response
+        return None if response.error is None else _refusal(response.error)
+
+    def request_id(self) -> str:
+        """Return the RequestId of a result; an empty text where there is none."""
+        response = self.pending.response
+        result = response.result if isinstance(response, wire.Response) else None
+        return str((result or {}).get("RequestId", ""))
+
+    def outcome(self) -> Any:
+        """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
+        call, response = self.call, self.pending.response
+        assert response is not None
+        refusal = self.refusal()
+        if refusal is not None:
+            return refusal
+        assert isinstance(response, wire.Response)
+        answer = response.result or {}
+        if call.result is None:
+            return answer
+        try:
+            return result_from_wire(call.result, answer)
+        except KeyError as error:
+            raise ProtocolError(f"the answer to {call.name} lacks {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise ProtocolError(f"the answer to {call.name} is not what it should be: {error}") from None
+
+
+def answered(asked: Iterable[Asked]) -> int:
+    """How many of these are answered."""
+    return sum(pending.response is not None for _, pending in asked)
+
+
+class Chunk(NamedTuple):
+    """Requests to send in one go, and their bytes."""
+
+    data: bytearray
+    requests: list[Pending]
+
+
+class Exchange:
+    """The requests and answers of one connection. Answers may come in any order."""
+
+    def __init__(self) -> None:
+        self._decoder = wire.Decoder(max_array=MAX_PAGE)
+        self._msgid = 0
+        self._waiting: dict[int, Pending] = {}
+
+    def ask(self, asked: Asked) -> bytes:
+        """Give the bytes of a request; none for one that no agent could read, which has its refusal then.
+
+        A request that breaks the protocol would break the connection, and with it the calls of others.
+        """
+        call, pending = asked
+        self._msgid = pending.msgid = (self._msgid + 1) & wire.MAX_MSGID
+        try:
+            wire.check_sendable(call.params)
+            request = wire.encode_request(pending.msgid, call.name, call.params)
+        except (ProtocolError, ValueError, OverflowError) as error:
+            pending.response = kms_error("InvalidParameter", f"The request was not sent: {error}.")
+            return b""
+        self._waiting[pending.msgid] = pending
+        return request
+
+    def chunks(self, asked: Iterable[Asked]) -> Iterator[Chunk]:
+        """Give the requests that are not answered yet, a chunk at a time."""
+        chunk = Chunk(bytearray(), [])
+        for each in asked:
+            if each.pending.response is not None:
+                continue
+            request = self.ask(each)
+            if chunk.data and len(chunk.data) + len(request) > _CHUNK:
+                yield chunk
+                chunk = Chunk(bytearray(), [])
+            chunk.data.extend(request)
+            chunk.requests.append(each.pending)
+        if chunk.requests:
+            yield chunk
+
+    def withdraw(self, chunk: Chunk) -> None:
+        """Forget requests that were not sent after all."""
+        for pending in chunk.requests:
+            self._waiting.pop(pending.msgid, None)
+
+    def receive(self, data: bytes) -> list[Pending]:
+        """Take bytes as they came; give the requests that they answer. Raises `ProtocolError`, or `KmsError` for a refusal of
+        the whole connection: after either it is of no more use.
+        """
+        self._decoder.feed(data)
+        answered = []
+        for message in self._decoder.messages():
+            if not isinstance(message, wire.Response):
+                raise ProtocolError("the agent sent something that is no response")
+            if message.msgid is None:  # it does not take this connection, or could not read us, and hangs up
+                error = message.error or {}
+                if error.get("Code") == "ProtocolError":
+                    raise ProtocolError(f"the agent could not read the request: {error.get('Message')}")
+                raise _refusal(error)
+            pending = self._waiting.pop(message.msgid, None)
+            if pending is None:
+                raise ProtocolError("the agent answered a request that is not under way")
+            pending.response = message
+            answered.append(pending)
+        return answered
+
+
+def _refusal(error: Mapping[str, Any]) -> KmsError:
+    code, message, status = error.get("Code"), error.get("Message"), error.get("HttpStatus")
+    if not isinstance(code, str) or not isinstance(message, str):
+        raise ProtocolError("the agent refused without a Code and a Message")
+    request_id = str(error.get("RequestId", ""))
+    return kms_error(code, message=message, request_id=request_id, http_status=status if isinstance(status, int) else 0)
