@@ -17,7 +17,7 @@ from keyferry_agent.config.settings import Limits, Settings
 from keyferry_agent.keyring.keyring import development_keyring
 from keyferry_agent.peer import Peer
 from keyferry_agent.server.admission import Admission, NoRoomError, Place
-from keyferry_agent.state import Agent, Caller
+from keyferry_agent.state import Caller, ServerState
 
 GRANTED, NAMED, STRANGER = 1, 2, os.geteuid() + 1_000  # not the user that runs the tests
 KEEP = """
@@ -64,7 +64,7 @@ class Room:
     """An agent's admission, with callers who come and go."""
 
     def __init__(self, connections: int, per_user: int) -> None:
-        self.agent = Agent(
+        self.agent = ServerState(
             self._settings(connections, per_user, GRANTED), development_keyring(backing="auto", require=False)
         )
         self.admission = Admission(self.agent)

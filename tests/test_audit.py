@@ -27,7 +27,7 @@ from keyferry_agent.chained_log import chain
 from keyferry_agent.cli.main import main
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import Audited
+from keyferry_agent.state import AuditEntry
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
@@ -44,7 +44,7 @@ def written(path: Path, count: int = 5) -> list[bytes]:
     audit = AuditLog(Audit(str(path)))
     audit.begin("2026-11-30T12:00:00Z")
     for number in range(count - 1):
-        audit.record(PEER, [(Audited(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")])
+        audit.record(PEER, [(AuditEntry(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")])
     return path.read_bytes().splitlines(keepends=True)
 
 
@@ -78,7 +78,9 @@ def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> Non
     """Whatever the keys of a context are: what is too long is left out."""
     peer = Peer(4294967294, frozenset(range(2**32 - 100, 2**32)), 2**22, "default", unit="u" * 255 + ".service")
     keys = tuple(f"{letter * 39}{number}" for number in range(40))
-    audited = Audited("i" * 36, 0.0, "GenerateDataKeyWithoutPlaintext", "g" * 64, recipient="p" * 71, context_keys=keys)
+    audited = AuditEntry(
+        "i" * 36, 0.0, "GenerateDataKeyWithoutPlaintext", "g" * 64, recipient="p" * 71, context_keys=keys
+    )
     for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
         setattr(audited, name, "k" * 36)
     AuditLog(Audit(str(record))).record(peer, [(audited, "Rejected.PendingDeletion")])
@@ -169,7 +171,7 @@ def test_what_a_full_disk_cut_off_does_not_run_into_the_next_line(
 ) -> None:
     """Also where it cannot be taken back at once: nothing is recorded until it is."""
     audit = AuditLog(Audit(str(record)))
-    request = [(Audited("id", 0.0, "Decrypt"), "OK")]
+    request = [(AuditEntry("id", 0.0, "Decrypt"), "OK")]
     assert audit.record(PEER, request).lines == 1
     with monkeypatch.context() as patch:
         real = os.write
@@ -187,7 +189,7 @@ def test_a_record_that_was_moved_away_is_opened_anew_although_closing_it_fails(
 ) -> None:
     """As a file system may report what it could not write: the descriptor is gone all the same."""
     audit = AuditLog(Audit(str(record)))
-    request = [(Audited("id", 0.0, "Decrypt"), "OK")]
+    request = [(AuditEntry("id", 0.0, "Decrypt"), "OK")]
     record.rename(record.with_suffix(".1"))
     with monkeypatch.context() as patch:
         real = os.close
@@ -232,7 +234,7 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> 
     os.mkfifo(fifo)
     audit = AuditLog(Audit(str(fifo)))
     lines = 0
-    three = [(Audited("id", 0.0), "OK")] * 3
+    three = [(AuditEntry("id", 0.0), "OK")] * 3
     while (appended := audit.record(PEER, three)).error is None:
         lines += appended.lines
     assert appended.error.errno == errno.EAGAIN
@@ -248,7 +250,7 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> 
 def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(record: Path) -> None:
     """What is under way is done some time; when it is, the chain goes on behind it."""
     audit = AuditLog(Audit(str(record)))
-    one = [(Audited("id", 0.0), "OK")]
+    one = [(AuditEntry("id", 0.0), "OK")]
     hanging, begun = threading.Event(), threading.Event()
 
     def hangs() -> None:
@@ -277,7 +279,7 @@ def test_a_signal_does_not_end_the_records_thread(record: Path) -> None:
         audit = AuditLog(Audit(str(record)))
         for number in range(20):
             signal.pthread_kill(audit._hand.thread.ident or 0, signal.SIGHUP)
-            assert audit.record(PEER, [(Audited(f"{number}", 0.0), "OK")]) == (1, None)
+            assert audit.record(PEER, [(AuditEntry(f"{number}", 0.0), "OK")]) == (1, None)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert chain.verify([record]).lines == 20

@@ -22,7 +22,7 @@ from keyferry_agent.audit import AuditLog, announcements, log
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import Audited
+from keyferry_agent.state import AuditEntry
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
@@ -95,7 +95,7 @@ def test_a_level_tells_what_was_refused_from_what_failed() -> None:
         "Another": "warning",
     }
     for outcome, level in expected.items():
-        line = log._line("2026-11-30T12:00:00.000+00:00", log._of_peer(PEER), Audited("id", 0.0), outcome)
+        line = log._line("2026-11-30T12:00:00.000+00:00", log._of_peer(PEER), AuditEntry("id", 0.0), outcome)
         fields = json.loads(f"{line}}}")
         assert (fields["outcome"], fields["level"]) == (outcome, level)
 
@@ -112,7 +112,7 @@ def test_a_line_is_shorter_than_a_pipe_takes_whole(record: Path) -> None:
         sha256="sha256:" + "0" * 64,
     )
     keys = tuple(f"{chr(0x1F600)}{number}" * 20 for number in range(40))
-    audited = Audited("i" * 36, 0.0, "G" * 64, "g" * 64, recipient="p" * 71, context_keys=keys, by_program=True)
+    audited = AuditEntry("i" * 36, 0.0, "G" * 64, "g" * 64, recipient="p" * 71, context_keys=keys, by_program=True)
     for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
         setattr(audited, name, "k" * 36)
     audited.ciphertext = audited.destination_ciphertext = "sha256:" + "0" * 64
@@ -187,10 +187,10 @@ def test_a_start_that_cannot_be_written_comes_before_the_first_request(
     audit.begin("2026-11-30T12:00:00Z")
     for _ in range(20):
         audit._announce(['{"event": "audit.keys", "level": "info", "keys": {}'])
-    assert audit.record(PEER, [(Audited("id", 0.0), "OK")]).lines == 0
+    assert audit.record(PEER, [(AuditEntry("id", 0.0), "OK")]).lines == 0
     assert record.read_bytes() == b""
     full = False
-    assert audit.record(PEER, [(Audited("id", 0.0), "OK")]) == (1, None)
+    assert audit.record(PEER, [(AuditEntry("id", 0.0), "OK")]) == (1, None)
     events = [entry["event"] for entry in entries(record)]
     assert (events[0], events[-1]) == ("audit.start", "audit")
     assert events.count("audit.keys") < 10

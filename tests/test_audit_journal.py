@@ -16,7 +16,7 @@ from support.keyring import serving
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import Audited
+from keyferry_agent.state import AuditEntry
 
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
 SYSTEMD = [
@@ -149,7 +149,7 @@ def test_a_new_chain_in_a_file_is_not_excused(log: Log, tmp_path: Path) -> None:
     for name in ("audit.jsonl.1", "audit.jsonl"):
         audit = AuditLog(Audit(str(tmp_path / name)))
         audit.begin("2026-11-30T12:00:00Z")
-        audit.record(PEER, [(Audited("id", 0.0, "Decrypt"), "OK")])
+        audit.record(PEER, [(AuditEntry("id", 0.0, "Decrypt"), "OK")])
     assert log.run("verify") == 1
     assert "begins a new chain" in log.err
     (stream,) = written(log.folder, 1)

@@ -13,7 +13,7 @@ from support.keys import recipient
 from support.rotating import Rotating
 
 from keyferry_agent.keyring.document import Document, KeyringError
-from keyferry_agent.keyring.fdstore import Keeper
+from keyferry_agent.keyring.fdstore import KeyringPersister
 from keyferry_agent.keyring.loader import load
 from keyferry_agent.keyring.sealing import Unsealer
 
@@ -192,14 +192,14 @@ def test_a_kept_keyring_keeps_its_disabled_versions(said: Command, keyring: Path
         stored[name] = os.dup(descriptor)
         return True
 
-    keeper = Keeper(store, lambda _name: None)
+    keeper = KeyringPersister(store, lambda _name: None)
     loaded = load(keyring, keyring.parent / "identity", backing="auto", require=False, share=keeper.share)
     if not stored:
         pytest.skip("needs memfd_secret")
     assert keeper.keep(loaded, None)
     description = json.loads(os.pread(stored["keyring-1-description"], 1 << 20, 0))
     assert description["Format"] == 2
-    restored = Keeper(store, lambda _name: None).restore(stored.items())
+    restored = KeyringPersister(store, lambda _name: None).restore(stored.items())
     assert restored is not None
     assert restored[0].by_version[version][1].disabled
     restored[0].memory.close()

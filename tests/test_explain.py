@@ -119,5 +119,5 @@ def test_the_explanation_is_the_decision(
 ) -> None:
     """Whatever grant and request."""
     peer = Peer(uid=uid, gids=gids, pid=1, listener="default")
-    decided = allows([grant] if grant.is_to(peer) else [], action, [name], pin=pin, context=context)
+    decided = allows([grant] if grant.matches_caller(peer) else [], action, [name], pin=pin, context=context)
     assert (mismatch(grant, peer, action, [name], pin, context) is None) == (decided is grant)

@@ -27,14 +27,14 @@ from keyferry_agent.peer.inspection import Inspector
 from keyferry_agent.server.connection import Connection, Shared
 from keyferry_agent.server.rate_limit import Rate
 from keyferry_agent.server.server import Server
-from keyferry_agent.server.thread_pool import Workers
-from keyferry_agent.state import Agent, Caller
+from keyferry_agent.server.thread_pool import FairThreadPool
+from keyferry_agent.state import Caller, ServerState
 
 STATUS = ("GetAgentStatus", dict[str, Any]())
 
 
 @pytest.fixture
-def agent() -> Agent:
+def agent() -> ServerState:
     """An agent's state, in this process, that grants everything to this user."""
     return new_agent()
 
@@ -46,7 +46,7 @@ def audit(tmp_path: Path) -> AuditLog:
 
 
 @asynccontextmanager
-async def served(agent: Agent, audit: AuditLog, path: Path) -> AsyncIterator[Server]:
+async def served(agent: ServerState, audit: AuditLog, path: Path) -> AsyncIterator[Server]:
     """A server of this agent, on a real socket, for the time of a block."""
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(path))
@@ -74,7 +74,7 @@ async def ask(stream: trio.SocketStream, method: str, params: dict[str, Any]) ->
 
 @pytest.mark.parametrize("slow", [False, True])
 async def test_a_handler_that_fails_harms_nobody_and_tells_nobody_why(
-    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool
+    agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool
 ) -> None:
     """InternalFailure to the caller, the traceback to the log; both connections go on. On the loop and in a thread."""
 
@@ -97,7 +97,7 @@ async def test_a_handler_that_fails_harms_nobody_and_tells_nobody_why(
 
 
 async def test_the_time_that_the_agent_takes_is_not_counted_as_the_clients(
-    agent: Agent,
+    agent: ServerState,
     audit: AuditLog,
     socket_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,7 +123,9 @@ async def test_the_time_that_the_agent_takes_is_not_counted_as_the_clients(
         assert [answer.msgid for answer in answers if isinstance(answer, wire.Response)] == [1, 2]
 
 
-async def test_a_refusal_keeps_nothing_of_its_request_alive(agent: Agent, audit: AuditLog, socket_path: Path) -> None:
+async def test_a_refusal_keeps_nothing_of_its_request_alive(
+    agent: ServerState, audit: AuditLog, socket_path: Path
+) -> None:
     """Not until the next garbage collection either: an exception holds on to the frames that it came through."""
     gc.collect()
     gc.disable()
@@ -146,7 +148,9 @@ async def test_a_refusal_keeps_nothing_of_its_request_alive(agent: Agent, audit:
         gc.enable()
 
 
-async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit: AuditLog, socket_path: Path) -> None:
+async def test_a_request_that_cannot_be_recorded_is_refused(
+    agent: ServerState, audit: AuditLog, socket_path: Path
+) -> None:
     """Its answer never leaves; when there is room again, requests are answered again."""
     full = AuditLog(Audit("/dev/full"))
     async with served(agent, full, socket_path) as server, await trio.open_unix_socket(str(socket_path)) as stream:
@@ -159,7 +163,7 @@ async def test_a_request_that_cannot_be_recorded_is_refused(agent: Agent, audit:
 
 
 async def test_nothing_follows_an_answer_that_was_cut_off(
-    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even the answer of a slow job that was under way: it would be read as the rest of the other."""
     begun, go_on = threading.Event(), threading.Event()
@@ -192,7 +196,7 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
 
 
 async def test_accepting_goes_on_after_the_system_had_no_memory(
-    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+    agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
     """It says so, waits, and tries again."""
     real = trio.SocketListener.accept
@@ -212,7 +216,7 @@ async def test_accepting_goes_on_after_the_system_had_no_memory(
 
 
 async def test_who_ended_before_the_kernel_was_asked_is_hung_up_on(
-    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not served without a process that could be held; that is nobody's fault."""
 
@@ -231,7 +235,7 @@ async def test_who_ended_before_the_kernel_was_asked_is_hung_up_on(
 
 
 async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
-    agent: Agent, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The outermost line of a connection catches everything."""
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as other:
@@ -245,14 +249,19 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
         assert (await ask(other, *STATUS)).error is None
 
 
-async def test_behind_half_an_answer_comes_no_other(agent: Agent, audit: AuditLog) -> None:
+async def test_behind_half_an_answer_comes_no_other(agent: ServerState, audit: AuditLog) -> None:
     """Who was sending it was cancelled, as at the end of a drain; another job of the same connection was not, yet."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.setblocking(False)
         stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
         shared = Shared(
-            agent=agent, audit=audit, rate=Rate(0), notifications=Rate(0), workers=Workers(1), inspector=Inspector()
+            agent=agent,
+            audit=audit,
+            rate=Rate(0),
+            notifications=Rate(0),
+            workers=FairThreadPool(1),
+            inspector=Inspector(),
         )
         connection = Connection(shared, stream, Caller(Peer(1, frozenset(), 1, "default")), None)
         long = b"A" * 2**22
@@ -267,18 +276,20 @@ async def test_behind_half_an_answer_comes_no_other(agent: Agent, audit: AuditLo
             theirs.recv(1)
 
 
-async def test_whoever_connects_is_seen_by_who_is_served(agent: Agent, audit: AuditLog, socket_path: Path) -> None:
+async def test_whoever_connects_is_seen_by_who_is_served(
+    agent: ServerState, audit: AuditLog, socket_path: Path
+) -> None:
     """Before the event loop has its turn, and accepts it; afterwards it is a connection, until it ends."""
     async with served(agent, audit, socket_path) as server:
         await trio.testing.wait_all_tasks_blocked()
         arrivals = server._arrivals
-        assert not arrivals.others_wait(-1)
+        assert not arrivals.others_readable(-1)
         with socket.socket(socket.AF_UNIX) as connecting:
             connecting.connect(str(socket_path))
-            assert arrivals.others_wait(-1)
+            assert arrivals.others_readable(-1)
             await trio.testing.wait_all_tasks_blocked()
-            assert not arrivals.others_wait(-1)
+            assert not arrivals.others_readable(-1)
             connecting.send(b"\x93")
-            assert arrivals.others_wait(-1)
+            assert arrivals.others_readable(-1)
         await trio.testing.wait_all_tasks_blocked()
-        assert not arrivals.others_wait(-1)
+        assert not arrivals.others_readable(-1)

@@ -19,7 +19,7 @@ from support.policy import allows, may_name
 from support.requires import root
 
 from keyferry.parameters import decode_base64
-from keyferry_agent.authz.grants import PLAINTEXT, Grant, Granted, Policy
+from keyferry_agent.authz.grants import PLAINTEXT, CallerGrants, Grant, Policy
 from keyferry_agent.crypto.public_key import fingerprint
 from keyferry_agent.peer import Groups, Peer
 
@@ -50,7 +50,7 @@ def peer(uid: int | None = 1000, gids: frozenset[int] = frozenset({1000}), liste
 def test_a_grant_is_to_whom_all_its_selectors_match(to: dict[str, object], *, matches: bool) -> None:
     """One that names nobody is to nobody."""
     grant = Grant("g", to, ("kms:*",), ("*",))
-    assert grant.is_to(peer()) is matches
+    assert grant.matches_caller(peer()) is matches
 
 
 def test_evidence_that_cannot_be_had_matches_nothing() -> None:
@@ -58,7 +58,7 @@ def test_evidence_that_cannot_be_had_matches_nothing() -> None:
     nobody = peer(uid=None, gids=frozenset())
     for selector in ("uid", "user", "gid", "group"):
         for value in (None, -1, 0, 65_534):
-            assert not Grant("g", {selector: value}, ("kms:*",), ("*",)).is_to(nobody)
+            assert not Grant("g", {selector: value}, ("kms:*",), ("*",)).matches_caller(nobody)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) 
 
 def test_names_of_keys_that_are_not_there_are_not_remembered() -> None:
     """Whoever connects makes them up: a name of 512 characters can take two kilobytes."""
-    granted = Granted((Grant("g", {"uid": 1}, ("kms:*",), ("alias/a*",)),))
+    granted = CallerGrants((Grant("g", {"uid": 1}, ("kms:*",), ("alias/a*",)),))
     assert may_name(granted.grants, "kms:Decrypt", ["alias/ab"])
     tracemalloc.start()
     try:
@@ -321,7 +321,7 @@ def test_grants_are_found_by_names_and_prefixes_as_if_each_had_been_looked_at(
     grants = tuple(Grant(str(place), {"uid": 1}, (action,), tuple(keys)) for place, (keys, action) in enumerate(made))
     for action in ("kms:Encrypt", "kms:Decrypt"):
         each = tuple(grant for grant in grants if grant.has_action(action) and grant.has_key(names))
-        assert Granted(grants).covering(action, "key", lambda: names) == each
+        assert CallerGrants(grants).covering(action, "key", lambda: names) == each
 
 
 def test_what_a_policy_remembers_of_callers_is_bounded() -> None:

@@ -20,9 +20,9 @@ from support.manager import Manager
 from keyferry import Client
 from keyferry.protocol import wire
 from keyferry.secret import SecretMemory
-from keyferry_agent.daemon.systemd import Given, Host
+from keyferry_agent.daemon.systemd import InheritedDescriptors, ServiceManager
 from keyferry_agent.daemon.systemd_watchdog import feed
-from keyferry_agent.keyring.fdstore import Keeper
+from keyferry_agent.keyring.fdstore import KeyringPersister
 from keyferry_agent.keyring.keyring import development_keyring
 
 
@@ -107,7 +107,7 @@ def test_descriptors_that_are_meant_for_another_process_are_left_alone(monkeypat
     """A child that inherited the variables is not who was meant."""
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
-    assert not Given.take().named
+    assert not InheritedDescriptors.take().named
     assert "LISTEN_FDS" not in os.environ
 
 
@@ -138,10 +138,10 @@ def test_no_child_is_told_where_the_manager_is(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("NOTIFY_SOCKET", "@somewhere")
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    assert Host.take().watchdog == 3
+    assert ServiceManager.take().watchdog == 3
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & os.environ.keys()
-    assert Host({"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}).watchdog == 0
-    Host({"NOTIFY_SOCKET": "/nowhere/at/all"}).ready("a manager that is gone harms nobody")
+    assert ServiceManager({"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}).watchdog == 0
+    ServiceManager({"NOTIFY_SOCKET": "/nowhere/at/all"}).ready("a manager that is gone harms nobody")
 
 
 # --- the watchdog -----------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ async def test_an_agent_that_answers_nothing_or_refuses_its_own_request_feeds_no
 ) -> None:
     """It turns, and still is not alive."""
 
-    class Fed(Host):
+    class Fed(ServiceManager):
         fed = 0
 
         def alive(self, _status: str) -> None:
@@ -286,7 +286,7 @@ def test_kept_keys_that_are_not_whole_are_not_used(damage: str) -> None:
         return True
 
     keyring = development_keyring(backing="auto", require=False)
-    keeper = Keeper(store, lambda _name: None)
+    keeper = KeyringPersister(store, lambda _name: None)
     memory = keyring.memory
     keeper.share(memory_like(memory.size))
     assert keeper.keep(keyring, None)
@@ -302,7 +302,7 @@ def test_kept_keys_that_are_not_whole_are_not_used(damage: str) -> None:
         os.close(given["keyring-1-description"])
         given["keyring-1-description"] = os.memfd_create("other")
         os.write(given["keyring-1-description"], text)
-    assert Keeper(store, lambda _name: None).restore(given.items()) is None
+    assert KeyringPersister(store, lambda _name: None).restore(given.items()) is None
     for descriptor in stored.values():
         os.close(descriptor)
 

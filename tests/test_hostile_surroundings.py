@@ -31,10 +31,10 @@ from keyferry_agent.config.options import Options
 from keyferry_agent.config.settings import Audit, Settings
 from keyferry_agent.daemon import reload
 from keyferry_agent.daemon.reload import Reloader
-from keyferry_agent.daemon.systemd import Host
+from keyferry_agent.daemon.systemd import ServiceManager
 from keyferry_agent.keyring.keyring import development_keyring
 from keyferry_agent.peer import Process, evidence
-from keyferry_agent.state import Agent
+from keyferry_agent.state import ServerState
 
 DESCRIBE = ("DescribeKey", {"KeyId": "alias/a"})
 
@@ -288,8 +288,8 @@ async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
     monkeypatch.setattr(reload, "_in_thread", in_thread)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
     settings = Settings(memory="prefer")
-    agent = Agent(settings, development_keyring(backing="auto", require=False))
-    reloader = Reloader(options, agent, AuditLog(Audit(str(tmp_path / "record"))), {}, Host(), None)
+    agent = ServerState(settings, development_keyring(backing="auto", require=False))
+    reloader = Reloader(options, agent, AuditLog(Audit(str(tmp_path / "record"))), {}, ServiceManager(), None)
     with structlog.testing.capture_logs() as logged:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reloader.run)

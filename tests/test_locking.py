@@ -17,7 +17,7 @@ from keyferry_agent.config.settings import Listener
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.locking import Lock, LockError, lock_file_of
-from keyferry_agent.server.unix_sockets import ListeningError, open_all
+from keyferry_agent.server.unix_sockets import ListeningError, open_listeners
 
 HOLD = """
 import fcntl, os, sys
@@ -155,7 +155,7 @@ def test_a_listener_whose_queue_is_full_is_alive(socket_path: Path) -> None:
         listening.listen(0)
         waiting.connect(str(socket_path))
         with pytest.raises(ListeningError, match="another agent is serving there"):
-            open_all([Listener("default", socket_path)], [])
+            open_listeners([Listener("default", socket_path)], [])
     assert socket_path.is_socket()
 
 

@@ -17,13 +17,13 @@ from keyferry_agent.audit import AuditLog
 from keyferry_agent.config.options import Options
 from keyferry_agent.config.settings import Settings
 from keyferry_agent.daemon import reload
-from keyferry_agent.daemon.reload import Looks, Reloader
-from keyferry_agent.daemon.systemd import Host
-from keyferry_agent.state import Agent
+from keyferry_agent.daemon.reload import FileStats, Reloader
+from keyferry_agent.daemon.systemd import ServiceManager
+from keyferry_agent.state import ServerState
 
 
 @pytest.fixture
-def agent() -> Agent:
+def agent() -> ServerState:
     """An agent's state, in this process, that grants everything to this user."""
     return new_agent()
 
@@ -34,12 +34,12 @@ def audit(tmp_path: Path) -> AuditLog:
     return new_audit_log(tmp_path)
 
 
-def names_of_grants(agent: Agent) -> list[str]:
+def names_of_grants(agent: ServerState) -> list[str]:
     """Return the names of the grants that an agent decides by."""
     return [grant.name for grant in agent.settings.grants]
 
 
-def adoption(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> trio.Event:
+def adoption(agent: ServerState, monkeypatch: pytest.MonkeyPatch) -> trio.Event:
     """Return an event that is set when the agent has adopted new settings."""
     adopted, adopt = trio.Event(), agent.adopt
 
@@ -52,7 +52,7 @@ def adoption(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> trio.Event:
 
 
 async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
-    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+    agent: ServerState, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
     """It is said once; what was asked for meanwhile is done then."""
     real = trio.to_thread.run_sync
@@ -65,7 +65,7 @@ async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
         return await real(*arguments, **more)
 
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
-    reloader = Reloader(options, agent, audit, {}, Host(), None)
+    reloader = Reloader(options, agent, audit, {}, ServiceManager(), None)
     adopted = adoption(agent, monkeypatch)
     with structlog.testing.capture_logs() as logged:
         monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
@@ -79,7 +79,7 @@ async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
 
 
 async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
-    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+    agent: ServerState, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
     """The reason may have passed. It is said once, and again when it is another."""
     reasons = ["no descriptor", "no descriptor", "no descriptor", "no memory"]
@@ -94,7 +94,7 @@ async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
 
     monkeypatch.setattr(Options, "settings", settings)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
-    reloader = Reloader(options, agent, audit, {}, Host(), None)
+    reloader = Reloader(options, agent, audit, {}, ServiceManager(), None)
     adopted = adoption(agent, monkeypatch)
     with structlog.testing.capture_logs() as logged:
         async with trio.open_nursery() as nursery:
@@ -110,7 +110,7 @@ async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
 
 
 async def test_nothing_is_tried_again_while_a_file_is_being_written(
-    agent: Agent, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
+    agent: ServerState, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
     """Half of a configuration may be a whole one, with fewer grants."""
     tried: list[float] = []
@@ -130,7 +130,7 @@ async def test_nothing_is_tried_again_while_a_file_is_being_written(
     monkeypatch.setattr(Options, "settings", settings)
     monkeypatch.setattr(reload, "look", look)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
-    reloader = Reloader(options, agent, audit, {path: (0,)}, Host(), None)
+    reloader = Reloader(options, agent, audit, {path: (0,)}, ServiceManager(), None)
     adopted = adoption(agent, monkeypatch)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(reloader.run)
@@ -153,7 +153,7 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
     config.write_text(configuration(keyring))
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
-    agent = Agent(settings, options.load_keyring(settings))
+    agent = ServerState(settings, options.load_keyring(settings))
     seen = reload.look([config, keyring])
     real, is_first = getattr(Options, read), iter([True])
 
@@ -170,7 +170,7 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
     monkeypatch.setattr(reload, "_LOOK_EVERY", 0.01)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
-            reloader = Reloader(options, agent, audit, seen, Host(), None)
+            reloader = Reloader(options, agent, audit, seen, ServiceManager(), None)
             reloader.ask()
             nursery.start_soon(reloader.run)
             for generation in (1, 2):
@@ -190,17 +190,17 @@ async def test_files_that_do_not_change_are_read_once(
     config.write_text(configuration(keyring))
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
-    agent = Agent(settings, options.load_keyring(settings))
+    agent = ServerState(settings, options.load_keyring(settings))
     looks, look, seen_often = 0, reload.look, trio.Event()
 
-    def counted(paths: Sequence[Path]) -> Looks:
+    def counted(paths: Sequence[Path]) -> FileStats:
         nonlocal looks
         looks += 1
         if looks == 20:
             trio.from_thread.run_sync(seen_often.set)
         return look(paths)
 
-    reloader = Reloader(options, agent, audit, look([config, keyring]), Host(), None)
+    reloader = Reloader(options, agent, audit, look([config, keyring]), ServiceManager(), None)
     monkeypatch.setattr(reload, "look", counted)
     monkeypatch.setattr(reload, "_LOOK_EVERY", 0.001)
     with trio.fail_after(PATIENCE):

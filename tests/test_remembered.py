@@ -23,9 +23,9 @@ from keyferry_agent.keyring import document, keyring
 from keyferry_agent.keyring.document import Document, KeyEntry, iso
 from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.peer import Peer
-from keyferry_agent.server.dispatch import Answering, Decided, Service, SlowJob
+from keyferry_agent.server.dispatch import CompletedRequest, Dispatcher, OffloadedJob, ServerContext
 from keyferry_agent.server.rate_limit import Rate
-from keyferry_agent.state import Agent, Audited, Caller
+from keyferry_agent.state import AuditEntry, Caller, ServerState
 
 DATE = datetime(2026, 12, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -55,7 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
 
 
 @pytest.fixture
-def agent() -> Agent:
+def agent() -> ServerState:
     """Return an agent whose keys end at DATE, although they are enabled until then."""
     agent = new_agent()
     keys = (replace(key, delete_date=iso(DATE)) for key in agent.keyring.keys.values())
@@ -66,25 +66,25 @@ def agent() -> Agent:
 class Asking:
     """One caller of an agent, whose requests come as bytes."""
 
-    def __init__(self, agent: Agent, folder: Path, peer: Peer = ME) -> None:
+    def __init__(self, agent: ServerState, folder: Path, peer: Peer = ME) -> None:
         self.agent = agent
         self.caller = Caller(peer)
-        self.answering = Answering(Service(agent, new_audit_log(folder), Rate(0), Rate(0)), self.caller)
+        self.answering = Dispatcher(ServerContext(agent, new_audit_log(folder), Rate(0), Rate(0)), self.caller)
         self._decoder = wire.Decoder(recall=self.answering.recall)
 
     def decide(self, method: str, params: dict[str, Any]) -> tuple[Any, Any]:
         """Return the message that a request came as, and what was decided."""
         self._decoder.feed(wire.encode_request(1, method, params))
         (message,) = self._decoder.messages()
-        assert isinstance(message, wire.Request | wire.Recalled)
+        assert isinstance(message, wire.Request | wire.CachedRequest)
         return message, self.answering.decide(message)
 
-    def remembered(self, method: str, params: dict[str, Any]) -> wire.Recalled:
+    def remembered(self, method: str, params: dict[str, Any]) -> wire.CachedRequest:
         """Ask until the request is recalled."""
         for _ in range(2):
             self.decide(method, params)
         message, _ = self.decide(method, params)
-        assert isinstance(message, wire.Recalled)
+        assert isinstance(message, wire.CachedRequest)
         return message
 
     def code(self, method: str, params: dict[str, Any]) -> str:
@@ -96,12 +96,16 @@ class Asking:
 
 def code_of(decided: Any) -> str:
     """Return the code of an outcome, or OK."""
-    assert not isinstance(decided, SlowJob)
-    return decided.outcome.code if isinstance(decided, Decided) and isinstance(decided.outcome, KmsError) else "OK"
+    assert not isinstance(decided, OffloadedJob)
+    return (
+        decided.outcome.code
+        if isinstance(decided, CompletedRequest) and isinstance(decided.outcome, KmsError)
+        else "OK"
+    )
 
 
 @pytest.fixture
-def asking(agent: Agent, tmp_path: Path, clock: type[Clock]) -> Asking:
+def asking(agent: ServerState, tmp_path: Path, clock: type[Clock]) -> Asking:
     """Return a caller to whom everything is granted."""
     return Asking(agent, tmp_path)
 
@@ -138,7 +142,7 @@ def test_an_offloaded_job_holds_until_its_keys_date(asking: Asking, clock: type[
     blob = asking.decide("Encrypt", GENERATE | {"Plaintext": encode_base64(bytes(32))})[1].outcome.ciphertext_blob
     params = SM2.params | (GENERATE if method.startswith("Generate") else {"CiphertextBlob": blob})
     _, slow = asking.decide(method, params | {"EncryptionContext": CONTEXT})
-    assert isinstance(slow, SlowJob)
+    assert isinstance(slow, OffloadedJob)
     clock.present = DATE - SECOND
     assert asking.answering.holds(slow)
     clock.present = DATE
@@ -147,13 +151,13 @@ def test_an_offloaded_job_holds_until_its_keys_date(asking: Asking, clock: type[
     assert code_of(asking.answering.decide_anew(slow)) == gone
 
 
-def less(agent: Agent) -> None:
+def less(agent: ServerState) -> None:
     """Take a grant away."""
     grant = Grant("less", {"uid": os.geteuid()}, ("kms:Decrypt",), ("*",))
     agent.adopt(replace(agent.settings, grants=(grant,)), agent.keyring)
 
 
-def disabled(agent: Agent) -> None:
+def disabled(agent: ServerState) -> None:
     """Disable all keys, in another keyring."""
     keys = (replace(key, stored_state="Disabled") for key in agent.keyring.keys.values())
     agent.adopt(agent.settings, Keyring(keys, agent.keyring.memory, agent.keyring.check))
@@ -164,14 +168,14 @@ def disabled(agent: Agent) -> None:
 )
 @pytest.mark.parametrize("where", ["before the recall", "after the recall", "before a thread"])
 def test_a_reload_ends_what_was_decided_before(
-    asking: Asking, change: Callable[[Agent], None], code: str, where: str
+    asking: Asking, change: Callable[[ServerState], None], code: str, where: str
 ) -> None:
     """At each place where a decision waits."""
     method = "GenerateAndExportDataKey"
     recalled = asking.remembered(method, GENERATE | RSA.params)
     _, slow = asking.decide(method, GENERATE | SM2.params)
     change(asking.agent)
-    assert not asking.agent.repeats
+    assert not asking.agent.decision_cache
     if where == "before the recall":
         assert asking.code(method, GENERATE | RSA.params) == code
     elif where == "after the recall":
@@ -212,7 +216,7 @@ def test_callers_with_the_same_grants_share_what_was_decided(asking: Asking, tmp
     method, params = REPEATABLE[0]
     asking.remembered(method, params)
     message, decided = Asking(asking.agent, tmp_path, ME._replace(pid=2)).decide(method, params)
-    assert isinstance(message, wire.Recalled)
+    assert isinstance(message, wire.CachedRequest)
     assert code_of(decided) == "OK"
 
 
@@ -220,19 +224,19 @@ def test_the_keys_that_grants_cover_end_with_their_date(asking: Asking, clock: t
     """Also where the keys of a caller were looked through before."""
     caller = asking.caller
     caller.refresh(asking.agent.policy)
-    assert len(caller.covered(asking.agent).keys) == 2
+    assert len(caller.visible_keys(asking.agent).keys) == 2
     clock.present = DATE
-    assert caller.covered(asking.agent) == ((), ())
+    assert caller.visible_keys(asking.agent) == ((), ())
     disabled(asking.agent)
     clock.present = DATE - SECOND
     caller.refresh(asking.agent.policy)
-    assert {key.stored_state for key in caller.covered(asking.agent).keys} == {"Disabled"}
+    assert {key.stored_state for key in caller.visible_keys(asking.agent).keys} == {"Disabled"}
 
 
 # The second of the date itself
 
 
-def test_a_key_is_deleted_in_the_second_of_its_date(agent: Agent, clock: type[Clock]) -> None:
+def test_a_key_is_deleted_in_the_second_of_its_date(agent: ServerState, clock: type[Clock]) -> None:
     """Not a second later, and not a microsecond before."""
     (key, *_) = agent.keyring.keys.values()
     states = []
@@ -273,5 +277,5 @@ def test_counters_tell_refused_requests_from_all(asking: Asking) -> None:
 def test_handlers_decide_without_counting(asking: Asking) -> None:
     """A decision is no answer."""
     asking.caller.refresh(asking.agent.policy)
-    handlers.prepare(asking.agent, asking.caller, "DescribeKey", {"KeyId": "alias/dev"}, Audited("id", 0.0))
+    handlers.prepare(asking.agent, asking.caller, "DescribeKey", {"KeyId": "alias/dev"}, AuditEntry("id", 0.0))
     assert asking.agent.counters.requests_total == 0

@@ -12,7 +12,7 @@ from support.keyring import change, configuration, serving
 from support.keys import recipient
 
 from keyferry.ciphertext import ciphertext_hash
-from keyferry_agent.authz.decision_cache import Repeats
+from keyferry_agent.authz.decision_cache import DecisionCache
 
 GENERATE: dict[str, Any] = {
     "KeyId": "alias/a",
@@ -25,33 +25,33 @@ THRICE = 3
 
 
 def test_what_came_once_is_not_kept_and_what_came_twice_is() -> None:
-    repeats: Repeats[str] = Repeats()
-    repeats.remember("who", b"request", "decided")
-    assert repeats.recall("who", b"request") is None
-    repeats.remember("who", b"request", "decided")
-    assert repeats.recall("who", b"request") == "decided"
-    assert repeats.recall("somebody else", b"request") is None
-    assert repeats.recall("who", b"another") is None
-    repeats.clear()
-    assert repeats.recall("who", b"request") is None
-    assert len(repeats) == 0
+    decision_cache: DecisionCache[str] = DecisionCache()
+    decision_cache.remember("who", b"request", "decided")
+    assert decision_cache.recall("who", b"request") is None
+    decision_cache.remember("who", b"request", "decided")
+    assert decision_cache.recall("who", b"request") == "decided"
+    assert decision_cache.recall("somebody else", b"request") is None
+    assert decision_cache.recall("who", b"another") is None
+    decision_cache.clear()
+    assert decision_cache.recall("who", b"request") is None
+    assert len(decision_cache) == 0
 
 
 def test_memory_for_what_is_kept_is_bounded() -> None:
     """By the requests' size as well as by their number."""
-    repeats: Repeats[int] = Repeats()
+    decision_cache: DecisionCache[int] = DecisionCache()
     most = 0
     for number in range(20_000):
         for _ in range(2):
-            repeats.remember("who", number.to_bytes(4, "big") * 100, number)
-        most = max(most, len(repeats))
+            decision_cache.remember("who", number.to_bytes(4, "big") * 100, number)
+        most = max(most, len(decision_cache))
     assert 15_000 < most < 18_000
-    assert repeats.recall("who", number.to_bytes(4, "big") * 100) == number
+    assert decision_cache.recall("who", number.to_bytes(4, "big") * 100) == number
     for _ in range(THRICE):
-        repeats.remember("who", bytes(4_096), 1)
-        repeats.remember("who", bytes(4_097), 0)
-    assert repeats.recall("who", bytes(4_096)) == 1
-    assert repeats.recall("who", bytes(4_097)) is None
+        decision_cache.remember("who", bytes(4_096), 1)
+        decision_cache.remember("who", bytes(4_097), 0)
+    assert decision_cache.recall("who", bytes(4_096)) == 1
+    assert decision_cache.recall("who", bytes(4_097)) is None
 
 
 def codes(connection: RawConnection, operation: str = "GenerateAndExportDataKey", params: Any = None) -> list[str]:

@@ -24,7 +24,7 @@ from keyferry_agent.keyring.keyring import build, room_for
 from keyferry_agent.keyring.loader import describe
 from keyferry_agent.keyring.sealing import new_identity
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import Agent, Audited, Caller
+from keyferry_agent.state import AuditEntry, Caller, ServerState
 
 KEYS, VERSIONS = 10_000, 5
 RSA = recipient("RSAES_OAEP_SHA_256")
@@ -63,17 +63,17 @@ def test_a_large_keyring_is_served_with_little_more_locked_memory_than_its_bytes
     assert material <= int(locked[1]) * 1024 <= 1.02 * material + scratch + 2 * 4096
 
 
-def agent_with(keys: int) -> tuple[Agent, Caller]:
+def agent_with(keys: int) -> tuple[ServerState, Caller]:
     """An agent without a socket, and a caller who may do everything."""
     settings = Settings(memory="prefer", grants=(Grant("all", {"uid": 1}, ("kms:*",), ("*",)),))
     made = describe(document(keys, []))
-    agent = Agent(settings, build(made, fill_random, SecretMemory(room_for(made), require=False)))
+    agent = ServerState(settings, build(made, fill_random, SecretMemory(room_for(made), require=False)))
     caller = Caller(Peer(uid=1, gids=frozenset(), pid=1, listener="default"))
     caller.refresh(agent.policy)
     return agent, caller
 
 
-def work(agent: Agent, caller: Caller, name: str, params: dict[str, Any]) -> int:
+def work(agent: ServerState, caller: Caller, name: str, params: dict[str, Any]) -> int:
     """How many calls of functions one request takes."""
     count = 0
 
@@ -82,7 +82,7 @@ def work(agent: Agent, caller: Caller, name: str, params: dict[str, Any]) -> int
         count += event in ("call", "c_call")
 
     def ask() -> None:
-        handlers.prepare(agent, caller, name, params, Audited("id", time.monotonic())).run()
+        handlers.prepare(agent, caller, name, params, AuditEntry("id", time.monotonic())).run()
 
     ask()  # what is remembered is remembered now
     sys.setprofile(profile)
@@ -94,7 +94,7 @@ def work(agent: Agent, caller: Caller, name: str, params: dict[str, Any]) -> int
 
 
 @pytest.fixture(scope="module")
-def small_and_large() -> list[tuple[Agent, Caller]]:
+def small_and_large() -> list[tuple[ServerState, Caller]]:
     """The same agent with 10 keys and with 10,000."""
     return [agent_with(10), agent_with(KEYS)]
 
@@ -118,7 +118,7 @@ def small_and_large() -> list[tuple[Agent, Caller]]:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_request_takes_as_many_steps_with_10000_keys_as_with_10(
-    small_and_large: list[tuple[Agent, Caller]], name: str, params: dict[str, Any]
+    small_and_large: list[tuple[ServerState, Caller]], name: str, params: dict[str, Any]
 ) -> None:
     """Nothing is looked through."""
     steps = []
@@ -126,7 +126,7 @@ def test_a_request_takes_as_many_steps_with_10000_keys_as_with_10(
         asked = dict(params)
         if name in ("Decrypt", "ExportDataKey", "ReEncrypt"):
             sealing = {"KeyId": "alias/k8", "Plaintext": "AAAA"}
-            audited = Audited("id", time.monotonic())
+            audited = AuditEntry("id", time.monotonic())
             asked["CiphertextBlob"] = handlers.prepare(agent, caller, "Encrypt", sealing, audited).run().ciphertext_blob
         steps.append(work(agent, caller, name, asked))
     assert steps[0] == steps[1] > 10

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from soak.checking import check_record, open_all
+from soak.checking import check_record, open_listeners
 from soak.figures import Sample, compare, not_flat, table
 from soak.journal import Answer, Journal, Made, Wrong, digest, read
 from soak.mix import Mix
@@ -16,7 +16,7 @@ from keyferry.parameters import encode_base64
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import Audited
+from keyferry_agent.state import AuditEntry
 
 TEXT = b"what it was made of"
 
@@ -62,7 +62,7 @@ def test_a_ciphertext_that_does_not_open_to_what_it_was_made_of_is_found(
         made = Made(sealed.ciphertext_blob, {"n": "1"}, digest(TEXT), sealed.key_id, sealed.key_version_id)
         journal.write(made)
         journal.write(made._replace(**change))
-        opened = open_all(kms, [notes], checks)
+        opened = open_listeners(kms, [notes], checks)
     assert opened.tried == 2
     assert bool(opened.wrong) == bool(wrong)
     assert all(wrong in each or "Invalid" in each for each in opened.wrong)
@@ -75,7 +75,7 @@ def test_an_answer_without_a_line_and_a_line_without_an_answer_are_found(tmp_pat
     audit = AuditLog(Audit(str(record)))
     for number, pid in enumerate((1, 1, 2, 1)):
         peer = Peer(uid=1, gids=frozenset(), pid=pid, listener="default")
-        audit.record(peer, [(Audited(f"id{number}", 0.0, "Decrypt"), "OK")])
+        audit.record(peer, [(AuditEntry(f"id{number}", 0.0, "Decrypt"), "OK")])
     lines = record.read_text().splitlines()
     noted(notes, "id0", "id3")
     assert check_record([record], [notes], {2}, [lines[1]]) == (4, 2, 2, [])

@@ -100,7 +100,7 @@ def test_a_socket_opens_to_others_with_its_mode_only(
     monkeypatch.setattr(os, "chmod", watched)
     mask = os.umask(0)
     try:
-        (made,) = unix_sockets.open_all([Listener(path=socket_path, mode=mode)], [])
+        (made,) = unix_sockets.open_listeners([Listener(path=socket_path, mode=mode)], [])
         assert os.umask(0) == 0  # as it was
     finally:
         os.umask(mask)
@@ -169,8 +169,8 @@ def test_a_listener_that_cannot_be_had_leaves_none_of_them(tmp_path: Path) -> No
 def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     """By the system's own reason."""
     with pytest.raises(unix_sockets.ListeningError, match="too long"):
-        unix_sockets.open_all([Listener(path=tmp_path / ("x" * 200))], [])
-    (made,) = unix_sockets.open_all([Listener(path=tmp_path / "sock")], [])
+        unix_sockets.open_listeners([Listener(path=tmp_path / ("x" * 200))], [])
+    (made,) = unix_sockets.open_listeners([Listener(path=tmp_path / "sock")], [])
     assert not made.lost()
     (tmp_path / "sock").unlink()
     assert made.lost()
@@ -194,7 +194,7 @@ def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
 
     monkeypatch.setattr(Path, "lstat", lstat)
     with pytest.raises(unix_sockets.ListeningError, match="second: Permission denied"):
-        unix_sockets.open_all([Listener("first", first), Listener("second", second)], [])
+        unix_sockets.open_listeners([Listener("first", first), Listener("second", second)], [])
     monkeypatch.undo()
     assert not first.exists()
     assert not second.exists()

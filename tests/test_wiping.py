@@ -15,7 +15,7 @@ from support.scan import aes_round_keys
 from keyferry import age_passphrase, libcrypto, new_files
 from keyferry.module import ModuleError, SoftwareModule
 from keyferry.protocol import wire
-from keyferry.protocol.msgpack_scanner import Walk
+from keyferry.protocol.msgpack_scanner import HeaderScanner
 from keyferry_agent.crypto import ciphertext_blob
 
 PASSPHRASE = "correct horse battery"
@@ -187,8 +187,8 @@ def test_a_file_that_is_not_a_module_is_wiped(tmp_path: Path, ders: list[bytearr
 # Messages
 
 
-@pytest.mark.parametrize("walk", [None, Walk(wire.MAX_ARRAY)], ids=["whole", "in pieces"])
-def test_a_decoded_message_is_zeros_in_the_buffer(walk: Walk | None) -> None:
+@pytest.mark.parametrize("walk", [None, HeaderScanner(wire.MAX_ARRAY)], ids=["whole", "in pieces"])
+def test_a_decoded_message_is_zeros_in_the_buffer(walk: HeaderScanner | None) -> None:
     """An answer may hold a plaintext. The buffer is not moved, because another message has begun behind it."""
     message = wire.encode_response(1, None, {"Plaintext": "secret" * 20})
     behind = wire.encode_response(2, None, {"Plaintext": "x" * 2_000})[:-1]

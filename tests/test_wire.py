@@ -104,7 +104,7 @@ def test_a_request_that_was_seen_before_is_recalled_by_its_bytes_however_they_ar
                 known[message.tail] = message.method
                 got.append((message.msgid, message.method))
             else:
-                assert isinstance(message, wire.Recalled)
+                assert isinstance(message, wire.CachedRequest)
                 got.append((message.msgid, message.what))
     assert got == asked
 
@@ -167,15 +167,15 @@ def test_what_is_no_message_is_refused_with_the_reason(data: bytes, why: str) ->
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"\x94\0\x05\x2a\x91\x80", wire.Unservable(5, "the method is not a string")),
-        (b"\x94\0\x05\xa1x\x80", wire.Unservable(5, "the parameters are not an array of one map", "x")),
-        (b"\x94\0\x05\xa1x\x90", wire.Unservable(5, "the parameters are not an array of one map", "x")),
-        (b"\x94\0\x05\xa1x\x91\xc0", wire.Unservable(5, "the parameters are not an array of one map", "x")),
-        (b"\x94\0\x05\xa1x\x92\x80\x80", wire.Unservable(5, "the parameters are not an array of one map", "x")),
-        (b"\x93\0\x05\xa1x", wire.Unservable(5, "a request is an array of four: [0, msgid, method, [params]]")),
-        (b"\x94\x09\x05\xa1x\x90", wire.Unservable(5, "a request begins with 0: [0, msgid, method, [params]]")),
-        (b"\x94\xc2\x05\xa1x\x90", wire.Unservable(5, "a request begins with 0: [0, msgid, method, [params]]")),
-        (b"\x94\x01\x05\xc0\xc0", wire.Unservable(5, "a request begins with 0: [0, msgid, method, [params]]")),
+        (b"\x94\0\x05\x2a\x91\x80", wire.InvalidRequest(5, "the method is not a string")),
+        (b"\x94\0\x05\xa1x\x80", wire.InvalidRequest(5, "the parameters are not an array of one map", "x")),
+        (b"\x94\0\x05\xa1x\x90", wire.InvalidRequest(5, "the parameters are not an array of one map", "x")),
+        (b"\x94\0\x05\xa1x\x91\xc0", wire.InvalidRequest(5, "the parameters are not an array of one map", "x")),
+        (b"\x94\0\x05\xa1x\x92\x80\x80", wire.InvalidRequest(5, "the parameters are not an array of one map", "x")),
+        (b"\x93\0\x05\xa1x", wire.InvalidRequest(5, "a request is an array of four: [0, msgid, method, [params]]")),
+        (b"\x94\x09\x05\xa1x\x90", wire.InvalidRequest(5, "a request begins with 0: [0, msgid, method, [params]]")),
+        (b"\x94\xc2\x05\xa1x\x90", wire.InvalidRequest(5, "a request begins with 0: [0, msgid, method, [params]]")),
+        (b"\x94\x01\x05\xc0\xc0", wire.InvalidRequest(5, "a request begins with 0: [0, msgid, method, [params]]")),
         (b"\x94\x01\x05\x80\xc0", wire.Response(5, {}, None)),
         (b"\x94\x01\xc0\x80\xc0", wire.Response(None, {}, None)),
         (b"\x93\x02\xa1x\x90", wire.Notification()),

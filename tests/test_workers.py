@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import pytest
 import trio
 
-from keyferry_agent.server.readiness import Arrivals
-from keyferry_agent.server.thread_pool import Workers
+from keyferry_agent.server.readiness import ReadinessPoller
+from keyferry_agent.server.thread_pool import FairThreadPool
 
 
-async def results(made: Workers, jobs: int) -> list[object]:
+async def results(made: FairThreadPool, jobs: int) -> list[object]:
     """What so many jobs gave, in the order in which they came back."""
     got: list[object] = []
     every = trio.Event()
@@ -32,7 +32,7 @@ async def results(made: Workers, jobs: int) -> list[object]:
 
 async def test_each_job_gives_what_it_gave_or_what_it_raised() -> None:
     """In the event loop."""
-    made = Workers(3)
+    made = FairThreadPool(3)
     got = await results(made, 30)
     numbers = [each for each in got if isinstance(each, int)]
     assert sorted(numbers) == [number for number in range(30) if number % 3 != 1]
@@ -42,7 +42,7 @@ async def test_each_job_gives_what_it_gave_or_what_it_raised() -> None:
 
 async def test_users_are_served_in_turn() -> None:
     """Nobody's job waits for all that another has asked for; a few of them may be in the threads' hands already."""
-    made, ended, every = Workers(1), list[str](), trio.Event()
+    made, ended, every = FairThreadPool(1), list[str](), trio.Event()
 
     def ask(user: str) -> None:
         def done(_result: object, _error: Exception | None) -> None:
@@ -64,7 +64,7 @@ async def test_users_are_served_in_turn() -> None:
 async def test_no_more_threads_than_that_are_made() -> None:
     """And those only when there is something to do."""
     before = threading.active_count()
-    made = Workers(2)
+    made = FairThreadPool(2)
     assert threading.active_count() == before
     await results(made, 20)
     assert before < threading.active_count() <= before + 2
@@ -72,7 +72,7 @@ async def test_no_more_threads_than_that_are_made() -> None:
 
 async def test_with_one_thread_jobs_are_done_although_no_other_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is none at all, whoever asks is told."""
-    made = Workers(4)
+    made = FairThreadPool(4)
     await results(made, 1)
 
     def refused(_thread: threading.Thread) -> None:
@@ -81,15 +81,15 @@ async def test_with_one_thread_jobs_are_done_although_no_other_can_be_had(monkey
     monkeypatch.setattr(threading.Thread, "start", refused)
     assert len(await results(made, 12)) == 12
     with pytest.raises(RuntimeError, match="thread"):
-        Workers(4).submit("somebody", int, lambda _result, _error: None)
+        FairThreadPool(4).submit("somebody", int, lambda _result, _error: None)
 
 
 @contextmanager
 def two_connections() -> Iterator[
-    tuple[Arrivals, tuple[socket.socket, socket.socket], tuple[socket.socket, socket.socket]]
+    tuple[ReadinessPoller, tuple[socket.socket, socket.socket], tuple[socket.socket, socket.socket]]
 ]:
     """Two connections, each as the agent's end and the client's, and who looks at them."""
-    arrivals, first, second = Arrivals(), socket.socketpair(), socket.socketpair()
+    arrivals, first, second = ReadinessPoller(), socket.socketpair(), socket.socketpair()
     for ours, _ in (first, second):
         arrivals.add(ours.fileno())
     try:
@@ -105,7 +105,7 @@ def test_who_has_sent_its_next_request_is_next() -> None:
     with two_connections() as (arrivals, (ours, theirs), _):
         for _ in range(5):
             theirs.send(b"request")
-            assert arrivals.next_is(ours.fileno())
+            assert arrivals.poll_for_next_request(ours.fileno())
             os.read(ours.fileno(), 100)
 
 
@@ -114,9 +114,9 @@ def test_nobody_is_next_while_another_has_sent_something() -> None:
     with two_connections() as (arrivals, (ours, theirs), (other, others)):
         theirs.send(b"request")
         others.send(b"request")
-        assert not arrivals.next_is(ours.fileno())
+        assert not arrivals.poll_for_next_request(ours.fileno())
         os.read(other.fileno(), 100)
-        looks = [arrivals.next_is(ours.fileno()) for _ in range(100)]
+        looks = [arrivals.poll_for_next_request(ours.fileno()) for _ in range(100)]
         assert not any(looks[:60])
         assert looks[-1]
 
@@ -124,9 +124,9 @@ def test_nobody_is_next_while_another_has_sent_something() -> None:
 def test_who_does_not_ask_on_is_not_waited_for_the_next_times() -> None:
     """The wait itself ends after a moment."""
     with two_connections() as (arrivals, (ours, theirs), _):
-        assert not arrivals.next_is(ours.fileno())
+        assert not arrivals.poll_for_next_request(ours.fileno())
         theirs.send(b"request")
-        looks = [arrivals.next_is(ours.fileno()) for _ in range(20)]
+        looks = [arrivals.poll_for_next_request(ours.fileno()) for _ in range(20)]
         assert not any(looks[:8])
         assert looks[-1]
 
@@ -134,12 +134,12 @@ def test_who_does_not_ask_on_is_not_waited_for_the_next_times() -> None:
 def test_others_wait_when_they_have_sent_something() -> None:
     """Whatever the one that asks has sent itself. Then there is a crowd, for a moment."""
     with two_connections() as (arrivals, (ours, theirs), (other, others)):
-        assert not arrivals.others_wait(ours.fileno())
+        assert not arrivals.others_readable(ours.fileno())
         theirs.send(b"request")
-        assert not arrivals.others_wait(ours.fileno())
-        assert not arrivals.crowd()
+        assert not arrivals.others_readable(ours.fileno())
+        assert not arrivals.contended()
         others.send(b"request")
-        assert arrivals.others_wait(ours.fileno())
-        assert arrivals.crowd()
+        assert arrivals.others_readable(ours.fileno())
+        assert arrivals.contended()
         os.read(other.fileno(), 100)
-        assert not arrivals.others_wait(ours.fileno())
+        assert not arrivals.others_readable(ours.fileno())

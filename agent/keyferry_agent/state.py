@@ -12,26 +12,35 @@ from keyferry.parameters import Parameter
 from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory, whole_pages
 
 from . import health
-from .authz.decision_cache import Repeats
-from .authz.grants import Granted, Policy
+from .authz.decision_cache import DecisionCache
+from .authz.grants import CallerGrants, Policy
 from .config.settings import Settings
 from .keyring.document import now
 from .keyring.keyring import KEPT, Key, Keyring
 from .peer import Peer
 
-__all__ = ["AT_ONCE", "MOST_AT_ONCE", "SLOW_JOBS", "Agent", "Audited", "Caller", "Covered", "locked_memory_needed"]
+__all__ = [
+    "MAX_BATCH",
+    "MAX_BATCH_DATA_KEY_BYTES",
+    "OFFLOAD_THREADS",
+    "AuditEntry",
+    "Caller",
+    "ServerState",
+    "VisibleKeys",
+    "locked_memory_needed",
+]
 
 _SHOWN_OTHERWISE: Final = (health.DRAINING, health.RELOAD_FAILED)
 """Conditions that `status` shows by other words."""
-SLOW_JOBS: Final = 4
+OFFLOAD_THREADS: Final = 4
 """Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
 _REMEMBERED: Final = 64
 """Sets of grants whose keys are remembered: one for each kind of caller."""
-AT_ONCE: Final = 32
+MAX_BATCH: Final = 32
 """Requests of one connection that are done in one go: each turn costs a hand-over to the record, a write, and a look around."""
-MOST_AT_ONCE: Final = SCRATCH_SIZES[0]
+MAX_BATCH_DATA_KEY_BYTES: Final = SCRATCH_SIZES[0]
 """Bytes of a data key of which there may be one for each of them at the same time."""
-_SCRATCH: Final = (1 + SLOW_JOBS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + AT_ONCE * MOST_AT_ONCE
+_SCRATCH: Final = (1 + OFFLOAD_THREADS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + MAX_BATCH * MAX_BATCH_DATA_KEY_BYTES
 """Bytes, 38 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
 
 
@@ -46,7 +55,7 @@ def locked_memory_needed(keyring: int) -> str:
 
 
 @dataclass(slots=True)
-class Audited:
+class AuditEntry:
     """What is to be said of one request, gathered on its way down. Only names and fingerprints: nothing secret."""
 
     request_id: str
@@ -81,9 +90,9 @@ class Audited:
         else:
             self.ciphertext = made
 
-    def again(self, request_id: str, started: float) -> "Audited":
+    def again(self, request_id: str, started: float) -> "AuditEntry":
         """The same, of another request that is equal to this one, before it has made a CiphertextBlob of its own."""
-        return Audited(
+        return AuditEntry(
             request_id,
             started,
             self.operation,
@@ -106,7 +115,7 @@ class Caller:
 
     def __init__(self, peer: Peer) -> None:
         self.peer = peer
-        self.granted = Granted(())
+        self.granted = CallerGrants(())
         self._policy: Policy | None = None
 
     def refresh(self, policy: Policy) -> None:
@@ -119,12 +128,12 @@ class Caller:
         """Take more evidence of the same caller."""
         self.peer, self._policy = peer, None
 
-    def covered(self, agent: "Agent") -> "Covered":
+    def visible_keys(self, agent: "ServerState") -> "VisibleKeys":
         """What some grant to this caller covers."""
-        return agent.covered(self.granted)
+        return agent.visible_keys(self.granted)
 
 
-class Covered(NamedTuple):
+class VisibleKeys(NamedTuple):
     """The keys that a caller has a grant on, in the keyring's order, and their aliases."""
 
     keys: tuple[Key, ...]
@@ -138,7 +147,7 @@ class Covered(NamedTuple):
 
 
 @dataclass
-class Count:
+class RequestCounters:
     """Running totals since the start."""
 
     connections: int = 0
@@ -155,19 +164,19 @@ class Count:
 
 
 @dataclass
-class Agent:
+class ServerState:
     """The state of a running agent. Changes happen synchronously, between two awaits; I/O comes after."""
 
     settings: Settings
     keyring: Keyring
     scratch: SecretMemory = field(init=False)
     policy: Policy = field(init=False)
-    counters: Count = field(default_factory=Count)
+    counters: RequestCounters = field(default_factory=RequestCounters)
     started_at: str = field(default_factory=now)
     draining: bool = False
     generation: int = 0
     """How often settings and keyring were replaced: a decision of an earlier generation holds no longer."""
-    repeats: Repeats[Any] = field(default_factory=Repeats)
+    decision_cache: DecisionCache[Any] = field(default_factory=DecisionCache)
     """What was decided of requests that may come again: it holds on to keys, so it goes with their keyring."""
     reload_failure: str = ""
     """What the last reload did not do, and why, for the operator; empty where it did all."""
@@ -177,7 +186,7 @@ class Agent:
     """Whether the file that opens the keyring is not there."""
     audit_fails: Callable[[], bool] = lambda: False
     """Returns whether the audit log could not be written the last time."""
-    _covered: dict[Granted, Covered] = field(default_factory=dict)
+    _covered: dict[CallerGrants, VisibleKeys] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.policy = Policy(self.settings.grants)
@@ -189,21 +198,21 @@ class Agent:
         self.generation += 1
         self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
-        self.repeats.clear()
+        self.decision_cache.clear()
 
-    def covered(self, granted: Granted) -> Covered:
+    def visible_keys(self, granted: CallerGrants) -> VisibleKeys:
         """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""
         grants = granted.grants
-        covered = self._covered.get(granted)
-        if covered is None:
+        visible_keys = self._covered.get(granted)
+        if visible_keys is None:
             if len(self._covered) >= _REMEMBERED:
                 self._covered.clear()
             keys = self.keyring.keys.values() if grants else ()
-            covered = self._covered[granted] = Covered.of(
+            visible_keys = self._covered[granted] = VisibleKeys.of(
                 key for key in keys if any(grant.has_key(self.names_of_key(key)) for grant in grants)
             )
         gone = self.keyring.gone()
-        return Covered.of(key for key in covered.keys if key.key_id not in gone) if gone else covered
+        return VisibleKeys.of(key for key in visible_keys.keys if key.key_id not in gone) if gone else visible_keys
 
     @property
     def memory_protection(self) -> Protection:

@@ -30,8 +30,8 @@ from .protocol.rpc import (
     Asked,
     Call,
     Chunk,
-    Exchange,
     Pending,
+    RpcSession,
     answered,
     calls,
     default_socket,
@@ -245,7 +245,7 @@ class _Connection:
     """
 
     def __init__(self, stream: UNIXSocketStream, socket: sockets.socket) -> None:
-        self.exchange = Exchange()
+        self.exchange = RpcSession()
         self._socket = socket
         self._stream = stream
         self._sending = anyio.Lock()
@@ -296,7 +296,7 @@ class _Connection:
             self._sending.release()
 
     async def answer(self, pending: Pending) -> None:
-        """Wait for the answer to a request that was sent. Raises ConnectionError, or what `Exchange.receive` raises."""
+        """Wait for the answer to a request that was sent. Raises ConnectionError, or what `RpcSession.receive` raises."""
         await self._until(pending, lambda: pending.response is not None)
 
     async def _until(self, waiter: object, done: Callable[[], bool], unsent: Chunk | None = None) -> None:

@@ -29,7 +29,7 @@ from .protocol.rpc import (
     RECEIVE,
     Asked,
     Call,
-    Exchange,
+    RpcSession,
     answered,
     calls,
     default_socket,
@@ -255,12 +255,12 @@ class Client(Operations, Blocking):
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection, self._under_way = None, Exchange()  # half an answer in it may be a plaintext
+            self._connection, self._under_way = None, RpcSession()  # half an answer in it may be a plaintext
 
     def _forget(self) -> None:
         """Start without a connection: in a new client, and in a child after fork, where the parent owns the old one."""
         self._lock = threading.Lock()
-        self._under_way = Exchange()
+        self._under_way = RpcSession()
 
 
 def _send_some(connection: sockets.socket, data: bytearray | memoryview) -> int:

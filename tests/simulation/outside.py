@@ -23,7 +23,7 @@ from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agen
 from keyferry_agent.keyring import keyring
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.server import thread_pool
-from keyferry_agent.state import SLOW_JOBS
+from keyferry_agent.state import OFFLOAD_THREADS
 
 from . import stock
 from .faults import DAMAGED, DIES, HANGS, NO_MEMORY, SHORT, STOPS
@@ -73,7 +73,7 @@ class Outside:
         self._selftest = selftest.run
         self._random = world.weather.__class__(f"{world.seed}: chance")
         self._weather = world.weather
-        self._slow = trio.CapacityLimiter(SLOW_JOBS)
+        self._slow = trio.CapacityLimiter(OFFLOAD_THREADS)
 
     # --- files -----------------------------------------------------------------------------------------------------
 
@@ -323,7 +323,7 @@ class Outside:
 
     def submit(
         self,
-        threads: thread_pool.Workers,
+        threads: thread_pool.FairThreadPool,
         _user: Hashable,
         job: Callable[[], Any],
         done: Callable[[Any, Exception | None], None],

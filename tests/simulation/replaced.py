@@ -69,7 +69,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (_SocketType, "shutdown", method(outside.shutdown)),
         (trio.socket, "socketpair", outside.socketpair),
         (trio.to_thread, "run_sync", outside.run_sync),
-        (thread_pool.Workers, "submit", method(outside.submit)),
+        (thread_pool.FairThreadPool, "submit", method(outside.submit)),
         (dispatch, "new_request_id", dispatch._request_ids().__next__),
         (readiness, "_AWAKE", 0.0),
         (readiness, "_MOMENT", 0.0),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from keyferry import Client
 
-from .checking import Opened, Recorded, check_record, open_all
+from .checking import Opened, Recorded, check_record, open_listeners
 from .client import PATIENCE
 from .figures import Sample, compare, not_flat, table
 from .host import ACTIONS, Host
@@ -78,7 +78,7 @@ def _check(host: Host) -> tuple[Opened, Recorded]:
     host.settle()
     notes = host.folder / "checks.jsonl"
     with Client(host.socket, timeout=PATIENCE) as kms, Journal(notes) as checks:
-        opened = open_all(kms, host.journals, checks)
+        opened = open_listeners(kms, host.journals, checks)
     host.end()
     return opened, check_record(host.records(), [*host.journals, notes], host.killed, host.cut)
 

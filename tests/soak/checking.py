@@ -13,7 +13,7 @@ from keyferry_agent.chained_log import chain
 
 from .journal import Answer, Journal, Made, digest, read
 
-__all__ = ["Opened", "Recorded", "check_record", "open_all"]
+__all__ = ["Opened", "Recorded", "check_record", "open_listeners"]
 
 _AT_ONCE = 200
 _UNDER_WAY = 256
@@ -27,7 +27,7 @@ class Opened(NamedTuple):
     wrong: list[str]
 
 
-def open_all(kms: Client, journals: Sequence[Path], notes: Journal) -> Opened:
+def open_listeners(kms: Client, journals: Sequence[Path], notes: Journal) -> Opened:
     """Open every ciphertext in journals with its context, and with another one. `notes` gets the answers."""
     count, wrong = 0, list[str]()
     for made in _batches(entry for entry in read([*journals]) if isinstance(entry, Made)):

@@ -7,14 +7,14 @@ from keyferry_agent.audit import AuditLog
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Audit, Settings
 from keyferry_agent.keyring.keyring import development_keyring
-from keyferry_agent.state import Agent
+from keyferry_agent.state import ServerState
 
 
-def new_agent() -> Agent:
+def new_agent() -> ServerState:
     """Return the state of an agent that grants everything to this user, with a keyring for development."""
     everything = Grant("all", {"uid": os.geteuid()}, ("kms:*",), ("*",))
     settings = Settings(memory="prefer", grants=(everything,))
-    return Agent(settings, development_keyring(backing="auto", require=False))
+    return ServerState(settings, development_keyring(backing="auto", require=False))
 
 
 def new_audit_log(folder: Path) -> AuditLog:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from keyferry_agent.authz.grants import Grant, Granted, carrying
+from keyferry_agent.authz.grants import CallerGrants, Grant, carrying
 
 
 def allows(
@@ -14,7 +14,7 @@ def allows(
     context: Mapping[str, str] | None = None,
 ) -> Grant | None:
     """The grant that allows an action on a key with these names, or None."""
-    return carrying(Granted(tuple(grants)).covering(action, "key", lambda: names), pin, context)
+    return carrying(CallerGrants(tuple(grants)).covering(action, "key", lambda: names), pin, context)
 
 
 def may_name(
@@ -26,6 +26,6 @@ def may_name(
     context: Mapping[str, str] | None = None,
 ) -> bool:
     """Whether a caller may learn that a key is missing of which these names are all that is known; None: nothing is."""
-    granted = Granted(tuple(grants))
+    granted = CallerGrants(tuple(grants))
     may = granted.with_action(action) if names is None else granted.would_cover(action, names)
     return carrying(may, pin, context) is not None

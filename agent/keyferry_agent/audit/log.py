@@ -22,9 +22,9 @@ from ..config.settings import Audit
 from ..keyring.keyring import Keyring
 from ..locking import Lock
 from ..peer import Peer
-from ..state import Audited
+from ..state import AuditEntry
 from . import announcements
-from .writer_thread import Hand
+from .writer_thread import WriterThread
 
 __all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
 
@@ -49,7 +49,7 @@ class AuditLog:
     def __init__(self, settings: Audit, lock: Lock | None = None) -> None:
         """Open the file, and keep its lock. Raises OSError."""
         self._path = settings.path
-        self._hand = Hand()
+        self._hand = WriterThread()
         self._file = self._hand.call(RecordFile, settings.path)
         self._lock = lock
         self._named: tuple[tuple[str, tuple[str, ...]], ...] | None = None
@@ -124,7 +124,7 @@ class AuditLog:
         if self._lock is not None:
             self._hand.finish(self._lock.release)
 
-    def record(self, peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended:
+    def record(self, peer: Peer, requests: Sequence[tuple[AuditEntry, str]]) -> Appended:
         """Write a line for each request of a peer, with its outcome; say how many were written, and why not all.
 
         A line that nobody waited for any more may still be written: of a request that was refused because of that.
@@ -160,7 +160,7 @@ def _second(now: int) -> str:
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
-def _line(now: str, caller: str, audited: Audited, outcome: str, program: str = "") -> str:
+def _line(now: str, caller: str, audited: AuditEntry, outcome: str, program: str = "") -> str:
     """All of a line but the hash of the one before it, and what closes it.
 
     By hand, since every request has one: json.dumps takes three times as long for a dictionary of these.
@@ -185,7 +185,7 @@ def _of_outcome(outcome: str) -> str:
 _OUTCOMES: Final = {outcome: _of_outcome(outcome) for outcome in ("OK", *CODES)}
 
 
-def _of_request(audited: Audited) -> str:
+def _of_request(audited: AuditEntry) -> str:
     keys = sorted(audited.context_keys)[:MAX_CONTEXT_KEYS]
     listed = _listed(keys)
     while len(listed) > MAX_CONTEXT_KEYS_BYTES:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-__all__ = ["PATIENCE", "Bell", "Hand"]
+__all__ = ["PATIENCE", "Wakeup", "WriterThread"]
 
 PATIENCE: Final = 2.0
 """Seconds to wait: once. Until what was asked for is done, nobody else waits at all."""
@@ -18,7 +18,7 @@ PATIENCE: Final = 2.0
 T = TypeVar("T")
 
 
-class Bell:
+class Wakeup:
     """Wakes the thread that waits for it, while nobody has Python's lock: whoever wakes goes on at once.
 
     A lock or a queue of Python's wakes a thread that has to wait for that lock then: six switches of threads for two.
@@ -46,7 +46,7 @@ class Bell:
                 continue
 
 
-class Hand:
+class WriterThread:
     """Does one thing at a time, in a thread of its own, for one other thread.
 
     A trio thread would answer through the event loop, which costs more than a write; this one is waited for. What nobody
@@ -56,7 +56,7 @@ class Hand:
     def __init__(self) -> None:
         self._asked: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
         self._done: deque[tuple[Any, BaseException | None]] = deque()
-        self._begin, self._end = Bell(), Bell()
+        self._begin, self._end = Wakeup(), Wakeup()
         self._waited_for = False
         self._late = False
         self._asked_at = 0.0

@@ -8,7 +8,7 @@ keyring; what can change beside these (a key's dates, a quota) is judged each ti
 from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
 
-__all__ = ["Repeats"]
+__all__ = ["DecisionCache"]
 
 _ROOM: Final = 40 * 2**20
 """Bytes of memory for all that is remembered: some 16,000 requests."""
@@ -22,7 +22,7 @@ _ONCE: Final = 16_384
 T = TypeVar("T")
 
 
-class Repeats(Generic[T]):
+class DecisionCache(Generic[T]):
     """What was decided, by whom it is for and the request's bytes. When it is full, it begins anew."""
 
     __slots__ = ("_known", "_once", "_room")

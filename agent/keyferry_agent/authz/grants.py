@@ -23,8 +23,8 @@ __all__ = [
     "PLAINTEXT",
     "PROGRAM",
     "SELECTORS",
+    "CallerGrants",
     "Grant",
-    "Granted",
     "Policy",
     "carrying",
     "places",
@@ -34,7 +34,7 @@ PLAINTEXT: Final = "plaintext"
 """The recipient of a data key that the caller learns or chooses itself. No pin is equal to it."""
 
 _REMEMBERED: Final = 32_768
-"""Keys whose coverage a `Granted` remembers at most; then it begins anew. Each takes some 200 bytes."""
+"""Keys whose coverage a `CallerGrants` remembers at most; then it begins anew. Each takes some 200 bytes."""
 _CALLERS_ROOM: Final = 4 * 2**20
 """Bytes for the evidence of callers that a `Policy` remembers; then it begins anew."""
 _CALLER_BYTES: Final = 600
@@ -98,7 +98,7 @@ class Grant:
         object.__setattr__(self, "_keys", _pattern(wild, part="[^/:]*"))
         object.__setattr__(self, "_actions", _pattern(self.actions, part=".*"))
 
-    def is_to(self, peer: Peer) -> bool:
+    def matches_caller(self, peer: Peer) -> bool:
         """Whether all that `to` names matches this caller. An empty `to` matches no caller."""
         return self.could_be_to(peer) and all(SELECTORS[name](peer, self.to[name]) for name in self.program)
 
@@ -171,7 +171,7 @@ def _piece(part: str, found: re.Match[str]) -> str:
     return f"(?>{part}?{re.escape(found[1])})"
 
 
-class _Covering:
+class _ActionIndex:
     """The grants that cover one action, found by the names of keys: most grants name theirs, and few have patterns."""
 
     def __init__(self, grants: Sequence[Grant]) -> None:
@@ -197,7 +197,7 @@ class _Covering:
         return tuple(self.grants[place] for place in sorted(places))
 
 
-class Granted:
+class CallerGrants:
     """The grants to one kind of caller, and what they cover as far as was asked before: so that a request costs a look-up.
 
     `asks`: the selectors about a program in the grants that are to this caller but for its program.
@@ -209,7 +209,7 @@ class Granted:
         self.grants = grants
         self.asks = asks
         self.on_program = any(grant.program for grant in grants)
-        self._actions: dict[str, _Covering] = {}
+        self._actions: dict[str, _ActionIndex] = {}
         self._known: dict[tuple[str, str], tuple[Grant, ...]] = {}
 
     def with_action(self, action: str) -> tuple[Grant, ...]:
@@ -237,14 +237,14 @@ class Granted:
         """
         return self._covering(action).with_key(tuple(names))
 
-    def _covering(self, action: str) -> _Covering:
+    def _covering(self, action: str) -> _ActionIndex:
         known = self._actions.get(action)
         if known is None:
             # Many grants have the same actions: each list is looked at once.
             matching = {
                 grant.actions: grant.has_action(action) for grant in {g.actions: g for g in self.grants}.values()
             }
-            known = self._actions[action] = _Covering([grant for grant in self.grants if matching[grant.actions]])
+            known = self._actions[action] = _ActionIndex([grant for grant in self.grants if matching[grant.actions]])
         return known
 
 
@@ -261,11 +261,11 @@ class Policy:
             uid for grant in grants if grant.program and (uid := _user_of(grant)) is not None
         )
         """The users whom a grant names beside a program."""
-        self._known: dict[Peer, Granted] = {}
+        self._known: dict[Peer, CallerGrants] = {}
         self._room = _CALLERS_ROOM
-        self._sets: dict[tuple[tuple[int, ...], frozenset[str]], Granted] = {}
+        self._sets: dict[tuple[tuple[int, ...], frozenset[str]], CallerGrants] = {}
 
-    def granted(self, peer: Peer) -> Granted:
+    def granted(self, peer: Peer) -> CallerGrants:
         """Return the grants to this caller. Callers with the same grants share what was found out about them."""
         evidence = peer._replace(pid=None)
         known = self._known.get(evidence)
@@ -279,18 +279,18 @@ class Policy:
             self._known[evidence] = known
         return known
 
-    def _look_up(self, peer: Peer) -> Granted:
+    def _look_up(self, peer: Peer) -> CallerGrants:
         own = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
         candidates = sorted([*own, *self._others], key=lambda placed: placed[0])
         possible = [(place, grant) for place, grant in candidates if grant.could_be_to(peer)]
         asks = frozenset[str]().union(*(grant.program for _, grant in possible))
-        granted = [(place, grant) for place, grant in possible if grant.is_to(peer)]
+        granted = [(place, grant) for place, grant in possible if grant.matches_caller(peer)]
         key = tuple(place for place, _ in granted), asks
         known = self._sets.get(key)
         if known is None:
             if len(self._sets) >= _SETS_REMEMBERED:
                 self._sets.clear()
-            known = self._sets[key] = Granted(tuple(grant for _, grant in granted), asks)
+            known = self._sets[key] = CallerGrants(tuple(grant for _, grant in granted), asks)
         return known
 
 

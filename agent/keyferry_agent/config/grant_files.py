@@ -22,7 +22,7 @@ class File(NamedTuple):
     """A file of grants, or the folder itself where that is what something is wrong with."""
 
     path: Path
-    table: toml.Table
+    table: toml.ConfigTable
     open_to_others: list[str]
 
 
@@ -38,7 +38,7 @@ def find(folder: Path) -> list[Path]:
 
 def read(folder: Path) -> list[File]:
     """Return the folder and its files of grants, with what is wrong with each; nothing where there is no such folder."""
-    this = File(folder, toml.Table("", {}, [], []), private_files.folder_problems(folder))
+    this = File(folder, toml.ConfigTable("", {}, [], []), private_files.folder_problems(folder))
     try:
         paths = find(folder)
         others = [name for name in _names(folder) if not name.endswith(_EXTENSION)]
@@ -60,7 +60,7 @@ def _names(folder: Path) -> list[str]:
 def _read_file(path: Path, *, is_folder_safe: bool) -> File:
     loaded = toml.load(path, regular=True)
     raw = loaded.raw or {}
-    table = toml.Table("", {name: value for name, value in raw.items() if name == _ONLY}, [], [])
+    table = toml.ConfigTable("", {name: value for name, value in raw.items() if name == _ONLY}, [], [])
     if loaded.problem:
         table.problems.append(loaded.problem)
     for name in raw:

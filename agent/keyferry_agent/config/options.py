@@ -10,7 +10,7 @@ import structlog
 
 from ..authz.grants import Grant
 from ..keyring import loader
-from ..keyring.fdstore import Keeper, Look
+from ..keyring.fdstore import KeyringPersister, Look
 from ..keyring.keyring import Keyring, development_keyring
 from . import grant_files
 from .settings import Settings, SettingsError, read
@@ -66,7 +66,7 @@ class Options:
         return settings
 
     def load_keyring(
-        self, settings: Settings, keeper: Keeper | None = None, looked: Look = None, secret: int | None = None
+        self, settings: Settings, keeper: KeyringPersister | None = None, looked: Look = None, secret: int | None = None
     ) -> Keyring:
         """Load the keyring that the settings name, of a file that looked like this, and have it kept; with `--dev`, make one.
 

@@ -139,7 +139,7 @@ def examine(path: Path) -> Examined:
     loaded = toml.load(path)
     if loaded.raw is None:
         return Examined(None, [f"{path}: {loaded.problem}"], loaded.open_to_others, [])
-    table = toml.Table("", loaded.raw, [], [])
+    table = toml.ConfigTable("", loaded.raw, [], [])
     chosen = table.take("grants_folder", "the path of a folder", toml.path, None)
     folder = grant_files.beside(path) if chosen is None else chosen
     files = grant_files.read(folder)
@@ -165,7 +165,7 @@ _AUDIT: Final = Audit()
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def _settings(table: toml.Table, files: Sequence[grant_files.File]) -> Settings:
+def _settings(table: toml.ConfigTable, files: Sequence[grant_files.File]) -> Settings:
     single = _listener(table, "socket")
     listeners = tuple(_named_listener(entry) for entry in table.tables("listener"))
     for name in ("socket", "mode"):
@@ -223,7 +223,7 @@ def _audit_path(value: Any) -> str:
     return path if path == "stderr" else str(toml.path(path))
 
 
-def _metrics(table: toml.Table) -> str:
+def _metrics(table: toml.ConfigTable) -> str:
     """Return where metrics are served. An address that other hosts reach takes `remote = true`."""
     remote = table.take("remote", "true or false", toml.boolean, False)
     check = toml.remote_address if remote else toml.address
@@ -234,7 +234,7 @@ def _metrics(table: toml.Table) -> str:
     return address
 
 
-def _limits(table: toml.Table) -> Limits:
+def _limits(table: toml.ConfigTable) -> Limits:
     limits = Limits(
         connections=table.take("connections", "an integer from 1", toml.at_least(1), _LIMITS.connections),
         connections_per_user=table.take(
@@ -251,14 +251,14 @@ def _limits(table: toml.Table) -> Limits:
     return limits
 
 
-def _listener(table: toml.Table, path: str) -> Listener:
+def _listener(table: toml.ConfigTable, path: str) -> Listener:
     return Listener(
         path=table.take(path, "the path of a socket", toml.socket_path, _LISTENER.path),
         mode=table.take("mode", 'an octal mode as text, like "0660"', toml.mode, _LISTENER.mode),
     )
 
 
-def _named_listener(table: toml.Table) -> Listener:
+def _named_listener(table: toml.ConfigTable) -> Listener:
     listener = _listener(table, "path")
     if not table.has("path"):
         table.wrong("path", "missing")
@@ -275,7 +275,7 @@ def _named_listener(table: toml.Table) -> Listener:
     return made
 
 
-def _grant(table: toml.Table, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
+def _grant(table: toml.ConfigTable, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
     name = table.take("name", "a name", toml.string, "")
     for needed in ("name", "to", "actions", "keys"):
         if not table.has(needed):
@@ -317,7 +317,7 @@ def look_up(names: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
     return {(selector, name): _number_of(selector, name) for selector, name in names}
 
 
-def _to(table: toml.Table, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
+def _to(table: toml.ConfigTable, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
     checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "uid": ("a number, 0 to 4294967294", toml.identity),
         "gid": ("a number, 0 to 4294967294", toml.identity),

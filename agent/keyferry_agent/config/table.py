@@ -60,7 +60,7 @@ def _has_byte_order_mark(encoding: str) -> str:
     return f"begins with a byte order mark ({encoding}); save it as UTF-8 without one"
 
 
-class Table:
+class ConfigTable:
     """A TOML table that gives out its values by name and type, and notes what is wrong instead of stopping."""
 
     def __init__(self, path: str, raw: Mapping[str, Any], problems: list[str], warnings: list[str]) -> None:
@@ -93,23 +93,25 @@ class Table:
             )
             return default
 
-    def tables(self, name: str) -> list["Table"]:
+    def tables(self, name: str) -> list["ConfigTable"]:
         """An array of tables: `[[name]]`."""
         self._taken.append(name)
         values = self._raw.get(name, [])
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
             self.wrong(name, f"expected tables: [[{name}]]")
             return []
-        return [Table(f"{self._at(name)}[{i}]", value, self.problems, self.warnings) for i, value in enumerate(values)]
+        return [
+            ConfigTable(f"{self._at(name)}[{i}]", value, self.problems, self.warnings) for i, value in enumerate(values)
+        ]
 
-    def table(self, name: str) -> "Table":
+    def table(self, name: str) -> "ConfigTable":
         """A table: `[name]`; an empty one where it is absent."""
         self._taken.append(name)
         value = self._raw.get(name, {})
         if not isinstance(value, dict):
             self.wrong(name, f"expected a table: [{name}]")
             value = {}
-        return Table(self._at(name), value, self.problems, self.warnings)
+        return ConfigTable(self._at(name), value, self.problems, self.warnings)
 
     def done(self) -> None:
         """Note every name that nobody asked for."""

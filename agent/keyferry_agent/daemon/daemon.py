@@ -24,17 +24,17 @@ from ..config.settings import Settings, SettingsError
 from ..crypto import selftest
 from ..health import MESSAGES, SEALED
 from ..keyring.document import KeyringError
-from ..keyring.fdstore import Keeper
+from ..keyring.fdstore import KeyringPersister
 from ..keyring.keyring import KEPT, sealed_keyring
 from ..locking import LockError
 from ..peer import lacking
 from ..server import unix_sockets
 from ..server.server import Server
-from ..state import Agent, locked_memory_needed
+from ..state import ServerState, locked_memory_needed
 from ..telemetry.metrics import Metrics, MetricsError
 from . import systemd_watchdog, unsealing
-from .reload import Looks, Reloader, look
-from .systemd import Given, Host
+from .reload import FileStats, Reloader, look
+from .systemd import InheritedDescriptors, ServiceManager
 
 if TYPE_CHECKING:
     from ..server.metrics_server import Server as MetricsServer
@@ -49,7 +49,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 def daemon(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises `StartError`."""
-    host, given = Host.take(), Given.take()
+    host, given = ServiceManager.take(), InheritedDescriptors.take()
     try:
         failures = process_hardening.harden(keep=given.descriptors)
     except process_hardening.HardeningError as error:
@@ -66,7 +66,11 @@ def daemon(options: Options) -> None:
 
 
 def _live(
-    options: Options, host: Host, given: Given, sockets: list[tuple[str, socket.socket]], held: ExitStack
+    options: Options,
+    host: ServiceManager,
+    given: InheritedDescriptors,
+    sockets: list[tuple[str, socket.socket]],
+    held: ExitStack,
 ) -> None:
     """Load, listen and serve. `held`: what the agent gives back at its end. Raises `StartError`."""
     try:
@@ -76,7 +80,7 @@ def _live(
         if settings.grants_folder not in (None, *seen):  # the folder was read before it was looked at
             settings = options.settings()
         seen = looked
-        keeper = Keeper(host.store, host.forget)
+        keeper = KeyringPersister(host.store, host.forget)
         agent, current = _agent(options, settings, keeper, given, seen)
         secret_is_gone = agent.keyring.source == KEPT and settings.unseal is not None and seen[settings.unseal] is None
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
@@ -136,7 +140,7 @@ def _is_socket(path: str) -> bool:
         return False
 
 
-def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metrics, MetricsServer] | None":
+def _metrics(agent: ServerState, audit: AuditLog, settings: Settings) -> "tuple[Metrics, MetricsServer] | None":
     if not settings.metrics:
         return None
     from ..server.metrics_server import of  # noqa: PLC0415 - an HTTP server takes as long to import as a keyring to load
@@ -144,7 +148,7 @@ def _metrics(agent: Agent, audit: AuditLog, settings: Settings) -> "tuple[Metric
     return of(agent, audit, settings.metrics)
 
 
-def _say_what_is_not(options: Options, agent: Agent, unavailable: list[str]) -> None:
+def _say_what_is_not(options: Options, agent: ServerState, unavailable: list[str]) -> None:
     settings = agent.settings
     for what in (*settings.warnings, *unavailable):
         log.warning("startup.limited", what=what)
@@ -167,7 +171,9 @@ def _say_what_is_not(options: Options, agent: Agent, unavailable: list[str]) -> 
         log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
 
 
-def _agent(options: Options, settings: Settings, keeper: Keeper, given: Given, seen: Looks) -> tuple[Agent, bool]:
+def _agent(
+    options: Options, settings: Settings, keeper: KeyringPersister, given: InheritedDescriptors, seen: FileStats
+) -> tuple[ServerState, bool]:
     """The agent, and whether its keyring is as the file is now.
 
     In a function of its own: nothing may hold on to the keyring but the agent, or no reload would retire it.
@@ -187,21 +193,21 @@ def _agent(options: Options, settings: Settings, keeper: Keeper, given: Given, s
             current = look_then is not None and looked is not None and [*look_then] == [*looked]
             log.info("keyring.kept", keys=len(keyring.keys), loaded_at=keyring.loaded_at)
         size = keyring.memory.size
-        return Agent(settings, keyring), current
+        return ServerState(settings, keyring), current
     except SecretMemoryError as error:
         raise StartError(f"{error}. {locked_memory_needed(error.size if size is None else size)}") from None
 
 
 async def _serve(
-    agent: Agent,
+    agent: ServerState,
     server: Server,
     audit: AuditLog,
     reloader: Reloader,
-    host: Host,
+    host: ServiceManager,
     sockets: list[tuple[str, socket.socket]],
 ) -> None:
     try:
-        opened = unix_sockets.open_all(agent.settings.listeners, sockets)
+        opened = unix_sockets.open_listeners(agent.settings.listeners, sockets)
         administrative = unsealing.listen(agent.settings.unseal_socket)
     except unix_sockets.ListeningError as error:
         raise StartError(str(error)) from None
@@ -237,7 +243,7 @@ async def _serve(
     log.info("agent.stopped")
 
 
-async def _watch_sockets(opened: list[unix_sockets.Listening]) -> None:
+async def _watch_sockets(opened: list[unix_sockets.ListeningSocket]) -> None:
     """Say when a socket's file is gone, or is somebody else's: nobody new will find this agent then."""
     lost: set[str] = set()
     while True:
@@ -260,10 +266,10 @@ async def _serve_then(
 
 
 async def _handle_signals(
-    agent: Agent,
+    agent: ServerState,
     server: Server,
     reloader: Reloader,
-    host: Host,
+    host: ServiceManager,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:

@@ -25,12 +25,12 @@ from ..config.options import Options, StartError
 from ..config.settings import Settings, SettingsError, look_up
 from ..health import KEYRING_STALE, MESSAGES, SEALED, UNSEAL_ABSENT
 from ..keyring.document import KeyringError
-from ..keyring.fdstore import Keeper
+from ..keyring.fdstore import KeyringPersister
 from ..keyring.keyring import Keyring
-from ..state import Agent
-from .systemd import Host
+from ..state import ServerState
+from .systemd import ServiceManager
 
-__all__ = ["Looks", "Reloader", "look"]
+__all__ = ["FileStats", "Reloader", "look"]
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -57,13 +57,13 @@ _EXPECTED: Final = (SettingsError, KeyringError, SecretMemoryError, StartError, 
 """What reading files raises. The message says why, and what to do; of another exception only the type is shown."""
 
 T = TypeVar("T")
-Looks: TypeAlias = Mapping[Path, tuple[int, ...] | None]
+FileStats: TypeAlias = Mapping[Path, tuple[int, ...] | None]
 """How files looked: which file each name led to, its size, and when it was last changed; None for one that is not there.
 
 A folder looks as its files do."""
 
 
-def look(paths: Sequence[Path]) -> Looks:
+def look(paths: Sequence[Path]) -> FileStats:
     """Look at files."""
     return {path: _look(path) for path in paths}
 
@@ -96,11 +96,11 @@ class Reloader:
     def __init__(
         self,
         options: Options,
-        agent: Agent,
+        agent: ServerState,
         audit: AuditLog,
-        seen: Looks,
-        host: Host,
-        keeper: Keeper | None,
+        seen: FileStats,
+        host: ServiceManager,
+        keeper: KeyringPersister | None,
         *,
         current: bool = True,
     ) -> None:
@@ -159,7 +159,7 @@ class Reloader:
         self._threads = False
         await trio.sleep(_LOOK_EVERY)
 
-    def _look_around(self) -> tuple[Looks, bool, bool]:
+    def _look_around(self) -> tuple[FileStats, bool, bool]:
         return look(list(self._seen)), self._audit.moved(), self._renamed()
 
     def _renamed(self) -> bool:
@@ -215,7 +215,7 @@ class Reloader:
         self._tell()
         return None
 
-    async def _reload(self, looks: Looks) -> None:
+    async def _reload(self, looks: FileStats) -> None:
         """Read both again, and swap what is sound. `looks`: how the files looked just before."""
         self._host.reloading()
         self._seen, failure = await self._replace(looks)
@@ -229,7 +229,7 @@ class Reloader:
         self._told = self._state()
         self._host.ready(self._agent.status())
 
-    async def _replace(self, looks: Looks) -> tuple[Looks, str | None]:
+    async def _replace(self, looks: FileStats) -> tuple[FileStats, str | None]:
         """Read and swap; give how the files looked that were read, and what was wrong with them."""
         options, agent = self._options, self._agent
         try:
@@ -253,7 +253,7 @@ class Reloader:
             log.info("reload.done", keys=len(agent.keyring.keys), grants=len(settings.grants))
         return looks, failure
 
-    async def _load(self, settings: Settings, looks: Looks) -> tuple[Keyring | None, str | None]:
+    async def _load(self, settings: Settings, looks: FileStats) -> tuple[Keyring | None, str | None]:
         """Load the keyring. Returns None instead of it where the one that serves goes on, and what was wrong."""
         agent, path = self._agent, settings.keyring
         if self._options.dev:

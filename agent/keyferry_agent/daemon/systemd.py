@@ -11,7 +11,7 @@ from typing import Final
 
 import structlog
 
-__all__ = ["Given", "Host"]
+__all__ = ["InheritedDescriptors", "ServiceManager"]
 
 _FIRST: Final = 3
 _MICROSECONDS: Final = 1e-6
@@ -21,14 +21,14 @@ _NOTIFY: Final = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
-class Given:
+class InheritedDescriptors:
     """The descriptors that were handed over at start, by their names; a name may have several."""
 
     def __init__(self, named: Iterable[tuple[str, int]] = ()) -> None:
         self.named = list(named)
 
     @classmethod
-    def take(cls) -> "Given":
+    def take(cls) -> "InheritedDescriptors":
         """What the service manager gave this very process. To be called once: no child is to believe that it is meant."""
         pid, count, names = (os.environ.pop(name, "") for name in _LISTEN)
         if pid != str(os.getpid()) or not count.isdecimal():
@@ -57,7 +57,7 @@ class Given:
         return found
 
 
-class Host:
+class ServiceManager:
     """Tells the service manager how this agent is; nobody, where there is none."""
 
     def __init__(self, environment: Mapping[str, str] = {}) -> None:
@@ -71,7 +71,7 @@ class Host:
         self._status = ""
 
     @classmethod
-    def take(cls) -> "Host":
+    def take(cls) -> "ServiceManager":
         """The manager of this process, of which no child is to know."""
         host = cls(os.environ)
         for name in _NOTIFY:

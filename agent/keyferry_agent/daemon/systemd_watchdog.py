@@ -12,14 +12,14 @@ import trio
 from keyferry.errors import ProtocolError
 from keyferry.protocol import wire
 
-from .systemd import Host
+from .systemd import ServiceManager
 
 __all__ = ["feed"]
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
-async def feed(host: Host, stream: trio.SocketStream, status: Callable[[], str]) -> None:
+async def feed(host: ServiceManager, stream: trio.SocketStream, status: Callable[[], str]) -> None:
     """Ask twice in the manager's interval; tell it when an answer came, with a status for people. Ends with the connection."""
     interval = host.watchdog / 2
     decoder = wire.Decoder()

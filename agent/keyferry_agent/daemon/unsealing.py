@@ -22,7 +22,7 @@ from ..audit import AuditLog
 from ..config.settings import Listener
 from ..peer import evidence
 from ..server import unix_sockets
-from ..state import Agent
+from ..state import ServerState
 from .reload import Reloader
 
 __all__ = ["Unsealing", "listen"]
@@ -39,15 +39,15 @@ _MAX_DESCRIPTORS: Final = 4
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
-def listen(path: Path | None) -> list[unix_sockets.Listening]:
+def listen(path: Path | None) -> list[unix_sockets.ListeningSocket]:
     """Return the socket for the operator: none without a path. Raises `ListeningError`."""
-    return [] if path is None else unix_sockets.open_all([Listener(_NAME, path, mode=_MODE)], [])
+    return [] if path is None else unix_sockets.open_listeners([Listener(_NAME, path, mode=_MODE)], [])
 
 
 class Unsealing:
     """Answers operators, one at a time."""
 
-    def __init__(self, reloader: Reloader, audit: AuditLog, agent: Agent) -> None:
+    def __init__(self, reloader: Reloader, audit: AuditLog, agent: ServerState) -> None:
         self._reloader = reloader
         self._audit = audit
         self._agent = agent

@@ -16,15 +16,15 @@ from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import DRY_RUN
 
 from .. import health
-from ..state import Agent, Audited, Caller
-from .common import Job, Request, in_one_go
+from ..state import AuditEntry, Caller, ServerState
+from .common import Job, Request, run_to_completion
 from .data_keys import generate_data_key, generate_data_key_without_plaintext
 from .encryption import decrypt, encrypt, re_encrypt
 from .export import export_data_key, generate_and_export_data_key
 from .listing import list_aliases, list_key_versions, list_keys
 from .status import describe_key, get_agent_health, get_agent_status
 
-__all__ = ["HANDLERS", "Job", "in_one_go", "prepare"]
+__all__ = ["HANDLERS", "Job", "prepare", "run_to_completion"]
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ _WITHOUT_KEYRING: Final = frozenset({"GetAgentStatus", "GetAgentHealth"})
 """Operations that a sealed agent answers."""
 
 
-def prepare(agent: Agent, caller: Caller, method: str, params: Mapping[str, Any], audited: Audited) -> Job:
+def prepare(agent: ServerState, caller: Caller, method: str, params: Mapping[str, Any], audited: AuditEntry) -> Job:
     """Decide a request: everything but the cryptography. Raises `KmsError`."""
     operation = operations.OPERATIONS.get(method)
     if operation is None:
@@ -59,7 +59,7 @@ def prepare(agent: Agent, caller: Caller, method: str, params: Mapping[str, Any]
 
 
 def _decide(
-    agent: Agent, caller: Caller, operation: Operation[..., Any], params: Mapping[str, Any], audited: Audited
+    agent: ServerState, caller: Caller, operation: Operation[..., Any], params: Mapping[str, Any], audited: AuditEntry
 ) -> Job:
     values = operation.check(params)
     if agent.keyring.is_sealed and operation.name not in _WITHOUT_KEYRING:

@@ -15,22 +15,22 @@ from ..authz.grants import carrying
 from ..crypto import ciphertext_blob
 from ..crypto.ciphertext_blob import SealError, plaintext_size
 from ..keyring.keyring import Key, KeyVersion
-from ..state import Agent, Audited, Caller
+from ..state import AuditEntry, Caller, ServerState
 
 __all__ = [
+    "BlobEncryptor",
     "Context",
     "Job",
     "Request",
-    "Sealing",
+    "authorize",
     "find_key",
     "find_version",
-    "in_one_go",
     "no_permission",
     "open_blob",
-    "permit",
     "plaintext_size",
+    "require_usable",
+    "run_to_completion",
     "sealing",
-    "usable",
     "would_succeed",
 ]
 
@@ -60,7 +60,7 @@ class Job(NamedTuple):
     begin: Callable[[], Generator[None, None, Any]] | None = None
 
 
-def in_one_go(steps: Generator[None, None, T]) -> T:
+def run_to_completion(steps: Generator[None, None, T]) -> T:
     """What comes of all steps."""
     while True:
         try:
@@ -72,11 +72,11 @@ def in_one_go(steps: Generator[None, None, T]) -> T:
 class Request(NamedTuple):
     """What a handler is given: who asks whom for what, and what to note for the record."""
 
-    agent: Agent
+    agent: ServerState
     caller: Caller
     action: str
     values: Values
-    audited: Audited
+    audited: AuditEntry
 
     def context(self, parameter: Parameter[dict[str, str]] = ENCRYPTION_CONTEXT) -> Context:
         """The EncryptionContext in a parameter; its keys are noted for the record."""
@@ -135,7 +135,7 @@ def find_version(
     raise no_permission()
 
 
-def permit(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
+def authorize(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
     """Refuse a caller without a grant for the action on the key. Raises `Forbidden.NoPermission`."""
     if not _grant(request, key, key.key_id, action, pin=pin, context=context):
         raise no_permission()
@@ -159,7 +159,7 @@ def _grant(
     return True
 
 
-def usable(key: Key, version: KeyVersion | None = None) -> None:
+def require_usable(key: Key, version: KeyVersion | None = None) -> None:
     """Refuse a key that is not enabled, and a version that is disabled. Raises `Rejected.*`."""
     state = key.state()
     if state == "Deleted":  # in this very moment
@@ -170,7 +170,7 @@ def usable(key: Key, version: KeyVersion | None = None) -> None:
         raise kms_error("Rejected.Disabled", f"Only the key version {version.version_id} is: others can be used.")
 
 
-class Sealing(NamedTuple):
+class BlobEncryptor(NamedTuple):
     """What makes a CiphertextBlob of bytes in secret memory."""
 
     bound: ciphertext_blob.Bound
@@ -186,10 +186,10 @@ class Sealing(NamedTuple):
                 raise _not_offered() from None
 
 
-def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> Sealing:
+def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> BlobEncryptor:
     """What seals under this version of a key and this context: all that does not depend on what is sealed is done here."""
     bound = ciphertext_blob.bind(key.key_spec, version.version_id, key.key_id, context)
-    return Sealing(bound, version.material, scratch)
+    return BlobEncryptor(bound, version.material, scratch)
 
 
 def open_blob(

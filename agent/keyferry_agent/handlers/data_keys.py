@@ -7,7 +7,7 @@ from keyferry.parameters import DATA_KEY_SPECS, DRY_RUN, KEY_ID, KEY_SPEC, NUMBE
 from keyferry.secret import fill_random
 
 from ..authz.grants import PLAINTEXT
-from .common import Job, Request, find_key, sealing, usable, would_succeed
+from .common import Job, Request, find_key, require_usable, sealing, would_succeed
 
 __all__ = ["data_key_size", "generate_data_key", "generate_data_key_without_plaintext"]
 
@@ -32,7 +32,7 @@ def generate_data_key_without_plaintext(request: Request) -> Job:
 def _generate(request: Request, *, plaintext: bool) -> Job:
     size, context = data_key_size(request), request.context()
     key = find_key(request, KEY_ID, pin=PLAINTEXT if plaintext else None, context=context)
-    usable(key)
+    require_usable(key)
     version, scratch = key.primary, request.agent.scratch
     request.audited.key_version_id = version.version_id
     if request.values.get(DRY_RUN):

@@ -18,14 +18,14 @@ from ..authz.grants import PLAINTEXT
 from .common import (
     Job,
     Request,
+    authorize,
     find_key,
     find_version,
     no_permission,
     open_blob,
-    permit,
     plaintext_size,
+    require_usable,
     sealing,
-    usable,
     would_succeed,
 )
 
@@ -42,7 +42,7 @@ def encrypt(request: Request) -> Job:
     """
     plaintext, context = request.values.need(PLAINTEXT_PARAMETER), request.context()
     key = find_key(request, KEY_ID, pin=PLAINTEXT, context=context)
-    usable(key)
+    require_usable(key)
     version, scratch = key.primary, request.agent.scratch
     request.audited.key_version_id = version.version_id
     if request.values.get(DRY_RUN):
@@ -60,7 +60,7 @@ def decrypt(request: Request) -> Job:
     """Open a blob for the caller itself."""
     blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
     key, version = find_version(request, blob, pin=PLAINTEXT, context=context)
-    usable(key, version)
+    require_usable(key, version)
     scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
 
     def run() -> operations.DecryptResult:
@@ -87,10 +87,10 @@ def re_encrypt(request: Request) -> Job:
     # Under another key or another context, other grants decide who gets what is in it: no way round a grant's recipients.
     # Nor a way in: what the caller has chosen under another key must not become a data key under this one.
     stays = destination.key_id == source.key_id and new_context == old_context
-    permit(request, destination, _TO, pin=None if stays else PLAINTEXT, context=new_context)
-    permit(request, source, _FROM, pin=None if stays else PLAINTEXT, context=old_context)
-    usable(source, old)
-    usable(destination)
+    authorize(request, destination, _TO, pin=None if stays else PLAINTEXT, context=new_context)
+    authorize(request, source, _FROM, pin=None if stays else PLAINTEXT, context=old_context)
+    require_usable(source, old)
+    require_usable(destination)
     new, scratch, dry_run = destination.primary, request.agent.scratch, request.values.get(DRY_RUN)
     request.audited.destination_key_id = destination.key_id
     request.audited.destination_key_version_id = new.version_id

@@ -20,18 +20,18 @@ from keyferry.secret import SecretMemory, fill_random
 from ..crypto import wrapping
 from ..crypto.public_key import PublicKeyError
 from ..keyring.keyring import Key
-from ..state import MOST_AT_ONCE
+from ..state import MAX_BATCH_DATA_KEY_BYTES
 from .common import (
+    BlobEncryptor,
     Job,
     Request,
-    Sealing,
     find_key,
     find_version,
-    in_one_go,
     open_blob,
     plaintext_size,
+    require_usable,
+    run_to_completion,
     sealing,
-    usable,
     would_succeed,
 )
 from .data_keys import data_key_size
@@ -45,18 +45,18 @@ def generate_and_export_data_key(request: Request) -> Job:
     recipient = _recipient(request)
     _fits(recipient, size, NUMBER_OF_BYTES.name)
     key = find_key(request, KEY_ID, pin=recipient.pin, context=context)
-    usable(key)
+    require_usable(key)
     version, scratch = key.primary, request.agent.scratch
     request.audited.key_version_id = version.version_id
     if request.values.get(DRY_RUN):
         raise would_succeed()
     making = _Making(key, size, sealing(key, version, context, scratch), recipient, scratch)
     return Job(
-        making.in_one_go,
+        making.run_to_completion,
         recipient.wrapping.slow,
         key.enabled,
         repeatable=True,
-        begin=making.in_two_steps if size <= MOST_AT_ONCE else None,
+        begin=making.in_two_steps if size <= MAX_BATCH_DATA_KEY_BYTES else None,
     )
 
 
@@ -68,7 +68,7 @@ class _Making(NamedTuple):
 
     key: Key
     size: int
-    seal: Sealing
+    seal: BlobEncryptor
     recipient: wrapping.Recipient
     scratch: SecretMemory
 
@@ -83,9 +83,9 @@ class _Making(NamedTuple):
             self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(exported)
         )
 
-    def in_one_go(self) -> operations.GenerateAndExportDataKeyResult:
+    def run_to_completion(self) -> operations.GenerateAndExportDataKeyResult:
         """Both."""
-        return in_one_go(self.in_two_steps())
+        return run_to_completion(self.in_two_steps())
 
 
 def export_data_key(request: Request) -> Job:
@@ -93,7 +93,7 @@ def export_data_key(request: Request) -> Job:
     blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
     recipient = _recipient(request)
     key, version = find_version(request, blob, pin=recipient.pin, context=context)
-    usable(key, version)
+    require_usable(key, version)
     scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
 
     def run() -> "operations.ExportDataKeyResult":

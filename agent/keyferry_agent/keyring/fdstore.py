@@ -18,7 +18,7 @@ from keyferry.secret import SecretMemory, SecretMemoryError
 
 from .keyring import KEPT, Key, Keyring, build, room_for
 
-__all__ = ["Keeper"]
+__all__ = ["KeyringPersister"]
 
 _NAME: Final = re.compile(r"keyring-(\d{1,9})-(memory|description)")
 _FORMAT: Final = 1
@@ -33,7 +33,7 @@ Look = Sequence[int] | None
 """How the keyring's file looked when it was read."""
 
 
-class Keeper:
+class KeyringPersister:
     """Has the manager keep the newest keyring, and no other."""
 
     def __init__(self, store: Callable[[str, int], bool], forget: Callable[[str], None]) -> None:

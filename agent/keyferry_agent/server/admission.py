@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from ..state import Agent, Caller
+from ..state import Caller, ServerState
 
 __all__ = ["Admission", "NoRoomError", "Place"]
 
@@ -42,7 +42,7 @@ class Place:
 class Admission:
     """The places of an agent's connections."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: ServerState) -> None:
         self._agent = agent
         self._policy = agent.policy
         self._places: dict[Place, None] = {}

@@ -20,11 +20,21 @@ from keyferry.protocol import wire
 
 from ..peer import Process
 from ..peer.inspection import Inspector
-from ..state import AT_ONCE, Caller
-from .dispatch import Answering, Asked, Begun, Decided, Service, SlowJob, closing, next_turn, refusal
+from ..state import MAX_BATCH, Caller
+from .dispatch import (
+    CompletedRequest,
+    Dispatcher,
+    Message,
+    OffloadedJob,
+    ServerContext,
+    StartedRequest,
+    closing,
+    read_batch,
+    refusal,
+)
 from .identity import Identity
-from .readiness import Arrivals
-from .thread_pool import Workers
+from .readiness import ReadinessPoller
+from .thread_pool import FairThreadPool
 
 __all__ = ["LINGER", "Connection", "Shared", "refuse"]
 
@@ -46,12 +56,12 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 @dataclass(kw_only=True)
-class Shared(Service):
+class Shared(ServerContext):
     """What all connections of an agent have in common."""
 
-    workers: Workers
+    workers: FairThreadPool
     inspector: Inspector
-    arrivals: Arrivals | None = None
+    arrivals: ReadinessPoller | None = None
     idle: set[trio.CancelScope] = field(default_factory=set)
     """Connections that wait for their next request: a drain wakes them."""
     last_look: float = math.inf
@@ -73,7 +83,7 @@ class Connection:
         self._agent = shared.agent
         self._stream = stream
         self._caller = caller
-        self._answering = Answering(shared, caller)
+        self._answering = Dispatcher(shared, caller)
         self._process = process
         self._identity = Identity(shared.agent, shared.inspector, caller, process, more_evidence)
         self._decoder = wire.Decoder(recall=self._answering.recall)
@@ -82,7 +92,7 @@ class Connection:
         self._torn = False  # part of an answer was sent, and the rest is still to come
         self._slots = trio.Semaphore(_SLOW_PER_CONNECTION)
         self._under_way = 0  # slow jobs that are not answered yet
-        self._done: list[tuple[SlowJob, Any]] = []
+        self._done: list[tuple[OffloadedJob, Any]] = []
         self._some_done = trio.Event()
         self._looked_around = -math.inf  # when other tasks had their turn
         self._room = _RECEIVE_FIRST
@@ -155,7 +165,7 @@ class Connection:
         arrivals = self._shared.arrivals
         if arrivals is None or self._shared.workers.busy or time.monotonic() - self._looked_around > _ALONE:
             return False
-        return arrivals.next_is(self._number())
+        return arrivals.poll_for_next_request(self._number())
 
     async def _receive_some(self) -> bytes:
         # trio's stream would try first, and wait then: but whoever asks one thing at a time has nothing there yet.
@@ -181,7 +191,7 @@ class Connection:
         looked_at = 0
         while True:
             arrivals = self._shared.arrivals
-            turn = next_turn(messages, _IN_A_CROWD if arrivals is not None and arrivals.crowd() else AT_ONCE)
+            turn = read_batch(messages, _IN_A_CROWD if arrivals is not None and arrivals.contended() else MAX_BATCH)
             looked_at += turn.looked_at
             if not await self._answer_turn(turn.asked, slow):
                 return None
@@ -197,15 +207,15 @@ class Connection:
             if not await self._identity.confirm():
                 return None
 
-    async def _answer_turn(self, asked: list[Asked], slow: trio.Nursery) -> bool:
+    async def _answer_turn(self, asked: list[Message], slow: trio.Nursery) -> bool:
         """Answer some messages, in one write unless that takes too long; False when the stream cannot go on."""
-        decided: list[Decided | Begun] = []
+        decided: list[CompletedRequest | StartedRequest] = []
         asked.reverse()
         while asked:
             # Taken out: what a request holds is kept no longer than the request, whoever waits for what.
             outcome = self._answering.decide(asked.pop())
-            waits = isinstance(outcome, SlowJob) and self._slots.value == 0
-            if not isinstance(outcome, SlowJob):
+            waits = isinstance(outcome, OffloadedJob) and self._slots.value == 0
+            if not isinstance(outcome, OffloadedJob):
                 decided.append(outcome)
             # What is begun holds a data key: nothing is awaited before it is ended.
             if decided and (waits or self._others_wait(decided[0])):
@@ -215,7 +225,7 @@ class Connection:
                 await self._give_way()
                 if not await self._identity.confirm():
                     return False
-            if isinstance(outcome, SlowJob):
+            if isinstance(outcome, OffloadedJob):
                 if waits:
                     await self._slots.acquire()
                     if not await self._identity.confirm():
@@ -237,7 +247,7 @@ class Connection:
     async def _look_around(self) -> None:
         """Let all other tasks have their turn; not yet, where none has anything to do that can be seen from here."""
         arrivals = self._shared.arrivals
-        alone = arrivals is not None and not arrivals.others_wait(self._number())
+        alone = arrivals is not None and not arrivals.others_readable(self._number())
         if not alone or self._shared.workers.busy or time.monotonic() - self._looked_around > _ALONE:
             await self._give_way()
 
@@ -247,20 +257,20 @@ class Connection:
             await trio.lowlevel.checkpoint()
         self._looked_around = time.monotonic()
 
-    def _others_wait(self, first: Decided | Begun) -> bool:
+    def _others_wait(self, first: CompletedRequest | StartedRequest) -> bool:
         if self._agent.counters.connections == 1 or time.monotonic() - first.audited.started <= _SHORT_TURN:
             return False
         arrivals = self._shared.arrivals
-        return arrivals is None or arrivals.others_wait(self._number())
+        return arrivals is None or arrivals.others_readable(self._number())
 
-    def _begin(self, slow: SlowJob, nursery: trio.Nursery) -> None:
+    def _begin(self, slow: OffloadedJob, nursery: trio.Nursery) -> None:
         """Have a slow job done, and its answer sent, beside whatever else there is."""
         self._offload(slow)
         self._under_way += 1
         if self._under_way == 1:
             nursery.start_soon(self._answer_slow, nursery.cancel_scope)
 
-    def _offload(self, slow: SlowJob) -> None:
+    def _offload(self, slow: OffloadedJob) -> None:
         agent, generation = self._agent, slow.generation
 
         def run() -> Any:
@@ -293,21 +303,21 @@ class Connection:
             if not taken:
                 everything.cancel()  # also a reader that waits for room for another slow job
 
-    def _still_valid(self, done: list[tuple[SlowJob, Any]]) -> list[Decided | Begun]:
+    def _still_valid(self, done: list[tuple[OffloadedJob, Any]]) -> list[CompletedRequest | StartedRequest]:
         """What can be answered of slow jobs that were done: one whose decision holds no longer is decided anew first."""
-        answered: list[Decided | Begun] = []
+        answered: list[CompletedRequest | StartedRequest] = []
         for slow, outcome in done:
             if self._answering.holds(slow):
-                answered.append(Decided(slow.msgid, slow.audited, outcome))
+                answered.append(CompletedRequest(slow.msgid, slow.audited, outcome))
                 continue
             again = self._answering.decide_anew(slow)
-            if isinstance(again, SlowJob):
+            if isinstance(again, OffloadedJob):
                 self._offload(again)
             else:
                 answered.append(again)
         return answered
 
-    async def _finish(self, decided: Sequence[Decided | Begun]) -> bool:
+    async def _finish(self, decided: Sequence[CompletedRequest | StartedRequest]) -> bool:
         """Record requests, and only then send their answers; False when nobody takes them."""
         return await self._send(self._answering.answers(decided))
 

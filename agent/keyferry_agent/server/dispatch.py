@@ -15,22 +15,22 @@ from keyferry.protocol import wire
 
 from .. import handlers
 from ..audit import Appended
-from ..authz.grants import Granted
+from ..authz.grants import CallerGrants
 from ..peer import Peer
-from ..state import AT_ONCE, Agent, Audited, Caller
+from ..state import MAX_BATCH, AuditEntry, Caller, ServerState
 from ..telemetry.metrics import Metrics
 from .rate_limit import Rate
 
 __all__ = [
-    "Answering",
-    "Asked",
-    "Begun",
-    "Decided",
-    "Service",
-    "SlowJob",
-    "Turn",
+    "Batch",
+    "CompletedRequest",
+    "Dispatcher",
+    "Message",
+    "OffloadedJob",
+    "ServerContext",
+    "StartedRequest",
     "closing",
-    "next_turn",
+    "read_batch",
     "refusal",
 ]
 
@@ -50,14 +50,14 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 class Record(Protocol):
     """What requests are recorded in before they are answered."""
 
-    def record(self, peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended: ...
+    def record(self, peer: Peer, requests: Sequence[tuple[AuditEntry, str]]) -> Appended: ...
 
 
 @dataclass
-class Service:
+class ServerContext:
     """What requests are answered with."""
 
-    agent: Agent
+    agent: ServerState
     audit: Record
     rate: Rate
     notifications: Rate
@@ -65,49 +65,49 @@ class Service:
     metrics: Metrics | None = None
 
 
-class Decided(NamedTuple):
+class CompletedRequest(NamedTuple):
     """A request whose outcome is known: a result, or the error that it ended in."""
 
     msgid: int
-    audited: Audited
+    audited: AuditEntry
     outcome: Any
 
 
-Asked: TypeAlias = wire.Request | wire.Recalled | wire.Unservable
+Message: TypeAlias = wire.Request | wire.CachedRequest | wire.InvalidRequest
 
 
 class _Remembered(NamedTuple):
     """What was decided of a request that may come again, for whom and when, and what is recorded of it."""
 
     job: handlers.Job
-    audited: Audited
-    granted: Granted
+    audited: AuditEntry
+    granted: CallerGrants
     generation: int
 
 
-class Begun(NamedTuple):
+class StartedRequest(NamedTuple):
     """A request of which the first step is done."""
 
     msgid: int
-    audited: Audited
+    audited: AuditEntry
     rest: Generator[None, None, Any]
 
 
-class SlowJob(NamedTuple):
+class OffloadedJob(NamedTuple):
     """A request that was decided, and is done in a thread. It may be decided anew from its message."""
 
     job: handlers.Job
     msgid: int
-    audited: Audited
-    message: wire.Request | wire.Recalled
-    granted: Granted
+    audited: AuditEntry
+    message: wire.Request | wire.CachedRequest
+    granted: CallerGrants
     generation: int
 
 
-class Answering:
+class Dispatcher:
     """Answers one caller's requests."""
 
-    def __init__(self, service: Service, caller: Caller) -> None:
+    def __init__(self, service: ServerContext, caller: Caller) -> None:
         self._service = service
         self._agent = service.agent
         self._caller = caller
@@ -115,10 +115,10 @@ class Answering:
     def recall(self, request: bytes) -> "_Remembered | None":
         """What was decided of an equal request of such a caller, if it still holds."""
         self._caller.refresh(self._agent.policy)
-        known: _Remembered | None = self._agent.repeats.recall(self._caller.granted, request)
+        known: _Remembered | None = self._agent.decision_cache.recall(self._caller.granted, request)
         return known if known is not None and self.holds(known) else None
 
-    def holds(self, decided: "_Remembered | SlowJob") -> bool:
+    def holds(self, decided: "_Remembered | OffloadedJob") -> bool:
         """Whether nothing has changed since this was decided: policy, keyring, evidence about the caller, the key's state."""
         agent = self._agent
         self._caller.refresh(agent.policy)
@@ -133,58 +133,60 @@ class Answering:
             self._service.metrics.notified(count)
         return self._service.notifications.allows(self._caller.peer.uid, time.monotonic(), count)
 
-    def decide(self, message: Asked) -> "Decided | Begun | SlowJob":
+    def decide(self, message: Message) -> "CompletedRequest | StartedRequest | OffloadedJob":
         """The outcome of one request, or what will give it: the second step of it, or a slow job."""
         msgid, request_id, started = message.msgid, new_request_id(), time.monotonic()
-        if isinstance(message, wire.Recalled):
+        if isinstance(message, wire.CachedRequest):
             operation = message.what.audited.operation
         else:
             operation = ascii(message.method[:_LONGEST_NAME])[1:-1]
-        audited = Audited(request_id, started, operation)
+        audited = AuditEntry(request_id, started, operation)
         if not self._service.rate.allows(self._caller.peer.uid, started):
-            return Decided(msgid, audited, kms_error("Rejected.Throttling"))
-        if isinstance(message, wire.Unservable):
-            return Decided(msgid, audited, kms_error("InvalidParameter", f"{message.why}."))
+            return CompletedRequest(msgid, audited, kms_error("Rejected.Throttling"))
+        if isinstance(message, wire.InvalidRequest):
+            return CompletedRequest(msgid, audited, kms_error("InvalidParameter", f"{message.why}."))
         return self._decide(message, audited)
 
-    def decide_anew(self, slow: SlowJob) -> "Decided | Begun | SlowJob":
+    def decide_anew(self, slow: OffloadedJob) -> "CompletedRequest | StartedRequest | OffloadedJob":
         """Decide a request again whose decision does not hold any more: the same request, which counts once."""
         audited = slow.audited
-        return self._decide(slow.message, Audited(audited.request_id, audited.started, audited.operation))
+        return self._decide(slow.message, AuditEntry(audited.request_id, audited.started, audited.operation))
 
-    def _decide(self, message: wire.Request | wire.Recalled, audited: Audited) -> "Decided | Begun | SlowJob":
+    def _decide(
+        self, message: wire.Request | wire.CachedRequest, audited: AuditEntry
+    ) -> "CompletedRequest | StartedRequest | OffloadedJob":
         msgid = message.msgid
         try:
-            if isinstance(message, wire.Recalled) and self.holds(message.what):
+            if isinstance(message, wire.CachedRequest) and self.holds(message.what):
                 audited = message.what.audited.again(audited.request_id, audited.started)
                 job = message.what.job
             else:
-                request = message.parsed() if isinstance(message, wire.Recalled) else message
+                request = message.parsed() if isinstance(message, wire.CachedRequest) else message
                 job = self._prepare(request, audited)
             if job.slow:
-                return SlowJob(job, msgid, audited, message, self._caller.granted, self._agent.generation)
+                return OffloadedJob(job, msgid, audited, message, self._caller.granted, self._agent.generation)
             if job.begin is not None:
                 begun = job.begin()
                 next(begun)
-                return Begun(msgid, audited, begun)
-            return Decided(msgid, audited, job.run())
+                return StartedRequest(msgid, audited, begun)
+            return CompletedRequest(msgid, audited, job.run())
         except Exception as error:
-            return Decided(msgid, audited, refusal(error, audited))
+            return CompletedRequest(msgid, audited, refusal(error, audited))
 
-    def _prepare(self, request: wire.Request, audited: Audited) -> handlers.Job:
+    def _prepare(self, request: wire.Request, audited: AuditEntry) -> handlers.Job:
         agent, caller = self._agent, self._caller
         caller.refresh(agent.policy)
         job = handlers.prepare(agent, caller, request.method, request.params, audited)
         if job.repeatable and request.tail:
             remembered = _Remembered(job, audited, caller.granted, agent.generation)
-            agent.repeats.remember(caller.granted, request.tail, remembered)
+            agent.decision_cache.remember(caller.granted, request.tail, remembered)
         return job
 
-    def answers(self, done: Sequence[Decided | Begun]) -> bytes:
+    def answers(self, done: Sequence[CompletedRequest | StartedRequest]) -> bytes:
         """Write the record of requests, and only then make their answers."""
         if not done:
             return b""
-        decided = [each if isinstance(each, Decided) else _ended(each) for each in done]
+        decided = [each if isinstance(each, CompletedRequest) else _ended(each) for each in done]
         outcomes = [
             (audited, _outcome(audited, outcome)) for _, audited, outcome in decided if type(outcome) is not _UNRECORDED
         ]
@@ -208,7 +210,7 @@ class Answering:
                 answers += self._answer(msgid, audited, outcome)
         return bytes(answers)
 
-    def _answer(self, msgid: int, audited: Audited, outcome: Any) -> bytes:
+    def _answer(self, msgid: int, audited: AuditEntry, outcome: Any) -> bytes:
         counters = self._agent.counters
         counters.requests_total += 1
         error = outcome if isinstance(outcome, KmsError) else None
@@ -225,7 +227,7 @@ class Answering:
         )
 
 
-def _outcome(audited: Audited, outcome: Any) -> str:
+def _outcome(audited: AuditEntry, outcome: Any) -> str:
     """Return an outcome as the audit entry has it, and note what else the entry has of it."""
     if isinstance(outcome, KmsError):
         return outcome.code
@@ -233,18 +235,18 @@ def _outcome(audited: Audited, outcome: Any) -> str:
     return "OK"
 
 
-def _ended(begun: Begun) -> Decided:
+def _ended(begun: StartedRequest) -> CompletedRequest:
     msgid, audited, rest = begun
     try:
-        return Decided(msgid, audited, handlers.in_one_go(rest))
+        return CompletedRequest(msgid, audited, handlers.run_to_completion(rest))
     except Exception as error:
-        return Decided(msgid, audited, refusal(error, audited))
+        return CompletedRequest(msgid, audited, refusal(error, audited))
 
 
-class Turn(NamedTuple):
+class Batch(NamedTuple):
     """The next requests to answer in one go, what is wrong behind them, and how many messages that took."""
 
-    asked: list[Asked]
+    asked: list[Message]
     error: ProtocolError | None
     looked_at: int
     notifications: int
@@ -252,9 +254,9 @@ class Turn(NamedTuple):
     """Whether there was no other message behind these."""
 
 
-def next_turn(messages: Iterator[wire.Message], most: int = AT_ONCE) -> Turn:
+def read_batch(messages: Iterator[wire.Message], most: int = MAX_BATCH) -> Batch:
     """Parse a turn's requests together, at most so many: one's code is the next one's."""
-    asked: list[Asked] = []
+    asked: list[Message] = []
     looked_at = notifications = 0
     try:
         for message in messages:
@@ -266,10 +268,10 @@ def next_turn(messages: Iterator[wire.Message], most: int = AT_ONCE) -> Turn:
             else:
                 asked.append(message)
             if len(asked) == most or looked_at == _LOOKED_AT:
-                return Turn(asked, None, looked_at, notifications, last=False)
+                return Batch(asked, None, looked_at, notifications, last=False)
     except ProtocolError as error:
-        return Turn(asked, error, looked_at, notifications, last=True)
-    return Turn(asked, None, looked_at, notifications, last=True)
+        return Batch(asked, error, looked_at, notifications, last=True)
+    return Batch(asked, None, looked_at, notifications, last=True)
 
 
 def _request_ids() -> Iterator[str]:
@@ -288,7 +290,7 @@ uuid4() and its text take eight times as long, which counts where every request 
 """
 
 
-def refusal(error: Exception, audited: Audited) -> KmsError:
+def refusal(error: Exception, audited: AuditEntry) -> KmsError:
     """What to answer instead of a result.
 
     A fresh exception: the one that was raised holds on to every frame it came through, and with them to a plaintext, or to a

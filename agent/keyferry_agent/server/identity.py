@@ -11,7 +11,7 @@ import structlog
 
 from ..peer import Process, Program
 from ..peer.inspection import Inspector
-from ..state import Agent, Caller
+from ..state import Caller, ServerState
 
 __all__ = ["Identity"]
 
@@ -25,7 +25,7 @@ class Identity:
 
     def __init__(
         self,
-        agent: Agent,
+        agent: ServerState,
         inspector: Inspector,
         caller: Caller,
         process: Process | None,

@@ -20,7 +20,7 @@ import structlog
 
 from ..audit import AuditLog
 from ..config.settings import Listener
-from ..state import Agent
+from ..state import ServerState
 from ..telemetry.metrics import Metrics, MetricsError
 from . import unix_sockets
 
@@ -106,7 +106,7 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        made: unix_sockets.Listening | None,
+        made: unix_sockets.ListeningSocket | None,
         answer: Callable[[socket.socket, float], object],
     ) -> None:
         self._listener = listener
@@ -170,7 +170,7 @@ def _serve(metrics: Metrics, address: str) -> Server:
     """Answer scrapes at a socket's path, or at ADDRESS:PORT. Raises `MetricsError`, `ListeningError` or OSError."""
     answer = _handler(metrics)
     if address.startswith("/"):
-        (made,) = unix_sockets.open_all([Listener("metrics", Path(address))], [])
+        (made,) = unix_sockets.open_listeners([Listener("metrics", Path(address))], [])
         return Server(made.socket, made, answer)
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -187,7 +187,7 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def of(agent: Agent, audit: AuditLog, address: str) -> tuple[Metrics, Server]:
+def of(agent: ServerState, audit: AuditLog, address: str) -> tuple[Metrics, Server]:
     """Return the metrics of an agent, and the server that answers scrapes of them at an address. Raises `MetricsError`."""
     metrics = Metrics(agent, audit)
     try:

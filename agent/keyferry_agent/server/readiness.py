@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from typing import Final
 
-__all__ = ["Arrivals"]
+__all__ = ["ReadinessPoller"]
 
 _AWAKE: Final = 0.0001
 """Seconds to look for the next request again and again: longer than most clients take. A processor that slept takes half as
@@ -28,7 +28,7 @@ _CROWD: Final = 0.02
 """Seconds for which a crowd is one, after somebody had to wait."""
 
 
-class Arrivals:
+class ReadinessPoller:
     """All connections' sockets, and those that are listened on, as one descriptor."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Arrivals:
         """Look at nothing any more."""
         self._poll.close()
 
-    def next_is(self, connection: int) -> bool:
+    def poll_for_next_request(self, connection: int) -> bool:
         """Whether this connection sends something now, or in a moment, and no other has."""
         if self._skipped:
             self._skipped -= 1
@@ -74,13 +74,13 @@ class Arrivals:
         select.select([self._descriptor], (), (), _MOMENT)
         return self._poll.poll(0, 2)
 
-    def others_wait(self, connection: int) -> bool:
+    def others_readable(self, connection: int) -> bool:
         """Whether a connection other than this has sent something that was not read yet."""
         waiting = any(each != connection for each, _ in self._poll.poll(0, 2))
         if waiting:
             self._crowd_at = time.monotonic()
         return waiting
 
-    def crowd(self) -> bool:
+    def contended(self) -> bool:
         """Whether connections had to wait for each other a moment ago."""
         return time.monotonic() - self._crowd_at < _CROWD

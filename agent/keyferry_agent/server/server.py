@@ -16,13 +16,13 @@ from keyferry import libcrypto
 from ..audit import Appended, AuditLog
 from ..peer import Peer, Process, evidence
 from ..peer.inspection import Inspector
-from ..state import SLOW_JOBS, Agent, Audited, Caller
+from ..state import OFFLOAD_THREADS, AuditEntry, Caller, ServerState
 from ..telemetry.metrics import Metrics
 from .admission import Admission, NoRoomError
 from .connection import LINGER, Connection, Shared, refuse
 from .rate_limit import Rate
-from .readiness import Arrivals
-from .thread_pool import Workers
+from .readiness import ReadinessPoller
+from .thread_pool import FairThreadPool
 
 __all__ = ["GRACE", "Server"]
 
@@ -39,19 +39,19 @@ _MOST_REFUSALS: Final = 16
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
-class _Nowhere:
+class NullAuditLog:
     """The record of what nobody asked for but the agent itself."""
 
-    def record(self, _peer: Peer, requests: Sequence[tuple[Audited, str]]) -> Appended:
+    def record(self, _peer: Peer, requests: Sequence[tuple[AuditEntry, str]]) -> Appended:
         return Appended(len(requests))
 
 
 class Server:
     """Serves an agent on listeners until `drain` is called."""
 
-    def __init__(self, agent: Agent, audit: AuditLog, metrics: Metrics | None = None) -> None:
+    def __init__(self, agent: ServerState, audit: AuditLog, metrics: Metrics | None = None) -> None:
         self.agent = agent
-        self._arrivals = Arrivals()
+        self._arrivals = ReadinessPoller()
         self.inspector = Inspector()
         rate = Rate(agent.settings.limits.requests_per_second)
         self._shared = Shared(
@@ -61,7 +61,7 @@ class Server:
             notifications=Rate(_NOTIFICATIONS_PER_SECOND) if rate.unlimited else rate,
             metrics=metrics,
             # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
-            workers=Workers(SLOW_JOBS if libcrypto.has_sm2() else 1),
+            workers=FairThreadPool(OFFLOAD_THREADS if libcrypto.has_sm2() else 1),
             inspector=self.inspector,
             arrivals=self._arrivals,
         )
@@ -90,7 +90,9 @@ class Server:
 
     async def serve_own(self, stream: trio.SocketStream) -> None:
         """Serve a connection of the agent's own, which is neither recorded nor limited."""
-        own = replace(self._shared, audit=_Nowhere(), rate=Rate(0), notifications=Rate(0), metrics=None, arrivals=None)
+        own = replace(
+            self._shared, audit=NullAuditLog(), rate=Rate(0), notifications=Rate(0), metrics=None, arrivals=None
+        )
         peer = Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener="")
         async with stream:
             await Connection(own, stream, Caller(peer), None).run()

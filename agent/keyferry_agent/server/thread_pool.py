@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 
 import trio
 
-__all__ = ["Workers"]
+__all__ = ["FairThreadPool"]
 
 _Job: TypeAlias = tuple[Callable[[], Any], "_Done", trio.lowlevel.TrioToken]
 _Done: TypeAlias = Callable[[Any, Exception | None], None]
@@ -22,7 +22,7 @@ _HANDED: Final = 4
 """Jobs in the hands of each thread, the one that it does included."""
 
 
-class Workers:
+class FairThreadPool:
     """At most `most` threads, made when there is something to do; who waits for them is served in turn. For one event loop."""
 
     def __init__(self, most: int) -> None:

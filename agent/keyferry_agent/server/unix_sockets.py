@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from ..config.settings import Listener
 from ..locking import Lock, LockError
 
-__all__ = ["Listening", "ListeningError", "assign", "open_all"]
+__all__ = ["ListeningError", "ListeningSocket", "assign", "open_listeners"]
 
 _BACKLOG: Final = 512
 _LOCK_SECONDS: Final = 5.0
@@ -24,7 +24,7 @@ class ListeningError(Exception):
     """The socket cannot be had. The message says why, and what to do."""
 
 
-class Listening(NamedTuple):
+class ListeningSocket(NamedTuple):
     """A socket that is listened on. `made`: how its file was when this agent made it; None where the manager did."""
 
     name: str
@@ -57,21 +57,21 @@ class Listening(NamedTuple):
         return (now.st_dev, now.st_ino, now.st_mtime_ns) != (seen.st_dev, seen.st_ino, seen.st_mtime_ns)
 
 
-def open_all(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.socket]]) -> list[Listening]:
+def open_listeners(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.socket]]) -> list[ListeningSocket]:
     """Listen as the configuration says: on a socket that was given for it, else on one of its own.
 
     A given socket belongs to the listener of its name, or of its path; a sole one that has neither, to the only listener that
     has none. Raises `ListeningError`, also for a given socket that belongs to nobody.
     """
     found = assign(listeners, [(name, _path(sock)) for name, sock in given])
-    opened: list[Listening] = []
+    opened: list[ListeningSocket] = []
     try:
         for listener in listeners:
             if listener.name in found:
                 opened.append(_adopt(listener, given[found[listener.name]][1]))
             else:
                 made = _take(listener)
-                opened.append(Listening(listener.name, listener.path, made, None, made=True))
+                opened.append(ListeningSocket(listener.name, listener.path, made, None, made=True))
                 opened[-1] = opened[-1]._replace(seen=listener.path.lstat())
     except (ListeningError, OSError) as error:
         for each in opened:
@@ -114,7 +114,7 @@ def _path(sock: socket.socket) -> Path | None:
     return Path(name) if isinstance(name, str) and name else None
 
 
-def _adopt(listener: Listener, sock: socket.socket) -> Listening:
+def _adopt(listener: Listener, sock: socket.socket) -> ListeningSocket:
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
         raise ListeningError(
             f"the socket for {listener.name!r} is no Unix stream socket: use ListenStream=/an/absolute/path"
@@ -126,7 +126,7 @@ def _adopt(listener: Listener, sock: socket.socket) -> Listening:
         seen = path.lstat() if path else None
     except OSError:  # not to be seen from here
         seen = None
-    return Listening(listener.name, path or listener.path, sock, seen, made=False)
+    return ListeningSocket(listener.name, path or listener.path, sock, seen, made=False)
 
 
 def _take(listener: Listener) -> socket.socket:

@@ -19,7 +19,7 @@ from .. import __version__
 from ..audit import AuditLog
 from ..health import MESSAGES, is_ready
 from ..keyring.document import STATES
-from ..state import Agent
+from ..state import ServerState
 
 __all__ = ["MISSING_LIBRARY", "Metrics", "MetricsError"]
 
@@ -42,7 +42,7 @@ class MetricsError(Exception):
 class _State:
     """What is looked at when somebody asks: one look at the agent for each scrape."""
 
-    def __init__(self, agent: Agent, audit: AuditLog) -> None:
+    def __init__(self, agent: ServerState, audit: AuditLog) -> None:
         self._agent = agent
         self._audit = audit
         self._build = [__version__, _commit()]
@@ -112,7 +112,7 @@ def _commit() -> str:
 class Metrics:
     """What is counted while requests are served, and what is looked at when somebody asks."""
 
-    def __init__(self, agent: Agent, audit: AuditLog) -> None:
+    def __init__(self, agent: ServerState, audit: AuditLog) -> None:
         """Raises `MetricsError` where the library is missing."""
         try:
             import prometheus_client as prometheus  # noqa: PLC0415 - an extra

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 from ..errors import ProtocolError
 
-__all__ = ["MAX_ARRAY", "MAX_DEPTH", "MAX_MAP", "MAX_MESSAGE", "Walk", "container"]
+__all__ = ["MAX_ARRAY", "MAX_DEPTH", "MAX_MAP", "MAX_MESSAGE", "HeaderScanner", "container"]
 
 MAX_MESSAGE: Final = 65_536
 """Bytes in one message. The largest legitimate request (6,144 bytes to encrypt, 8,192 characters of context) is a third."""
@@ -58,7 +58,7 @@ def _formats() -> list[_Format]:
 _FORMATS: Final = _formats()
 
 
-class Walk:
+class HeaderScanner:
     """Follows one message at the beginning of a buffer, from where it stood when more of it has come."""
 
     __slots__ = ("_containers", "_left", "_map", "_max_array", "position")

@@ -19,8 +19,8 @@ __all__ = [
     "Asked",
     "Call",
     "Chunk",
-    "Exchange",
     "Pending",
+    "RpcSession",
     "answered",
     "calls",
     "default_socket",
@@ -241,7 +241,7 @@ class Chunk(NamedTuple):
     requests: list[Pending]
 
 
-class Exchange:
+class RpcSession:
     """The requests and answers of one connection. Answers may come in any order."""
 
     def __init__(self) -> None:

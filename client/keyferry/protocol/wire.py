@@ -13,20 +13,20 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import msgpack
 
 from ..errors import ProtocolError
-from .msgpack_scanner import MAX_ARRAY, MAX_DEPTH, MAX_MAP, MAX_MESSAGE, Walk, container
+from .msgpack_scanner import MAX_ARRAY, MAX_DEPTH, MAX_MAP, MAX_MESSAGE, HeaderScanner, container
 
 __all__ = [
     "MAX_ARRAY",
     "MAX_DEPTH",
     "MAX_MAP",
     "MAX_MESSAGE",
+    "CachedRequest",
     "Decoder",
+    "InvalidRequest",
     "Message",
     "Notification",
-    "Recalled",
     "Request",
     "Response",
-    "Unservable",
     "check_sendable",
     "encode_notification",
     "encode_request",
@@ -48,7 +48,7 @@ class Request(NamedTuple):
     """Its bytes behind the msgid, where the decoder was asked to recall requests."""
 
 
-class Recalled(NamedTuple):
+class CachedRequest(NamedTuple):
     """A request of which the decoder's `recall` knew what to say, by its bytes behind the msgid: `tail`."""
 
     msgid: int
@@ -75,7 +75,7 @@ class Notification(NamedTuple):
     """`[2, method, params]`: gets no answer and has no effect."""
 
 
-class Unservable(NamedTuple):
+class InvalidRequest(NamedTuple):
     """Well-formed msgpack with a message ID to answer to, but no request. Unlike a `ProtocolError`, the stream goes on."""
 
     msgid: int
@@ -83,7 +83,7 @@ class Unservable(NamedTuple):
     method: str = ""
 
 
-Message: TypeAlias = Request | Recalled | Response | Notification | Unservable
+Message: TypeAlias = Request | CachedRequest | Response | Notification | InvalidRequest
 
 
 class Decoder:
@@ -93,7 +93,7 @@ class Decoder:
     stream cannot be trusted any more: the decoder refuses to go on.
 
     `recall` is asked what it knows of the bytes behind a request's msgid, before they are parsed: what it gives, unless it is
-    None, comes out as `Recalled`. It has to know nothing but what has come out as a `Request` with this `tail`.
+    None, comes out as `CachedRequest`. It has to know nothing but what has come out as a `Request` with this `tail`.
     """
 
     __slots__ = ("_broken", "_buffer", "_max_array", "_recall", "_walk")
@@ -103,7 +103,7 @@ class Decoder:
         self._recall = recall
         self._buffer = bytearray()
         self._broken: ProtocolError | None = None
-        self._walk: Walk | None = None
+        self._walk: HeaderScanner | None = None
         """Through a message that came in pieces: what was looked at is not looked at again."""
 
     @property
@@ -123,7 +123,7 @@ class Decoder:
             if self._walk is None:
                 yield from self._whole()
                 if self._buffer:
-                    self._walk = Walk(self._max_array)
+                    self._walk = HeaderScanner(self._max_array)
                 continue
             try:
                 if not self._walk.follow(self._buffer):
@@ -174,7 +174,7 @@ class Decoder:
         if self._recall is not None and (request := _split(self._buffer, size)) is not None:
             what = self._recall(request[1])
             if what is not None:
-                return Recalled(request[0], what, request[1])
+                return CachedRequest(request[0], what, request[1])
         body = self._parsed(size)
         if body is None:
             return None
@@ -295,18 +295,18 @@ def _message(body: Any, tail: bytes = b"") -> Message:
     if msgid is None:
         raise ProtocolError("a message has no msgid to answer to")
     if kind != 0:
-        return Unservable(msgid, "a request begins with 0: [0, msgid, method, [params]]")
+        return InvalidRequest(msgid, "a request begins with 0: [0, msgid, method, [params]]")
     return _request(msgid, body[2:], tail)
 
 
 def _request(msgid: int, rest: list[Any], tail: bytes) -> Message:
     if len(rest) != 2:
-        return Unservable(msgid, "a request is an array of four: [0, msgid, method, [params]]")
+        return InvalidRequest(msgid, "a request is an array of four: [0, msgid, method, [params]]")
     method, params = rest
     if not isinstance(method, str):
-        return Unservable(msgid, "the method is not a string")
+        return InvalidRequest(msgid, "the method is not a string")
     if not isinstance(params, list) or len(params) != 1 or not isinstance(params[0], dict):
-        return Unservable(msgid, "the parameters are not an array of one map", method)
+        return InvalidRequest(msgid, "the parameters are not an array of one map", method)
     return Request(msgid, method, params[0], tail)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from keyferry.errors import KmsError, ProtocolError
 from keyferry.operations import OPERATIONS
-from keyferry.protocol.rpc import Asked, Call, Exchange, Pending
+from keyferry.protocol.rpc import Asked, Call, Pending, RpcSession
 
 from ..frugal import frugal
 
@@ -17,7 +17,7 @@ def answers(data: bytes) -> None:
 
 
 def _received(data: bytes) -> None:
-    exchange = Exchange()
+    exchange = RpcSession()
     calls: dict[Pending, Asked] = {}
     for call in CALLS:
         exchange.ask(asked := Asked.of(call))

@@ -24,7 +24,7 @@ from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
 from keyferry_agent.keyring.keyring import Keyring, build, room_for
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import Agent, Audited, Caller
+from keyferry_agent.state import AuditEntry, Caller, ServerState
 
 KEYS = [str(uuid.UUID(int=number)) for number in range(1, 5)]
 VERSIONS = [str(uuid.UUID(int=256 + number)) for number in range(1, 5)]
@@ -81,10 +81,10 @@ def _keyring(count: int) -> Keyring:
 
 
 @functools.cache
-def _agents() -> tuple[Agent, Agent]:
+def _agents() -> tuple[ServerState, ServerState]:
     """One with keys, and one without any."""
     settings = Settings(grants=_GRANTS, memory="prefer", memory_backing="mlock")
-    return Agent(settings, _keyring(len(KEYS))), Agent(settings, _keyring(0))
+    return ServerState(settings, _keyring(len(KEYS))), ServerState(settings, _keyring(0))
 
 
 def answered(request: wire.Request) -> dict[str, Any] | tuple[str, str]:
@@ -115,9 +115,9 @@ def _asked(request: wire.Request) -> None:
         assert refused == nothing, "a caller without a grant has learnt something of the keys"
 
 
-def _answered(agent: Agent, caller: Caller, request: wire.Request) -> dict[str, Any] | tuple[str, str]:
+def _answered(agent: ServerState, caller: Caller, request: wire.Request) -> dict[str, Any] | tuple[str, str]:
     """The result, or code and message, as a client reads them; the steps are those of a connection."""
-    audited = Audited(REQUEST_ID, time.monotonic(), ascii(request.method[:64])[1:-1])
+    audited = AuditEntry(REQUEST_ID, time.monotonic(), ascii(request.method[:64])[1:-1])
     caller.refresh(agent.policy)
     try:
         job = handlers.prepare(agent, caller, request.method, request.params, audited)
@@ -144,7 +144,7 @@ def _answered(agent: Agent, caller: Caller, request: wire.Request) -> dict[str, 
     return body
 
 
-def _recorded(peer: Peer, audited: Audited, outcome: str, body: dict[str, Any]) -> None:
+def _recorded(peer: Peer, audited: AuditEntry, outcome: str, body: dict[str, Any]) -> None:
     line = f'{log._line("2026-11-25T00:00:00.000+00:00", log._of_peer(peer), audited, outcome)}, "previous": "{"0" * 64}"}}\n'
     assert len(line.encode()) <= select.PIPE_BUF, "a pipe may take it in part"
     assert line.count("\n") == 1

@@ -64,7 +64,7 @@ def _recalled(pieces: Iterator[bytes], most: int) -> tuple[list[wire.Message], s
         for piece in pieces:
             decoder.feed(piece)
             for message in decoder.messages():
-                if isinstance(message, wire.Recalled):
+                if isinstance(message, wire.CachedRequest):
                     messages.append(message.what._replace(msgid=message.msgid))
                 elif isinstance(message, wire.Request):
                     known[message.tail] = plain = message._replace(tail=b"")
@@ -101,7 +101,7 @@ def _plain(message: wire.Message) -> tuple[Any, ...]:
             return ("request", msgid, method, params)
         case wire.Response(answered, error, result):
             return ("response", answered, error, result)
-        case wire.Unservable(msgid):
+        case wire.InvalidRequest(msgid):
             return ("unservable", msgid)
     return ("notification",)
 
