@@ -12,12 +12,13 @@ from support.other_user import line_of, running_as
 from support.requires import root
 
 from keyferry.protocol import wire
+from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Limits, Settings
 from keyferry_agent.keyring.keyring import development_keyring
 from keyferry_agent.peer import Peer
 from keyferry_agent.server.admission import Admission, NoRoomError, Place
-from keyferry_agent.state import Caller, ServerState
+from keyferry_agent.state import ServerState
 
 GRANTED, NAMED, STRANGER = 1, 2, os.geteuid() + 1_000  # not the user that runs the tests
 KEEP = """

@@ -93,7 +93,7 @@ def test_only_secret_maps_memory_and_only_serving_opens_nurseries() -> None:
         "keyferry_agent.peer.groups",
     }
     assert {name for name, text in texts.items() if "gmssl" in text and "import" in text and "from gmssl" in text} == {
-        "keyferry_agent.crypto.sm2_fallback"
+        "keyferry_agent.crypto.sm2_gmssl"
     }
 
 
@@ -109,11 +109,7 @@ def test_gmssl_encrypts_and_decrypts_nothing() -> None:
     """Only its curve arithmetic is used: its own nonce is predictable."""
     for name, path in ALL.items():
         for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.Attribute)
-                and node.attr in ("encrypt", "decrypt")
-                and name.endswith("sm2_portable")
-            ):
+            if isinstance(node, ast.Attribute) and node.attr in ("encrypt", "decrypt") and name.endswith("sm2_gmssl"):
                 assert not (isinstance(node.value, ast.Name) and node.value.id == "_curve"), name
 
 

@@ -23,11 +23,11 @@ from support.keyring import configuration, serving
 from support.keys import recipient
 
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.chained_log import chain
 from keyferry_agent.cli.main import main
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import AuditEntry
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")

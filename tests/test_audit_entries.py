@@ -19,10 +19,10 @@ from support.keys import recipient
 
 from keyferry import __version__
 from keyferry_agent.audit import AuditLog, announcements, log
+from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import AuditEntry
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")

@@ -14,9 +14,9 @@ from support.audit_log import Log
 from support.keyring import serving
 
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import AuditEntry
 
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
 SYSTEMD = [

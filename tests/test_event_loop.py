@@ -30,7 +30,6 @@ ON_THE_LOOP = (
     "keyferry_agent.peer",
     "keyferry_agent.authz.decision_cache",
     "keyferry_agent.server.server",
-    "keyferry_agent.daemon.systemd_watchdog",
 )
 """The modules whose functions run on the event loop while there are peers."""
 

@@ -20,6 +20,7 @@ from keyferry.errors import KmsError
 from keyferry.protocol import wire
 from keyferry_agent import handlers
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.authz.caller import Caller
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.handlers.status import get_agent_status
 from keyferry_agent.peer import Peer
@@ -28,7 +29,7 @@ from keyferry_agent.server.connection import Connection, Shared
 from keyferry_agent.server.rate_limit import Rate
 from keyferry_agent.server.server import Server
 from keyferry_agent.server.thread_pool import FairThreadPool
-from keyferry_agent.state import Caller, ServerState
+from keyferry_agent.state import ServerState
 
 STATUS = ("GetAgentStatus", dict[str, Any]())
 

@@ -20,8 +20,7 @@ from support.manager import Manager
 from keyferry import Client
 from keyferry.protocol import wire
 from keyferry.secret import SecretMemory
-from keyferry_agent.daemon.systemd import InheritedDescriptors, ServiceManager
-from keyferry_agent.daemon.systemd_watchdog import feed
+from keyferry_agent.daemon.systemd import InheritedDescriptors, ServiceManager, feed_watchdog
 from keyferry_agent.keyring.fdstore import KeyringPersister
 from keyferry_agent.keyring.keyring import development_keyring
 
@@ -181,7 +180,7 @@ async def test_an_agent_that_answers_nothing_or_refuses_its_own_request_feeds_no
     host = Fed({"NOTIFY_SOCKET": "/nowhere", "WATCHDOG_USEC": "2000000"})
     near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(feed, host, near, lambda: "")
+        nursery.start_soon(feed_watchdog, host, near, lambda: "")
         decoder = wire.Decoder()
 
         async def asked() -> wire.Request:

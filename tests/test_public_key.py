@@ -18,7 +18,7 @@ from gmssl.sm2 import CryptSM2, default_ecc_table
 from support import requires
 
 from keyferry import libcrypto
-from keyferry_agent.crypto import sm2_fallback, wrapping
+from keyferry_agent.crypto import sm2_gmssl, wrapping
 from keyferry_agent.crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 
 libcrypto_sm2 = pytest.mark.skipif(not libcrypto.has_sm2(), reason="needs a libcrypto with SM2 (Debian: libssl3)")
@@ -339,7 +339,7 @@ def test_sm2_wraps_up_to_its_capacity(fallback: bool, monkeypatch: pytest.Monkey
     assert isinstance(found.wrap, functools.partial) == fallback
     for size in (1, 1_024, 6_047):
         data_key = secrets.token_bytes(size)
-        assert sm2_fallback.decrypt(SM2_D, found.wrap(memoryview(bytearray(data_key)))) == data_key
+        assert sm2_gmssl.decrypt(SM2_D, found.wrap(memoryview(bytearray(data_key)))) == data_key
     wrapping.recipient.cache_clear()
 
 

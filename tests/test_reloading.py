@@ -17,7 +17,8 @@ from keyferry_agent.audit import AuditLog
 from keyferry_agent.config.options import Options
 from keyferry_agent.config.settings import Settings
 from keyferry_agent.daemon import reload
-from keyferry_agent.daemon.reload import FileStats, Reloader
+from keyferry_agent.daemon.file_watcher import FileStats, stat_files
+from keyferry_agent.daemon.reload import Reloader
 from keyferry_agent.daemon.systemd import ServiceManager
 from keyferry_agent.state import ServerState
 
@@ -128,7 +129,7 @@ async def test_nothing_is_tried_again_while_a_file_is_being_written(
         return {path: (int(now * 1_000) if tried and now < tried[0] + 20 else 0,)}
 
     monkeypatch.setattr(Options, "settings", settings)
-    monkeypatch.setattr(reload, "look", look)
+    monkeypatch.setattr(reload, "stat_files", look)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
     reloader = Reloader(options, agent, audit, {path: (0,)}, ServiceManager(), None)
     adopted = adoption(agent, monkeypatch)
@@ -154,7 +155,7 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
     agent = ServerState(settings, options.load_keyring(settings))
-    seen = reload.look([config, keyring])
+    seen = stat_files([config, keyring])
     real, is_first = getattr(Options, read), iter([True])
 
     def read_and_change(*arguments: Any) -> Any:
@@ -191,7 +192,7 @@ async def test_files_that_do_not_change_are_read_once(
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
     agent = ServerState(settings, options.load_keyring(settings))
-    looks, look, seen_often = 0, reload.look, trio.Event()
+    looks, look, seen_often = 0, stat_files, trio.Event()
 
     def counted(paths: Sequence[Path]) -> FileStats:
         nonlocal looks
@@ -201,7 +202,7 @@ async def test_files_that_do_not_change_are_read_once(
         return look(paths)
 
     reloader = Reloader(options, agent, audit, look([config, keyring]), ServiceManager(), None)
-    monkeypatch.setattr(reload, "look", counted)
+    monkeypatch.setattr(reload, "stat_files", counted)
     monkeypatch.setattr(reload, "_LOOK_EVERY", 0.001)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:

@@ -18,6 +18,8 @@ from keyferry.errors import KmsError
 from keyferry.parameters import encode_base64
 from keyferry.protocol import wire
 from keyferry_agent import handlers
+from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.keyring import document, keyring
 from keyferry_agent.keyring.document import Document, KeyEntry, iso
@@ -25,7 +27,7 @@ from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.peer import Peer
 from keyferry_agent.server.dispatch import CompletedRequest, Dispatcher, OffloadedJob, ServerContext
 from keyferry_agent.server.rate_limit import Rate
-from keyferry_agent.state import AuditEntry, Caller, ServerState
+from keyferry_agent.state import ServerState
 
 DATE = datetime(2026, 12, 1, 12, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -224,13 +226,13 @@ def test_the_keys_that_grants_cover_end_with_their_date(asking: Asking, clock: t
     """Also where the keys of a caller were looked through before."""
     caller = asking.caller
     caller.refresh(asking.agent.policy)
-    assert len(caller.visible_keys(asking.agent).keys) == 2
+    assert len(asking.agent.visible_keys(caller.granted).keys) == 2
     clock.present = DATE
-    assert caller.visible_keys(asking.agent) == ((), ())
+    assert asking.agent.visible_keys(caller.granted) == ((), ())
     disabled(asking.agent)
     clock.present = DATE - SECOND
     caller.refresh(asking.agent.policy)
-    assert {key.stored_state for key in caller.visible_keys(asking.agent).keys} == {"Disabled"}
+    assert {key.stored_state for key in asking.agent.visible_keys(caller.granted).keys} == {"Disabled"}
 
 
 # The second of the date itself

@@ -16,6 +16,8 @@ from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64
 from keyferry.secret import SecretMemory, fill_random
 from keyferry_agent import handlers
+from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
 from keyferry_agent.keyring import edits, file
@@ -24,7 +26,7 @@ from keyferry_agent.keyring.keyring import build, room_for
 from keyferry_agent.keyring.loader import describe
 from keyferry_agent.keyring.sealing import new_identity
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import AuditEntry, Caller, ServerState
+from keyferry_agent.state import ServerState
 
 KEYS, VERSIONS = 10_000, 5
 RSA = recipient("RSAES_OAEP_SHA_256")

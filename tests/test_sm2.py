@@ -18,7 +18,7 @@ from support.sm2_example import C1_X, C1_Y, DER, MESSAGE, RAW, D, K, X, Y
 
 from keyferry import libcrypto
 from keyferry.sm2_ciphertext import RAW_OVERHEAD, der_to_raw, raw_to_der, raw_to_sdf, sdf_to_raw
-from keyferry_agent.crypto import sm2_fallback, wrapping
+from keyferry_agent.crypto import sm2_gmssl, wrapping
 
 libcrypto_sm2 = pytest.mark.skipif(not libcrypto.has_sm2(), reason="needs a libcrypto with SM2 (Debian: libssl3)")
 
@@ -67,11 +67,11 @@ def libcrypto_decrypt(pair: KeyPair, raw: bytes) -> bytes:
 
 
 def portable_encrypt(pair: KeyPair, message: bytes) -> bytes:
-    return sm2_fallback.encrypt(pair.point, bytearray(message))
+    return sm2_gmssl.encrypt(pair.point, bytearray(message))
 
 
 def portable_decrypt(pair: KeyPair, raw: bytes) -> bytes:
-    return sm2_fallback.decrypt(pair.d, raw)
+    return sm2_gmssl.decrypt(pair.d, raw)
 
 
 def gmssl_encrypt(pair: KeyPair, message: bytes) -> bytes:
@@ -98,7 +98,7 @@ def test_everybody_decrypts_the_standards_example(decrypt: Run) -> None:
 
 
 def test_the_portable_way_gives_the_standards_ciphertext_with_the_standards_nonce() -> None:
-    assert sm2_fallback._encrypt(ANNEX_C.point, bytearray(MESSAGE), K) == RAW
+    assert sm2_gmssl._encrypt(ANNEX_C.point, bytearray(MESSAGE), K) == RAW
 
 
 def test_the_standards_ciphertext_has_one_text_in_each_form() -> None:
@@ -131,7 +131,7 @@ def test_libcrypto_and_the_portable_way_decrypt_each_other_at_every_size(size: i
 @pytest.mark.parametrize("decrypt", DECRYPT)
 @pytest.mark.parametrize("k", [1, 2, N - 2, N - 1])
 def test_the_ends_of_the_nonces_range_work(k: int, decrypt: Run) -> None:
-    raw = sm2_fallback._encrypt(ANNEX_C.point, bytearray(MESSAGE), k)
+    raw = sm2_gmssl._encrypt(ANNEX_C.point, bytearray(MESSAGE), k)
     assert raw is not None
     assert decrypt(ANNEX_C, raw) == MESSAGE
 
@@ -146,9 +146,9 @@ def test_a_nonce_whose_mask_is_zero_is_drawn_again(monkeypatch: pytest.MonkeyPat
         limits.append(limit)
         return drawn.pop(0) - 1
 
-    monkeypatch.setattr(sm2_fallback, "secrets", SimpleNamespace(randbelow=randbelow))
+    monkeypatch.setattr(sm2_gmssl, "secrets", SimpleNamespace(randbelow=randbelow))
     raw = portable_encrypt(ANNEX_C, b"M")
-    assert raw == sm2_fallback._encrypt(ANNEX_C.point, bytearray(b"M"), K)
+    assert raw == sm2_gmssl._encrypt(ANNEX_C.point, bytearray(b"M"), K)
     assert portable_decrypt(ANNEX_C, raw) == b"M"
     # Drawn until it was usable, and each time from 1 to n - 1.
     assert limits == [N - 1] * 4
@@ -157,13 +157,13 @@ def test_a_nonce_whose_mask_is_zero_is_drawn_again(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("k", ZERO_MASKS)
 def test_a_zero_mask_is_never_used(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Used, it would be the message itself that travels. gmssl finds the same three nonces."""
-    assert sm2_fallback._encrypt(ANNEX_C.point, bytearray(b"M"), k) is None
+    assert sm2_gmssl._encrypt(ANNEX_C.point, bytearray(b"M"), k) is None
     monkeypatch.setattr(func, "random_hex", lambda _size: f"{k:064x}")
     assert ANNEX_C.gmssl().encrypt(b"M") is None
 
 
 def test_a_mask_that_only_begins_with_a_zero_is_used() -> None:
-    raw = sm2_fallback._encrypt(ANNEX_C.point, bytearray(b"MM"), ZERO_MASKS[0])
+    raw = sm2_gmssl._encrypt(ANNEX_C.point, bytearray(b"MM"), ZERO_MASKS[0])
     assert raw is not None
     assert raw[RAW_OVERHEAD] == ord("M")
     assert portable_decrypt(ANNEX_C, raw) == b"MM"

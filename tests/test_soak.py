@@ -14,9 +14,9 @@ from support.keys import recipient
 from keyferry import KmsError
 from keyferry.parameters import encode_base64
 from keyferry_agent.audit import AuditLog
+from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import AuditEntry
 
 TEXT = b"what it was made of"
 

@@ -1,11 +1,9 @@
 """What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
 
-from binascii import a2b_base64
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Self
 
-from keyferry.ciphertext import ciphertext_hash
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
 from keyferry.parameters import Parameter
@@ -17,14 +15,11 @@ from .authz.grants import CallerGrants, Policy
 from .config.settings import Settings
 from .keyring.document import now
 from .keyring.keyring import KEPT, Key, Keyring
-from .peer import Peer
 
 __all__ = [
     "MAX_BATCH",
     "MAX_BATCH_DATA_KEY_BYTES",
     "OFFLOAD_THREADS",
-    "AuditEntry",
-    "Caller",
     "ServerState",
     "VisibleKeys",
     "locked_memory_needed",
@@ -52,85 +47,6 @@ def locked_memory_needed(keyring: int) -> str:
         f"This agent needs {total // 1024} KiB of locked memory in all: {scratch // 1024} for its work, and twice "
         f"{keyring // 1024} for the keyring, which is there twice while it is read again"
     )
-
-
-@dataclass(slots=True)
-class AuditEntry:
-    """What is to be said of one request, gathered on its way down. Only names and fingerprints: nothing secret."""
-
-    request_id: str
-    started: float
-    operation: str = ""
-    grant: str = ""
-    by_program: bool = False
-    """Whether that grant names the caller's program."""
-    key_id: str = ""
-    key_version_id: str = ""
-    destination_key_id: str = ""
-    destination_key_version_id: str = ""
-    recipient: str = ""
-    context_keys: tuple[str, ...] = ()
-    line: str = ""
-    """The part of its line that all requests equal to it share, once it was written (`audit`)."""
-    ciphertext: str = ""
-    """The hash of the CiphertextBlob that was made, or that the request has."""
-    destination_ciphertext: str = ""
-    """The hash of the CiphertextBlob that ReEncrypt made."""
-
-    def note(self, result: Any) -> None:
-        """Note the CiphertextBlob in the result of the request, where there is one."""
-        blob = getattr(result, "ciphertext_blob", None)
-        if blob is None:
-            return
-        made = ciphertext_hash(
-            a2b_base64(blob)
-        )  # what the agent encoded itself needs no strict decoding, which takes longer
-        if self.destination_key_id:
-            self.destination_ciphertext = made
-        else:
-            self.ciphertext = made
-
-    def again(self, request_id: str, started: float) -> "AuditEntry":
-        """The same, of another request that is equal to this one, before it has made a CiphertextBlob of its own."""
-        return AuditEntry(
-            request_id,
-            started,
-            self.operation,
-            self.grant,
-            self.by_program,
-            self.key_id,
-            self.key_version_id,
-            self.destination_key_id,
-            self.destination_key_version_id,
-            self.recipient,
-            self.context_keys,
-            self.line,
-        )
-
-
-class Caller:
-    """One connection's peer, with the grants that are to it: looked up once, and again after a reload."""
-
-    __slots__ = ("_policy", "granted", "peer")
-
-    def __init__(self, peer: Peer) -> None:
-        self.peer = peer
-        self.granted = CallerGrants(())
-        self._policy: Policy | None = None
-
-    def refresh(self, policy: Policy) -> None:
-        """Look the grants up, if this is another policy than the last time."""
-        if self._policy is not policy:
-            self._policy = policy
-            self.granted = policy.granted(self.peer)
-
-    def know(self, peer: Peer) -> None:
-        """Take more evidence of the same caller."""
-        self.peer, self._policy = peer, None
-
-    def visible_keys(self, agent: "ServerState") -> "VisibleKeys":
-        """What some grant to this caller covers."""
-        return agent.visible_keys(self.granted)
 
 
 class VisibleKeys(NamedTuple):

@@ -17,12 +17,12 @@ from typing import Final
 from keyferry.errors import CODES
 
 from .. import __version__
+from ..audit.entry import AuditEntry
 from ..chained_log.file import Appended, RecordFile
 from ..config.settings import Audit
 from ..keyring.keyring import Keyring
 from ..locking import Lock
 from ..peer import Peer
-from ..state import AuditEntry
 from . import announcements
 from .writer_thread import WriterThread
 

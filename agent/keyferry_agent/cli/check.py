@@ -36,8 +36,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--systemd",
         action="store_true",
-        help=f"this host runs it as {systemd_units.SERVICE}: ask systemd for sockets, folders and credentials, and fail where the "
-        "agent would not start",
+        help=f"this host runs it as {systemd_units.SERVICE}: ask systemd for sockets, folders and credentials, and fail where "
+        "the agent would not start",
     )
     parser.set_defaults(run=_check)
 

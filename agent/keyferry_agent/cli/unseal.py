@@ -19,7 +19,7 @@ from keyferry import arguments as reading
 from keyferry import private_files
 from keyferry.output import complain, show
 
-from ..config import table
+from ..config import validators
 from ..config.settings import DEFAULT_UNSEAL_SOCKET
 
 __all__ = ["add_parser"]
@@ -125,7 +125,7 @@ def _read(source: str, uid: int) -> bytearray:
     try:
         path = Path("/dev/stdin")
         if source != "-":
-            path = table.unseal(source if source.startswith("credential:") else os.path.abspath(source))
+            path = validators.unseal(source if source.startswith("credential:") else os.path.abspath(source))
         with open(0 if source == "-" else path, "rb", buffering=0, closefd=source != "-") as file:
             private_files.check(file.fileno(), path, secret=True, owners=(uid,))
             secret = bytearray(_MAX_SECRET + 1)

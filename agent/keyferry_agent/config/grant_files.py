@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 from keyferry import private_files
 
-from . import table as toml
+from .table import ConfigTable, load
 
 __all__ = ["File", "beside", "find", "read"]
 
@@ -22,7 +22,7 @@ class File(NamedTuple):
     """A file of grants, or the folder itself where that is what something is wrong with."""
 
     path: Path
-    table: toml.ConfigTable
+    table: ConfigTable
     open_to_others: list[str]
 
 
@@ -38,7 +38,7 @@ def find(folder: Path) -> list[Path]:
 
 def read(folder: Path) -> list[File]:
     """Return the folder and its files of grants, with what is wrong with each; nothing where there is no such folder."""
-    this = File(folder, toml.ConfigTable("", {}, [], []), private_files.folder_problems(folder))
+    this = File(folder, ConfigTable("", {}, [], []), private_files.folder_problems(folder))
     try:
         paths = find(folder)
         others = [name for name in _names(folder) if not name.endswith(_EXTENSION)]
@@ -58,9 +58,9 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_file(path: Path, *, is_folder_safe: bool) -> File:
-    loaded = toml.load(path, regular=True)
+    loaded = load(path, regular=True)
     raw = loaded.raw or {}
-    table = toml.ConfigTable("", {name: value for name, value in raw.items() if name == _ONLY}, [], [])
+    table = ConfigTable("", {name: value for name, value in raw.items() if name == _ONLY}, [], [])
     if loaded.problem:
         table.problems.append(loaded.problem)
     for name in raw:

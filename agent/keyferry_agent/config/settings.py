@@ -15,8 +15,8 @@ from keyferry.protocol.rpc import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
 from ..authz.grants import SELECTORS, Grant
-from . import grant_checks, grant_files
-from . import table as toml
+from . import grant_checks, grant_files, validators
+from .table import ConfigTable, load
 
 __all__ = [
     "DEFAULT_UNSEAL_SOCKET",
@@ -136,11 +136,11 @@ def read(path: Path) -> Settings:
 
 def examine(path: Path) -> Examined:
     """Return what a configuration says, and everything that is wrong with its files and with their content."""
-    loaded = toml.load(path)
+    loaded = load(path)
     if loaded.raw is None:
         return Examined(None, [f"{path}: {loaded.problem}"], loaded.open_to_others, [])
-    table = toml.ConfigTable("", loaded.raw, [], [])
-    chosen = table.take("grants_folder", "the path of a folder", toml.path, None)
+    table = ConfigTable("", loaded.raw, [], [])
+    chosen = table.take("grants_folder", "the path of a folder", validators.path, None)
     folder = grant_files.beside(path) if chosen is None else chosen
     files = grant_files.read(folder)
     settings = _settings(table, files)
@@ -165,7 +165,7 @@ _AUDIT: Final = Audit()
 # --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def _settings(table: toml.ConfigTable, files: Sequence[grant_files.File]) -> Settings:
+def _settings(table: ConfigTable, files: Sequence[grant_files.File]) -> Settings:
     single = _listener(table, "socket")
     listeners = tuple(_named_listener(entry) for entry in table.tables("listener"))
     for name in ("socket", "mode"):
@@ -177,28 +177,28 @@ def _settings(table: toml.ConfigTable, files: Sequence[grant_files.File]) -> Set
             table.wrong("listener", f"two listeners have the same {attribute}")
     names: dict[tuple[str, str], int] = {}
     manual = table.has("unseal") and table.take("unseal", "", lambda value: value, None) == MANUAL
-    unseal_socket = table.take("unseal_socket", "the path of a socket", toml.socket_path, DEFAULT_UNSEAL_SOCKET)
+    unseal_socket = table.take("unseal_socket", "the path of a socket", validators.socket_path, DEFAULT_UNSEAL_SOCKET)
     if table.has("unseal_socket") and not manual:
         table.wrong("unseal_socket", 'has no effect without unseal = "manual"')
     limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
     settings = Settings(
         listeners=listeners or (single,),
-        keyring=table.take("keyring", "the path of a keyring file", toml.path, None),
+        keyring=table.take("keyring", "the path of a keyring file", validators.path, None),
         unseal=None
         if manual
-        else table.take("unseal", "the path of an identity or passphrase file", toml.unseal, None),
+        else table.take("unseal", "the path of an identity or passphrase file", validators.unseal, None),
         unseal_socket=unseal_socket if manual else None,
-        region=table.take("region", "letters, digits, _ and -", toml.arn_part, "local"),
-        account=table.take("account", "letters, digits, _ and -", toml.arn_part, "0"),
-        memory=table.take("memory", "", toml.one_of("require", "prefer"), "require"),
-        memory_backing=table.take("memory_backing", "", toml.one_of("auto", "memfd_secret", "mlock"), "auto"),
-        sm2_fallback=table.take("sm2_fallback", "", toml.one_of("none", "gmssl"), "none"),
-        keep_keys=table.take("keep_keys", "true or false", toml.boolean, False),
+        region=table.take("region", "letters, digits, _ and -", validators.arn_part, "local"),
+        account=table.take("account", "letters, digits, _ and -", validators.arn_part, "0"),
+        memory=table.take("memory", "", validators.one_of("require", "prefer"), "require"),
+        memory_backing=table.take("memory_backing", "", validators.one_of("auto", "memfd_secret", "mlock"), "auto"),
+        sm2_fallback=table.take("sm2_fallback", "", validators.one_of("none", "gmssl"), "none"),
+        keep_keys=table.take("keep_keys", "true or false", validators.boolean, False),
         metrics=_metrics(metrics),
         limits=_limits(limits),
         audit=Audit(
             path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
-            on_failure=audit.take("on_failure", "", toml.one_of("refuse", "serve"), _AUDIT.on_failure),
+            on_failure=audit.take("on_failure", "", validators.one_of("refuse", "serve"), _AUDIT.on_failure),
         ),
         grants=(
             *(_grant(entry, names, None) for entry in table.tables("grant")),
@@ -217,16 +217,16 @@ def _settings(table: toml.ConfigTable, files: Sequence[grant_files.File]) -> Set
 
 
 def _audit_path(value: Any) -> str:
-    path = toml.string(value)
+    path = validators.string(value)
     if path != "stderr" and (not path.startswith("/") or "\0" in path):
         raise ValueError
-    return path if path == "stderr" else str(toml.path(path))
+    return path if path == "stderr" else str(validators.path(path))
 
 
-def _metrics(table: toml.ConfigTable) -> str:
+def _metrics(table: ConfigTable) -> str:
     """Return where metrics are served. An address that other hosts reach takes `remote = true`."""
-    remote = table.take("remote", "true or false", toml.boolean, False)
-    check = toml.remote_address if remote else toml.address
+    remote = table.take("remote", "true or false", validators.boolean, False)
+    check = validators.remote_address if remote else validators.address
     address: str = table.take("listen", 'an absolute path, or an address like "127.0.0.1:9464"', check, "")
     if remote and not table.has("listen"):
         table.wrong("remote", "has no effect without listen")
@@ -234,40 +234,40 @@ def _metrics(table: toml.ConfigTable) -> str:
     return address
 
 
-def _limits(table: toml.ConfigTable) -> Limits:
+def _limits(table: ConfigTable) -> Limits:
     limits = Limits(
-        connections=table.take("connections", "an integer from 1", toml.at_least(1), _LIMITS.connections),
+        connections=table.take("connections", "an integer from 1", validators.at_least(1), _LIMITS.connections),
         connections_per_user=table.take(
-            "connections_per_user", "an integer from 1", toml.at_least(1), _LIMITS.connections_per_user
+            "connections_per_user", "an integer from 1", validators.at_least(1), _LIMITS.connections_per_user
         ),
         request_timeout=table.take(
-            "request_timeout", "seconds, above 0 to 3600", toml.seconds, _LIMITS.request_timeout
+            "request_timeout", "seconds, above 0 to 3600", validators.seconds, _LIMITS.request_timeout
         ),
         requests_per_second=table.take(
-            "requests_per_second", "an integer from 0", toml.at_least(0), _LIMITS.requests_per_second
+            "requests_per_second", "an integer from 0", validators.at_least(0), _LIMITS.requests_per_second
         ),
     )
     table.done()
     return limits
 
 
-def _listener(table: toml.ConfigTable, path: str) -> Listener:
+def _listener(table: ConfigTable, path: str) -> Listener:
     return Listener(
-        path=table.take(path, "the path of a socket", toml.socket_path, _LISTENER.path),
-        mode=table.take("mode", 'an octal mode as text, like "0660"', toml.mode, _LISTENER.mode),
+        path=table.take(path, "the path of a socket", validators.socket_path, _LISTENER.path),
+        mode=table.take("mode", 'an octal mode as text, like "0660"', validators.mode, _LISTENER.mode),
     )
 
 
-def _named_listener(table: toml.ConfigTable) -> Listener:
+def _named_listener(table: ConfigTable) -> Listener:
     listener = _listener(table, "path")
     if not table.has("path"):
         table.wrong("path", "missing")
     made = Listener(
-        name=table.take("name", "a name", toml.string, ""),
+        name=table.take("name", "a name", validators.string, ""),
         path=listener.path,
         mode=listener.mode,
-        uid=table.take("user", "a user of this host, by name or number", toml.uid, None),
-        gid=table.take("group", "a group of this host, by name or number", toml.gid, None),
+        uid=table.take("user", "a user of this host, by name or number", validators.uid, None),
+        gid=table.take("group", "a group of this host, by name or number", validators.gid, None),
     )
     if not table.has("name"):
         table.wrong("name", "missing")
@@ -275,32 +275,36 @@ def _named_listener(table: toml.ConfigTable) -> Listener:
     return made
 
 
-def _grant(table: toml.ConfigTable, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
-    name = table.take("name", "a name", toml.string, "")
+def _grant(table: ConfigTable, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
+    name = table.take("name", "a name", validators.string, "")
     for needed in ("name", "to", "actions", "keys"):
         if not table.has(needed):
             table.wrong(needed, "missing")
     grant = Grant(
         name=name,
         to=_to(table.table("to"), table.has("to"), names),
-        actions=table.take("actions", 'a list of actions like "kms:Decrypt"', toml.actions, ()),
+        actions=table.take("actions", 'a list of actions like "kms:Decrypt"', validators.actions, ()),
         keys=table.take(
-            "keys", 'a list of keys like "alias/orders-*"', toml.each(toml.KEY, "key ID, alias or ARN"), ()
+            "keys", 'a list of keys like "alias/orders-*"', validators.each(validators.KEY, "key ID, alias or ARN"), ()
         ),
         recipients=table.take(
             "recipients",
             "a list of pins",
-            lambda value: frozenset(toml.each(toml.PIN, "pin (keyferry-agent fingerprint FILE prints one)")(value)),
+            lambda value: frozenset(
+                validators.each(validators.PIN, "pin (keyferry-agent fingerprint FILE prints one)")(value)
+            ),
             None,
         ),
-        encryption_context=table.take("encryption_context", "a table of strings", toml.pairs, MappingProxyType({})),
+        encryption_context=table.take(
+            "encryption_context", "a table of strings", validators.pairs, MappingProxyType({})
+        ),
         file=file,
     )
     table.done()
     return grant
 
 
-_LOOKUPS: Final[Mapping[str, Callable[[Any], int]]] = {"user": toml.uid, "group": toml.gid}
+_LOOKUPS: Final[Mapping[str, Callable[[Any], int]]] = {"user": validators.uid, "group": validators.gid}
 _NOBODY: Final = -1
 
 
@@ -317,17 +321,17 @@ def look_up(names: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
     return {(selector, name): _number_of(selector, name) for selector, name in names}
 
 
-def _to(table: toml.ConfigTable, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
+def _to(table: ConfigTable, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
     checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "uid": ("a number, 0 to 4294967294", toml.identity),
-        "gid": ("a number, 0 to 4294967294", toml.identity),
-        "user": ("the name of a user", toml.string),
-        "group": ("the name of a group", toml.string),
-        "listener": ("the name of a listener", toml.string),
-        "unit": ("the name of a systemd unit, like orders.service", toml.matching(toml.UNIT)),
-        "pod": ("the UID of a Kubernetes pod", toml.matching(toml.POD)),
-        "exe": ("the absolute path of a program", lambda value: str(toml.path(value))),
-        "sha256": ('"sha256:" and the hash of a program, in hex', toml.matching(toml.PIN)),
+        "uid": ("a number, 0 to 4294967294", validators.identity),
+        "gid": ("a number, 0 to 4294967294", validators.identity),
+        "user": ("the name of a user", validators.string),
+        "group": ("the name of a group", validators.string),
+        "listener": ("the name of a listener", validators.string),
+        "unit": ("the name of a systemd unit, like orders.service", validators.matching(validators.UNIT)),
+        "pod": ("the UID of a Kubernetes pod", validators.matching(validators.POD)),
+        "exe": ("the absolute path of a program", lambda value: str(validators.path(value))),
+        "sha256": ('"sha256:" and the hash of a program, in hex', validators.matching(validators.PIN)),
     }
     to: dict[str, Any] = {}
     for selector in SELECTORS:

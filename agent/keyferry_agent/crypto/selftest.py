@@ -116,7 +116,7 @@ def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
         elif pair in _NEEDED:
             raise SelfTestError(f"{way.name}: {libcrypto.why_missing(missing)} ({libcrypto.configuration()})")
         elif pair[0] == "EC_SM2" and sm2_fallback:
-            _check_sm2_portable()
+            _check_sm2_gmssl()
         else:
             unavailable.append(_unavailable(pair[1], missing))
     return unavailable
@@ -171,13 +171,13 @@ def _check_sm2() -> None:
         raise SelfTestError(f"SM2PKE: {error}") from None
 
 
-def _check_sm2_portable() -> None:
-    from . import sm2_fallback as sm2_portable  # noqa: PLC0415 - as in `wrapping`
+def _check_sm2_gmssl() -> None:
+    from . import sm2_gmssl  # noqa: PLC0415 - as in `wrapping`
 
     d, point = int(_SM2_D, 16), bytes.fromhex(_SM2_POINT)
-    for sealed in (bytes.fromhex(_SM2_CIPHERTEXT), sm2_portable.encrypt(point, bytearray(_SM2_MESSAGE))):
+    for sealed in (bytes.fromhex(_SM2_CIPHERTEXT), sm2_gmssl.encrypt(point, bytearray(_SM2_MESSAGE))):
         try:
-            opened = sm2_portable.decrypt(d, sealed)
+            opened = sm2_gmssl.decrypt(d, sealed)
         except ValueError as error:
             raise SelfTestError(f"SM2PKE (portable): {error}") from None
         if opened != _SM2_MESSAGE:

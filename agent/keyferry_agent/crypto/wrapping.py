@@ -103,6 +103,6 @@ def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipien
         return Recipient(wrapping, fingerprint(der), wrapping.wrapper(libcrypto.public_key(der)))
     if wrapping.wrapper is not _sm2 or not sm2_fallback:
         raise WrappingError(f"{wrapping.name} is not available without {missing}: {libcrypto.why_missing(missing)}.")
-    from . import sm2_fallback as sm2_portable  # noqa: PLC0415 - takes 15 ms to import, and most systems never need it
+    from . import sm2_gmssl  # noqa: PLC0415 - takes 15 ms to import, and most systems never need it
 
-    return Recipient(wrapping, fingerprint(der), functools.partial(sm2_portable.encrypt, der[-64:]))
+    return Recipient(wrapping, fingerprint(der), functools.partial(sm2_gmssl.encrypt, der[-64:]))

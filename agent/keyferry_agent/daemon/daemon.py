@@ -32,9 +32,10 @@ from ..server import unix_sockets
 from ..server.server import Server
 from ..state import ServerState, locked_memory_needed
 from ..telemetry.metrics import Metrics, MetricsError
-from . import systemd_watchdog, unsealing
-from .reload import FileStats, Reloader, look
-from .systemd import InheritedDescriptors, ServiceManager
+from . import unsealing
+from .file_watcher import FileStats, stat_files
+from .reload import Reloader
+from .systemd import InheritedDescriptors, ServiceManager, feed_watchdog
 
 if TYPE_CHECKING:
     from ..server.metrics_server import Server as MetricsServer
@@ -74,9 +75,12 @@ def _live(
 ) -> None:
     """Load, listen and serve. `held`: what the agent gives back at its end. Raises `StartError`."""
     try:
-        seen = look(options.files(Settings()))
+        seen = stat_files(options.files(Settings()))
         settings = options.settings()
-        looked = {**look(options.files(settings)), **seen}  # before anything is read: what changes meanwhile is noticed
+        looked = {
+            **stat_files(options.files(settings)),
+            **seen,
+        }  # before anything is read: what changes meanwhile is noticed
         if settings.grants_folder not in (None, *seen):  # the folder was read before it was looked at
             settings = options.settings()
         seen = looked
@@ -227,7 +231,7 @@ async def _serve(
             if host.watchdog:
                 near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
                 nursery.start_soon(server.serve_own, far)
-                nursery.start_soon(systemd_watchdog.feed, host, near, agent.status)
+                nursery.start_soon(feed_watchdog, host, near, agent.status)
             host.ready(agent.status())
             log.info(
                 "agent.serving",

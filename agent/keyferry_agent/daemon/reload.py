@@ -9,10 +9,10 @@ same, on every file system.
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 import trio
@@ -20,7 +20,6 @@ import trio
 from keyferry.secret import SecretMemoryError
 
 from ..audit import AuditLog
-from ..config import grant_files
 from ..config.options import Options, StartError
 from ..config.settings import Settings, SettingsError, look_up
 from ..health import KEYRING_STALE, MESSAGES, SEALED, UNSEAL_ABSENT
@@ -28,9 +27,10 @@ from ..keyring.document import KeyringError
 from ..keyring.fdstore import KeyringPersister
 from ..keyring.keyring import Keyring
 from ..state import ServerState
+from .file_watcher import FileStats, stat_files
 from .systemd import ServiceManager
 
-__all__ = ["FileStats", "Reloader", "look"]
+__all__ = ["Reloader"]
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -57,35 +57,6 @@ _EXPECTED: Final = (SettingsError, KeyringError, SecretMemoryError, StartError, 
 """What reading files raises. The message says why, and what to do; of another exception only the type is shown."""
 
 T = TypeVar("T")
-FileStats: TypeAlias = Mapping[Path, tuple[int, ...] | None]
-"""How files looked: which file each name led to, its size, and when it was last changed; None for one that is not there.
-
-A folder looks as its files do."""
-
-
-def look(paths: Sequence[Path]) -> FileStats:
-    """Look at files."""
-    return {path: _look(path) for path in paths}
-
-
-def _look(path: Path) -> tuple[int, ...] | None:
-    status = _status(path)
-    if status is None or not os.path.isdir(path):
-        return status
-    try:
-        files = [_status(file) for file in grant_files.find(path)]
-    except OSError:
-        return status
-    # Also a file that was changed in place, or behind a symbolic link: the folder itself looks the same.
-    return (*status, *(number for each in files if each is not None for number in each))
-
-
-def _status(path: Path) -> tuple[int, ...] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
 
 
 class Reloader:
@@ -160,7 +131,7 @@ class Reloader:
         await trio.sleep(_LOOK_EVERY)
 
     def _look_around(self) -> tuple[FileStats, bool, bool]:
-        return look(list(self._seen)), self._audit.moved(), self._renamed()
+        return stat_files(list(self._seen)), self._audit.moved(), self._renamed()
 
     def _renamed(self) -> bool:
         """Whether users or groups that grants name have other numbers than they had: one appeared, or is gone.
@@ -204,7 +175,7 @@ class Reloader:
         """Open the keyring with a secret that is read from a pipe. Returns why that is impossible, or None where it is done."""
         agent, path = self._agent, self._agent.settings.keyring
         try:
-            looked = None if path is None else (await _in_thread(look, [path]))[path]
+            looked = None if path is None else (await _in_thread(stat_files, [path]))[path]
             keyring = await _in_thread(self._options.load_keyring, agent.settings, self._keeper, looked, secret)
         except (*_EXPECTED, RuntimeError) as error:  # RuntimeError: no thread is to be had
             log.warning("unseal.failed", why=str(error))
@@ -236,7 +207,7 @@ class Reloader:
             settings = await _in_thread(options.settings)
             files = options.files(settings)
             # What was looked at before it was read stays so: what changes meanwhile is noticed.
-            looks = {**await _in_thread(look, files), **{path: looks[path] for path in files if path in looks}}
+            looks = {**await _in_thread(stat_files, files), **{path: looks[path] for path in files if path in looks}}
             if settings.grants_folder not in (None, *self._seen):  # it was read before it was looked at
                 settings = await _in_thread(options.settings)
             settings, limited = _keep_fixed(settings, agent.settings)

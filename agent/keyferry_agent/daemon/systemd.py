@@ -6,12 +6,16 @@ Both protocols are a few environment variables and one datagram; without a servi
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 import structlog
+import trio
 
-__all__ = ["InheritedDescriptors", "ServiceManager"]
+from keyferry.errors import ProtocolError
+from keyferry.protocol import wire
+
+__all__ = ["InheritedDescriptors", "ServiceManager", "feed_watchdog"]
 
 _FIRST: Final = 3
 _MICROSECONDS: Final = 1e-6
@@ -125,3 +129,35 @@ class ServiceManager:
             log.warning("host.not_told", what=lines[0], error=error.strerror)
             return False
         return True
+
+
+async def feed_watchdog(host: ServiceManager, stream: trio.SocketStream, status: Callable[[], str]) -> None:
+    """Ask twice in the manager's interval; tell it when an answer came, with a status for people. Ends with the connection."""
+    interval = host.watchdog / 2
+    decoder = wire.Decoder()
+    msgid = 0
+    async with stream:
+        while True:
+            msgid = (msgid + 1) % 2**32
+            asked = trio.current_time()
+            with trio.move_on_after(host.watchdog):
+                try:
+                    if await _answered(stream, decoder, msgid):
+                        host.alive(status())
+                    else:
+                        log.error("watchdog.refused", what="the agent's own request was refused")
+                except (trio.BrokenResourceError, ProtocolError):
+                    return  # the agent drains
+            await trio.sleep_until(asked + interval)
+
+
+async def _answered(stream: trio.SocketStream, decoder: wire.Decoder, msgid: int) -> bool:
+    await stream.send_all(wire.encode_request(msgid, "GetAgentHealth", {}))
+    while True:
+        received = await stream.receive_some()
+        if not received:
+            raise trio.BrokenResourceError
+        decoder.feed(received)
+        for message in decoder.messages():
+            if isinstance(message, wire.Response) and message.msgid == msgid:
+                return message.error is None

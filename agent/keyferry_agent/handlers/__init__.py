@@ -16,7 +16,9 @@ from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import DRY_RUN
 
 from .. import health
-from ..state import AuditEntry, Caller, ServerState
+from ..audit.entry import AuditEntry
+from ..authz.caller import Caller
+from ..state import ServerState
 from .common import Job, Request, run_to_completion
 from .data_keys import generate_data_key, generate_data_key_without_plaintext
 from .encryption import decrypt, encrypt, re_encrypt

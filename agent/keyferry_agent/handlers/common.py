@@ -11,11 +11,13 @@ from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
 from keyferry.secret import Secret, SecretMemory
 
+from ..audit.entry import AuditEntry
+from ..authz.caller import Caller
 from ..authz.grants import carrying
 from ..crypto import ciphertext_blob
 from ..crypto.ciphertext_blob import SealError, plaintext_size
 from ..keyring.keyring import Key, KeyVersion
-from ..state import AuditEntry, Caller, ServerState
+from ..state import ServerState
 
 __all__ = [
     "BlobEncryptor",

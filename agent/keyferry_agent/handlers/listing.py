@@ -16,7 +16,7 @@ T = TypeVar("T")
 def list_keys(request: Request) -> Job:
     """Keys, in the keyring's order."""
     _may_list(request)
-    keys = request.caller.visible_keys(request.agent).keys
+    keys = request.agent.visible_keys(request.caller.granted).keys
     number, size, page = _page(request, keys)
     entries = tuple(
         operations.KeyListEntry(key.key_id, request.agent.settings.arn(f"key/{key.key_id}")) for key in page
@@ -38,7 +38,7 @@ def list_key_versions(request: Request) -> Job:
 def list_aliases(request: Request) -> Job:
     """The aliases of keys, in the keys' order."""
     _may_list(request)
-    aliases = request.caller.visible_keys(request.agent).aliases
+    aliases = request.agent.visible_keys(request.caller.granted).aliases
     number, size, page = _page(request, aliases)
     entries = tuple(
         operations.AliasListEntry(key.key_id, alias, request.agent.settings.arn(alias)) for alias, key in page

@@ -43,7 +43,7 @@ def get_agent_status(request: Request) -> Job:
         protocol_version=PROTOCOL_VERSION,
         state=agent.state,
         started_at=agent.started_at,
-        keys=len(request.caller.visible_keys(agent).keys),
+        keys=len(agent.visible_keys(request.caller.granted).keys),
         keyring_loaded_at=agent.keyring.loaded_at,
         memory_protection=agent.memory_protection,
         counters=counters.snapshot() if counters else None,

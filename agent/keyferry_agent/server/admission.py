@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
-from ..state import Caller, ServerState
+from ..authz.caller import Caller
+from ..state import ServerState
 
 __all__ = ["Admission", "NoRoomError", "Place"]
 

@@ -18,9 +18,10 @@ import trio
 
 from keyferry.protocol import wire
 
+from ..authz.caller import Caller
 from ..peer import Process
 from ..peer.inspection import Inspector
-from ..state import MAX_BATCH, Caller
+from ..state import MAX_BATCH
 from .dispatch import (
     CompletedRequest,
     Dispatcher,

@@ -15,9 +15,11 @@ from keyferry.protocol import wire
 
 from .. import handlers
 from ..audit import Appended
+from ..audit.entry import AuditEntry
+from ..authz.caller import Caller
 from ..authz.grants import CallerGrants
 from ..peer import Peer
-from ..state import MAX_BATCH, AuditEntry, Caller, ServerState
+from ..state import MAX_BATCH, ServerState
 from ..telemetry.metrics import Metrics
 from .rate_limit import Rate
 

@@ -9,9 +9,10 @@ from typing import Final
 
 import structlog
 
+from ..authz.caller import Caller
 from ..peer import Process, Program
 from ..peer.inspection import Inspector
-from ..state import Caller, ServerState
+from ..state import ServerState
 
 __all__ = ["Identity"]
 

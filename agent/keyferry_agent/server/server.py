@@ -14,9 +14,11 @@ import trio
 from keyferry import libcrypto
 
 from ..audit import Appended, AuditLog
+from ..audit.entry import AuditEntry
+from ..authz.caller import Caller
 from ..peer import Peer, Process, evidence
 from ..peer.inspection import Inspector
-from ..state import OFFLOAD_THREADS, AuditEntry, Caller, ServerState
+from ..state import OFFLOAD_THREADS, ServerState
 from ..telemetry.metrics import Metrics
 from .admission import Admission, NoRoomError
 from .connection import LINGER, Connection, Shared, refuse

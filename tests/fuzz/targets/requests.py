@@ -20,11 +20,13 @@ from keyferry.protocol import wire
 from keyferry.secret import SecretMemory
 from keyferry_agent import handlers
 from keyferry_agent.audit import log
+from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
 from keyferry_agent.keyring.keyring import Keyring, build, room_for
 from keyferry_agent.peer import Peer
-from keyferry_agent.state import AuditEntry, Caller, ServerState
+from keyferry_agent.state import ServerState
 
 KEYS = [str(uuid.UUID(int=number)) for number in range(1, 5)]
 VERSIONS = [str(uuid.UUID(int=256 + number)) for number in range(1, 5)]
