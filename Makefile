@@ -33,7 +33,7 @@ test-bare:  ## (as root) make demo and make test on a Debian with nothing but Py
 	.ci/bare
 
 test-hosts: $(VENV)/.hosts  ## (as root) what an operator installs, run for real: units on systemd, pods in podman; minutes
-	$(BIN)/pytest -o faulthandler_timeout=300 tests/hosts  # one test may build an image, or boot a system
+	$(BIN)/pytest -o faulthandler_timeout=300 tests/system  # one test may build an image, or boot a system
 
 check: $(VENV)/.development
 	$(BIN)/ruff format --check --quiet .
@@ -75,14 +75,14 @@ records: $(VENV)/.development  ## measure a rewrap of 100,000 records on SQLite 
 	PYTHONPATH=tests $(BIN)/python tests/measure_records.py
 
 hostile: $(VENV)/.development  ## a million invalid requests, a thousand slow peers, and so on, against a running agent: minutes
-	KEYFERRY_HOSTILE=1 $(BIN)/pytest -p no:xdist -o faulthandler_timeout=900 tests/test_hostile_*.py tests/test_reload.py tests/test_memory.py
+	KEYFERRY_HOSTILE=1 $(BIN)/pytest -p no:xdist -o faulthandler_timeout=900 tests/test_malformed_messages.py tests/test_abusive_clients.py tests/test_environment_faults.py tests/test_reload.py tests/test_memory.py
 
 soak: $(VENV)/.development  ## clients, an operator and accidents on one agent for MINUTES (60), then simulated lives for as long (docs/soak.md)
 	PYTHONPATH=tests $(BIN)/python -m soak --minutes $(or $(MINUTES),60)
 	PYTHONPATH=tests $(BIN)/python -m simulation --minutes $(or $(MINUTES),60)
 
 docs: $(VENV)/.development  ## write the generated parts of PROTOCOL.md
-	PYTHONPATH=tests $(BIN)/python tests/support/reference.py
+	PYTHONPATH=tests $(BIN)/python tools/generate_docs.py
 
 wheels: $(VENV)/.created  ## build both distributions into dist/, with their commit as version, and SHA256SUMS
 	@.ci/wheels $(PYTHON) $(VENV) dist

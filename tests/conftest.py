@@ -13,13 +13,13 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support import dying, requires, tokens
+from support import crashing_rewrap, skip_unless, tokens
 from support.agent import RunningAgent, dev_agent
 from support.fast import is_fast
 from support.keyring import Command, new_keyring, run, serving
 from support.postgres import Cluster
-from support.requires import ROOT, postgresql
-from support.rotating import Rotating
+from support.rotatable_agent import Rotating
+from support.skip_unless import ROOT, postgresql
 from support.tokens import RealToken
 
 from keyferry.module import Pkcs11Module
@@ -171,7 +171,7 @@ def softokn(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
 
 @pytest.fixture(
     scope="session",
-    params=[pytest.param(name, marks=requires.program(*tokens.PROGRAMS[name])) for name in tokens.PROGRAMS],
+    params=[pytest.param(name, marks=skip_unless.program(*tokens.PROGRAMS[name])) for name in tokens.PROGRAMS],
 )
 def token(request: pytest.FixtureRequest) -> RealToken:
     """A PKCS#11 token of each kind."""
@@ -213,7 +213,7 @@ def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotati
 @pytest.fixture
 def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store in SQLite, with pages so small that there are several."""
-    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
+    monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
     with Store(f"sqlite:///{tmp_path / 'records.sqlite'}") as made:
         yield made
 

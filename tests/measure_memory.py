@@ -21,8 +21,8 @@ from typing import Any
 from support.agent import RunningAgent
 from support.keyring import change, configuration, new_keyring
 from support.keys import recipient
-from support.scan import search, snapshot
-from support.witness import KEYS, Witness
+from support.memory_scan import search, snapshot
+from support.secret_recorder import KEYS, Witness
 
 from keyferry import operations
 from keyferry.hardening import DUMPABLE

@@ -16,7 +16,7 @@ from pathlib import Path
 from support.keyring import change, new_keyring, serving
 from support.postgres import Cluster
 from support.records import fill, opened
-from support.requires import POSTGRESQL
+from support.skip_unless import POSTGRESQL
 
 from keyferry import Client
 from keyferry.store import Store

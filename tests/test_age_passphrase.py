@@ -19,9 +19,9 @@ import pyrage
 import pytest
 from support.agent import PATIENCE
 from support.quota import cpu_quota
-from support.requires import cpu_quota as requires_cpu_quota
-from support.requires import program
 from support.secrets import secret_file
+from support.skip_unless import cpu_quota as requires_cpu_quota
+from support.skip_unless import program
 from support.terminal import run_with_passphrase
 
 from keyferry import age_passphrase

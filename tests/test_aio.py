@@ -12,8 +12,8 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE, RunningAgent, dev_agent
+from support.fake_server import Part, answers, says, scripted
 from support.keys import recipient
-from support.scripted import Part, answers, says, scripted
 
 from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, Throttled, operations
 from keyferry.aio import Client

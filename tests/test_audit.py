@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.asking import ok, refused
 from support.audit_log import AT_START, requests
+from support.calls import ok, refused
 from support.keyring import configuration, serving
 from support.keys import recipient
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection
-from support.asking import ok, refused
 from support.audit_log import requests
+from support.calls import ok, refused
 from support.keyring import change, serving
 from support.keys import recipient
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection
-from support.asking import ok
 from support.audit_log import Log
+from support.calls import ok
 from support.keyring import serving
 
 from keyferry_agent.audit import AuditLog

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import structlog
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.asking import ok
 from support.audit_log import AT_START
+from support.calls import ok
 from support.other_user import OTHER_USER
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry_agent.audit import AuditLog, exclusive
 from keyferry_agent.chained_log import chain

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RawConnection
-from support.asking import ok
 from support.audit_log import START, Log, entries, line, text
+from support.calls import ok
 from support.keyring import serving
 
 from keyferry_agent.audit import rotated

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 import pytest
 from support.agent import RawConnection
-from support.asking import ok
 from support.audit_log import START, requests
+from support.calls import ok
 from support.keyring import change, opened, serving
 from support.keys import recipient
 

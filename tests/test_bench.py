@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench import check, loops, table
+from bench import baselines, check, table
+from bench.agent_under_test import Subject, requests, subject
+from bench.canned_server import answer_to
 from bench.figures import Curve, Figure, Target, percentile, ratios
 from bench.load import Connection, beside_greedy, many, one_at_a_time, open_loop
-from bench.stub import answer_to
-from bench.subject import Subject, requests, subject
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -119,19 +119,21 @@ def test_the_bare_loop_computes_what_the_agent_computes() -> None:
         wrapped.append(data_key)
         return data_key
 
-    blob, exported = loops.bare(wrap, 48)()
+    blob, exported = baselines.bare(wrap, 48)()
     opened = bytearray(48)
-    scratch, cmk = SecretMemory(4096, require=False), memoryview(bytearray(loops.CMK))
+    scratch, cmk = SecretMemory(4096, require=False), memoryview(bytearray(baselines.CMK))
     raw = decode_base64(blob.decode())
-    ciphertext_blob.open_into("Aliyun_AES_256", cmk, raw, loops.KEY_ID, loops.CONTEXT, memoryview(opened), scratch)
+    ciphertext_blob.open_into(
+        "Aliyun_AES_256", cmk, raw, baselines.KEY_ID, baselines.CONTEXT, memoryview(opened), scratch
+    )
     scratch.close()
     assert [bytes(opened)] == wrapped == [decode_base64(exported.decode())]
 
 
-@pytest.mark.parametrize("loop", sorted(loops.LOOPS))
+@pytest.mark.parametrize("loop", sorted(baselines.LOOPS))
 def test_every_loop_can_be_repeated(loop: str) -> None:
     """Twice in a row."""
-    step = loops.LOOPS[loop](32)
+    step = baselines.LOOPS[loop](32)
     step()
     step()
 

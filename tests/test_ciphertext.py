@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-import second_decoder
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from reference import blob_decoder
 from vectors import make_ciphertext
 
 from keyferry.secret import SecretMemory
@@ -97,7 +97,7 @@ def test_the_file_holds_all_its_cases() -> None:
 
 
 def test_the_second_implementation_imports_nothing_of_the_product() -> None:
-    tree = ast.parse(Path(second_decoder.__file__).read_text(encoding="utf-8"))
+    tree = ast.parse(Path(blob_decoder.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in imported} == {
@@ -125,8 +125,8 @@ def test_a_valid_blob_opens(scratch: SecretMemory, case: Case) -> None:
 def test_an_invalid_blob_does_not_open(scratch: SecretMemory, case: Case) -> None:
     with pytest.raises(ciphertext_blob.SealError):
         open_blob(scratch, *values_to_open(case))
-    with pytest.raises(second_decoder.NotAuthentic):
-        second_decoder.open_blob(*values_to_open(case))
+    with pytest.raises(blob_decoder.NotAuthentic):
+        blob_decoder.open_blob(*values_to_open(case))
 
 
 def test_contexts_give_different_blobs_unless_they_are_both_empty() -> None:
@@ -159,7 +159,7 @@ def test_what_the_agent_seals_the_second_implementation_opens(
     cmk = key[: ciphertext_blob.KEY_SIZES[key_spec]]
     blob = ciphertext_blob.seal(key_spec, view(cmk), VERSION_ID, str(key_id), context, view(plaintext), scratch)
     assert len(blob) == len(plaintext) + 117
-    assert second_decoder.open_blob(key_spec, cmk, str(key_id), context, blob) == plaintext
+    assert blob_decoder.open_blob(key_spec, cmk, str(key_id), context, blob) == plaintext
 
 
 @SLOW
@@ -168,7 +168,7 @@ def test_what_the_second_implementation_seals_the_agent_opens(
     scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], random: bytes
 ) -> None:
     cmk, salt = random[: ciphertext_blob.KEY_SIZES[key_spec]], random[32:]
-    blob = second_decoder.seal_blob(key_spec, cmk, VERSION_ID, KEY_ID, context, plaintext, salt)
+    blob = blob_decoder.seal_blob(key_spec, cmk, VERSION_ID, KEY_ID, context, plaintext, salt)
     assert open_blob(scratch, key_spec, cmk, KEY_ID, context, blob) == plaintext
     same = ciphertext_blob.bind(key_spec, VERSION_ID, KEY_ID, context).seal(view(cmk), view(plaintext), scratch, salt)
     assert same == blob
@@ -182,7 +182,7 @@ def test_what_the_second_implementation_seals_the_agent_opens(
 def test_the_associated_data_reads_back(context: dict[str, str], key_id: str) -> None:
     header = VERSION_ID.encode() + b"\x01"
     encoded = associated_data(header, key_id, context)
-    assert second_decoder.read_associated_data(encoded) == (header, key_id, context)
+    assert blob_decoder.read_associated_data(encoded) == (header, key_id, context)
 
 
 # Few characters, among them those of naive encodings: near misses are likely.

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, dev_agent
+from support.fake_server import answers, client_of, says
 from support.keys import ALGORITHMS, recipient
-from support.scripted import answers, client_of, says
 
 import keyferry
 from keyferry import (

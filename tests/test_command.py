@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from support import requires
+from support import skip_unless
 from support.agent import PATIENCE, RunningAgent, dev_agent
 from support.keys import recipient, rsa_private_key, spki
 
@@ -307,7 +307,7 @@ def test_the_demo_runs(tmp_path: Path) -> None:
     assert ended.stdout.count("in hex or in Base64: 0 times") == 2
 
 
-@requires.program("softhsm2-util", "softhsm2")
+@skip_unless.program("softhsm2-util", "softhsm2")
 def test_the_demo_with_a_token_runs() -> None:
     """And leaves nothing behind."""
     command = [sys.executable, str(ROOT / "docs" / "demo" / "hsm.py")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE
-from support.requires import ROOT, program
+from support.skip_unless import ROOT, program
 
 CLIENT = ROOT / "client" / "completions" / "keyferry"
 AGENT = ROOT / "agent" / "completions" / "keyferry-agent"

@@ -10,8 +10,8 @@ import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from support.keyring import opened, run
 from support.keys import rsa_private_key, spki
-from support.requires import program
 from support.secrets import secret_file
+from support.skip_unless import program
 
 from keyferry import age_passphrase, command, passphrase
 from keyferry.command.modules import open_module

@@ -8,7 +8,7 @@ import pytest
 from support.agent import RawConnection
 from support.keyring import configuration, serving
 from support.other_user import OTHER_USER, line_of, running_as
-from support.requires import root, unified_cgroups
+from support.skip_unless import root, unified_cgroups
 
 from keyferry.protocol import wire
 

@@ -10,7 +10,7 @@ import sqlalchemy
 from support.agent import RunningAgent
 from support.postgres import Cluster
 from support.records import damage, fill, opened
-from support.requires import postgresql
+from support.skip_unless import postgresql
 
 from keyferry import command
 from keyferry.store import Copied, Record, Store, StoreError, copy, schema, transfer

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 import trio
 from support.agent import PATIENCE
-from support.scripted import answers, client_of, says
+from support.fake_server import answers, client_of, says
 
 from keyferry import AgentUnavailable, aio, client
 from keyferry.protocol import wire

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection
-from support.asking import ok, refused
+from support.calls import ok, refused
 from support.keyring import Command, change, opened, rewritten, run, serving
 from support.keys import recipient
-from support.rotating import Rotating
+from support.rotatable_agent import Rotating
 
 from keyferry_agent.keyring.document import Document, KeyringError
 from keyferry_agent.keyring.fdstore import KeyringPersister

@@ -4,8 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import generate_docs
 import pytest
-from support import reference
 
 import keyferry
 from keyferry_agent.config import settings
@@ -17,8 +17,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/RE
 
 def test_the_protocol_page_has_the_tables_that_the_declarations_give() -> None:
     """`make docs` writes them."""
-    text = reference.PROTOCOL.read_text()
-    assert reference.generated(text) == text, "run make docs"
+    text = generate_docs.PROTOCOL.read_text()
+    assert generate_docs.generated(text) == text, "run make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -40,7 +40,7 @@ def test_the_distributions_have_one_version() -> None:
 
 def test_shell_completion_is_what_the_declarations_give() -> None:
     """`make docs` writes it."""
-    for path, text in reference.completions():
+    for path, text in generate_docs.completions():
         assert path.read_text() == text, "run make docs"
 
 

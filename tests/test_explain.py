@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.policy import allows
+from support.authorization import allows
 
 from keyferry_agent.authz.grants import PLAINTEXT, Grant
 from keyferry_agent.cli.explain import mismatch

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 from support import fast
 from support.agent import RunningAgent, dev_agent
+from support.fake_server import client_of
 from support.keyring import new_keyring, serving
-from support.scripted import client_of
 
 
 def runs_a_program() -> None:

@@ -13,8 +13,8 @@ import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.interrupting import interrupted
 from support.keyring import configuration
-from support.requires import ROOT
 from support.secrets import secret_file
+from support.skip_unless import ROOT
 
 from keyferry import command
 from keyferry.files import FileError, output, replacing, stream

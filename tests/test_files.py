@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
-import second_file_decoder
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import file_decoder
 from support.keys import RecipientFor
 from vectors import make_files
 
@@ -67,13 +67,11 @@ def test_what_is_encrypted_is_decrypted_by_both_implementations(size: int) -> No
     plaintext = os.urandom(size)
     file = encrypted(plaintext)
     assert decrypted(file) == plaintext
-    assert second_file_decoder.read(DATA_KEY, file) == plaintext
+    assert file_decoder.read(DATA_KEY, file) == plaintext
     bound = len(read_header(io.BytesIO(file)).to_bytes())
     assert len(file) == bound + size + 16 * max(1, -(-size // CHUNK))
     record = json.dumps({"Name": "reports", **RECORD}).encode()
-    assert (
-        decrypted(second_file_decoder.write(DATA_KEY, record, os.urandom(32), os.urandom(12), plaintext)) == plaintext
-    )
+    assert decrypted(file_decoder.write(DATA_KEY, record, os.urandom(32), os.urandom(12), plaintext)) == plaintext
 
 
 def test_the_header_brings_the_record_back() -> None:
@@ -82,7 +80,7 @@ def test_the_header_brings_the_record_back() -> None:
     file = encrypted(b"x", record={**RECORD, "EncryptionContext": context}, name="名")
     read = read_header(io.BytesIO(file))
     assert (read.name, read.record) == ("名", {**RECORD, "EncryptionContext": context})
-    assert second_file_decoder.record_of(file) == {"Name": "名", **read.record}
+    assert file_decoder.record_of(file) == {"Name": "名", **read.record}
 
 
 def test_two_files_have_nothing_in_common() -> None:
@@ -253,7 +251,7 @@ def test_a_pipe_may_give_as_little_as_it_likes() -> None:
     target = io.BytesIO()
     source: Any = Dripping(plaintext)
     encrypt(source, target, MODULE, KEY, RECORD)
-    assert second_file_decoder.read(DATA_KEY, target.getvalue()) == plaintext
+    assert file_decoder.read(DATA_KEY, target.getvalue()) == plaintext
     source = Dripping(target.getvalue())
     opened = io.BytesIO()
     decrypt(source, opened, MODULE, KEY, read_header(source))

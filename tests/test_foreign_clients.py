@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from foreign import plain_client
 from support.agent import PATIENCE, RunningAgent, dev_agent
-from support.requires import NODE_MODULES, ROOT, node_module, openssl_sm2, program
+from support.skip_unless import NODE_MODULES, ROOT, node_module, openssl_sm2, program
 
 HERE = Path(__file__).parent / "foreign"
 CONTEXT = {"tenant": "7", "purpose": "磁盘", "quote": '"\\/'}

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import generate_docs
 import pytest
-from support import reference, requires
+from support import skip_unless
 from support.agent import RunningAgent
-from support.requires import NODE_MODULES, ROOT, node_module, openssl_sm2, program
+from support.skip_unless import NODE_MODULES, ROOT, node_module, openssl_sm2, program
 
 from keyferry.sm2_ciphertext import raw_to_der, raw_to_joined
 
@@ -140,9 +141,9 @@ def test_javas_sha_256_without_parameters_does_not_unwrap(rsa: Exported) -> None
 
 
 def in_java(folder: Path) -> tuple[list[str], dict[str, str]]:
-    if missing := requires.missing_java(requires.BOUNCY_CASTLE):
+    if missing := skip_unless.missing_java(skip_unless.BOUNCY_CASTLE):
         pytest.skip(missing)
-    return ["java", "-cp", str(requires.BOUNCY_CASTLE), str(HERE / "UnwrapSm2.java")], dict(os.environ)
+    return ["java", "-cp", str(skip_unless.BOUNCY_CASTLE), str(HERE / "UnwrapSm2.java")], dict(os.environ)
 
 
 def in_node(folder: Path) -> tuple[list[str], dict[str, str]]:
@@ -150,7 +151,7 @@ def in_node(folder: Path) -> tuple[list[str], dict[str, str]]:
 
 
 def in_go(folder: Path) -> tuple[list[str], dict[str, str]]:
-    modules = requires.go_module("github.com/emmansun/gmsm", "v0.15.5")
+    modules = skip_unless.go_module("github.com/emmansun/gmsm", "v0.15.5")
     environment = {**GO, "GOMODCACHE": str(modules)}
     command = ["go", "build", "-o", str(folder / "unwrap_sm2"), "."]
     done = subprocess.run(command, cwd=HERE / "sm2", env=environment, capture_output=True, text=True, check=False)
@@ -222,5 +223,5 @@ def test_the_program_for_sm_crypto_refuses_what_was_damaged(sm2: Exported, tmp_p
 def test_every_program_of_the_page_is_run_or_marked_as_not_run() -> None:
     """.NET is on no test machine."""
     run_here = {*RSA_PROGRAMS, "unwrap.go", "UnwrapSm2.java", "unwrap_sm2.mjs", "sm2/unwrap_sm2.go", "unwrap_sm2.sh"}
-    titles = {**reference.SHOWN, **reference.SHOWN_SM2}
+    titles = {**generate_docs.SHOWN, **generate_docs.SHOWN_SM2}
     assert {name for title, name in titles.items() if "not run by any test" not in title} == run_here

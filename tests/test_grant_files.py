@@ -13,7 +13,7 @@ import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.keyring import configuration, serving
 from support.other_user import OTHER_USER
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry_agent.cli.main import main
 from keyferry_agent.config.settings import SettingsError, read

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.agent import RawConnection, RunningAgent
+from support.authorization import allows, may_name
 from support.keyring import change, two_callers
 from support.keys import recipient
-from support.policy import allows, may_name
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry.parameters import decode_base64
 from keyferry_agent.authz.grants import PLAINTEXT, CallerGrants, Grant, Policy

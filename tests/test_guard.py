@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.interrupting import interrupted
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry import command, guard
 from keyferry.arguments import seconds, whole_number

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from support.agent import PATIENCE, RawConnection, RunningAgent
+from support.fake_service_manager import Manager
 from support.keyring import change, configuration, serving
-from support.manager import Manager
-from support.requires import ROOT, root
 from support.scrape import scraped
+from support.skip_unless import ROOT, root
 from test_unseal import manual, secret, unseal
 
 from keyferry import KmsError

@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry import Client, KeyferryError, aio, operations
 from keyferry.module import DataKey, SoftwareModule

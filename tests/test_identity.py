@@ -16,7 +16,7 @@ import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.keyring import serving
 from support.other_user import line_of, running_as
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry.protocol import wire
 from keyferry_agent.authz.grants import Grant, Policy

@@ -22,7 +22,7 @@ from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.hanging_files import hanging_program
 from support.keyring import configuration
 from support.other_user import OTHER_USER, line_of
-from support.requires import fuse, root
+from support.skip_unless import fuse, root
 
 from keyferry.protocol import wire
 from keyferry_agent.peer import Process, inspection

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import Command, run
-from support.requires import program
 from support.secrets import secret_file
+from support.skip_unless import program
 
 from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import Document, KeyringError, check_alias

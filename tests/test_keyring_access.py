@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 from support.keyring import Command, change, opened, rewritten, run
-from support.requires import program
 from support.secrets import secret_file
+from support.skip_unless import program
 from test_recipients import ONE, SSH, TWO
 
 from keyferry_agent.keyring.sealing import Unsealer, count_recipients, seal

@@ -14,7 +14,7 @@ from pyrage.x25519 import Identity
 from support.agent import PATIENCE
 from support.keyring import Command, change, opened, rewritten, run
 from support.other_user import OTHER_USER
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry_agent.cli.main import main
 from keyferry_agent.keyring import file

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.requires import ROOT
+from support.skip_unless import ROOT
 
 SCRIPT = ROOT / "tools" / "language.py"
 

@@ -11,7 +11,7 @@ import pytest
 from support.agent import PATIENCE, RunningAgent, dev_agent
 from support.keyring import change, run
 from support.other_user import line_of, running_as
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry_agent.config.settings import Listener
 from keyferry_agent.keyring import file

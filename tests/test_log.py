@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import pytest
 from support.agent import PATIENCE, RawConnection
-from support.requires import root
+from support.skip_unless import root
 from support.waiting import wait_until
 
 KIB = 1_024

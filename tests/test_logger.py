@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.scripted import client_of, outcomes, scripted
+from support.fake_server import client_of, outcomes, scripted
 
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, Retry, operations
 from keyferry.aio import Client as AsyncClient

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE
-from support.requires import ROOT, program
+from support.skip_unless import ROOT, program
 
 pytestmark = program("make", "make")
 

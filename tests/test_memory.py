@@ -1,7 +1,7 @@
 """The promise: at rest, no copy of a master key, or of a key or plaintext that was handled, is in the agent's ordinary memory.
 
-The tests learn every key (`support.witness`), let the agent stand still, and look through all of its memory (`support.scan`),
-and through a core dump. Two naive agents, in which keys have to be found, show that the search finds something.
+The tests learn every key (`support.secret_recorder`), let the agent stand still, and look through all of its memory
+(`support.memory_scan`), and through a core dump. Two naive agents, in which keys have to be found, show that the search finds something.
 """
 
 import ctypes
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.hostile import many
 from support.keyring import change, configuration, new_keyring
-from support.requires import program
-from support.scan import Needles, aes_round_keys, scan, scan_file
-from support.witness import KEYS, Witness
+from support.memory_scan import Needles, aes_round_keys, scan, scan_file
+from support.secret_recorder import KEYS, Witness
+from support.skip_unless import program
+from support.stress import many
 
 from keyferry.hardening import DUMPABLE
 from keyferry.parameters import decode_base64, encode_base64

@@ -17,7 +17,7 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry, Gauge, MetricsHandler
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.asking import ok, refused
+from support.calls import ok, refused
 from support.keyring import serving
 from support.scrape import UnixHTTP, scraped
 

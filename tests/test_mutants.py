@@ -2,7 +2,7 @@
 
 import pytest
 from mutants.modules import MODULES
-from support.requires import ROOT
+from support.skip_unless import ROOT
 
 
 @pytest.mark.parametrize("module", MODULES)

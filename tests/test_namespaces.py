@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration
-from support.requires import ROOT, root
+from support.skip_unless import ROOT, root
 
 pytestmark = root()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.requires import root
 from support.secrets import secret_file
+from support.skip_unless import root
 
 from keyferry import command, new_files
 from keyferry.module import SoftwareModule

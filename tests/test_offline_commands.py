@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration, opened
-from support.requires import root
-from support.scan import Needles, scan
+from support.memory_scan import Needles, scan
+from support.skip_unless import root
 from support.waiting import wait_until
 from test_memory import PR_CAPBSET_DROP, limited, needs_ptrace
 from test_recipients import SSH

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.asking import ok, refused
+from support.calls import ok, refused
 from support.keys import recipient
 from support.secrets import secret_file
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from support.agent import RawConnection, RunningAgent
-from support.asking import ok, refused
+from support.calls import ok, refused
 from support.keys import ALGORITHMS, recipient, spki
 
 from keyferry.parameters import decode_base64, encode_base64

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pkcs11 import TokenFlag
-from support import requires, tokens
+from support import skip_unless, tokens
 from support.secrets import secret_file
 from support.tokens import FIND_TOKEN, RealToken
 
@@ -198,10 +198,10 @@ def test_a_token_with_a_pin_pad_of_its_own_is_asked_to_use_it(
     assert logins == [None]
 
 
-@requires.program(*tokens.PROGRAMS["softokn"])
+@skip_unless.program(*tokens.PROGRAMS["softokn"])
 def test_a_token_that_wants_no_pin_is_opened_without(tmp_path: Path) -> None:
     """An NSS database without a password, in a process of its own."""
-    library = requires.library("*/libsoftokn3.so", "libnss3")
+    library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     command = ["certutil", "-N", "-d", f"sql:{tmp_path}", "--empty-password"]
     subprocess.run(command, check=True, capture_output=True)
     parameters = f"configdir='sql:{tmp_path}' certPrefix='' keyPrefix='' secmod='secmod.db' flags="

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from support.agent import RunningAgent
+from support.fake_server import answers, client_of, says
 from support.keys import recipient
-from support.scripted import answers, client_of, says
 
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations
 from keyferry.parameters import decode_base64, encode_base64

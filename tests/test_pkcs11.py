@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import Attribute, AttributeSensitive, KeyType, PKCS11Error
-from support import requires, tokens
+from support import skip_unless, tokens
 from support.agent import RunningAgent
 from support.keys import RecipientFor
 from support.tokens import FIND_TOKEN, RealToken
@@ -121,7 +121,7 @@ def test_a_data_key_cannot_be_read_out(module: Pkcs11Module) -> None:
     assert not [name for name in dir(key) if not name.startswith("__")]
 
 
-@requires.program("pkcs11-tool", "opensc")
+@skip_unless.program("pkcs11-tool", "opensc")
 def test_another_program_finds_both_keys_sensitive_and_not_extractable(
     app: RealToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +203,7 @@ def test_a_key_pair_that_does_not_serve_is_refused_with_the_reason(app: RealToke
         app.open(case)
 
 
-@requires.program("pkcs11-tool", "opensc")
+@skip_unless.program("pkcs11-tool", "opensc")
 def test_a_key_pair_made_by_another_program_is_used(app: RealToken) -> None:
     """It may do more than ours, as long as it stays in the token."""
     app.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--usage-decrypt", "--label", "theirs")

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.requires import root
 from support.secrets import secret_file
+from support.skip_unless import root
 
 from keyferry import command, descriptors
 from keyferry.files import FileError, replacing

@@ -11,8 +11,8 @@ import pytest
 from support.agent import RawConnection, RunningAgent
 from support.keyring import configuration, serving
 from support.other_user import line_of, running_as
-from support.requires import root
 from support.seccomp import MEMFD_SECRET, PEERGROUPS, PEERPIDFD, PIDFD_OPEN, Call, failing, seccomp
+from support.skip_unless import root
 
 DESCRIBE = ("DescribeKey", {"KeyId": "alias/a"})
 PROCESS_GRANTS = "".join(

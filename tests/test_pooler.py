@@ -11,8 +11,8 @@ from support.keyring import change
 from support.pgbouncer import Bouncer
 from support.postgres import Cluster
 from support.records import fill, opened
-from support.requires import pgbouncer, postgresql
-from support.rotating import Rotating
+from support.rotatable_agent import Rotating
+from support.skip_unless import pgbouncer, postgresql
 from test_store import NEW, blob, record
 
 from keyferry.store import Store, rewrap

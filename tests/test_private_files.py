@@ -13,8 +13,8 @@ import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration, run
 from support.other_user import OTHER_USER
-from support.requires import root
 from support.secrets import secret_file
+from support.skip_unless import root
 
 from keyferry import private_files
 from keyferry.module import ModuleError, SoftwareModule

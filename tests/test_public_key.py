@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA1, SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from gmssl.sm2 import CryptSM2, default_ecc_table
-from support import requires
+from support import skip_unless
 
 from keyferry import libcrypto
 from keyferry_agent.crypto import sm2_gmssl, wrapping
@@ -236,7 +236,7 @@ def test_what_is_not_an_sm2_key_is_refused_with_its_reason(der: bytes, expected:
     assert reason(check_sm2, der) == expected
 
 
-@requires.openssl_sm2()
+@skip_unless.openssl_sm2()
 @pytest.mark.parametrize(
     ("form", "name"),
     [
@@ -310,7 +310,7 @@ def test_what_rsa_wraps_cryptography_unwraps(algorithm: str, e: int) -> None:
         assert rsa_private(e).decrypt(rsa_wrapped(algorithm, e, data_key), oaep) == data_key
 
 
-@requires.program("openssl", "openssl")
+@skip_unless.program("openssl", "openssl")
 @pytest.mark.parametrize("algorithm", OAEP)
 def test_what_rsa_wraps_the_openssl_program_unwraps(algorithm: str, tmp_path: Path) -> None:
     private, wrapped = tmp_path / "private", tmp_path / "wrapped"

@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from support.agent import RunningAgent
 from support.keys import rsa_private_key, spki
-from support.requires import program
+from support.skip_unless import program
 
 from keyferry import command
 from keyferry.operations import OPERATIONS, GenerateAndExportDataKey

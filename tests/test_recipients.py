@@ -11,8 +11,8 @@ import pyrage
 import pytest
 from support.agent import PATIENCE
 from support.keyring import opened, run
-from support.requires import ROOT, program
 from support.secrets import secret_file
+from support.skip_unless import ROOT, program
 
 from keyferry_agent.keyring import file, recipients, sealing
 from keyferry_agent.keyring.document import Document, KeyringError

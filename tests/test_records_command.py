@@ -15,8 +15,8 @@ from support.agent import PATIENCE, RunningAgent
 from support.keyring import change, serving
 from support.keys import recipient
 from support.records import fill, opened
-from support.requires import ROOT
 from support.secrets import secret_file
+from support.skip_unless import ROOT
 
 from keyferry import command
 from keyferry.module import SoftwareModule

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration
-from support.requires import ROOT
+from support.skip_unless import ROOT
 
 SHOWN = re.compile(r"^    ((?:cp|keyferry-agent keyring) [^#\n]*)", re.MULTILINE)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
-from support.hostile import many
 from support.keyring import change, configuration, copied, new_keyring, serving
-from support.requires import root
+from support.skip_unless import root
+from support.stress import many
 
 from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64

@@ -10,7 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from support import advisories
 from support.advisories import CLEAN, FILES, KNOWN, UNKNOWN, VULNERABLE, Report
-from support.requires import ROOT
+from support.skip_unless import ROOT
 
 PINNED = re.compile(r"^([\w.-]+)==([\w.!+-]+)(.*)$", re.MULTILINE)
 

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE
-from support.scripted import outcomes, scripted
+from support.fake_server import outcomes, scripted
 
 from keyferry import (
     AgentUnavailable,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from support import dying
+from support import crashing_rewrap
 from support.agent import RunningAgent, configured
 from support.postgres import Cluster
 from support.records import damage, fill, flipped, opened
-from support.requires import ROOT, postgresql
-from support.rotating import Rotating
+from support.rotatable_agent import Rotating
+from support.skip_unless import ROOT, postgresql
 
 from keyferry import AgentUnavailable, Client
 from keyferry.parameters import decode_base64
@@ -36,7 +36,7 @@ def kms(rotating: Rotating) -> Iterator[Client]:
 @pytest.fixture
 def store(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store, with pages so small that there are several."""
-    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
+    monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
     with Store(store_url) as made:
         yield made
 
@@ -148,7 +148,7 @@ def test_a_record_with_a_damaged_column_is_reported_or_repaired(lite: Store, kms
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", dying.POINTS)
+@pytest.mark.parametrize("point", crashing_rewrap.POINTS)
 def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
     store: Store, store_url: str, kms: Client, rotating: Rotating, point: str
 ) -> None:
@@ -162,7 +162,7 @@ def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
     assert ended.returncode == -signal.SIGKILL
     assert opened(store, kms) == keys
     moved = sum(record.key_version_id == primary for record in store)
-    assert moved == (2 if point == "committed" else 1) * dying.PAGE
+    assert moved == (2 if point == "committed" else 1) * crashing_rewrap.PAGE
     outcome = rewrap(store, kms)
     assert outcome == Outcome(records=COUNT, found=COUNT - moved, moved=COUNT - moved, changed=0, failed=0)
     assert versions(store) == {primary}
@@ -175,7 +175,7 @@ def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
     cluster: Cluster, kms: Client, rotating: Rotating, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL, stopped in this very moment: the run ends with an error, the next one does the rest."""
-    monkeypatch.setattr(store_module, "_PAGE", dying.PAGE)
+    monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
     with Store(cluster.new_database()) as store:
         keys = fill(store, kms, COUNT)
         primary = rotating.rotate()
@@ -199,7 +199,7 @@ def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
             cluster.start()
         assert opened(store, kms) == keys
         left = sum(record.key_version_id != primary for record in store)
-        assert left == (COUNT - dying.PAGE if point == "between pages" else COUNT)
+        assert left == (COUNT - crashing_rewrap.PAGE if point == "between pages" else COUNT)
         assert rewrap(store, kms) == Outcome(records=COUNT, found=left, moved=left, changed=0, failed=0)
         assert versions(store) == {primary}
         assert opened(store, kms) == keys
@@ -212,7 +212,9 @@ def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, rotati
     primary = rotating.rotate()
     with rotating.agent.client() as kms, pytest.raises(AgentUnavailable):
         rewrap(lite, kms, advanced=lambda _count: rotating.agent.kill())
-    assert [record.key_version_id == primary for record in lite] == [True] * dying.PAGE + [False] * (COUNT - dying.PAGE)
+    assert [record.key_version_id == primary for record in lite] == [True] * crashing_rewrap.PAGE + [False] * (
+        COUNT - crashing_rewrap.PAGE
+    )
 
 
 # --- others at the same time ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from support.agent import RunningAgent
 from support.keyring import change, configuration, serving
 from support.records import damage, fill, flipped, opened
-from support.rotating import Rotating
+from support.rotatable_agent import Rotating
 
 from keyferry import Client, operations
 from keyferry.errors import kms_error

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from gmssl import func
 from gmssl.sm2 import CryptSM2, default_ecc_table
-from support import requires
+from support import skip_unless
 from support.sm2_example import C1_X, C1_Y, DER, MESSAGE, RAW, D, K, X, Y
 
 from keyferry import libcrypto
@@ -230,7 +230,7 @@ def openssl(folder: Path, data: bytes, *arguments: str) -> bytes:
     return target.read_bytes()
 
 
-@requires.openssl_sm2()
+@skip_unless.openssl_sm2()
 @libcrypto_sm2
 @pytest.mark.parametrize("size", [1, 32, 1024])
 def test_what_openssl_encrypts_the_product_reads(size: int, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_what_openssl_encrypts_the_product_reads(size: int, tmp_path: Path) -> N
     assert libcrypto_decrypt(pair, raw) == portable_decrypt(pair, raw) == message
 
 
-@requires.openssl_sm2()
+@skip_unless.openssl_sm2()
 @libcrypto_sm2
 @pytest.mark.parametrize("size", [1, 32, 1024, 6_047])
 def test_what_the_product_encrypts_openssl_decrypts(size: int, tmp_path: Path) -> None:

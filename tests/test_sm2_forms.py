@@ -12,7 +12,7 @@ import pytest
 from gmssl.sm2 import CryptSM2, default_ecc_table
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import requires
+from support import skip_unless
 from support.sm2_example import C1_X, C1_Y, C2, C3, MESSAGE, RAW, D, X, Y
 
 from keyferry import libcrypto
@@ -182,14 +182,14 @@ def test_gmssl_takes_and_makes_bare_points_in_both_orders(order: Order, mode: in
 @pytest.fixture(scope="module")
 def bouncy_castle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[bytes]]:
     """SM2Engine: a line a ciphertext or message in hex, in a mode."""
-    if missing := requires.missing_java(requires.BOUNCY_CASTLE):
+    if missing := skip_unless.missing_java(skip_unless.BOUNCY_CASTLE):
         pytest.skip(missing)
     classes = tmp_path_factory.mktemp("classes")
     source = Path(__file__).parent / "foreign" / "unwrap" / "Sm2Modes.java"
-    subprocess.run(["javac", "-cp", str(requires.BOUNCY_CASTLE), "-d", str(classes), str(source)], check=True)
+    subprocess.run(["javac", "-cp", str(skip_unless.BOUNCY_CASTLE), "-d", str(classes), str(source)], check=True)
 
     def run(*lines: str) -> list[bytes]:
-        command = ["java", "-cp", f"{requires.BOUNCY_CASTLE}:{classes}", "Sm2Modes", D, X, Y]
+        command = ["java", "-cp", f"{skip_unless.BOUNCY_CASTLE}:{classes}", "Sm2Modes", D, X, Y]
         done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return [bytes.fromhex(line) for line in done.stdout.split()]
@@ -213,7 +213,7 @@ def test_bouncycastle_takes_and_makes_uncompressed_points_in_both_orders(
         assert bouncy_castle(f"{mode} decrypt {raw_to_joined(RAW, order=form).hex()}") == [MESSAGE]
 
 
-@requires.openssl_sm2()
+@skip_unless.openssl_sm2()
 def test_openssl_decompresses_points_the_same_way() -> None:
     """Points that gmssl computed, and the public key's octets as openssl prints them in each form."""
     prefix = bytes.fromhex("3039301306072A8648CE3D020106082A811CCF5501822D032200")

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from soak.checking import check_record, open_listeners
 from soak.figures import Sample, compare, not_flat, table
 from soak.journal import Answer, Journal, Made, Wrong, digest, read
-from soak.mix import Mix
+from soak.verify import check_record, open_listeners
+from soak.workload import Mix
 from support.agent import RunningAgent
 from support.keys import recipient
 

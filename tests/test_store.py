@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy
 from support.agent import RunningAgent
 from support.postgres import Cluster
-from support.requires import libpq, postgresql
+from support.skip_unless import libpq, postgresql
 
 from keyferry.parameters import encode_base64
 from keyferry.store import Record, Store, StoreError, location, new_record

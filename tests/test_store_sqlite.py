@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.requires import ROOT, root
+from support.skip_unless import ROOT, root
 from test_store import NEW, blob, record
 
 from keyferry import Client

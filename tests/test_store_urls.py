@@ -12,7 +12,7 @@ import sqlalchemy
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.postgres import Cluster
-from support.requires import libpq, postgresql
+from support.skip_unless import libpq, postgresql
 from test_store import record
 
 from keyferry import command

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import Attribute, AttributeReadOnly, AttributeTypeInvalid, DeviceError
-from support import requires, tokens
+from support import skip_unless, tokens
 from support.secrets import secret_file
 from support.tokens import RealToken
 
@@ -30,7 +30,7 @@ def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> No
 
 def test_p11_kits_proxy_is_refused() -> None:
     """It gives every caller a PKCS#11 of its own; the library behind it is to be named."""
-    proxy = requires.library("*/p11-kit-proxy.so", "p11-kit-modules")
+    proxy = skip_unless.library("*/p11-kit-proxy.so", "p11-kit-modules")
     with pytest.raises(ModuleError, match="name the token's own library"):
         Pkcs11Module.open(proxy, token_label="app", key_label="wrapping")
 
@@ -41,7 +41,7 @@ def test_a_token_that_is_not_there_is_answered_with_those_that_are(app: RealToke
         Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
 
 
-@requires.program(*tokens.PROGRAMS["softokn"])
+@skip_unless.program(*tokens.PROGRAMS["softokn"])
 def test_a_library_that_the_application_initialised_already_is_used_as_it_is(tmp_path: Path) -> None:
     """NSS, which would not initialise without its parameters."""
     token = tokens.softokn(tmp_path)
@@ -58,7 +58,7 @@ print(module.wrapping_algorithm)
 
 def test_nss_without_its_parameters_says_what_was_wrong() -> None:
     """Its library wants to be told where its database is."""
-    library = requires.library("*/libsoftokn3.so", "libnss3")
+    library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     code = f"""
 from keyferry.module import ModuleError, Pkcs11Module, trial
 try:
@@ -74,7 +74,7 @@ except ModuleError as error:
 @pytest.fixture(scope="module")
 def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What opencryptoki_token.py says of opencryptoki's soft token, a fresh one."""
-    library = requires.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
+    library = skip_unless.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
     folder, here = tmp_path_factory.mktemp("opencryptoki"), Path(__file__).parent
     secret_file(folder / "pin", "11223344")
     script = [str(here / "support" / "opencryptoki.sh"), "11223344", str(folder)]
@@ -89,9 +89,9 @@ def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def beside_opencryptoki(test: Callable[..., None]) -> Callable[..., None]:
     """What these tests need."""
     for mark in (
-        requires.program("pkcs11-tool", "opensc"),
-        requires.program("pkcsslotd", "opencryptoki"),
-        requires.root(),
+        skip_unless.program("pkcs11-tool", "opensc"),
+        skip_unless.program("pkcsslotd", "opencryptoki"),
+        skip_unless.root(),
     ):
         test = mark(test)
     return test

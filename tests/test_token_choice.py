@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support import requires, tokens
+from support import skip_unless, tokens
 from support.tokens import RealToken
 
 from keyferry.module import ModuleError, Pkcs11Module
@@ -28,7 +28,7 @@ SLOTS = [
 ]
 """An empty slot, a token that is not initialised, a reader that is out of order, and tokens of one label."""
 
-gcc = requires.program("gcc", "gcc")
+gcc = skip_unless.program("gcc", "gcc")
 Open = Callable[..., str]
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pkcs11
 import pytest
-from support import requires, tokens
+from support import skip_unless, tokens
 
 from keyferry.module import ModuleError, Pkcs11Module, return_values
 from keyferry.module.token import describe
 
-gcc = requires.program("gcc", "gcc")
+gcc = skip_unless.program("gcc", "gcc")
 PIN = "98765-Zyx"
 LOGIN = 0x400 | 0x4
 """CKF_TOKEN_INITIALIZED, CKF_LOGIN_REQUIRED."""
@@ -114,7 +114,7 @@ SOFTHSM = {
 @pytest.mark.parametrize("case", SOFTHSM)
 def test_softhsm_without_its_configuration_is_explained(tmp_path: Path, case: str) -> None:
     """In a process of its own: the library reads the configuration once."""
-    library = requires.library("softhsm/libsofthsm2.so", "softhsm2")
+    library = skip_unless.library("softhsm/libsofthsm2.so", "softhsm2")
     value, text = SOFTHSM[case]
     for path in (tmp_path / "without", tmp_path / ".config" / "softhsm2" / "softhsm2.conf"):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import sys
 from importlib.resources import files
 
 from support.agent import PATIENCE
-from support.requires import NODE_MODULES, ROOT, node_module
+from support.skip_unless import NODE_MODULES, ROOT, node_module
 
 FOLDER = ROOT / "tests" / "typing"
 

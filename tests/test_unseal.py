@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.asking import ok
+from support.calls import ok
+from support.fake_service_manager import Manager
 from support.keyring import change, configuration, opened
-from support.manager import Manager
 from support.other_user import OTHER_USER, line_of, running_as
-from support.requires import root
+from support.skip_unless import root
 
 from keyferry import KmsError
 from keyferry_agent.cli.main import main

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from support.requires import program
-from support.scan import aes_round_keys
+from support.memory_scan import aes_round_keys
+from support.skip_unless import program
 
 from keyferry import age_passphrase, libcrypto, new_files
 from keyferry.module import ModuleError, SoftwareModule

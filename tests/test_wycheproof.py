@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import SM4
 from cryptography.hazmat.primitives.hashes import SM3
 from cryptography.hazmat.primitives.hmac import HMAC
-from support import requires
+from support import skip_unless
 
 from keyferry import libcrypto
 
@@ -30,7 +30,7 @@ NONCE_SIZES = range(8, 129)
 
 def vectors(name: str) -> Iterator[tuple[Group, Vector]]:
     """Every vector of a file with its group; what is hexadecimal is bytes."""
-    with requires.wycheproof(name).open(encoding="utf-8") as file:
+    with skip_unless.wycheproof(name).open(encoding="utf-8") as file:
         document = json.load(file)
     assert document["numberOfTests"] == sum(len(group["tests"]) for group in document["testGroups"])
     hexadecimal = {"key", "iv", "aad", "msg", "ct", "tag", "label"}

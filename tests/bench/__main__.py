@@ -16,10 +16,10 @@ from keyferry import libcrypto
 
 from . import table
 from .check import worse
-from .cores import ALL, CLIENT, SERVER, pin
+from .cpu import ALL, CLIENT, SERVER, pin
 from .figures import Figure
 from .measure import PARTS
-from .session import DISTURBED, Bare, Session
+from .run_context import DISTURBED, Bare, Session
 from .worker import Worker
 
 ROOT = Path(__file__).parents[2]

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Self
 
-from .cores import pin
-from .loops import LOOPS, Step
+from .baselines import LOOPS, Step
+from .cpu import pin
 
 __all__ = ["Worker"]
 

@@ -64,7 +64,7 @@ def _fuzz(target: str, seconds: int) -> int:
     ]
     with open(log, "wb") as output:
         ended = subprocess.run(
-            [sys.executable, "-m", "fuzz.engine", target, *options], stdout=output, stderr=output, check=False
+            [sys.executable, "-m", "fuzz.run_atheris", target, *options], stdout=output, stderr=output, check=False
         )
     text = log.read_text(errors="replace")
     progress = _PROGRESS.findall(text)

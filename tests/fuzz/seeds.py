@@ -9,9 +9,8 @@ from typing import Any
 
 import msgpack
 import pyrage
-import second_decoder
-import second_file_decoder
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from reference import blob_decoder, file_decoder
 from support.keys import ALGORITHMS, recipient, spki
 
 from keyferry import age_passphrase
@@ -102,7 +101,7 @@ def _ciphertext() -> list[bytes]:
     for number, spec in enumerate(ciphertexts.SPECS):
         for place, context in enumerate(ciphertexts.CONTEXTS):
             key_id, version = ciphertexts.KEY_ID, ciphertexts.VERSION_ID
-            sealed = second_decoder.seal_blob(spec, ciphertexts.cmk(spec), version, key_id, context, b"data", bytes(32))
+            sealed = blob_decoder.seal_blob(spec, ciphertexts.cmk(spec), version, key_id, context, b"data", bytes(32))
             made.append(bytes([place * 4 + number * 2]) + sealed)
     return [*made, b"\0QUJDRA=="]
 
@@ -139,7 +138,7 @@ def _public_key() -> list[bytes]:
 def _encrypted_file() -> list[bytes]:
     record = {"Name": "r", "KeyId": "k", "KeyVersionId": "v", "CiphertextBlob": "b", "EncryptionContext": _TENANT}
     text = json.dumps(record).encode()
-    whole = second_file_decoder.write(files.DATA_KEY, text, bytes(32), bytes(12), b"plaintext")
+    whole = file_decoder.write(files.DATA_KEY, text, bytes(32), bytes(12), b"plaintext")
     return [whole, whole[: len(text) + 100], b"\xff", b"\xff" + bytes(32), b"\xff" + bytes(100)]
 
 

@@ -10,16 +10,16 @@ from typing import Any, Final
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from second_decoder import SUITES, associated_data
+from reference.blob_decoder import SUITES, associated_data
 
 from keyferry.errors import CODES
 
-from . import stock
-from .asking import Ask
+from . import fixtures
 from .clients import Client, Sent
-from .judge import judge
-from .line import Answer, Line
-from .stock import EPOCH, RINGS, MasterKey, Ring, Version
+from .connection_trace import Answer, Line
+from .fixtures import EPOCH, RINGS, MasterKey, Ring, Version
+from .oracle import judge
+from .requests import Ask
 from .world import World
 
 __all__ = ["check_clients", "check_record"]
@@ -200,7 +200,7 @@ def _check_result(ask: Ask, result: Mapping[str, Any], fresh: Counter[bytes]) ->
     else:
         assert "Plaintext" not in result
     if ask.to:
-        assert stock.recipients()[ask.to].unwrap(result["ExportedDataKey"]) == opened, "another data key"
+        assert fixtures.recipients()[ask.to].unwrap(result["ExportedDataKey"]) == opened, "another data key"
 
 
 def _check_key(ask: Ask, result: Mapping[str, Any], rings: list[Ring]) -> None:
@@ -216,13 +216,13 @@ def _check_key(ask: Ask, result: Mapping[str, Any], rings: list[Ring]) -> None:
 
 def _open(result: Mapping[str, Any], key_field: str, version_field: str, context: Mapping[str, str]) -> bytes:
     """The plaintext of a blob in an answer, under the key and version that the answer names."""
-    key, version = stock.key_of_version(result[version_field])
+    key, version = fixtures.key_of_version(result[version_field])
     assert result[key_field] == key.key_id, "another key's version"
     return _open_blob(key, version, context, base64.b64decode(result["CiphertextBlob"]))
 
 
 def _open_blob(key: MasterKey, version: Version, context: Mapping[str, str], blob: bytes) -> bytes:
-    """As `second_decoder.open_blob`, which takes milliseconds for SM4, over another library's primitives."""
+    """As `blob_decoder.open_blob`, which takes milliseconds for SM4, over another library's primitives."""
     header, salt, commitment, ciphertext, tag = blob[:37], blob[37:69], blob[69:101], blob[101:-16], blob[-16:]
     assert header == version.version_id.encode() + b"\x01", "another header"
     suite = SUITES[key.spec]

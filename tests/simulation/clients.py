@@ -11,12 +11,12 @@ import trio
 
 from keyferry.protocol import wire
 
-from . import stock
-from .asking import Ask, random_ask
+from . import fixtures
+from .requests import Ask, random_ask
 from .world import World
 
 if TYPE_CHECKING:
-    from .line import Line
+    from .connection_trace import Line
 
 __all__ = ["Client", "Sent"]
 
@@ -39,7 +39,7 @@ class Client:
     def __init__(self, world: World, rng: random.Random, number: int, *, well_behaved: bool = False) -> None:
         self._world = world
         self.name = f"client{number}"
-        self.uid = rng.choice((stock.ADMIN,) * 6 + stock.USERS)
+        self.uid = rng.choice((fixtures.ADMIN,) * 6 + fixtures.USERS)
         self.pid = 2**30 + number  # larger than any there is
         self.listener = rng.choice(("first", "second"))
         self.asks: dict[int, Sent] = {}

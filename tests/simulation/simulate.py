@@ -19,10 +19,10 @@ import trio
 from keyferry_agent.config.options import Options, StartError
 from keyferry_agent.daemon import daemon as life
 
-from . import checks, operator
+from . import checks, operator_actions
 from .clients import Client
-from .outside import SLOW
-from .replaced import replaced
+from .fake_syscalls import SLOW
+from .patches import replaced
 from .world import World
 
 __all__ = ["Result", "simulate"]
@@ -95,7 +95,7 @@ def _collect() -> None:
 
 
 def _live(world: World) -> None:
-    operator.write_files(world)
+    operator_actions.write_files(world)
     manager = str(world.directory / "manager")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
         listening.bind(manager)
@@ -198,7 +198,7 @@ class _Play:
                     ended.set()
 
             everything.start_soon(agent)
-            everything.start_soon(operator.see_to_hangs, world)
+            everything.start_soon(operator_actions.see_to_hangs, world)
             async with trio.open_nursery() as start:
                 start.start_soon(_until, ended, start.cancel_scope)
                 await world.serving.wait()
@@ -219,7 +219,7 @@ class _Play:
     async def _around(self, around: trio.Nursery, ended: trio.Event) -> None:
         world, rng = self._world, self._world.weather
         clients = [Client(world, world.rng, number) for number in range(rng.choice((1, 1, 2, 3, 5)))]
-        around.start_soon(operator.act, world)
+        around.start_soon(operator_actions.act, world)
         if world.early:
             for client in clients:
                 around.start_soon(client.run)
@@ -229,7 +229,7 @@ class _Play:
                 for client in clients:
                     all_of_it.start_soon(client.run)
             if not world.stops and world.ended is None:
-                await operator.calm_down(world)
+                await operator_actions.calm_down(world)
             if not world.stops and world.ended is None:
                 await self._probe(len(clients))
         world.stop()

@@ -12,12 +12,12 @@ import trio
 import trio.testing
 
 from .faults import Plan
+from .fixtures import CONFIGURATIONS, EPOCH, RINGS, Grant, Ring
 from .record import Record
-from .stock import CONFIGURATIONS, EPOCH, RINGS, Grant, Ring
 
 if TYPE_CHECKING:
     from .clients import Client
-    from .line import Line
+    from .connection_trace import Line
     from .threads import Lockstep
 
 __all__ = ["Adopted", "World"]

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from keyferry import Client
 
-from .checking import Opened, Recorded, check_record, open_listeners
 from .client import PATIENCE
 from .figures import Sample, compare, not_flat, table
 from .host import ACTIONS, Host
 from .journal import Answer, Journal, Wrong, read
+from .verify import Opened, Recorded, check_record, open_listeners
 
 RESULTS = Path(__file__).parents[2] / ".cache" / "soak" / "results.json"
 _WITH_RESTARTS = 1 / 6

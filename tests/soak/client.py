@@ -19,7 +19,7 @@ from support.keys import recipient
 from keyferry import Client, aio
 
 from .journal import Journal, Wrong
-from .mix import Mix
+from .workload import Mix
 
 __all__ = ["KINDS", "PATIENCE"]
 

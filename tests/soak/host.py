@@ -13,13 +13,13 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from support.agent import PATIENCE, RunningAgent
+from support.fake_service_manager import LAUNCH
 from support.keyring import change, new_keyring, opened
 from support.keys import ALGORITHMS
-from support.manager import LAUNCH
 from support.scrape import scraped
 
 from .client import KINDS
-from .mix import KEYS, SELDOM, SOMETIMES
+from .workload import KEYS, SELDOM, SOMETIMES
 
 __all__ = ["ACTIONS", "Host"]
 

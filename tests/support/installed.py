@@ -6,8 +6,8 @@ from typing import Any
 
 from pyrage.x25519 import Identity
 
-from .machine import Machine
-from .requires import ROOT
+from .nspawn import Machine
+from .skip_unless import ROOT
 
 SYSTEMD = ROOT / "systemd"
 AGENT = "keyferry-agent.service"

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from .requires import ROOT
+from .skip_unless import ROOT
 
 DEPLOY = ROOT / "deploy"
 Manifest: TypeAlias = dict[str, Any]

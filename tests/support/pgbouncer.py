@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from .agent import PATIENCE
 from .postgres import ADMIN, Cluster
-from .requires import PGBOUNCER
+from .skip_unless import PGBOUNCER
 
 PORT = 6_432
 """Part of a Unix socket's name: no port is used."""

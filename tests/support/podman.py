@@ -12,7 +12,7 @@ from typing import Any, Self
 import yaml
 
 from .agent import PATIENCE
-from .requires import BASE, CACHE, ROOT
+from .skip_unless import BASE, CACHE, ROOT
 
 AGENT_IMAGE = "localhost/keyferry-agent"
 _BASE_IMAGE = "localhost/keyferry-base:test"

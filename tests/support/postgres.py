@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Self
 
-from .requires import POSTGRESQL
+from .skip_unless import POSTGRESQL
 
 ADMIN = "keyferry"
 

@@ -12,7 +12,7 @@ from pkcs11 import Attribute, ObjectClass
 from keyferry.module import DataKey, Pkcs11Module
 from keyferry.module import token as token_module
 from keyferry.module.cryptoki import Library
-from support import requires
+from support import skip_unless
 from support.keys import RecipientFor
 from support.secrets import secret_file
 
@@ -129,7 +129,7 @@ def data_keys(module: Pkcs11Module) -> list[object]:
 
 def softhsm(folder: Path, *labels: str) -> list[RealToken]:
     """SoftHSM2 tokens. The library reads their folder from SOFTHSM2_CONF, in this process and in its children."""
-    library = requires.library("softhsm/libsofthsm2.so", "softhsm2")
+    library = skip_unless.library("softhsm/libsofthsm2.so", "softhsm2")
     (folder / "tokens").mkdir()
     (folder / "softhsm2.conf").write_text(f"directories.tokendir = {folder}/tokens\n")
     secret_file(folder / "pin", f"{PIN}\n")
@@ -150,7 +150,7 @@ def odd_library(folder: Path) -> Path:
 
 def softokn(folder: Path) -> RealToken:
     """The token of an NSS database."""
-    library = requires.library("*/libsoftokn3.so", "libnss3")
+    library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     secret_file(folder / "pin", f"{PIN}\n")
     command = ["certutil", "-N", "-d", f"sql:{folder}", "-f", str(folder / "pin")]
     subprocess.run(command, check=True, capture_output=True)

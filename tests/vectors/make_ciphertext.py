@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import second_decoder
+from reference import blob_decoder
 
 Case: TypeAlias = dict[str, Any]
 
@@ -22,7 +22,7 @@ HEADER = {
     "format": "CiphertextBlob, format byte 0x01, before Base64",
     "specification": "docs/ciphertext.md",
     "origin": "Keyferry; keys, salts and plaintexts are SHAKE-256 of a label, but for the case of the agent's self-test",
-    "generator": "tests/vectors/make_ciphertext.py, with tests/second_decoder.py: no code of the agent",
+    "generator": "tests/vectors/make_ciphertext.py, with tests/reference/blob_decoder.py: no code of the agent",
     "verifier": "tests/test_ciphertext.py: the agent makes every valid blob from its salt, opens it, and opens no invalid one",
     "notes": {
         "encryption_context": "null: the request had none; it binds as {} does",
@@ -84,7 +84,7 @@ def valid(
 def sealed(case: Case, format_byte: int = 0x01) -> Case:
     """The case with the blob that its values give."""
     cmk, salt, plaintext = (bytes.fromhex(case[name]) for name in ("cmk", "salt", "plaintext"))
-    blob = second_decoder.seal_blob(
+    blob = blob_decoder.seal_blob(
         case["key_spec"],
         cmk,
         case["key_version_id"],

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import second_file_decoder
+from reference import file_decoder
 
 Case: TypeAlias = dict[str, Any]
 
@@ -19,7 +19,7 @@ HEADER = {
     "format": "files that begin with keyferry-file/1",
     "specification": "docs/files.md",
     "origin": "Keyferry; keys, nonces and plaintexts are SHAKE-256 of a label",
-    "generator": "tests/vectors/make_files.py, with tests/second_file_decoder.py: no code of the client",
+    "generator": "tests/vectors/make_files.py, with tests/reference/file_decoder.py: no code of the client",
     "verifier": "tests/test_files.py: the client writes every file so from its file key and nonce, and reads it",
     "notes": {
         "record": "the header's JSON, as text",
@@ -34,7 +34,7 @@ RECORD = {
     "CiphertextBlob": "QmxvYg==",
     "EncryptionContext": {"tenant": "acme", "名称": "größe"},
 }
-CHUNK = second_file_decoder.CHUNK
+CHUNK = file_decoder.CHUNK
 LENGTHS = (0, 1, 1_000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 17)
 
 
@@ -49,7 +49,7 @@ def case(number: int, length: int, key_size: int, record: Case) -> Case:
     text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
     data_key, file_key = drawn(f"{label}data key", key_size), drawn(f"{label}file key", 32)
     nonce, plaintext = drawn(f"{label}nonce", 12), drawn(f"{label}plaintext", length)
-    file = second_file_decoder.write(data_key, text.encode(), file_key, nonce, plaintext)
+    file = file_decoder.write(data_key, text.encode(), file_key, nonce, plaintext)
     return {
         "data_key": data_key.hex(),
         "file_key": file_key.hex(),

@@ -17,13 +17,13 @@ from typing import Final
 from keyferry.errors import CODES
 
 from .. import __version__
-from ..audit.entry import AuditEntry
 from ..chained_log.file import Appended, RecordFile
 from ..config.settings import Audit
 from ..keyring.keyring import Keyring
 from ..locking import Lock
 from ..peer import Peer
 from . import announcements
+from .entry import AuditEntry
 from .writer_thread import WriterThread
 
 __all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]

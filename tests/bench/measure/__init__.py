@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Final
 
-from ..session import Session
+from ..run_context import Session
 from . import client, fairness, footprint, latency, module, scale, sm2, throughput
 from . import peers as others
 

@@ -10,11 +10,11 @@ from support.keys import recipient
 
 from keyferry import Client
 
+from ..agent_under_test import CONTEXT, requests, subject
+from ..canned_server import Stub
 from ..figures import Target, percentile, ratios
 from ..load import Connection, one_at_a_time
-from ..session import Session
-from ..stub import Stub
-from ..subject import CONTEXT, requests, subject
+from ..run_context import Session
 
 PART = "The Python client"
 

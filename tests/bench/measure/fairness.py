@@ -1,9 +1,9 @@
 """What an honest client, who asks one thing at a time, notices of a greedy one beside it whose pipeline is always full."""
 
+from ..agent_under_test import requests, subject
 from ..figures import percentile, ratios
 from ..load import Connection, beside_greedy, one_at_a_time
-from ..session import Session
-from ..subject import requests, subject
+from ..run_context import Session
 
 PART = "Fairness"
 

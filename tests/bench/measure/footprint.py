@@ -3,10 +3,10 @@
 import time
 from contextlib import ExitStack
 
+from ..agent_under_test import KEYS, requests, startable, subject
 from ..figures import Target
 from ..load import Connection, pipelined
-from ..session import Session
-from ..subject import KEYS, requests, startable, subject
+from ..run_context import Session
 
 PART = "At rest"
 IDLE = 1_000

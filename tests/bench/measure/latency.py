@@ -2,10 +2,10 @@
 
 import math
 
+from ..agent_under_test import requests, subject
 from ..figures import Curve, percentile
 from ..load import Connection, open_loop, pipelined
-from ..session import Bare, Session
-from ..subject import requests, subject
+from ..run_context import Bare, Session
 from .throughput import DEPTH
 
 PART = "Latency at a rate that does not wait"

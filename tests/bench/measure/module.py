@@ -3,7 +3,7 @@
 from functools import partial
 
 from ..figures import Target
-from ..session import Bare, Session
+from ..run_context import Bare, Session
 
 PART = "The software module"
 

@@ -1,7 +1,7 @@
 """Other programs that do the same job as nearly as they can, measured in the same way."""
 
 from ..peers import PEERS
-from ..session import Session
+from ..run_context import Session
 
 PART = "Peers, beside the same bare loop"
 

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from statistics import median
 
+from ..agent_under_test import Subject, requests, subject
 from ..figures import Curve, Target, ratios
 from ..load import Connection, many, pipelined, serially
-from ..session import Bare, Session
-from ..subject import Subject, requests, subject
+from ..run_context import Bare, Session
 from .throughput import DEPTH
 
 PART = "What much of something costs"

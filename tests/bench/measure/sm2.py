@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from ..cores import ALL
+from ..agent_under_test import requests, subject
+from ..cpu import ALL
 from ..figures import Target
 from ..load import Connection, pipelined, serially
-from ..session import Bare, Session
-from ..subject import requests, subject
+from ..run_context import Bare, Session
 
 PART = "EC_SM2, agent on all cores"
 IN_FLIGHT = 16

@@ -2,10 +2,10 @@
 
 from functools import partial
 
+from ..agent_under_test import requests, subject, unlike
 from ..figures import Curve, Target
 from ..load import Connection, pipelined, serially
-from ..session import Bare, Session
-from ..subject import requests, subject, unlike
+from ..run_context import Bare, Session
 
 PART = "RSA_2048, agent on one core"
 DEPTH = 64

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from ..cores import SERVER
-from ..session import Bare, Way
+from ..cpu import SERVER
+from ..run_context import Bare, Way
 from ..worker import Worker
 from .peer import Peer
 

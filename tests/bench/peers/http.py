@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from support.agent import PATIENCE
 from support.keys import rsa_private_key
 
-from ..session import Way
+from ..run_context import Way
 
 __all__ = ["exchange", "request", "wait_until_listening", "ways", "wrapper"]
 

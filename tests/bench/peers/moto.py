@@ -11,8 +11,8 @@ from typing import Any
 
 from support.agent import PATIENCE
 
-from ..cores import SERVER
-from ..session import Way
+from ..cpu import SERVER
+from ..run_context import Way
 from . import http
 from .peer import Peer
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
-from ..session import Bare, Way
+from ..run_context import Bare, Way
 
 __all__ = ["Peer"]
 

@@ -6,7 +6,7 @@ from keyferry.errors import KmsError, ProtocolError
 from keyferry.operations import OPERATIONS
 from keyferry.protocol.rpc import Asked, Call, Pending, RpcSession
 
-from ..frugal import frugal
+from ..memory_bound import frugal
 
 CALLS = [Call(operation.name, {}, operation.result) for operation in OPERATIONS.values()]
 

@@ -5,8 +5,8 @@ import json
 import uuid
 from typing import Any
 
-import second_decoder
 from Cryptodome.Util.asn1 import DerOctetString, DerSequence
+from reference import blob_decoder
 
 from keyferry import sm2_ciphertext as sm2
 from keyferry.errors import KmsError
@@ -15,7 +15,7 @@ from keyferry.secret import SecretMemory
 from keyferry_agent.crypto import ciphertext_blob
 from keyferry_agent.crypto.aad import associated_data
 
-from ..frugal import frugal
+from ..memory_bound import frugal
 
 KEY_ID = str(uuid.UUID(int=1))
 VERSION_ID = str(uuid.UUID(int=2))
@@ -46,13 +46,13 @@ def ciphertext(data: bytes) -> None:
         blob = ciphertext_blob.bind(spec, VERSION_ID, KEY_ID, context).seal(
             key, memoryview(bytearray(plaintext)), _scratch(), salt
         )
-        assert blob == second_decoder.seal_blob(spec, cmk(spec), VERSION_ID, KEY_ID, context, plaintext, salt)
+        assert blob == blob_decoder.seal_blob(spec, cmk(spec), VERSION_ID, KEY_ID, context, plaintext, salt)
         assert _opened(spec, context, blob) == plaintext
         return
     mine = frugal(lambda: _opened(spec, context, rest), len(rest), times=8)
     try:
-        second: bytes | None = second_decoder.open_blob(spec, cmk(spec), KEY_ID, context, rest)
-    except second_decoder.NotAuthentic:
+        second: bytes | None = blob_decoder.open_blob(spec, cmk(spec), KEY_ID, context, rest)
+    except blob_decoder.NotAuthentic:
         second = None
     assert mine == second
     _base64(rest)
@@ -89,8 +89,8 @@ def context(data: bytes) -> None:
     assert _taken(json.dumps(dict(reversed(taken.items())), ensure_ascii=False, separators=(",", ":"))) == taken
     header = VERSION_ID.encode() + b"\x01"
     bound = associated_data(header, KEY_ID, taken)
-    assert bound == second_decoder.associated_data(header, KEY_ID, taken)
-    assert second_decoder.read_associated_data(bound) == (header, KEY_ID, taken)
+    assert bound == blob_decoder.associated_data(header, KEY_ID, taken)
+    assert blob_decoder.read_associated_data(bound) == (header, KEY_ID, taken)
     for key, value in taken.items():
         for other in (
             {**taken, key: value + "x"},

@@ -5,13 +5,13 @@ import io
 import json
 from unittest.mock import patch
 
-import second_file_decoder
+from reference import file_decoder
 from support.keys import RecipientFor
 
 from keyferry.files import FileError, Header, decrypt, read_header, stream
 from keyferry.module import DataKey, SoftwareModule
 
-from ..frugal import frugal
+from ..memory_bound import frugal
 
 DATA_KEY = bytes(range(32))
 CHUNK = 32
@@ -31,15 +31,15 @@ def encrypted_file(data: bytes) -> None:
     header = frugal(lambda: _header(data), len(data), times=64)
     if header is not None:
         assert data.startswith(header.to_bytes())
-        assert second_file_decoder.record_of(data) == {"Name": header.name, **header.record}
+        assert file_decoder.record_of(data) == {"Name": header.name, **header.record}
     assert _opened(data, header) == _second(data, header)
     return None
 
 
 def _written(plaintext: bytes) -> None:
     record = {"Name": "", "KeyId": "k", "KeyVersionId": "v", "CiphertextBlob": "b", "EncryptionContext": {}}
-    with patch.object(second_file_decoder, "CHUNK", CHUNK):
-        file = second_file_decoder.write(DATA_KEY, json.dumps(record).encode(), bytes(32), bytes(12), plaintext)
+    with patch.object(file_decoder, "CHUNK", CHUNK):
+        file = file_decoder.write(DATA_KEY, json.dumps(record).encode(), bytes(32), bytes(12), plaintext)
     assert _opened(file, _header(file)) == plaintext
     for cut in {0, 1, CHUNK + 15, CHUNK + 16, len(file) // 2, len(file) - 1}:
         assert _opened(file[:cut], _header(file[:cut])) is None
@@ -73,7 +73,7 @@ def _second(file: bytes, header: Header | None) -> bytes | None:
     if header is None:
         return None
     try:
-        with patch.object(second_file_decoder, "CHUNK", CHUNK):
-            return second_file_decoder.read(DATA_KEY, file)
-    except second_file_decoder.NotAuthentic:
+        with patch.object(file_decoder, "CHUNK", CHUNK):
+            return file_decoder.read(DATA_KEY, file)
+    except file_decoder.NotAuthentic:
         return None

@@ -17,7 +17,7 @@ from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, Ve
 from keyferry_agent.keyring.keyring import build, room_for
 from keyferry_agent.keyring.sealing import Unsealer, count_recipients, seal
 
-from ..frugal import frugal
+from ..memory_bound import frugal
 from .operators import in_a_file
 
 IDENTITY = "AGE-SECRET-KEY-1WPLMEMA7G9KRZEMLLPXMZP6WNSS6PKW85DZS3KXFDVXM28JS66RQQWFWFG"

@@ -17,7 +17,7 @@ from keyferry_agent.cli import audit as command
 from keyferry_agent.config import settings
 from keyferry_agent.peer import Peer
 
-from ..frugal import frugal
+from ..memory_bound import frugal
 
 PEER = Peer(uid=1000, gids=frozenset({1000}), pid=7, listener="default", unit="orders.service")
 LONGEST_NAME = "alias/" + "a" * 500

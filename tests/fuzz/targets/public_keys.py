@@ -10,7 +10,7 @@ from keyferry.protocol.rpc import pem_to_der
 from keyferry_agent.crypto import wrapping
 from keyferry_agent.crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2
 
-from ..frugal import frugal
+from ..memory_bound import frugal
 
 _OAEP = wrapping.find("RSA_2048", "RSAES_OAEP_SHA_256")
 _SM2PKE = wrapping.find("EC_SM2", "SM2PKE")

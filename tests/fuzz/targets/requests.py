@@ -10,7 +10,7 @@ import time
 import uuid
 from typing import Any
 
-import second_decoder
+from reference import blob_decoder
 
 from keyferry.declaration import result_to_wire
 from keyferry.errors import CODES, KmsError, ProtocolError
@@ -53,7 +53,7 @@ def material(version: int) -> bytes:
 def blob(version: int, context: dict[str, str], plaintext: bytes) -> bytes:
     """A CiphertextBlob that one of the keys opens."""
     spec = _SPECS[version]
-    return second_decoder.seal_blob(
+    return blob_decoder.seal_blob(
         spec, material(version), VERSIONS[version], KEYS[version], context, plaintext, bytes(32)
     )
 
@@ -172,5 +172,5 @@ def _right(request: wire.Request, result: dict[str, Any]) -> None:
     context = request.params.get("EncryptionContext") or {}
     context = json.loads(context) if isinstance(context, str) else context
     assert isinstance(sealed, bytes)
-    opened = second_decoder.open_blob(_SPECS[place], material(place), KEYS[place], context, sealed)
+    opened = blob_decoder.open_blob(_SPECS[place], material(place), KEYS[place], context, sealed)
     assert opened == decode_base64(result.get("Plaintext", request.params.get("Plaintext", "")))

@@ -6,12 +6,12 @@ from itertools import cycle
 from typing import Any
 from unittest.mock import patch
 
-import second_wire_decoder
+from reference import wire_decoder
 
 from keyferry.errors import ProtocolError
 from keyferry.protocol import wire
 
-from ..frugal import frugal
+from ..memory_bound import frugal
 
 _MOST_STEPS = 256
 _CLIENT = 100
@@ -32,7 +32,7 @@ def codec(data: bytes) -> None:
         with patch.object(wire, "_INTERNED_FOR_EVER", not wire._INTERNED_FOR_EVER):
             assert _whole(stream, most) == whole
         messages, error = whole
-        second = second_wire_decoder.read(stream, most_entries=most)
+        second = wire_decoder.read(stream, most_entries=most)
         assert ([_plain(message) for message in messages], bool(error)) == second
     for message in messages:
         _goes_round(message)

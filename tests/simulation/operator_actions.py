@@ -1,0 +1,119 @@
+"""What a simulated operator, and the system, do to an agent while it serves: files, signals, shortages, and its end."""
+
+import os
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from . import fixtures
+from .world import World
+
+__all__ = ["act", "calm_down", "write_files"]
+
+_SEES_IT: Final = 12
+"""Seconds in which a reload comes to its end, however long its threads take."""
+_DAMAGED: Final = "this = is = no configuration"
+
+
+def write_files(world: World) -> None:
+    """What is there before the agent starts; in some worlds the record was begun before, and cut off."""
+    _configure(world, 0)
+    _replace(world.directory / "keyring", "0")
+    (world.directory / "identity").write_text("")
+    if world.weather.random() < 0.3:
+        first = '{"request_id": "FIRST", "previous": "' + "0" * 64 + '"}\n'
+        world.record.path.write_text(first + world.weather.choice(("", '{"request_id": "CUT')))
+
+
+def _configure(world: World, number: int) -> None:
+    directory = world.directory
+    text = (
+        f'keyring = "{directory / "keyring"}"\nunseal = "{directory / "identity"}"\nmemory = "prefer"\n'
+        f'[audit]\npath = "{world.record.path}"\non_failure = "{world.on_failure}"\n'
+        f"[limits]\nconnections = {world.limits[0]}\nconnections_per_user = {world.limits[1]}\n"
+        f"requests_per_second = {world.rate}\n"
+    )
+    for name in ("first", "second"):
+        text += f'[[listener]]\nname = "{name}"\npath = "{directory / name}"\n'
+    text += fixtures.toml(fixtures.CONFIGURATIONS[number]) if number >= 0 else _DAMAGED
+    _replace(directory / "agent.toml", text)
+
+
+def _replace(path: Path, text: str) -> None:
+    # What was there stays, under another name: the number of a file is not given to another one, or not every time.
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    if _is_there(path):
+        os.link(path, path.with_suffix(f".{len(list(path.parent.iterdir()))}"))
+    new.rename(path)
+
+
+def _is_there(path: Path) -> bool:
+    return path.name in os.listdir(path.parent)  # Path.exists is the agent's, here
+
+
+async def act(world: World) -> None:
+    """Do a few things, one after the other."""
+    rng = world.weather
+    for _ in range(rng.choice((0, 1, 2, 4))):
+        await trio.sleep(rng.choice((0, 0.01, 0.3, 1)))
+        if world.plan.over or world.stops:
+            return
+        what = rng.choice(("keyring", "keyring", "grants", "hang up", "rotate", "starve", "end a process", "wake"))
+        world.note("operator", what)
+        if what == "keyring":
+            number = rng.choice((-1, *range(len(fixtures.RINGS))))
+            world.on_disk = (number, world.on_disk[1])
+            _replace(world.directory / "keyring", str(number))
+        elif what == "grants":
+            number = rng.choice((-1, *range(len(fixtures.CONFIGURATIONS))))
+            world.on_disk = (world.on_disk[0], number)
+            _configure(world, number)
+        elif what == "hang up":
+            world.hang_up()
+        elif what == "rotate":
+            _rotate(world)
+        elif what == "starve":
+            world.starved = world.was_starved = True
+            await trio.sleep(rng.choice((0.05, 0.5, 2)))
+            world.starved, world.spare = False, 0
+        elif what == "wake":
+            world.lockstep.release()
+        elif lines := [line for line in world.all_lines if line.closed is None]:
+            line = rng.choice(lines)
+            line.client.spoiled("its process ended")
+            line.end_process()
+
+
+def _rotate(world: World) -> None:
+    record = world.record
+    if _is_there(record.path):
+        to = record.path.with_suffix(f".{len(record.rotated)}")
+        record.path.rename(to)
+        record.rotated.append(to)
+        if world.weather.random() < 0.5:  # as logrotate's `create` does
+            record.path.write_text("")
+
+
+async def see_to_hangs(world: World) -> None:
+    """Have whatever hangs go on after a while."""
+    while True:
+        await trio.sleep(world.weather.choice((0.2, 1, 5)))
+        world.lockstep.release()
+
+
+async def calm_down(world: World) -> None:
+    """Nothing fails any more, and all files are good. Give the agent the time that it may take to see it."""
+    world.note("calm")
+    world.plan.over = True
+    world.starved, world.spare = False, 0
+    world.lockstep.release()
+    world.on_disk = (world.on_disk[0] % len(fixtures.RINGS), world.on_disk[1] % len(fixtures.CONFIGURATIONS))
+    _replace(world.directory / "keyring", str(world.on_disk[0]))
+    _configure(world, world.on_disk[1])
+    await trio.sleep(2)
+    for _ in range(_SEES_IT):
+        seen = world.adopted[-1][1:] == world.on_disk and world.record.in_place
+        if not seen and world.ended is None:
+            await trio.sleep(1)

@@ -1,0 +1,131 @@
+"""Puts the agent into a simulated world: which names of the standard library, of trio and of the agent stand for which of
+`outside`'s, for the time of one life.
+"""
+
+import datetime as dt
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import structlog
+import trio
+import trio._core._run as trio_run
+from trio._socket import _SocketType
+
+from keyferry_agent import process_hardening
+from keyferry_agent.audit import writer_thread
+from keyferry_agent.crypto import selftest
+from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agent's modules are there
+from keyferry_agent.keyring import loader
+from keyferry_agent.server import dispatch, readiness, thread_pool
+
+from .fake_syscalls import REAL, Outside
+from .threads import Lockstep
+from .world import MONOTONIC, World
+
+__all__ = ["replaced"]
+
+_DATED: Final = [
+    module
+    for name, module in [*sys.modules.items()]
+    if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is dt.datetime
+]
+"""The agent's modules that ask what time it is."""
+
+
+@contextmanager
+def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
+    """Have the agent live in this world. `run` stands in for `trio.run`."""
+    outside = Outside(world)
+    world.lockstep = Lockstep(world)
+    mine = threading.get_ident()
+
+    class Datetime(dt.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return dt.datetime.fromtimestamp(world.wall, tz)
+
+    def method(function: Callable[..., Any]) -> Any:
+        # A function, which becomes a method of the class that it is put into; what is bound already would not.
+        def call(itself: Any, *arguments: Any, **more: Any) -> Any:
+            return function(itself, *arguments, **more)
+
+        return call
+
+    names: list[tuple[Any, str, Any]] = [
+        *((os, name, getattr(outside, name)) for name in _OS),
+        (os, "getpid", lambda: _PID),
+        (socket, "send_fds", outside.send_fds),
+        (_SocketType, "_nonblocking_helper", method(outside.helper)),
+        (_SocketType, "getsockopt", method(outside.getsockopt)),
+        (_SocketType, "close", method(outside.close_socket)),
+        (_SocketType, "shutdown", method(outside.shutdown)),
+        (trio.socket, "socketpair", outside.socketpair),
+        (trio.to_thread, "run_sync", outside.run_sync),
+        (thread_pool.FairThreadPool, "submit", method(outside.submit)),
+        (dispatch, "new_request_id", dispatch._request_ids().__next__),
+        (readiness, "_AWAKE", 0.0),
+        (readiness, "_MOMENT", 0.0),
+        (trio, "run", run),
+        (time, "monotonic", lambda: MONOTONIC + world.now if threading.get_ident() == mine else REAL.monotonic()),
+        (time, "time", lambda: world.wall),
+        (writer_thread, "threading", world.lockstep),
+        (writer_thread, "Bell", world.lockstep.bell),
+        (loader, "load", outside.load),
+        (selftest, "run", outside.self_test),
+        (process_hardening, "harden", lambda **_: []),
+        (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
+        (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
+        *((module, "datetime", Datetime) for module in _DATED),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in names]
+    logging = structlog.get_config()["processors"]
+    processors = [*logging]
+    state = trio_run._r.getstate()
+    trio_run._r.seed(f"{world.seed}: who goes first")
+    logging[:] = [lambda logger, name, event: world.logs(logger, name, event, structlog.DropEvent())]
+    # A signal in the agent's last moment, when it takes none any more, is not to end this process.
+    handlers = {number: signal.signal(number, _nobody) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    for owner, name, value in names:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in reversed(before):
+            setattr(owner, name, value)
+        logging[:] = processors
+        trio_run._r.setstate(state)
+        world.lockstep.end()
+        for number, handler in handlers.items():
+            if signal.signal(number, handler) is not _nobody:
+                world.violate(f"{number.name} is still taken")
+
+
+def _nobody(_number: int, _frame: object) -> None:
+    """Take a signal, and do nothing."""
+
+
+_PID: Final = 4711
+"""The number of the agent's process, which is in its audit log: one with more digits makes a longer entry."""
+
+_OS: Final = (
+    "open",
+    "close",
+    "read",
+    "write",
+    "pread",
+    "ftruncate",
+    "fstat",
+    "stat",
+    "lstat",
+    "unlink",
+    "chmod",
+    "urandom",
+)

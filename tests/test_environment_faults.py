@@ -1,0 +1,346 @@
+"""Surroundings that fail a running agent: descriptors, disks, files, clocks. It says so, refuses what it must, and recovers."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+import trio
+import trio.testing
+from support.agent import RawConnection, RunningAgent, dev_agent
+from support.audit_log import AT_START
+from support.calls import ok, refused
+from support.keyring import change, opened, serving
+from support.skip_unless import library, root
+from support.waiting import wait_until
+
+from keyferry.protocol import wire
+from keyferry_agent.audit import AuditLog
+from keyferry_agent.chained_log import chain
+from keyferry_agent.config.options import Options
+from keyferry_agent.config.settings import Audit, Settings
+from keyferry_agent.daemon import reload
+from keyferry_agent.daemon.reload import Reloader
+from keyferry_agent.daemon.systemd import ServiceManager
+from keyferry_agent.keyring.keyring import development_keyring
+from keyferry_agent.peer import Process, evidence
+from keyferry_agent.state import ServerState
+
+DESCRIBE = ("DescribeKey", {"KeyId": "alias/a"})
+
+
+def few(descriptors: int) -> Callable[[], None]:
+    """A limit, to be set in a process that is about to be the agent."""
+    return lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
+
+@contextmanager
+def room_for(descriptors: int) -> Iterator[None]:
+    """Leave this process so many descriptors to open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened: list[int] = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, before[1]))
+        while True:
+            try:
+                opened.append(os.dup(0))
+            except OSError:
+                break
+        for _ in range(descriptors):
+            os.close(opened.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for each in opened:
+            os.close(each)
+
+
+# --- descriptors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("descriptors", [40, 41])
+def test_without_descriptors_nobody_is_taken_for_somebody_else(
+    keyring: Path, socket_path: Path, descriptors: int
+) -> None:
+    """A connection whose process cannot be held is refused as what it is: it is not one that was granted nothing."""
+    this = f'uid={os.getuid()}, exe="{os.path.realpath(sys.executable)}"'
+    with serving(keyring, socket_path, to=this, preexec=few(descriptors)) as agent, ExitStack() as stack:
+        codes: list[str] = []
+        while not codes or codes[-1] == "OK":
+            connection = stack.enter_context(RawConnection(agent.socket))
+            error = connection.call(*DESCRIBE).error
+            codes.append(error["Code"] if error else "OK")
+        assert len(codes) > 5
+        assert error is not None
+        assert "descriptor" in error["Message"], codes
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_evidence_that_no_descriptor_is_left_for_is_an_error_and_leaks_none(left: int) -> None:
+    """Neither a process that is not held, nor one without its control groups."""
+    here, there = socket.socketpair()
+    with here, there:
+        before = len(os.listdir("/proc/self/fd"))
+        with room_for(left), pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            evidence(here, "default")
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(errno.EINVAL, ProcessLookupError), (errno.ESRCH, ProcessLookupError), (errno.EMFILE, OSError)],
+)
+def test_a_number_is_looked_up_only_where_the_kernel_has_no_handle(number: int, raised: type[OSError]) -> None:
+    """Where it has one, and gives none, the number may be another process's by now."""
+    with pytest.raises(raised) as error:
+        Process.of(_Answering(number), os.getpid())
+    assert type(error.value) is raised
+    held = Process.of(_Answering(errno.ENOPROTOOPT), os.getpid())
+    assert held is not None
+    held.close()
+
+
+class _Answering:
+    """A socket on a kernel that answers everything with an error."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def fileno(self) -> int:
+        """There is none."""
+        return -1
+
+    def getsockopt(self, _level: int, _name: int, _length: int, /) -> bytes:
+        """Answer."""
+        raise OSError(self._number, os.strerror(self._number))
+
+
+def test_a_reload_without_descriptors_leaves_the_old_state_serving(keyring: Path, socket_path: Path) -> None:
+    """It says why; when there are some again, it reloads."""
+    with serving(keyring, socket_path, preexec=few(40)) as agent, RawConnection(agent.socket) as first:
+        with ExitStack() as stack:
+            error = None
+            while error is None:
+                error = stack.enter_context(RawConnection(agent.socket)).call(*DESCRIBE).error
+            agent.signal(signal.SIGHUP)
+            assert os.strerror(errno.EMFILE) in agent.wait_for("reload.failed")["why"]
+            ok(first, *DESCRIBE)
+        wait_until("the agent has descriptors again", lambda: not agent_is_short_of_descriptors(agent))
+        ok(first, *DESCRIBE)
+        agent.signal(signal.SIGHUP)
+        agent.wait_for("reload.done")
+        ok(first, *DESCRIBE)
+
+
+def agent_is_short_of_descriptors(agent: RunningAgent) -> bool:
+    """Whether it refuses connections."""
+    with RawConnection(agent.socket) as connection:
+        return connection.call(*DESCRIBE).error is not None
+
+
+# --- the record's disk ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@root()
+def test_a_full_disk_refuses_what_cannot_be_recorded_until_there_is_room(
+    keyring: Path, socket_path: Path, small_disk: Path
+) -> None:
+    """Each answer has its line, and each refusal says why; no line is half there."""
+    record = small_disk / "audit.jsonl"
+    more = f'[audit]\npath = "{record}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        answered = 0
+        while (error := connection.call(*DESCRIBE).error) is None:
+            answered += 1
+        for _ in range(3):
+            connection.send(wire.encode_request(1, *DESCRIBE) * 50)
+            refusals = [connection.response() for _ in range(50)]
+            assert {refusal.error["Code"] for refusal in refusals if refusal and refusal.error} == {error["Code"]}
+        assert error["Code"] == "ServiceUnavailableTemporary"
+        assert "audit record" in error["Message"]
+        assert agent.wait_for("audit.failed")["error"] == os.strerror(errno.ENOSPC)
+        assert chain.verify([record]).lines == AT_START + answered
+        subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+        for _ in range(20):
+            ok(connection, *DESCRIBE)
+        agent.wait_for("audit.resumed")  # an entry of its own
+        assert agent.stop() == 0
+        assert chain.verify([record]).lines == AT_START + answered + 20 + 1
+
+
+def test_a_record_that_is_cut_to_nothing_goes_on(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """As some rotate logs; what follows says that there was something before."""
+    record = tmp_path / "audit.jsonl"
+    more = f'[audit]\npath = "{record}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        for _ in range(3):
+            ok(connection, *DESCRIBE)
+            copy = record.read_bytes()
+            os.truncate(record, 0)
+        for _ in range(2):
+            ok(connection, *DESCRIBE)
+    assert chain.verify([record])[::2] == (2, False)
+    (tmp_path / "before").write_bytes(copy)
+    assert chain.verify([tmp_path / "before", record]).lines == 3
+
+
+def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
+    keyring: Path, socket_path: Path, tmp_path: Path
+) -> None:
+    """The failure is logged once, not twice a second. Then an entry has the number of requests without one."""
+    record = tmp_path / "audit.jsonl"
+    more = f'[audit]\npath = "{record}"\n'
+    with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
+        ok(connection, *DESCRIBE)
+        record.rename(tmp_path / "before")
+        record.mkdir()
+        assert agent.wait_for("audit.failed")["error"] == os.strerror(errno.EISDIR)
+        refused(connection, *DESCRIBE, "ServiceUnavailableTemporary", "audit record")
+        record.rmdir()
+        assert agent.wait_for("audit.resumed")["unrecorded"] == 1
+        ok(connection, *DESCRIBE)
+    assert chain.verify([tmp_path / "before", record]).lines == AT_START + 3
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(keyring: Path, socket_path: Path) -> None:
+    """Whether it is gone, a folder, a link to itself, or no text: until there is a good one again."""
+    config = keyring.parent / "agent.toml"
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        good = config.read_bytes()
+        ways: tuple[Callable[[], object], ...] = (
+            lambda: None,
+            config.mkdir,
+            lambda: config.symlink_to(config),
+            lambda: config.write_bytes(b"\xff"),
+        )
+        for count, spoil in enumerate(ways, 1):
+            config.unlink()
+            spoil()
+            agent.signal(signal.SIGHUP)
+            assert str(config) in agent.wait_for("reload.failed", count)["why"]
+            ok(connection, *DESCRIBE)
+            if config.is_dir():
+                config.rmdir()
+            else:
+                config.unlink(missing_ok=True)
+            config.write_bytes(good)
+            agent.signal(signal.SIGHUP)
+            agent.wait_for("reload.done", count)
+            ok(connection, *DESCRIBE)
+
+
+def test_two_agents_that_were_made_to_share_a_name_leave_each_other_alone(socket_path: Path) -> None:
+    """The first says that its socket is lost, serves whom it has, and does not take the second's with it when it ends."""
+    with dev_agent(socket_path) as first, RawConnection(socket_path) as old:
+        socket_path.unlink()
+        first.wait_for("socket.lost")
+        with dev_agent(socket_path) as second, RawConnection(socket_path) as new:
+            ids = {ok(each, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]["KeyId"] for each in (old, new)}
+            assert len(ids) == 2
+            assert first.stop() == 0
+            with RawConnection(socket_path) as another:
+                ok(another, "GetAgentStatus", {})
+            assert second.stop() == 0
+    assert not socket_path.exists()
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, tmp_path: Path
+) -> None:
+    """A host, or a pod, may be full of processes: that is said once, and is not the end of the agent."""
+    looked = trio.Event()
+    left = 5
+
+    async def in_thread(function: Callable[[], Any], *_: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left > 0:
+            raise RuntimeError("can't start new thread")
+        looked.set()
+        return function()
+
+    monkeypatch.setattr(reload, "_in_thread", in_thread)
+    options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
+    settings = Settings(memory="prefer")
+    agent = ServerState(settings, development_keyring(backing="auto", require=False))
+    reloader = Reloader(options, agent, AuditLog(Audit(str(tmp_path / "record"))), {}, ServiceManager(), None)
+    with structlog.testing.capture_logs() as logged:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloader.run)
+            await looked.wait()
+            nursery.cancel_scope.cancel()
+    assert [line["event"] for line in logged] == ["reload.failed"]
+
+
+# --- the clock --------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_is_set_back_and_forth_ends_no_connection_and_breaks_no_record(
+    keyring: Path, socket_path: Path, tmp_path: Path
+) -> None:
+    """Deadlines and rates are of a clock that nobody sets. Deletion dates are of the host's: ahead of one, its key is gone."""
+    change(keyring, "create-key", "--alias", "alias/b")
+    change(keyring, "schedule-deletion", "alias/b", "--days", "7")
+    doomed = opened(keyring).find("alias/b").key_id
+    record, clock = tmp_path / "audit.jsonl", tmp_path / "clock"
+    clock.write_text("+0")
+    environment = {
+        "LD_PRELOAD": str(library("**/libfaketime.so.1", "libfaketime")),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    more = f'[limits]\nrequests_per_second = 1000\nrequest_timeout = 20\n[audit]\npath = "{record}"\n'
+    with (
+        serving(keyring, socket_path, more=more, environment=environment) as agent,
+        RawConnection(agent.socket) as connection,
+        RawConnection(agent.socket) as half,
+    ):
+        half.send(wire.encode_request(1, *DESCRIBE)[:-1])
+        ok(connection, *DESCRIBE)
+        for ahead, code in (
+            ("+0", "Rejected"),
+            ("+10y", "Forbidden.KeyNotFound"),
+            ("-10y", "Rejected"),
+            ("+0", "Rejected"),
+        ):
+            clock.write_text(ahead)
+            ok(connection, *DESCRIBE)
+            error = connection.call("GenerateDataKey", {"KeyId": doomed}).error
+            assert error is not None
+            assert error["Code"].startswith(code), ahead
+        half.send(wire.encode_request(1, *DESCRIBE)[-1:])
+        answer = half.response()
+        assert answer is not None
+        assert answer.error is None
+        agent.signal(signal.SIGHUP)
+        agent.wait_for("reload.done")
+    years = [int(json.loads(line)["time"][:4]) for line in record.read_text().splitlines()]
+    assert len({*years}) == 3
+    assert chain.verify([record]).lines == len(years) == AT_START + 10

@@ -1,0 +1,262 @@
+"""Every operation against every state of a key, and lists of what there is."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.agent import RawConnection
+from support.calls import ok, refused
+from support.keyring import change, new_keyring, rewritten, serving, two_callers
+from support.keys import recipient
+
+from keyferry.parameters import decode_base64, encode_base64
+from keyferry_agent.keyring.document import iso
+
+RSA = recipient("RSAES_OAEP_SHA_256")
+STATES = ("Enabled", "Disabled", "PendingDeletion", "PendingImport", "Deleted")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RawConnection, dict[str, str]]]:
+    """An agent whose keyring has one key in each state, alias/STATE, with a ciphertext of each from when it was enabled."""
+    keyring = new_keyring(tmp_path_factory.mktemp("states"))
+    for state in STATES:
+        change(keyring, "create-key", "--alias", f"alias/{state}")
+    blobs = {}
+    with serving(keyring, keyring.parent / "agent.sock") as agent, RawConnection(agent.socket) as connection:
+        for state in STATES:
+            params = {"KeyId": f"alias/{state}", "Plaintext": "AAAA"}
+            blobs[state] = ok(connection, "Encrypt", params)["CiphertextBlob"]
+    dates = {"PendingDeletion": "9999-01-01T00:00:00Z", "Deleted": "2020-01-01T00:00:00Z"}
+
+    def edit(raw: dict[str, Any]) -> None:
+        owners = {owner: alias for alias, owner in raw["Aliases"].items()}
+        for key in raw["Keys"]:
+            state = owners[key["KeyId"]].removeprefix("alias/")
+            if state in STATES:
+                stored = "PendingDeletion" if state == "Deleted" else state
+                key.update(KeyState=stored, DeleteDate=dates.get(state, ""))
+
+    rewritten(keyring, edit)
+    with serving(keyring, keyring.parent / "agent.sock") as agent, RawConnection(agent.socket) as connection:
+        yield connection, blobs
+
+
+BY_KEY: list[tuple[str, dict[str, Any]]] = [
+    ("GenerateAndExportDataKey", RSA.params),
+    ("GenerateDataKey", {}),
+    ("GenerateDataKeyWithoutPlaintext", {}),
+    ("Encrypt", {"Plaintext": "AAAA"}),
+]
+BY_BLOB: list[tuple[str, dict[str, Any]]] = [
+    ("ExportDataKey", RSA.params),
+    ("Decrypt", {}),
+    ("ReEncrypt", {"DestinationKeyId": "alias/Enabled"}),
+]
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize(
+    ("method", "params"), [*BY_KEY, *BY_BLOB], ids=lambda value: value if isinstance(value, str) else ""
+)
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_only_an_enabled_key_is_used_and_dry_run_changes_no_states_code(
+    made: tuple[RawConnection, dict[str, str]], state: str, method: str, params: dict[str, Any], dry_run: bool
+) -> None:
+    """The others are rejected by their state; one past its deletion date is not there."""
+    connection, blobs = made
+    by_key = (method, params) in BY_KEY
+    what = {"KeyId": f"alias/{state}"} if by_key else {"CiphertextBlob": blobs[state]}
+    asked = {**params, **what, "DryRun": dry_run}
+    codes = {
+        "Enabled": "DryRunOperationError" if dry_run else "",
+        "Deleted": "Forbidden.AliasNotFound" if by_key else "Forbidden.KeyVersionNotFound",
+    }
+    code = codes.get(state, f"Rejected.{state}")
+    if code:
+        refused(connection, method, asked, code)
+    else:
+        ok(connection, method, asked)
+
+
+@pytest.mark.parametrize("state", ["Disabled", "PendingDeletion", "PendingImport"])
+def test_re_encrypt_rejects_a_destination_by_its_state(made: tuple[RawConnection, dict[str, str]], state: str) -> None:
+    """A good source does not help."""
+    connection, blobs = made
+    params = {"CiphertextBlob": blobs["Enabled"], "DestinationKeyId": f"alias/{state}"}
+    refused(connection, "ReEncrypt", params, f"Rejected.{state}")
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_key_is_described_and_listed_in_every_state_until_it_is_deleted(
+    made: tuple[RawConnection, dict[str, str]], state: str
+) -> None:
+    """DescribeKey, ListKeys, ListKeyVersions and ListAliases work with all."""
+    connection, _ = made
+    if state == "Deleted":
+        for method in ("DescribeKey", "ListKeyVersions"):
+            refused(connection, method, {"KeyId": f"alias/{state}"}, "Forbidden.AliasNotFound")
+        aliases = ok(connection, "ListAliases", {})["Aliases"]["Alias"]
+        assert f"alias/{state}" not in {alias["AliasName"] for alias in aliases}
+        return
+    described = ok(connection, "DescribeKey", {"KeyId": f"alias/{state}"})["KeyMetadata"]
+    assert described["KeyState"] == state
+    assert bool(described["DeleteDate"]) == (state == "PendingDeletion")
+    key_id = described["KeyId"]
+    assert {"KeyId": key_id, "KeyArn": described["Arn"]} in ok(connection, "ListKeys", {})["Keys"]["Key"]
+    (version,) = ok(connection, "ListKeyVersions", {"KeyId": key_id})["KeyVersions"]["KeyVersion"]
+    assert version == {
+        "KeyId": key_id,
+        "KeyVersionId": described["PrimaryKeyVersion"],
+        "CreationDate": described["CreationDate"],
+    }
+    entry = {"KeyId": key_id, "AliasName": f"alias/{state}", "AliasArn": f"acs:kms:local:0:alias/{state}"}
+    assert entry in ok(connection, "ListAliases", {})["Aliases"]["Alias"]
+
+
+def test_a_key_that_passes_its_date_while_it_is_loaded_leaves_the_lists_too(keyring: Path, socket_path: Path) -> None:
+    """Without a reload: what is judged is the time of the request."""
+    change(keyring, "create-key", "--alias", "alias/kept")
+    soon = iso(datetime.now(UTC) + timedelta(seconds=3))
+    rewritten(keyring, lambda raw: raw["Keys"][0].update(KeyState="PendingDeletion", DeleteDate=soon))
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        seen = set()
+        while (total := ok(connection, "ListKeys", {})["TotalCount"]) != 1:
+            seen.add(total)
+        assert seen <= {2}  # on a slow machine its date came before the agent did
+        assert ok(connection, "GetAgentStatus", {})["Keys"] == 1
+        refused(connection, "DescribeKey", {"KeyId": "alias/a"}, "Forbidden.AliasNotFound")
+
+
+@pytest.mark.parametrize(
+    ("params", "numbers"),
+    [
+        ({}, (1, 10)),
+        ({"PageNumber": 2}, (2, 10)),
+        ({"PageNumber": 3, "PageSize": 5}, (3, 5)),
+        ({"PageSize": 100}, (1, 100)),
+        ({"PageNumber": 7, "PageSize": 2}, (7, 2)),
+        ({"PageNumber": 2**31 - 1, "PageSize": 100}, (2**31 - 1, 100)),
+    ],
+)
+def test_lists_come_a_page_at_a_time(many: RawConnection, params: dict[str, int], numbers: tuple[int, int]) -> None:
+    """10 entries without PageSize; a page past the end is empty."""
+    everything = ok(many, "ListKeys", {"PageSize": 100})["Keys"]["Key"]
+    assert len(everything) == 12
+    number, size = numbers
+    for method, outer, inner in (("ListKeys", "Keys", "Key"), ("ListAliases", "Aliases", "Alias")):
+        page = ok(many, method, params)
+        assert (page["PageNumber"], page["PageSize"], page["TotalCount"]) == (number, size, 12)
+        expected = [key["KeyId"] for key in everything[(number - 1) * size : number * size]]
+        assert [entry["KeyId"] for entry in page[outer][inner]] == expected
+
+
+@pytest.fixture
+def many(keyring: Path, socket_path: Path) -> Iterator[RawConnection]:
+    """An agent with twelve keys."""
+    for number in range(11):
+        change(keyring, "create-key", "--alias", f"alias/n{number}")
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        yield connection
+
+
+@pytest.mark.parametrize("method", ["ListKeys", "ListAliases"])
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"PageNumber": 0}, "PageNumber"),
+        ({"PageNumber": 2**31}, "PageNumber"),
+        ({"PageSize": 0}, "PageSize"),
+        ({"PageSize": 101}, "PageSize"),
+        ({"PageSize": "10"}, "PageSize"),
+        ({"Filters": "[]"}, "Filters"),
+    ],
+)
+def test_a_page_that_is_none_is_refused(
+    made: tuple[RawConnection, dict[str, str]], method: str, params: dict[str, Any], name: str
+) -> None:
+    """By its parameter."""
+    refused(made[0], method, params, "InvalidParameter", name)
+
+
+def test_versions_are_listed_oldest_first_and_staged_ones_too(keyring: Path, socket_path: Path) -> None:
+    """The primary one is told by DescribeKey."""
+    for arguments in ((), ("--stage",), ()):
+        change(keyring, "rotate", "alias/a", *arguments)
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        listed = ok(connection, "ListKeyVersions", {"KeyId": "alias/a", "PageSize": 3})
+        assert (listed["TotalCount"], len(listed["KeyVersions"]["KeyVersion"])) == (4, 3)
+        last = ok(connection, "ListKeyVersions", {"KeyId": "alias/a", "PageSize": 3, "PageNumber": 2})
+        (newest,) = last["KeyVersions"]["KeyVersion"]
+        described = ok(connection, "DescribeKey", {"KeyId": "alias/a"})["KeyMetadata"]
+        assert described["PrimaryKeyVersion"] == newest["KeyVersionId"]
+
+
+GRANTS = {
+    "list": 'actions=["kms:List*"]\nkeys=["alias/b-*"]\n',
+    "use": 'actions=["kms:Encrypt"]\nkeys=["alias/c"]\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("granted", "seen"),
+    [
+        (("list",), {"alias/b-1", "alias/b-2"}),
+        (("list", "use"), {"alias/b-1", "alias/b-2", "alias/c"}),
+        (("use",), None),
+        ((), None),
+    ],
+)
+def test_a_caller_sees_the_keys_it_has_a_grant_on_and_nothing_else(
+    keyring: Path, granted: tuple[str, ...], seen: set[str] | None
+) -> None:
+    """And without a grant to list, no list at all."""
+    for alias in ("alias/b-1", "alias/b-2", "alias/c"):
+        change(keyring, "create-key", "--alias", alias)
+    with two_callers(keyring, [GRANTS[name] for name in granted]) as (admin, app):
+        assert ok(admin, "ListKeys", {})["TotalCount"] == 4
+        if seen is None:
+            for method, params in (("ListKeys", {}), ("ListAliases", {}), ("ListKeyVersions", {"KeyId": "alias/c"})):
+                refused(app, method, params, "Forbidden.NoPermission")
+            return
+        aliases = ok(app, "ListAliases", {})["Aliases"]["Alias"]
+        assert {alias["AliasName"] for alias in aliases} == seen
+        assert ok(app, "ListKeys", {})["TotalCount"] == ok(app, "GetAgentStatus", {})["Keys"] == len(seen)
+        ok(app, "ListKeyVersions", {"KeyId": "alias/b-1"})
+        refused(app, "ListKeyVersions", {"KeyId": "alias/c"}, "Forbidden.NoPermission")
+
+
+def test_a_page_of_the_longest_aliases_fits_a_message(keyring: Path, socket_path: Path) -> None:
+    """A hundred of 255 characters, with the longest region and account."""
+    for number in range(25):
+        change(keyring, "create-alias", f"alias/{'x' * 250}{number:05}", "alias/a")
+    more = f'region = "{"r" * 24}"\naccount = "{"1" * 24}"'
+    rewritten(
+        keyring,
+        lambda raw: raw["Aliases"].update({f"alias/{'y' * 250}{n:05}": raw["Keys"][0]["KeyId"] for n in range(75)}),
+    )
+    with serving(keyring, socket_path, more=more) as agent, agent.client() as kms:
+        listed = kms.list_aliases(page_size=100)
+        assert listed.total_count == 101
+        assert len(listed.aliases.alias) == 100
+        assert (
+            listed.aliases.alias[1].alias_arn == f"acs:kms:{'r' * 24}:{'1' * 24}:{listed.aliases.alias[1].alias_name}"
+        )
+
+
+def test_after_a_rotation_old_ciphertexts_open_and_new_ones_are_the_new_versions(
+    keyring: Path, socket_path: Path
+) -> None:
+    """And ReEncrypt moves an old one to the primary version."""
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        old = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": encode_base64(b"secret")})
+    change(keyring, "rotate", "alias/a")
+    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+        new = ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        assert new["KeyVersionId"] != old["KeyVersionId"]
+        moved = ok(connection, "ReEncrypt", {"CiphertextBlob": old["CiphertextBlob"], "DestinationKeyId": "alias/a"})
+        assert (moved["KeyVersionId"], moved["DestinationKeyVersionId"]) == (old["KeyVersionId"], new["KeyVersionId"])
+        for blob in (old["CiphertextBlob"], moved["CiphertextBlob"]):
+            assert decode_base64(ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"]) == b"secret"
