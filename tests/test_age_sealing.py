@@ -163,7 +163,7 @@ def test_a_keyring_that_names_no_recipients_and_has_no_passphrase_says_reseal(
 # Runs one verb, and is killed when the line counter of keyring/file.py reaches a number; without it, counts them.
 KILLED_AT_A_LINE = """
 import os, signal, sys
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 from keyferry_agent.keyring import file
 
 def child(at, arguments):

@@ -126,7 +126,7 @@ WITHOUT_CLEARING = "import sys; from keyferry_agent.cli.main import main; sys.ex
 KEEPING_KEYS = """
 import sys
 from keyferry_agent.keyring import loaded
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 
 build, kept = loaded.build, []
 

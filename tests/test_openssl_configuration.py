@@ -135,7 +135,7 @@ if "SM4" in lacking:
     def refuse(*_):
         raise UnsupportedAlgorithm("cipher sm4 in GCM mode is not supported")
     seal._SUITES["Aliyun_SM4"] = seal._SUITES["Aliyun_SM4"]._replace(encrypt=refuse, decrypt_into=refuse)
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 sys.exit(main())
 """
 

@@ -298,7 +298,7 @@ def test_slow_requests_before_a_protocol_error_are_answered_before_it(agent: Run
 PATIENT = """
 import sys
 from keyferry_agent import serving
-from keyferry_agent.command import main
+from keyferry_agent.cli.main import main
 
 serving.Server.drain.__defaults__ = (3_600.0,)
 sys.exit(main())
