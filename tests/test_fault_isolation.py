@@ -25,8 +25,10 @@ from keyferry_agent.config.settings import Audit
 from keyferry_agent.handlers.status import get_agent_status
 from keyferry_agent.peer import Peer
 from keyferry_agent.peer.inspection import Inspector
-from keyferry_agent.server.connection import Connection, Shared
+from keyferry_agent.server.connection import Connection
+from keyferry_agent.server.dispatch import ServerContext
 from keyferry_agent.server.rate_limit import Rate
+from keyferry_agent.server.rounds import Rounds
 from keyferry_agent.server.server import Server
 from keyferry_agent.server.thread_pool import FairThreadPool
 from keyferry_agent.state import ServerState
@@ -159,7 +161,7 @@ async def test_a_request_that_cannot_be_recorded_is_refused(
         assert response.error is not None
         assert response.error["Code"] == "ServiceUnavailableTemporary"
         assert response.result is None
-        server._shared.audit = audit
+        server._context.audit = audit
         assert (await ask(stream, *STATUS)).error is None
 
 
@@ -187,7 +189,7 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
         await stream.send_all(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}))
         await trio.to_thread.run_sync(begun.wait)
-        monkeypatch.setattr("keyferry_agent.server.connection.os.write", cut_off)
+        monkeypatch.setattr("keyferry_agent.server.rounds.os.write", cut_off)
         monkeypatch.setattr(trio.SocketStream, "send_all", no_memory)
         stream.socket._sock.send(wire.encode_request(2, *STATUS))  # type: ignore[attr-defined]
         received = b""
@@ -242,7 +244,7 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as other:
         assert (await ask(other, *STATUS)).error is None
         with monkeypatch.context() as patch, structlog.testing.capture_logs() as logged:
-            patch.setattr("keyferry_agent.server.connection.wire.Decoder.feed", lambda _self, _data: 1 / 0)
+            patch.setattr("keyferry_agent.server.rounds.wire.Decoder.feed", lambda _self, _data: 1 / 0)
             async with await trio.open_unix_socket(str(socket_path)) as stream:
                 await stream.send_all(b"x")
                 assert await stream.receive_some() == b""

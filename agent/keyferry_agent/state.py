@@ -18,7 +18,6 @@ from .keyring.keyring import KEPT, Key, Keyring
 
 __all__ = [
     "MAX_BATCH",
-    "MAX_BATCH_DATA_KEY_BYTES",
     "OFFLOAD_THREADS",
     "ServerState",
     "VisibleKeys",
@@ -32,11 +31,9 @@ OFFLOAD_THREADS: Final = 4
 _REMEMBERED: Final = 64
 """Sets of grants whose keys are remembered: one for each kind of caller."""
 MAX_BATCH: Final = 32
-"""Requests of one connection that are done in one go: each turn costs a hand-over to the record, a write, and a look around."""
-MAX_BATCH_DATA_KEY_BYTES: Final = SCRATCH_SIZES[0]
-"""Bytes of a data key of which there may be one for each of them at the same time."""
-_SCRATCH: Final = (1 + OFFLOAD_THREADS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + MAX_BATCH * MAX_BATCH_DATA_KEY_BYTES
-"""Bytes, 38 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
+"""Requests of one connection in one round."""
+_SCRATCH: Final = (1 + OFFLOAD_THREADS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0])
+"""Bytes, 36 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
 
 
 def locked_memory_needed(keyring: int) -> str:
@@ -114,7 +111,7 @@ class ServerState:
         self.generation += 1
         self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
-        self.decision_cache.clear()
+        self.decision_cache = DecisionCache()  # a cache is of one generation: no decision of another can be found in it
 
     def visible_keys(self, granted: CallerGrants) -> VisibleKeys:
         """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""

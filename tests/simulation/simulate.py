@@ -212,7 +212,7 @@ class _Play:
         agent_, server = arguments[:2]
         self.left["connections counted"] = agent_.counters.connections
         self.left["users counted"] = dict(server._admission._per_user)
-        self.left["connections that wait"] = len(server._shared.idle)
+        self.left["connections in rounds"] = len(server._rounds)
         if failed:
             raise failed[0]
 

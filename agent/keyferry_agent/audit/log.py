@@ -52,6 +52,7 @@ class AuditLog:
         self._hand = WriterThread()
         self._file = self._hand.call(RecordFile, settings.path)
         self._lock = lock
+        self._last_peer: tuple[Peer | None, str, str] = None, "", ""
         self._named: tuple[tuple[str, tuple[str, ...]], ...] | None = None
         self.failures = 0
         """Requests whose entries could not be written, since the start."""
@@ -124,17 +125,19 @@ class AuditLog:
         if self._lock is not None:
             self._hand.finish(self._lock.release)
 
-    def record(self, peer: Peer, requests: Sequence[tuple[AuditEntry, str]]) -> Appended:
-        """Write a line for each request of a peer, with its outcome; say how many were written, and why not all.
+    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
+        """Write an entry for each request of a peer, with its outcome, all in one hand-over to the writer thread.
 
-        A line that nobody waited for any more may still be written: of a request that was refused because of that.
+        Returns how many were written, and why not all. An entry that was given up may still be written: of a request that
+        was refused because of that.
         """
         now = _time_of_day(time.time())
-        caller = _of_peer(peer)
-        program = _of_program(peer.exe, peer.sha256)
-        lines = [
-            _line(now, caller, audited, outcome, program if audited.by_program else "") for audited, outcome in requests
-        ]
+        lines = []
+        last, caller, program = self._last_peer
+        for peer, audited, outcome in requests:
+            if peer is not last:
+                last, caller, program = self._last_peer = peer, _of_peer(peer), _of_program(peer.exe, peer.sha256)
+            lines.append(_line(now, caller, audited, outcome, program if audited.by_program else ""))
         appended = self._append(lines)
         if appended.error is not None:
             self.failures += len(lines) - appended.lines

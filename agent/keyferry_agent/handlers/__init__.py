@@ -19,14 +19,14 @@ from .. import health
 from ..audit.entry import AuditEntry
 from ..authz.caller import Caller
 from ..state import ServerState
-from .common import Job, Request, run_to_completion
+from .common import Job, Request
 from .data_keys import generate_data_key, generate_data_key_without_plaintext
 from .encryption import decrypt, encrypt, re_encrypt
 from .export import export_data_key, generate_and_export_data_key
 from .listing import list_aliases, list_key_versions, list_keys
 from .status import describe_key, get_agent_health, get_agent_status
 
-__all__ = ["HANDLERS", "Job", "prepare", "run_to_completion"]
+__all__ = ["HANDLERS", "Job", "prepare"]
 
 T = TypeVar("T")
 

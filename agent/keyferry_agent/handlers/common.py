@@ -1,8 +1,8 @@
 """The steps that handlers share: from a KeyId or a blob to a key that the caller may use, and from there to sealed bytes."""
 
 import functools
-from collections.abc import Callable, Generator, Mapping
-from typing import Any, Final, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Final, NamedTuple
 
 from cryptography.exceptions import UnsupportedAlgorithm
 
@@ -31,12 +31,10 @@ __all__ = [
     "open_blob",
     "plaintext_size",
     "require_usable",
-    "run_to_completion",
     "sealing",
     "would_succeed",
 ]
 
-T = TypeVar("T")
 Context = Mapping[str, str]
 
 # One text for every reason why a ciphertext does not open: which one it was would help only somebody who tampers.
@@ -50,25 +48,12 @@ class Job(NamedTuple):
 
     `holds`, where there is one, returns whether this decision still holds, as far as time can change it: keys have dates.
     `repeatable`: `run` does an equal request, too, as long as the decision holds.
-
-    `begin`, where there is one, does the same in two steps, for who does several: the first step of all, and then the second,
-    finds libcrypto's code and tables where the one before has left them, in the processor's caches.
     """
 
     run: Callable[[], Any]
     slow: bool = False
     holds: Callable[[], bool] | None = None
     repeatable: bool = False
-    begin: Callable[[], Generator[None, None, Any]] | None = None
-
-
-def run_to_completion(steps: Generator[None, None, T]) -> T:
-    """What comes of all steps."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return cast("T", end.value)
 
 
 class Request(NamedTuple):

@@ -1,6 +1,5 @@
 """Data keys for a cryptographic module: GenerateAndExportDataKey, ExportDataKey. No answer holds one in plaintext."""
 
-from collections.abc import Generator
 from typing import NamedTuple
 
 from keyferry import operations
@@ -20,7 +19,6 @@ from keyferry.secret import SecretMemory, fill_random
 from ..crypto import wrapping
 from ..crypto.public_key import PublicKeyError
 from ..keyring.keyring import Key
-from ..state import MAX_BATCH_DATA_KEY_BYTES
 from .common import (
     BlobEncryptor,
     Job,
@@ -30,7 +28,6 @@ from .common import (
     open_blob,
     plaintext_size,
     require_usable,
-    run_to_completion,
     sealing,
     would_succeed,
 )
@@ -52,11 +49,10 @@ def generate_and_export_data_key(request: Request) -> Job:
         raise would_succeed()
     making = _Making(key, size, sealing(key, version, context, scratch), recipient, scratch)
     return Job(
-        making.run_to_completion,
+        making.run,
         recipient.wrapping.slow,
         key.enabled,
         repeatable=True,
-        begin=making.in_two_steps if size <= MAX_BATCH_DATA_KEY_BYTES else None,
     )
 
 
@@ -72,20 +68,15 @@ class _Making(NamedTuple):
     recipient: wrapping.Recipient
     scratch: SecretMemory
 
-    def in_two_steps(self) -> Generator[None, None, operations.GenerateAndExportDataKeyResult]:
-        """Draw and seal; then wrap."""
+    def run(self) -> operations.GenerateAndExportDataKeyResult:
+        """Draw, seal and wrap."""
         with self.scratch.borrow(self.size) as data_key:
             fill_random(data_key)
             blob = self.seal(data_key)
-            yield
             exported = self.recipient.wrap(data_key)
         return operations.GenerateAndExportDataKeyResult(
             self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(exported)
         )
-
-    def run_to_completion(self) -> operations.GenerateAndExportDataKeyResult:
-        """Both."""
-        return run_to_completion(self.in_two_steps())
 
 
 def export_data_key(request: Request) -> Job:

@@ -2,9 +2,10 @@
 
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple, Protocol
 
 import structlog
 
@@ -19,25 +20,27 @@ from ..audit.entry import AuditEntry
 from ..authz.caller import Caller
 from ..authz.grants import CallerGrants
 from ..peer import Peer
-from ..state import MAX_BATCH, ServerState
+from ..state import ServerState
 from ..telemetry.metrics import Metrics
 from .rate_limit import Rate
 
 __all__ = [
+    "MAX_OFFLOADED",
     "Batch",
     "CompletedRequest",
     "Dispatcher",
+    "Exchange",
     "Message",
     "OffloadedJob",
     "ServerContext",
-    "StartedRequest",
     "closing",
-    "read_batch",
     "refusal",
 ]
 
-_LOOKED_AT: Final = 256
-"""Messages of a turn, notifications included: they get no answer, but take time all the same."""
+MAX_OFFLOADED: Final = 16
+"""Offloaded jobs that one connection may have: four for each thread, so that a thread never waits for the connection."""
+_MAX_MESSAGES: Final = 256
+"""Messages of a batch, notifications included: they get no answer, but take time all the same."""
 _LONGEST_NAME: Final = 64
 """Characters of an operation's name to record: what a client calls an operation may be anything."""
 _IDS_AT_ONCE: Final = 64
@@ -52,7 +55,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 class Record(Protocol):
     """What requests are recorded in before they are answered."""
 
-    def record(self, peer: Peer, requests: Sequence[tuple[AuditEntry, str]]) -> Appended: ...
+    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended: ...
 
 
 @dataclass
@@ -75,11 +78,8 @@ class CompletedRequest(NamedTuple):
     outcome: Any
 
 
-Message: TypeAlias = wire.Request | wire.CachedRequest | wire.InvalidRequest
-
-
-class _Remembered(NamedTuple):
-    """What was decided of a request that may come again, for whom and when, and what is recorded of it."""
+class Decision(NamedTuple):
+    """A decision about a request that may come again: for which grants it was made and when, and what is recorded of it."""
 
     job: handlers.Job
     audited: AuditEntry
@@ -87,12 +87,20 @@ class _Remembered(NamedTuple):
     generation: int
 
 
-class StartedRequest(NamedTuple):
-    """A request of which the first step is done."""
+class Message(NamedTuple):
+    """A request as it was received: parsed, or with the decision about an equal one."""
 
     msgid: int
-    audited: AuditEntry
-    rest: Generator[None, None, Any]
+    packed: wire.PackedRequest | None
+    request: wire.Request | wire.InvalidRequest | None
+    decision: Decision | None = None
+
+    def parse(self) -> wire.Request | wire.InvalidRequest:
+        """Return the request. Raises nothing: a message with a decision is equal to one that was parsed before."""
+        if self.request is not None:
+            return self.request
+        assert self.packed is not None
+        return self.packed.parse()
 
 
 class OffloadedJob(NamedTuple):
@@ -101,118 +109,200 @@ class OffloadedJob(NamedTuple):
     job: handlers.Job
     msgid: int
     audited: AuditEntry
-    message: wire.Request | wire.CachedRequest
+    message: Message
     granted: CallerGrants
     generation: int
 
 
+@dataclass(slots=True)
+class Exchange:
+    """The requests of one connection, between its messages and the bytes of its answers."""
+
+    caller: Caller
+    asked: deque[Message] = field(default_factory=deque)
+    """Requests to decide."""
+    offloaded: list[OffloadedJob] = field(default_factory=list)
+    """Jobs that were decided and are to be given to a thread."""
+    done: list[tuple[OffloadedJob, Any]] = field(default_factory=list)
+    """Jobs that came back from a thread, with their outcomes."""
+    under_way: int = 0
+    """Offloaded jobs whose answers are not in `answers` yet."""
+    completed: list[CompletedRequest] = field(default_factory=list)
+    answers: bytes = b""
+    """Bytes to send: each answer in them is recorded."""
+
+
+class Batch(NamedTuple):
+    """How many messages were taken from a connection for one round, and what is wrong behind them."""
+
+    error: ProtocolError | None
+    messages: int
+    notifications: int
+    last: bool
+    """Whether there was no other message behind these."""
+
+
 class Dispatcher:
-    """Answers one caller's requests."""
+    """Answers the requests of all connections, a round at a time."""
 
-    def __init__(self, service: ServerContext, caller: Caller) -> None:
-        self._service = service
-        self._agent = service.agent
-        self._caller = caller
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        self._agent = context.agent
 
-    def recall(self, request: bytes) -> "_Remembered | None":
-        """What was decided of an equal request of such a caller, if it still holds."""
-        self._caller.refresh(self._agent.policy)
-        known: _Remembered | None = self._agent.decision_cache.recall(self._caller.granted, request)
-        return known if known is not None and self.holds(known) else None
+    def take(self, exchange: Exchange, messages: Iterator[wire.PackedRequest | wire.Message], most: int) -> Batch:
+        """Take a connection's next messages, at most so many requests: look each up, and parse those that are new."""
+        caller, count, notifications = exchange.caller, 0, 0
+        caller.refresh(self._agent.policy)
+        try:
+            for message in messages:
+                count += 1
+                if isinstance(message, wire.PackedRequest):
+                    decision = self._recall(caller, message.body)
+                    request = message.parse() if decision is None else None
+                    exchange.asked.append(Message(message.msgid, message, request, decision))
+                elif isinstance(message, wire.Notification):
+                    notifications += 1
+                elif isinstance(message, wire.Response):
+                    raise ProtocolError("a response, where a request is expected")
+                else:
+                    exchange.asked.append(Message(message.msgid, None, message))
+                if len(exchange.asked) >= most or count == _MAX_MESSAGES:
+                    return Batch(None, count, notifications, last=False)
+        except ProtocolError as error:
+            return Batch(error, count, notifications, last=True)
+        return Batch(None, count, notifications, last=True)
 
-    def holds(self, decided: "_Remembered | OffloadedJob") -> bool:
+    def take_recalled(self, exchange: Exchange, decoder: wire.Decoder) -> bool:
+        """Take all that a decoder has received, if it is one request that came before: most often it is."""
+        packed = decoder.peek()
+        if packed is None:
+            return False
+        exchange.caller.refresh(self._agent.policy)
+        decision = self._recall(exchange.caller, packed.body)
+        if decision is None:
+            return False
+        decoder.skip()
+        exchange.asked.append(Message(packed.msgid, packed, None, decision))
+        return True
+
+    def notified(self, caller: Caller, count: int) -> bool:
+        """Count notifications; False when the caller has sent more than it may."""
+        self._agent.counters.notifications_total += count
+        if self._context.metrics is not None:
+            self._context.metrics.notified(count)
+        return self._context.notifications.allows(caller.peer.uid, time.monotonic(), count)
+
+    def run(self, exchanges: Sequence[Exchange]) -> None:
+        """Decide and do what these connections ask, record all of it at once, and only then make their answers."""
+        for exchange in exchanges:
+            self._complete(exchange)
+        self._answer([exchange for exchange in exchanges if exchange.completed])
+
+    def _complete(self, exchange: Exchange) -> None:
+        """Complete requests. A job that came back but whose decision holds no longer is decided anew first."""
+        caller, completed = exchange.caller, exchange.completed
+        done, exchange.done = exchange.done, []
+        for job, outcome in done:
+            exchange.under_way -= 1
+            if self._holds(caller, job):
+                completed.append(CompletedRequest(job.msgid, job.audited, outcome))
+                continue
+            audited = AuditEntry(job.audited.request_id, job.audited.started, job.audited.operation)
+            self._decide(exchange, job.message, audited)  # the same request, which counts once
+        while exchange.asked and exchange.under_way < MAX_OFFLOADED:
+            self._begin(exchange, exchange.asked.popleft())
+
+    def _recall(self, caller: Caller, body: bytes) -> Decision | None:
+        """The decision about an equal request of such a caller, if it still holds."""
+        known: Decision | None = self._agent.decision_cache.recall(caller.granted, body)
+        return known if known is not None and self._holds(caller, known) else None
+
+    def _holds(self, caller: Caller, decided: Decision | OffloadedJob) -> bool:
         """Whether nothing has changed since this was decided: policy, keyring, evidence about the caller, the key's state."""
         agent = self._agent
-        self._caller.refresh(agent.policy)
-        if decided.generation != agent.generation or decided.granted is not self._caller.granted:
+        caller.refresh(agent.policy)
+        if decided.generation != agent.generation or decided.granted is not caller.granted:
             return False
         return decided.job.holds is None or decided.job.holds()
 
-    def notified(self, count: int) -> bool:
-        """Count notifications; False when the caller has sent more than it may."""
-        self._agent.counters.notifications_total += count
-        if self._service.metrics is not None:
-            self._service.metrics.notified(count)
-        return self._service.notifications.allows(self._caller.peer.uid, time.monotonic(), count)
-
-    def decide(self, message: Message) -> "CompletedRequest | StartedRequest | OffloadedJob":
-        """The outcome of one request, or what will give it: the second step of it, or a slow job."""
-        msgid, request_id, started = message.msgid, new_request_id(), time.monotonic()
-        if isinstance(message, wire.CachedRequest):
-            operation = message.what.audited.operation
+    def _begin(self, exchange: Exchange, message: Message) -> None:
+        request_id, started = new_request_id(), time.monotonic()
+        if message.decision is not None:
+            operation = message.decision.audited.operation
         else:
-            operation = ascii(message.method[:_LONGEST_NAME])[1:-1]
+            operation = ascii(message.parse().method[:_LONGEST_NAME])[1:-1]
         audited = AuditEntry(request_id, started, operation)
-        if not self._service.rate.allows(self._caller.peer.uid, started):
-            return CompletedRequest(msgid, audited, kms_error("Rejected.Throttling"))
-        if isinstance(message, wire.InvalidRequest):
-            return CompletedRequest(msgid, audited, kms_error("InvalidParameter", f"{message.why}."))
-        return self._decide(message, audited)
+        if not self._context.rate.allows(exchange.caller.peer.uid, started):
+            exchange.completed.append(CompletedRequest(message.msgid, audited, kms_error("Rejected.Throttling")))
+            return
+        self._decide(exchange, message, audited)
 
-    def decide_anew(self, slow: OffloadedJob) -> "CompletedRequest | StartedRequest | OffloadedJob":
-        """Decide a request again whose decision does not hold any more: the same request, which counts once."""
-        audited = slow.audited
-        return self._decide(slow.message, AuditEntry(audited.request_id, audited.started, audited.operation))
-
-    def _decide(
-        self, message: wire.Request | wire.CachedRequest, audited: AuditEntry
-    ) -> "CompletedRequest | StartedRequest | OffloadedJob":
-        msgid = message.msgid
+    def _decide(self, exchange: Exchange, message: Message, audited: AuditEntry) -> None:
+        """Decide one request, and do it: here, or later in a thread."""
+        caller, decision = exchange.caller, message.decision
         try:
-            if isinstance(message, wire.CachedRequest) and self.holds(message.what):
-                audited = message.what.audited.again(audited.request_id, audited.started)
-                job = message.what.job
+            if decision is not None and self._holds(caller, decision):
+                audited = decision.audited.again(audited.request_id, audited.started)
+                job = decision.job
             else:
-                request = message.parsed() if isinstance(message, wire.CachedRequest) else message
-                job = self._prepare(request, audited)
+                job = self._prepare(caller, message, audited)
             if job.slow:
-                return OffloadedJob(job, msgid, audited, message, self._caller.granted, self._agent.generation)
-            if job.begin is not None:
-                begun = job.begin()
-                next(begun)
-                return StartedRequest(msgid, audited, begun)
-            return CompletedRequest(msgid, audited, job.run())
+                exchange.under_way += 1
+                exchange.offloaded.append(
+                    OffloadedJob(job, message.msgid, audited, message, caller.granted, self._agent.generation)
+                )
+                return
+            outcome = job.run()
         except Exception as error:
-            return CompletedRequest(msgid, audited, refusal(error, audited))
+            outcome = refusal(error, audited)
+        exchange.completed.append(CompletedRequest(message.msgid, audited, outcome))
 
-    def _prepare(self, request: wire.Request, audited: AuditEntry) -> handlers.Job:
-        agent, caller = self._agent, self._caller
+    def _prepare(self, caller: Caller, message: Message, audited: AuditEntry) -> handlers.Job:
+        agent, request = self._agent, message.parse()
+        if isinstance(request, wire.InvalidRequest):
+            raise kms_error("InvalidParameter", f"{request.why}.")
         caller.refresh(agent.policy)
         job = handlers.prepare(agent, caller, request.method, request.params, audited)
-        if job.repeatable and request.tail:
-            remembered = _Remembered(job, audited, caller.granted, agent.generation)
-            agent.decision_cache.remember(caller.granted, request.tail, remembered)
+        if job.repeatable and message.packed is not None:
+            decision = Decision(job, audited, caller.granted, agent.generation)
+            agent.decision_cache.remember(caller.granted, message.packed.body, decision)
         return job
 
-    def answers(self, done: Sequence[CompletedRequest | StartedRequest]) -> bytes:
-        """Write the record of requests, and only then make their answers."""
-        if not done:
-            return b""
-        decided = [each if isinstance(each, CompletedRequest) else _ended(each) for each in done]
+    def _answer(self, exchanges: Sequence[Exchange]) -> None:
+        """Write the audit entries of completed requests, and only then make their answers."""
+        if not exchanges:
+            return
         outcomes = [
-            (audited, _outcome(audited, outcome)) for _, audited, outcome in decided if type(outcome) is not _UNRECORDED
+            (exchange.caller.peer, audited, _outcome(audited, outcome))
+            for exchange in exchanges
+            for _, audited, outcome in exchange.completed
+            if type(outcome) is not _UNRECORDED
         ]
-        recorded, failure = self._service.audit.record(self._caller.peer, outcomes) if outcomes else Appended(0)
-        if self._service.metrics is not None:
+        recorded, failure = self._context.audit.record(outcomes) if outcomes else Appended(0)
+        if self._context.metrics is not None:
             now = time.monotonic()
-            for _, audited, outcome in decided:
-                code = outcome.code if isinstance(outcome, KmsError) else "OK"
-                self._service.metrics.observe(audited.operation, code, now - audited.started)
-        missing: list[str] = []
+            for exchange in exchanges:
+                for _, audited, outcome in exchange.completed:
+                    code = outcome.code if isinstance(outcome, KmsError) else "OK"
+                    self._context.metrics.observe(audited.operation, code, now - audited.started)
+        missing: set[str] = set()
         if failure is not None:
-            missing = [audited.request_id for audited, _ in outcomes[recorded:]]
-            log.error("audit.failed", error=failure.strerror, request_ids=missing)
-        must = self._agent.settings.audit.on_failure == "refuse"
-        answers = bytearray()
-        for msgid, audited, outcome in decided:
-            if missing and must and audited.request_id in missing and type(outcome) is not _ALWAYS_ANSWERED:
-                unrecorded = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
-                answers += self._answer(msgid, audited, unrecorded)
-            else:
-                answers += self._answer(msgid, audited, outcome)
-        return bytes(answers)
+            ids = [audited.request_id for _, audited, _ in outcomes[recorded:]]
+            log.error("audit.failed", error=failure.strerror, request_ids=ids)
+            if self._agent.settings.audit.on_failure == "refuse":
+                missing = set(ids)
+        for exchange in exchanges:
+            answers = bytearray()
+            for msgid, audited, outcome in exchange.completed:
+                if missing and audited.request_id in missing and type(outcome) is not _ALWAYS_ANSWERED:
+                    unrecorded = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
+                    answers += self._packed(msgid, audited, unrecorded)
+                else:
+                    answers += self._packed(msgid, audited, outcome)
+            exchange.completed.clear()
+            exchange.answers = bytes(answers)
 
-    def _answer(self, msgid: int, audited: AuditEntry, outcome: Any) -> bytes:
+    def _packed(self, msgid: int, audited: AuditEntry, outcome: Any) -> bytes:
         counters = self._agent.counters
         counters.requests_total += 1
         error = outcome if isinstance(outcome, KmsError) else None
@@ -235,45 +325,6 @@ def _outcome(audited: AuditEntry, outcome: Any) -> str:
         return outcome.code
     audited.note(outcome)
     return "OK"
-
-
-def _ended(begun: StartedRequest) -> CompletedRequest:
-    msgid, audited, rest = begun
-    try:
-        return CompletedRequest(msgid, audited, handlers.run_to_completion(rest))
-    except Exception as error:
-        return CompletedRequest(msgid, audited, refusal(error, audited))
-
-
-class Batch(NamedTuple):
-    """The next requests to answer in one go, what is wrong behind them, and how many messages that took."""
-
-    asked: list[Message]
-    error: ProtocolError | None
-    looked_at: int
-    notifications: int
-    last: bool
-    """Whether there was no other message behind these."""
-
-
-def read_batch(messages: Iterator[wire.Message], most: int = MAX_BATCH) -> Batch:
-    """Parse a turn's requests together, at most so many: one's code is the next one's."""
-    asked: list[Message] = []
-    looked_at = notifications = 0
-    try:
-        for message in messages:
-            looked_at += 1
-            if isinstance(message, wire.Response):
-                raise ProtocolError("a response, where a request is expected")
-            if isinstance(message, wire.Notification):
-                notifications += 1
-            else:
-                asked.append(message)
-            if len(asked) == most or looked_at == _LOOKED_AT:
-                return Batch(asked, None, looked_at, notifications, last=False)
-    except ProtocolError as error:
-        return Batch(asked, error, looked_at, notifications, last=True)
-    return Batch(asked, None, looked_at, notifications, last=True)
 
 
 def _request_ids() -> Iterator[str]:

@@ -41,6 +41,16 @@ class Identity:
         self._inspected = _NOTHING
         """The selectors of grants that the program was inspected for."""
 
+    def confirm_at_once(self) -> bool | None:
+        """Return what `confirm` does, or None where that has to inspect the program, which takes a while."""
+        process, caller = self._process, self._caller
+        caller.refresh(self._agent.policy)
+        if process is None:
+            return True
+        if caller.granted.on_program or caller.granted.asks - self._inspected:
+            return None
+        return process.alive()  # after everything that was read
+
     async def confirm(self) -> bool:
         """Whether the peer is still there, runs the program that it ran, and all evidence that grants ask for was collected.
 

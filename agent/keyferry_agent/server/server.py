@@ -21,9 +21,10 @@ from ..peer.inspection import Inspector
 from ..state import OFFLOAD_THREADS, ServerState
 from ..telemetry.metrics import Metrics
 from .admission import Admission, NoRoomError
-from .connection import LINGER, Connection, Shared, refuse
+from .connection import LINGER, Connection, refuse
+from .dispatch import ServerContext
 from .rate_limit import Rate
-from .readiness import ReadinessPoller
+from .rounds import Rounds
 from .thread_pool import FairThreadPool
 
 __all__ = ["GRACE", "Server"]
@@ -44,7 +45,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 class NullAuditLog:
     """The record of what nobody asked for but the agent itself."""
 
-    def record(self, _peer: Peer, requests: Sequence[tuple[AuditEntry, str]]) -> Appended:
+    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
         return Appended(len(requests))
 
 
@@ -53,20 +54,18 @@ class Server:
 
     def __init__(self, agent: ServerState, audit: AuditLog, metrics: Metrics | None = None) -> None:
         self.agent = agent
-        self._arrivals = ReadinessPoller()
         self.inspector = Inspector()
         rate = Rate(agent.settings.limits.requests_per_second)
-        self._shared = Shared(
+        self._context = ServerContext(
             agent=agent,
             audit=audit,
             rate=rate,
             notifications=Rate(_NOTIFICATIONS_PER_SECOND) if rate.unlimited else rate,
             metrics=metrics,
-            # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
-            workers=FairThreadPool(OFFLOAD_THREADS if libcrypto.has_sm2() else 1),
-            inspector=self.inspector,
-            arrivals=self._arrivals,
         )
+        # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
+        self._pool = FairThreadPool(OFFLOAD_THREADS if libcrypto.has_sm2() else 1)
+        self._rounds = Rounds(self._context, self._pool)
         self._admission = Admission(agent)
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._accepting = trio.CancelScope()
@@ -80,24 +79,28 @@ class Server:
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """Accept and answer until `drain`; returns when the last answer is out, or the grace period is over."""
-        with closing(self._arrivals), self._all:
-            async with trio.open_nursery() as connections:
-                with self._accepting:
-                    async with trio.open_nursery() as accepting:
-                        for name, listener in listeners:
-                            accepting.start_soon(self._accept, name, listener, connections)
-                        task_status.started()
+        with closing(self._rounds), self._all:
+            async with trio.open_nursery() as serving:
+                serving.start_soon(self._rounds.run)
+                async with trio.open_nursery() as connections:
+                    with self._accepting:
+                        async with trio.open_nursery() as accepting:
+                            for name, listener in listeners:
+                                accepting.start_soon(self._accept, name, listener, connections)
+                            task_status.started()
+                serving.cancel_scope.cancel()
         if self._all.cancelled_caught:
             log.warning("drain.grace_over", connections=self.agent.counters.connections)
 
     async def serve_own(self, stream: trio.SocketStream) -> None:
         """Serve a connection of the agent's own, which is neither recorded nor limited."""
-        own = replace(
-            self._shared, audit=NullAuditLog(), rate=Rate(0), notifications=Rate(0), metrics=None, arrivals=None
-        )
-        peer = Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener="")
-        async with stream:
-            await Connection(own, stream, Caller(peer), None).run()
+        own = replace(self._context, audit=NullAuditLog(), rate=Rate(0), notifications=Rate(0), metrics=None)
+        caller = Caller(Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener=""))
+        with closing(Rounds(own, self._pool)) as rounds:
+            async with stream, trio.open_nursery() as serving:
+                serving.start_soon(rounds.run)
+                await Connection(rounds, self.agent, self.inspector, stream, caller, None).run()
+                serving.cancel_scope.cancel()
 
     def drain(self, grace: float = GRACE) -> None:
         """Stop accepting, let every connection answer what it has received, and close them; at the latest after `grace`.
@@ -105,21 +108,13 @@ class Server:
         May be called again, to shorten the grace.
         """
         self.agent.draining = True
-        self._shared.last_look = trio.current_time() + _LAST_LOOK
+        self._rounds.drain(trio.current_time() + _LAST_LOOK)
         self._all.deadline = min(self._all.deadline, trio.current_time() + grace)
         self._accepting.cancel()
-        for scope in self._shared.idle:
-            scope.cancel()
 
     async def _accept(self, name: str, listener: trio.SocketListener, connections: trio.Nursery) -> None:
-        number = listener.socket.fileno()
         async with listener:
-            with suppress(OSError):  # no memory for it: then who connects waits a little longer
-                self._arrivals.add(number)
-            try:
-                await self._accept_all(name, listener, connections)
-            finally:
-                self._arrivals.forget(number)
+            await self._accept_all(name, listener, connections)
 
     async def _accept_all(self, name: str, listener: trio.SocketListener, connections: trio.Nursery) -> None:
         while True:
@@ -187,7 +182,15 @@ class Server:
         try:
             with scope:
                 async with stream:
-                    await Connection(self._shared, stream, caller, process, lambda: self._admission.judge(place)).run()
+                    await Connection(
+                        self._rounds,
+                        self.agent,
+                        self.inspector,
+                        stream,
+                        caller,
+                        process,
+                        lambda: self._admission.judge(place),
+                    ).run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # the peer went away
         except* Exception as errors:

@@ -7,7 +7,7 @@ library without making anything of it, or by `headers`, which knows every limit 
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
@@ -20,11 +20,11 @@ __all__ = [
     "MAX_DEPTH",
     "MAX_MAP",
     "MAX_MESSAGE",
-    "CachedRequest",
     "Decoder",
     "InvalidRequest",
     "Message",
     "Notification",
+    "PackedRequest",
     "Request",
     "Response",
     "check_sendable",
@@ -44,23 +44,28 @@ class Request(NamedTuple):
     msgid: int
     method: str
     params: dict[str, Any]
-    tail: bytes = b""
-    """Its bytes behind the msgid, where the decoder was asked to recall requests."""
 
 
-class CachedRequest(NamedTuple):
-    """A request of which the decoder's `recall` knew what to say, by its bytes behind the msgid: `tail`."""
+class PackedRequest(NamedTuple):
+    """A whole message that begins as a request does, before it is parsed. Equal requests have equal bodies."""
 
     msgid: int
-    what: Any
-    tail: bytes
+    body: bytes
+    """The bytes behind the msgid."""
 
-    def parsed(self) -> Request:
-        """Return it as the request that it is: for when what was known of it does not hold any more."""
-        packed = bytes([_ARRAY_OF_FOUR, 0, 0xCE]) + self.msgid.to_bytes(4, "big") + self.tail
-        request = _message(_unpack(bytearray(packed)), self.tail)
-        assert isinstance(request, Request)  # only what came out as one is recalled
-        return request
+    def parse(self, max_array: int = MAX_ARRAY) -> "Request | InvalidRequest":
+        """Return the request. Raises `ProtocolError`; then the stream that it came in cannot be trusted any more."""
+        packed = bytearray((_ARRAY_OF_FOUR, 0))
+        packed += msgpack.Packer(**_SMALL).pack(self.msgid)  # never longer than it was
+        packed += self.body
+        parsed = _parse_plain(packed, max_array)
+        if parsed is None:
+            if not HeaderScanner(max_array).follow(packed):
+                raise ProtocolError("a message ends before its last value")
+            parsed = _unpack(packed)
+        message = _message(parsed)
+        assert isinstance(message, Request | InvalidRequest)  # it begins with 0 and a msgid
+        return message
 
 
 class Response(NamedTuple):
@@ -83,7 +88,7 @@ class InvalidRequest(NamedTuple):
     method: str = ""
 
 
-Message: TypeAlias = Request | CachedRequest | Response | Notification | InvalidRequest
+Message: TypeAlias = Request | Response | Notification | InvalidRequest
 
 
 class Decoder:
@@ -91,16 +96,12 @@ class Decoder:
 
     `max_array` is `MAX_ARRAY`, or more for a client, whose answers may hold a page of a list. After a `ProtocolError` the
     stream cannot be trusted any more: the decoder refuses to go on.
-
-    `recall` is asked what it knows of the bytes behind a request's msgid, before they are parsed: what it gives, unless it is
-    None, comes out as `CachedRequest`. It has to know nothing but what has come out as a `Request` with this `tail`.
     """
 
-    __slots__ = ("_broken", "_buffer", "_max_array", "_recall", "_walk")
+    __slots__ = ("_broken", "_buffer", "_max_array", "_walk")
 
-    def __init__(self, *, max_array: int = MAX_ARRAY, recall: Callable[[bytes], Any] | None = None) -> None:
+    def __init__(self, *, max_array: int = MAX_ARRAY) -> None:
         self._max_array = max_array
-        self._recall = recall
         self._buffer = bytearray()
         self._broken: ProtocolError | None = None
         self._walk: HeaderScanner | None = None
@@ -117,6 +118,22 @@ class Decoder:
 
     def messages(self) -> Iterator[Message]:
         """Yield each whole message received so far. Raises `ProtocolError`, for good, at the first that is none."""
+        for message in self.packed_messages():
+            if not isinstance(message, PackedRequest):
+                yield message
+                continue
+            try:
+                request = message.parse(self._max_array)
+            except ProtocolError as error:
+                self._broken = error
+                raise
+            yield request
+
+    def packed_messages(self) -> Iterator[PackedRequest | Message]:
+        """Yield the same, but leave what begins as a request for the caller to parse.
+
+        After `PackedRequest.parse` has raised `ProtocolError`, the caller takes no further message.
+        """
         while self._buffer:
             if self._broken:
                 raise self._broken
@@ -129,27 +146,32 @@ class Decoder:
                 if not self._walk.follow(self._buffer):
                     return
                 size, self._walk = self._walk.position, None
-                message = self._first(size)
-                if message is None:
-                    message = _message(_unpack(self._buffer[:size]))
+                message = _split(self._buffer, size) or _message(_unpack(self._buffer[:size]))
             except ProtocolError as error:
                 self._broken = error
                 raise
             self._forget(size)
             yield message
 
-    def _whole(self) -> Iterator[Message]:
+    def peek(self) -> PackedRequest | None:
+        """Return all that was received as one request, without following its structure; None where it begins otherwise.
+
+        It is one request only if its body is equal to that of a request which `messages` or `packed_messages` has yielded, and
+        which was well formed. In that case, and in no other, the caller takes it by `skip`.
+        """
+        size = len(self._buffer)
+        return _split(self._buffer, size) if self._walk is None and self._broken is None and size <= MAX_MESSAGE else None
+
+    def skip(self) -> None:
+        """Drop all that was received."""
+        self._forget(len(self._buffer))
+
+    def _whole(self) -> Iterator[PackedRequest | Message]:
         """The messages at the beginning of the buffer that are there whole, by msgpack's own parser.
 
         It is three times as fast as the walk, and knows less: at whatever is out of the ordinary it leaves off, and the walk
         finds out what that is. What it may allocate for what a header claims is bounded by its limits.
         """
-        # Most often there is one message, and nothing behind it; in a long buffer there are more.
-        only = self._first(len(self._buffer)) if len(self._buffer) <= _ONE_MESSAGE else None
-        if only is not None:
-            self._forget(len(self._buffer))
-            yield only
-            return
         unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=_RECEIVE_LEAST)
         unpacker.feed(self._buffer)
         begin = 0
@@ -166,34 +188,21 @@ class Decoder:
             begin = end
             yield message
 
-    def _first(self, size: int) -> Message | None:
+    def _first(self, size: int) -> PackedRequest | Message | None:
         """The message of `size` bytes at the beginning of the buffer; None where the walk has to look at it."""
         if size > MAX_MESSAGE:
             return None
-        request = None
-        if self._recall is not None and (request := _split(self._buffer, size)) is not None:
-            what = self._recall(request[1])
-            if what is not None:
-                return CachedRequest(request[0], what, request[1])
-        body = self._parsed(size)
+        request = _split(self._buffer, size)
+        if request is not None:
+            return request
+        body = _parse_plain(self._buffer[:size], self._max_array)
         if body is None:
             return None
         try:
-            message = _message(body, b"" if request is None else request[1])
+            return _message(body)
         except ProtocolError as error:
             self._broken = error
             raise
-        return message
-
-    def _parsed(self, size: int) -> Any:
-        """What msgpack's own parser makes of so many bytes; None where that is not quite in the protocol."""
-        if _INTERNED_FOR_EVER:
-            return None
-        try:
-            body = _unpack(self._buffer[:size], max_array_len=self._max_array, max_map_len=_MAP_AT_ONCE, max_ext_len=0)
-        except Exception:  # whatever it is: the walk knows
-            return None
-        return body if _is_plain(body) else None
 
     def _forget(self, size: int) -> None:
         self._buffer[:size] = bytes(size)  # a request can hold a plaintext
@@ -209,7 +218,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _MAP_AT_ONCE: Final = 64
 """Entries of a map that msgpack's parser is left to: it makes room for all that a header claims, a thousand headers deep."""
-_ONE_MESSAGE: Final = 4_096
 _RECEIVE_LEAST: Final = 1_024
 """Bytes of buffer that msgpack's parser begins with."""
 # A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs text refuses
@@ -230,15 +238,26 @@ def _unpack(packed: bytearray, **limits: int) -> Any:
     return msgpack.unpackb(packed, unicode_errors=_UNICODE_ERRORS, object_pairs_hook=_unique, **limits)
 
 
-def _split(buffer: bytearray, size: int) -> tuple[int, bytes] | None:
-    """The msgid of the request that the first `size` bytes are, and what is behind it; None for what begins otherwise."""
+def _parse_plain(packed: bytearray, max_array: int) -> Any:
+    """What msgpack's own parser makes of one message; None where that is not quite in the protocol."""
+    if _INTERNED_FOR_EVER:
+        return None
+    try:
+        body = _unpack(packed, max_array_len=max_array, max_map_len=_MAP_AT_ONCE, max_ext_len=0)
+    except Exception:  # whatever it is: the walk knows
+        return None
+    return body if _is_plain(body) else None
+
+
+def _split(buffer: bytearray, size: int) -> PackedRequest | None:
+    """The request that the first `size` bytes are, if they begin as one; None for all other messages."""
     if size < _SHORTEST or buffer[0] != _ARRAY_OF_FOUR or buffer[1] != 0:
         return None
     first = buffer[2]
     end = _BEHIND_MSGID.get(first, 3)
     if end == 3 and first > _LAST_FIXINT:
         return None
-    return first if end == 3 else int.from_bytes(buffer[3:end], "big"), bytes(buffer[end:size])
+    return PackedRequest(first if end == 3 else int.from_bytes(buffer[3:end], "big"), bytes(buffer[end:size]))
 
 
 _ARRAY_OF_FOUR: Final = 0x94
@@ -279,7 +298,7 @@ def _is_plain(value: Any, depth: int = 1) -> bool:
     return True
 
 
-def _message(body: Any, tail: bytes = b"") -> Message:
+def _message(body: Any) -> Message:
     if not isinstance(body, list) or not body:
         raise ProtocolError("a message is an array: [0, msgid, method, [params]]")
     kind = None if isinstance(body[0], bool) else body[0]  # to Python, true and 1 are equal
@@ -296,10 +315,10 @@ def _message(body: Any, tail: bytes = b"") -> Message:
         raise ProtocolError("a message has no msgid to answer to")
     if kind != 0:
         return InvalidRequest(msgid, "a request begins with 0: [0, msgid, method, [params]]")
-    return _request(msgid, body[2:], tail)
+    return _request(msgid, body[2:])
 
 
-def _request(msgid: int, rest: list[Any], tail: bytes) -> Message:
+def _request(msgid: int, rest: list[Any]) -> Message:
     if len(rest) != 2:
         return InvalidRequest(msgid, "a request is an array of four: [0, msgid, method, [params]]")
     method, params = rest
@@ -307,7 +326,7 @@ def _request(msgid: int, rest: list[Any], tail: bytes) -> Message:
         return InvalidRequest(msgid, "the method is not a string")
     if not isinstance(params, list) or len(params) != 1 or not isinstance(params[0], dict):
         return InvalidRequest(msgid, "the parameters are not an array of one map", method)
-    return Request(msgid, method, params[0], tail)
+    return Request(msgid, method, params[0])
 
 
 def check_sendable(value: Any, depth: int = 3) -> None:
