@@ -44,7 +44,7 @@ def written(path: Path, count: int = 5) -> list[bytes]:
     audit = AuditLog(Audit(str(path)))
     audit.begin("2026-11-30T12:00:00Z")
     for number in range(count - 1):
-        audit.record(PEER, [(AuditEntry(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")])
+        audit.record([(PEER, AuditEntry(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")])
     return path.read_bytes().splitlines(keepends=True)
 
 
@@ -83,7 +83,7 @@ def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> Non
     )
     for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
         setattr(audited, name, "k" * 36)
-    AuditLog(Audit(str(record))).record(peer, [(audited, "Rejected.PendingDeletion")])
+    AuditLog(Audit(str(record))).record([(peer, audited, "Rejected.PendingDeletion")])
     assert record.stat().st_size <= select.PIPE_BUF
     listed = json.loads(record.read_bytes())["context_keys"]
     assert listed == sorted(key[:40] for key in keys)[: len(listed)]
@@ -171,16 +171,16 @@ def test_what_a_full_disk_cut_off_does_not_run_into_the_next_line(
 ) -> None:
     """Also where it cannot be taken back at once: nothing is recorded until it is."""
     audit = AuditLog(Audit(str(record)))
-    request = [(AuditEntry("id", 0.0, "Decrypt"), "OK")]
-    assert audit.record(PEER, request).lines == 1
+    request = [(PEER, AuditEntry("id", 0.0, "Decrypt"), "OK")]
+    assert audit.record(request).lines == 1
     with monkeypatch.context() as patch:
         real = os.write
         patch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:10]))
         patch.setattr(os, "ftruncate", lambda _descriptor, _length: os.fstat(-1))
-        assert audit.record(PEER, request).lines == 0
+        assert audit.record(request).lines == 0
         patch.setattr(os, "write", real)
-        assert audit.record(PEER, request).lines == 0
-    assert audit.record(PEER, request).lines == 1
+        assert audit.record(request).lines == 0
+    assert audit.record(request).lines == 1
     assert chain.verify([record]).lines == 2
 
 
@@ -189,7 +189,7 @@ def test_a_record_that_was_moved_away_is_opened_anew_although_closing_it_fails(
 ) -> None:
     """As a file system may report what it could not write: the descriptor is gone all the same."""
     audit = AuditLog(Audit(str(record)))
-    request = [(AuditEntry("id", 0.0, "Decrypt"), "OK")]
+    request = [(PEER, AuditEntry("id", 0.0, "Decrypt"), "OK")]
     record.rename(record.with_suffix(".1"))
     with monkeypatch.context() as patch:
         real = os.close
@@ -200,7 +200,7 @@ def test_a_record_that_was_moved_away_is_opened_anew_although_closing_it_fails(
 
         patch.setattr(os, "close", fails)
         audit.reopen()
-    assert audit.record(PEER, request).lines == 1
+    assert audit.record(request).lines == 1
     assert chain.verify([record]).lines == 1
 
 
@@ -234,14 +234,14 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> 
     os.mkfifo(fifo)
     audit = AuditLog(Audit(str(fifo)))
     lines = 0
-    three = [(AuditEntry("id", 0.0), "OK")] * 3
-    while (appended := audit.record(PEER, three)).error is None:
+    three = [(PEER, AuditEntry("id", 0.0), "OK")] * 3
+    while (appended := audit.record(three)).error is None:
         lines += appended.lines
     assert appended.error.errno == errno.EAGAIN
     lines += appended.lines
     with open(fifo, "rb", buffering=0) as reader:
         taken = reader.read(1 << 20)
-        assert audit.record(PEER, three) == (3, None)
+        assert audit.record(three) == (3, None)
         taken += reader.read(1 << 20)
     (tmp_path / "taken").write_bytes(taken)
     assert chain.verify([tmp_path / "taken"]).lines == lines + 3
@@ -250,7 +250,7 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> 
 def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(record: Path) -> None:
     """What is under way is done some time; when it is, the chain goes on behind it."""
     audit = AuditLog(Audit(str(record)))
-    one = [(AuditEntry("id", 0.0), "OK")]
+    one = [(PEER, AuditEntry("id", 0.0), "OK")]
     hanging, begun = threading.Event(), threading.Event()
 
     def hangs() -> None:
@@ -263,10 +263,10 @@ def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(recor
     assert begun.is_set()
     with pytest.raises(OSError, match="does not answer"):
         audit.reopen()
-    assert audit.record(PEER, one).lines == 0
+    assert audit.record(one).lines == 0
     hanging.set()
     deadline = time.monotonic() + PATIENCE
-    while audit.record(PEER, one) != (1, None):
+    while audit.record(one) != (1, None):
         assert time.monotonic() < deadline
     assert [json.loads(line)["request_id"] for line in record.read_text().splitlines()] == ["late", "id"]
     assert chain.verify([record]).lines == 2
@@ -279,7 +279,7 @@ def test_a_signal_does_not_end_the_records_thread(record: Path) -> None:
         audit = AuditLog(Audit(str(record)))
         for number in range(20):
             signal.pthread_kill(audit._hand.thread.ident or 0, signal.SIGHUP)
-            assert audit.record(PEER, [(AuditEntry(f"{number}", 0.0), "OK")]) == (1, None)
+            assert audit.record([(PEER, AuditEntry(f"{number}", 0.0), "OK")]) == (1, None)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert chain.verify([record]).lines == 20

@@ -116,7 +116,7 @@ def test_a_line_is_shorter_than_a_pipe_takes_whole(record: Path) -> None:
     for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
         setattr(audited, name, "k" * 36)
     audited.ciphertext = audited.destination_ciphertext = "sha256:" + "0" * 64
-    AuditLog(Audit(str(record))).record(peer, [(audited, "Rejected.PendingDeletion")])
+    AuditLog(Audit(str(record))).record([(peer, audited, "Rejected.PendingDeletion")])
     assert record.stat().st_size < select.PIPE_BUF
     assert requests(record)[0]["sha256"] == "sha256:" + "0" * 64
 
@@ -187,10 +187,10 @@ def test_a_start_that_cannot_be_written_comes_before_the_first_request(
     audit.begin("2026-11-30T12:00:00Z")
     for _ in range(20):
         audit._announce(['{"event": "audit.keys", "level": "info", "keys": {}'])
-    assert audit.record(PEER, [(AuditEntry("id", 0.0), "OK")]).lines == 0
+    assert audit.record([(PEER, AuditEntry("id", 0.0), "OK")]).lines == 0
     assert record.read_bytes() == b""
     full = False
-    assert audit.record(PEER, [(AuditEntry("id", 0.0), "OK")]) == (1, None)
+    assert audit.record([(PEER, AuditEntry("id", 0.0), "OK")]) == (1, None)
     events = [entry["event"] for entry in entries(record)]
     assert (events[0], events[-1]) == ("audit.start", "audit")
     assert events.count("audit.keys") < 10

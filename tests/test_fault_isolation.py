@@ -5,6 +5,7 @@ import gc
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -20,17 +21,9 @@ from keyferry.errors import KmsError
 from keyferry.protocol import wire
 from keyferry_agent import handlers
 from keyferry_agent.audit import AuditLog
-from keyferry_agent.authz.caller import Caller
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.handlers.status import get_agent_status
-from keyferry_agent.peer import Peer
-from keyferry_agent.peer.inspection import Inspector
-from keyferry_agent.server.connection import Connection
-from keyferry_agent.server.dispatch import ServerContext
-from keyferry_agent.server.rate_limit import Rate
-from keyferry_agent.server.rounds import Rounds
 from keyferry_agent.server.server import Server
-from keyferry_agent.server.thread_pool import FairThreadPool
 from keyferry_agent.state import ServerState
 
 STATUS = ("GetAgentStatus", dict[str, Any]())
@@ -244,7 +237,7 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as other:
         assert (await ask(other, *STATUS)).error is None
         with monkeypatch.context() as patch, structlog.testing.capture_logs() as logged:
-            patch.setattr("keyferry_agent.server.rounds.wire.Decoder.feed", lambda _self, _data: 1 / 0)
+            patch.setattr("keyferry_agent.server.line.wire.Decoder.feed", lambda _self, _data: 1 / 0)
             async with await trio.open_unix_socket(str(socket_path)) as stream:
                 await stream.send_all(b"x")
                 assert await stream.receive_some() == b""
@@ -252,47 +245,39 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
         assert (await ask(other, *STATUS)).error is None
 
 
-async def test_behind_half_an_answer_comes_no_other(agent: ServerState, audit: AuditLog) -> None:
-    """Who was sending it was cancelled, as at the end of a drain; another job of the same connection was not, yet."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        theirs.setblocking(False)
-        stream = trio.SocketStream(trio.socket.from_stdlib_socket(ours))
-        shared = Shared(
-            agent=agent,
-            audit=audit,
-            rate=Rate(0),
-            notifications=Rate(0),
-            workers=FairThreadPool(1),
-            inspector=Inspector(),
-        )
-        connection = Connection(shared, stream, Caller(Peer(1, frozenset(), 1, "default")), None)
-        long = b"A" * 2**22
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(connection._send, long)
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.cancel_scope.cancel()
-        received = theirs.recv(2**22)
-        assert 0 < len(received) < len(long)
-        assert not await connection._send(b"another")
-        with pytest.raises(BlockingIOError):
-            theirs.recv(1)
-
-
-async def test_whoever_connects_is_seen_by_who_is_served(
-    agent: ServerState, audit: AuditLog, socket_path: Path
+async def test_behind_half_an_answer_comes_no_other(
+    agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the event loop has its turn, and accepts it; afterwards it is a connection, until it ends."""
-    async with served(agent, audit, socket_path) as server:
-        await trio.testing.wait_all_tasks_blocked()
-        arrivals = server._arrivals
-        assert not arrivals.others_readable(-1)
-        with socket.socket(socket.AF_UNIX) as connecting:
-            connecting.connect(str(socket_path))
-            assert arrivals.others_readable(-1)
-            await trio.testing.wait_all_tasks_blocked()
-            assert not arrivals.others_readable(-1)
-            connecting.send(b"\x93")
-            assert arrivals.others_readable(-1)
-        await trio.testing.wait_all_tasks_blocked()
-        assert not arrivals.others_readable(-1)
+    """While the rest of an answer is sent, the answer of an offloaded job waits; when sending ends, it is sent behind it."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def takes_long() -> None:
+        begun.set()
+        assert go_on.wait(10)
+
+    def half(descriptor: int, data: bytes) -> int:
+        return real(descriptor, data[: len(data) // 2] if bytes(data[:2]) == b"\x94\x01" else data)
+
+    async def send_all(stream: trio.SocketStream, data: bytes) -> None:
+        go_on.set()
+        monkeypatch.undo()
+        await trio.to_thread.run_sync(time.sleep, 0)  # so that the job's answer may come
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await stream.send_all(data)
+
+    real = os.write
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(takes_long, slow=True))
+    async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
+        stream.socket._sock.send(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}))  # type: ignore[attr-defined]
+        await trio.to_thread.run_sync(begun.wait)
+        monkeypatch.setattr("keyferry_agent.server.rounds.os.write", half)
+        monkeypatch.setattr(trio.SocketStream, "send_all", send_all)
+        stream.socket._sock.send(wire.encode_request(2, *STATUS))  # type: ignore[attr-defined]
+        decoder = wire.Decoder()
+        answers: list[wire.Message] = []
+        while len(answers) < 2:
+            received = await stream.receive_some()
+            assert received
+            decoder.feed(received)
+            answers += list(decoder.messages())
+    assert [answer.msgid for answer in answers if isinstance(answer, wire.Response)] == [2, 1]

@@ -75,7 +75,7 @@ def test_an_answer_without_a_line_and_a_line_without_an_answer_are_found(tmp_pat
     audit = AuditLog(Audit(str(record)))
     for number, pid in enumerate((1, 1, 2, 1)):
         peer = Peer(uid=1, gids=frozenset(), pid=pid, listener="default")
-        audit.record(peer, [(AuditEntry(f"id{number}", 0.0, "Decrypt"), "OK")])
+        audit.record([(peer, AuditEntry(f"id{number}", 0.0, "Decrypt"), "OK")])
     lines = record.read_text().splitlines()
     noted(notes, "id0", "id3")
     assert check_record([record], [notes], {2}, [lines[1]]) == (4, 2, 2, [])

@@ -1,15 +1,10 @@
-"""Threads for slow jobs, and the moment in which a client is waited for: what comes back, and when nobody waits."""
+"""Threads for slow jobs: what comes back, and in which order users are served."""
 
-import os
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import trio
 
-from keyferry_agent.server.readiness import ReadinessPoller
 from keyferry_agent.server.thread_pool import FairThreadPool
 
 
@@ -82,64 +77,3 @@ async def test_with_one_thread_jobs_are_done_although_no_other_can_be_had(monkey
     assert len(await results(made, 12)) == 12
     with pytest.raises(RuntimeError, match="thread"):
         FairThreadPool(4).submit("somebody", int, lambda _result, _error: None)
-
-
-@contextmanager
-def two_connections() -> Iterator[
-    tuple[ReadinessPoller, tuple[socket.socket, socket.socket], tuple[socket.socket, socket.socket]]
-]:
-    """Two connections, each as the agent's end and the client's, and who looks at them."""
-    arrivals, first, second = ReadinessPoller(), socket.socketpair(), socket.socketpair()
-    for ours, _ in (first, second):
-        arrivals.add(ours.fileno())
-    try:
-        yield arrivals, first, second
-    finally:
-        arrivals.close()
-        for each in (*first, *second):
-            each.close()
-
-
-def test_who_has_sent_its_next_request_is_next() -> None:
-    """As often as it does."""
-    with two_connections() as (arrivals, (ours, theirs), _):
-        for _ in range(5):
-            theirs.send(b"request")
-            assert arrivals.poll_for_next_request(ours.fileno())
-            os.read(ours.fileno(), 100)
-
-
-def test_nobody_is_next_while_another_has_sent_something() -> None:
-    """Nor for a while after that: there is a crowd."""
-    with two_connections() as (arrivals, (ours, theirs), (other, others)):
-        theirs.send(b"request")
-        others.send(b"request")
-        assert not arrivals.poll_for_next_request(ours.fileno())
-        os.read(other.fileno(), 100)
-        looks = [arrivals.poll_for_next_request(ours.fileno()) for _ in range(100)]
-        assert not any(looks[:60])
-        assert looks[-1]
-
-
-def test_who_does_not_ask_on_is_not_waited_for_the_next_times() -> None:
-    """The wait itself ends after a moment."""
-    with two_connections() as (arrivals, (ours, theirs), _):
-        assert not arrivals.poll_for_next_request(ours.fileno())
-        theirs.send(b"request")
-        looks = [arrivals.poll_for_next_request(ours.fileno()) for _ in range(20)]
-        assert not any(looks[:8])
-        assert looks[-1]
-
-
-def test_others_wait_when_they_have_sent_something() -> None:
-    """Whatever the one that asks has sent itself. Then there is a crowd, for a moment."""
-    with two_connections() as (arrivals, (ours, theirs), (other, others)):
-        assert not arrivals.others_readable(ours.fileno())
-        theirs.send(b"request")
-        assert not arrivals.others_readable(ours.fileno())
-        assert not arrivals.contended()
-        others.send(b"request")
-        assert arrivals.others_readable(ours.fileno())
-        assert arrivals.contended()
-        os.read(other.fileno(), 100)
-        assert not arrivals.others_readable(ours.fileno())

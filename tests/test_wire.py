@@ -88,36 +88,57 @@ def test_any_bytes_give_messages_or_a_protocol_error_however_they_are_cut(pieces
     ),
     st.integers(1, 40),
 )
-def test_a_request_that_was_seen_before_is_recalled_by_its_bytes_however_they_are_cut(
-    asked: list[tuple[int, str]], step: int
-) -> None:
-    """With its own message ID."""
+def test_equal_requests_have_equal_bodies_however_they_are_cut(asked: list[tuple[int, str]], step: int) -> None:
+    """A request that was seen before is known by its body, and has a message ID of its own."""
     data = b"".join(wire.encode_request(msgid, method, {"k": method * 9}) for msgid, method in asked)
-    known: dict[bytes, str] = {}
-    decoder = wire.Decoder(recall=known.get)
+    known: dict[bytes, wire.Request | wire.InvalidRequest] = {}
+    decoder = wire.Decoder()
     got = []
     for start in range(0, len(data), step):
         decoder.feed(data[start : start + step])
-        for message in decoder.messages():
-            if isinstance(message, wire.Request):
-                assert message.method not in known.values()
-                known[message.tail] = message.method
-                got.append((message.msgid, message.method))
-            else:
-                assert isinstance(message, wire.CachedRequest)
-                got.append((message.msgid, message.what))
+        for message in decoder.packed_messages():
+            assert isinstance(message, wire.PackedRequest)
+            request = message.parse()
+            assert known.setdefault(message.body, request)[1:] == request[1:]
+            got.append((message.msgid, request.method))
     assert got == asked
+    assert len(known) == len({method for _, method in asked})
 
 
-def test_what_is_no_request_is_never_recalled() -> None:
-    """Whatever is behind its first bytes."""
-    asked: list[bytes] = []
-    decoder = wire.Decoder(recall=asked.append)
+def test_a_message_that_is_not_a_request_is_never_left_packed() -> None:
+    """A response, a notification, a request of three and one that begins with true have nothing to be known by."""
+    decoder = wire.Decoder()
     bodies: list[list[object]] = [[1, 5, None, {}], [2, "m", [{}]], [0, 5, "m"], [True, 5, "m", [{}]]]
     for body in bodies:
         decoder.feed(msgpack.packb(body))
-    assert len(list(decoder.messages())) == 4
-    assert asked == []
+    got = [*decoder.packed_messages()]
+    assert len(got) == 4
+    assert not [message for message in got if isinstance(message, wire.PackedRequest)]
+
+
+def test_a_decoder_shows_one_request_and_skips_it() -> None:
+    """A body that is known needs no parsing; what else was received is not shown as a request."""
+    decoder = wire.Decoder()
+    assert decoder.peek() is None
+    decoder.feed(REQUEST)
+    packed = decoder.peek()
+    assert [packed] == [*decoder.packed_messages()]
+    decoder.feed(REQUEST)
+    decoder.skip()
+    assert not decoder.incomplete
+    decoder.feed(wire.encode_notification("m", {}))
+    assert decoder.peek() is None
+    assert decode(REQUEST) == [packed.parse()] if packed else False
+
+
+def test_half_a_request_is_not_shown_after_it_was_looked_at() -> None:
+    """The decoder is in the middle of it."""
+    decoder = wire.Decoder()
+    decoder.feed(REQUEST[:-1])
+    assert [*decoder.packed_messages()] == []
+    decoder.feed(REQUEST[-1:])
+    assert decoder.peek() is None
+    assert len([*decoder.messages()]) == 1
 
 
 @given(values)

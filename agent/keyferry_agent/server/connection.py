@@ -13,7 +13,8 @@ from ..peer.inspection import Inspector
 from ..state import ServerState
 from .dispatch import closing
 from .identity import Identity
-from .rounds import Line, Rounds
+from .line import Line
+from .rounds import Rounds
 
 __all__ = ["LINGER", "Connection", "refuse"]
 

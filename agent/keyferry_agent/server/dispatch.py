@@ -130,6 +130,8 @@ class Exchange:
     completed: list[CompletedRequest] = field(default_factory=list)
     answers: bytes = b""
     """Bytes to send: each answer in them is recorded."""
+    failure: Exception | None = None
+    """An error of the agent's: nothing of this connection is answered any more."""
 
 
 class Batch(NamedTuple):
@@ -195,7 +197,11 @@ class Dispatcher:
     def run(self, exchanges: Sequence[Exchange]) -> None:
         """Decide and do what these connections ask, record all of it at once, and only then make their answers."""
         for exchange in exchanges:
-            self._complete(exchange)
+            try:
+                self._complete(exchange)
+            except Exception as error:  # it harms no other connection
+                exchange.failure = error
+                exchange.completed.clear()
         self._answer([exchange for exchange in exchanges if exchange.completed])
 
     def _complete(self, exchange: Exchange) -> None:

@@ -14,21 +14,19 @@ import os
 import select
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, Final
 
 import structlog
 import trio
 
-from keyferry.protocol import wire
-
-from ..state import MAX_BATCH, Caller
-from .dispatch import MAX_OFFLOADED, Dispatcher, Exchange, OffloadedJob, ServerContext, closing, refusal
-from .identity import Identity
+from ..state import MAX_BATCH
+from .dispatch import Dispatcher, OffloadedJob, ServerContext, closing, refusal
+from .line import Line
 from .thread_pool import FairThreadPool
 
-__all__ = ["Line", "Rounds"]
+__all__ = ["Rounds"]
 
 _SHARED_BATCH: Final = 8
 """Requests of one connection in one round, where other connections were served a few rounds ago."""
@@ -38,62 +36,7 @@ _MOMENT_SECONDS: Final = 0.0001
 """How long to look for the next request before sleeping, where the one before came as soon."""
 _LOOP_SECONDS: Final = 0.004
 """How long trio's loop may have no turn."""
-_FIRST_READ: Final = 4_096
-_LARGE_READ: Final = 65_536
-"""Bytes to read at once, where there were more than a few the last time."""
-
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
-
-
-class Line:
-    """One connection, as rounds serve it. `wake` is called when its own task has something to do."""
-
-    def __init__(self, number: int, caller: Caller, identity: Identity, wake: Callable[[], None]) -> None:
-        self.number = number
-        """The socket's descriptor: open for as long as the line is in the rounds."""
-        self.exchange = Exchange(caller)
-        self.identity = identity
-        self.wake = wake
-        self.decoder = wire.Decoder()
-        self.messages: Iterator[wire.PackedRequest | wire.Message] | None = None
-        """Messages that were received, but did not fit into a batch: the socket is not read before they are taken."""
-        self.unread = False
-        """Whether none of those messages was taken."""
-        self.readable = self.listening = False
-        self.read_size = _FIRST_READ
-        self.notifications = 0
-        self.new_message = False
-        """Whether the message that is being received began after the last one that was answered."""
-        self.message_since = 0.0
-        """When that message began, on trio's clock."""
-        self.late = False
-        self.aside = False
-        """Whether the connection's own task has it."""
-        self.ended = False
-        self.closing = False
-        """Whether nothing more is read: it ends when everything that was asked is answered."""
-        self.last_word = b""
-        """What is sent after all answers."""
-        self.refused = False
-        """Whether a last word is or was to be sent."""
-        self.unsent = b""
-        self.to_inspect = False
-        self.failure: Exception | None = None
-
-    @property
-    def who(self) -> dict[str, Any]:
-        """The caller, for the log."""
-        return {"uid": self.exchange.caller.peer.uid, "pid": self.exchange.caller.peer.pid}
-
-    @property
-    def asks(self) -> bool:
-        """Whether there are messages that no round has taken yet."""
-        return self.messages is not None or bool(self.exchange.asked)
-
-    @property
-    def full(self) -> bool:
-        """Whether it has all offloaded jobs that it may have: nothing more is read or decided before one is answered."""
-        return self.exchange.under_way >= MAX_OFFLOADED
 
 
 class Rounds:
@@ -127,6 +70,8 @@ class Rounds:
         """Serve a line from now on. Raises OSError."""
         self._lines[line.number] = line
         self._listen(line, wanted=True)
+        if self._drained:
+            self._call(line)
 
     def forget(self, line: Line) -> None:
         """Serve it no longer. To be called before its socket is closed.
@@ -135,6 +80,7 @@ class Rounds:
         """
         line.ended = True
         self._incomplete.pop(line, None)
+        self._alone = None if self._alone is line else self._alone
         self._listen(line, wanted=False)
         if self._lines.get(line.number) is line:
             del self._lines[line.number]
@@ -150,6 +96,7 @@ class Rounds:
         line.aside = False
         if self._take(line, self._batch):
             self._answer([line])
+        self._rouse()  # there may be a backlog, or another deadline
 
     def drain(self, last_look: float) -> None:
         """End each connection that has nothing half-received, at a time on trio's clock, after one more round."""
@@ -270,13 +217,14 @@ class Rounds:
             return False
         try:
             if readable and not line.closing and not line.asks and not line.full:
-                self._receive(line)
-            if line.ended:
-                return False
+                line.receive()
             if not line.exchange.done and (not line.asks or line.full):
                 self._settle(line)
                 return False
             confirmed = line.identity.confirm_at_once()
+        except OSError:  # the peer is gone
+            self._end(line)
+            return False
         except Exception as error:
             self._fail(line, error)
             return False
@@ -286,21 +234,6 @@ class Rounds:
         elif not confirmed:
             self._end(line)
         return bool(confirmed)
-
-    def _receive(self, line: Line) -> None:
-        try:
-            received = os.read(line.number, line.read_size)
-        except OSError:  # also EAGAIN: there are bytes out of band, so that the socket would be readable again and again
-            self._end(line)
-            return
-        if not received:
-            line.closing = True
-            return
-        # All of a buffer is written over when it is made: a large one, for a request of 500 bytes, empties the caches.
-        line.read_size = _LARGE_READ if len(received) >= _FIRST_READ else _FIRST_READ
-        line.new_message = not line.decoder.incomplete
-        line.decoder.feed(received)
-        line.messages, line.unread = line.decoder.packed_messages(), True
 
     def _take(self, line: Line, most: int) -> bool:
         """Take the next batch of a line's messages; False where that failed."""
@@ -335,6 +268,8 @@ class Rounds:
             return
         for line in lines:
             try:
+                if line.exchange.failure is not None:
+                    raise line.exchange.failure
                 self._finish(line)
             except Exception as error:
                 self._fail(line, error)

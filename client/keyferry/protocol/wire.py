@@ -160,7 +160,9 @@ class Decoder:
         which was well formed. In that case, and in no other, the caller takes it by `skip`.
         """
         size = len(self._buffer)
-        return _split(self._buffer, size) if self._walk is None and self._broken is None and size <= MAX_MESSAGE else None
+        return (
+            _split(self._buffer, size) if self._walk is None and self._broken is None and size <= MAX_MESSAGE else None
+        )
 
     def skip(self) -> None:
         """Drop all that was received."""

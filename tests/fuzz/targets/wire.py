@@ -27,8 +27,8 @@ def codec(data: bytes) -> None:
         stepwise = _decoded((stream[at : at + step] for at in range(0, len(stream), step)), most)
         assert stepwise == whole
         assert _decoded(_cut(stream, cuts), most) == whole
-        assert _recalled(iter([stream, stream]), most)[0][: len(whole[0])] == whole[0]
-        assert _recalled(_cut(stream, cuts), most) == whole
+        assert _packed(iter([stream, stream]), most)[0][: len(whole[0])] == whole[0]
+        assert _packed(_cut(stream, cuts), most) == whole
         with patch.object(wire, "_INTERNED_FOR_EVER", not wire._INTERNED_FOR_EVER):
             assert _whole(stream, most) == whole
         messages, error = whole
@@ -55,20 +55,22 @@ def _decoded(pieces: Iterator[bytes], most: int) -> tuple[list[wire.Message], st
     return messages, ""
 
 
-def _recalled(pieces: Iterator[bytes], most: int) -> tuple[list[wire.Message], str]:
-    """The same by a decoder that recalls every request which it has given before."""
-    known: dict[bytes, wire.Request] = {}
-    decoder = wire.Decoder(max_array=most, recall=known.get)
+def _packed(pieces: Iterator[bytes], most: int) -> tuple[list[wire.Message], str]:
+    """The same by a reader that parses no request twice."""
+    known: dict[bytes, wire.Request | wire.InvalidRequest] = {}
+    decoder = wire.Decoder(max_array=most)
     messages: list[wire.Message] = []
     try:
         for piece in pieces:
             decoder.feed(piece)
-            for message in decoder.messages():
-                if isinstance(message, wire.CachedRequest):
-                    messages.append(message.what._replace(msgid=message.msgid))
-                elif isinstance(message, wire.Request):
-                    known[message.tail] = plain = message._replace(tail=b"")
-                    messages.append(plain)
+            alone = decoder.peek()
+            if alone is not None and alone.body in known:
+                decoder.skip()
+                messages.append(known[alone.body]._replace(msgid=alone.msgid))
+            for message in decoder.packed_messages():
+                if isinstance(message, wire.PackedRequest):
+                    request = known.get(message.body) or known.setdefault(message.body, message.parse(most))
+                    messages.append(request._replace(msgid=message.msgid))
                 else:
                     messages.append(message)
     except ProtocolError as error:

@@ -1,0 +1,242 @@
+"""Rounds: who is served when, what is recorded together, and what a round leaves to a connection's own task."""
+
+import dataclasses
+import os
+import socket
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from keyferry.protocol import wire
+from keyferry_agent import handlers
+from keyferry_agent.audit import Appended
+from keyferry_agent.authz.grants import Grant
+from keyferry_agent.config.settings import Limits, Settings
+from keyferry_agent.keyring.keyring import development_keyring
+from keyferry_agent.peer import Peer
+from keyferry_agent.server.dispatch import MAX_OFFLOADED
+from keyferry_agent.server.identity import Identity
+from keyferry_agent.server.server import Server
+from keyferry_agent.state import MAX_BATCH, AuditEntry, ServerState
+
+STATUS = "GetAgentStatus"
+
+
+class Batches:
+    """An audit log in memory: what was handed over together."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+
+    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
+        """Note the operations."""
+        self.batches.append([audited.operation for _, audited, _ in requests])
+        return Appended(len(requests))
+
+
+@pytest.fixture
+def agent() -> ServerState:
+    """An agent's state, in this process, that grants everything to this user."""
+    everything = Grant("all", {"uid": os.geteuid()}, ("kms:*",), ("*",))
+    settings = Settings(memory="prefer", grants=(everything,), limits=Limits(request_timeout=0.2))
+    return ServerState(settings, development_keyring(backing="auto", require=False))
+
+
+@asynccontextmanager
+async def served(agent: ServerState, path: Path, audit: Any) -> AsyncIterator[Server]:
+    """A server of this agent, on a real socket, for the time of a block."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+    server = Server(agent, audit)
+    async with trio.open_nursery() as nursery:
+        listeners = [("default", trio.SocketListener(trio.socket.from_stdlib_socket(listening)))]
+        await nursery.start(server.serve, listeners)
+        yield server
+        server.drain(grace=5)
+
+
+@asynccontextmanager
+async def connected(path: Path, count: int) -> AsyncIterator[list[socket.socket]]:
+    """So many connections that the server serves."""
+    made = []
+    try:
+        for _ in range(count):
+            made.append(socket.socket(socket.AF_UNIX))
+            made[-1].connect(str(path))
+            made[-1].setblocking(False)
+        await trio.testing.wait_all_tasks_blocked()
+        yield made
+    finally:
+        for each in made:
+            each.close()
+
+
+async def answers(sock: socket.socket, count: int) -> list[int | None]:
+    """The message IDs of the next answers."""
+    decoder = wire.Decoder()
+    msgids: list[int | None] = []
+    with trio.fail_after(30):
+        while len(msgids) < count:
+            await trio.lowlevel.wait_readable(sock)
+            received = sock.recv(65_536)
+            assert received
+            decoder.feed(received)
+            msgids += [message.msgid for message in decoder.messages() if isinstance(message, wire.Response)]
+    return msgids
+
+
+def asked(method: str, count: int = 1) -> bytes:
+    """The bytes of so many requests."""
+    return b"".join(wire.encode_request(number, method, {"KeyId": "alias/dev"}) for number in range(count))
+
+
+async def test_a_round_is_recorded_in_one_hand_over(agent: ServerState, socket_path: Path) -> None:
+    """What ten connections ask at the same time is one batch of the audit log."""
+    audit = Batches()
+    async with served(agent, socket_path, audit), connected(socket_path, 10) as clients:
+        for client in clients:
+            client.send(asked(STATUS))
+        for client in clients:
+            assert await answers(client, 1) == [0]
+    assert audit.batches == [[STATUS] * 10]
+
+
+async def test_a_single_request_waits_for_one_batch_of_another_client(agent: ServerState, socket_path: Path) -> None:
+    """A client that has sent hundreds of requests before has a few in each round."""
+    audit = Batches()
+    async with served(agent, socket_path, audit), connected(socket_path, 2) as (greedy, honest):
+        greedy.send(asked(STATUS, 400))
+        honest.send(asked("ListKeys"))
+        assert await answers(honest, 1) == [0]
+        assert await answers(greedy, 400) == [*range(400)]
+    operations = [operation for batch in audit.batches for operation in batch]
+    assert operations.index("ListKeys") < MAX_BATCH
+    assert all(len(batch) <= MAX_BATCH for batch in audit.batches)
+
+
+async def test_a_lone_client_has_large_batches(agent: ServerState, socket_path: Path) -> None:
+    """As soon as no other client has asked for a few rounds."""
+    audit = Batches()
+    async with served(agent, socket_path, audit), connected(socket_path, 2) as (greedy, honest):
+        honest.send(asked(STATUS))
+        await answers(honest, 1)
+        greedy.send(asked(STATUS, 400))
+        await answers(greedy, 400)
+    assert len(audit.batches[1]) < MAX_BATCH
+    assert len(audit.batches[-2]) == MAX_BATCH
+
+
+async def test_an_inherited_socket_is_not_served_after_its_connection(agent: ServerState, socket_path: Path) -> None:
+    """A child that holds the agent's end open keeps nothing in the epoll."""
+    async with served(agent, socket_path, Batches()) as server:
+        async with connected(socket_path, 1) as (client,):
+            (number,) = server._rounds._lines
+            inherited = os.dup(number)
+            client.send(asked(STATUS))
+            await answers(client, 1)
+            client.send(asked(STATUS)[:-1])
+        try:
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(server._rounds) == 0
+            assert server._rounds._poll.poll(0) == []
+            async with connected(socket_path, 1) as (another,):
+                another.send(asked(STATUS))
+                assert await answers(another, 1) == [0]
+        finally:
+            os.close(inherited)
+
+
+async def test_a_connection_has_only_so_many_offloaded_jobs(
+    agent: ServerState, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing more is decided or read before one is answered; then all are."""
+    go_on, decided = threading.Event(), list[None]()
+
+    def slow(_request: Any) -> handlers.Job:
+        decided.append(None)
+        return handlers.Job(lambda: go_on.wait(30) and None, slow=True)
+
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", slow)
+    async with served(agent, socket_path, Batches()) as server, connected(socket_path, 2) as (client, other):
+        client.send(asked("DescribeKey", 40))
+        other.send(asked(STATUS))
+        assert await answers(other, 1) == [0]
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(decided) == MAX_OFFLOADED
+        full = [line for line in server._rounds._lines.values() if line.full]
+        assert [line.listening for line in full] == [False]
+        go_on.set()
+        assert sorted(msgid or 0 for msgid in await answers(client, 40)) == [*range(40)]
+
+
+async def test_a_caller_whose_program_is_inspected_is_served_to_its_last_request(
+    agent: ServerState, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch is confirmed by the connection's own task, and half a request has its deadline there, too."""
+    confirmed = 0
+
+    async def confirm(_identity: Identity) -> bool:
+        nonlocal confirmed
+        confirmed += 1
+        await trio.lowlevel.checkpoint()
+        return True
+
+    monkeypatch.setattr(Identity, "confirm_at_once", lambda _identity: None)
+    monkeypatch.setattr(Identity, "confirm", confirm)
+    async with served(agent, socket_path, Batches()), connected(socket_path, 1) as (client,):
+        client.send(asked(STATUS, 200) + asked(STATUS)[:-1])
+        assert await answers(client, 200) == [*range(200)]
+        assert confirmed >= 200 // MAX_BATCH
+        with trio.fail_after(30):
+            await trio.lowlevel.wait_readable(client)
+        assert client.recv(1) == b""
+
+
+async def test_an_error_of_one_connection_harms_no_other_of_its_round(
+    agent: ServerState, socket_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even one that the dispatcher does not expect."""
+    async with served(agent, socket_path, Batches()) as server, connected(socket_path, 2) as (bad, good):
+        dispatcher = server._rounds._dispatcher
+        first = next(iter(server._rounds._lines.values())).exchange
+        real = dispatcher._begin
+
+        def begin(exchange: Any, message: Any) -> None:
+            if exchange is first:
+                raise RuntimeError("unexpected")
+            real(exchange, message)
+
+        monkeypatch.setattr(dispatcher, "_begin", begin)
+        bad.send(asked(STATUS))
+        good.send(asked(STATUS))
+        assert await answers(good, 1) == [0]
+        await trio.lowlevel.wait_readable(bad)
+        assert bad.recv(1) == b""
+
+
+async def test_bytes_out_of_band_do_not_keep_the_task_busy(agent: ServerState, socket_path: Path) -> None:
+    """The socket is readable and holds nothing to read: the connection is closed."""
+    async with served(agent, socket_path, Batches()) as server, connected(socket_path, 1) as (client,):
+        client.send(b"!", socket.MSG_OOB)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(server._rounds) == 0
+
+
+async def test_a_drain_serves_what_was_sent_before_it(agent: ServerState, socket_path: Path) -> None:
+    """Each request that lay in a socket is answered, and each connection is closed then."""
+    agent.settings = dataclasses.replace(agent.settings, limits=Limits(request_timeout=60))
+    async with served(agent, socket_path, Batches()) as server, connected(socket_path, 20) as clients:
+        for client in clients:
+            client.send(asked(STATUS, 5))
+        server.drain()
+        for client in clients:
+            assert await answers(client, 5) == [*range(5)]
+            await trio.lowlevel.wait_readable(client)
+            assert client.recv(1) == b""
