@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ALL", "CLIENT", "SERVER", "Disturbance", "pin"]
+__all__ = ["ALL", "CLIENT", "SERVER", "Disturbance", "pin", "processor_seconds"]
 
 ALL: Final = frozenset(os.sched_getaffinity(0))
 SERVER: Final = frozenset({min(ALL)})
@@ -22,6 +22,11 @@ def pin(pid: int, cores: frozenset[int]) -> None:
     """Keep all threads of a process on some cores, and those that they start. 0 is this process."""
     for thread in os.listdir(f"/proc/{pid or 'self'}/task"):
         os.sched_setaffinity(int(thread), cores)
+
+
+def processor_seconds(pid: int) -> float:
+    """The processor time of all threads of a process, in seconds."""
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
 class Disturbance:

@@ -3,6 +3,7 @@
 import math
 
 from ..agent_under_test import requests, subject
+from ..cpu import processor_seconds
 from ..figures import Curve, percentile
 from ..load import Connection, open_loop, pipelined
 from ..run_context import Bare, Session
@@ -11,6 +12,8 @@ from .throughput import DEPTH
 PART = "Latency at a rate that does not wait"
 LOADS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 PERCENTILES = (50, 99)
+SELDOM = 200
+"""Requests each second of an application that is not busy: the agent sleeps before each."""
 
 
 def run(session: Session) -> None:
@@ -40,4 +43,10 @@ def run(session: Session) -> None:
                         took[percent],
                         note="from when a request was due, not from when it was sent",
                     )
+        seldom: list[float] = []
+        for _ in range(session.rounds):
+            bare, before = session.bare(Bare()), processor_seconds(agent.pid)
+            count = len(open_loop(line, SELDOM, 2 * session.seconds))
+            seldom.append((processor_seconds(agent.pid) - before) / count * bare)
+    session.add(PART, f"processor time of one request at {SELDOM}/s", seldom, unit="× bare loop's turn")
     session.curves += curves

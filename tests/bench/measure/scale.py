@@ -14,6 +14,8 @@ from .throughput import DEPTH
 PART = "What much of something costs"
 CONNECTIONS = (1, 10, 100, 300, 1_000)
 _SOME = 100
+TOGETHER = {"64 connections, one request each": (64, 1), "16 connections, four under way each": (16, 4)}
+"""How most hosts ask: many clients, few requests of each at a time."""
 KEYS = GRANTS = (10, 100, 1_000, 10_000)
 _LITTLE = Target("at least", 0.9)
 _SETTLE = 1.0
@@ -41,6 +43,10 @@ def _connections(session: Session) -> None:
             },
             watched=[agent.pid],
         )
+        together = session.beside(
+            {name: partial(many, lines[:number], depth) for name, (number, depth) in TOGETHER.items()},
+            watched=[agent.pid],
+        )
         among = session.beside({"among": partial(pipelined, lines[0], DEPTH)}, watched=[agent.pid])["among"]
         for line in lines[1:]:
             line.socket.close()
@@ -50,6 +56,8 @@ def _connections(session: Session) -> None:
     for number, measured in active.items():
         curve.add(int(number), measured.ratios)
     session.curves.append(curve)
+    for name, measured in together.items():
+        session.add(PART, name, measured.ratios, absolute=measured.absolute)
     few, all_of_them = active[str(_SOME)], active[str(CONNECTIONS[-1])]
     session.add(
         PART,
