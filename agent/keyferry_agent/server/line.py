@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from keyferry.protocol import wire
 
-from ..state import Caller
+from ..authz.caller import Caller
 from .dispatch import MAX_OFFLOADED, Exchange
 from .identity import Identity
 
