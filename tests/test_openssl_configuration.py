@@ -131,10 +131,10 @@ if "keys" in lacking:
     libcrypto.public_key = lambda der, load=libcrypto.public_key: refuse(der) if der[-10:-6] == bytes(4) else load(der)
 if "SM4" in lacking:
     from cryptography.exceptions import UnsupportedAlgorithm
-    from keyferry_agent.crypto import seal
+    from keyferry_agent.crypto import ciphertext_blob
     def refuse(*_):
         raise UnsupportedAlgorithm("cipher sm4 in GCM mode is not supported")
-    seal._SUITES["Aliyun_SM4"] = seal._SUITES["Aliyun_SM4"]._replace(encrypt=refuse, decrypt_into=refuse)
+    ciphertext_blob._SUITES["Aliyun_SM4"] = ciphertext_blob._SUITES["Aliyun_SM4"]._replace(encrypt=refuse, decrypt_into=refuse)
 from keyferry_agent.cli.main import main
 sys.exit(main())
 """
