@@ -1,7 +1,8 @@
 """The promise: at rest, no copy of a master key, or of a key or plaintext that was handled, is in the agent's ordinary memory.
 
 The tests learn every key (`support.secret_recorder`), let the agent stand still, and look through all of its memory
-(`support.memory_scan`), and through a core dump. Two naive agents, in which keys have to be found, show that the search finds something.
+(`support.memory_scan`), and through a core dump. Two naive agents, in which keys have to be found, show that the search finds
+something.
 """
 
 import ctypes

@@ -25,7 +25,7 @@ from keyferry_agent.keyring import document, keyring
 from keyferry_agent.keyring.document import Document, KeyEntry, iso
 from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.peer import Peer
-from keyferry_agent.server.dispatch import CompletedRequest, Dispatcher, OffloadedJob, ServerContext
+from keyferry_agent.server.dispatch import CompletedRequest, Dispatcher, Exchange, Message, OffloadedJob, ServerContext
 from keyferry_agent.server.rate_limit import Rate
 from keyferry_agent.state import ServerState
 
@@ -71,28 +71,54 @@ class Asking:
     def __init__(self, agent: ServerState, folder: Path, peer: Peer = ME) -> None:
         self.agent = agent
         self.caller = Caller(peer)
-        self.answering = Dispatcher(ServerContext(agent, new_audit_log(folder), Rate(0), Rate(0)), self.caller)
-        self._decoder = wire.Decoder(recall=self.answering.recall)
+        self.dispatcher = Dispatcher(ServerContext(agent, new_audit_log(folder), Rate(0), Rate(0)))
+        self.exchange = Exchange(self.caller)
+        self._decoder = wire.Decoder()
 
-    def decide(self, method: str, params: dict[str, Any]) -> tuple[Any, Any]:
+    def decide(self, method: str, params: dict[str, Any]) -> tuple[Message, Any]:
         """Return the message that a request came as, and what was decided."""
         self._decoder.feed(wire.encode_request(1, method, params))
-        (message,) = self._decoder.messages()
-        assert isinstance(message, wire.Request | wire.CachedRequest)
-        return message, self.answering.decide(message)
+        self.dispatcher.take(self.exchange, self._decoder.packed_messages(), 1)
+        (message,) = self.exchange.asked
+        self.exchange.asked.clear()
+        return message, self.outcome_of(message)
 
-    def remembered(self, method: str, params: dict[str, Any]) -> wire.CachedRequest:
+    def outcome_of(self, message: Message) -> Any:
+        """Return what is decided of a message: a completed request, or an offloaded job."""
+        self.dispatcher._begin(self.exchange, message)
+        return self._decided()
+
+    def decide_anew(self, job: OffloadedJob) -> Any:
+        """Return what becomes of a job that comes back from its thread, and does not hold."""
+        self.exchange.under_way = 1
+        self.exchange.done = [(job, None)]
+        self.dispatcher._complete(self.exchange)
+        return self._decided()
+
+    def _decided(self) -> Any:
+        self.exchange.under_way = 0
+        outcomes: list[Any] = [*self.exchange.completed, *self.exchange.offloaded]
+        self.exchange.completed.clear()
+        self.exchange.offloaded.clear()
+        (outcome,) = outcomes
+        return outcome
+
+    def holds(self, job: OffloadedJob) -> bool:
+        """Return whether the decision about a job still holds."""
+        return self.dispatcher._holds(self.caller, job)
+
+    def remembered(self, method: str, params: dict[str, Any]) -> Message:
         """Ask until the request is recalled."""
         for _ in range(2):
             self.decide(method, params)
         message, _ = self.decide(method, params)
-        assert isinstance(message, wire.CachedRequest)
+        assert message.decision is not None
         return message
 
     def code(self, method: str, params: dict[str, Any]) -> str:
         """Ask once more; return the code of a refusal, or OK. The request is not recalled."""
         message, decided = self.decide(method, params)
-        assert isinstance(message, wire.Request)
+        assert message.decision is None
         return code_of(decided)
 
 
@@ -135,7 +161,7 @@ def test_a_request_recalled_before_its_keys_date_is_decided_anew(asking: Asking,
     method, params = REPEATABLE[0]
     recalled = asking.remembered(method, params)
     clock.present = DATE
-    assert code_of(asking.answering.decide(recalled)) == "Forbidden.AliasNotFound"
+    assert code_of(asking.outcome_of(recalled)) == "Forbidden.AliasNotFound"
 
 
 @pytest.mark.parametrize("method", ["GenerateAndExportDataKey", "ExportDataKey"])
@@ -146,11 +172,11 @@ def test_an_offloaded_job_holds_until_its_keys_date(asking: Asking, clock: type[
     _, slow = asking.decide(method, params | {"EncryptionContext": CONTEXT})
     assert isinstance(slow, OffloadedJob)
     clock.present = DATE - SECOND
-    assert asking.answering.holds(slow)
+    assert asking.holds(slow)
     clock.present = DATE
-    assert not asking.answering.holds(slow)
+    assert not asking.holds(slow)
     gone = "Forbidden.AliasNotFound" if method.startswith("Generate") else "Forbidden.KeyVersionNotFound"
-    assert code_of(asking.answering.decide_anew(slow)) == gone
+    assert code_of(asking.decide_anew(slow)) == gone
 
 
 def less(agent: ServerState) -> None:
@@ -181,10 +207,10 @@ def test_a_reload_ends_what_was_decided_before(
     if where == "before the recall":
         assert asking.code(method, GENERATE | RSA.params) == code
     elif where == "after the recall":
-        assert code_of(asking.answering.decide(recalled)) == code
+        assert code_of(asking.outcome_of(recalled)) == code
     else:
-        assert not asking.answering.holds(slow)
-        assert code_of(asking.answering.decide_anew(slow)) == code
+        assert not asking.holds(slow)
+        assert code_of(asking.decide_anew(slow)) == code
 
 
 @pytest.mark.parametrize("more", [{"unit": "orders.service"}, {"uid": 4_207}], ids=["more", "other"])
@@ -200,8 +226,8 @@ def test_other_evidence_ends_what_was_decided_by_less(asking: Asking, more: dict
     recalled = asking.remembered(method, GENERATE | RSA.params)
     _, slow = asking.decide(method, GENERATE | SM2.params)
     asking.caller.know(ME._replace(unit="none.service")._replace(**more))
-    assert not asking.answering.holds(slow)
-    assert code_of(asking.answering.decide(recalled)) == "Forbidden.NoPermission"
+    assert not asking.holds(slow)
+    assert code_of(asking.outcome_of(recalled)) == "Forbidden.NoPermission"
     assert asking.code(method, GENERATE | RSA.params) == "Forbidden.NoPermission"
 
 
@@ -218,7 +244,7 @@ def test_callers_with_the_same_grants_share_what_was_decided(asking: Asking, tmp
     method, params = REPEATABLE[0]
     asking.remembered(method, params)
     message, decided = Asking(asking.agent, tmp_path, ME._replace(pid=2)).decide(method, params)
-    assert isinstance(message, wire.CachedRequest)
+    assert message.decision is not None
     assert code_of(decided) == "OK"
 
 
@@ -271,7 +297,8 @@ def test_counters_tell_refused_requests_from_all(asking: Asking) -> None:
     """Each answer is counted once, and each error once more."""
     decided = [asking.decide("DescribeKey", {"KeyId": f"alias/{name}"})[1] for name in ("dev", "none", "dev-sm4")]
     decided.append(asking.decide("NoSuchOperation", {})[1])
-    asking.answering.answers(decided)
+    asking.exchange.completed.extend(decided)
+    asking.dispatcher._answer([asking.exchange])
     counters = asking.agent.counters.snapshot()
     assert (counters.requests_total, counters.requests_refused) == (4, 2)
 

@@ -16,6 +16,7 @@ import trio.testing
 from keyferry.protocol import wire
 from keyferry_agent import handlers
 from keyferry_agent.audit import Appended
+from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Limits, Settings
 from keyferry_agent.keyring.keyring import development_keyring
@@ -23,7 +24,7 @@ from keyferry_agent.peer import Peer
 from keyferry_agent.server.dispatch import MAX_OFFLOADED
 from keyferry_agent.server.identity import Identity
 from keyferry_agent.server.server import Server
-from keyferry_agent.state import MAX_BATCH, AuditEntry, ServerState
+from keyferry_agent.state import MAX_BATCH, ServerState
 
 STATUS = "GetAgentStatus"
 
