@@ -20,8 +20,8 @@ KIB = 1_024
 PROLOGUE = """
 import errno, logging, os, sys, threading, time
 import structlog
-from keyferry_agent import log
-log.configure()
+from keyferry_agent.telemetry import logging_setup
+logging_setup.configure()
 logger = structlog.get_logger("test")
 def settle(seconds=60):
     waiting = logging.getLogger().handlers[0].queue

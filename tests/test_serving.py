@@ -297,10 +297,10 @@ def test_slow_requests_before_a_protocol_error_are_answered_before_it(agent: Run
 
 PATIENT = """
 import sys
-from keyferry_agent import serving
+from keyferry_agent.server import server
 from keyferry_agent.cli.main import main
 
-serving.Server.drain.__defaults__ = (3_600.0,)
+server.Server.drain.__defaults__ = (3_600.0,)
 sys.exit(main())
 """
 """An agent whose grace period is an hour."""

@@ -18,12 +18,14 @@ import trio
 from trio._socket import _SocketType
 
 from keyferry.secret import SecretMemory, SecretMemoryError
+from keyferry_agent.config.settings import Settings
 from keyferry_agent.crypto import selftest
 from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agent's modules are there
 from keyferry_agent.keyring import keyring
 from keyferry_agent.keyring.document import KeyringError
+from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.server import thread_pool
-from keyferry_agent.state import OFFLOAD_THREADS
+from keyferry_agent.state import OFFLOAD_THREADS, ServerState
 
 from . import fixtures
 from .connection_trace import Line
@@ -71,6 +73,7 @@ class Outside:
         self._shutdown = _SocketType.shutdown
         self._socketpair = trio.socket.socketpair
         self._selftest = selftest.run
+        self._adopt = ServerState.adopt
         self._random = world.weather.__class__(f"{world.seed}: chance")
         self._weather = world.weather
         self._slow = trio.CapacityLimiter(OFFLOAD_THREADS)
@@ -368,6 +371,11 @@ class Outside:
 
         memory = SecretMemory(keyring.room_for(keys), backing="mlock", require=False)
         return keyring.build(keys, fill, memory)
+
+    def adopt(self, itself: ServerState, settings: Settings, keyring: Keyring) -> None:
+        """Note what the agent goes by from now on."""
+        self.world.adopts(keyring=keyring is not itself.keyring)
+        self._adopt(itself, settings, keyring)
 
     def self_test(self, *arguments: Any, **more: Any) -> list[str]:
         """The real one, once in each process."""

@@ -25,6 +25,7 @@ from keyferry_agent.crypto import selftest
 from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agent's modules are there
 from keyferry_agent.keyring import loader
 from keyferry_agent.server import dispatch, rounds, thread_pool
+from keyferry_agent.state import ServerState
 
 from .fake_syscalls import REAL, Outside
 from .threads import Lockstep
@@ -79,6 +80,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (writer_thread, "Wakeup", world.lockstep.bell),
         (loader, "load", outside.load),
         (selftest, "run", outside.self_test),
+        (ServerState, "adopt", method(outside.adopt)),
         (process_hardening, "harden", lambda **_: []),
         (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
         (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),

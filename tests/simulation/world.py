@@ -162,6 +162,10 @@ class World:
         if self.starved:
             self.spare += 1
 
+    def adopts(self, *, keyring: bool) -> None:
+        """Note that the agent goes by the configuration that it read last, and by the `keyring` that it loaded last, if so."""
+        self.adopted.append(Adopted(self.now, self.loaded if keyring else self.adopted[-1].ring, self.read))
+
     def logs(self, _logger: Any, _method: str, event: dict[str, Any], drop: BaseException) -> Any:
         """Take a line of the agent's log."""
         name = str(event.pop("event"))
@@ -172,8 +176,6 @@ class World:
             self.adopted.append(Adopted(self.now, self.loaded, self.read))
             self.serving.set()
             self.plan.started = True
-        elif name == "reload.done":
-            self.adopted.append(Adopted(self.now, self.loaded, self.read))
         elif name == "audit.failed":
             self.record.failed.update(event.get("request_ids", ()))
         elif name == "drain.grace_over":
