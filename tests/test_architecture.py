@@ -122,6 +122,22 @@ def test_there_are_no_cycles() -> None:
     assert not graph, f"in a cycle: {sorted(graph)}"
 
 
+def test_packages_of_the_agent_depend_in_one_direction() -> None:
+    """A package imports packages below it; the top of the agent's package counts as one for each module."""
+
+    def package(name: str) -> str:
+        return ".".join(name.split(".")[:2])
+
+    graph: dict[str, set[str]] = {}
+    for name in modules(AGENT):
+        others = {package(other) for other in imports(name) if other in ALL and other.startswith("keyferry_agent.")}
+        graph.setdefault(package(name), set()).update(others - {package(name)})
+    while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
+        for leaf in leaves:
+            del graph[leaf]
+    assert not graph, f"in a cycle: {sorted(graph)}"
+
+
 def test_only_the_store_knows_databases_and_only_the_command_uses_it() -> None:
     """A library's user has a database of their own."""
     for name in ALL:
