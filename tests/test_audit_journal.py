@@ -40,7 +40,7 @@ def written(folder: Path, starts: int = 3, each: int = 4) -> list[list[bytes]]:
     found = []
     for start in range(starts):
         code = (
-            "import sys; from keyferry_agent.audit import AuditLog; from keyferry_agent.state import AuditEntry;"
+            "import sys; from keyferry_agent.audit import AuditLog; from keyferry_agent.audit.entry import AuditEntry;"
             "from keyferry_agent.peer import Peer; from keyferry_agent.config.settings import Audit;"
             "audit = AuditLog(Audit()); audit.begin('2026-11-30T12:00:00Z');"
             "peer = Peer(uid=1, gids=frozenset({1}), pid=1, listener='default');"

@@ -132,7 +132,7 @@ def test_a_process_that_has_the_number_of_one_that_connected_and_ended_gets_noth
     config = keyring.parent / "agent.toml"
     trusted = os.path.realpath("/bin/sleep")
     config.write_text(configuration(keyring).replace(f"to={{uid={os.getuid()}}}", f'to={{uid=0, exe="{trusted}"}}'))
-    attack = ROOT / "tests" / "support" / "reused_number.py"
+    attack = ROOT / "tests" / "support" / "pid_reuse_attack.py"
     command = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable, str(attack)]
     ended = subprocess.run(
         [*command, str(config), str(keyring.parent / "s"), trusted],

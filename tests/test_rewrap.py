@@ -157,7 +157,7 @@ def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
     primary = rotating.rotate()
     arguments = [store_url, str(rotating.agent.socket), point, "2"]
     ended = subprocess.run(
-        [sys.executable, ROOT / "tests" / "support" / "dying.py", *arguments], check=False, timeout=60
+        [sys.executable, ROOT / "tests" / "support" / "crashing_rewrap.py", *arguments], check=False, timeout=60
     )
     assert ended.returncode == -signal.SIGKILL
     assert opened(store, kms) == keys

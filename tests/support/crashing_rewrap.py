@@ -1,6 +1,4 @@
-"""`python dying.py URL SOCKET POINT COUNT`: a rewrap that is killed by SIGKILL at one of its points, when it is there for the
-COUNTth time.
-"""
+"""`python crashing_rewrap.py URL SOCKET POINT COUNT`: a rewrap that SIGKILL ends at one of its points, the COUNTth time."""
 
 import os
 import signal
