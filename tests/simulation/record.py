@@ -73,7 +73,8 @@ class Record:
                 found.append(fields["request_id"])
         if found != [*self.lines]:
             self._violate(f"the record has {len(found)} lines, of the {len(self.lines)} that were written")
-        if events and (events[:2] != ["audit.start", "audit.keys"] or events.count("audit.start") != 1):
+        # The names of the keys may be missing where their entry failed, and no request came after it.
+        if events and (events[:2] != ["audit.start", "audit.keys"][: len(events)] or events.count("audit.start") != 1):
             self._violate(f"the record begins with {events[:2]}, and has {events.count('audit.start')} starts")
 
     def _chained(self, *, cut_off: bool) -> Iterator[dict[str, Any]]:
