@@ -210,21 +210,6 @@ def test_an_operator_is_added_and_recorded(machine: Machine) -> None:
     machine.run("keyferry-agent", "audit", "verify", "/etc/keyferry/keyring.age.changes.jsonl")
 
 
-def test_a_stolen_identity_is_replaced_under_load(machine: Machine) -> None:
-    """No request and no reload fails; the old identity opens nothing more, and keys have new versions."""
-    machine.run("cp", "/etc/keyferry/host.key", "/root/stolen.key")
-    before = described(machine, COMMON)["KeyMetadata"]["PrimaryKeyVersion"]
-    with load(machine):
-        typed(machine, "When an identity was stolen")
-        machine.wait_until(["sh", "-c", f"{DESCRIBE} | grep -c {before}"], "0")
-    opened = machine.run(
-        "sh", "-c", "keyferry-agent keyring list /etc/keyferry/keyring.age --unseal /root/stolen.key 2>&1; true"
-    )
-    assert "does not open" in opened
-    machine.run("systemctl", "reload", AGENT)
-    assert errors(machine) == []
-
-
 def test_check_finds_what_the_service_would_not_start_with(machine: Machine) -> None:
     """A socket without a listener, a folder that the service may not write to, and a credential that the unit does not load."""
     assert machine.run("sh", "-c", CHECK) == f"{CONFIGURATION}: good; grants: 1"
