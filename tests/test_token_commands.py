@@ -68,6 +68,24 @@ def test_a_file_is_encrypted_and_decrypted_with_a_token(
     assert run("decrypt-file", sealed, "-", *software, *socket).stdout == plain.read_bytes()
 
 
+def test_a_file_is_moved_to_a_new_data_key_in_a_token(
+    token: RealToken, public_key: str, store: str, agent: RunningAgent, tmp_path: Path
+) -> None:
+    """A file that has the record's data key already is left as it is."""
+    plain, sealed = tmp_path / "plain", tmp_path / "sealed"
+    plain.write_bytes(b"report" * 50_000)
+    record = ["--record", "r", "--store", store, *options(token), "--socket", agent.socket]
+    assert run("encrypt-file", plain, sealed, *record).returncode == 0
+    before = sealed.read_bytes()
+    ended = run("reencrypt-file", sealed, *record)
+    assert (ended.returncode, b"left as it is" in ended.stderr, sealed.read_bytes() == before) == (0, True, True)
+    assert run("records", "renew", "r", "--store", store, "--socket", agent.socket).returncode == 0
+    ended = run("reencrypt-file", sealed, *record)
+    assert (ended.returncode, ended.stderr, sealed.read_bytes() == before) == (0, b"", False)
+    ended = run("decrypt-file", sealed, "-", *options(token), "--socket", agent.socket)
+    assert ended.stdout == plain.read_bytes()
+
+
 def test_a_rewrap_is_proved_in_a_token(
     token: RealToken, public_key: str, store: str, agent: RunningAgent, capsys: pytest.CaptureFixture[str]
 ) -> None:
