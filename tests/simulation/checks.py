@@ -29,6 +29,8 @@ _GRACE_AND_MORE: Final = 10.0 + 4.0
 """Seconds that a drain may take: its grace, and what a thread that was begun in it may take to its end."""
 _LONGEST_GARBAGE: Final = 16
 _AT_ONCE: Final = 2.5
+_A_ROUND: Final = 0.01
+"""Seconds of the round that is being served when a connection is closed, without what a hanging file system takes."""
 
 
 def check_clients(world: World) -> None:
@@ -107,7 +109,10 @@ def _made_room(world: World, line: Line) -> bool:
     return (
         closed is not None
         and not world.is_granted(line.client.uid, closed)
-        and any(other is not line and other.opened <= closed <= other.opened + 0.001 for other in world.all_lines)
+        and any(
+            other is not line and other.opened <= closed <= other.opened + _A_ROUND + world.stalled
+            for other in world.all_lines
+        )
     )
 
 
