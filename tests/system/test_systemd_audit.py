@@ -97,9 +97,9 @@ def test_logrotate_loses_no_entry_of_an_agent_that_writes(machine: Machine) -> N
             machine.run("sh", "-c", f"sleep 1.1; test -s {FILE} || sleep 1.1; {rotate}")
         out, _ = load.communicate(timeout=300)
     assert (load.returncode, out) == (0, "")
-    names = machine.run("sh", "-c", f"ls {FILE}*").split()
-    assert len(names) == 4
-    assert [name.endswith(".gz") for name in sorted(names)] == [False, True, True, False]
+    names = sorted(machine.run("sh", "-c", f"ls {FILE}*").split())
+    assert len(names) >= 3  # a rotation after the last entry leaves the empty file
+    assert [name.endswith(".gz") for name in names] == [False, *[True] * (len(names) - 2), False]
     assert machine.run("sh", "-c", f"stat -c '%U %a' {FILE}* | sort -u") == "keyferry 600"
     text = machine.run("sh", "-c", f"cd /var/log/keyferry; zcat -f {FILE}*")
     assert described([json.loads(line) for line in text.splitlines()]) == 20_000
