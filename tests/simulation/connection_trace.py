@@ -159,7 +159,8 @@ class Line:
             self.silenced = True
             return
         self.refused = True
-        others = [line for line in world.all_lines if line is not self and line.opened <= self.opened + 0.001]
+        # A round, and an audit log that hangs in it, may come between the accepting of a connection and its admission.
+        others = [line for line in world.all_lines if line is not self and line.opened <= world.now]
         # One that was closed in the meantime may have been open when this one was judged.
         others = [line for line in others if not line.refused and (line.closed is None or line.closed >= self.opened)]
         of_user = [line for line in others if line.client.uid == self.client.uid]
