@@ -13,7 +13,7 @@ __all__ = ["HardeningError", "clears_freed_memory", "harden"]
 
 _FIRST_FREE: Final = 3
 _DESCRIPTORS: Final = 8_192
-"""File descriptors to allow, up to the hard limit. The usual 1,024 equal the number of connections and leave none for files."""
+"""Descriptors to allow, up to the hard limit. The usual 1,024 equal the default limit of connections, and files need some."""
 
 
 class HardeningError(Exception):

@@ -117,9 +117,8 @@ class RecordFile:
         assert self._waits is not None
         for count, line in enumerate(lines):
             ready = self._waits.poll(self._patience)
-            self._patience = (
-                _READER_PATIENCE if ready else 0
-            )  # after a timeout, do not wait until the reader reads again
+            # After a timeout, do not wait again until the reader reads.
+            self._patience = _READER_PATIENCE if ready else 0
             if not ready:
                 return Appended(count, OSError(errno.EAGAIN, "nobody reads the pipe that it goes to"))
             try:
