@@ -75,7 +75,7 @@ class NamesOnly:
 
 
 class _Matching(NamesOnly, ABC):
-    """A tally of the entries that match a query; a subclass decides what it keeps of each."""
+    """A tally of the entries that match a query. A subclass defines how it keeps them."""
 
     def __init__(self, query: Query) -> None:
         super().__init__()

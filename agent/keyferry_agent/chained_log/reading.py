@@ -36,7 +36,7 @@ Identity: TypeAlias = tuple[int, int]
 
 
 class ChainError(Exception):
-    """A file of an audit log differs from what the agent wrote. The message names the file, and the line if there is one."""
+    """An audit log cannot be read or verified. The message names the file, and the line if there is one."""
 
 
 class MovedError(ChainError):

@@ -76,7 +76,7 @@ class Line:
         if not received:
             self.closing = True
             return
-        # Every allocation is filled with a pattern, so a large buffer for a request of 500 bytes would evict the CPU caches.
+        # malloc.perturb fills every allocation, so a large buffer for a request of 500 bytes would evict the CPU caches.
         self._read_size = _LARGE_READ if len(received) >= _FIRST_READ else _FIRST_READ
         self.new_message = not self.decoder.incomplete
         self.decoder.feed(received)
