@@ -41,7 +41,10 @@ def _run() -> int:
 
 
 def _not_importable(error: Exception) -> int:
-    """Name the configuration of OpenSSL where the `cryptography` package cannot be imported with it; raise any other error."""
+    """Print which OpenSSL configuration prevents the import of the `cryptography` package, and return 1.
+
+    Raises any other import error again.
+    """
     from keyferry.libcrypto import cryptography_failure  # noqa: PLC0415 - other commands do without
 
     failure = cryptography_failure(error)

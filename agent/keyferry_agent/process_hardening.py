@@ -25,7 +25,7 @@ def harden(keep: Collection[int] = ()) -> list[str]:
 
     Raises `HardeningError` if the process cannot list its descriptors.
     """
-    open_closed()  # no socket or key file becomes standard output
+    open_closed()  # so that no socket or key file gets the descriptor of a standard stream
     _close_inherited(keep)
     os.umask(0o077)  # other users can read a new file only after an explicit chmod
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -15,7 +15,7 @@ __all__ = ["lock"]
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 LOCK_SECONDS: Final = 2.0
-"""After a restart the predecessor may need a moment to release its lock."""
+"""Seconds to wait for the lock. After a restart, the previous agent may need a moment to release it."""
 _NO_LOCK_FILE: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 """Errors after which a lock file cannot be created in a folder."""
 _NO_LOCKS: Final = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}

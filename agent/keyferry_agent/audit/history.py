@@ -112,7 +112,7 @@ class History:
         return None if None in times else max((time for time in times if time is not None), default=None)
 
     def is_complete(self, since: datetime | None = None) -> bool:
-        """Return whether no entry is missing (since a time, if given) from the first file's beginning to the last file's end."""
+        """Return whether no entry is missing (since a time, if given) between the first file's beginning and the last's end."""
         healed = self.healed
         return not self.problems or (since is not None and healed is not None and healed <= since)
 

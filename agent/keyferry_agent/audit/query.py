@@ -98,7 +98,7 @@ class _Matching(NamesOnly, ABC):
 
 
 class Counted(_Matching):
-    """Matching entries, counted: one group for each caller, operation, key and recipient."""
+    """Matching entries, counted in one group for each caller, operation, key and recipient."""
 
     NAMES: Final = (
         "uid",

@@ -14,9 +14,9 @@ __all__ = ["File", "Found", "find", "not_among"]
 
 _COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".lzo", ".lz", ".Z", ".zip", ".7z")
 _AFTER_NAME: Final = re.compile(r"[-._](?:.*[-._])?\d.*|\d{6,}.*", re.DOTALL)
-"""After the whole name: `.1`, `-20261129`, `-2026-11-29`, `-20261129-1764412345`, `.old-3`; but not `.sha256`."""
+"""Suffixes after the whole name: `.1`, `-20261129`, `-2026-11-29`, `-20261129-1764412345`, `.old-3`; but not `.sha256`."""
 _BEFORE_EXTENSION: Final = re.compile(r"[-._]\d[-._:TZ\d]*")
-"""Before the extension, with logrotate's `extension`: `audit-20261129.jsonl`, `audit.1.jsonl`."""
+"""Parts before the extension, with logrotate's `extension`: `audit-20261129.jsonl`, `audit.1.jsonl`."""
 _SNIFF_LINES: Final = 1_000
 
 

@@ -17,7 +17,7 @@ MAX_FAULTS: Final = 100
 """Faults of one file that are reported one by one."""
 
 Tally: TypeAlias = Callable[[dict[str, Any], datetime | None], None]
-"""Called with each entry of one file, and its time."""
+"""A function that is called with each entry of one file and the entry's time."""
 
 
 @dataclass

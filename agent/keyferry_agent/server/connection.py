@@ -50,7 +50,7 @@ class Connection:
         self._called.set()
 
     async def run(self) -> None:
-        """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
+        """Serve the connection until the peer closes it, violates the protocol, is late or exits, or until the agent drains."""
         try:
             async with trio.open_nursery() as watching:
                 if self._process is not None:
@@ -85,7 +85,7 @@ class Connection:
                 line.to_inspect = False
                 if not await self._identity.confirm():
                     return
-                self._rounds.serve_confirmed(line)  # nothing is awaited between
+                self._rounds.serve_confirmed(line)  # no await between `confirm` and this call
             else:
                 if line.refused:
                     await _linger(self._stream)

@@ -119,7 +119,7 @@ class OffloadedJob(NamedTuple):
 
 @dataclass(slots=True)
 class Exchange:
-    """The requests of one connection, between its messages and the bytes of its answers."""
+    """The requests of one connection, from received messages to encoded answers."""
 
     caller: Caller
     asked: deque[Message] = field(default_factory=deque)
@@ -223,7 +223,7 @@ class Dispatcher:
                 completed.append(CompletedRequest(job.msgid, job.audited, outcome))
                 continue
             audited = AuditEntry(job.audited.request_id, job.audited.started, job.audited.operation)
-            self._decide(exchange, job.message, audited)  # the same request, which counts once
+            self._decide(exchange, job.message, audited)  # not `_begin`: its rate counts a request once
         while exchange.asked and exchange.under_way < MAX_OFFLOADED:
             self._begin(exchange, exchange.asked.popleft())
 

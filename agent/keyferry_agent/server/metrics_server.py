@@ -63,7 +63,7 @@ class _Stream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self._limit()
-        self._connection.sendall(data)  # the socket's timeout is for all of it
+        self._connection.sendall(data)  # the socket's timeout covers the whole write
         return len(data)
 
     def _limit(self) -> None:

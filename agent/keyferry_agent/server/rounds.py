@@ -1,6 +1,6 @@
 """Rounds: one task serves all connections, with one batch of requests of each connection at a time.
 
-A round reads each ready connection once, and decides the requests and runs their jobs. It passes all audit entries to the
+A round reads each ready connection once, decides its requests, and runs their jobs. It passes all audit entries to the
 writer thread in one call, and sends the answers of each connection in one write(2). Every connection that was ready when the
 round began is served before the task polls again. So a connection waits for at most one batch of each other connection.
 
@@ -33,9 +33,9 @@ _SHARED_BATCH: Final = 8
 _SHARED_ROUNDS: Final = 8
 """Rounds with a single connection after which its batches are large again."""
 _MOMENT_SECONDS: Final = 0.0001
-"""How long to poll for the next request before blocking. Polling starts only after a request that came as soon."""
+"""Seconds to poll for the next request before blocking. The task polls only if its last wait was as short."""
 _LOOP_SECONDS: Final = 0.004
-"""How long polling may keep trio's event loop from running."""
+"""Seconds for which polling may keep trio's event loop from running."""
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
@@ -88,7 +88,7 @@ class Rounds:
     def resume(self, line: Line) -> None:
         """Serve a line again after its own task has finished with it."""
         line.aside = False
-        line.new_message = True  # the wait was not for the rest of a message
+        line.new_message = True  # the line was not waiting for the rest of a message
         self._call(line)
 
     def serve_confirmed(self, line: Line) -> None:
@@ -152,11 +152,11 @@ class Rounds:
         return min(next(iter(self._incomplete)).message_since + self._timeout(), self._last_look)
 
     async def _round(self) -> None:
-        """Serve each line once that is ready when the round begins."""
+        """Serve each ready line once."""
         now = trio.current_time()
         lines, self._next = self._next, {}
         for number, _ in self._poll.poll(0, max(1, len(self._lines))):
-            line = self._lines[number]  # each is unregistered before it is forgotten
+            line = self._lines[number]  # always present: a line is unregistered before it is deleted
             line.readable = True
             lines[line] = None
         if self._incomplete:
