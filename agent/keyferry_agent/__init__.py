@@ -3,4 +3,4 @@
 __all__ = ["__version__"]
 
 __version__ = "0.2.0.dev0"
-"""The same as the client library's, which is not imported for it: this package is, twice, when an agent starts."""
+"""Equal to the client library's version. Not imported from there, since a starting agent imports this package twice."""

@@ -11,7 +11,7 @@ _INTERRUPTED = 130
 def main() -> int:
     """Run the command. A command that opens a keyring runs in a process that protects keys."""
     interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if interruptible:  # what is imported here takes longer than Python's own start
+    if interruptible:  # the imports below take longer than Python's own start
         signal.signal(signal.SIGINT, lambda _number, _frame: os._exit(_INTERRUPTED))
     from keyferry import guard, streams  # noqa: PLC0415
 
@@ -28,7 +28,7 @@ def _run() -> int:
         from keyferry.output import complain  # noqa: PLC0415
 
         hardening.clear_freed_memory()
-        if words[0] != "run":  # the daemon hardens itself further, and logs what it cannot do
+        if words[0] != "run":  # the daemon hardens itself further, and logs the steps that fail
             os.umask(0o077)
             for failure in hardening.protect():
                 complain("keyferry-agent", f"warning: {failure}")
@@ -41,7 +41,10 @@ def _run() -> int:
 
 
 def _not_importable(error: Exception) -> int:
-    """Name the configuration of OpenSSL where the `cryptography` package cannot be imported with it; raise any other error."""
+    """Print which OpenSSL configuration prevents the import of the `cryptography` package, and return 1.
+
+    Raises any other import error again.
+    """
     from keyferry.libcrypto import cryptography_failure  # noqa: PLC0415 - other commands do without
 
     failure = cryptography_failure(error)

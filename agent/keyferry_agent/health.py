@@ -1,6 +1,6 @@
-"""How an agent is: the conditions that an operator should know of, and which of them keep calls from being answered.
+"""The health of an agent: the conditions that concern an operator, and the state that follows from them.
 
-Every caller may read the conditions, so their messages name no file and no key: those are in the log.
+Every caller may read the conditions. So their messages do not name files or keys, which are in the agent's log.
 """
 
 from typing import Final
@@ -35,11 +35,11 @@ MESSAGES: Final = {
     KEYRING_STALE: "the keyring's file was replaced and has not been opened; the keyring before it serves",
     UNSEAL_ABSENT: "the unseal secret is absent; the keyring serves from memory",
 }
-"""Every condition, the ones first that matter most."""
+"""All conditions with their messages, the most important first."""
 
 
 def state(conditions: list[str], *, refusing: bool) -> str:
-    """Return the state in one word. `refusing`: whether calls are refused that the audit log cannot record."""
+    """Return the state in one word. `refusing`: whether the agent refuses calls whose audit entries cannot be written."""
     if DRAINING in conditions:
         return "Draining"
     if SEALED in conditions:
@@ -48,10 +48,10 @@ def state(conditions: list[str], *, refusing: bool) -> str:
 
 
 def is_ready(state: str) -> bool:
-    """Return whether calls are answered in a state."""
+    """Return whether the agent answers calls in a state."""
     return state == "Serving"
 
 
 def described(conditions: list[str]) -> tuple[Condition, ...]:
-    """Return conditions as answers have them."""
+    """Return conditions in the form of a result."""
     return tuple(Condition(name, MESSAGES[name]) for name in conditions)

@@ -21,7 +21,7 @@ _ROOT: Final = 0
 
 
 class LockError(Exception):
-    """The lock cannot be had. The message names the lock file and what to do; the cause is the system's error, if any."""
+    """The lock cannot be acquired. The message names the lock file and a remedy; the cause is the system's error, if any."""
 
 
 def lock_file_of(path: Path) -> Path:
@@ -65,15 +65,15 @@ class Lock:
         self.release()
 
     def release(self) -> None:
-        """Give the lock back and remove the lock file. May be called once."""
-        # Removed while it is locked. A process that opened this file before sees that it is not the one at the path.
+        """Release the lock and remove the lock file. May be called once."""
+        # The file is removed while it is locked. A process that has opened it sees that the path no longer leads to it.
         with suppress(OSError):
             if self._is(self._descriptor):
                 self._file.unlink()
         os.close(self._descriptor)
 
     def _is(self, descriptor: int) -> bool:
-        """Whether the lock file at the path is the one behind a descriptor."""
+        """Return whether a descriptor refers to the lock file that is at the path now."""
         try:
             there = self._file.lstat()
         except FileNotFoundError:
@@ -107,11 +107,10 @@ class Lock:
             try:
                 descriptor = os.open(self._file, flags | os.O_CREAT | os.O_EXCL, _MODE)
             except FileExistsError:
-                with suppress(FileNotFoundError):  # its holder removed it meanwhile
+                with suppress(FileNotFoundError):  # the process that held the lock has removed the file
                     return os.open(self._file, flags)
             else:
                 if owner is not None and os.geteuid() == _ROOT:
-                    os.fchown(
-                        descriptor, owner.st_uid, owner.st_gid
-                    )  # never a file that was there: it may be another's
+                    # Only a newly created file: an existing one may belong to another user.
+                    os.fchown(descriptor, owner.st_uid, owner.st_gid)
                 return descriptor

@@ -1,4 +1,4 @@
-"""The checklist that a key daemon runs before it touches a key. Each step says what it is against."""
+"""Hardens the daemon's process before it reads a key. A comment at each step names the risk."""
 
 import os
 import resource
@@ -13,28 +13,28 @@ __all__ = ["HardeningError", "clears_freed_memory", "harden"]
 
 _FIRST_FREE: Final = 3
 _DESCRIPTORS: Final = 8_192
-"""To have, if the system allows it: the usual 1,024 are as many as connections, and leave none for anything else."""
+"""Descriptors to allow, up to the hard limit. The usual 1,024 equal the default limit of connections, and files need some."""
 
 
 class HardeningError(Exception):
-    """A step that the agent does not start without has failed. The message says which, and what to do."""
+    """A step that is required to start the agent has failed. The message names the step and a remedy."""
 
 
 def harden(keep: Collection[int] = ()) -> list[str]:
-    """Harden this process, and close all that it inherited but `keep`; return one message for each failed step.
+    """Harden this process, and close all inherited descriptors except `keep`. Return one message for each failed step.
 
-    Raises `HardeningError` where the process cannot see its descriptors.
+    Raises `HardeningError` if the process cannot list its descriptors.
     """
-    open_closed()  # no socket or key file becomes standard output
+    open_closed()  # so that no socket or key file gets the descriptor of a standard stream
     _close_inherited(keep)
-    os.umask(0o077)  # nothing is created that others can read, until somebody says so
+    os.umask(0o077)  # other users can read a new file only after an explicit chmod
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _DESCRIPTORS)), hard))
     return protect()
 
 
 def _close_inherited(keep: Collection[int]) -> None:
-    """Close what somebody left open by mistake: a connection, a terminal, somebody else's secret."""
+    """Close descriptors that a parent process left open by mistake: a connection, a terminal, a file with a secret."""
     try:
         names = os.listdir("/proc/self/fd")
     except OSError as error:
@@ -44,5 +44,5 @@ def _close_inherited(keep: Collection[int]) -> None:
         ) from None
     for name in names:
         if int(name) >= _FIRST_FREE and int(name) not in keep:
-            with suppress(OSError):  # the listing's own is closed already
+            with suppress(OSError):  # the descriptor of the listing itself is closed already
                 os.close(int(name))

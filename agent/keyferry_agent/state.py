@@ -1,4 +1,4 @@
-"""What the agent holds while it runs: settings, keyring, secret scratch memory, counters; and what it knows of a caller."""
+"""The state of a running agent: settings, keyring, secret scratch memory, counters, and the keys visible to each caller."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -25,19 +25,19 @@ __all__ = [
 ]
 
 _SHOWN_OTHERWISE: Final = (health.DRAINING, health.RELOAD_FAILED)
-"""Conditions that `status` shows by other words."""
+"""Conditions that `status` describes in other words."""
 OFFLOAD_THREADS: Final = 4
-"""Threads for slow jobs. More than cores would only make each take longer; four is more than most agents' share."""
+"""Threads for offloaded jobs. More threads than cores would only slow each job; most agents may use fewer than four cores."""
 _REMEMBERED: Final = 64
-"""Sets of grants whose keys are remembered: one for each kind of caller."""
+"""Sets of grants whose visible keys are cached. Callers with the same grants share one set."""
 MAX_BATCH: Final = 32
 """Requests of one connection in one round."""
 _SCRATCH: Final = (1 + OFFLOAD_THREADS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0])
-"""Bytes, 36 KiB: for each thread that works, one plaintext of any size, and the keys derived on the way beside it."""
+"""Bytes (36 KiB). Each working thread needs space for one plaintext of any size and for the keys derived meanwhile."""
 
 
 def locked_memory_needed(keyring: int) -> str:
-    """How much locked memory an agent needs in all, for a person, where its keyring takes so many bytes."""
+    """Return a sentence on how much locked memory an agent needs in all, if its keyring takes `keyring` bytes."""
     scratch = whole_pages(_SCRATCH)
     total = scratch + 2 * keyring
     return (
@@ -54,7 +54,7 @@ class VisibleKeys(NamedTuple):
 
     @classmethod
     def of(cls, keys: Iterable[Key]) -> Self:
-        """All of these keys."""
+        """Return these keys with their aliases."""
         made = tuple(keys)
         return cls(made, tuple((alias, key) for key in made for alias in key.aliases))
 
@@ -72,13 +72,13 @@ class RequestCounters:
     reloads_failed: int = 0
 
     def snapshot(self) -> Counters:
-        """The totals as GetAgentStatus answers them."""
+        """Return the totals in the form of a GetAgentStatus result."""
         return Counters(self.connections, self.connections_total, self.requests_total, self.requests_refused)
 
 
 @dataclass
 class ServerState:
-    """The state of a running agent. Changes happen synchronously, between two awaits; I/O comes after."""
+    """The state of a running agent. State changes are synchronous, without an await; I/O comes after them."""
 
     settings: Settings
     keyring: Keyring
@@ -88,17 +88,17 @@ class ServerState:
     started_at: str = field(default_factory=now)
     draining: bool = False
     generation: int = 0
-    """How often settings and keyring were replaced: a decision of an earlier generation holds no longer."""
+    """How often settings and keyring were replaced. A decision of an earlier generation no longer holds."""
     decision_cache: DecisionCache[Any] = field(default_factory=DecisionCache)
-    """What was decided of requests that may come again: it holds on to keys, so it goes with their keyring."""
+    """Cached decisions about requests. They refer to keys, so the cache is replaced together with the keyring."""
     reload_failure: str = ""
-    """What the last reload did not do, and why, for the operator; empty where it did all."""
+    """A message for the operator on the steps of the last reload that failed, and why; empty if none failed."""
     keyring_stale: bool = False
-    """Whether the keyring's file is another one than was loaded, and has not been opened."""
+    """Whether the keyring's file was replaced after it was loaded, and the new file has not been opened."""
     unseal_absent: bool = False
-    """Whether the file that opens the keyring is not there."""
+    """Whether the file with the unseal secret is absent."""
     audit_fails: Callable[[], bool] = lambda: False
-    """Returns whether the audit log could not be written the last time."""
+    """Returns whether the last write to the audit log failed."""
     _covered: dict[CallerGrants, VisibleKeys] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,14 +107,14 @@ class ServerState:
         self.scratch = SecretMemory(_SCRATCH, backing=self.settings.memory_backing, require=require)
 
     def adopt(self, settings: Settings, keyring: Keyring) -> None:
-        """Go on with other settings and another keyring. The old one is wiped with the last request that uses it."""
+        """Replace the settings and the keyring. The old keyring is wiped after the last request that uses it."""
         self.generation += 1
         self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
-        self.decision_cache = DecisionCache()  # a cache is of one generation: no decision of another can be found in it
+        self.decision_cache = DecisionCache()  # so that it contains decisions of one generation only
 
     def visible_keys(self, granted: CallerGrants) -> VisibleKeys:
-        """What some of these grants cover. Looked through once per keyring: probes and lists ask again and again."""
+        """Return the keys that these grants cover. Cached for each keyring, since probes and lists request them often."""
         grants = granted.grants
         visible_keys = self._covered.get(granted)
         if visible_keys is None:
@@ -129,13 +129,13 @@ class ServerState:
 
     @property
     def memory_protection(self) -> Protection:
-        """How all of the agent's secret memory is protected: as its weakest part."""
+        """The protection of the weakest part of the agent's secret memory."""
         kinds: tuple[Protection, ...] = ("none", "mlock", "memfd_secret")
         return min(self.scratch.protection, self.keyring.memory.protection, key=kinds.index)
 
     @property
     def conditions(self) -> list[str]:
-        """The conditions that hold now (`health`), the ones first that matter most."""
+        """The conditions that hold now (`health`), the most important first."""
         holding = {
             health.DRAINING: self.draining,
             health.SEALED: self.keyring.is_sealed,
@@ -152,7 +152,7 @@ class ServerState:
         return health.state(self.conditions, refusing=self.settings.audit.on_failure == "refuse")
 
     def status(self) -> str:
-        """How it is, in one line for people."""
+        """Return the agent's state in one line for an operator."""
         keys, connections = len(self.keyring.keys), self.counters.connections
         failure = f"{self.reload_failure}; " if self.reload_failure else ""
         conditions = [health.MESSAGES[name] for name in self.conditions if name not in _SHOWN_OTHERWISE]
@@ -174,7 +174,7 @@ class ServerState:
         )
 
     def plain_name(self, parameter: Parameter[str], key_id: str) -> str:
-        """A key ID or alias from any form of KeyId. Raises `InvalidParameter` for an ARN that is not of this agent."""
+        """Return the key ID or alias in any form of KeyId. Raises `InvalidParameter` for an ARN of another agent."""
         if not key_id.startswith("acs:"):
             return key_id
         prefix = self.settings.arn("")
@@ -188,5 +188,5 @@ class ServerState:
         return name if kind == "key" else f"alias/{name}"
 
     def names_of_key(self, key: Key) -> list[str]:
-        """All that a grant can call a key by: its ID, its aliases, and the ARNs of both."""
+        """Return all names of a key that a grant can contain: its ID, its aliases, and the ARNs of both."""
         return [each for name in (key.key_id, *key.aliases) for each in self.settings.names_of(name)]

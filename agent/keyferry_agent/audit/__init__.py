@@ -1,4 +1,4 @@
-"""The audit log: one agent (exclusive.py) writes it as a chain of lines (log.py); command.py verifies and searches it."""
+"""The audit log. One agent at a time (exclusive.py) writes it as a chain of lines (log.py); commands verify and search it."""
 
 from ..chained_log.file import Appended
 from .exclusive import lock

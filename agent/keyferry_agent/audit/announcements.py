@@ -18,11 +18,11 @@ KEYS: Final = "audit.keys"
 UNSEAL: Final = "audit.unseal"
 RESUMED: Final = "audit.resumed"
 _MAX_KEYS: Final = 3_584
-"""Bytes of the keys in one entry, so that a line stays below 4,096: so much a pipe takes whole, or not at all."""
+"""Bytes of the keys in one entry. They keep a line below PIPE_BUF (4,096): up to that, a write to a pipe is atomic."""
 
 
 def start(now: str, version: str, started_at: str, chain: str) -> str:
-    """Return the entry of an agent's start, a JSON object that is not closed yet. `chain`: as in `RecordFile.chain`."""
+    """Return the entry of an agent's start, a JSON object without its closing brace. `chain`: as in `RecordFile.chain`."""
     return _opened(
         {
             "time": now,
@@ -37,8 +37,9 @@ def start(now: str, version: str, started_at: str, chain: str) -> str:
 
 
 def key_lists(now: str, loaded_at: str, keys: Iterable[tuple[str, Iterable[str]]]) -> list[str]:
-    """Return the entries that name all keys of a keyring, each with its aliases. There are several for a large keyring, and an
-    entry for an empty one, too.
+    """Return the entries that name all keys of a keyring, each with its aliases.
+
+    A large keyring has several entries, and an empty keyring has one.
     """
     parts: list[list[str]] = [[]]
     room = _MAX_KEYS
@@ -56,7 +57,10 @@ def key_lists(now: str, loaded_at: str, keys: Iterable[tuple[str, Iterable[str]]
 
 
 def unsealing(now: str, peer: Peer, outcome: str, loaded_at: str) -> str:
-    """Return the entry of an attempt to unseal the keyring. `outcome`: "OK" or "Refused". `loaded_at`: of the keyring then."""
+    """Return the entry of an attempt to unseal the keyring.
+
+    `outcome`: "OK" or "Refused". `loaded_at`: the load time of the keyring in use after the attempt.
+    """
     return _opened(
         {
             "time": now,
@@ -73,14 +77,14 @@ def unsealing(now: str, peer: Peer, outcome: str, loaded_at: str) -> str:
 
 
 def resumed(now: str, unrecorded: int) -> str:
-    """Return the entry that follows a gap, with the number of requests that were not recorded."""
+    """Return the entry that follows a gap, with the number of requests without an audit entry."""
     return _opened({"time": now, "event": RESUMED, "level": "warning", "unrecorded": unrecorded})
 
 
 def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:
-    """Yield a key and its aliases as a member of a JSON object; several for aliases that one entry does not hold.
+    """Yield a key and its aliases as a member of a JSON object, or several members if the aliases do not fit into one entry.
 
-    No entry holds two of them: the second begins with what the first has no room for.
+    Two of these members never share an entry, since the second begins with an alias that did not fit into the first.
     """
     names = [quoted(alias) for alias in aliases]
     whole = f"{quoted(key_id)}: [{', '.join(names)}]"
@@ -98,7 +102,7 @@ def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:
 
 
 def names_in(fields: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the key IDs in an `audit.keys` entry, each with its aliases. Leaves out what an agent does not write."""
+    """Return the key IDs in an `audit.keys` entry, each with its aliases. Leaves out values that an agent does not write."""
     keys = fields.get("keys")
     if fields.get("event") != KEYS or not isinstance(keys, dict):
         return {}

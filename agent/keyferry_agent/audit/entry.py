@@ -1,4 +1,4 @@
-"""What the audit log has of one request: `AuditEntry`."""
+"""The audit fields of one request: `AuditEntry`."""
 
 from binascii import a2b_base64
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ __all__ = ["AuditEntry"]
 
 @dataclass(slots=True)
 class AuditEntry:
-    """What is to be said of one request, gathered on its way down. Only names and fingerprints: nothing secret."""
+    """The audit fields of one request, filled in while it is handled. They are names and hashes, never secrets."""
 
     request_id: str
     started: float
     operation: str = ""
     grant: str = ""
     by_program: bool = False
-    """Whether that grant names the caller's program."""
+    """Whether the grant names the caller's program."""
     key_id: str = ""
     key_version_id: str = ""
     destination_key_id: str = ""
@@ -26,27 +26,26 @@ class AuditEntry:
     recipient: str = ""
     context_keys: tuple[str, ...] = ()
     line: str = ""
-    """The part of its line that all requests equal to it share, once it was written (`audit`)."""
+    """The part of the line that all equal requests share. The audit log fills it in when it writes the first line."""
     ciphertext: str = ""
-    """The hash of the CiphertextBlob that was made, or that the request has."""
+    """The hash of the CiphertextBlob in the request or in its result."""
     destination_ciphertext: str = ""
     """The hash of the CiphertextBlob that ReEncrypt made."""
 
     def note(self, result: Any) -> None:
-        """Note the CiphertextBlob in the result of the request, where there is one."""
+        """Store the hash of the CiphertextBlob in the result of the request, if it contains one."""
         blob = getattr(result, "ciphertext_blob", None)
         if blob is None:
             return
-        made = ciphertext_hash(
-            a2b_base64(blob)
-        )  # what the agent encoded itself needs no strict decoding, which takes longer
+        # Strict decoding takes longer, and is not needed for a blob that the agent has encoded itself.
+        made = ciphertext_hash(a2b_base64(blob))
         if self.destination_key_id:
             self.destination_ciphertext = made
         else:
             self.ciphertext = made
 
     def again(self, request_id: str, started: float) -> "AuditEntry":
-        """The same, of another request that is equal to this one, before it has made a CiphertextBlob of its own."""
+        """Return the fields for an equal request with another ID and start time, without the hashes of CiphertextBlobs."""
         return AuditEntry(
             request_id,
             started,

@@ -15,18 +15,18 @@ __all__ = ["lock"]
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 LOCK_SECONDS: Final = 2.0
-"""After a restart the predecessor may need a moment to release its lock."""
+"""Seconds to wait for the lock. After a restart, the previous agent may need a moment to release it."""
 _NO_LOCK_FILE: Final = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
-"""Reasons for which a folder takes no lock file."""
+"""Errors after which a lock file cannot be created in a folder."""
 _NO_LOCKS: Final = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
-"""Reasons for which a file system has no locks."""
+"""Errors of a file system without locks."""
 
 
 def lock(path: str) -> Lock | None:
     """Lock an audit log for the life of an agent, beside the file that symbolic links lead to.
 
-    Returns None where there is nothing to lock: for "stderr", a device, or a pipe without a name in a folder. Returns None,
-    and logs a warning, where the folder takes no lock file. Blocks for `LOCK_SECONDS` at most. Raises `LockError`.
+    Returns None if there is nothing to lock: for "stderr", a device, or a pipe without a name in a folder. Returns None, and
+    logs a warning, if the folder cannot contain a lock file. Blocks for `LOCK_SECONDS` at most. Raises `LockError`.
     """
     real = Path(os.path.realpath(path))
     if path == "stderr" or not _is_lockable(path, real):
@@ -43,7 +43,7 @@ def lock(path: str) -> Lock | None:
 
 
 def _is_lockable(path: str, real: Path) -> bool:
-    """Whether a path names a file, or a pipe, in a folder; also one that the agent is about to make."""
+    """Return whether a path leads to a file or pipe in a folder, or to a file that the agent has still to create."""
     try:
         status = os.stat(path)
     except OSError:
@@ -52,5 +52,5 @@ def _is_lockable(path: str, real: Path) -> bool:
         return False
     try:
         return os.path.samestat(status, real.lstat())
-    except OSError:  # such as /dev/stdout, where it is a pipe
+    except OSError:  # for example, /dev/stdout that is a pipe
         return False

@@ -1,7 +1,7 @@
-"""Puts the files of an audit log in order by their content, and finds where the log is incomplete.
+"""Orders the files of an audit log by their content, and finds where the log is incomplete.
 
-Names and times can be wrong, so the chain decides: a file follows the file whose last entry its first entry holds the hash of.
-Each file is read once, as a stream. Where files or entries do not fit together, all are read again, to find out why.
+Names and times can be wrong, so the chain decides. A file's first entry contains the hash of the last entry in the file before.
+Each file is read once, as a stream. If files or entries do not fit together, all files are read again to find the cause.
 """
 
 import os
@@ -20,14 +20,14 @@ from .scan import Scan, Tally
 __all__ = ["Chain", "History", "Problem"]
 
 MAX_PLACES: Final = 8
-"""Places of one hash that are remembered: only copies have several."""
+"""Places to remember for one hash. Only copies of a file cause several."""
 _NEVER: Final = datetime.min.replace(tzinfo=UTC)
 
 
 class Problem(NamedTuple):
-    """A reason why an audit log is incomplete. `healed`: entries from this time on are not affected; None: all may be.
+    """A reason why an audit log is incomplete. `healed`: entries from this time on are not affected; None if all may be.
 
-    `older`: the first entry follows one that is in none of the files, as where log rotation has deleted old files.
+    `older`: only entries before the first one are missing, as after log rotation has deleted old files.
     """
 
     text: str
@@ -37,7 +37,7 @@ class Problem(NamedTuple):
 
 @dataclass
 class Chain:
-    """Entries that follow each other, over all files. `start`: the entry of the agent's start, in a stream's chain."""
+    """Entries that follow each other across files. `start`: the entry of the agent's start, for a chain in a stream."""
 
     start: Mapping[str, Any] | None
     begins: datetime | None
@@ -48,7 +48,7 @@ class Chain:
 
 
 class _Place(NamedTuple):
-    """An entry: its file, its number among the entries of the file from 1 on, and its line."""
+    """The place of an entry: its file, its number among the entries of the file (from 1), and its line."""
 
     scan: Scan
     order: int
@@ -56,7 +56,7 @@ class _Place(NamedTuple):
 
 
 class History:
-    """An audit log, read from its files. `tally` makes a `Tally` for each file; `current` is the file that the agent writes."""
+    """An audit log, read from its files. `tally` returns a `Tally` for each file; `current` is the file the agent writes."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class History:
         for scan in scans:
             scan.read()
         self.moved = any(scan.moved for scan in scans)
-        """Whether a log rotation has exchanged files meanwhile: then the files have to be found again."""
+        """Whether a log rotation has renamed files meanwhile, so that the files have to be found again."""
         self.notes: list[str] = []
         self._places: dict[str, list[_Place]] = {}
         whole = [scan for scan in scans if scan.count]
@@ -87,9 +87,9 @@ class History:
         self._unreadable = [scan for scan in scans if not scan.count and scan.faults]
         self._streams = any(_is_stream(scan) for scan in scans)
         self.chains = _joined(self._scans)
-        """The chains, oldest first: one for each start of an agent that writes to a stream."""
+        """The chains, oldest first. An agent that writes to a stream begins a chain at each start."""
         self.files = [scan.path for scan in self._scans]
-        """The files that have entries, oldest first."""
+        """The files with entries, oldest first."""
         self.count = sum(scan.count for scan in self._scans)
         self.last = self._scans[-1].last if self._scans else ""
         self.tallies = [scan.tally for scan in self._scans]
@@ -102,17 +102,17 @@ class History:
 
     @property
     def only_older_missing(self) -> bool:
-        """Whether the chain is whole from its first entry, and nothing but entries before it is missing."""
+        """Whether entries are missing, but only before the first entry, so that the chain is whole from there on."""
         return bool(self.problems) and all(problem.older for problem in self.problems)
 
     @property
     def healed(self) -> datetime | None:
-        """The time from which on no entry is missing, if there are problems; None if there is no such time."""
+        """The time from which on no entry is missing, if there are problems. None without problems or without such a time."""
         times = [problem.healed for problem in self.problems]
         return None if None in times else max((time for time in times if time is not None), default=None)
 
     def is_complete(self, since: datetime | None = None) -> bool:
-        """Whether no entry is missing, at all or since a time, between the first file's beginning and the last file's end."""
+        """Return whether no entry is missing (since a time, if given) between the first file's beginning and the last's end."""
         healed = self.healed
         return not self.problems or (since is not None and healed is not None and healed <= since)
 
@@ -125,7 +125,7 @@ class History:
                 yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins)
             elif number is not None and not scan.is_started and (number or scan.previous != BEGINNING):
                 text = self._why(scan.previous, rank, 0, oldest=not number)
-                # From a stream's chain nothing is deleted as a rule: it is to be whole from its start entry.
+                # Entries of a stream's chain are not deleted as a rule, so the chain has to be whole from its start entry.
                 oldest = not number and scan.previous not in self._places and not self._streams
                 yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins, older=oldest)
             after = self._scans[rank + 1].begins if rank + 1 < len(self._scans) else None
@@ -138,7 +138,7 @@ class History:
                 yield Problem(text, fault.healed or after)
 
     def _of_files(self, problems: Iterable[str], not_given: Iterable[str], current: Path | None) -> Iterable[Problem]:
-        # The chain reaches from the first entry to the file that the agent writes: a file that cannot be read is older.
+        # If the chain reaches from the first entry to the file that the agent writes, an unreadable file must be older.
         continued = current is not None and bool(self._scans) and self._scans[-1].path == current
         older = self.begins if continued else None
         for scan in self._unreadable:
@@ -149,7 +149,7 @@ class History:
             yield Problem(text, self.begins)
 
     def _why(self, held: str, rank: int, index: int, *, oldest: bool = False) -> str:
-        """Return why an entry does not follow the one before it. `rank` and `index`: the place where it is."""
+        """Return why an entry does not follow the entry before it. `rank` and `index`: its file and its place in the file."""
         if held == BEGINNING:
             return (
                 "begins a new chain: the agent was started without the older entries, or a line was taken out or moved; "
@@ -175,7 +175,7 @@ class History:
         )
 
     def _without_copies(self, scans: Sequence[Scan]) -> list[Scan]:
-        """Leave out each file whose entries are all in another file, too."""
+        """Return the files without those whose entries are all in another file, too."""
         kept: list[Scan] = []
         for scan in sorted(scans, key=lambda each: (-each.count, len(each.faults), each.file.optional)):
             original = next((other for other in kept if self._contains(other, scan)), None)
@@ -195,7 +195,7 @@ class History:
         return any(start + scan.count in ends for start in starts)
 
     def _connected(self, chains: Sequence[list[Scan]]) -> list[list[Scan]]:
-        """Leave out chains of optional files only: another audit log with a similar name."""
+        """Return the chains without those that have only optional files: these belong to another log with a similar name."""
         for chain in chains:
             if all(scan.file.optional for scan in chain):
                 self.notes += [f"{scan.path}: not connected with this audit log; left out" for scan in chain]
@@ -203,7 +203,7 @@ class History:
 
 
 def _chains(scans: Iterable[Scan]) -> list[list[Scan]]:
-    """Return the files as chains: each file follows the one before it. The chain that begins first comes first."""
+    """Group the files into chains, in which each file follows the one before it. The chain that begins first comes first."""
     ordered = sorted(scans, key=_begins)
     followers: dict[str, list[Scan]] = {}
     for scan in ordered:
@@ -211,7 +211,7 @@ def _chains(scans: Iterable[Scan]) -> list[list[Scan]]:
     ends = {scan.last for scan in ordered}
     chains: list[list[Scan]] = []
     used: set[int] = set()
-    for start in sorted(ordered, key=lambda scan: scan.previous in ends):  # files that follow another file come last
+    for start in sorted(ordered, key=lambda scan: scan.previous in ends):  # files that follow another one come last
         chain: list[Scan] = []
         following = [start]
         while following := [scan for scan in following if id(scan) not in used]:
@@ -224,7 +224,7 @@ def _chains(scans: Iterable[Scan]) -> list[list[Scan]]:
 
 
 def _joined(scans: Iterable[Scan]) -> list[Chain]:
-    """Return the chains that the parts of files are, in the files' order."""
+    """Join the parts of files into chains, in the files' order."""
     chains: list[Chain] = []
     for scan in scans:
         for part in scan.parts:
@@ -240,7 +240,7 @@ def _joined(scans: Iterable[Scan]) -> list[Chain]:
 
 
 def _is_stream(scan: Scan) -> bool:
-    """Whether a file holds what an agent wrote to a stream: it has starts of such an agent, or other lines, or is a pipe."""
+    """Return whether an agent wrote a file as a stream: it contains stream starts or other lines, or is not a regular file."""
     if scan.others or any(part.start is not None for part in scan.parts):
         return True
     try:
@@ -254,14 +254,14 @@ def _begins(scan: Scan) -> datetime:
 
 
 def _locate(scans: Collection[Scan]) -> dict[str, list[_Place]]:
-    """Read the files again, and return the places of the entries that other entries hold the hash of."""
+    """Read the files again, and return the places of entries by their hash, for the hashes that other entries contain."""
     places: dict[str, list[_Place]] = {scan.last: [] for scan in scans}
     for scan in scans:
         for held in (scan.previous, *(fault.held for fault in scan.faults)):
             if held is not None:
                 places[held] = []
     for scan in scans:
-        if not os.path.isfile(scan.path):  # a pipe can be read once only
+        if not os.path.isfile(scan.path):  # a pipe can be read only once
             continue
         index = 0
         try:
@@ -272,7 +272,7 @@ def _locate(scans: Collection[Scan]) -> dict[str, list[_Place]]:
                     if found is not None and len(found) < MAX_PLACES:
                         found.append(_Place(scan, index, line.number))
         except (ChainError, OSError):
-            continue  # reported when it was read the first time
+            continue  # the error was reported when the file was read the first time
     return places
 
 

@@ -1,6 +1,7 @@
-"""Writes the record of requests: one JSON line for each, also for the refused, before its answer leaves.
+"""Writes the audit log: one JSON line for each request, including refused requests, before the answer is sent.
 
-Fields come from a fixed list: names, hashes and outcomes. Never a value of an EncryptionContext, a blob or key material.
+Fields come from a fixed list: names, hashes and outcomes. They never contain the values of an EncryptionContext, a
+CiphertextBlob or key material.
 """
 
 import functools
@@ -29,25 +30,25 @@ from .writer_thread import WriterThread
 __all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
 
 _PEERS: Final = 1_024
-"""Callers whose part of a line is remembered."""
+"""Callers and programs whose part of a line is cached."""
 MAX_GROUPS: Final = 64
-"""Groups to list of one request."""
+"""Groups of a caller that one entry lists."""
 MAX_CONTEXT_KEYS: Final = 32
 MAX_KEY_CHARACTERS: Final = 40
-"""Characters of a context's key to record. A line stays below 4,096 bytes: so much a pipe takes whole, or not at all."""
+"""Characters of an EncryptionContext's key in an entry. A line stays below PIPE_BUF (4,096), so that pipe writes are atomic."""
 MAX_CONTEXT_KEYS_BYTES: Final = 1_280
-"""Bytes of all of them in the line, for the same reason: one character may take twelve."""
+"""Bytes of all context keys in a line, for the same reason. One character may take twelve bytes in JSON."""
 _LONGEST_PROGRAM: Final = 512
-"""Bytes of the program's path and hash, likewise."""
+"""Bytes of the program's path and hash in a line, for the same reason."""
 _DONE: Final = frozenset({"OK", "DryRunOperationError"})
 _SERVER_ERROR: Final = 500
 
 
 class AuditLog:
-    """Appends lines that form a chain (`chain`) to a file (`file`), and waits for it only so long (`waiting`)."""
+    """Appends lines that form a chain (`chained_log`) to a file. A call blocks for a bounded time (`writer_thread`)."""
 
     def __init__(self, settings: Audit, lock: Lock | None = None) -> None:
-        """Open the file, and keep its lock. Raises OSError."""
+        """Open the file, and hold its lock until `close`. Raises OSError."""
         self._path = settings.path
         self._hand = WriterThread()
         self._file = self._hand.call(RecordFile, settings.path)
@@ -61,29 +62,29 @@ class AuditLog:
         """Whether the last entry could not be written."""
 
     def begin(self, started_at: str) -> None:
-        """Write the entry of this agent's start, or have it written before the first request's, if that is impossible now."""
+        """Write the entry of this agent's start. If that fails, it is written before the first request's entry."""
         now = _time_of_day(time.time())
         self._announce([announcements.start(now, __version__, started_at, self._file.chain)])
 
     def name_keys(self, keyring: Keyring) -> None:
-        """Write the entries that name the keys of a keyring, if they have other names than those in the entries before."""
+        """Write the entries that name the keys of a keyring, if the keys or their aliases have changed since the last call."""
         named = tuple((key.key_id, key.aliases) for key in keyring.keys.values())
         if named != self._named:
             self._named = named
             self._announce(announcements.key_lists(_time_of_day(time.time()), keyring.loaded_at, named))
 
     def unsealed(self, peer: Peer, outcome: str, loaded_at: str) -> None:
-        """Write the entry of an attempt to unseal the keyring, or have it written before the next request's."""
+        """Write the entry of an attempt to unseal the keyring. If that fails, it is written before the next request's entry."""
         now = _time_of_day(time.time())
         self._announce([announcements.unsealing(now, peer, outcome, loaded_at)])
 
     @property
     def gap(self) -> int:
-        """Requests whose entries could not be written since the last entry that says so."""
+        """Requests whose entries could not be written since the last `audit.resumed` entry."""
         return self.failures - self._resumed_at
 
     def resume(self) -> bool:
-        """Write the entry that ends a gap. Returns False where nothing can be written yet."""
+        """Write the entry that ends a gap. Return False if the audit log cannot be written yet."""
         failures = self.failures
         if self._append([announcements.resumed(_time_of_day(time.time()), self.gap)]).error is None:
             self._resumed_at = failures
@@ -91,18 +92,18 @@ class AuditLog:
 
     def _announce(self, lines: list[str]) -> None:
         self._file.announce(lines)
-        with suppress(OSError):  # then they come before the next request's entry, which cannot be written without them
+        with suppress(OSError):  # on failure they are written before the next request's entry, never after it
             self._hand.call(self._file.append, [])
 
     def reopen(self) -> None:
-        """Open the file again, after it was moved away, and go on with the chain in the new one.
+        """Open the path again after its file was moved away, and continue the chain in the new file.
 
-        Raises OSError; then nothing can be recorded until it succeeds.
+        Raises OSError. After that, no entry can be written until a later call succeeds.
         """
         self._hand.call(self._file.reopen)
 
     def moved(self) -> bool:
-        """Whether another file, or none, is where this one was. Asks the file system, which may hang."""
+        """Return whether the path no longer leads to the open file. Calls the file system, which may hang."""
         if self._path == "stderr":
             return False
         try:
@@ -113,23 +114,23 @@ class AuditLog:
 
     @property
     def lag(self) -> float:
-        """Seconds that the last write took, or that one has taken which is not done in time."""
+        """Seconds that the last write took, or that a late write has taken so far."""
         return self._hand.lag
 
     def close(self) -> None:
-        """Release the lock, at the end of the agent.
+        """Release the lock at the end of the agent.
 
-        A hanging write may still reach the file. Then the lock is released after it, by its thread or by the end of the
-        process: no other agent writes before.
+        A hanging write may still reach the file. Then its thread or the end of the process releases the lock after the write,
+        so that no other agent writes before.
         """
         if self._lock is not None:
             self._hand.finish(self._lock.release)
 
     def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
-        """Write an entry for each request of a peer, with its outcome, all in one hand-over to the writer thread.
+        """Write an entry for each request, with its peer and its outcome, in one call of the writer thread.
 
-        Returns how many were written, and why not all. An entry that was given up may still be written: of a request that
-        was refused because of that.
+        Returns the number of entries that were written, and the error if not all were. After a timeout, an entry may still be
+        written although its request was refused because of the timeout.
         """
         now = _time_of_day(time.time())
         lines = []
@@ -153,7 +154,7 @@ class AuditLog:
 
 
 def _time_of_day(now: float) -> str:
-    """In RFC 3339, to the millisecond."""
+    """Return a Unix time in the format of RFC 3339, with milliseconds."""
     milliseconds = int(now * 1_000)
     return f"{_second(milliseconds // 1_000)}.{milliseconds % 1_000:03}+00:00"
 
@@ -164,9 +165,9 @@ def _second(now: int) -> str:
 
 
 def _line(now: str, caller: str, audited: AuditEntry, outcome: str, program: str = "") -> str:
-    """All of a line but the hash of the one before it, and what closes it.
+    """Return a line without the hash of the line before it and without its closing brace.
 
-    By hand, since every request has one: json.dumps takes three times as long for a dictionary of these.
+    Formatted by hand because every request needs a line: json.dumps takes three times as long for a dictionary of the fields.
     """
     if not audited.line:
         audited.line = _of_request(audited)
@@ -179,7 +180,7 @@ def _line(now: str, caller: str, audited: AuditEntry, outcome: str, program: str
 
 
 def _of_outcome(outcome: str) -> str:
-    """The outcome's field, and the level: `error` for what could not be done, `warning` for what was refused."""
+    """Return the fields of the outcome and the level: `error` for a failure of the agent, `warning` for a refusal."""
     known = CODES.get(outcome)
     refused = "error" if known is not None and known.http_status >= _SERVER_ERROR else "warning"
     return f'"outcome": {quoted(outcome)}, "level": "{"info" if outcome in _DONE else refused}"'
@@ -206,7 +207,7 @@ def _listed(keys: Sequence[str]) -> str:
 
 
 def _of_peer(peer: Peer) -> str:
-    # There may be 65,536 groups: only those that are listed become a key of the cache.
+    # A peer may have 65,536 groups. Only the listed groups become part of the cache's key.
     listed = tuple(sorted(set(itertools.islice(peer.gids, MAX_GROUPS))))
     return _described(peer.uid, listed, peer.pid, peer.unit, peer.listener)
 
@@ -218,7 +219,7 @@ def _described(uid: int | None, gids: tuple[int, ...], pid: int | None, unit: st
 
 @functools.lru_cache(maxsize=_PEERS)
 def _of_program(exe: str | None, sha256: str | None) -> str:
-    """The fields of a caller's program, for requests that were granted to it."""
+    """Return the fields of a caller's program, for requests that a grant on this program allows."""
     while len(shown := json.dumps({"exe": exe, "sha256": sha256})[1:-1]) > _LONGEST_PROGRAM and exe:
         exe = exe[: len(exe) * 3 // 4]
     return f"{shown}, "

@@ -1,4 +1,4 @@
-"""The names of master keys: from the keyring as it is now, and from the audit log as they were when it was written."""
+"""The names of master keys: the current names from the keyring, and the names at the time of each entry from the audit log."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ _KEY_ID: Final = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}
 
 
 class Period(NamedTuple):
-    """The first and the last time at which an entry has a name for a key; None where an entry has no time."""
+    """The first and the last time at which an entry has a name for a key. None for an entry without a time."""
 
     first: datetime | None
     last: datetime | None
@@ -30,22 +30,22 @@ class Period(NamedTuple):
         return f"at {first}" if first == last else f"from {first} to {last}"
 
     def joined(self, other: "Period") -> "Period":
-        """Return the period that has both."""
+        """Return the shortest period that contains both periods."""
         firsts = [time for time in (self.first, other.first) if time is not None]
         lasts = [time for time in (self.last, other.last) if time is not None]
         return Period(min(firsts, default=None), max(lasts, default=None))
 
 
 class LoggedNames:
-    """Which alias named which key, by the `audit.keys` entries of an audit log."""
+    """The keys that each alias has named, by the `audit.keys` entries of an audit log."""
 
     def __init__(self) -> None:
         self.aliases: dict[str, dict[str, Period]] = {}
-        """For each alias the IDs of the keys that it has named, and when."""
+        """For each alias, the IDs of the keys that it has named, with the periods."""
         self._newest: datetime | None = None
 
     def take(self, fields: Mapping[str, Any], time: datetime | None) -> None:
-        """Take the names in an entry, if it has any."""
+        """Add the names in an entry, if it contains any."""
         names = names_in(fields)
         if names and time is not None and (self._newest is None or time > self._newest):
             self._newest = time
@@ -54,7 +54,7 @@ class LoggedNames:
                 self._add(alias, key_id, Period(time, time))
 
     def merge(self, others: Iterable["LoggedNames"]) -> None:
-        """Take the names in other files."""
+        """Add the names from other files."""
         for other in others:
             if other._newest is not None and (self._newest is None or other._newest > self._newest):
                 self._newest = other._newest
@@ -63,7 +63,7 @@ class LoggedNames:
                     self._add(alias, key_id, period)
 
     def current(self, name: str) -> list[str]:
-        """Return the ID and the aliases of a key by one of them, as the newest entries have them; none for another name."""
+        """Return the ID and all aliases of the key with the ID or alias `name`, by the newest entries. Empty if unknown."""
         now = {
             alias: key_id
             for alias, keys in self.aliases.items()
@@ -80,13 +80,13 @@ class LoggedNames:
 
 
 def plain_name(name: str) -> str:
-    """Return the key ID or alias in an ARN, or behind `key/`; an ID in lower case, as the agent writes it."""
+    """Return the key ID or alias in an ARN, or after `key/`. An ID is in lower case, as the agent writes it."""
     plain = (name.rpartition(":")[2] if name.startswith("acs:") else name).removeprefix("key/")
     return plain.lower() if _KEY_ID.fullmatch(plain) else plain
 
 
 def open_keyring(settings: Settings | None) -> Document:
-    """Read the keyring of a configuration, as it is now. Raises `KeyringError`, with the reason, where that is impossible."""
+    """Read the current keyring of a configuration. Raises `KeyringError` with the reason if that is impossible."""
     if settings is None:
         raise KeyringError("no configuration is given: --config leads to the keyring")
     if settings.keyring is None or settings.unseal is None:

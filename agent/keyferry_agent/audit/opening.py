@@ -1,4 +1,4 @@
-"""Opens the audit log that a command is to read, and reports which files were read and from when on it is complete."""
+"""Opens the audit log for a command, and reports which files were read and from which time on the log is complete."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -24,7 +24,7 @@ _MAX_ATTEMPTS: Final = 5
 def open_history(
     files: Sequence[Path], settings: Settings | None, tally: Callable[[], Tally] | None, *, option: str = "files"
 ) -> History:
-    """Read the files that are named, or those of the configuration. Raises `ChainError`."""
+    """Read the named files, or the files of the configuration if none is named. Raises `ChainError`."""
     if files:
         paths = dict.fromkeys(files)
         beside = [
@@ -50,7 +50,7 @@ def open_history(
 
 
 def report(history: History, since: datetime | None) -> None:
-    """Print which files were read, and from when on the audit log is complete."""
+    """Print which files were read, and from which time on the audit log is complete."""
     if history.files:
         say(f"read, oldest first: {', '.join(map(str, history.files))}")
     for text in history.notes:
@@ -76,5 +76,5 @@ def say(text: str) -> None:
 
 
 def time_text(time: datetime | None) -> str:
-    """Return a time as it is printed."""
+    """Return a time in the form in which it is printed."""
     return "an unknown time" if time is None else time.isoformat(timespec="milliseconds")

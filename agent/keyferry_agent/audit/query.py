@@ -1,4 +1,4 @@
-"""What `audit who` asks for: which entries match, counted in groups, or kept one by one."""
+"""The query of `audit who`: finds the matching entries, and counts them in groups or keeps them one by one."""
 
 import json
 import tempfile
@@ -13,13 +13,13 @@ from .names import LoggedNames
 __all__ = ["RELEASES", "Counted", "Listed", "NamesOnly", "Query", "Spool", "names_of"]
 
 RELEASES: Final = ("GenerateAndExportDataKey", "ExportDataKey", "GenerateDataKey", "Decrypt", "ReEncrypt")
-"""Operations that give a caller what is under a key, or let it get there under another key."""
+"""Operations that return a data key to a caller, or re-encrypt it under another key, with which the caller may decrypt it."""
 _MAYBE_MORE_BYTES: Final = MAX_CONTEXT_KEYS_BYTES - 12 * MAX_KEY_CHARACTERS - 4
-"""A list of context keys that is as long may have been cut off: one more key takes at most so many bytes in JSON."""
+"""Bytes in JSON from which on a list of context keys may have been cut off, because one more key might not have fit."""
 
 
 class Query(NamedTuple):
-    """The entries that are asked for. None: any."""
+    """The conditions of a query. None matches any value."""
 
     operations: tuple[str, ...] = RELEASES
     uid: int | None = None
@@ -33,7 +33,7 @@ class Query(NamedTuple):
     until: datetime | None = None
 
     def matches(self, fields: dict[str, Any], time: datetime | None) -> bool:
-        """Whether an entry is asked for, whatever its key and its context are. An entry without a time is so at any time."""
+        """Return whether an entry matches, apart from its key and its context. An entry without a time matches any time."""
         wanted = ((self.uid, "uid"), (self.unit, "unit"), (self.recipient, "recipient"), (self.grant, "grant"))
         return (
             fields.get("event") == "audit"
@@ -47,7 +47,7 @@ class Query(NamedTuple):
         )
 
     def has_context_key(self, fields: dict[str, Any]) -> bool | None:
-        """Whether an entry has the key of the EncryptionContext; None where its list may have been cut off before it."""
+        """Return whether an entry has the key of the EncryptionContext; None if its list of keys may have been cut off."""
         if self.context_key is None:
             return True
         keys = fields.get("context_keys")
@@ -64,7 +64,7 @@ def _one_of(value: str | None, fields: dict[str, Any], *names: str) -> bool:
 
 
 class NamesOnly:
-    """The names of keys in one file."""
+    """A tally that collects the names of keys in one file."""
 
     def __init__(self) -> None:
         self.names = LoggedNames()
@@ -75,13 +75,13 @@ class NamesOnly:
 
 
 class _Matching(NamesOnly, ABC):
-    """A tally of the entries that match a query; a subclass decides what it keeps of each."""
+    """A tally of the entries that match a query. A subclass defines how it keeps them."""
 
     def __init__(self, query: Query) -> None:
         super().__init__()
         self._query = query
         self.undecided = 0
-        """Entries of which it is not known whether they have the key of the EncryptionContext."""
+        """Entries whose list of context keys may have been cut off, so that a match is uncertain."""
 
     def __call__(self, fields: dict[str, Any], time: datetime | None) -> None:
         """Take an entry."""
@@ -98,7 +98,7 @@ class _Matching(NamesOnly, ABC):
 
 
 class Counted(_Matching):
-    """Matching entries, counted: one group for each caller, operation, key and recipient."""
+    """Matching entries, counted in one group for each caller, operation, key and recipient."""
 
     NAMES: Final = (
         "uid",
@@ -117,12 +117,12 @@ class Counted(_Matching):
         self._groups: dict[str, dict[str, Any]] = {}
 
     def add(self, later: "Counted") -> None:
-        """Add all groups of a later file."""
+        """Add the groups of a later file."""
         for group in later._groups.values():
             self._add(group)
 
     def of(self, keys: Collection[str] | None) -> list[dict[str, Any]]:
-        """Return the groups of some keys; None: of all."""
+        """Return the groups of some keys; for None, of all keys."""
         return [group for group in self._groups.values() if is_of(group, keys)]
 
     def _found(self, fields: dict[str, Any]) -> None:
@@ -137,7 +137,7 @@ class Counted(_Matching):
 
 
 class Spool:
-    """A file without a name, for entries that are printed when the order of the audit log's files is known."""
+    """A temporary file without a name. It keeps matching entries until the order of the audit log's files is known."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
@@ -167,7 +167,7 @@ class Spool:
 
 
 class Listed(_Matching):
-    """Matching entries, one by one: kept in a spool, so that memory does not grow with them."""
+    """Matching entries, kept one by one in a spool, so that memory does not grow with their number."""
 
     NAMES: Final = (
         "time",
@@ -196,7 +196,7 @@ class Listed(_Matching):
         self._begin = self._end = 0
 
     def of(self, keys: Collection[str] | None) -> Iterator[dict[str, Any]]:
-        """Yield the entries of some keys; None: of all."""
+        """Yield the entries of some keys; for None, of all keys."""
         for line in self._spool.lines(self._begin, self._end):
             fields = json.loads(line)
             if is_of(fields, keys):
@@ -204,19 +204,19 @@ class Listed(_Matching):
 
     def _found(self, fields: dict[str, Any]) -> None:
         kept = {name: fields[name] for name in self.NAMES if name in fields}
-        if not self._end:  # files are read one after the other: what is found in one is in one piece
+        if not self._end:  # files are read one after the other, so the entries of one file are contiguous
             self._begin = self._spool.size
         self._spool.append(json.dumps(kept).encode() + b"\n")
         self._end = self._spool.size
 
 
 def is_of(fields: dict[str, Any], keys: Collection[str] | None) -> bool:
-    """Whether an entry is about one of some keys: of ReEncrypt, also as the destination."""
+    """Return whether an entry is about one of `keys`, for ReEncrypt also as the destination. None matches any key."""
     return keys is None or fields.get("key_id") in keys or fields.get("destination_key_id") in keys
 
 
 def names_of(tallies: Iterable[NamesOnly]) -> LoggedNames:
-    """Return the names of keys that all files have."""
+    """Return the names of keys from all files together."""
     names = LoggedNames()
     names.merge(tally.names for tally in tallies)
     return names

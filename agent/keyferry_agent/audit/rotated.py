@@ -14,15 +14,17 @@ __all__ = ["File", "Found", "find", "not_among"]
 
 _COMPRESSED: Final = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".lzma", ".lzo", ".lz", ".Z", ".zip", ".7z")
 _AFTER_NAME: Final = re.compile(r"[-._](?:.*[-._])?\d.*|\d{6,}.*", re.DOTALL)
-"""After the whole name: `.1`, `-20261129`, `-2026-11-29`, `-20261129-1764412345`, `.old-3`; but not `.sha256`."""
+"""Suffixes after the whole name: `.1`, `-20261129`, `-2026-11-29`, `-20261129-1764412345`, `.old-3`; but not `.sha256`."""
 _BEFORE_EXTENSION: Final = re.compile(r"[-._]\d[-._:TZ\d]*")
-"""Before the extension, with logrotate's `extension`: `audit-20261129.jsonl`, `audit.1.jsonl`."""
+"""Parts before the extension, with logrotate's `extension`: `audit-20261129.jsonl`, `audit.1.jsonl`."""
 _SNIFF_LINES: Final = 1_000
 
 
 class File(NamedTuple):
-    """A file to read. `optional`: it counts only if its chain is connected with that of the others. `mixed`: lines that do not
-    claim to be audit entries do not matter, as in a journal.
+    """A file to read.
+
+    `optional`: the file counts only if its chain is connected with the chain of the others. `mixed`: the file may contain
+    lines that do not look like audit entries, as a journal does.
     """
 
     path: Path
@@ -32,16 +34,16 @@ class File(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The files of an audit log, and a message for each that looks like one and cannot be read."""
+    """The files of an audit log, and a message for each path that looks like such a file and cannot be read."""
 
     files: list[File]
     problems: list[str]
 
 
 def find(current: Path) -> Found:
-    """Return the file that an agent writes to, and the rotated files beside it, in no order.
+    """Return the file to which an agent writes and the rotated files in its folder, unordered.
 
-    Raises `ChainError` where the agent does not write to a file.
+    Raises `ChainError` if `current` is not a regular file.
     """
     files: dict[Identity, File] = {}
     problems: list[str] = []
@@ -59,7 +61,7 @@ def find(current: Path) -> Found:
 
 
 def not_among(files: Iterable[Path]) -> list[Path]:
-    """Return the rotated files of `files` that are not among them."""
+    """Return the rotated files that belong to `files` and are missing from them."""
     known: dict[Identity, File] = {}
     paths = []
     for path in files:
@@ -104,7 +106,7 @@ def _look_beside(current: Path, files: dict[Identity, File], problems: list[str]
 
 
 def _look_before(path: Path, files: dict[Identity, File]) -> None:
-    """Add the file that the agent writes, and its other rotated files, where `path` is a rotated one."""
+    """If `path` is a rotated file, add the file to which the agent writes, and its other rotated files."""
     try:
         names = sorted(os.listdir(path.parent))
     except OSError:
@@ -122,8 +124,10 @@ def _look_before(path: Path, files: dict[Identity, File]) -> None:
 
 
 def _likeness(name: str, current: str) -> tuple[bool, bool, bool]:
-    """Return whether logrotate makes such a name, whether it begins with the current name, and whether it differs from the
-    current name in the middle only.
+    """Compare a file's name with the current file's name.
+
+    Return whether logrotate may have made the name, whether it begins with the current name, and whether the two differ only in
+    the middle.
     """
     plain = next((name.removesuffix(end) for end in _COMPRESSED if name.endswith(end)), name)
     if name == current:
@@ -138,7 +142,7 @@ def _likeness(name: str, current: str) -> tuple[bool, bool, bool]:
 
 
 def _has_entries(path: Path) -> bool:
-    """Whether the first lines of a file have an audit entry."""
+    """Return whether the first lines of a file contain an audit entry."""
     try:
         return any(entry(path, line) is not None for line in islice(lines(path), _SNIFF_LINES))
     except (ChainError, OSError):

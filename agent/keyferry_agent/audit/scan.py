@@ -1,4 +1,4 @@
-"""One file of an audit log, as it was read: how its entries follow each other, and which lines do not fit."""
+"""Reads one file of an audit log: checks how its entries follow each other, and notes the lines that do not fit."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,12 +17,16 @@ MAX_FAULTS: Final = 100
 """Faults of one file that are reported one by one."""
 
 Tally: TypeAlias = Callable[[dict[str, Any], datetime | None], None]
-"""Called with each entry of one file, and its time."""
+"""A function that is called with each entry of one file and the entry's time."""
 
 
 @dataclass
 class Fault:
-    """A line that does not fit. `held`: the hash that it has for the entry before it; None for a line that is not an entry."""
+    """A line that does not fit the chain.
+
+    `held`: the hash in the line for the entry before it; None for a line that is not an entry. `index`: the number of entries
+    in the file before it. `healed`: the time of the first entry with a time from there on; None if the file has no such entry.
+    """
 
     number: int
     text: str
@@ -35,7 +39,7 @@ class Fault:
 class Part:
     """Entries of one file that belong to one chain.
 
-    `start`: the entry of the agent's start, where a stream's chain begins here.
+    `start`: the entry of the agent's start if a stream's chain begins here.
     `index`: the number of entries in the file before them. `broken`: whether a line among them does not fit.
     """
 
@@ -50,7 +54,7 @@ class Part:
 
 @dataclass(eq=False)
 class Scan:
-    """One file, as it was read."""
+    """One file and the findings from reading it."""
 
     file: File
     tally: Tally | None = None
@@ -62,9 +66,9 @@ class Scan:
     ends: datetime | None = None
     parts: list[Part] = field(default_factory=list)
     others: int = 0
-    """Lines that do not claim to be audit entries, in a file that may have such lines."""
+    """Lines that do not look like audit entries, in a file that may have such lines."""
     unstarted: bool = False
-    """Whether the first entry begins a chain, and is not an agent's start although its agent writes starts."""
+    """Whether the first entry begins a chain, but is not an agent's start although its agent writes start entries."""
     faults: list[Fault] = field(default_factory=list)
     omitted: int = 0
     moved: bool = False
@@ -72,7 +76,7 @@ class Scan:
 
     @property
     def path(self) -> Path:
-        """Where the file is."""
+        """The path of the file."""
         return self.file.path
 
     @property
@@ -81,7 +85,7 @@ class Scan:
         return bool(self.parts) and self.parts[0].start is not None
 
     def read(self) -> None:
-        """Read the file, as far as it can be read."""
+        """Read the file up to its end, or to an error, which is noted as a fault."""
         unhealed: list[Fault] = []
         try:
             for line in lines(self.path, self.file.identity):
@@ -119,11 +123,11 @@ class Scan:
         return None
 
     def _follow(self, unhealed: list[Fault], fields: Mapping[str, Any], number: int, time: datetime | None) -> None:
-        """Judge whether an entry follows the one before it, or begins a chain."""
+        """Check whether an entry follows the entry before it, or begins a chain, and note a fault if neither is so."""
         held = fields.get("previous")
         held = held if isinstance(held, str) else ""
         starts = fields.get("event") == START
-        # Who can read back what was written continues its chain: only in a stream does one begin behind another.
+        # An agent that can read back its log continues the chain. So only in a stream, one chain can begin after another.
         stream = starts and held == BEGINNING and fields.get("chain") == "stream" and self.file.mixed
         if stream or not self.count:
             self.parts.append(Part(self.count, fields if stream else None, time))
@@ -147,7 +151,7 @@ class Scan:
 
 
 def moment(value: object) -> datetime | None:
-    """Return an entry's time; None where it has none."""
+    """Parse an entry's time, as UTC if it has no time zone. Return None for any other value."""
     try:
         time = datetime.fromisoformat(value) if isinstance(value, str) else None
     except ValueError:

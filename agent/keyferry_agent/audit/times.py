@@ -1,4 +1,4 @@
-"""Times on the command line of `audit who`: dates, how long ago, and days by their names."""
+"""Parses times on the command line of `audit who`: dates, durations before now, and names of days."""
 
 import argparse
 import re
@@ -19,12 +19,12 @@ _LATEST: Final = datetime.max.replace(tzinfo=UTC)
 
 
 def since(text: str) -> datetime:
-    """Return the time that `--since` names; the beginning of a day. Raises `ArgumentTypeError`."""
+    """Return the time that `--since` names; for a day, its beginning. Raises `ArgumentTypeError`."""
     return _time(text)[0]
 
 
 def until(text: str) -> datetime:
-    """Return the time that `--until` names; the end of a day. Raises `ArgumentTypeError`."""
+    """Return the time that `--until` names; for a day, its end. Raises `ArgumentTypeError`."""
     time, is_day = _time(text)
     if not is_day:
         return time
@@ -35,7 +35,7 @@ def until(text: str) -> datetime:
 
 
 def _time(text: str) -> tuple[datetime, bool]:
-    """Return a time, and whether it is a whole day's beginning."""
+    """Return a time, and whether the text names a whole day, whose beginning the time is."""
     word = text.strip().lower()
     now = datetime.now().astimezone()
     try:
@@ -52,7 +52,7 @@ def _time(text: str) -> tuple[datetime, bool]:
 
 
 def _days_ago(word: str, now: datetime) -> int | None:
-    """Return how many days ago a day by its name was; a weekday is the last one, which may be today."""
+    """Return how many days ago a named day was, or None for another word. A weekday is the last one, which may be today."""
     if word in ("today", "yesterday"):
         return int(word == "yesterday")
     return (now.weekday() - _DAYS.index(word)) % 7 if word in _DAYS else None

@@ -1,4 +1,4 @@
-"""`keyferry-agent audit who`: which callers were given which data keys."""
+"""`keyferry-agent audit who`: shows which callers received which data keys."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ _FAILED: Final = 1
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which entries are asked for."""
+    """Add the options that select entries."""
     user = parser.add_mutually_exclusive_group()
     user.add_argument("--uid", type=int, metavar="N", help="the caller's user, by its number")
     user.add_argument("--user", metavar="NAME", help="the caller's user, by its name on this host")
@@ -52,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def who(arguments: argparse.Namespace, settings: Settings | None) -> int:
-    """Print the entries that are asked for. Raises `ChainError` or OSError."""
+    """Print the selected entries. Return the exit status. Raises `ChainError` or OSError."""
     query = _query(arguments)
     with Spool() as spool:
         return _who(arguments, settings, query, spool)
@@ -109,9 +109,9 @@ def _query(arguments: argparse.Namespace) -> Query:
 
 
 def _key_ids(name: str | None, settings: Settings | None, names: LoggedNames) -> frozenset[str] | None:
-    """Return the IDs of the keys that a name is of: now, or when the audit log was written. None for no name.
+    """Return the IDs of the keys that have a name now or had it when entries were written. None if `name` is None.
 
-    Raises `ChainError` for an alias that neither the keyring nor the audit log has.
+    Raises `ChainError` for an alias that is neither in the keyring nor in the audit log.
     """
     if name is None or not (plain := plain_name(name)).startswith("alias/"):
         return None if name is None else frozenset({plain})
@@ -150,7 +150,7 @@ def _nothing(query: Query, complete: bool) -> str:
 
 
 def _json(found: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield an array, an element to a line, as they come."""
+    """Yield the lines of a JSON array with one element per line, without waiting for the last element."""
     before = "["
     for fields in found:
         yield before if before == "[" else f"{before},"

@@ -1,4 +1,4 @@
-"""A thread for what may hang: a file system, or the reader of a pipe. Whoever asks waits for a bounded time."""
+"""Runs calls that may hang, on a file system or a pipe, in a thread. The caller waits for a bounded time."""
 
 import errno
 import math
@@ -13,32 +13,32 @@ from typing import Any, Final, TypeVar
 __all__ = ["PATIENCE", "Wakeup", "WriterThread"]
 
 PATIENCE: Final = 2.0
-"""Seconds to wait: once. Until what was asked for is done, nobody else waits at all."""
+"""Seconds that a caller waits for a call. After a timeout, later calls fail at once until the late call has finished."""
 
 T = TypeVar("T")
 
 
 class Wakeup:
-    """Wakes the thread that waits for it, while nobody has Python's lock: whoever wakes goes on at once.
+    """Wakes one waiting thread through an eventfd. The write releases the GIL, so the woken thread can run at once.
 
-    A lock or a queue of Python's wakes a thread that has to wait for that lock then: six switches of threads for two.
+    Python's own locks and queues wake a thread that then has to wait for the GIL: six thread switches instead of two.
     """
 
     def __init__(self) -> None:
-        """Raises OSError where there is no descriptor left."""
+        """Create the eventfd. Raises OSError if the process has no descriptor left."""
         self._event = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll = select.poll()
         self._poll.register(self._event, select.POLLIN)
 
     def ring(self) -> None:
-        """Wake who waits, or who waits next."""
+        """Wake the waiting thread, or the next thread that waits."""
         os.eventfd_write(self._event, 1)
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Wait for it, for so many seconds at most; False when it was not rung."""
+        """Wait for `ring`, for `seconds` at most, or without a limit for None. Return False after a timeout."""
         if seconds is not None and not self._poll.poll(max(0, math.ceil(seconds * 1_000))):
             return False
-        while True:  # a signal, which any thread may get, interrupts this call, and Python does not repeat it
+        while True:  # a signal to any thread can interrupt this call, and Python does not repeat it
             try:
                 os.eventfd_read(self._event)
                 return True
@@ -47,10 +47,10 @@ class Wakeup:
 
 
 class WriterThread:
-    """Does one thing at a time, in a thread of its own, for one other thread.
+    """Runs one call at a time in a thread of its own, for one calling thread.
 
-    A trio thread would answer through the event loop, which costs more than a write; this one is waited for. What nobody
-    waited for any more is still done, to its end, before anything else is.
+    `trio.to_thread` would return the result through the event loop, which costs more than a write. Here the caller blocks
+    instead. A call that timed out still runs to completion before the next one starts.
     """
 
     def __init__(self) -> None:
@@ -61,12 +61,15 @@ class WriterThread:
         self._late = False
         self._asked_at = 0.0
         self._took = 0.0
-        # A daemon: an agent ends, even if its disk does not answer any more.
+        # daemon: the agent can exit even if its disk has stopped responding.
         self.thread = threading.Thread(target=self._work, name="keyferry-audit", daemon=True)
         self.thread.start()
 
     def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """What `function` gives, or raises; OSError (ETIMEDOUT) if it is not done in time, or something before it is not."""
+        """Return the result of `function`, or raise its exception. Blocks for `PATIENCE` seconds at most.
+
+        Raises OSError (ETIMEDOUT) if this call does not finish in time, and at once if an earlier call still runs.
+        """
         if self._late:
             if not self._done:
                 raise _timed_out()
@@ -85,10 +88,10 @@ class WriterThread:
         return result  # type: ignore[no-any-return]
 
     def _wait(self) -> bool:
-        """Wait until it is done; False when it takes too long."""
+        """Wait until the call has finished. Return False after a timeout."""
         self._waited_for = True
         try:
-            while not self._done:  # whoever rang may have meant what nobody waited for any more
+            while not self._done:  # a wake-up may be left over from a call that timed out
                 if not self._end.wait(self._asked_at + PATIENCE - time.monotonic()):
                     break
             return bool(self._done)
@@ -97,11 +100,11 @@ class WriterThread:
 
     @property
     def lag(self) -> float:
-        """Seconds that the last thing took, or that one has taken for which nobody waits any more."""
+        """Seconds that the last call took, or that a late call has taken so far."""
         return time.monotonic() - self._asked_at if self._late else self._took
 
     def finish(self, function: Callable[[], None]) -> None:
-        """Call `function` as the last one: in the thread, and without waiting, if the thread is still busy."""
+        """Call `function` after all earlier calls. If a late call still runs, the thread calls it later; this does not wait."""
         if self._late and not self._done:
             self._asked.append((function, ()))
             self._begin.ring()

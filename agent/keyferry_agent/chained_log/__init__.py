@@ -1,1 +1,1 @@
-"""Logs whose lines hold the hash of the line before: written, read, verified."""
+"""Hash-chained logs, in which each line contains the hash of the line before. Writes, reads and verifies them."""

@@ -1,6 +1,6 @@
-"""The chain of an audit log: each line holds the SHA-256 of the line before it, so a change to an earlier line shows.
+"""The chain of an audit log. Each line contains the SHA-256 of the line before it, so changes to earlier lines are detected.
 
-A chain cannot show that its newest lines are missing: to notice that, an operator keeps `Verified.last` in another place.
+A chain cannot show that its newest lines are missing. To detect that, an operator keeps `Verified.last` in another place.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ BEGINNING: Final = "0" * 64
 
 
 class Verified(NamedTuple):
-    """A whole chain: the number of its entries, the hash of the last one, and whether it begins with the very first."""
+    """A chain without faults: the number of entries, the hash of the last entry, and whether the log's first entry is in it."""
 
     lines: int
     last: str
@@ -39,7 +39,7 @@ def verify(paths: list[Path]) -> Verified:
                 continue
             held = fields.get("previous")
             if not count:
-                beginning = held == BEGINNING  # otherwise older files are missing: the chain is whole from here on
+                beginning = held == BEGINNING  # if not, older files are missing, and the chain is verified from here on
             elif held != previous:
                 what = "begins a new chain" if held == BEGINNING else "does not follow the line before it"
                 raise ChainError(f"{path}, line {line.number}: {what}: a line was changed, taken out, or moved")

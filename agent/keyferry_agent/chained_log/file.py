@@ -1,4 +1,7 @@
-"""The file of the record: opened, continued, and appended to line by line. What it does may hang; `log` has a thread for it."""
+"""The file of a hash-chained log: opens it, continues its chain, and appends lines.
+
+File operations may hang. The audit log runs them in a thread.
+"""
 
 import errno
 import os
@@ -17,24 +20,24 @@ __all__ = ["Appended", "RecordFile"]
 _NONE: Final = -1
 _ROOT: Final = 0
 _OBJECT: Final = b"{"
-"""How each line begins."""
+"""The first byte of each line."""
 _TAIL: Final = 65_536
-"""Bytes at a file's end in which its last line is."""
+"""Bytes to read at a file's end. They contain its last line."""
 _READER_PATIENCE: Final = 1_500
-"""Milliseconds to wait for the reader of a pipe: less than anybody waits for this file, so that the reason is told."""
+"""Milliseconds to wait for the reader of a pipe. Shorter than the writer thread's timeout, so that the cause is reported."""
 _MAX_WAITING: Final = 8
-"""Announcements that wait while the file takes nothing. Then the second one is dropped: the first is that of the start."""
+"""Announcements that wait while the file cannot be written. Past that, the second one is dropped: the first is the start's."""
 
 
 class Appended(NamedTuple):
-    """How many lines were written, and why not the rest."""
+    """The number of lines that were written, and the error that prevented the others, if any."""
 
     lines: int
     error: OSError | None = None
 
 
 class RecordFile:
-    """A file of mode 0600, or standard error; and the chain so far. For one thread, but for `announce`."""
+    """A file of mode 0600, or standard error, with the state of its chain. Not thread-safe, except `announce`."""
 
     def __init__(self, path: str) -> None:
         """Open the file. Raises OSError."""
@@ -46,30 +49,31 @@ class RecordFile:
         self._cut_off = 0
         """Bytes at the file's end that belong to lines which could not be written whole."""
         self.identity: tuple[int, int] | None = None
-        """Device and inode of the file; None where there is none, or where nobody could move it away."""
+        """Device and inode of the open file; None after `reopen` has failed."""
         self._readable = False
         self._open()
         self.chain = "stream" if not self._readable else "new" if self._previous == BEGINNING else "continued"
-        """How the chain begins: `continued` behind the file's last line, `new` in an empty file, or `stream`.
+        """How the chain begins: `continued` after the file's last line, `new` in an empty file, or `stream`.
 
-        In a stream (standard error, a pipe, a device) every start begins a chain: nothing that was written can be read back.
+        In a stream (standard error, a pipe, a device) every start of an agent begins a chain, because the agent cannot read
+        back the lines before.
         """
 
     def reopen(self) -> None:
-        """Open the file again, after it was moved away, and go on with the chain in the new one. Raises OSError."""
+        """Open the path again after its file was moved away, and continue the chain in the new file. Raises OSError."""
         if self._path != "stderr":
-            with suppress(OSError):  # what stays cut off is at the end of a file that nobody writes to any more
+            with suppress(OSError):  # a partial line may stay at the end of the old file, which gets no more lines
                 self._take_back()
             old, self._descriptor, self.identity, self._cut_off = self._descriptor, _NONE, None, 0
             if old != _NONE:
-                with suppress(OSError):  # what could not be written long ago: the descriptor is gone all the same
+                with suppress(OSError):  # close(2) may report an earlier write error; it frees the descriptor anyway
                     os.close(old)
             self._open()
 
     def append(self, records: Sequence[str]) -> Appended:
-        """Write a line for each record, a JSON object not closed yet, in their order, and at once where that is possible.
+        """Write a line for each of `records`, in order and in one write(2) where that is possible. Announced lines come first.
 
-        What was announced before is written before.
+        Each of `records` is a JSON object without its closing brace.
         """
         while self._waiting:
             announced = self._waiting.popleft()
@@ -80,18 +84,18 @@ class RecordFile:
         return self._append(records) if records else Appended(0)
 
     def sync(self) -> None:
-        """Have all appended lines on the disk. Raises OSError."""
+        """Flush all appended lines to the disk. Raises OSError."""
         os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Close a file that nothing more is appended to. Raises OSError."""
+        """Close the file. Append nothing afterwards. Raises OSError."""
         os.close(self._descriptor)
 
     def announce(self, records: list[str]) -> None:
-        """Have records written before the next ones. For any thread: whether the file takes anything or not."""
+        """Queue `records` to be written before the lines of the next `append`. Does not block; callable from any thread."""
         self._waiting.append(records)
         if len(self._waiting) > _MAX_WAITING:
-            with suppress(IndexError):  # they are being written
+            with suppress(IndexError):  # the writer thread has taken them meanwhile
                 del self._waiting[1]
 
     def _append(self, records: Sequence[str]) -> Appended:
@@ -100,7 +104,7 @@ class RecordFile:
             line = f'{record}, "previous": "{previous}"}}'.encode()
             previous = link(line)
             lines.append(line + b"\n")
-        if self._waits:  # a pipe takes one line whole, or not at all; more than that it may take in part
+        if self._waits:  # writes of at most PIPE_BUF (4,096) bytes are atomic: one line is, several may not be
             return self._one_by_one(lines)
         try:
             self._write(b"".join(lines))
@@ -113,7 +117,8 @@ class RecordFile:
         assert self._waits is not None
         for count, line in enumerate(lines):
             ready = self._waits.poll(self._patience)
-            self._patience = _READER_PATIENCE if ready else 0  # until it reads again, nobody waits
+            # After a timeout, do not wait again until the reader reads.
+            self._patience = _READER_PATIENCE if ready else 0
             if not ready:
                 return Appended(count, OSError(errno.EAGAIN, "nobody reads the pipe that it goes to"))
             try:
@@ -128,12 +133,12 @@ class RecordFile:
         written = os.write(self._descriptor, packed)
         if written != len(packed):
             self._cut_off = written
-            with suppress(OSError):  # else before the next line
+            with suppress(OSError):  # if this fails, the next `_write` tries again
                 self._take_back()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _take_back(self) -> None:
-        """Remove what would run into the next line; from a pipe nothing can be removed. Raises OSError."""
+        """Truncate the file to its last whole line, so that the next line starts afresh; not for a pipe. Raises OSError."""
         if self._cut_off and self._waits is None:
             os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - self._cut_off)
         self._cut_off = 0
@@ -154,13 +159,13 @@ class RecordFile:
         self.identity = status.st_dev, status.st_ino
 
     def _continue(self, size: int) -> None:
-        """Take the chain up where the file's last line left it."""
+        """Continue the chain after the file's last line, and remove a line without a newline. Raises OSError."""
         tail = os.pread(self._descriptor, _TAIL, max(0, size - _TAIL))
         whole = tail.rfind(b"\n") + 1
         last = tail[:whole].splitlines()[-1] if whole else tail
-        if last and not last.startswith(_OBJECT):  # whoever can rename the file may have put another one there
+        if last and not last.startswith(_OBJECT):  # a user who can rename the file may have replaced it
             raise OSError(errno.EINVAL, "its last line is not an audit entry; name another file", self._path)
-        if whole != len(tail):  # cut off by a crash: no answer left after it
+        if whole != len(tail):  # a crash cut this line off, so its answer was never sent
             os.ftruncate(self._descriptor, size - (len(tail) - whole))
         if whole:
             self._previous = link(tail[:whole].splitlines()[-1])

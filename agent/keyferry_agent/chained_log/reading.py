@@ -1,4 +1,4 @@
-"""Reads one file of an audit log line by line, compressed or not, in bounded memory. The content decides, not the name."""
+"""Reads one file of an audit log line by line in bounded memory. Detects compression by the content, not by the name."""
 
 import importlib
 import json
@@ -11,17 +11,17 @@ from typing import Any, BinaryIO, Final, NamedTuple, TypeAlias
 __all__ = ["MAX_LINE", "ChainError", "Identity", "Line", "MovedError", "OtherLineError", "entry", "identity", "lines"]
 
 MAX_LINE: Final = 1 << 20
-"""Bytes of a line. An audit entry has less than 4,096; a compressed file may hold a line that fits in no memory."""
+"""Bytes of a line. An audit entry has fewer than 4,096, but a line of a compressed file can be larger than the memory."""
 _COMPRESSED: Final = (
     (b"\x1f\x8b", "gzip"),
     (b"BZh", "bz2"),
     (b"\xfd7zXZ\0", "lzma"),
     (b"\x5d\0\0", "lzma"),
 )
-"""First bytes, and the module whose `open` reads what follows. Not imported before: an agent that serves needs none."""
+"""First bytes of a file, and the module whose `open` reads it. Imported on demand, since a serving agent needs none of them."""
 _LONGEST_MAGIC: Final = 6
 _CLAIMS: Final = (b'"event": "audit', b'"previous": "')
-"""What a line has that claims to be an audit entry, also where it is damaged."""
+"""Parts of a line by which it counts as an audit entry, even if it is damaged."""
 _UNREADABLE: Final = (
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\x04\x22\x4d\x18", "lz4"),
@@ -29,26 +29,26 @@ _UNREADABLE: Final = (
     (b"LZIP", "lzip"),
     (b"PK\x03\x04", "zip"),
 )
-"""First bytes, and the program that wrote them: Python's standard library cannot read these."""
+"""First bytes of formats that Python's standard library cannot read, and the program that writes each."""
 
 Identity: TypeAlias = tuple[int, int]
-"""Device and inode: what stays the same when a file is renamed."""
+"""Device and inode, which stay the same when a file is renamed."""
 
 
 class ChainError(Exception):
-    """A file of an audit log is not as the agent wrote it. The message names the file, and the line where there is one."""
+    """An audit log cannot be read or verified. The message names the file, and the line if there is one."""
 
 
 class MovedError(ChainError):
-    """Another file has the name now: a log rotation is under way."""
+    """Another file has the name now, because a log rotation is in progress."""
 
 
 class OtherLineError(ChainError):
-    """A line is text that does not claim to be an audit entry, as systemd writes into the journal of a unit."""
+    """A line does not look like an audit entry, such as a line that systemd writes into a unit's journal."""
 
 
 class Line(NamedTuple):
-    """A line without its newline, its number, and what is wrong with it: it has no newline, or is too long."""
+    """A line without its newline, its number, and its fault, if any: the newline is missing, or the line is too long."""
 
     number: int
     text: bytes
@@ -61,8 +61,9 @@ def identity(status: os.stat_result) -> Identity:
 
 
 def lines(path: Path, expected: Identity | None = None) -> Iterator[Line]:
-    """Yield the lines of a file. Raises OSError, `ChainError` where the compressed data is damaged, and `MovedError` where the
-    file is not the `expected` one any more.
+    """Yield the lines of a file.
+
+    Raises OSError, `ChainError` if the compressed data is damaged, and `MovedError` if the file is not the `expected` one.
     """
     with open(path, "rb") as file:
         if expected is not None and identity(os.fstat(file.fileno())) != expected:
@@ -84,7 +85,7 @@ def lines(path: Path, expected: Identity | None = None) -> Iterator[Line]:
 def entry(path: Path, line: Line) -> dict[str, Any] | None:
     """Return a line's audit entry; None for other lines of the agent's log.
 
-    Raises `OtherLineError` for a line that does not claim to be either, and `ChainError` for a damaged one.
+    Raises `OtherLineError` for an invalid line that does not look like an audit entry, and `ChainError` for one that does.
     """
     fault, fields = line.fault, None
     if not fault:
@@ -120,5 +121,5 @@ def _read_line(path: Path, stream: BinaryIO) -> bytes:
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, os.fspath(path)) from None
-        # EOFError, zlib.error, lzma.LZMAError, or an OSError without a number: each decompressor has its own
+        # Each decompressor has its own error: EOFError, zlib.error, lzma.LZMAError, or an OSError without a number.
         raise ChainError(f"{path}: the compressed data is damaged or cut off: {error}") from None

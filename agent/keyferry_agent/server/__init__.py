@@ -1,1 +1,1 @@
-"""Connections: sockets, admission, batches of requests, threads for offloaded jobs."""
+"""Serves connections: sockets, admission, batches of requests, threads for offloaded jobs."""

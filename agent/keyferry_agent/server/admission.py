@@ -1,7 +1,7 @@
-"""Admission of connections: how many there may be in all, of one user, and of callers without any grant.
+"""Admission of connections. Limits the connections in all, of one user, and of all callers without a grant.
 
 A user is a uid, and one person can have 65,536 of them (subordinate uids). So callers without a grant share one small pool,
-and their connections are closed first when there is no room.
+and their connections are closed first when a limit is reached.
 """
 
 import os
@@ -15,16 +15,16 @@ from ..state import ServerState
 __all__ = ["Admission", "NoRoomError", "Place"]
 
 _UNGRANTED: Final = 64
-"""Connections of all callers without a grant together; half of all connections, where that is less."""
+"""Connections of all callers without a grant together. Half of the limit of all connections applies if it is less."""
 _ROOT: Final = 0
 
 
 class NoRoomError(Exception):
-    """There is no room for a connection. The message says of what."""
+    """A limit of connections is reached. The message names the limit."""
 
 
 class Place:
-    """The place of one connection. `close` is called, once, when another connection needs the place."""
+    """The place of one connection among all. `close` is called once if another connection needs the place."""
 
     __slots__ = ("_caller", "_close", "_operator", "granted")
 
@@ -36,26 +36,26 @@ class Place:
 
     @property
     def user(self) -> int | None:
-        """The user whose connection it is."""
+        """The uid of the connection's caller."""
         return self._caller.peer.uid
 
 
 class Admission:
-    """The places of an agent's connections."""
+    """The places of all connections of an agent."""
 
     def __init__(self, agent: ServerState) -> None:
         self._agent = agent
         self._policy = agent.policy
         self._places: dict[Place, None] = {}
-        """In the order in which they came."""
+        """All places, in the order in which their connections came."""
         self._ungranted: dict[Place, None] = {}
         self._per_user: Counter[int | None] = Counter()
 
     def enter(self, caller: Caller, *, seen: bool, close: Callable[[], None]) -> Place:
-        """Take a place for a connection, if need be from a caller without a grant. Raises `NoRoomError`.
+        """Return a place for a connection, if need be by closing one of a caller without a grant. Raises `NoRoomError`.
 
-        `seen`: the agent sees the caller's process. Root and the agent's own user, in this pid namespace, are operators and
-        probes: their connections are closed for no other.
+        `seen`: whether the agent sees the caller's process. In this pid namespace, root and the agent's own user are operators
+        and probes. Their connections are never closed for another.
         """
         self._follow_policy()
         limits = self._agent.settings.limits
@@ -76,7 +76,7 @@ class Admission:
         return place
 
     def leave(self, place: Place) -> None:
-        """Give a place back. Does nothing for one that was taken away."""
+        """Release a place. Does nothing if the place was taken for another connection."""
         if place not in self._places:
             return
         del self._places[place]
@@ -87,7 +87,7 @@ class Admission:
         self._count()
 
     def judge(self, place: Place) -> None:
-        """Look again whether the caller has a grant: evidence about its program has come."""
+        """Check again whether the caller has a grant. Call when new evidence about its program has come."""
         if place not in self._places:
             return
         place.granted = self._is_granted(place)
@@ -99,7 +99,7 @@ class Admission:
     def _is_granted(self, place: Place) -> bool:
         policy, caller = self._agent.policy, place._caller
         caller.refresh(policy)
-        # A user who is named beside a program counts before the program was inspected: that takes a while.
+        # A user named in a grant on a program counts as granted until the program is inspected, which takes a while.
         expected = bool(caller.granted.asks) and place.user in policy.users_by_program
         return place._operator or expected or bool(caller.granted.grants)
 
@@ -110,7 +110,7 @@ class Admission:
                 self.judge(place)
 
     def _make_room(self) -> bool:
-        """Close the oldest connection of the user who has most of those without a grant; False where there is none."""
+        """Close the oldest connection without a grant, of the user with most such connections. Return False if none exists."""
         if not self._ungranted:
             return False
         per_user = Counter(place.user for place in self._ungranted)

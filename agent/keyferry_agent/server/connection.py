@@ -1,4 +1,4 @@
-"""One connection's own task: what `rounds` leave to it, since it has to wait, and its end."""
+"""One connection's own task: does everything that has to wait, which `rounds` may not do, and ends the connection."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,14 +19,14 @@ from .rounds import Rounds
 __all__ = ["LINGER", "Connection", "refuse"]
 
 LINGER: Final = 1.0
-"""Seconds in which a client that was refused may finish its write and read why."""
+"""Seconds in which a refused client may finish its write and read the error message."""
 _RECEIVE: Final = 65_536
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class Connection:
-    """Has a connection served in rounds, and waits where a round may not."""
+    """One connection. It is served in rounds, and its own task waits where a round must not."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Connection:
         self._called.set()
 
     async def run(self) -> None:
-        """Serve until the peer closes, breaks the protocol or a deadline, ends, or the agent drains."""
+        """Serve the connection until the peer closes it, violates the protocol, is late or exits, or until the agent drains."""
         try:
             async with trio.open_nursery() as watching:
                 if self._process is not None:
@@ -62,7 +62,7 @@ class Connection:
             self._rounds.forget(self._line)
 
     async def _until_process_ends(self, process: Process, everything: trio.CancelScope) -> None:
-        # Who has the other end now, a child that it was handed to say, is nobody that was asked who it is.
+        # The socket may now belong to another process, such as a child, whose credentials were never checked.
         await trio.lowlevel.wait_readable(process.fd)
         log.info("connection.process_ended", **self._line.who)
         everything.cancel()
@@ -79,20 +79,20 @@ class Connection:
             if line.unsent:
                 unsent, line.unsent = line.unsent, b""
                 if not await self._send(unsent):
-                    return  # behind half an answer comes no other
+                    return  # after a partial answer, the stream cannot carry another
                 self._rounds.resume(line)
             elif line.to_inspect:
                 line.to_inspect = False
                 if not await self._identity.confirm():
                     return
-                self._rounds.serve_confirmed(line)  # nothing is awaited between
+                self._rounds.serve_confirmed(line)  # no await between `confirm` and this call
             else:
                 if line.refused:
                     await _linger(self._stream)
                 return
 
     async def _send(self, answers: bytes) -> bool:
-        """Send answers whole, in the time that a client has to take them. False: it did not, or it is gone."""
+        """Send answers within the request timeout. Return False if the client did not read them in time, or is gone."""
         with trio.move_on_after(self._agent.settings.limits.request_timeout) as scope:
             try:
                 await self._stream.send_all(answers)
@@ -104,7 +104,7 @@ class Connection:
 
 
 async def refuse(stream: trio.SocketStream, why: str) -> None:
-    """Refuse a whole connection, and close it."""
+    """Send an error message as the only answer on a connection, and close the connection."""
     async with stream:
         with suppress(trio.BrokenResourceError):
             await stream.send_all(closing("Rejected.Throttling", f"{why}.", 429))
@@ -112,9 +112,9 @@ async def refuse(stream: trio.SocketStream, why: str) -> None:
 
 
 async def _linger(stream: trio.SocketStream) -> None:
-    """Read what a client still sends, for a moment, before its connection is closed.
+    """Read and discard a client's bytes for `LINGER` seconds at most, before its connection is closed.
 
-    Closing with bytes unread makes the kernel throw away the last answer, or fail the client's write before it has read why.
+    If bytes are unread at the close, the kernel discards the last answer, or the client's write fails before it reads that.
     """
     with trio.move_on_after(LINGER), suppress(trio.BrokenResourceError):
         await stream.send_eof()

@@ -1,4 +1,7 @@
-"""From messages to answers: decided, done, recorded, packed. Synchronous; knows no sockets and no trio."""
+"""The dispatcher, which turns messages into answers: it decides requests, runs their jobs, audits them and encodes results.
+
+It is synchronous, and uses neither sockets nor trio.
+"""
 
 import os
 import time
@@ -38,40 +41,40 @@ __all__ = [
 ]
 
 MAX_OFFLOADED: Final = 16
-"""Offloaded jobs that one connection may have: four for each thread, so that a thread never waits for the connection."""
+"""Offloaded jobs of one connection in flight: four for each thread, so that a thread never waits for the connection."""
 _MAX_MESSAGES: Final = 256
-"""Messages of a batch, notifications included: they get no answer, but take time all the same."""
+"""Messages of a batch, including notifications, which take time although they get no answer."""
 _LONGEST_NAME: Final = 64
-"""Characters of an operation's name to record: what a client calls an operation may be anything."""
+"""Characters of an operation's name in an audit entry. A client may send any text as the name."""
 _IDS_AT_ONCE: Final = 64
 _UNRECORDED: Final = GetAgentHealthResult
-"""The result that has no audit entry: a probe asks for it every few seconds, and it holds nothing of keys or callers."""
+"""The result that has no audit entry: probes request it every few seconds, and it contains nothing about keys or callers."""
 _ALWAYS_ANSWERED: Final = GetAgentStatusResult
-"""The result that is sent although its audit entry cannot be written: it has the reason why all others are refused."""
+"""The result that is sent even if its audit entry cannot be written: it contains the reason why all others are refused."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class Record(Protocol):
-    """What requests are recorded in before they are answered."""
+    """The audit log, as far as the dispatcher uses it. A request is audited before it is answered."""
 
     def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended: ...
 
 
 @dataclass
 class ServerContext:
-    """What requests are answered with."""
+    """The agent's state and the services that the dispatcher needs to answer requests."""
 
     agent: ServerState
     audit: Record
     rate: Rate
     notifications: Rate
-    """Requests' own rate where that has a limit: then a notification counts as a request."""
+    """The same object as `rate` if requests have a limit: then a notification counts as a request."""
     metrics: Metrics | None = None
 
 
 class CompletedRequest(NamedTuple):
-    """A request whose outcome is known: a result, or the error that it ended in."""
+    """A request with its outcome: a result, or an error."""
 
     msgid: int
     audited: AuditEntry
@@ -79,7 +82,7 @@ class CompletedRequest(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """A decision about a request that may come again: for which grants it was made and when, and what is recorded of it."""
+    """A cached decision about a request: its job, its audit fields, and the grants and generation for which it holds."""
 
     job: handlers.Job
     audited: AuditEntry
@@ -88,7 +91,7 @@ class Decision(NamedTuple):
 
 
 class Message(NamedTuple):
-    """A request as it was received: parsed, or with the decision about an equal one."""
+    """A request as it was received: parsed, or with the decision about an equal request."""
 
     msgid: int
     packed: wire.PackedRequest | None
@@ -96,7 +99,7 @@ class Message(NamedTuple):
     decision: Decision | None = None
 
     def parse(self) -> wire.Request | wire.InvalidRequest:
-        """Return the request. Raises nothing: a message with a decision is equal to one that was parsed before."""
+        """Return the parsed request. Does not raise: a message with a decision equals one that was parsed before."""
         if self.request is not None:
             return self.request
         assert self.packed is not None
@@ -104,7 +107,7 @@ class Message(NamedTuple):
 
 
 class OffloadedJob(NamedTuple):
-    """A request that was decided, and is done in a thread. It may be decided anew from its message."""
+    """A decided request whose job runs in a thread. Its message is kept so that it can be decided again."""
 
     job: handlers.Job
     msgid: int
@@ -116,43 +119,46 @@ class OffloadedJob(NamedTuple):
 
 @dataclass(slots=True)
 class Exchange:
-    """The requests of one connection, between its messages and the bytes of its answers."""
+    """The requests of one connection, from received messages to encoded answers."""
 
     caller: Caller
     asked: deque[Message] = field(default_factory=deque)
     """Requests to decide."""
     offloaded: list[OffloadedJob] = field(default_factory=list)
-    """Jobs that were decided and are to be given to a thread."""
+    """Jobs to submit to the thread pool."""
     done: list[tuple[OffloadedJob, Any]] = field(default_factory=list)
-    """Jobs that came back from a thread, with their outcomes."""
+    """Jobs that a thread has finished, with their outcomes."""
     under_way: int = 0
-    """Offloaded jobs whose answers are not in `answers` yet."""
+    """Offloaded jobs in flight: their answers are not in `answers` yet."""
     completed: list[CompletedRequest] = field(default_factory=list)
     answers: bytes = b""
-    """Bytes to send: each answer in them is recorded."""
+    """Encoded answers to send. Their requests are audited."""
     failure: Exception | None = None
-    """An error of the agent's: nothing of this connection is answered any more."""
+    """An internal error of the agent. No further request of this connection is answered."""
 
 
 class Batch(NamedTuple):
-    """How many messages were taken from a connection for one round, and what is wrong behind them."""
+    """The number of messages taken from a connection for one round, and the protocol error after them, if any."""
 
     error: ProtocolError | None
     messages: int
     notifications: int
     last: bool
-    """Whether there was no other message behind these."""
+    """Whether all received messages were taken."""
 
 
 class Dispatcher:
-    """Answers the requests of all connections, a round at a time."""
+    """Answers the requests of all connections, one round at a time."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._agent = context.agent
 
     def take(self, exchange: Exchange, messages: Iterator[wire.PackedRequest | wire.Message], most: int) -> Batch:
-        """Take a connection's next messages, at most so many requests: look each up, and parse those that are new."""
+        """Move a connection's next messages into its exchange, with `most` requests at most.
+
+        Looks up the decision about each request, and parses the requests without one. A protocol error is returned, not raised.
+        """
         caller, count, notifications = exchange.caller, 0, 0
         caller.refresh(self._agent.policy)
         try:
@@ -175,7 +181,10 @@ class Dispatcher:
         return Batch(None, count, notifications, last=True)
 
     def take_recalled(self, exchange: Exchange, decoder: wire.Decoder) -> bool:
-        """Take all that a decoder has received, if it is one request that came before: most often it is."""
+        """Take a decoder's only message if it is a request with a cached decision, which is the usual case.
+
+        Return False, and take nothing, if it is not.
+        """
         packed = decoder.peek()
         if packed is None:
             return False
@@ -188,24 +197,24 @@ class Dispatcher:
         return True
 
     def notified(self, caller: Caller, count: int) -> bool:
-        """Count notifications; False when the caller has sent more than it may."""
+        """Count notifications. Return False if the caller has exceeded its rate."""
         self._agent.counters.notifications_total += count
         if self._context.metrics is not None:
             self._context.metrics.notified(count)
         return self._context.notifications.allows(caller.peer.uid, time.monotonic(), count)
 
     def run(self, exchanges: Sequence[Exchange]) -> None:
-        """Decide and do what these connections ask, record all of it at once, and only then make their answers."""
+        """Decide the requests of these connections and run their jobs. Write all audit entries at once, then encode answers."""
         for exchange in exchanges:
             try:
                 self._complete(exchange)
-            except Exception as error:  # it harms no other connection
+            except Exception as error:  # an error in one connection must not affect others
                 exchange.failure = error
                 exchange.completed.clear()
         self._answer([exchange for exchange in exchanges if exchange.completed])
 
     def _complete(self, exchange: Exchange) -> None:
-        """Complete requests. A job that came back but whose decision holds no longer is decided anew first."""
+        """Complete requests. A request whose job has finished, but whose decision no longer holds, is decided again first."""
         caller, completed = exchange.caller, exchange.completed
         done, exchange.done = exchange.done, []
         for job, outcome in done:
@@ -214,17 +223,17 @@ class Dispatcher:
                 completed.append(CompletedRequest(job.msgid, job.audited, outcome))
                 continue
             audited = AuditEntry(job.audited.request_id, job.audited.started, job.audited.operation)
-            self._decide(exchange, job.message, audited)  # the same request, which counts once
+            self._decide(exchange, job.message, audited)  # not `_begin`: its rate counts a request once
         while exchange.asked and exchange.under_way < MAX_OFFLOADED:
             self._begin(exchange, exchange.asked.popleft())
 
     def _recall(self, caller: Caller, body: bytes) -> Decision | None:
-        """The decision about an equal request of such a caller, if it still holds."""
+        """Return the cached decision about an equal request from a caller with the same grants, if it still holds."""
         known: Decision | None = self._agent.decision_cache.recall(caller.granted, body)
         return known if known is not None and self._holds(caller, known) else None
 
     def _holds(self, caller: Caller, decided: Decision | OffloadedJob) -> bool:
-        """Whether nothing has changed since this was decided: policy, keyring, evidence about the caller, the key's state."""
+        """Return whether a decision still holds: same policy and keyring, same evidence about the caller, same key state."""
         agent = self._agent
         caller.refresh(agent.policy)
         if decided.generation != agent.generation or decided.granted is not caller.granted:
@@ -244,7 +253,7 @@ class Dispatcher:
         self._decide(exchange, message, audited)
 
     def _decide(self, exchange: Exchange, message: Message, audited: AuditEntry) -> None:
-        """Decide one request, and do it: here, or later in a thread."""
+        """Decide one request, and run its job here or leave it to a thread."""
         caller, decision = exchange.caller, message.decision
         try:
             if decision is not None and self._holds(caller, decision):
@@ -275,7 +284,7 @@ class Dispatcher:
         return job
 
     def _answer(self, exchanges: Sequence[Exchange]) -> None:
-        """Write the audit entries of completed requests, and only then make their answers."""
+        """Write the audit entries of completed requests, and only then encode their answers."""
         if not exchanges:
             return
         outcomes = [
@@ -317,7 +326,7 @@ class Dispatcher:
                 result = result_to_wire(outcome)
                 result["RequestId"] = audited.request_id
                 return wire.encode_response(msgid, None, result)
-            except Exception as failure:  # nothing that a handler gives should be unsendable
+            except Exception as failure:  # every result of a handler should be encodable
                 error = refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), audited)
         counters.requests_refused += 1
         return wire.encode_response(
@@ -326,7 +335,7 @@ class Dispatcher:
 
 
 def _outcome(audited: AuditEntry, outcome: Any) -> str:
-    """Return an outcome as the audit entry has it, and note what else the entry has of it."""
+    """Return the outcome's text for the audit entry, and note the hash of its CiphertextBlob in the entry."""
     if isinstance(outcome, KmsError):
         return outcome.code
     audited.note(outcome)
@@ -345,15 +354,15 @@ def _request_ids() -> Iterator[str]:
 new_request_id: Final = _request_ids().__next__
 """A fresh RequestId: a random UUID (RFC 9562, version 4) in the cloud's upper-case form.
 
-uuid4() and its text take eight times as long, which counts where every request has one.
+uuid4() and its conversion to text take eight times as long. That matters because every request needs an ID.
 """
 
 
 def refusal(error: Exception, audited: AuditEntry) -> KmsError:
-    """What to answer instead of a result.
+    """Return the error to answer instead of a result. Logs an internal error.
 
-    A fresh exception: the one that was raised holds on to every frame it came through, and with them to a plaintext, or to a
-    keyring that was replaced. Kept in one of these frames itself, it would do so until the next garbage collection.
+    The error is a new exception. A raised exception refers to every frame that it passed through, and so to a plaintext or to
+    a replaced keyring. If one of these frames refers to it in turn, they live until the next garbage collection.
     """
     if isinstance(error, KmsError):
         return kms_error(error.code, message=error.message, http_status=error.http_status)
@@ -366,5 +375,5 @@ def _error(code: str, message: str, request_id: str, http_status: int) -> dict[s
 
 
 def closing(code: str, message: str, http_status: int) -> bytes:
-    """The last message on a connection, which answers none in particular."""
+    """Return the last message on a connection: an error without a message ID, which answers no single request."""
     return wire.encode_response(None, _error(code, message, new_request_id(), http_status), None)

@@ -1,7 +1,7 @@
-"""The identity of one connection's caller: confirmed before each batch of its requests is decided.
+"""Confirms the identity of a connection's caller before each batch of its requests is decided.
 
-A process can hand its socket to another, end, or run another program. So the process is looked at again each time, and its
-program too, where a grant was given for it; only then, since that asks another process (`peer.inspection`).
+A process can pass its socket to another process, end, or run another program. So the process is checked again each time. Its
+program is checked again only if a grant depends on it, since another process has to inspect it (`peer.inspection`).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class Identity:
-    """Keeps the evidence about a caller complete and true. `more_evidence` is called when there is more."""
+    """Keeps the evidence about a caller complete and current. `more_evidence` is called when evidence was added."""
 
     def __init__(
         self,
@@ -39,22 +39,22 @@ class Identity:
         self._more_evidence = more_evidence
         self._program: Program | None = None
         self._inspected = _NOTHING
-        """The selectors of grants that the program was inspected for."""
+        """Selectors of grants for which the program was already inspected."""
 
     def confirm_at_once(self) -> bool | None:
-        """Return what `confirm` does, or None where that has to inspect the program, which takes a while."""
+        """Return the result of `confirm`, or None if the program has to be inspected first, which takes a while."""
         process, caller = self._process, self._caller
         caller.refresh(self._agent.policy)
         if process is None:
             return True
         if caller.granted.on_program or caller.granted.asks - self._inspected:
             return None
-        return process.alive()  # after everything that was read
+        return process.alive()  # checked last, after all evidence was read
 
     async def confirm(self) -> bool:
-        """Whether the peer is still there, runs the program that it ran, and all evidence that grants ask for was collected.
+        """Collect all evidence that grants need. Return whether the peer's process lives and runs the same program as before.
 
-        To be called before each batch is decided, and again after each wait in it.
+        Call before each batch is decided, and again after each wait in it.
         """
         process, caller = self._process, self._caller
         caller.refresh(self._agent.policy)
@@ -64,10 +64,10 @@ class Identity:
         if (asks or caller.granted.on_program) and not await self._inspect(process, asks):
             log.info("connection.program_changed", uid=caller.peer.uid, pid=caller.peer.pid)
             return False
-        return process.alive()  # after everything that was read
+        return process.alive()  # checked last, after all evidence was read
 
     async def _inspect(self, process: Process, asks: frozenset[str]) -> bool:
-        """Inspect the program, and take what was found as evidence; False where it is not what it was."""
+        """Inspect the program, and add the findings to the evidence. Return False if the program has changed."""
         caller = self._caller
         program = await self._inspector.inspect(
             process, caller.peer.uid, self._agent.policy.users_by_program, hashed="sha256" in asks

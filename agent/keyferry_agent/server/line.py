@@ -1,4 +1,4 @@
-"""One connection as rounds serve it: what it has received, what it waits for, and whose turn it is."""
+"""The state of one connection in rounds: its received messages, its timeout, and whether rounds or its own task has it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,69 +14,69 @@ __all__ = ["Line"]
 
 _FIRST_READ: Final = 4_096
 _LARGE_READ: Final = 65_536
-"""Bytes to read at once, where there were more than a few the last time."""
+"""Bytes of the next read, if the last read returned at least `_FIRST_READ`."""
 
 
 class Line:
-    """One connection, as rounds serve it. `wake` is called when its own task has something to do."""
+    """The state of one connection in rounds. `wake` is called when the connection's own task has something to do."""
 
     def __init__(self, number: int, caller: Caller, identity: Identity, wake: Callable[[], None]) -> None:
         self.number = number
-        """The socket's descriptor: open for as long as the line is in the rounds."""
+        """The socket's descriptor, which stays open while rounds serve the line."""
         self.exchange = Exchange(caller)
         self.identity = identity
         self.wake = wake
         self.decoder = wire.Decoder()
         self.messages: Iterator[wire.PackedRequest | wire.Message] | None = None
-        """Messages that were received, but did not fit into a batch: the socket is not read before they are taken."""
+        """Received messages that no batch has taken yet. The socket is not read before they are taken."""
         self.unread = False
-        """Whether none of those messages was taken."""
+        """Whether all of those messages are still to be taken."""
         self.readable = self.listening = False
         self._read_size = _FIRST_READ
         self.notifications = 0
         self.new_message = False
-        """Whether the message that is being received began after the last one that was answered."""
+        """Whether the partly received message began after the last answered message."""
         self.message_since = 0.0
-        """When that message began, on trio's clock."""
+        """When the partly received message began, on trio's clock."""
         self.late = False
         self.aside = False
-        """Whether the connection's own task has it."""
+        """Whether the connection's own task has the line, so that rounds leave it alone."""
         self.ended = False
         self.closing = False
-        """Whether nothing more is read: it ends when everything that was asked is answered."""
+        """Whether reading has stopped. The line ends when all its requests are answered."""
         self.last_word = b""
-        """What is sent after all answers."""
+        """The error message to send after all answers."""
         self.refused = False
-        """Whether a last word is or was to be sent."""
+        """Whether the line ends with an error message."""
         self.unsent = b""
         self.to_inspect = False
         self.failure: Exception | None = None
 
     @property
     def who(self) -> dict[str, Any]:
-        """The caller, for the log."""
+        """The caller's uid and pid, as fields of log events."""
         return {"uid": self.exchange.caller.peer.uid, "pid": self.exchange.caller.peer.pid}
 
     @property
     def asks(self) -> bool:
-        """Whether there are messages that no round has taken yet."""
+        """Whether there are messages to take or requests to decide."""
         return self.messages is not None or bool(self.exchange.asked)
 
     @property
     def full(self) -> bool:
-        """Whether it has all offloaded jobs that it may have: nothing more is read or decided before one is answered."""
+        """Whether the limit of offloaded jobs is reached. Then nothing is read or decided until one of them is answered."""
         return self.exchange.under_way >= MAX_OFFLOADED
 
     def receive(self) -> None:
-        """Receive what there is. Raises OSError where the peer is gone.
+        """Receive the available bytes. Raises OSError if the peer is gone.
 
-        EAGAIN counts as that: there are bytes out of band, and the socket would be readable again and again.
+        EAGAIN ends the connection, too: out-of-band bytes would make the socket readable again and again.
         """
         received = os.read(self.number, self._read_size)
         if not received:
             self.closing = True
             return
-        # All of a buffer is written over when it is made: a large one, for a request of 500 bytes, empties the caches.
+        # malloc.perturb fills every allocation, so a large buffer for a request of 500 bytes would evict the CPU caches.
         self._read_size = _LARGE_READ if len(received) >= _FIRST_READ else _FIRST_READ
         self.new_message = not self.decoder.incomplete
         self.decoder.feed(received)

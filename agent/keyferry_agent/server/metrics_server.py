@@ -1,7 +1,7 @@
-"""Answers scrapes of metrics: HTTP on a Unix socket or a port, a few scrapes at once, each in a thread.
+"""Answers scrapes of metrics over HTTP, on a Unix socket or a port. Runs a few scrapes at a time, each in a thread.
 
 Every local user can connect to a loopback port. So a whole scrape has one deadline, the number of scrapes is bounded, and the
-threads are daemons: neither another scrape nor the end of the agent waits for a slow client.
+threads are daemons. Neither another scrape nor the agent's exit waits for a slow client.
 """
 
 import errno
@@ -31,7 +31,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 SCRAPE_SECONDS: Final = 5.0
 """Deadline of one scrape, from accept(2) to the last byte of the answer."""
 MAX_SCRAPES: Final = 8
-"""Scrapes at once. For one more, the server ends the oldest."""
+"""Scrapes at a time. To admit one more, the server ends the oldest."""
 MAX_REQUEST: Final = 131_072
 """Bytes of one request. http.server limits a line to 64 KiB, but would read 100 such lines."""
 BACKLOG: Final = 16
@@ -63,7 +63,7 @@ class _Stream(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         self._limit()
-        self._connection.sendall(data)  # the socket's timeout is for all of it
+        self._connection.sendall(data)  # the socket's timeout covers the whole write
         return len(data)
 
     def _limit(self) -> None:
@@ -74,7 +74,7 @@ class _Stream(io.RawIOBase):
 
 
 def _handler(metrics: Metrics) -> Callable[[socket.socket, float], object]:
-    """Return what answers one request on a connection before a deadline."""
+    """Return a callable that answers one request on a connection before a deadline."""
     base: type[BaseHTTPRequestHandler] = metrics.handler.factory(metrics.registry)
 
     class Handler(base):  # type: ignore[misc, valid-type]
@@ -141,7 +141,7 @@ class Server:
                 self._end(connection)
 
     def _make_room(self, connection: socket.socket) -> None:
-        """Take a connection in, and end the oldest where there are too many: a scrape takes milliseconds, unless it is slow."""
+        """Add a connection, and end the oldest if there are too many. A scrape takes milliseconds unless its client is slow."""
         with self._changing:
             self._scrapes[connection] = None
             oldest = next(iter(self._scrapes)) if len(self._scrapes) > MAX_SCRAPES else None
@@ -178,7 +178,7 @@ def _serve(metrics: Metrics, address: str) -> Server:
 
 
 def _reason(error: OSError) -> str:
-    """Return why a port cannot be listened on, and what to do."""
+    """Return the reason why the agent cannot listen on a port, and a remedy."""
     if error.errno == errno.EAFNOSUPPORT:
         return (
             f"{error.strerror}: the service allows no network sockets; install the drop-in "

@@ -1,16 +1,15 @@
-"""Quotas: how many requests a user may make in a second."""
+"""Limits the requests of each user per second."""
 
 from typing import Final
 
 __all__ = ["Rate"]
 
 _FORGET: Final = 4_096
-"""Users to remember at most. Past that, those whose allowance is full again are forgotten, and then
-those that were seen longest ago."""
+"""Users to remember at most. Past that, users with a full allowance are forgotten, then those seen longest ago."""
 
 
 class Rate:
-    """A token bucket per user: `per_second` requests, and as many at once after a second of quiet. 0 is no limit."""
+    """A token bucket per user: `per_second` requests, and as many at once after a second without requests. 0 means no limit."""
 
     def __init__(self, per_second: int) -> None:
         self._per_second = per_second
@@ -18,11 +17,14 @@ class Rate:
 
     @property
     def unlimited(self) -> bool:
-        """Whether everything is allowed."""
+        """Whether requests are unlimited."""
         return not self._per_second
 
     def allows(self, user: int | None, now: float, count: int = 1) -> bool:
-        """Take `count` from the user's allowance at `now`, in seconds of a steady clock; False if there are not so many."""
+        """Take `count` from the user's allowance. Return False, and take nothing, if fewer are left.
+
+        `now` is in seconds of a monotonic clock.
+        """
         if not self._per_second or not count:
             return True
         left, since = self._buckets.get(user, (float(self._per_second), now))

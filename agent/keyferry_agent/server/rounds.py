@@ -1,12 +1,12 @@
-"""Rounds: one task that serves all connections, a batch of requests of each at a time.
+"""Rounds: one task serves all connections, with one batch of requests of each connection at a time.
 
-A round reads each connection that is ready once, decides and does what they ask, has all of it recorded in one hand-over to
-the writer thread, and writes the answers of each connection in one write. Every connection that was ready when the round
-began is served before the task looks again, so no connection waits for more than one batch of each other connection.
+A round reads each ready connection once, decides its requests, and runs their jobs. It passes all audit entries to the
+writer thread in one call, and sends the answers of each connection in one write(2). Every connection that was ready when the
+round began is served before the task polls again. So a connection waits for at most one batch of each other connection.
 
-A round is synchronous but for a checkpoint after each `MAX_BATCH` requests. What has to wait (a client that does not take
-its answers, the inspection of a program, the end of a connection) is the task's of that connection: it has the line `aside`,
-and rounds neither read nor write it meanwhile.
+A round is synchronous except for a checkpoint after each `MAX_BATCH` requests. A connection's own task does everything that
+has to wait: sending to a client that does not read its answers, inspecting a program, closing the connection. Meanwhile the
+line is `aside`, and rounds neither read nor write it.
 """
 
 import math
@@ -29,33 +29,33 @@ from .thread_pool import FairThreadPool
 __all__ = ["Rounds"]
 
 _SHARED_BATCH: Final = 8
-"""Requests of one connection in one round, where other connections were served a few rounds ago."""
+"""Requests of one connection in one round, if another connection was served in recent rounds."""
 _SHARED_ROUNDS: Final = 8
-"""Rounds of one connection alone, after which its batches are large again."""
+"""Rounds with a single connection after which its batches are large again."""
 _MOMENT_SECONDS: Final = 0.0001
-"""How long to look for the next request before sleeping, where the one before came as soon."""
+"""Seconds to poll for the next request before blocking. The task polls only if its last wait was as short."""
 _LOOP_SECONDS: Final = 0.004
-"""How long trio's loop may have no turn."""
+"""Seconds for which polling may keep trio's event loop from running."""
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class Rounds:
-    """Serves lines. All methods but `run` are synchronous, and for the event loop's thread."""
+    """Serves lines. All methods except `run` are synchronous; call them in the event loop's thread."""
 
     def __init__(self, context: ServerContext, pool: FairThreadPool) -> None:
-        """Raises OSError where there is no descriptor left."""
+        """Create the epoll. Raises OSError if the process has no descriptor left."""
         self._agent = context.agent
         self._dispatcher = Dispatcher(context)
         self._pool = pool
         self._poll = select.epoll()
         self._lines: dict[int, Line] = {}
         self._next: dict[Line, None] = {}
-        """Lines to serve in the next round, also where their sockets are not readable."""
+        """Lines to serve in the next round, even if their sockets are not readable."""
         self._incomplete: OrderedDict[Line, None] = OrderedDict()
-        """Lines of which a message was received in part, in the order in which those messages began."""
+        """Lines with a partly received message, in the order in which those messages began."""
         self._last_look = math.inf
         self._drained = False
-        """Whether the last look is over: a line ends as soon as it has nothing half-received."""
+        """Whether the last look of a drain is over. Then a line ends as soon as it has no partly received message."""
         self._alone: Line | None = None
         self._shared = 0
 
@@ -67,16 +67,16 @@ class Rounds:
         self._poll.close()
 
     def add(self, line: Line) -> None:
-        """Serve a line from now on. Raises OSError."""
+        """Add a line to the lines that are served. Raises OSError."""
         self._lines[line.number] = line
         self._listen(line, wanted=True)
         if self._drained:
             self._call(line)
 
     def forget(self, line: Line) -> None:
-        """Serve it no longer. To be called before its socket is closed.
+        """Stop serving a line. Call before its socket is closed.
 
-        A child that has inherited the socket would keep it in the epoll, under a number that is another connection's by then.
+        A child process that inherited the socket would keep it in the epoll, under a descriptor number that is reused.
         """
         line.ended = True
         self._incomplete.pop(line, None)
@@ -86,25 +86,25 @@ class Rounds:
             del self._lines[line.number]
 
     def resume(self, line: Line) -> None:
-        """Serve a line again that its own task had."""
+        """Serve a line again after its own task has finished with it."""
         line.aside = False
-        line.new_message = True  # the wait was not for the rest of a message
+        line.new_message = True  # the line was not waiting for the rest of a message
         self._call(line)
 
     def serve_confirmed(self, line: Line) -> None:
-        """Serve a line in a round of its own, at once: its caller was confirmed in this moment."""
+        """Serve a line at once, in a round of its own. Call right after its caller was confirmed."""
         line.aside = False
         if self._take(line, self._batch):
             self._answer([line])
         self._rouse()  # there may be a backlog, or another deadline
 
     def drain(self, last_look: float) -> None:
-        """End each connection that has nothing half-received, at a time on trio's clock, after one more round."""
+        """End each connection without a partly received message, after a last round at `last_look` on trio's clock."""
         self._last_look = last_look
         self._rouse()
 
     async def run(self) -> None:
-        """Serve all lines, for ever."""
+        """Serve all lines, until cancelled."""
         turn, quick = 0.0, False
         while True:
             if self._next:
@@ -118,28 +118,31 @@ class Rounds:
             await self._round()
 
     def _soon(self, turn: float) -> bool:
-        """Whether some client asks on in a moment: a processor that sleeps takes a quarter of a request's time to be back."""
+        """Return whether a client sends a request within `_MOMENT_SECONDS`. Blocks the event loop for that long.
+
+        Waking a sleeping processor takes a quarter of a request's time.
+        """
         now = time.monotonic()
         if self._pool.busy or now - turn > _LOOP_SECONDS:
             return False
         while time.monotonic() < now + _MOMENT_SECONDS:
             if self._poll.poll(0, 1):
                 return True
-            os.sched_yield()  # the client may be on this very processor
+            os.sched_yield()  # the client may need this processor
         return False
 
     async def _wait(self) -> None:
         try:
-            if (deadline := self._deadline()) == math.inf:  # most often: a scope takes time
+            if (deadline := self._deadline()) == math.inf:  # the usual case; a cancel scope would cost time
                 await trio.lowlevel.wait_readable(self._poll)
             else:
                 with trio.move_on_at(deadline):
                     await trio.lowlevel.wait_readable(self._poll)
         except trio.ClosedResourceError:
-            pass  # `_rouse`
+            pass  # `_rouse` was called
 
     def _rouse(self) -> None:
-        """Have the task begin a round, where it waits for one. Without a descriptor of its own for that."""
+        """Make the task begin a round if it is waiting. Needs no descriptor of its own."""
         if not self._poll.closed:
             trio.lowlevel.notify_closing(self._poll)
 
@@ -149,11 +152,11 @@ class Rounds:
         return min(next(iter(self._incomplete)).message_since + self._timeout(), self._last_look)
 
     async def _round(self) -> None:
-        """Serve each line that is ready now, once."""
+        """Serve each ready line once."""
         now = trio.current_time()
         lines, self._next = self._next, {}
         for number, _ in self._poll.poll(0, max(1, len(self._lines))):
-            line = self._lines[number]  # each is unregistered before it is forgotten
+            line = self._lines[number]  # always present: a line is unregistered before it is deleted
             line.readable = True
             lines[line] = None
         if self._incomplete:
@@ -162,14 +165,14 @@ class Rounds:
         backlog = [line for line in lines if line.asks]
         await self._serve([line for line in lines if not line.asks] if backlog else lines, most)
         if backlog:
-            await self._serve(backlog, most)  # they were in the round before, too
+            await self._serve(backlog, most)  # last, since they were served in the round before, too
         if now >= self._last_look:
             self._last_look, self._drained = math.inf, True
             for line in [*self._lines.values()]:
                 self._settle(line)
 
     async def _serve(self, lines: Iterable[Line], most: int) -> None:
-        """Serve each of these lines once, as many together as have `MAX_BATCH` requests."""
+        """Serve each of these lines once, in groups of about `MAX_BATCH` requests with a checkpoint after each group."""
         serving: list[Line] = []
         requests = 0
         for line in lines:
@@ -183,7 +186,7 @@ class Rounds:
         self._answer(serving)
 
     def _share(self, lines: dict[Line, None]) -> int:
-        """How many requests of each line this round has: few, where lines wait for each other."""
+        """Return the maximum of requests of each line in this round, which is small if lines compete."""
         if len(lines) == 1 and self._alone in lines:
             self._shared = max(0, self._shared - 1)
         elif lines:
@@ -196,7 +199,7 @@ class Rounds:
         return _SHARED_BATCH if self._shared else MAX_BATCH
 
     def _add_late(self, lines: dict[Line, None], now: float) -> None:
-        """Add the lines whose message is not whole although its time is over: what was sent in time is read first."""
+        """Add the lines whose message is incomplete after its timeout. They are read once more before they are closed."""
         timeout = self._timeout()
         while self._incomplete:
             line = next(iter(self._incomplete))
@@ -211,7 +214,7 @@ class Rounds:
         return self._agent.settings.limits.request_timeout
 
     def _prepare(self, line: Line) -> bool:
-        """Receive what there is, and confirm the caller; False where there is nothing to answer now."""
+        """Receive the bytes that are available, and confirm the caller. Return False if there is nothing to answer now."""
         readable, line.readable = line.readable, False
         if line.ended or line.aside:
             return False
@@ -236,7 +239,7 @@ class Rounds:
         return bool(confirmed)
 
     def _take(self, line: Line, most: int) -> bool:
-        """Take the next batch of a line's messages; False where that failed."""
+        """Take the next batch of a line's messages. Return False if that failed."""
         if line.messages is None or line.exchange.asked or line.full:
             return True
         try:
@@ -257,7 +260,7 @@ class Rounds:
         return True
 
     def _answer(self, lines: list[Line]) -> None:
-        """Do and record what these lines ask; then send each its answers."""
+        """Run and audit the requests of these lines, then send the answers of each line."""
         if not lines:
             return
         try:
@@ -291,7 +294,7 @@ class Rounds:
         self._settle(line)
 
     def _send(self, line: Line, answers: bytes) -> bool:
-        """Send answers; False where they are not taken whole at once: then the line's own task sends the rest, or ends it."""
+        """Send answers. Return False if not all were sent: the line's own task then sends the rest, or the line has ended."""
         try:
             sent = os.write(line.number, answers)
         except BlockingIOError:
@@ -306,7 +309,7 @@ class Rounds:
         return False
 
     def _settle(self, line: Line) -> None:
-        """Decide what a line waits for, when everything that it was to be sent was sent."""
+        """Decide how a line goes on after all its answers were sent: wait for bytes, be served again, or end."""
         if line.ended or line.aside:
             return
         late, line.late = line.late, False
@@ -324,7 +327,7 @@ class Rounds:
             self._incomplete.pop(line, None)
             line.closing = self._drained
             return
-        # The time that answering took is not the client's; all other time is, however many pieces a message comes in.
+        # The timeout does not include the time that the agent takes to answer. A message in many pieces gets no more time.
         if line.new_message or line.full:
             self._begin_message(line)
         elif late:
@@ -334,13 +337,13 @@ class Rounds:
         line.new_message = False
 
     def _begin_message(self, line: Line) -> None:
-        """Give a line all of the time in which the rest of its message is due."""
+        """Start the timeout for the rest of a line's message."""
         line.message_since = trio.current_time()
         self._incomplete[line] = None
         self._incomplete.move_to_end(line)
 
     def _refuse(self, line: Line, code: str, why: str, http_status: int) -> None:
-        """Read nothing more, and say why after the answers to everything that was asked before."""
+        """Stop reading a line, and send it the reason after the answers to all earlier requests."""
         self._agent.counters.requests_refused += 1
         log.info("connection.protocol_error", why=why, **line.who)
         line.closing = line.refused = True
@@ -350,7 +353,7 @@ class Rounds:
         agent, generation = self._agent, job.generation
 
         def run() -> Any:
-            # Begun after a reload, it would be done for nothing: its decision does not hold any more.
+            # After a reload, the decision no longer holds, so the job's result would be discarded.
             return job.job.run() if agent.generation == generation else None
 
         def done(result: Any, error: Exception | None) -> None:
@@ -363,7 +366,7 @@ class Rounds:
             done(None, error)
 
     def _call(self, line: Line) -> None:
-        """Have a line served in the next round, although it may send nothing."""
+        """Serve a line in the next round even if its socket is not readable."""
         if not line.ended and not line.aside:
             self._next[line] = None
             self._rouse()
@@ -374,12 +377,12 @@ class Rounds:
         if wanted:
             self._poll.register(line.number, select.EPOLLIN)
         else:
-            with suppress(OSError):  # it is closed: then it is not in the epoll any more
+            with suppress(OSError):  # a closed socket has left the epoll already
                 self._poll.unregister(line.number)
         line.listening = wanted
 
     def _put_aside(self, line: Line) -> None:
-        """Leave a line to its own task."""
+        """Stop serving a line until its own task calls `resume` or `serve_confirmed`."""
         line.aside = True
         self._listen(line, wanted=False)
         line.wake()

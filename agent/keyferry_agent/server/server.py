@@ -1,4 +1,4 @@
-"""Listeners, the admission of connections, and drain: with `connection` the only place with nurseries, besides `run`."""
+"""The server: accepts and admits connections, and drains them. Nurseries are only here, in `connection`, and in the daemon."""
 
 import errno
 import math
@@ -30,20 +30,20 @@ from .thread_pool import FairThreadPool
 __all__ = ["GRACE", "Server"]
 
 GRACE: Final = 10.0
-"""Seconds that a drain may take: as long as a request may, by default."""
+"""Seconds that a drain may take. Equal to the default timeout of a request."""
 _LAST_LOOK: Final = 0.05
-"""Seconds in which a draining agent still takes requests: those that lie in its sockets were sent in good faith."""
+"""Seconds in which a draining agent still reads requests, since clients sent them before they could know of the drain."""
 _NOTIFICATIONS_PER_SECOND: Final = 10_000
-"""Notifications of one user where requests have no limit: they have no effect, so that no client needs many."""
+"""Limit of one user's notifications if requests have no limit. Notifications have no effect, so clients need few of them."""
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
 _MOST_REFUSALS: Final = 16
-"""Connections to explain a refusal to at one time; the others are closed without a word."""
+"""Refused connections that get an error message at one time. The others are closed without a message."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class NullAuditLog:
-    """The record of what nobody asked for but the agent itself."""
+    """An audit log that discards its entries, for the agent's requests to itself."""
 
     def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
         return Appended(len(requests))
@@ -63,7 +63,7 @@ class Server:
             notifications=Rate(_NOTIFICATIONS_PER_SECOND) if rate.unlimited else rate,
             metrics=metrics,
         )
-        # Without libcrypto's SM2, a slow job holds the interpreter's lock: one at a time leaves room for everybody else.
+        # Without libcrypto's SM2, an offloaded job holds the GIL. One job at a time leaves time for other requests.
         self._pool = FairThreadPool(OFFLOAD_THREADS if libcrypto.has_sm2() else 1)
         self._rounds = Rounds(self._context, self._pool)
         self._admission = Admission(agent)
@@ -78,7 +78,7 @@ class Server:
         listeners: Sequence[tuple[str, trio.SocketListener]],
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Accept and answer until `drain`; returns when the last answer is out, or the grace period is over."""
+        """Accept and serve connections until `drain`. Returns after the last answer, or when the grace period is over."""
         with closing(self._rounds), self._all:
             async with trio.open_nursery() as serving:
                 serving.start_soon(self._rounds.run)
@@ -93,7 +93,7 @@ class Server:
             log.warning("drain.grace_over", connections=self.agent.counters.connections)
 
     async def serve_own(self, stream: trio.SocketStream) -> None:
-        """Serve a connection of the agent's own, which is neither recorded nor limited."""
+        """Serve a connection of the agent to itself. Its requests are neither audited nor limited."""
         own = replace(self._context, audit=NullAuditLog(), rate=Rate(0), notifications=Rate(0), metrics=None)
         caller = Caller(Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener=""))
         with closing(Rounds(own, self._pool)) as rounds:
@@ -103,9 +103,9 @@ class Server:
                 serving.cancel_scope.cancel()
 
     def drain(self, grace: float = GRACE) -> None:
-        """Stop accepting, let every connection answer what it has received, and close them; at the latest after `grace`.
+        """Stop accepting, answer all received requests, and close the connections, at the latest after `grace` seconds.
 
-        May be called again, to shorten the grace.
+        May be called again to shorten the grace period.
         """
         self.agent.draining = True
         self._rounds.drain(trio.current_time() + _LAST_LOOK)
@@ -120,7 +120,7 @@ class Server:
         while True:
             try:
                 stream = await listener.accept()
-            except OSError as error:  # out of descriptors or memory: wait for some to come back, and say so
+            except OSError as error:  # out of descriptors or memory: log the error, and retry after a pause
                 log.error("accept.failed", listener=name, error=error.strerror)
                 if error.errno in _NO_DESCRIPTORS:
                     await self._refuse_with_the_reserve(listener)
@@ -136,14 +136,14 @@ class Server:
                 if error.errno in _NO_DESCRIPTORS:
                     await _refuse_for_descriptors(stream)
                 stream.socket.close()
-            except Exception as error:  # whatever is odd about one peer closes that one connection
+            except Exception as error:  # an error about one peer closes only its connection
                 log.error("connection.failed", listener=name, exc_info=error)
                 stream.socket.close()
             else:
                 connections.start_soon(self._connection, stream, peer, process)
 
     async def _refuse_with_the_reserve(self, listener: trio.SocketListener) -> None:
-        """Take one connection with a descriptor that was kept for it, say why, and close it."""
+        """Accept one connection with the reserved descriptor, send an error message, and close it."""
         if self._reserve is None:
             return
         os.close(self._reserve)
@@ -154,7 +154,7 @@ class Server:
             self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     async def _connection(self, stream: trio.SocketStream, peer: Peer, process: Process | None) -> None:
-        """One connection from its first byte to its last. Nothing that happens in it reaches another."""
+        """Serve one connection from its first byte to its last. Its errors do not affect other connections."""
         try:
             await self._admit(stream, peer, process)
         finally:
@@ -192,14 +192,14 @@ class Server:
                         lambda: self._admission.judge(place),
                     ).run()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass  # the peer went away
+            pass  # the peer has closed the connection
         except* Exception as errors:
             log.error("connection.failed", exc_info=errors)
         finally:
             self._admission.leave(place)
 
     def _may_complain(self) -> bool:
-        """Whether to write a line to the log, one in a second: to be refused must not cost more than to be served."""
+        """Return whether to log a warning now, at most one a second, so that refusing costs no more than serving."""
         now = trio.current_time()
         if now < self._next_complaint:
             return False
@@ -207,9 +207,9 @@ class Server:
         return True
 
     async def _refuse(self, stream: trio.SocketStream, peer: Peer, why: str) -> None:
-        """Refuse a connection and say why, in a way that every client of the protocol can read.
+        """Refuse a connection with an error message in the protocol's form.
 
-        Only a few at a time get an explanation.
+        Only `_MOST_REFUSALS` connections at a time get a message.
         """
         self.agent.counters.connections_refused += 1
         if self._may_complain():

@@ -1,7 +1,7 @@
-"""Threads for slow jobs, whose results come back to the event loop: several at a time, where several are done.
+"""Threads for offloaded jobs. Results that are ready together return to the event loop together.
 
-A trio thread costs 120 microseconds for each job, and each result a turn of the loop of its own. These cost 30, and what is
-done together is recorded and answered together.
+`trio.to_thread` costs 120 microseconds for each job, and one iteration of the event loop for each result. This pool costs 30
+microseconds, and jobs that finish together are audited and answered together.
 """
 
 import queue
@@ -19,32 +19,32 @@ _Job: TypeAlias = tuple[Callable[[], Any], "_Done", trio.lowlevel.TrioToken]
 _Done: TypeAlias = Callable[[Any, Exception | None], None]
 
 _HANDED: Final = 4
-"""Jobs in the hands of each thread, the one that it does included."""
+"""Jobs handed to each thread, including the one that it runs."""
 
 
 class FairThreadPool:
-    """At most `most` threads, made when there is something to do; who waits for them is served in turn. For one event loop."""
+    """A pool of at most `most` threads, started on demand, that serves users round-robin. For one event loop."""
 
     def __init__(self, most: int) -> None:
         self.busy = 0
-        """Jobs that were taken and have not come back."""
+        """Jobs that were submitted and whose results were not delivered yet."""
         self._most = most
         self._threads = 0
         self._waiting: dict[Hashable, deque[_Job]] = {}
-        """By whose they are; whose turn is next is first."""
+        """Jobs to hand to threads, by user. The next user to serve comes first."""
         self._handed = 0
         self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self._announced = False
         self._results: deque[tuple[_Done, Any, Exception | None]] = deque()
 
     def submit(self, user: Hashable, job: Callable[[], Any], done: _Done) -> None:
-        """Do a user's job in a thread; call `done`, in the event loop, with what it gave, or with what it raised.
+        """Run a user's job in a thread, and call `done` in the event loop with the job's result or its exception.
 
-        Raises RuntimeError where the system lets no thread be started at all.
+        Raises RuntimeError if the pool has no thread and the system cannot start one.
         """
         if self._threads < self._most and self.busy >= self._threads:
             try:
-                # A daemon: an agent ends without what nobody waits for any more.
+                # daemon: the agent's exit does not wait for abandoned jobs.
                 threading.Thread(target=self._work, name="keyferry-slow", daemon=True).start()
                 self._threads += 1
             except RuntimeError:
@@ -55,15 +55,15 @@ class FairThreadPool:
         self._hand_over()
 
     def _hand_over(self) -> None:
-        # So many that no thread waits for the event loop; and no more, since what is handed over cannot be overtaken any more,
-        # and the event loop answers all that is done before it does anything else.
+        # Hand over enough jobs that no thread waits for the event loop. Hand over no more: another user's job cannot overtake
+        # these, and the event loop answers all finished jobs before it does anything else.
         while self._waiting and self._handed < _HANDED * self._most:
             user = next(iter(self._waiting))
             jobs = self._waiting.pop(user)
             self._handed += 1
             self._jobs.put(jobs.popleft())
             if jobs:
-                self._waiting[user] = jobs  # behind all others
+                self._waiting[user] = jobs  # after all other users
 
     def _work(self) -> None:
         with suppress(trio.RunFinishedError):
@@ -73,13 +73,13 @@ class FairThreadPool:
                     self._results.append((done, job(), None))
                 except Exception as error:
                     self._results.append((done, None, error))
-                del job, done  # and with them what the job holds on to, while there is no other
-                if not self._announced:  # to wake the event loop costs a system call, also where it was told before
+                del job, done  # free the objects that the job refers to, before waiting for the next job
+                if not self._announced:  # each wake-up of the event loop costs a system call, also a superfluous one
                     self._announced = True
                     token.run_sync_soon(self._deliver)
 
     def _deliver(self) -> None:
-        self._announced = False  # first: what comes from now on is announced again
+        self._announced = False  # cleared first: later results wake the event loop again
         while self._results:
             done, result, error = self._results.popleft()
             self.busy -= 1

@@ -1,5 +1,6 @@
-"""The sockets: given by the service manager, or made: with the right mode from the start, never taken from an agent that lives,
-gone at the end.
+"""Listening sockets, inherited from the service manager or created by the agent.
+
+A created socket has its mode from the start, never replaces the socket of a running agent, and is removed when the agent exits.
 """
 
 import os
@@ -17,15 +18,15 @@ __all__ = ["ListeningError", "ListeningSocket", "assign", "open_listeners"]
 
 _BACKLOG: Final = 512
 _LOCK_SECONDS: Final = 5.0
-"""For another agent that starts at the same moment to make its socket: it needs milliseconds."""
+"""Seconds to wait while another agent that starts at the same time creates its socket, which takes milliseconds."""
 
 
 class ListeningError(Exception):
-    """The socket cannot be had. The message says why, and what to do."""
+    """The agent cannot listen on a socket. The message contains the reason and a remedy."""
 
 
 class ListeningSocket(NamedTuple):
-    """A socket that is listened on. `made`: how its file was when this agent made it; None where the manager did."""
+    """A listening socket. `seen`: the first status of its file, if known. `made`: whether this agent created the file."""
 
     name: str
     path: Path
@@ -34,34 +35,33 @@ class ListeningSocket(NamedTuple):
     made: bool
 
     def close(self) -> None:
-        """Stop listening; the file goes, if this agent has made it and it is still the one."""
+        """Stop listening, and remove the socket's file as `remove` does."""
         self.socket.close()
         self.remove()
 
     def remove(self) -> None:
-        """Remove the socket's file at the end, if this agent has made it: another agent may have its own there."""
+        """Remove the socket's file if this agent created it and another agent has not replaced it."""
         if self.made and not self.lost():
             with suppress(OSError):
                 self.path.unlink()
 
     def lost(self) -> bool:
-        """Whether the socket's file is gone, or is another one."""
+        """Return whether the socket's file was removed or replaced. Returns False if its first status is unknown."""
         if self.seen is None:
             return False
         try:
             now = self.path.lstat()
         except OSError:
             return True
-        # The number of a removed file is soon another file's: its time tells them apart.
+        # The file system soon reuses the inode number of a removed file. The time distinguishes the two files.
         seen = self.seen
         return (now.st_dev, now.st_ino, now.st_mtime_ns) != (seen.st_dev, seen.st_ino, seen.st_mtime_ns)
 
 
 def open_listeners(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.socket]]) -> list[ListeningSocket]:
-    """Listen as the configuration says: on a socket that was given for it, else on one of its own.
+    """Return a listening socket for each listener: a given one that belongs to it (`assign`), else a newly created one.
 
-    A given socket belongs to the listener of its name, or of its path; a sole one that has neither, to the only listener that
-    has none. Raises `ListeningError`, also for a given socket that belongs to nobody.
+    Raises `ListeningError`, also for a given socket that belongs to no listener.
     """
     found = assign(listeners, [(name, _path(sock)) for name, sock in given])
     opened: list[ListeningSocket] = []
@@ -83,9 +83,10 @@ def open_listeners(listeners: Sequence[Listener], given: Sequence[tuple[str, soc
 
 
 def assign(listeners: Sequence[Listener], given: Sequence[tuple[str, Path | None]]) -> dict[str, int]:
-    """Return, by the name of a listener, which of the given sockets is its own. A socket is given by its name and path.
+    """Map names of listeners to the indexes of the given sockets that belong to them. A socket is given by its name and path.
 
-    Raises `ListeningError` for a socket that belongs to no listener.
+    A socket belongs to the listener with its name, else to the one with its path. If one socket and one listener are left
+    over, they belong together. Raises `ListeningError` for a socket that belongs to no listener.
     """
     found: dict[str, int] = {}
     strangers = []
@@ -97,7 +98,7 @@ def assign(listeners: Sequence[Listener], given: Sequence[tuple[str, Path | None
         if not by_name and not by_path:
             strangers.append(number)
     rest = [each.name for each in listeners if each.name not in found]
-    if len(strangers) == len(rest) == 1:  # one socket, one listener: nobody had to name anything
+    if len(strangers) == len(rest) == 1:  # for one socket and one listener, no name is needed
         found[rest[0]] = strangers.pop()
     if strangers:
         name, path = given[strangers[0]]
@@ -124,17 +125,17 @@ def _adopt(listener: Listener, sock: socket.socket) -> ListeningSocket:
     path = _path(sock)
     try:
         seen = path.lstat() if path else None
-    except OSError:  # not to be seen from here
+    except OSError:  # the path is not visible to this process
         seen = None
     return ListeningSocket(listener.name, path or listener.path, sock, seen, made=False)
 
 
 def _take(listener: Listener) -> socket.socket:
-    """Make the socket file and listen on it; a stale one is replaced. Raises `ListeningError`."""
+    """Create the socket file and listen on it. Replaces a stale socket file. Raises `ListeningError`."""
     path = listener.path
     _check_directory(path.parent)
     try:
-        # Of two agents that start at once, one would take the other's socket, not yet listened on, for a stale one.
+        # Without the lock, an agent could mistake a socket for stale that another agent has bound, but does not listen on yet.
         with Lock(path, seconds=_LOCK_SECONDS):
             return _make(listener, path)
     except LockError as error:
@@ -144,7 +145,7 @@ def _take(listener: Listener) -> socket.socket:
 def _make(listener: Listener, path: Path) -> socket.socket:
     _clear(path)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old = os.umask(0o177)  # nobody but the owner can connect before the mode is set
+    old = os.umask(0o177)  # only the owner can connect before the mode is set
     try:
         made.bind(os.fspath(path))
         _own(path, listener)
@@ -158,7 +159,7 @@ def _make(listener: Listener, path: Path) -> socket.socket:
 
 
 def _own(path: Path, listener: Listener) -> None:
-    """Give the socket's file its owner and mode. By its inode: another user may own the folder, and put a link at the name."""
+    """Set the owner and mode of the socket's file. Uses a descriptor, since the folder's owner could put a link at the path."""
     descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
@@ -185,16 +186,15 @@ def _check_directory(directory: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove a socket file that nobody listens on."""
+    """Remove a socket file on which no process listens. Raises `ListeningError` for another file, or a running agent's."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise ListeningError(f"{path} exists and is no socket; it is left alone")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(
-            False
-        )  # connect(2) blocks while a listener's queue is full, and another user may own the listener
+        # A blocking connect(2) would wait while a listener's queue is full, and another user may own that listener.
+        probe.setblocking(False)
         try:
             probe.connect(os.fspath(path))
         except ConnectionRefusedError:
