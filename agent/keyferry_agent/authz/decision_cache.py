@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class DecisionCache(Generic[T]):
-    """Maps callers and requests to decisions. A full cache is emptied before it takes the next entry."""
+    """Maps callers and requests to decisions. A full cache is emptied before the next entry is added."""
 
     __slots__ = ("_known", "_once", "_room")
 

@@ -309,7 +309,7 @@ _NOBODY: Final = -1
 
 
 def _number_of(selector: str, name: str) -> int:
-    """Return the number of a user or group in the system's databases; -1 where it is not found. May block."""
+    """Return the number of a user or group in the system's databases, or -1 if it is not found. May block."""
     try:
         return _LOOKUPS[selector](name)
     except (KeyError, ValueError):  # ValueError: not a possible name; it has a NUL

@@ -42,7 +42,7 @@ def priority(level: int) -> str:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # closed, replaced by an object without a descriptor, or None
         return ""
-    # A process inherits the variable, but may have another standard error: systemd.exec(5) says to compare.
+    # A process inherits the variable, but may have another standard error: systemd.exec(5) requires this comparison.
     if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
         return ""
     return next(text for lowest, text in PRIORITIES if level >= lowest)
@@ -90,7 +90,7 @@ class _StandardError:
         self.write(line, logging.ERROR)
 
     def write(self, line: str, level: int) -> None:
-        """Write one line. Raises OSError, or ValueError where the process has no standard error. Blocks while it is full."""
+        """Write one line. Raises OSError, or ValueError if the process has no standard error. Blocks while it is full."""
         descriptor = sys.stderr.fileno()
         line = priority(level) + line
         if self._failed:
@@ -132,7 +132,7 @@ def _write(descriptor: int, data: bytes) -> int:
 
 
 def _take_back(descriptor: int, written: int) -> bool:
-    """Remove half a line from the end of a file. Returns False where that is impossible, as in a pipe."""
+    """Remove half a line from the end of a file. Returns False if that is impossible, as in a pipe."""
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or os.lseek(descriptor, 0, os.SEEK_CUR) != status.st_size:
