@@ -71,7 +71,7 @@ class ServiceManager:
         own = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         microseconds = environment.get("WATCHDOG_USEC", "")
         self.watchdog = int(microseconds) * _MICROSECONDS if own and address and microseconds.isdecimal() else 0.0
-        """The watchdog's interval in seconds, or 0 if there is no watchdog."""
+        """The watchdog's interval in seconds, or 0 without a watchdog."""
         self._status = ""
 
     @classmethod

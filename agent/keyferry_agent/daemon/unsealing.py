@@ -40,7 +40,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 def listen(path: Path | None) -> list[unix_sockets.ListeningSocket]:
-    """Return the socket for operators, or an empty list if there is no path. Raises `ListeningError`."""
+    """Return the socket for operators, or an empty list without a path. Raises `ListeningError`."""
     return [] if path is None else unix_sockets.open_listeners([Listener(_NAME, path, mode=_MODE)], [])
 
 
