@@ -1,4 +1,4 @@
-"""A connection's peer, and the grants that it has: `Caller`."""
+"""`Caller`: a connection's peer, with the grants that it has."""
 
 from ..peer import Peer
 from .grants import CallerGrants, Policy
@@ -7,7 +7,7 @@ __all__ = ["Caller"]
 
 
 class Caller:
-    """One connection's peer, with the grants that are to it: looked up once, and again after a reload."""
+    """One connection's peer, with its grants. They are looked up once, and again after a reload or with new evidence."""
 
     __slots__ = ("_policy", "granted", "peer")
 
@@ -17,11 +17,11 @@ class Caller:
         self._policy: Policy | None = None
 
     def refresh(self, policy: Policy) -> None:
-        """Look the grants up, if this is another policy than the last time."""
+        """Look the grants up again, if `policy` is not the object of the last look-up."""
         if self._policy is not policy:
             self._policy = policy
             self.granted = policy.granted(self.peer)
 
     def know(self, peer: Peer) -> None:
-        """Take more evidence of the same caller."""
+        """Replace the peer with one that has more evidence. The next `refresh` looks its grants up."""
         self.peer, self._policy = peer, None

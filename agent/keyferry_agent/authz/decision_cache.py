@@ -1,8 +1,8 @@
-"""Requests that were asked before: what is equal to one, byte for byte behind its message ID, is decided as it was.
+"""Cache of authorization decisions, keyed by the caller's grants and a request's bytes after the message ID.
 
-Most of what an application asks it has asked before: the same key, context and module, every time. To decide that once, and
-look it up afterwards, takes an eighth of the time. What is remembered is of one kind of caller, under one configuration and
-keyring; what can change beside these (a key's dates, a quota) is judged each time all the same.
+Most requests of an application repeat an earlier one, with the same key, EncryptionContext and cryptographic module. A cache
+hit takes an eighth of the time of a decision. An entry is valid for callers with the same grants, under one configuration and
+one keyring. Conditions that change without these (a key's dates, a quota) are checked for every request.
 """
 
 from collections.abc import Hashable
@@ -11,19 +11,19 @@ from typing import Final, Generic, TypeVar
 __all__ = ["DecisionCache"]
 
 _ROOM: Final = 40 * 2**20
-"""Bytes of memory for all that is remembered: some 16,000 requests."""
+"""Memory of the cache in bytes: some 16,000 requests."""
 _EACH: Final = 2_000
-"""Bytes that one takes besides its own, as measured: what is to be done, and what is recorded of it."""
+"""Measured bytes of an entry besides the request's: the decision, with its job and its audit fields."""
 _LONGEST: Final = 4_096
-"""Bytes of a request to remember."""
+"""Size limit of a cached request, in bytes."""
 _ONCE: Final = 16_384
-"""Requests of which is known, by their hash, that they were seen: only what comes again is remembered."""
+"""Size limit of the set of hashes that were seen once. A request is cached at its second occurrence."""
 
 T = TypeVar("T")
 
 
 class DecisionCache(Generic[T]):
-    """What was decided, by whom it is for and the request's bytes. When it is full, it begins anew."""
+    """Maps callers and requests to decisions. A full cache is emptied before the next entry is added."""
 
     __slots__ = ("_known", "_once", "_room")
 
@@ -36,11 +36,11 @@ class DecisionCache(Generic[T]):
         return len(self._known)
 
     def recall(self, who: Hashable, request: bytes) -> T | None:
-        """What was remembered of a request; None where nothing was."""
+        """Return the cached decision about a request, or None."""
         return self._known.get((who, request))
 
     def remember(self, who: Hashable, request: bytes, decided: T) -> None:
-        """Note what was decided: for good, if it was noted before."""
+        """Cache a decision, if its request was seen before; else only note the request's hash."""
         if len(request) > _LONGEST:
             return
         key = who, request
@@ -57,7 +57,7 @@ class DecisionCache(Generic[T]):
         self._known[key] = decided
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Empty the cache."""
         self._known.clear()
         self._once.clear()
         self._room = _ROOM

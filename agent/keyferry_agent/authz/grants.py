@@ -1,7 +1,7 @@
-"""May this caller do this? Pure functions over the grants of the configuration. What no grant allows is refused.
+"""Authorization: pure functions over the grants of the configuration. A request that no grant allows is refused.
 
-A grant matches when all of it matches: whom it is `to`, the action, the key, and where it names them, the recipient's pin and
-the pairs of the EncryptionContext. There are no deny rules and no order.
+A grant matches when all its parts match: the caller (`to`), the action and the key. If the grant names recipients or pairs of
+the EncryptionContext, these must match too. There are no deny rules, and the order of grants does not change a decision.
 """
 
 import functools
@@ -31,34 +31,35 @@ __all__ = [
 ]
 
 PLAINTEXT: Final = "plaintext"
-"""The recipient of a data key that the caller learns or chooses itself. No pin is equal to it."""
+"""The recipient of a data key that the caller learns or chooses itself. It is never equal to a fingerprint."""
 
 _REMEMBERED: Final = 32_768
-"""Keys whose coverage a `CallerGrants` remembers at most; then it begins anew. Each takes some 200 bytes."""
+"""Cached keys of a `CallerGrants`, of some 200 bytes each. A full cache is emptied."""
 _CALLERS_ROOM: Final = 4 * 2**20
-"""Bytes for the evidence of callers that a `Policy` remembers; then it begins anew."""
+"""Bytes of callers' evidence that a `Policy` caches. A full cache is emptied."""
 _CALLER_BYTES: Final = 600
-"""Bytes that one caller's evidence takes, as measured, besides 4 for each of its groups."""
+"""Measured bytes of one caller's evidence, besides 4 for each of its groups."""
 _SETS_REMEMBERED: Final = 1_024
-"""Different sets of grants that a `Policy` remembers tables for."""
+"""Sets of grants for which a `Policy` caches a `CallerGrants`. A full cache is emptied."""
 
 ACTIONS: Final = frozenset(
     f"kms:{name}"
     for name in (
-        *(name for name in OPERATIONS if name not in ("ReEncrypt", "GetAgentHealth")),  # which needs no grant
-        "ReEncryptFrom",  # ReEncrypt needs two: one on the key that opens, one on the key that seals
+        # GetAgentHealth needs no grant. ReEncrypt needs two: one on the key that decrypts, one on the key that encrypts.
+        *(name for name in OPERATIONS if name not in ("ReEncrypt", "GetAgentHealth")),
+        "ReEncryptFrom",
         "ReEncryptTo",
     )
 )
-"""What can be granted."""
+"""All actions that a grant can allow."""
 
 NEVER_WITH_RECIPIENTS: Final = frozenset({"kms:Decrypt", "kms:Encrypt", "kms:GenerateDataKey"})
-"""Actions by which a caller learns or chooses a data key: a grant with `recipients` never covers them.
+"""Actions by which a caller learns or chooses a data key. A grant with `recipients` never covers them.
 
-ReEncrypt is such a one too, unless it stays with the same key and EncryptionContext.
+This is also true of ReEncrypt, unless it keeps the key and the EncryptionContext.
 """
 
-# Who a grant is to. To add a selector: a line here, its evidence in `peer`, its value's check in `settings`.
+# The selectors of a grant's `to`. A new selector needs a line here, its evidence in `peer` and its value's check in `settings`.
 SELECTORS: Final[Mapping[str, Callable[[Peer, Any], bool]]] = {
     "uid": lambda peer, uid: peer.uid is not None and peer.uid == uid,
     "user": lambda peer, uid: peer.uid is not None and peer.uid == uid,  # looked up when the configuration was read
@@ -73,12 +74,12 @@ SELECTORS: Final[Mapping[str, Callable[[Peer, Any], bool]]] = {
 PROGRAM: Final = frozenset({"exe", "sha256"})
 """The selectors whose evidence a process can change by running another program."""
 BESIDE_PROGRAM: Final = frozenset({"uid", "user", "unit", "pod", "listener"})
-"""The selectors of which one must stand beside those: any user can run a program, with a library of their own in it."""
+"""A grant with a selector of `PROGRAM` needs one of these too: any user can run a program with a library of their own in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """One `[[grant]]`: the same names. `recipients` None means any recipient."""
+    """One `[[grant]]` table; the attributes have the names of its keys. `recipients` is None for any recipient."""
 
     name: str
     to: Mapping[str, Any]
@@ -87,7 +88,7 @@ class Grant:
     recipients: frozenset[str] | None = None
     encryption_context: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = field(default=None, compare=False, repr=False)
-    """The file in the folder of grants that has the grant; None for the configuration."""
+    """The grant's file in the folder of grants; None if the configuration has the grant."""
     _names: frozenset[str] = field(init=False, repr=False)
     _keys: re.Pattern[str] = field(init=False, repr=False)
     _actions: re.Pattern[str] = field(init=False, repr=False)
@@ -99,42 +100,43 @@ class Grant:
         object.__setattr__(self, "_actions", _pattern(self.actions, part=".*"))
 
     def matches_caller(self, peer: Peer) -> bool:
-        """Whether all that `to` names matches this caller. An empty `to` matches no caller."""
+        """Return whether all selectors of `to` match this caller. An empty `to` matches no caller."""
         return self.could_be_to(peer) and all(SELECTORS[name](peer, self.to[name]) for name in self.program)
 
     def could_be_to(self, peer: Peer) -> bool:
-        """Whether all that `to` names besides the program matches this caller."""
+        """Return whether all selectors of `to` match this caller, those of `PROGRAM` aside."""
         return bool(self.to) and all(
             SELECTORS[selector](peer, value) for selector, value in self.to.items() if selector not in PROGRAM
         )
 
     @property
     def program(self) -> frozenset[str]:
-        """The selectors in `to` that are about the caller's program."""
+        """Return the selectors in `to` that are about the caller's program."""
         return PROGRAM & self.to.keys()
 
     def has_action(self, action: str) -> bool:
-        """Whether it covers this action."""
+        """Return whether the grant covers this action."""
         return self._actions.fullmatch(action) is not None
 
     def has_key(self, names: Iterable[str]) -> bool:
-        """Whether one of a key's names (ID, aliases, ARNs) is one of the patterns."""
+        """Return whether one of a key's names (ID, aliases, ARNs) matches one of the patterns."""
         return any(name in self._names or self._keys.fullmatch(name) for name in names)
 
     def has_recipient(self, pin: str | None) -> bool:
-        """Whether a data key may go to this recipient: a fingerprint, `PLAINTEXT`, or None when none leaves or enters.
+        """Return whether a data key may go to this recipient.
 
-        A grant with `recipients` never covers what its holder could learn or choose a data key by: that would be a way round.
+        `pin` is a fingerprint, `PLAINTEXT`, or None if the operation neither returns nor receives a data key. A grant with
+        `recipients` never covers `PLAINTEXT`: by learning or choosing a data key, the caller would evade the list.
         """
         return self.recipients is None or pin is None or pin in self.recipients
 
     def has_context(self, context: Mapping[str, str] | None) -> bool:
-        """Whether the pairs it demands are there; None: the operation has no context, and nothing to demand of it."""
+        """Return whether an EncryptionContext has the pairs that the grant demands; True if the operation has none (None)."""
         return context is None or self.encryption_context.items() <= context.items()
 
 
 def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str] | None) -> Grant | None:
-    """The first that also covers the recipient and the context."""
+    """Return the first grant that also covers the recipient and the EncryptionContext, or None."""
     for grant in grants:
         if grant.has_recipient(pin) and grant.has_context(context):
             return grant
@@ -142,7 +144,7 @@ def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str
 
 
 def places(grants: Iterable[Grant]) -> Iterator[tuple[str, Grant]]:
-    """Yield each grant with its place, as messages name it: `grant[0]`, with the path of its file before it, if it has one."""
+    """Yield each grant after its place in messages: `grant[0]`, preceded by the path of its file in the folder of grants."""
     counts: Counter[Path | None] = Counter()
     for grant in grants:
         place = f"grant[{counts[grant.file]}]"
@@ -152,12 +154,12 @@ def places(grants: Iterable[Grant]) -> Iterator[tuple[str, Grant]]:
 
 @functools.lru_cache(maxsize=1_024)
 def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
-    """One expression for all patterns: a sole `*` is everything, else `*` is `part`."""
+    """Return one expression for all patterns. A sole `*` matches everything; any other `*` matches `part`."""
     alternatives = (".*" if p == "*" else _STARS.sub(functools.partial(_piece, part), p) for p in patterns)
     return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives) or r"(?!)", re.DOTALL)
 
 
-# Stars and, where another star follows in the same part of the name, the text between them; or text.
+# Stars, with the text after them if another star follows in the same part of the name; or text.
 _STARS: Final = re.compile(r"\*+(?:([^*/:]+)(?=\*))?|[^*]+")
 
 
@@ -166,18 +168,19 @@ def _piece(part: str, found: re.Match[str]) -> str:
         return re.escape(found[0])
     if found[1] is None:
         return part
-    # The first place where the text is leaves the most to the stars after it: there is no other to come back for. Else a name
-    # that nearly matches (whoever asks says the name) would be tried in as many ways as its length to the power of the stars.
+    # Atomic group: take the first match of the text, and never backtrack. A later match only leaves less text for the stars
+    # after it. The caller chooses the name. With backtracking, a name that nearly matches would be tried in as many ways as its
+    # length to the power of the number of stars.
     return f"(?>{part}?{re.escape(found[1])})"
 
 
 class _ActionIndex:
-    """The grants that cover one action, found by the names of keys: most grants name theirs, and few have patterns."""
+    """The grants that cover one action, indexed by names of keys: most grants name their keys, and few have patterns."""
 
     def __init__(self, grants: Sequence[Grant]) -> None:
         self.grants = tuple(grants)
         self._by_name: dict[str, list[int]] = {}
-        self._by_prefix: dict[str, list[int]] = {}  # patterns, by what they have before their first `*`
+        self._by_prefix: dict[str, list[int]] = {}  # patterns, by their text before the first `*`
         for place, grant in enumerate(grants):
             for key in grant.keys:
                 prefix, wild, _ = key.partition("*")
@@ -185,7 +188,7 @@ class _ActionIndex:
         self._prefix_lengths = sorted({len(prefix) for prefix in self._by_prefix})
 
     def with_key(self, names: Sequence[str]) -> tuple[Grant, ...]:
-        """Those that cover a key that is called by these names, in the configuration's order."""
+        """Return the grants that cover a key with these names, in the configuration's order."""
         places = {place for name in names for place in self._by_name.get(name, ())}
         perhaps = {
             place
@@ -198,9 +201,9 @@ class _ActionIndex:
 
 
 class CallerGrants:
-    """The grants to one kind of caller, and what they cover as far as was asked before: so that a request costs a look-up.
+    """The grants to one kind of caller, with a cache of the grants that cover a key, so that a request costs one look-up.
 
-    `asks`: the selectors about a program in the grants that are to this caller but for its program.
+    `asks`: the selectors of `PROGRAM` in all grants whose other selectors match this caller.
     """
 
     __slots__ = ("_actions", "_known", "asks", "grants", "on_program")
@@ -213,13 +216,13 @@ class CallerGrants:
         self._known: dict[tuple[str, str], tuple[Grant, ...]] = {}
 
     def with_action(self, action: str) -> tuple[Grant, ...]:
-        """Those that cover an action."""
+        """Return the grants that cover an action."""
         return self._covering(action).grants
 
     def covering(self, action: str, name: str, names: Callable[[], Iterable[str]] | None) -> tuple[Grant, ...]:
-        """Return those that cover an action on the key that is known by `name`; `names` returns all that it can be called by.
+        """Return the grants that cover an action on the key that is cached as `name`; `names` returns all names of the key.
 
-        None for `names` says that no such key exists: then none covers it, after the same look-up.
+        `names` is None if the key does not exist. The result is then empty, after the same look-up.
         """
         known = self._known.get((action, name))
         if known is None:
@@ -231,16 +234,16 @@ class CallerGrants:
         return known
 
     def would_cover(self, action: str, names: Iterable[str]) -> tuple[Grant, ...]:
-        """Return those that would cover an action on a key of these names, whether such a key exists or not.
+        """Return the grants that would cover an action on a key with these names, whether such a key exists or not.
 
-        Not remembered: callers can make up as many names as they like.
+        The result is not cached, because callers can invent any number of names.
         """
         return self._covering(action).with_key(tuple(names))
 
     def _covering(self, action: str) -> _ActionIndex:
         known = self._actions.get(action)
         if known is None:
-            # Many grants have the same actions: each list is looked at once.
+            # Many grants have equal lists of actions, so match each list once.
             matching = {
                 grant.actions: grant.has_action(action) for grant in {g.actions: g for g in self.grants}.values()
             }
@@ -249,7 +252,7 @@ class CallerGrants:
 
 
 class Policy:
-    """All grants of a configuration, found by whom they are to."""
+    """All grants of a configuration, indexed by the user that they are to."""
 
     def __init__(self, grants: Sequence[Grant]) -> None:
         self._by_uid: dict[int, list[tuple[int, Grant]]] = {}
@@ -260,13 +263,13 @@ class Policy:
         self.users_by_program = frozenset(
             uid for grant in grants if grant.program and (uid := _user_of(grant)) is not None
         )
-        """The users whom a grant names beside a program."""
+        """The users of all grants that name a user and a program."""
         self._known: dict[Peer, CallerGrants] = {}
         self._room = _CALLERS_ROOM
         self._sets: dict[tuple[tuple[int, ...], frozenset[str]], CallerGrants] = {}
 
     def granted(self, peer: Peer) -> CallerGrants:
-        """Return the grants to this caller. Callers with the same grants share what was found out about them."""
+        """Return the grants to this caller. Callers with the same grants share one object, and its cache."""
         evidence = peer._replace(pid=None)
         known = self._known.get(evidence)
         if known is None:

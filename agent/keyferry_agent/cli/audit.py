@@ -1,4 +1,4 @@
-"""`keyferry-agent audit ...`: whether the audit log is whole, and which callers were given data keys."""
+"""`keyferry-agent audit ...`: verify the audit log, and list the callers that received data keys."""
 
 import argparse
 from pathlib import Path
@@ -61,7 +61,7 @@ def _guarded(arguments: argparse.Namespace) -> int:
         code: int = arguments.verb_action(arguments, settings)
     except (ChainError, KeyringError, SettingsError, OSError) as error:
         say(str(error))
-    except (KeyError, TypeError, ValueError) as error:  # an entry with other fields than the agent's
+    except (KeyError, TypeError, ValueError) as error:  # an entry whose fields are not those of the agent
         say(f"not a line of an audit log: {error!r}")
     else:
         return code
@@ -71,7 +71,7 @@ def _guarded(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace, settings: Settings | None) -> int:
     history = open_history(arguments.file, settings, None)
     report(history, arguments.since)
-    # Old files are deleted as a rule: a chain that is whole from its first entry is not damaged. --since asks for more.
+    # Old files are usually deleted, so a chain that is whole from its first entry is not damaged. --since requires more.
     whole = history.only_older_missing and arguments.since is None
     whole = whole or history.is_complete(arguments.since)
     lines = []

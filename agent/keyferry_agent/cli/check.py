@@ -1,7 +1,7 @@
-"""`keyferry-agent check`: everything that is wrong with a configuration, and what would stop an agent on this host.
+"""`keyferry-agent check`: print all problems of a configuration, and all obstacles to an agent's start on this host.
 
-A configuration is often checked on another host than the one that it is for. So what only this host lacks is a warning; with
---systemd it is an error, because this is the host. Nothing is written, made or locked.
+A configuration is often checked on another host than the one that it is for. Obstacles of this host are therefore warnings.
+With --systemd they are errors, because the configuration is for this host. The command does not write, create or lock files.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if settings is not None:
         open_to_others += _open_files(settings)
         warnings += settings.warnings
-        if not problems:  # else a file may seem to be missing only because its line is wrong
+        if not problems:  # with problems, a file may seem to be missing only because its line is invalid
             obstacles, remarks = _of_this_host(settings, systemd=arguments.systemd)
             obstacles += missing
             if arguments.systemd:
@@ -67,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _of_this_host(settings: Settings, *, systemd: bool) -> tuple[list[str], list[str]]:
-    """Return what would stop an agent here, and what can never match; a message each."""
+    """Return messages about obstacles to a start on this host, and messages about keys of grants that can never match."""
     try:
         unit = systemd_units.read() if systemd else systemd_units.Unit()
     except systemd_units.UnitError as error:
@@ -106,7 +106,7 @@ def _importable(name: str) -> bool:
 
 
 def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
-    """Return what is wrong with the sockets that systemd hands over, and with those that the agent has to make."""
+    """Return messages about problems with inherited sockets, and with those that the agent has to create."""
     try:
         handed = unix_sockets.assign(settings.listeners, [(each.name, each.path) for each in unit.sockets])
     except unix_sockets.ListeningError as error:
@@ -142,7 +142,7 @@ def _folders(settings: Settings, unit: systemd_units.Unit) -> list[str]:
 
 
 def _unwritable(path: Path, unit: systemd_units.Unit) -> list[str]:
-    """Return why an agent of this user cannot make a file; nothing, where systemd makes its folder at the start."""
+    """Return why an agent of this user cannot create a file; an empty list if systemd makes its folder at the start."""
     if unit.makes(path):
         return []
     folder = path.parent
@@ -165,7 +165,7 @@ def _missing_files(settings: Settings, unit: systemd_units.Unit) -> list[str]:
     problems: list[str] = []
     for name, path in (("keyring", settings.keyring), ("unseal", settings.unseal)):
         if path is None and name == "unseal" and settings.unseal_socket is not None:
-            continue  # an operator has it
+            continue  # an operator sends the secret
         if path is None:
             problems.append(f"{name}: not set; run needs it, or --{name}")
         elif unit.is_known and name == "unseal" and path.parent == systemd_units.CREDENTIALS:
@@ -179,7 +179,7 @@ def _missing_files(settings: Settings, unit: systemd_units.Unit) -> list[str]:
 
 
 def _open_files(settings: Settings) -> list[str]:
-    """Return one message for each way in which other users can write the keyring, or read what opens it."""
+    """Return one message for each way in which other users can write the keyring, or read or write the unseal secret."""
     problems: list[str] = []
     if settings.keyring is not None:
         problems += private_files.problems(settings.keyring, owners=None)
@@ -193,9 +193,9 @@ def _open_files(settings: Settings) -> list[str]:
 
 
 def _keyring(settings: Settings) -> Document | None:
-    """Return the keyring. Returns None where this user cannot open it, or a passphrase would take seconds.
+    """Return the keyring's document, or None if this user may not read its files or if it has a passphrase (takes seconds).
 
-    Raises `KeyringError` where the agent could not open it either.
+    Raises `KeyringError` if the agent could not open it either.
     """
     keyring, unseal = settings.keyring, settings.unseal
     if keyring is None or unseal is None or not (os.access(keyring, os.R_OK) and os.access(unseal, os.R_OK)):
@@ -207,7 +207,7 @@ def _keyring(settings: Settings) -> Document | None:
 
 
 def _keys(settings: Settings, document: Document) -> list[str]:
-    """Return one message for each key of a grant that matches no key of the keyring: a misspelt alias, often."""
+    """Return one message for each key of a grant that matches no key of the keyring, often because an alias is misspelt."""
     own = [key.key_id for key in document.keys]
     own += [alias for aliases in document.aliases_by_key().values() for alias in aliases]
     names = [each for name in own for each in settings.names_of(name)]

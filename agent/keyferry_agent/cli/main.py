@@ -1,4 +1,4 @@
-"""The `keyferry-agent` command: its arguments and exit codes. What it does is elsewhere."""
+"""The `keyferry-agent` command: its arguments and exit codes."""
 
 import argparse
 import logging
@@ -99,7 +99,7 @@ def _run(arguments: argparse.Namespace) -> int:
     logging_setup.configure()
     path = arguments.socket
     if path is None and arguments.dev and os.environ.get("KEYFERRY_SOCKET"):
-        path = default_socket()  # where the client, started from the same shell, looks for it
+        path = default_socket()  # the default of a client that is started from the same shell
     try:
         daemon(
             Options(
@@ -139,7 +139,7 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv` (default: the process's own arguments) and give its exit code."""
+    """Run the command with `argv` (default: the process's own arguments), and return its exit code."""
     return guard.guarded(PROGRAM, lambda: _run_command(guard.parse(PROGRAM, _parser(), argv)))
 
 

@@ -1,4 +1,4 @@
-"""What systemd will give the agent's service: sockets, folders and credentials, by its units. Asks `systemctl show`."""
+"""Read which sockets, folders and credentials the agent's service gets from systemd: runs `systemctl show` and `cat`."""
 
 import re
 import subprocess
@@ -17,20 +17,20 @@ _FOLDERS: Final = {
     "CacheDirectory": "/var/cache",
     "LogsDirectory": "/var/log",
 }
-"""Settings of a unit for folders that systemd makes, owned by the service's user, and the folders that these are in."""
+"""A unit's settings for folders that systemd makes, owned by the service's user, and their parent folders."""
 _CREDENTIAL: Final = re.compile(r"^\s*(?:Load|Set)Credential(?:Encrypted)?\s*=\s*([^:\s]+)", re.MULTILINE)
-"""In the text of a unit: systemd 252 shows the property itself as "[unprintable]"."""
+"""Credentials in a unit's text: systemd 252 shows the property itself as "[unprintable]"."""
 _PROTECTION: Final = ("ProtectSystem", "ReadWritePaths")
 _LISTENS: Final = {"active", "activating"}
 
 
 class UnitError(Exception):
-    """systemd did not describe the unit. The message says why."""
+    """The description of a unit could not be read from systemd. The message contains the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Socket:
-    """A socket that systemd hands over, with its name and path."""
+    """A socket that the service inherits from systemd. `path` is its file."""
 
     name: str
     path: Path | None
@@ -38,29 +38,29 @@ class Socket:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """The agent's service, as far as it is known. Without systemd nothing is."""
+    """The agent's service. `is_known` is False if systemd was not asked; the other attributes are then empty or None."""
 
     sockets: tuple[Socket, ...] = ()
     folders: tuple[Path, ...] = ()
     """Folders that systemd makes for the service."""
     writable: tuple[Path, ...] | None = None
-    """All folders that the service may write to; None: those that its user may write to."""
+    """All folders that the service may write to; None if only its user's permissions restrict it."""
     credentials: frozenset[str] = frozenset()
     is_known: bool = field(default=False)
 
     def makes(self, path: Path) -> bool:
-        """Whether a file is directly in a folder that systemd makes for the service."""
+        """Return whether a file is directly in a folder that systemd makes for the service."""
         return path.parent in self.folders
 
     def protected(self, path: Path) -> list[str]:
-        """Return a message where the service may not write to a file, although its user may."""
+        """Return a list with one message if the service may not write to a file, although its user may; else an empty list."""
         if self.writable is None or any(path.is_relative_to(folder) for folder in self.writable):
             return []
         return [f"{path.parent}: {SERVICE} may not write there; use /var/log/keyferry, or add ReadWritePaths="]
 
 
 def read() -> Unit:
-    """Return what systemd knows of the service. Blocks for `TIMEOUT_SECONDS` at most. Raises `UnitError`."""
+    """Return systemd's description of the service. Each `systemctl` may block for `TIMEOUT_SECONDS`. Raises `UnitError`."""
     wanted = ("LoadState", "Wants", "Requires", "TriggeredBy", *_FOLDERS, *_PROTECTION)
     (shown,) = _show([SERVICE], wanted)
     if shown.get("LoadState") != "loaded":
@@ -80,7 +80,7 @@ def read() -> Unit:
 
 
 def _sockets(names: list[str], needed: set[str]) -> tuple[Socket, ...]:
-    """Return those of these socket units that the service gets at its next start: they listen, or the start starts them."""
+    """Return the sockets of the units that listen or are started with the service: it inherits them at its next start."""
     if not names:
         return ()
     wanted = ("Id", "ActiveState", "FileDescriptorName", "Listen")
@@ -94,7 +94,7 @@ def _sockets(names: list[str], needed: set[str]) -> tuple[Socket, ...]:
 
 
 def _show(names: list[str], wanted: tuple[str, ...]) -> list[dict[str, str]]:
-    """Return properties of units. The values of a property that is repeated are lines. Raises `UnitError`."""
+    """Return the properties `wanted` of units. The values of a repeated property are lines. Raises `UnitError`."""
     units: list[dict[str, str]] = []
     for block in _systemctl("show", f"--property={','.join(wanted)}", "--", *names).strip().split("\n\n"):
         shown: dict[str, str] = {}
@@ -106,7 +106,7 @@ def _show(names: list[str], wanted: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def _systemctl(*arguments: str) -> str:
-    """Return what `systemctl` prints. Raises `UnitError`."""
+    """Return the output of `systemctl`. Blocks for `TIMEOUT_SECONDS` at most. Raises `UnitError`."""
     command = ["systemctl", *arguments]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)  # noqa: S603 - a list

@@ -1,6 +1,7 @@
-"""`keyferry-agent unseal`: gives the secret that opens the keyring to a running agent, whose `unseal` is "manual".
+"""`keyferry-agent unseal`: send the secret that opens the keyring to a running agent whose `unseal` is "manual".
 
-The secret goes into a pipe, and the agent gets the pipe's reading end (`unsealing`). It is never an argument.
+The command writes the secret into a pipe, and sends the pipe's reading end to the agent (see `daemon.unsealing`). The secret is
+never an argument.
 """
 
 import argparse
@@ -28,14 +29,14 @@ FAILED: Final = 1
 _PROGRAM: Final = "keyferry-agent"
 _UCRED: Final = struct.Struct("iII")
 _MAX_SECRET: Final = 65_536
-"""Bytes: as long as an identity file may be, and as much as a pipe takes at once."""
+"""Bytes: the size limit of an identity file, and the capacity of the pipe, which one write must not exceed."""
 _MAX_ANSWER: Final = 65_536
 _PATIENCE_SECONDS: Final = 660.0
-"""For the agent to open the keyring: the loader's own time limits, and an attempt before this one."""
+"""Time limit for the agent to open the keyring: covers the loader's time limits, and an earlier attempt in progress."""
 
 
 class UnsealError(Exception):
-    """The agent was not unsealed. The message says why, and what to do."""
+    """The agent was not unsealed. The message contains the reason and a remedy."""
 
 
 def add_parser(commands: Any) -> None:
@@ -73,7 +74,10 @@ def _main(arguments: argparse.Namespace) -> int:
 
 
 def _unseal(path: str, secret: str) -> dict[str, Any]:
-    """Connect first: a secret is read only where an agent takes it. Raises `UnsealError`."""
+    """Send the secret to the agent, and return its answer. Raises `UnsealError`.
+
+    Connects first, so that the secret is read only if an agent accepts connections.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
         agent.settimeout(_PATIENCE_SECONDS)
         try:
@@ -107,7 +111,7 @@ def _unseal(path: str, secret: str) -> dict[str, Any]:
 
 
 def _agent_user(agent: socket.socket, path: str) -> int:
-    """Return the user of the process that listens. Raises `UnsealError` where another user may have put its socket there."""
+    """Return the user of the listening process. Raises `UnsealError` if another user may have replaced the agent's socket."""
     _, uid, _ = _UCRED.unpack(agent.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     folder = Path(path).absolute().parent
     status = folder.stat()
@@ -119,7 +123,7 @@ def _agent_user(agent: socket.socket, path: str) -> int:
 
 
 def _read(source: str, uid: int) -> bytearray:
-    """Return the secret. A file is private to root, to this user, or to the agent's. Raises `UnsealError`."""
+    """Return the secret. A file must be private to root, this user or the agent's user. Raises `UnsealError`."""
     if source == "-" and sys.stdin is not None and sys.stdin.isatty():
         return bytearray(getpass.getpass("Unseal secret: ").encode(errors="surrogateescape"))
     try:
@@ -145,7 +149,7 @@ def _read(source: str, uid: int) -> bytearray:
 
 
 def _pipe_with(secret: bytearray) -> int:
-    """Return the reading end of a pipe that holds the secret, and overwrite the secret here. Raises `UnsealError`."""
+    """Return the reading end of a pipe that holds the secret, and overwrite `secret` with zeros. Raises `UnsealError`."""
     reader, writer = os.pipe()
     try:
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _MAX_SECRET)

@@ -1,4 +1,4 @@
-"""What is wrong with grants in the light of everything else: what could never match is a mistake."""
+"""Checks of grants against the rest of the configuration: a grant, or a part of it, that can never match is a mistake."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +11,7 @@ from ..peer import OVERFLOW_GID, OVERFLOW_UID
 __all__ = ["problems", "warnings"]
 
 _MAX_COMPARED: Final = 100_000
-"""Pairs of grants that are compared with each other at most."""
+"""Limit of pairs of grants. With more, grants are not compared with each other."""
 
 _OVERFLOW: Final = (
     ("uid", "uid", OVERFLOW_UID),
@@ -19,11 +19,11 @@ _OVERFLOW: Final = (
     ("gid", "gid", OVERFLOW_GID),
     ("group", "gid", OVERFLOW_GID),
 )
-"""Selectors, the kind of their numbers, and the number that stands for every user or group that the kernel cannot tell."""
+"""Selectors, the kind of their numbers, and the overflow number: the kernel's for users and groups that it cannot map."""
 
 
 def problems(grants: Sequence[Grant], configuration: Path, listeners: Collection[str], arns: str) -> Iterator[str]:
-    """Yield what is wrong with grants, each with its file. `arns`: how the agent's ARNs begin."""
+    """Yield one message, with the file's path, for each error in grants. `arns`: the prefix of the agent's ARNs."""
     _, _, own_region, own_account, _ = arns.split(":", 4)
     first: dict[str, str] = {}
     for place, grant in places(grants):
@@ -49,7 +49,7 @@ def problems(grants: Sequence[Grant], configuration: Path, listeners: Collection
 
 
 def warnings(grants: Sequence[Grant]) -> Iterator[str]:
-    """Yield what can never match, and what gives a caller a way round another grant."""
+    """Yield one warning for each grant that can never match, or by which a caller can evade the recipients of another grant."""
     for place, grant in places(grants):
         for selector, kind, number in _OVERFLOW:
             if grant.to.get(selector) == number:
@@ -64,7 +64,7 @@ def warnings(grants: Sequence[Grant]) -> Iterator[str]:
 
 
 def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
-    """Warn of grants without recipients that give a caller what its grant with recipients is to keep from it."""
+    """Yield one warning for each grant without recipients by which a caller can evade the recipients of another grant."""
     placed = list(places(grants))
     pinned = [(place, grant) for place, grant in placed if grant.recipients is not None]
     others = [(place, grant) for place, grant in placed if grant.recipients is None]
@@ -84,5 +84,5 @@ def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
 
 
 def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether no name has two values, so that one caller, or one EncryptionContext, may match both."""
+    """Return whether no name has different values, so that one caller, or one EncryptionContext, can match both."""
     return all(other.get(name, value) == value for name, value in one.items())

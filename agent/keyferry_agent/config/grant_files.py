@@ -1,6 +1,6 @@
-"""Grants in files of their own: one for each application, in a folder that is read in the order of the files' names.
+"""Files of grants: one for each application, in a folder that is read in the order of the files' names.
 
-A file of grants has `[[grant]]` tables and nothing else, so that a file that is for one application changes nothing for others.
+A file of grants may have `[[grant]]` tables only, so that one application's file cannot change settings of others.
 """
 
 import os
@@ -19,7 +19,7 @@ _ONLY: Final = "grant"
 
 
 class File(NamedTuple):
-    """A file of grants, or the folder itself where that is what something is wrong with."""
+    """A file of grants, or the folder itself, with its problems."""
 
     path: Path
     table: ConfigTable
@@ -27,17 +27,17 @@ class File(NamedTuple):
 
 
 def beside(configuration: Path) -> Path:
-    """Return the folder that is read where the configuration names none. It need not exist."""
+    """Return the default folder of grants, next to the configuration. It need not exist."""
     return configuration.absolute().with_name(_NAME)
 
 
 def find(folder: Path) -> list[Path]:
-    """Return the paths of all files of grants in a folder, in their order. Raises OSError."""
+    """Return the paths of all files of grants in a folder, sorted by name. Raises OSError."""
     return [folder / name for name in _names(folder) if name.endswith(_EXTENSION)]
 
 
 def read(folder: Path) -> list[File]:
-    """Return the folder and its files of grants, with what is wrong with each; nothing where there is no such folder."""
+    """Return the folder and its files of grants, with their problems; an empty list if the folder does not exist."""
     this = File(folder, ConfigTable("", {}, [], []), private_files.folder_problems(folder))
     try:
         paths = find(folder)
@@ -53,7 +53,7 @@ def read(folder: Path) -> list[File]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the names in a folder but hidden ones, as those of editors and of a mounted ConfigMap. Raises OSError."""
+    """Return the names in a folder, except hidden ones: editors and mounted ConfigMaps make those. Raises OSError."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 

@@ -1,4 +1,4 @@
-"""What the command line says, and what an agent is to be by it: settings and keyring, read as often as is asked."""
+"""The options of `run`, and the settings and keyring that result from them. Each call reads the files again."""
 
 import os
 from collections.abc import Mapping
@@ -23,11 +23,11 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class StartError(Exception):
-    """The agent cannot start, or not go on as it is told to. The message says why, and what to do."""
+    """The agent cannot start, or cannot adopt a new configuration. The message contains the reason and a remedy."""
 
 
 class Options:
-    """The options of `run`: they win over the configuration file."""
+    """The options of `run`. They take precedence over the configuration file."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Options:
         self._aliases = aliases
 
     def settings(self) -> Settings:
-        """Read the configuration, and put the options over it. Raises `SettingsError`."""
+        """Read the configuration, and override it with the options. Raises `SettingsError`."""
         settings = read(self.config) if self.config else Settings()
         if self._socket:
             if len(settings.listeners) > 1:
@@ -60,7 +60,7 @@ class Options:
         if self.dev:
             if settings.keyring:
                 raise SettingsError(["--dev makes a keyring of its own, for trying out: leave the other one out"])
-            # A user who starts an agent to try it out may have no right to lock memory; this keyring is worth nothing.
+            # Users who try an agent out may not be allowed to lock memory, and this keyring does not need protection.
             everything = Grant(_DEV_GRANT, {"uid": os.geteuid()}, ("kms:*",), ("*",))
             settings = replace(settings, memory="prefer", grants=(*settings.grants, everything))
         return settings
@@ -68,10 +68,11 @@ class Options:
     def load_keyring(
         self, settings: Settings, keeper: KeyringPersister | None = None, looked: Look = None, secret: int | None = None
     ) -> Keyring:
-        """Load the keyring that the settings name, of a file that looked like this, and have it kept; with `--dev`, make one.
+        """Load the keyring that the settings name, and store it with `keeper`; with `--dev`, make a new one.
 
-        `secret`: the descriptor of a pipe from which the unseal secret is read, instead of its file. Raises `StartError`,
-        `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
+        `looked`: the keyring file's status before it was read. `secret`: the descriptor of a pipe from which the unseal secret
+        is read, instead of its file. Blocks. Raises `StartError`, `KeyringError`, or `SecretMemoryError` if there is not enough
+        locked memory.
         """
         require, backing = settings.memory == "require", settings.memory_backing
         if self.dev:
@@ -87,6 +88,6 @@ class Options:
         return keyring
 
     def files(self, settings: Settings) -> list[Path]:
-        """The files, and the folder of grants, that all this was read from."""
+        """Return the paths of the configuration, the folder of grants, the keyring and the unseal secret, except unset ones."""
         folder = settings.grants_folder or (self.config and grant_files.beside(self.config))
         return [path for path in (self.config, folder, settings.keyring, settings.unseal) if path is not None]

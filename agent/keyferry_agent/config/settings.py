@@ -1,6 +1,6 @@
-"""The configuration: TOML in, frozen settings out, and everything that is wrong with it in one go.
+"""Read the configuration: TOML in, frozen settings or all problems out.
 
-Every limit has a default that a small host can live with, and its reason beside it. An unknown key is an error: a misspelt
+Every limit has a default that suits a small host, and its reason next to it. An unknown key is an error, because a misspelt
 `recipients` must never mean "any".
 """
 
@@ -32,12 +32,12 @@ __all__ = [
 
 
 MANUAL: Final = "manual"
-"""The value of `unseal` with which an operator gives the secret to a running agent."""
+"""The value of `unseal` if an operator sends the secret to the running agent."""
 DEFAULT_UNSEAL_SOCKET: Final = Path("/run/keyferry-agent/unseal.sock")
 
 
 class SettingsError(Exception):
-    """The configuration is wrong. `problems` says everything that is, a line each."""
+    """The configuration is invalid. `problems` has one line for each problem."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -46,7 +46,7 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A socket to serve. `name` is what grants call it by; user and group are numeric, None leaves them alone."""
+    """A socket to serve. Grants refer to it by `name`. `uid` and `gid` are for its file; None leaves them unchanged."""
 
     name: str = "default"
     path: Path = Path(DEFAULT_SOCKET)
@@ -57,22 +57,22 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one agent, and one user, may take. Seconds, and plain numbers."""
+    """Limits of the agent, and of each user."""
 
     connections: int = 1_024
-    """In all. Each idle one costs a few KiB and a descriptor."""
+    """Limit of open connections. An idle one costs a few KiB and a descriptor."""
     connections_per_user: int = 256
-    """So that four users have to conspire to take them all."""
+    """Limit of open connections of one user: with the defaults, no fewer than four users can occupy all connections."""
     request_timeout: float = 10.0
-    """For one whole request to arrive, and for its answer to be taken: a local process needs milliseconds."""
+    """Seconds for receiving one complete request, and for sending its answer. A local process needs milliseconds."""
     requests_per_second: int = 0
-    """Per user; 0 is no limit."""
+    """Limit for each user; 0 disables it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """Where the record of requests goes: "stderr", or the path of a file that is appended to; and what a request is worth that
-    cannot be recorded.
+    """Settings of the audit log. `path`: "stderr", or a file to append to. `on_failure`: whether the agent refuses or serves a
+    request whose audit entry cannot be written.
     """
 
     path: str = "stderr"
@@ -81,29 +81,29 @@ class Audit:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Everything the agent is told. docs/configuration.md explains each."""
+    """All settings of the agent. docs/configuration.md explains them."""
 
     listeners: tuple[Listener, ...] = (Listener(),)
     keyring: Path | None = None
     unseal: Path | None = None
     unseal_socket: Path | None = None
-    """Where an operator gives the unseal secret, with `unseal = "manual"`; None where a file has it."""
+    """The socket on which operators send the unseal secret, with `unseal = "manual"`; None if it is read from a file."""
     region: str = "local"
     account: str = "0"
     memory: Literal["require", "prefer"] = "require"
     memory_backing: Backing = "auto"
     sm2_fallback: Literal["none", "gmssl"] = "none"
     keep_keys: bool = False
-    """Have the service manager keep the keyring's memory over a restart, so that no unseal secret is needed then."""
+    """Store the keyring's memory with the service manager, so that a restart does not need the unseal secret."""
     metrics: str = ""
-    """Where metrics are served: the path of a socket, or ADDRESS:PORT; empty: nowhere."""
+    """The address of metrics: the path of a socket, or ADDRESS:PORT. If it is empty, metrics are not served."""
     limits: Limits = Limits()
     audit: Audit = Audit()
     grants: tuple[Grant, ...] = ()
     grants_folder: Path | None = field(default=None, compare=False)
-    """Where further grants are, each application's in a file of its own. The folder beside the configuration need not exist."""
+    """The folder of files of grants, one for each application. The default folder need not exist."""
     names: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """The users and groups that grants name ("user" or "group", and the name), with their numbers; -1 for one not found."""
+    """The numbers of users and groups that grants name, by selector ("user" or "group") and name; -1 if a name is not found."""
     warnings: tuple[str, ...] = field(default=(), compare=False)
 
     def arn(self, resource: str) -> str:
@@ -111,23 +111,23 @@ class Settings:
         return f"acs:kms:{self.region}:{self.account}:{resource}"
 
     def names_of(self, name: str) -> tuple[str, str]:
-        """Return all that a grant can call a key by of which only this name, an ID or an alias, is known."""
+        """Return the names by which a grant can refer to a key with this ID or alias: the name, and its ARN."""
         return name, self.arn(name if name.startswith("alias/") else f"key/{name}")
 
 
 class Examined(NamedTuple):
-    """A configuration file as it is: its settings as far as it has any, and two kinds of problems, one message each."""
+    """The result of examining a configuration: its settings, if it could be parsed, and its problems, one message each."""
 
     settings: Settings | None
     problems: list[str]
     open_to_others: list[str]
-    """The ways in which other users can write a file."""
+    """Ways in which other users can write to one of the files."""
     missing: list[str]
-    """What is named and is not on this host, although it may be on the host that the configuration is for."""
+    """Files that this host does not have, although the host that the configuration is for may have them."""
 
 
 def read(path: Path) -> Settings:
-    """Read a configuration file. Raises `SettingsError` with everything that is wrong."""
+    """Return the settings of a configuration file. Raises `SettingsError` with all problems."""
     settings, *problems = examine(path)
     if settings is None or any(problems):
         raise SettingsError([each for kind in problems for each in kind])
@@ -135,7 +135,7 @@ def read(path: Path) -> Settings:
 
 
 def examine(path: Path) -> Examined:
-    """Return what a configuration says, and everything that is wrong with its files and with their content."""
+    """Return the settings of a configuration file, and all problems of its files and of their content."""
     loaded = load(path)
     if loaded.raw is None:
         return Examined(None, [f"{path}: {loaded.problem}"], loaded.open_to_others, [])
@@ -224,7 +224,7 @@ def _audit_path(value: Any) -> str:
 
 
 def _metrics(table: ConfigTable) -> str:
-    """Return where metrics are served. An address that other hosts reach takes `remote = true`."""
+    """Return the address of metrics. An address that other hosts can reach needs `remote = true`."""
     remote = table.take("remote", "true or false", validators.boolean, False)
     check = validators.remote_address if remote else validators.address
     address: str = table.take("listen", 'an absolute path, or an address like "127.0.0.1:9464"', check, "")
@@ -309,10 +309,10 @@ _NOBODY: Final = -1
 
 
 def _number_of(selector: str, name: str) -> int:
-    """Return the number of a user or group in the system's databases; -1 where it is not found. May block."""
+    """Return the number of a user or group in the system's databases, or -1 if it is not found. May block."""
     try:
         return _LOOKUPS[selector](name)
-    except (KeyError, ValueError):  # ValueError: no host can have it
+    except (KeyError, ValueError):  # ValueError: not a possible name; it has a NUL
         return _NOBODY
 
 
@@ -341,7 +341,7 @@ def _to(table: ConfigTable, present: bool, names: dict[tuple[str, str], int]) ->
     for selector in _LOOKUPS:
         name = to.get(selector)
         if isinstance(name, str):
-            # Not an error where there is none: the same file may serve several hosts. It matches nobody until there is one.
+            # A missing user or group is not an error, because several hosts may share a file. The grant matches no caller then.
             to[selector] = names[selector, name] = _number_of(selector, name)
             if to[selector] == _NOBODY:
                 table.warnings.append(f"{table._at(selector)}: this host has no {selector} {name!r}; matches nobody")

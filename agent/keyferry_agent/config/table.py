@@ -1,4 +1,4 @@
-"""Reading TOML strictly: tables that give out values by name and type, note everything that is wrong, and stop at nothing."""
+"""Strict reading of TOML. A table returns checked values by name, and collects problems instead of raising an exception."""
 
 import os
 import stat
@@ -18,7 +18,7 @@ _BYTE_ORDER_MARK: Final = "\ufeff"
 
 
 class File(NamedTuple):
-    """What a TOML file has, or why it has nothing; and the ways in which other users can write it, one message each."""
+    """A parsed TOML file, or why it could not be parsed; and one message for each way in which others can write to it."""
 
     raw: Mapping[str, Any] | None
     problem: str
@@ -26,7 +26,7 @@ class File(NamedTuple):
 
 
 def load(path: Path, *, regular: bool = False) -> File:
-    """Read a file. `regular`: refuse a pipe, which would be waited for, and all else that is not a regular file."""
+    """Read and parse a file. `regular`: refuse all but regular files; reading a pipe could block."""
     open_to_others: list[str] = []
     try:
         with open(
@@ -44,7 +44,7 @@ def load(path: Path, *, regular: bool = False) -> File:
     except UnicodeDecodeError as error:
         encoding = byte_order_mark(error.object)
         problem = _has_byte_order_mark(encoding) if encoding else f"not UTF-8: {error.reason} at byte {error.start}"
-    except (ValueError, RecursionError) as error:  # also of a number of thousands of digits, and of arrays in arrays
+    except (ValueError, RecursionError) as error:  # too many digits in a number, or arrays too deeply nested
         problem = f"not TOML: {error}"
     return File(None, problem, open_to_others)
 
@@ -54,7 +54,7 @@ def _has_byte_order_mark(encoding: str) -> str:
 
 
 class ConfigTable:
-    """A TOML table that gives out its values by name and type, and notes what is wrong instead of stopping."""
+    """A TOML table that returns checked values by name, and collects problems instead of raising an exception."""
 
     def __init__(self, path: str, raw: Mapping[str, Any], problems: list[str], warnings: list[str]) -> None:
         self._path = path
@@ -64,15 +64,18 @@ class ConfigTable:
         self.warnings = warnings
 
     def has(self, name: str) -> bool:
-        """Whether the file says anything for this name."""
+        """Return whether the table has this name."""
         return name in self._raw
 
     def wrong(self, name: str, why: str) -> None:
-        """Note what is wrong with a value."""
+        """Add a problem with a value."""
         self.problems.append(f"{self._at(name)}: {why}")
 
     def take(self, name: str, expected: str, check: Callable[[Any], Any], default: Any) -> Any:
-        """A value that `check` accepts; ValueError and TypeError from it say that something else was expected."""
+        """Return the value that `check` returns, or the default if the name is absent or the value is invalid.
+
+        `check` raises `InvalidValue` with a reason. ValueError and TypeError mean that `expected` describes the valid values.
+        """
         self._taken.append(name)
         if name not in self._raw:
             return default
@@ -87,7 +90,7 @@ class ConfigTable:
             return default
 
     def tables(self, name: str) -> list["ConfigTable"]:
-        """An array of tables: `[[name]]`."""
+        """Return the tables of an array of tables, `[[name]]`; an empty list if it is absent or invalid."""
         self._taken.append(name)
         values = self._raw.get(name, [])
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
@@ -98,7 +101,7 @@ class ConfigTable:
         ]
 
     def table(self, name: str) -> "ConfigTable":
-        """A table: `[name]`; an empty one where it is absent."""
+        """Return the table `[name]`; an empty one if it is absent or invalid."""
         self._taken.append(name)
         value = self._raw.get(name, {})
         if not isinstance(value, dict):
@@ -107,7 +110,7 @@ class ConfigTable:
         return ConfigTable(self._at(name), value, self.problems, self.warnings)
 
     def done(self) -> None:
-        """Note every name that nobody asked for."""
+        """Add a problem for every name that no call has read: it is unknown."""
         for name in self._raw:
             if name not in self._taken:
                 self.wrong(name, f"unknown; known here are {', '.join(self._taken)}")

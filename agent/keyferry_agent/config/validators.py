@@ -43,7 +43,7 @@ __all__ = [
 
 
 class InvalidValue(ValueError):
-    """A check's own words for what is wrong."""
+    """A value is invalid. The message replaces the general one of `ConfigTable.take`."""
 
 
 _LONGEST_SOCKET: Final = 107  # sun_path of sockaddr_un, less its NUL
@@ -56,14 +56,14 @@ _NO_ID: Final = 2**32 - 1  # (uid_t) -1
 
 
 def string(value: Any) -> str:
-    """A string that is not empty."""
+    """Return a string that is not empty."""
     if not isinstance(value, str) or not value:
         raise TypeError
     return value
 
 
 def path(value: Any) -> Path:
-    """An absolute path."""
+    """Return an absolute path."""
     made = Path(string(value))
     if not made.is_absolute() or "\0" in value:
         raise InvalidValue(f"expected an absolute path, not {shown(value)}")
@@ -71,7 +71,7 @@ def path(value: Any) -> Path:
 
 
 def socket_path(value: Any) -> Path:
-    """An absolute path that fits into a socket's address."""
+    """Return an absolute path that fits into a socket's address."""
     made = path(value)
     if len(os.fsencode(made)) > _LONGEST_SOCKET:
         raise InvalidValue(f"a socket's path has at most {_LONGEST_SOCKET} bytes; this has {len(os.fsencode(made))}")
@@ -79,7 +79,7 @@ def socket_path(value: Any) -> Path:
 
 
 def identity(value: Any) -> int:
-    """The number of a user or group."""
+    """Return the number of a user or group."""
     number: int = at_least(0)(value)
     if number >= _NO_ID:
         raise ValueError
@@ -87,7 +87,7 @@ def identity(value: Any) -> int:
 
 
 def unseal(value: Any) -> Path:
-    """A path, or credential:NAME for one that systemd provides."""
+    """Return a path; for `credential:NAME`, that of a credential from systemd."""
     text = string(value)
     if not text.startswith("credential:"):
         return path(text)
@@ -99,7 +99,7 @@ def unseal(value: Any) -> Path:
 
 
 def address(value: Any) -> str:
-    """The path of a socket, or a port of this host's loopback: ADDRESS:PORT."""
+    """Return the path of a socket, or ADDRESS:PORT with a loopback address."""
     text = remote_address(value)
     if not text.startswith("/") and not ip_address(text.rpartition(":")[0].strip("[]")).is_loopback:
         raise InvalidValue(
@@ -110,7 +110,7 @@ def address(value: Any) -> str:
 
 
 def remote_address(value: Any) -> str:
-    """The path of a socket, or a port of any address of this host: ADDRESS:PORT."""
+    """Return the path of a socket, or ADDRESS:PORT with any IP address."""
     text = string(value)
     if text.startswith("/"):
         return str(socket_path(text))
@@ -122,14 +122,14 @@ def remote_address(value: Any) -> str:
 
 
 def boolean(value: Any) -> bool:
-    """True or false."""
+    """Return a boolean."""
     if not isinstance(value, bool):
         raise TypeError
     return value
 
 
 def mode(value: Any) -> int:
-    """An octal mode as text."""
+    """Return the number of a file mode from its octal text."""
     made = int(string(value), 8)
     if not 0 <= made <= 0o777:
         raise ValueError
@@ -137,7 +137,7 @@ def mode(value: Any) -> int:
 
 
 def one_of(*choices: str) -> Callable[[Any], str]:
-    """One of these words."""
+    """Return a check that accepts these strings."""
 
     def check(value: Any) -> str:
         if value not in choices:
@@ -148,7 +148,7 @@ def one_of(*choices: str) -> Callable[[Any], str]:
 
 
 def at_least(least: int) -> Callable[[Any], int]:
-    """An integer from `least`."""
+    """Return a check that accepts integers from `least`."""
 
     def check(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -159,7 +159,7 @@ def at_least(least: int) -> Callable[[Any], int]:
 
 
 def seconds(value: Any) -> float:
-    """A number of seconds, above 0 to an hour."""
+    """Return a number of seconds above 0, at most an hour."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600:
         raise ValueError
     return float(value)
@@ -190,7 +190,7 @@ _ARN_PART: Final = re.compile(r"[A-Za-z0-9_-]{1,24}")
 
 
 def matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
-    """A string that matches."""
+    """Return a check that accepts strings that match the whole pattern."""
 
     def check(value: Any) -> str:
         if not pattern.fullmatch(string(value)):
@@ -201,7 +201,7 @@ def matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
 
 
 def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, ...]]:
-    """A list of strings that all match."""
+    """Return a check that accepts lists of strings that all match the pattern. `expected`: the noun for its messages."""
 
     def check(value: Any) -> tuple[str, ...]:
         strings = _strings(value)
@@ -214,43 +214,43 @@ def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, 
 
 
 def actions(value: Any) -> tuple[str, ...]:
-    """A list of actions that there are."""
+    """Return a list of actions. Each must match at least one existing action."""
     actions = each(_ACTION, "action")(value)
     for action in actions:
-        # A misspelt action would silently allow nothing; those that later versions will know are known now.
+        # A misspelt action would silently allow nothing. `ACTIONS` already has the actions of later versions.
         if not any(fnmatchcase(known, action) for known in ACTIONS):
             raise InvalidValue(f"{action!r} is no action")
     return actions
 
 
 def arn_part(value: Any) -> str:
-    """A part of an ARN, of at most 24 characters: so that a page of a hundred of the longest aliases fits a message."""
+    """Return a part of an ARN: at most 24 characters, so that a page of 100 of the longest aliases fits into a message."""
     if not _ARN_PART.fullmatch(string(value)):
         raise ValueError
     return str(value)
 
 
 def pairs(value: Any) -> Mapping[str, str]:
-    """A table of strings."""
+    """Return a read-only table of strings."""
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise TypeError
     return MappingProxyType(value)
 
 
 def uid(value: Any) -> int:
-    """A user of this host, by name or number."""
+    """Return the number of a user of this host, from a name or a number."""
     return identity(value) if isinstance(value, int) else pwd.getpwnam(string(value)).pw_uid
 
 
 def gid(value: Any) -> int:
-    """A group of this host, by name or number."""
+    """Return the number of a group of this host, from a name or a number."""
     return identity(value) if isinstance(value, int) else grp.getgrnam(string(value)).gr_gid
 
 
 def shown(value: Any) -> str:
-    """Return a value of the configuration as a message has it: one line, and not a long one."""
+    """Return a value's repr for a message: one line of at most 60 characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer that has more; TOML's hexadecimal ones may
+    except ValueError:  # Python does not print such integers; a hexadecimal integer in TOML may have as many digits
         return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["daemon"]
 
 _LOOK_EVERY: Final = 1.0
-"""Seconds between two looks at the socket files."""
+"""Seconds between two checks of the socket files."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -73,15 +73,15 @@ def _live(
     sockets: list[tuple[str, socket.socket]],
     held: ExitStack,
 ) -> None:
-    """Load, listen and serve. `held`: what the agent gives back at its end. Raises `StartError`."""
+    """Load, listen and serve. `held`: a stack for the files that are closed at the end. Raises `StartError`."""
     try:
         seen = stat_files(options.files(Settings()))
         settings = options.settings()
         looked = {
             **stat_files(options.files(settings)),
             **seen,
-        }  # before anything is read: what changes meanwhile is noticed
-        if settings.grants_folder not in (None, *seen):  # the folder was read before it was looked at
+        }  # stat before reading, so that a later change is detected
+        if settings.grants_folder not in (None, *seen):  # the folder was read before its stat
             settings = options.settings()
         seen = looked
         keeper = KeyringPersister(host.store, host.forget)
@@ -106,7 +106,7 @@ def _live(
         where = f"{error.filename}: " if error.filename else ""
         raise StartError(f"{where}{_why(error)}") from None
     _say_what_is_not(options, agent, unavailable)
-    gc.freeze()  # what lives as long as the agent is not looked through again: that is a pause, with 10,000 keys
+    gc.freeze()  # exclude permanent objects from garbage collection: with 10,000 keys, each pass over them is a pause
     reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None, current=current)
     if not current or secret_is_gone:
         reloader.ask()
@@ -131,7 +131,7 @@ def _audit_log(settings: Settings) -> AuditLog:
 
 
 def _why(error: OSError) -> str:
-    """Return why a file did not open. Standard output of a unit is a socket, which nothing opens by its path."""
+    """Return why a file did not open. A unit's standard output is a socket, which cannot be opened by its path."""
     if error.errno == errno.ENXIO and isinstance(error.filename, str) and _is_socket(error.filename):
         return 'is a socket, as standard output is under systemd; use "stderr"'
     return error.strerror or str(error)
@@ -178,9 +178,10 @@ def _say_what_is_not(options: Options, agent: ServerState, unavailable: list[str
 def _agent(
     options: Options, settings: Settings, keeper: KeyringPersister, given: InheritedDescriptors, seen: FileStats
 ) -> tuple[ServerState, bool]:
-    """The agent, and whether its keyring is as the file is now.
+    """Return the agent's state, and whether its keyring is the one that the file has now. Raises `StartError`.
 
-    In a function of its own: nothing may hold on to the keyring but the agent, or no reload would retire it.
+    This is a separate function so that no local variable keeps the keyring alive. A reload retires a keyring only if the
+    agent's state held the last reference to it.
     """
     size = None
     looked = seen.get(settings.keyring) if settings.keyring else None
@@ -215,7 +216,7 @@ async def _serve(
         administrative = unsealing.listen(agent.settings.unseal_socket)
     except unix_sockets.ListeningError as error:
         raise StartError(str(error)) from None
-    audit.begin(agent.started_at)  # not before: a start that fails is tried again and again
+    audit.begin(agent.started_at)  # not earlier: a failing start is repeated, and would write an entry each time
     audit.name_keys(agent.keyring)
     unsealer = unsealing.Unsealing(reloader, audit, agent)
     listeners = [(at.name, trio.SocketListener(trio.socket.from_stdlib_socket(at.socket))) for at in opened]
@@ -248,7 +249,7 @@ async def _serve(
 
 
 async def _watch_sockets(opened: list[unix_sockets.ListeningSocket]) -> None:
-    """Say when a socket's file is gone, or is somebody else's: nobody new will find this agent then."""
+    """Log an error once a socket's file was removed or replaced: new clients cannot reach this agent then."""
     lost: set[str] = set()
     while True:
         await trio.sleep(_LOOK_EVERY)
@@ -281,7 +282,7 @@ async def _handle_signals(
         async for number in signals:
             if number == signal.SIGHUP:
                 reloader.ask()
-            elif agent.draining:  # somebody is in a hurry
+            elif agent.draining:  # a second signal skips the grace period
                 server.drain(grace=0)
             else:
                 log.info("agent.draining", signal=signal.Signals(number).name, connections=agent.counters.connections)

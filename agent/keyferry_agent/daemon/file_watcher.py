@@ -1,4 +1,4 @@
-"""How files looked when they were last read: `stat_files` finds out whether one was replaced."""
+"""The status of watched files: `stat_files` shows whether a file was replaced since it was last read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from ..config import grant_files
 __all__ = ["FileStats", "stat_files"]
 
 FileStats: TypeAlias = Mapping[Path, tuple[int, ...] | None]
-"""How files looked: which file each name led to, its size, and when it was last changed; None for one that is not there.
+"""By path: device, inode, size in bytes and ctime in nanoseconds; None for a missing file.
 
-A folder looks as its files do."""
+A folder's entry also has those of its files of grants."""
 
 
 def stat_files(paths: Sequence[Path]) -> FileStats:
-    """Look at files."""
+    """Return the status of files, following symbolic links. May block on a file system that hangs."""
     return {path: _stat(path) for path in paths}
 
 
@@ -28,7 +28,7 @@ def _stat(path: Path) -> tuple[int, ...] | None:
         files = [_status(file) for file in grant_files.find(path)]
     except OSError:
         return status
-    # Also a file that was changed in place, or behind a symbolic link: the folder itself looks the same.
+    # A file that is changed in place, or behind a symbolic link, leaves the folder's own status unchanged.
     return (*status, *(number for each in files if each is not None for number in each))
 
 

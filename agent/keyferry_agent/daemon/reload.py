@@ -1,10 +1,11 @@
-"""Another keyring, another configuration, while the agent serves: on SIGHUP, and when one of their files was replaced.
+"""Reload the keyring and the configuration of a running agent: on SIGHUP, and when one of their files was replaced.
 
-Both are read anew beside the old ones, checked whole, and swapped. Whatever is wrong is reported, and the old one goes on
-serving. A sound configuration is taken up also where the keyring cannot be opened: a grant can be revoked at any time. An
-unseal secret that is not there is a state, and not a failure: an operator has it. Files are looked at twice a second, by name:
-so a rename, a copy, and the way in which Kubernetes swaps a mounted Secret (a symbolic link to another directory) are all the
-same, on every file system.
+Both are read and checked completely before they replace the old ones. If that fails, the agent logs the reason and continues
+with the old state. A valid configuration is adopted even if the keyring cannot be opened, so that a grant can be revoked at any
+time. A missing unseal secret is a state and not a failure, because an operator may have it.
+
+The agent stats the files by name, twice a second. This detects a rename, a copy, and Kubernetes's swap of a mounted Secret (a
+symbolic link to another directory), on every file system.
 """
 
 import math
@@ -35,13 +36,13 @@ __all__ = ["Reloader"]
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 _LOOK_EVERY: Final = 0.5
-"""Seconds. A file is read when two looks in a row saw the same change: it was not being written any more."""
+"""Seconds between two checks. A file is read once two successive checks saw the same change: its writer has finished."""
 _NAMES_EVERY: Final = 4
-"""Looks at files after which users and groups are looked up once. They are believed when two look-ups in a row agree."""
+"""Checks of files per look-up of users and groups. A change counts once two successive look-ups agree."""
 _RETRY_FIRST: Final = 5.0
 _RETRY_LAST: Final = 300.0
-"""Seconds after which what could not be loaded is tried again, the first time and at most: the reason may have passed (no
-descriptor, no locked memory, no thread for the moment), although no file changes any more."""
+"""Seconds until a failed reload is retried: the first time, and at most. The cause may pass without a change of a file: a
+temporary lack of descriptors, locked memory or threads."""
 _FIXED: Final = (
     "listeners",
     "limits",
@@ -54,14 +55,16 @@ _FIXED: Final = (
     "unseal_socket",
 )
 _EXPECTED: Final = (SettingsError, KeyringError, SecretMemoryError, StartError, OSError)
-"""What reading files raises. The message says why, and what to do; of another exception only the type is shown."""
+"""Exceptions of reading files. Their messages contain the reason and a remedy. Of other exceptions only the type is shown."""
 
 T = TypeVar("T")
 
 
 class Reloader:
-    """Keeps an agent as its files say. `seen`: how they looked before they were first read; `current`: whether its keyring is
-    the one in the file that looked so.
+    """Keeps an agent up to date with its files.
+
+    `seen`: the files' status before they were first read. `current`: whether the agent's keyring is from the file with that
+    status. `keeper`: stores the keyring's memory with the service manager; None if it is not stored.
     """
 
     def __init__(
@@ -90,23 +93,23 @@ class Reloader:
         self._absence: str | None = None  # the message that was logged about an absent secret
         self._told = self._state()
         self._asked = trio.Event()
-        self._failure: str | None = None  # why the last reload failed, and when it is tried again
+        self._failure: str | None = None  # why the last reload failed; `_retry_at` is the time of the next attempt
         self._retry_after = _RETRY_FIRST
         self._retry_at = math.inf
 
     def ask(self) -> None:
-        """Have everything read again, whether it looks changed or not. Asked again before that has begun, it is done once."""
+        """Request a reload, even of unchanged files. Several requests before the reload starts cause one reload."""
         self._asked.set()
 
     async def run(self) -> None:
-        """Reload when it is asked for, and when a file was replaced; for ever."""
+        """Reload on request, and when a file was replaced. Runs until it is cancelled."""
         before = self._seen
         while True:
             with trio.move_on_after(_LOOK_EVERY):
                 await self._asked.wait()
             try:
                 now, moved, renamed = await _in_thread(self._look_around)
-            except RuntimeError as error:  # no thread is to be had: the host, or the pod, is full of processes
+            except RuntimeError as error:  # no thread can be started: the host or pod is at its limit of processes
                 await self._wait_for_threads(error)
                 continue
             self._threads = True
@@ -125,7 +128,7 @@ class Reloader:
             before = now
 
     async def _wait_for_threads(self, error: RuntimeError) -> None:
-        if self._threads:  # said once, not twice a second
+        if self._threads:  # log once, not twice a second
             log.error("reload.failed", why=str(error), still_serving=self._agent.keyring.loaded_at)
         self._threads = False
         await trio.sleep(_LOOK_EVERY)
@@ -134,9 +137,9 @@ class Reloader:
         return stat_files(list(self._seen)), self._audit.moved(), self._renamed()
 
     def _renamed(self) -> bool:
-        """Whether users or groups that grants name have other numbers than they had: one appeared, or is gone.
+        """Return whether users or groups that grants name have other numbers now: one was added or removed.
 
-        Else a user whose name was removed would leave the grant to the next who is given the number.
+        Without this check, a removed user's number would keep its grant for the next user that receives the number.
         """
         names = self._agent.settings.names
         self._looks += 1
@@ -149,7 +152,7 @@ class Reloader:
         try:
             self._audit.reopen()
         except OSError as error:
-            if not self._record_lost:  # said once, not twice a second
+            if not self._record_lost:  # log once, not twice a second
                 log.error("audit.failed", error=error.strerror)
             self._record_lost = True
         else:
@@ -157,7 +160,7 @@ class Reloader:
             log.info("audit.reopened")
 
     def _resume_record(self) -> None:
-        """Try to write again: readiness must not wait for the next request."""
+        """Retry writing to the audit log now, so that the agent becomes ready without a further request."""
         gap = self._audit.gap
         if (gap or self._audit.failing) and self._audit.resume():
             log.info("audit.resumed", unrecorded=gap)
@@ -166,18 +169,18 @@ class Reloader:
         return self._agent.state, *self._agent.conditions
 
     def _tell(self) -> None:
-        """Tell the service manager of another state: its watchdog may be off, and asks seldom."""
+        """Report a changed state to the service manager. The watchdog also reports it, but rarely, and it may be off."""
         if self._told != self._state() and not self._agent.draining:
             self._told = self._state()
             self._host.changed(self._agent.status())
 
     async def unseal(self, secret: int) -> str | None:
-        """Open the keyring with a secret that is read from a pipe. Returns why that is impossible, or None where it is done."""
+        """Open the keyring with a secret that is read from a pipe. Returns the reason of a failure, or None on success."""
         agent, path = self._agent, self._agent.settings.keyring
         try:
             looked = None if path is None else (await _in_thread(stat_files, [path]))[path]
             keyring = await _in_thread(self._options.load_keyring, agent.settings, self._keeper, looked, secret)
-        except (*_EXPECTED, RuntimeError) as error:  # RuntimeError: no thread is to be had
+        except (*_EXPECTED, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.warning("unseal.failed", why=str(error))
             return str(error)
         self._take_up(keyring, path, looked)
@@ -187,7 +190,7 @@ class Reloader:
         return None
 
     async def _reload(self, looks: FileStats) -> None:
-        """Read both again, and swap what is sound. `looks`: how the files looked just before."""
+        """Read the configuration and the keyring again, and adopt the valid ones. `looks`: the files' status just before."""
         self._host.reloading()
         self._seen, failure = await self._replace(looks)
         self._failure, self._retry_at = failure, math.inf
@@ -201,14 +204,14 @@ class Reloader:
         self._host.ready(self._agent.status())
 
     async def _replace(self, looks: FileStats) -> tuple[FileStats, str | None]:
-        """Read and swap; give how the files looked that were read, and what was wrong with them."""
+        """Read and adopt. Returns the status of the files that were read, and the reason of a failure or None."""
         options, agent = self._options, self._agent
         try:
             settings = await _in_thread(options.settings)
             files = options.files(settings)
-            # What was looked at before it was read stays so: what changes meanwhile is noticed.
+            # Keep each status that is older than the reading, so that a change in between is detected.
             looks = {**await _in_thread(stat_files, files), **{path: looks[path] for path in files if path in looks}}
-            if settings.grants_folder not in (None, *self._seen):  # it was read before it was looked at
+            if settings.grants_folder not in (None, *self._seen):  # the folder was read before its stat
                 settings = await _in_thread(options.settings)
             settings, limited = _keep_fixed(settings, agent.settings)
         except Exception as error:
@@ -225,7 +228,7 @@ class Reloader:
         return looks, failure
 
     async def _load(self, settings: Settings, looks: FileStats) -> tuple[Keyring | None, str | None]:
-        """Load the keyring. Returns None instead of it where the one that serves goes on, and what was wrong."""
+        """Load the keyring. Returns it, or None if the current one stays in use, and the reason of a failure or None."""
         agent, path = self._agent, settings.keyring
         if self._options.dev:
             return None, None
@@ -243,7 +246,7 @@ class Reloader:
             return None, self._failed(error, "Keyring not reloaded, the old one serves", configuration="taken up")
 
     def _note_absence(self, settings: Settings, *, changed: bool) -> None:
-        """Note that an operator has the secret; log it once for each change of what follows."""
+        """Note that the unseal secret is absent. Log the consequences whenever they change."""
         agent = self._agent
         agent.unseal_absent = settings.unseal_socket is None
         agent.keyring_stale = changed and not agent.keyring.is_sealed
@@ -260,7 +263,7 @@ class Reloader:
         self._audit.name_keys(keyring)
 
     def _failed(self, error: Exception, what: str, **more: str) -> str:
-        """Return why a reload failed; log it once, however often it is tried."""
+        """Return why a reload failed. Successive failures for the same reason are logged once."""
         expected = isinstance(error, _EXPECTED)
         failure = str(error) if expected else type(error).__name__
         if failure != self._failure:
@@ -275,20 +278,20 @@ def _is_missing(path: Path) -> bool:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return True
-    except OSError:  # the loader says why
+    except OSError:  # the loader reports the reason
         pass
     return False
 
 
 async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    # Which no SIGTERM and no request waits for: a file system may hang, and so may looking up a user.
+    # In a thread that can be abandoned: a file system or a user look-up may hang, and must delay neither SIGTERM nor requests.
     return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True)
 
 
 def _keep_fixed(settings: Settings, old: Settings) -> tuple[Settings, list[str]]:
-    """New settings, but for those that only a restart can change, and a warning where there are such.
+    """Return the new settings, except that those of `_FIXED` stay as they are, and a warning if any of these changed.
 
-    Raises `SettingsError` where the rest depends on them.
+    Raises `SettingsError` if other settings depend on a change that needs a restart.
     """
     if settings.listeners != old.listeners and any("listener" in grant.to for grant in settings.grants):
         raise SettingsError(

@@ -1,6 +1,6 @@
-"""What the service manager gives this agent, and what it is told: sockets, a watchdog, states (sd_listen_fds(3), sd_notify(3)).
+"""Client of the service manager: inherited descriptors (sd_listen_fds(3)), states and the watchdog (sd_notify(3)).
 
-Both protocols are a few environment variables and one datagram; without a service manager nothing of this happens.
+Both protocols consist of environment variables and datagrams. Without a service manager, nothing is inherited or sent.
 """
 
 import os
@@ -26,14 +26,14 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class InheritedDescriptors:
-    """The descriptors that were handed over at start, by their names; a name may have several."""
+    """The descriptors that this process inherited at its start, with their names. Several may have the same name."""
 
     def __init__(self, named: Iterable[tuple[str, int]] = ()) -> None:
         self.named = list(named)
 
     @classmethod
     def take(cls) -> "InheritedDescriptors":
-        """What the service manager gave this very process. To be called once: no child is to believe that it is meant."""
+        """Return the descriptors from the service manager. Removes the variables, so that no child inherits them: call once."""
         pid, count, names = (os.environ.pop(name, "") for name in _LISTEN)
         if pid != str(os.getpid()) or not count.isdecimal():
             return cls()
@@ -46,11 +46,11 @@ class InheritedDescriptors:
 
     @property
     def descriptors(self) -> set[int]:
-        """All of them."""
+        """Return all descriptors, without their names."""
         return {descriptor for _, descriptor in self.named}
 
     def sockets(self) -> list[tuple[str, socket.socket]]:
-        """Those that are sockets, taken out of here. Whoever gets them closes them."""
+        """Remove and return all descriptors that are sockets, with their names. The caller closes them."""
         found, rest = [], []
         for name, descriptor in self.named:
             try:
@@ -62,21 +62,21 @@ class InheritedDescriptors:
 
 
 class ServiceManager:
-    """Tells the service manager how this agent is; nobody, where there is none."""
+    """Client of sd_notify(3). Does nothing without a service manager."""
 
     def __init__(self, environment: Mapping[str, str] = {}) -> None:
-        """Take where to tell it from the environment of this process."""
+        """Read the socket's address and the watchdog's interval from `environment`."""
         address = environment.get("NOTIFY_SOCKET", "")
         self._address = f"\0{address[1:]}" if address.startswith("@") else address
         own = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         microseconds = environment.get("WATCHDOG_USEC", "")
         self.watchdog = int(microseconds) * _MICROSECONDS if own and address and microseconds.isdecimal() else 0.0
-        """Seconds in which the manager wants to hear that requests are answered; 0: it does not."""
+        """The watchdog's interval in seconds, or 0 without a watchdog."""
         self._status = ""
 
     @classmethod
     def take(cls) -> "ServiceManager":
-        """The manager of this process, of which no child is to know."""
+        """Return the service manager of this process. Removes the variables, so that no child inherits them."""
         host = cls(os.environ)
         for name in _NOTIFY:
             os.environ.pop(name, None)
@@ -86,36 +86,36 @@ class ServiceManager:
         return bool(self._address)
 
     def ready(self, status: str) -> None:
-        """It serves, for the first time or after a reload. `status` is for people."""
+        """Report that the agent serves, at its start or after a reload. `status` is a line for operators."""
         self._status = status
         self._tell("READY=1", f"STATUS={status}")
 
     def changed(self, status: str) -> None:
-        """It is in another state than before. `status` is for people."""
+        """Report a changed state. `status` is a line for operators."""
         if status != self._status:
             self._status = status
             self._tell(f"STATUS={status}")
 
     def reloading(self) -> None:
-        """It reads its files again; `ready` says when it has."""
+        """Report the beginning of a reload; `ready` reports its end."""
         self._tell("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1_000}")
 
     def stopping(self) -> None:
-        """It takes no more connections."""
+        """Report that the agent stops: it does not accept further connections."""
         self._tell("STOPPING=1", "STATUS=Answering what has arrived, then it stops.")
 
     def alive(self, status: str) -> None:
-        """Requests are being answered."""
+        """Feed the watchdog, and report a changed status."""
         changed = [f"STATUS={status}"] if status != self._status else []
         self._status = status
         self._tell("WATCHDOG=1", *changed)
 
     def store(self, name: str, descriptor: int) -> bool:
-        """Have the manager keep a descriptor for the next start of this agent (FDSTORE=1); False if it was not told."""
+        """Store a descriptor with the manager for the next start of this agent (FDSTORE=1). Returns False if that failed."""
         return self._tell("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", descriptors=[descriptor])
 
     def forget(self, name: str) -> None:
-        """Have the manager close all descriptors that it keeps under this name."""
+        """Make the manager close all descriptors that it stores under this name (FDSTOREREMOVE=1)."""
         self._tell("FDSTOREREMOVE=1", f"FDNAME={name}")
 
     def _tell(self, *lines: str, descriptors: Iterable[int] = ()) -> bool:
@@ -125,14 +125,17 @@ class ServiceManager:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as to:
                 to.connect(self._address)
                 socket.send_fds(to, ["\n".join(lines).encode()], list(descriptors))
-        except OSError as error:  # the manager's affair: no request is to suffer from it
+        except OSError as error:  # the manager's failure must not affect requests
             log.warning("host.not_told", what=lines[0], error=error.strerror)
             return False
         return True
 
 
 async def feed_watchdog(host: ServiceManager, stream: trio.SocketStream, status: Callable[[], str]) -> None:
-    """Ask twice in the manager's interval; tell it when an answer came, with a status for people. Ends with the connection."""
+    """Call GetAgentHealth twice in each interval of the watchdog, and feed the watchdog after each successful answer.
+
+    `status` returns a line for operators. Returns when the connection ends.
+    """
     interval = host.watchdog / 2
     decoder = wire.Decoder()
     msgid = 0

@@ -1,7 +1,7 @@
-"""Takes the unseal secret from an operator, on a socket of its own that only root and the agent's user can open.
+"""Receive the unseal secret from an operator, on a separate socket that only root and the agent's user can open.
 
-The operator's command sends the reading end of a pipe that holds the secret, and the keyring's loader reads the pipe: the
-secret is never in the agent's memory. Attempts are made one after the other, so that only one passphrase is tried at a time.
+The operator's command sends the reading end of a pipe that holds the secret. The keyring's loader, a child process, reads the
+pipe, so that the secret is never in the agent's memory. Attempts are serial: only one passphrase is tried at a time.
 
     operator → agent    one byte, and one descriptor (SCM_RIGHTS): the reading end of a pipe
     agent → operator    one JSON object: {"Keys", "KeyringLoadedAt"}, or {"Error"}; then the connection is closed
@@ -31,16 +31,16 @@ _NAME: Final = "unseal"
 _MODE: Final = 0o600
 _ROOT: Final = 0
 _ARRIVAL_SECONDS: Final = 10.0
-"""For the descriptor to arrive, and for the answer to be taken: a local command needs milliseconds."""
+"""Time limit for receiving the descriptor, and for sending the answer. A local command needs milliseconds."""
 _RETRY_SECONDS: Final = 0.1
 _MAX_DESCRIPTORS: Final = 4
-"""Descriptors that one message may bring. All but one are a fault, and are closed."""
+"""Descriptors that are received with one message. A message must have one; all are closed."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 def listen(path: Path | None) -> list[unix_sockets.ListeningSocket]:
-    """Return the socket for the operator: none without a path. Raises `ListeningError`."""
+    """Return the socket for operators, or an empty list without a path. Raises `ListeningError`."""
     return [] if path is None else unix_sockets.open_listeners([Listener(_NAME, path, mode=_MODE)], [])
 
 
@@ -69,11 +69,11 @@ class Unsealing:
                             await stream.send_all(json.dumps(answer).encode())
                 except (ProcessLookupError, trio.BrokenResourceError):
                     log.info("connection.process_ended", listener=_NAME)
-                except Exception as error:  # whatever is odd about one operator's command closes its connection
+                except Exception as error:  # an error of one command closes its connection only
                     log.error("connection.failed", listener=_NAME, exc_info=error)
 
     async def _attempt(self, connection: Any) -> dict[str, Any]:
-        """Unseal the keyring as one command asks for. Returns the answer."""
+        """Unseal the keyring with one command's secret, and return the answer."""
         peer, process = evidence(connection, _NAME)
         if process is not None:
             process.close()
@@ -97,7 +97,7 @@ class Unsealing:
 
 
 async def _received(connection: Any) -> list[int]:
-    """Wait for a message, and return its descriptors: none where it does not arrive in time."""
+    """Wait for a message, and return its descriptors; an empty list if it does not arrive in time."""
     descriptors = array("i")
     with trio.move_on_after(_ARRIVAL_SECONDS):
         room = socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize)

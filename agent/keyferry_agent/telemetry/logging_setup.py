@@ -1,7 +1,7 @@
-"""The structured log on standard error: JSON lines, or, to a terminal, lines for people. Libraries log to it, too.
+"""The structured log on standard error: JSON lines, or readable lines on a terminal. Libraries log to it, too.
 
-A thread writes the lines: no request waits for the reader of standard error. The thread survives every write error. It drops
-the lines that it cannot write, and reports their number (`log.lost`) as soon as it can write again.
+A thread writes the lines, so that requests do not wait for the reader of standard error. The thread survives every write
+error. It drops the lines that it cannot write, and reports their number (`log.lost`) as soon as it can write again.
 
 Where systemd-journald reads standard error, each line begins with its priority, as in sd-daemon(3). journald removes it.
 """
@@ -37,12 +37,12 @@ PRIORITIES: Final = ((logging.ERROR, "<3>"), (logging.WARNING, "<4>"), (logging.
 
 
 def priority(level: int) -> str:
-    """Return what a line of this level begins with: a priority where journald reads standard error, else nothing."""
+    """Return the prefix of a line of this level: a priority if journald reads standard error, else an empty string."""
     try:
         status = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError, AttributeError):  # closed, replaced by an object without a descriptor, or None
         return ""
-    # A process inherits the variable, but may have another standard error: systemd.exec(5) says to compare.
+    # A process inherits the variable, but may have another standard error: systemd.exec(5) requires this comparison.
     if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
         return ""
     return next(text for lowest, text in PRIORITIES if level >= lowest)
@@ -90,7 +90,7 @@ class _StandardError:
         self.write(line, logging.ERROR)
 
     def write(self, line: str, level: int) -> None:
-        """Write one line. Raises OSError, or ValueError where the process has no standard error. Blocks while it is full."""
+        """Write one line. Raises OSError, or ValueError if the process has no standard error. Blocks while it is full."""
         descriptor = sys.stderr.fileno()
         line = priority(level) + line
         if self._failed:
@@ -107,8 +107,8 @@ class _StandardError:
         self._failed = self._half = False
 
     def _move_to_end(self, descriptor: int) -> None:
-        """Follow a file that was emptied meanwhile: without O_APPEND, its offset would be behind its end."""
-        with suppress(OSError):  # not a file
+        """Move to the end of a file that was emptied meanwhile. Without O_APPEND, the offset is past the new end."""
+        with suppress(OSError):  # not a regular file
             size = os.fstat(descriptor).st_size
             if os.lseek(descriptor, 0, os.SEEK_CUR) > size:
                 os.lseek(descriptor, 0, os.SEEK_END)
@@ -132,11 +132,11 @@ def _write(descriptor: int, data: bytes) -> int:
 
 
 def _take_back(descriptor: int, written: int) -> bool:
-    """Remove half a line from the end of a file. Returns False where that is impossible, as in a pipe."""
+    """Remove half a line from the end of a file. Returns False if that is impossible, as in a pipe."""
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or os.lseek(descriptor, 0, os.SEEK_CUR) != status.st_size:
-            return False  # another process has written behind it
+            return False  # another process has appended to the file
         os.ftruncate(descriptor, status.st_size - written)
         os.lseek(descriptor, status.st_size - written, os.SEEK_SET)
     except OSError:
@@ -154,7 +154,7 @@ class _Writer:
         self._unwritten = 0
         self._reported = 0
         self._report_at = 0.0
-        # A daemon: the process ends although standard error blocks.
+        # A daemon thread, so that the process can end while standard error blocks.
         threading.Thread(target=self._work, name="keyferry-log", daemon=True).start()
 
     def _work(self) -> None:
@@ -170,7 +170,7 @@ class _Writer:
                     self._output.write(record.getMessage(), record.levelno)
                 failed = False
             except Exception:
-                # The thread survives every exception: without it, nothing would be logged any more.
+                # The thread survives every exception: without it, the agent could not log.
                 failed = True
                 self._unwritten += record is not None
             if record is not None:
@@ -178,7 +178,7 @@ class _Writer:
                 self._waiting.queue.task_done()
 
     def _report(self, *, now: bool) -> None:
-        """Write how many lines are missing, at most once a second while the log is busy. Raises what a write raises."""
+        """Write the number of lost lines, at most once a second while the log is busy. Raises OSError or ValueError."""
         lost = self._waiting.dropped + self._unwritten - self._reported
         if lost and (now or time.monotonic() >= self._report_at):
             self._log.error("log.lost", lines=lost)
@@ -192,7 +192,7 @@ def configure() -> None:
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        # Exceptions as text, without local variables: those may hold what must not be written down.
+        # Exceptions as text, without local variables, because these may hold secrets.
         structlog.processors.format_exc_info,
     ]
     renderer: Any = (

@@ -1,6 +1,6 @@
-"""Metrics for Prometheus, on a socket or a port of their own: off by default, and a thread apart from requests.
+"""Metrics for Prometheus, off by default. A separate thread serves them on a socket or port of their own.
 
-Names of operations, codes and counts; nothing of keys, callers or contexts.
+They contain names of operations, error codes and counts. They contain no names of keys or callers, and no EncryptionContext.
 """
 
 import json
@@ -26,7 +26,7 @@ __all__ = ["MISSING_LIBRARY", "Metrics", "MetricsError"]
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 _BUCKETS: Final = (0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_6, 0.003_2, 0.006_4, 0.025, 0.1, 1.0)
-"""Seconds: an RSA call takes a tenth of a millisecond, an SM2 call one."""
+"""Seconds. An RSA call takes a tenth of a millisecond, an SM2 call a millisecond."""
 
 
 MISSING_LIBRARY: Final = (
@@ -36,11 +36,11 @@ MISSING_LIBRARY: Final = (
 
 
 class MetricsError(Exception):
-    """Metrics cannot be had as the configuration says. The message says why, and what to do."""
+    """The configured metrics cannot be served. The message contains the reason and a remedy."""
 
 
 class _State:
-    """What is looked at when somebody asks: one look at the agent for each scrape."""
+    """Metrics that are read from the agent's state, once for each scrape."""
 
     def __init__(self, agent: ServerState, audit: AuditLog) -> None:
         self._agent = agent
@@ -48,7 +48,7 @@ class _State:
         self._build = [__version__, _commit()]
 
     def collect(self) -> Iterator[Any]:
-        """Yield the metrics, as prometheus-client collects them."""
+        """Yield the metric families for prometheus-client."""
         from prometheus_client import core  # noqa: PLC0415 - an extra
 
         agent, counters = self._agent, self._agent.counters
@@ -101,7 +101,7 @@ class _State:
 
 
 def _commit() -> str:
-    """Return the commit that was installed, where pip noted one; else an empty text."""
+    """Return the commit that was installed, if pip noted one, or else an empty string."""
     try:
         noted = json.loads(metadata.distribution("keyferry-agent").read_text("direct_url.json") or "{}")
         return str(noted["vcs_info"]["commit_id"])
@@ -110,10 +110,10 @@ def _commit() -> str:
 
 
 class Metrics:
-    """What is counted while requests are served, and what is looked at when somebody asks."""
+    """All metrics: those that are counted while requests are served, and those that are read for each scrape (`_State`)."""
 
     def __init__(self, agent: ServerState, audit: AuditLog) -> None:
-        """Raises `MetricsError` where the library is missing."""
+        """Register all metrics. Raises `MetricsError` if prometheus-client is missing."""
         try:
             import prometheus_client as prometheus  # noqa: PLC0415 - an extra
         except ImportError:
@@ -144,11 +144,11 @@ class Metrics:
         self._notifications.inc(count)
 
     def observe(self, operation: str, outcome: str, seconds: float) -> None:
-        """Count one request. Operations that the protocol does not have are counted together. Never raises."""
+        """Count one request. Unknown operations are counted together, as "unknown". Never raises."""
         try:
             self._observe(operation, outcome, seconds)
         except Exception as error:
-            if not self._failed:  # logged once, not for each request
+            if not self._failed:  # log once, not for each request
                 log.error("metrics.failed", exc_info=error)
             self._failed = True
 

@@ -1,6 +1,6 @@
-"""`keyferry-agent explain`: every grant, and the first thing in it that does not match. For operators.
+"""`keyferry-agent explain`: print every grant with its first mismatch, for operators.
 
-A caller only ever learns `Forbidden.NoPermission`.
+A caller only receives `Forbidden.NoPermission`.
 """
 
 from .command import add_parser

@@ -1,4 +1,4 @@
-"""The arguments of `keyferry-agent explain`, and what it prints."""
+"""The arguments and the output of `keyferry-agent explain`."""
 
 import argparse
 import grp
@@ -81,7 +81,7 @@ def add_parser(commands: Any) -> None:
 
 @dataclass
 class _Explanation:
-    """All that is printed."""
+    """The content of the output, as text or JSON."""
 
     decisions: list[Decision]
     keys: list[Keys]
@@ -90,7 +90,7 @@ class _Explanation:
 
     @property
     def unusable(self) -> list[str]:
-        """Why the agent refuses the request whatever the grants are."""
+        """Return the reasons for which the agent refuses the request, independently of grants."""
         reasons = [
             f"the keyring has no {keys.missing}, so the agent answers "
             f"Forbidden.{'AliasNotFound' if keys.missing.startswith('alias/') else 'KeyNotFound'}"
@@ -107,7 +107,7 @@ class _Explanation:
 
     @property
     def granted(self) -> bool:
-        """Whether grants allow all of it."""
+        """Return whether grants allow all parts of the request."""
         return all(decision.allowing for decision in self.decisions)
 
 

@@ -1,4 +1,4 @@
-"""What grants have to do with a request: pure functions, which agree with what an agent decides."""
+"""Explain the effect of each grant on a request: pure functions, whose results agree with the agent's decisions."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ WITHOUT_CONTEXT: Final = frozenset(
     if not any(name.endswith(ENCRYPTION_CONTEXT.name) for name in each.parameters)
 )
 WITHOUT_KEY: Final = frozenset({"kms:ListKeys", "kms:ListAliases", "kms:GetAgentStatus"})
-"""Actions on no key in particular: a grant covers them, whatever its keys are."""
+"""Actions that do not name a key. A grant covers them with any list of keys."""
 EXPORTS: Final = frozenset(each.action for each in OPERATIONS.values() if PUBLIC_KEY_BLOB.name in each.parameters)
 """Actions that export a data key to a recipient."""
 _RE_ENCRYPTS: Final = frozenset({"kms:ReEncryptFrom", "kms:ReEncryptTo"})
@@ -27,11 +27,11 @@ _NO_SUCH_NUMBER: Final = -1
 
 
 class Question(NamedTuple):
-    """May a caller do something with a key?
+    """A request to judge: may the caller perform an action on a key?
 
-    `names`: all that the key is called by; None where that is not known. `pin`: the recipient, if one is named.
-    `context_keys`: the keys of an EncryptionContext whose values are not known, in the place of `context`.
-    `unknown`: the selectors of which the caller's evidence is not known. `stays`: whether ReEncrypt keeps the key.
+    `names`: all names of the key, or None if they are unknown. `pin`: the recipient's fingerprint, if one is named.
+    `context_keys`: replaces `context` if only the keys of the EncryptionContext are known, not the values.
+    `unknown`: the selectors for which the caller's evidence is unknown. `stays`: whether ReEncrypt keeps the key.
     """
 
     peer: Peer
@@ -46,17 +46,17 @@ class Question(NamedTuple):
 
     @property
     def recipient(self) -> str | None:
-        """The recipient as the agent judges it: `PLAINTEXT` where the caller learns or chooses the data key."""
+        """Return the recipient that the agent judges: `PLAINTEXT` if the caller learns or chooses the data key."""
         if self.action in NEVER_WITH_RECIPIENTS or (self.action in _RE_ENCRYPTS and not self.stays):
             return PLAINTEXT
         return self.pin if self.action in EXPORTS else None
 
 
 class Verdict(NamedTuple):
-    """What one grant has to do with a question. `why`: the first thing that does not match; empty where it allows.
+    """The effect of one grant on a question. `why`: the first mismatch; empty if the grant allows the request.
 
-    `recipients`: those that it allows it for only. `conditions`: what it depends on that is not known. `file`: the file in the
-    folder of grants that has the grant; None for the configuration.
+    `recipients`: the only recipients for which the grant allows it; None for any. `conditions`: unknown facts that must be true
+    for the grant to allow it. `file`: the grant's file in the folder of grants; None if the configuration has the grant.
     """
 
     grant: str
@@ -74,19 +74,19 @@ class Verdict(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What all grants have to do with a question."""
+    """The effect of all grants on a question."""
 
     question: Question
     verdicts: list[Verdict]
 
     @property
     def allowing(self) -> list[Verdict]:
-        """The grants that allow it."""
+        """Return the verdicts of the grants that allow the request."""
         return [verdict for verdict in self.verdicts if not verdict.why]
 
     @property
     def recipients(self) -> tuple[str, ...] | None:
-        """The recipients that it is allowed for only; None where some grant allows any, or none allows it."""
+        """Return the only recipients for which grants allow the request; None if a grant allows any, or if all refuse it."""
         if not self.allowing or any(verdict.recipients is None for verdict in self.allowing):
             return None
         return tuple(sorted({pin for verdict in self.allowing for pin in verdict.recipients or ()}))
@@ -104,14 +104,14 @@ class Decision(NamedTuple):
 
 
 def decide(grants: Iterable[Grant], question: Question) -> Decision:
-    """Judge every grant."""
+    """Return the verdict of every grant on a question."""
     return Decision(question, [_judge(grant, question)._replace(file=grant.file) for grant in grants])
 
 
 def mismatch(
     grant: Grant, peer: Peer, action: str, names: Iterable[str], pin: str | None, context: Mapping[str, str] | None
 ) -> str | None:
-    """The first thing in a grant that does not match; None where it allows."""
+    """Return a message about the first part of a grant that does not match, or None if the grant allows the request."""
     for selector, value in grant.to.items():
         if not SELECTORS[selector](peer, value):
             return f"to.{selector}: the grant is to {_number(value)}; the caller's is {_evidence(peer, selector)}"
@@ -158,7 +158,7 @@ def _judge(grant: Grant, question: Question) -> Verdict:
 
 
 def _completed(peer: Peer, grant: Grant, unknown: frozenset[str], conditions: list[str]) -> Peer:
-    """Return a caller with the evidence that a grant asks for in the place of unknown evidence, and note that."""
+    """Return the caller with unknown evidence replaced by the grant's values. Adds a condition for each replacement."""
     for selector, value in grant.to.items():
         if selector not in unknown or SELECTORS[selector](peer, value):
             continue

@@ -1,4 +1,4 @@
-"""All names of a key, as a grant may call it: from the keyring, or else from the audit log."""
+"""Find all names by which a grant can refer to a key, in the keyring or else in the audit log."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,11 @@ __all__ = ["Keys", "find_keys"]
 
 
 class Keys(NamedTuple):
-    """The names of a key, the one to print, and why it cannot be used, if it cannot. `notes`: where the names are from."""
+    """The names of a key.
+
+    `shown`: the text to print. `missing`: a name that the keyring does not have, or empty. `state`: the key's state. `notes`:
+    messages about the source of the names.
+    """
 
     names: tuple[str, ...]
     shown: str
@@ -23,8 +27,9 @@ class Keys(NamedTuple):
 
 
 def find_keys(given: list[str], settings: Settings, logged: LoggedNames | None = None) -> Keys:
-    """Return the names of the key that is named by its ID, an ARN, or an alias. `logged`: the names in an audit log, if it was
-    read. Raises `ChainError` where the names are of different keys.
+    """Return all names of the key with these IDs, ARNs or aliases. Raises `ChainError` if they belong to different keys.
+
+    `logged`: the names in an audit log, if it was read already.
     """
     plain = list(dict.fromkeys(map(plain_name, given)))
     shown = ", ".join(given)
@@ -65,5 +70,5 @@ def _logged(settings: Settings) -> LoggedNames:
 
 
 def _names(plain: list[str], settings: Settings) -> tuple[str, ...]:
-    """Return names, and the ARN of each: as the agent knows a key."""
+    """Return each name and its ARN, as the agent compares them with grants."""
     return tuple(dict.fromkeys(each for name in plain for each in settings.names_of(name)))

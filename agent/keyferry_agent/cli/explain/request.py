@@ -1,4 +1,4 @@
-"""A request as its audit entry has it: found by its RequestId, and asked again of the grants as they are now."""
+"""Find a request's audit entry by its RequestId, and make questions of it that are judged by the current grants."""
 
 from collections.abc import Callable
 from datetime import datetime
@@ -24,7 +24,7 @@ _BY_GRANTS: Final = ("Forbidden.NoPermission", "AccessDeniedError")
 
 
 class _Search(NamesOnly):
-    """Finds the entry of a request in a file."""
+    """Finds the entry of a request, and the names of keys, in a file of the audit log."""
 
     def __init__(self, request_id: str) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def find_request(request_id: str, files: list[Path], settings: Settings) -> tupl
 
 
 def recorded_lines(entry: dict[str, Any]) -> list[str]:
-    """Return what the entry says of the request and its outcome."""
+    """Return lines that describe the request and its outcome, from its audit entry."""
     outcome = str(entry.get("outcome"))
     key = f" on key {entry['key_id']}" if entry.get("key_id") else ""
     unit = f", unit {entry['unit']}" if entry.get("unit") else ""
@@ -68,7 +68,7 @@ def recorded_lines(entry: dict[str, Any]) -> list[str]:
 
 
 def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple[list[Question], list[Keys]]:
-    """Return what the request asked of the grants, and the keys. Raises `ChainError` for an operation that there is not."""
+    """Return the questions of a request, and its keys. Raises `ChainError` for an unknown operation."""
     operation = entry.get("operation")
     if operation not in OPERATIONS:
         raise ChainError(f"the agent has no operation {operation!r}")

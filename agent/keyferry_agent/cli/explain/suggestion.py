@@ -1,4 +1,4 @@
-"""A grant in TOML that would allow what is refused: for an operator to narrow, and to put into the configuration."""
+"""Suggest a grant in TOML that allows a refused request. The operator narrows it and adds it to the configuration."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +10,7 @@ __all__ = ["suggested"]
 
 
 def suggested(questions: Sequence[Question], taken: Collection[str], user: str | None) -> str:
-    """Return a `[[grant]]` that allows what the questions are about. `taken`: the names of grants that there are."""
+    """Return a `[[grant]]` table that allows the questions. `taken`: the names of existing grants, which are not used again."""
     first = questions[0]
     actions = list(dict.fromkeys(question.action for question in questions))
     name = base = f"{user or first.peer.uid}-{actions[0].removeprefix('kms:')}"
@@ -45,7 +45,7 @@ def _to(question: Question, user: str | None) -> dict[str, Any]:
 
 
 def _key(question: Question) -> str:
-    """Return the name of the key that a person would choose: an alias, or else the ID."""
+    """Return the most readable name of the key: an alias, or else the ID."""
     if question.action in WITHOUT_KEY:
         return "*"
     names = [name for name in question.names or ("alias/NAME",) if not name.startswith("acs:")]

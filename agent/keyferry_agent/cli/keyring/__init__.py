@@ -1,1 +1,1 @@
-"""`keyferry-agent keyring`: its parsers, what it prints, and its verbs."""
+"""`keyferry-agent keyring`: its parsers, its output and its verbs."""

@@ -1,4 +1,4 @@
-"""Verbs about what opens a keyring, and the options that name recipients or a passphrase."""
+"""Verbs about the recipients, passphrase and identities of a keyring, and the options that name them."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def unsealer(arguments: argparse.Namespace) -> sealing.Unsealer:
-    """Return what --unseal names. Raises `KeyringError`."""
+    """Return the unsealer for the file that --unseal names. Raises `KeyringError`."""
     return sealing.Unsealer.read(arguments.unseal, owner_of(arguments.file))
 
 
@@ -72,7 +72,8 @@ def init(arguments: argparse.Namespace) -> dict[str, Any] | None:
     result = {"Keyring": str(arguments.file), "Recipients": sealed_to}
     written: Path | None = None
     try:
-        with file.creating(arguments.file, Document(sealed_to), phrase):  # only its name is missing in the block
+        # In the block, the file is complete, but does not have its name yet.
+        with file.creating(arguments.file, Document(sealed_to), phrase):
             if identity is not None:
                 identity.write(arguments.new_identity)
                 written = arguments.new_identity
@@ -81,7 +82,7 @@ def init(arguments: argparse.Namespace) -> dict[str, Any] | None:
                 written = arguments.passphrase_file
     except BaseException:
         if written and not os.path.lexists(arguments.file):
-            written.unlink()  # it opens nothing, and would be in the way of the next attempt
+            written.unlink()  # it belongs to no keyring, and would make the next attempt fail
         raise
     if len(sealed_to) == 1:
         warn(
@@ -108,17 +109,17 @@ def reseal(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def add_recipient(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seal a keyring to further recipients, too. Raises `KeyringError`."""
+    """Add recipients to a keyring. Raises `KeyringError`."""
     return _choose(arguments, recipients.added)
 
 
 def remove_recipient(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seal a keyring to all its recipients but some. Raises `KeyringError`."""
+    """Remove recipients from a keyring. Raises `KeyringError`."""
     return _choose(arguments, recipients.without)
 
 
 def list_recipients(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what a keyring is sealed to, by its content, and warn where its header has another number."""
+    """Return the recipients that a keyring's content names, and warn if its header has a different number of recipients."""
     sealed = file.read_sealed(arguments.file)
     named = file.open_sealed(sealed, unsealer(arguments)).recipients
     count = sealing.count_recipients(sealed)
@@ -146,7 +147,7 @@ def new_identity(arguments: argparse.Namespace) -> dict[str, Any]:
 def _choose(
     arguments: argparse.Namespace, choose: Callable[[list[str], list[recipients.Recipient]], list[str]]
 ) -> dict[str, Any]:
-    """Reseal to recipients that follow from those before and those that the options name."""
+    """Reseal to the recipients that `choose` returns for the current ones and those of the options. Raises `KeyringError`."""
     if not arguments.recipient and not arguments.recipients_file:
         arguments.wrong_usage("one of --recipient, --recipients-file is required")
     named = _recipients(arguments, owner_of(arguments.file))
@@ -173,12 +174,12 @@ def _changed(arguments: argparse.Namespace, before: list[str], after: list[str])
 
 
 def _was_printed(arguments: argparse.Namespace) -> bool:
-    """Whether `_hand_over` printed the result, with the passphrase."""
+    """Return whether `_hand_over` printed the result, with the passphrase."""
     return arguments.generate_passphrase and not arguments.passphrase_file
 
 
 def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
-    """Return recipients and passphrase. Ends the command where the options name neither, or both."""
+    """Return recipients and passphrase. Ends the command if the options name neither or both. Raises `KeyringError`."""
     to_recipients = bool(arguments.recipient or arguments.recipients_file or arguments.new_identity)
     if not to_recipients and not arguments.generate_passphrase and not arguments.passphrase_file:
         arguments.wrong_usage(
@@ -202,7 +203,7 @@ def _sealed_to(arguments: argparse.Namespace) -> tuple[list[str], str | None]:
 
 
 def _recipients(arguments: argparse.Namespace, owners: tuple[int, ...]) -> list[recipients.Recipient]:
-    """Return the recipients of all options."""
+    """Return the recipients that all options name. Raises `KeyringError`."""
     files = arguments.recipients_file or []
     if files.count("-") > 1:
         arguments.wrong_usage("--recipients-file -: standard input can be read only once")
@@ -215,7 +216,7 @@ def _recipients(arguments: argparse.Namespace, owners: tuple[int, ...]) -> list[
 def _hand_over(arguments: argparse.Namespace, result: dict[str, Any], phrase: str | None) -> None:
     """Write a generated passphrase to its new file, or print it with the verb's result, before the keyring is replaced.
 
-    Raises `KeyringError`: a keyring whose passphrase nobody has is lost.
+    Raises `KeyringError` if that fails, so that the keyring is not sealed to a passphrase that is then lost.
     """
     assert phrase is not None
     path = arguments.passphrase_file

@@ -1,4 +1,4 @@
-"""`keyferry-agent keyring ...`: creates and changes sealed keyring files. No verb ever prints key material."""
+"""`keyferry-agent keyring ...`: create and change sealed keyring files. The verbs never print key material."""
 
 import argparse
 from collections.abc import Callable
@@ -22,13 +22,13 @@ FAILED: Final = 1
 
 _DEFAULT_SPEC: Final = "Aliyun_AES_256"
 _MATERIAL_MOST: Final = 65
-"""Bytes of material to read at most: enough to see that hex is not raw bytes."""
+"""Bytes of material to read: with one more than 64, errors can distinguish a key of 32 bytes in hexadecimal from more."""
 
 
 _Act: TypeAlias = Callable[[argparse.Namespace], dict[str, Any] | None]
-"""From arguments to what to print, by the API's names; None where that was printed already."""
+"""Performs a verb. Returns the result to print, with the API's names, or None if it was printed already."""
 _Verb: TypeAlias = Callable[[str, str, _Act], argparse.ArgumentParser]
-"""Adds the parser of a verb: its name, its help text, and what it does."""
+"""Adds and returns the parser of a verb, from its name, its help text and the function that performs it."""
 
 
 def add_parser(commands: Any) -> None:
@@ -160,7 +160,7 @@ def _main(arguments: argparse.Namespace) -> int:
     return DONE if result is None else print_result(arguments, result)
 
 
-# --- the verbs: arguments -> what to print, as the API's names ---------------------------------------------------------
+# --- the verbs: each returns the result to print, with the API's names --------------------------------------------------
 
 
 def _warn_of_weak_work_factor(path: Path) -> None:
@@ -177,7 +177,7 @@ def _warn_of_weak_work_factor(path: Path) -> None:
 def _changing(
     do: Callable[[Document, argparse.Namespace], KeyEntry],
 ) -> Callable[[argparse.Namespace], dict[str, Any]]:
-    """A verb that changes one key, and shows it as it is then."""
+    """Return a verb that changes one key, and returns the changed key's metadata and versions."""
 
     def act(arguments: argparse.Namespace) -> dict[str, Any]:
         with file.change(arguments.file, access.unsealer(arguments)) as document:
@@ -194,7 +194,8 @@ def _create_key(document: Document, arguments: argparse.Namespace) -> KeyEntry:
 
 
 def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
-    material = _read_material(arguments.material)  # before the file is locked: somebody may have to type it
+    # Read before the file is locked, because an operator may type the material.
+    material = _read_material(arguments.material)
 
     def add(document: Document, arguments: argparse.Namespace) -> KeyEntry:
         return edits.import_key(
@@ -245,7 +246,7 @@ def _show(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _read_material(path: str) -> bytearray:
-    """All of a small file, or of standard input. Raises `KeyringError`."""
+    """Return the content of a file or of standard input, up to the limit or a little more. Raises `KeyringError`."""
     material = bytearray()
     try:
         with open(0 if path == "-" else path, "rb", buffering=0, closefd=path != "-") as source:

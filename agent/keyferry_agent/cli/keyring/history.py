@@ -1,4 +1,4 @@
-"""`keyferry-agent keyring history`: the changes of a keyring, and whether each was done, as the hashes of the file show."""
+"""`keyferry-agent keyring history`: list the changes of a keyring. The file's hashes show whether each was done."""
 
 import argparse
 import os
@@ -53,7 +53,7 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _judged(entries: list[dict[str, Any]], now: str | None) -> list[dict[str, Any]]:
-    """Return one entry for each change, with its result; and one for each time that the file was replaced by other means."""
+    """Return one entry for each change, with its result, and one for each replacement of the file by other means."""
     begun: list[dict[str, Any]] = []
     for entry in entries:
         if entry.get("result") == "begun":
@@ -64,7 +64,7 @@ def _judged(entries: list[dict[str, Any]], now: str | None) -> list[dict[str, An
     following = [*(entry.get("before") for entry in begun[1:]), now]
     for entry, later in zip(begun, following, strict=True):
         before, after = entry.get("before"), entry.get("after")
-        if later == after:  # also where a crash came between the replacement and the second entry
+        if later == after:  # also after a crash between the replacement and the second entry
             entry["result"] = "done"
         elif entry["result"] == "begun":
             entry["result"] = "not done" if later == before else "unknown"

@@ -1,4 +1,4 @@
-"""What the verbs of `keyferry-agent keyring` print: one JSON document by the API's names, or the same for people."""
+"""The output of the verbs of `keyferry-agent keyring`: one JSON document with the API's names, or readable text."""
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,7 +42,7 @@ def versions_of(key: KeyEntry) -> dict[str, Any]:
 
 
 def metadata(key: KeyEntry, aliases: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return what is known about a key but its versions; `aliases` as `Document.aliases_by_key` returns them."""
+    """Return a key's metadata, without its versions. `aliases`: the result of `Document.aliases_by_key`."""
     return {
         "KeyId": key.key_id,
         "KeySpec": key.key_spec,
