@@ -92,7 +92,7 @@ _NEEDED = (("RSA_2048", "RSAES_OAEP_SHA_256"),)
 
 
 class SelfTestError(Exception):
-    """A library returned a wrong answer, or does not offer what the agent needs. The message names the algorithm."""
+    """A library returned a wrong result, or does not offer a required algorithm. The message names the algorithm."""
 
 
 def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:

@@ -197,7 +197,7 @@ def _age(text: str) -> Recipient:
 
 
 def _reason(text: str, error: str) -> str:
-    """Return the reason why a text is not a recipient, as the end of the message "TEXT is no recipient"."""
+    """Return the reason why a text is not a recipient, as the end of the message of `parse`."""
     kind = text.lower().rpartition("1")[0]
     found = resemblance(text.encode(errors="replace"))
     if "pyrage 1.4" in error:
