@@ -124,7 +124,7 @@ def find_version(
 
 
 def authorize(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
-    """Refuse a caller without a grant for the action on the key. Raises `Forbidden.NoPermission`."""
+    """Raise `Forbidden.NoPermission` unless the caller has a grant for the action on the key."""
     if not _grant(request, key, key.key_id, action, pin=pin, context=context):
         raise no_permission()
 
@@ -151,7 +151,10 @@ def _grant(
 
 
 def require_usable(key: Key, version: KeyVersion | None = None) -> None:
-    """Refuse a key that is not enabled, and a version that is disabled. Raises `Rejected.*`."""
+    """Raise `Rejected.*` for a key that is not enabled or a version that is disabled.
+
+    Raises `Forbidden.KeyNotFound` for a key whose deletion date has come.
+    """
     state = key.state()
     if state == "Deleted":  # its deletion date has come since the look-up
         raise kms_error("Forbidden.KeyNotFound")

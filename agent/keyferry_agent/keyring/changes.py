@@ -58,7 +58,7 @@ def log_of(keyring: Path) -> Path:
 
 
 def file_hash(content: bytes | None) -> str | None:
-    """Return the SHA-256 of a keyring file, as entries have it; None where there is no file."""
+    """Return the SHA-256 of a keyring file in the format of entries; None if there is no file."""
     return None if content is None else f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
@@ -131,7 +131,7 @@ def _short(value: Any) -> Any:
 
 
 def _operator() -> dict[str, Any]:
-    """Return the user of this process, the user who logged in, as far as the kernel has one, and the user that sudo claims."""
+    """Return the user of this process, the kernel's login user, if there is one, and the user that sudo claims."""
     uid = os.getuid()
     user = login = None
     with suppress(KeyError):

@@ -289,9 +289,9 @@ class _Reader:
 
 
 def check_alias(alias: str) -> None:
-    """Accept `alias/NAME` of 1 to 255 letters, digits, `_`, `-` and `/`, without the cloud's reserved names `alias/acs...`.
+    """Raise `KeyringError` unless an alias is `alias/NAME`, with 1 to 255 letters, digits, `_`, `-` and `/` in NAME.
 
-    Raises `KeyringError`.
+    The names `alias/acs...` are reserved for the cloud, and refused too.
     """
     name = alias.removeprefix(ALIAS)
     plain = name.replace("_", "").replace("-", "").replace("/", "")
@@ -306,7 +306,7 @@ def check_alias(alias: str) -> None:
 
 
 def check_description(description: str) -> None:
-    """Accept at most 8,192 printable characters. Raises `KeyringError`."""
+    """Raise `KeyringError` unless a description has at most 8,192 characters, all of them printable."""
     if len(description) > _DESCRIPTION_MOST or not description.isprintable():
         raise KeyringError(f"a description has at most {_DESCRIPTION_MOST} characters, all of them printable")
 
