@@ -1,1 +1,1 @@
-"""Cryptography of the agent: buffers in, bytes out. Knows neither keys' names, nor operations, nor sockets, nor policy."""
+"""Cryptography of the agent: buffers in, bytes out, without any code for aliases, operations, sockets or policy."""

@@ -1,11 +1,11 @@
-"""CiphertextBlob, format 0x01: seals bytes under a master key, and opens them again. docs/ciphertext.md is the specification.
+"""CiphertextBlob, format 0x01: encryption of bytes under a master key, and decryption. docs/ciphertext.md specifies it.
 
     KeyVersionId (36) ‖ 0x01 ‖ salt (32) ‖ commitment (32) ‖ ciphertext ‖ tag (16)
 
     one-time key ‖ commitment = HKDF(hash, ikm = CMK, salt, info)                                    RFC 5869
     ciphertext ‖ tag          = GCM(one-time key, nonce = 0, associated data)                        SP 800-38D, RFC 8998
 
-The one-time key serves one message only, which is why its nonce may be constant. Format 0x01 is never redefined.
+The one-time key encrypts only one message, so its nonce may be constant. Format 0x01 is never redefined.
 """
 
 import hmac
@@ -47,13 +47,16 @@ _TAG: Final = 16
 _NONCE: Final = bytes(12)
 _NOTHING: Final = bytes(32)
 OVERHEAD: Final = _HEADER + _SALT + _COMMITMENT + _TAG
-"""Bytes that a CiphertextBlob is longer than what is sealed in it: 117."""
+"""Bytes that a CiphertextBlob is longer than its plaintext: 117."""
 MOST: Final = 6_144
-"""Bytes that are ever sealed in one blob: what Encrypt takes. A longer one was not made here."""
+"""Most bytes of plaintext in one blob: the limit of Encrypt. A longer blob was not made by an agent."""
 
 
 class SealError(Exception):
-    """The blob does not open: damaged, another key, another context. Never says which: that would be an oracle."""
+    """The blob does not decrypt: it is damaged, or was made under another key or EncryptionContext.
+
+    The error does not distinguish the causes: that would be an oracle.
+    """
 
 
 class _Suite(NamedTuple):
@@ -84,13 +87,13 @@ _OTHER: Final = AESGCM(_NOTHING)
 
 
 def _clear_registers() -> None:
-    # OpenSSL's vector AES returns with the round keys in registers, and with plaintext: a core dump holds them, and so does
-    # the stack after a signal. Another AES takes their place.
+    # OpenSSL's vector AES leaves the round keys and plaintext in registers. A core dump contains the registers, and so does
+    # the stack after a signal. An encryption under another key overwrites them.
     _OTHER.encrypt(_NONCE, _NOTHING, None)
 
 
 def _sm4(key: memoryview) -> SM4:
-    return SM4(key)  # type: ignore[arg-type]  # takes any buffer; only its annotation says bytes
+    return SM4(key)  # type: ignore[arg-type]  # accepts any buffer, although its annotation is bytes
 
 
 def _sm4_encrypt(key: memoryview, plaintext: memoryview, aad: bytes) -> bytes:
@@ -111,7 +114,7 @@ _SUITES: Final = {
     "Aliyun_SM4": _Suite(16, SM3(), b"keyferry CiphertextBlob 1 SM4-GCM", _sm4_encrypt, _sm4_decrypt_into),
 }
 KEY_SIZES: Final[Mapping[str, int]] = {spec: suite.key_size for spec, suite in _SUITES.items()}
-"""Bytes of a master key by KeySpec."""
+"""Bytes of a master key, by KeySpec."""
 
 
 def seal(
@@ -123,22 +126,22 @@ def seal(
     plaintext: memoryview,
     scratch: SecretMemory,
 ) -> bytes:
-    """Seal `plaintext` under the master key `cmk`: the bytes of a CiphertextBlob, `OVERHEAD` longer.
+    """Encrypt `plaintext` under the master key `cmk`; return a CiphertextBlob, which is `OVERHEAD` bytes longer.
 
-    `version_id` has 36 ASCII characters. Intermediate keys live in `scratch`.
+    `version_id` has 36 ASCII characters. Intermediate keys are in `scratch`.
     """
     return bind(key_spec, version_id, key_id, context).seal(cmk, plaintext, scratch)
 
 
 class Bound(NamedTuple):
-    """All of a CiphertextBlob that is known before what it seals: its suite, its header, and what it is bound to."""
+    """The parts of a CiphertextBlob that do not depend on its plaintext: the suite, the header and the associated data."""
 
     suite: "_Suite"
     header: bytes
     associated: bytes
 
     def seal(self, cmk: memoryview, plaintext: memoryview, scratch: SecretMemory, salt: bytes | None = None) -> bytes:
-        """Seal `plaintext` under the master key `cmk`. `salt` is random; a vector gives its own."""
+        """Encrypt `plaintext` under the master key `cmk`; return a CiphertextBlob. `salt` is random, except in test vectors."""
         suite, salt = self.suite, salt or os.urandom(_SALT)
         size = suite.key_size
         with scratch.borrow(size + _COMMITMENT) as derived:
@@ -148,7 +151,7 @@ class Bound(NamedTuple):
 
 
 def bind(key_spec: str, version_id: str, key_id: str, context: Mapping[str, str]) -> Bound:
-    """What seals under one version of a key and one context: for as many plaintexts as there are."""
+    """Return the `Bound` for one key version and one EncryptionContext, reusable for any number of plaintexts."""
     header = version_id.encode("ascii") + bytes([FORMAT])
     if len(header) != _HEADER:
         raise ValueError("a KeyVersionId has 36 characters")
@@ -156,14 +159,14 @@ def bind(key_spec: str, version_id: str, key_id: str, context: Mapping[str, str]
 
 
 def key_version_id(blob: bytes) -> str:
-    """The KeyVersionId that a blob names, before anything is known to be authentic. Raises `SealError`."""
+    """Return the KeyVersionId in a blob, which is not authenticated yet. Raises `SealError`."""
     if not OVERHEAD < len(blob) <= OVERHEAD + MOST or blob[_VERSION_ID] != FORMAT or not blob[:_VERSION_ID].isascii():
         raise SealError
     return blob[:_VERSION_ID].decode("ascii")
 
 
 def plaintext_size(blob: bytes) -> int:
-    """How many bytes are sealed in a blob."""
+    """Return the number of bytes of plaintext in a blob."""
     return len(blob) - OVERHEAD
 
 
@@ -176,9 +179,9 @@ def open_into(
     out: memoryview,
     scratch: SecretMemory,
 ) -> None:
-    """Open a blob, whose `key_version_id` led to `cmk`, into `out` of exactly `plaintext_size` bytes.
+    """Decrypt a blob under `cmk`, the key version that it names, into `out` of exactly `plaintext_size` bytes.
 
-    Raises `SealError`; then what is in `out` is worth nothing.
+    Raises `SealError`; the content of `out` is then undefined and must not be used.
     """
     suite = _SUITES[key_spec]
     view = memoryview(blob)

@@ -1,8 +1,8 @@
-"""Strict parsing of a recipient's public key, before any library that is more liberal sees it.
+"""Strict checks of a recipient's public key, before a more liberal library uses it.
 
-Accepted is one encoding of one kind of key: the DER SubjectPublicKeyInfo that everybody writes. Refused with a reason:
-other curves and sizes, trailing bytes, BER, explicit parameters, compressed points, points off the curve, and RSA
-exponents and moduli that are weak or that would make a single encryption cost a hundred times as much.
+Each kind of key is accepted in one encoding only: the usual DER SubjectPublicKeyInfo. Refused with a reason are other curves
+and sizes, trailing bytes, BER, explicit parameters, compressed points, points off the curve, and RSA exponents and moduli that
+are weak or that would make a single encryption cost a hundred times as much.
 """
 
 import hashlib
@@ -16,9 +16,11 @@ __all__ = ["PublicKeyError", "check_rsa_2048", "check_sm2", "fingerprint", "on_s
 
 _RSA_BITS: Final = 2048
 _MAX_EXPONENT: Final = 2**32
-"""An exponent as long as the modulus makes one encryption 78 times as slow: a lever to stall the agent with."""
+"""Limit of an RSA exponent. One encryption with an exponent as long as the modulus takes 78 times as long, so that a caller
+could stall the agent with such keys.
+"""
 
-# SEQUENCE { SEQUENCE { OID id-ecPublicKey, OID sm2p256v1 }, BIT STRING { 04 ‖ x ‖ y } }: 27 bytes that never vary.
+# SEQUENCE { SEQUENCE { OID id-ecPublicKey, OID sm2p256v1 }, BIT STRING { 04 ‖ x ‖ y } }: the first 27 bytes are constant.
 _SM2_PREFIX: Final = bytes.fromhex("3059301306072a8648ce3d020106082a811ccf5501822d03420004")
 _SM2_SIZE: Final = 91
 
@@ -29,22 +31,22 @@ _B: Final = 0x28E9FA9E9D9F5E344D5A9E4BCF6509A7F39789F515AB8F92DDBCBD414D940E93
 
 
 class PublicKeyError(ValueError):
-    """The key is not what it has to be. The message says why, and can be shown to the caller."""
+    """The key is not acceptable. The message contains the reason, and can be returned to the caller."""
 
 
 def fingerprint(der: bytes) -> str:
-    """A public key's pin, as `recipients` takes it: "sha256:" and the hex SHA-256 of its DER SubjectPublicKeyInfo."""
+    """Return a public key's fingerprint, as in a grant's `recipients`: "sha256:" and the hex SHA-256 of the DER."""
     return "sha256:" + hashlib.sha256(der).hexdigest()
 
 
 def check_rsa_2048(der: bytes) -> None:
-    """Accept the DER of an RSA key of 2048 bits with an odd exponent from 3 to 2^32. Raises `PublicKeyError`."""
+    """Raise `PublicKeyError` unless this is the DER of an RSA key of 2048 bits with an odd exponent from 3 to 2^32."""
     try:
         key = load_der_public_key(der)
     except UnsupportedAlgorithm:
         raise PublicKeyError("it is not an RSA key, as WrappingKeySpec says.") from None
     except ValueError:
-        # The library does not say which: it also refuses even exponents, and those below 3.
+        # The library does not distinguish the causes: it also refuses even exponents, and exponents below 3.
         raise PublicKeyError(
             "it is not the strict DER SubjectPublicKeyInfo of a public key, has bytes after it, or a weak exponent."
         ) from None
@@ -62,7 +64,7 @@ def check_rsa_2048(der: bytes) -> None:
 
 
 def check_sm2(der: bytes) -> None:
-    """Accept the DER of an SM2 key: named curve, uncompressed, on the curve. Raises `PublicKeyError`."""
+    """Raise `PublicKeyError` unless this is the DER of an SM2 key: named curve, uncompressed point on the curve."""
     if not der.startswith(_SM2_PREFIX):
         raise PublicKeyError("it is not the DER SubjectPublicKeyInfo of an uncompressed key on the SM2 curve.")
     if len(der) != _SM2_SIZE:
@@ -73,5 +75,5 @@ def check_sm2(der: bytes) -> None:
 
 
 def on_sm2_curve(x: int, y: int) -> bool:
-    """Whether (x, y) is a point of the SM2 curve: coordinates below p that satisfy y² = x³ + ax + b."""
+    """Return True if (x, y) is a point of the SM2 curve: coordinates below p that satisfy y² = x³ + ax + b."""
     return 0 <= x < _P and 0 <= y < _P and (y * y - (x * x * x + _A * x + _B)) % _P == 0

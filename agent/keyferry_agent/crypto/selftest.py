@@ -1,6 +1,6 @@
-"""Known answers, checked at every start: a library that computes something else must not touch a key.
+"""Known-answer tests, run at every start: a library that computes wrong results must not process a key.
 
-Each check decrypts a published or frozen vector, and where encryption is randomised, goes once round.
+Each check decrypts a published or frozen vector. Where encryption is randomised, the check also encrypts and decrypts once.
 """
 
 from base64 import b64decode
@@ -92,13 +92,13 @@ _NEEDED = (("RSA_2048", "RSAES_OAEP_SHA_256"),)
 
 
 class SelfTestError(Exception):
-    """A library returned a wrong answer, or does not offer what the agent needs. The message names the algorithm."""
+    """A library returned a wrong result, or does not offer a required algorithm. The message names the algorithm."""
 
 
 def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
-    """Check everything that the agent computes with; return one message for each algorithm that the system does not offer.
+    """Check all algorithms of the agent; return one message for each algorithm that the system does not offer.
 
-    Raises `SelfTestError` for a wrong answer, and where AES-256 or RSA is not offered.
+    Raises `SelfTestError` for a wrong result, and if the system does not offer AES-256 or RSA with OAEP and SHA-256.
     """
     unavailable = []
     for key_spec, expected in _SEALED.items():

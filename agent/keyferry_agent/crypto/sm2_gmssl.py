@@ -1,11 +1,12 @@
-"""SM2 public-key encryption where libcrypto was built without SM2. Opt-in (`sm2_fallback = "gmssl"`), slow, and honest:
+"""SM2 public-key encryption for hosts whose libcrypto was built without SM2. Opt-in (`sm2_fallback = "gmssl"`), and slow.
 
-only gmssl's curve arithmetic is used. Its own `encrypt` is never called: its nonce comes from a Mersenne Twister, from which
-data keys were recovered; it checks no point, and returns nothing when a mask is zero. Here the nonce comes from the
-operating system, the key is on the curve (`public_key` checked), and a zero mask is drawn again (GB/T 32918.4-2016).
+Only gmssl's curve arithmetic is used. This module never calls gmssl's own `encrypt`. That function takes its nonce from a
+Mersenne Twister, from which data keys were recovered; it does not check points, and returns None when a mask is zero. Here the
+nonce comes from the operating system, the key is on the curve (`public_key` checked it), and for a zero mask a new nonce is
+drawn (GB/T 32918.4-2016).
 
-What stays worse than libcrypto: pure-Python arithmetic takes about 8 ms, holds the interpreter's lock, is not constant time,
-and leaves the data key and the nonce in ordinary memory.
+Some properties remain worse than libcrypto's: pure-Python arithmetic takes about 8 ms, holds the interpreter's lock, is not
+constant time, and leaves the data key and the nonce in ordinary memory.
 """
 
 import hmac
@@ -27,7 +28,10 @@ _curve: Final = CryptSM2("", "")
 
 
 def encrypt(point: bytes, plaintext: memoryview | bytearray) -> bytes:
-    """Encrypt to the public key `x ‖ y` (64 bytes, on the curve): `04 ‖ x1 ‖ y1 ‖ C3 ‖ C2`. Raises ValueError for no bytes."""
+    """Encrypt to the public key `x ‖ y` (64 bytes, on the curve); return `04 ‖ x1 ‖ y1 ‖ C3 ‖ C2`.
+
+    Raises ValueError for an empty plaintext.
+    """
     if not plaintext:
         raise ValueError("there is nothing to encrypt")
     while True:
@@ -37,7 +41,7 @@ def encrypt(point: bytes, plaintext: memoryview | bytearray) -> bytes:
 
 
 def _encrypt(point: bytes, plaintext: memoryview | bytearray, k: int) -> bytes | None:
-    """Encrypt under the nonce k in [1, n-1]; None when the mask is all zero and k has to be drawn again."""
+    """Encrypt under the nonce k in [1, n-1]. Return None if the mask is all zero, so that a new k has to be drawn."""
     c1 = bytes.fromhex(_curve._kg(k, _G))
     shared = bytes.fromhex(_curve._kg(k, point.hex()))
     mask = _kdf(shared, len(plaintext))
@@ -49,7 +53,7 @@ def _encrypt(point: bytes, plaintext: memoryview | bytearray, k: int) -> bytes |
 
 
 def decrypt(d: int, raw: bytes) -> bytes:
-    """Decrypt `04 ‖ x1 ‖ y1 ‖ C3 ‖ C2` with the private key `d`: for the self-test at start. Raises ValueError."""
+    """Decrypt `04 ‖ x1 ‖ y1 ‖ C3 ‖ C2` with the private key `d`; only for the self-test at start. Raises ValueError."""
     c1, c3, c2 = raw[1:65], raw[65:RAW_OVERHEAD], raw[RAW_OVERHEAD:]
     if raw[:1] != b"\x04" or not on_sm2_curve(int.from_bytes(c1[:32], "big"), int.from_bytes(c1[32:], "big")):
         raise ValueError("C1 is not a point of the curve")
@@ -64,6 +68,6 @@ def decrypt(d: int, raw: bytes) -> bytes:
 
 
 def _kdf(shared: bytes, size: int) -> bytes:
-    """The key derivation of GB/T 32918.4-2016, 5.4.3: SM3 over the input and a counter from 1."""
+    """Return `size` bytes of the key derivation of GB/T 32918.4-2016, 5.4.3: SM3 over the input and a counter from 1."""
     blocks = (Hash.hash(SM3(), shared + counter.to_bytes(4, "big")) for counter in range(1, -(-size // 32) + 1))
     return b"".join(blocks)[:size]

@@ -1,4 +1,4 @@
-"""Wrapping: a data key encrypted under a module's public key. One table says everything about each algorithm.
+"""Wrapping: encryption of a data key under a cryptographic module's public key. One table defines all algorithms.
 
 To add a wrapping algorithm: a line in `TABLE`, its check in `public_key`, its vectors, and its row in PROTOCOL.md.
 """
@@ -16,22 +16,22 @@ __all__ = ["TABLE", "Recipient", "Wrapping", "WrappingError", "find", "pairs", "
 
 _RSA_BYTES: Final = 256
 _KEPT_KEYS: Final = 1_024
-"""Parsed public keys to remember: parsing costs five times as much as wrapping; one key takes about 4 KiB."""
+"""Most parsed public keys in the cache: parsing takes five times as long as wrapping; one key takes about 4 KiB."""
 
 
 class WrappingError(Exception):
-    """This system does not offer the algorithm. The message says what is missing, and can be shown to the caller."""
+    """This system does not offer the algorithm. The message names the missing algorithm, and can be returned to the caller."""
 
 
 class Wrapping(NamedTuple):
     """One pair of WrappingKeySpec and WrappingAlgorithm."""
 
     name: str
-    capacity: int  # bytes of data key that it carries
-    slow: bool  # takes half a millisecond or more: not for the event loop
+    capacity: int  # most bytes of a data key
+    slow: bool  # takes half a millisecond or more, so it must not run on the event loop
     check: Callable[[bytes], None]
     wrapper: Callable[[libcrypto.Key], "Wrap"]
-    missing: Callable[[], str | None]  # what libcrypto lacks for it, as `libcrypto.why_missing` takes it
+    missing: Callable[[], str | None]  # returns the algorithm that libcrypto lacks, for `libcrypto.why_missing`
 
 
 Wrap: TypeAlias = Callable[[memoryview], bytes]
@@ -43,11 +43,11 @@ class Recipient(NamedTuple):
     wrapping: Wrapping
     pin: str
     wrap: Wrap
-    """Encrypts the bytes of a data key, at most `wrapping.capacity` of them."""
+    """Encrypts a data key of at most `wrapping.capacity` bytes."""
 
 
 def _oaep(name: str, digest: bytes, digest_size: int, digest_name: str) -> Wrapping:
-    """RSAES-OAEP with one hash."""
+    """Return the wrapping of RSAES-OAEP with one hash."""
     options = libcrypto.oaep(digest)
 
     def missing() -> str | None:
@@ -73,7 +73,7 @@ def _sm2(key: libcrypto.Key) -> Wrap:
 TABLE: Final = {
     ("RSA_2048", "RSAES_OAEP_SHA_256"): _oaep("RSA_2048 with RSAES_OAEP_SHA_256", b"sha256", 32, "SHA-256"),
     ("RSA_2048", "RSAES_OAEP_SHA_1"): _oaep("RSA_2048 with RSAES_OAEP_SHA_1", b"sha1", 20, "SHA-1"),
-    # The cloud takes up to 6,047 bytes of plaintext for SM2PKE.
+    # The cloud accepts up to 6,047 bytes of plaintext for SM2PKE.
     ("EC_SM2", "SM2PKE"): Wrapping(
         "EC_SM2 with SM2PKE", 6_047, slow=True, check=check_sm2, wrapper=_sm2, missing=_missing_sm2
     ),
@@ -81,12 +81,12 @@ TABLE: Final = {
 
 
 def find(key_spec: str, algorithm: str) -> Wrapping | None:
-    """The wrapping for a pair of WrappingKeySpec and WrappingAlgorithm; None for a pair that does not go together."""
+    """Return the wrapping for a WrappingKeySpec and a WrappingAlgorithm; None for a pair that does not match."""
     return TABLE.get((key_spec, algorithm))
 
 
 def pairs() -> str:
-    """The pairs there are, for an error message."""
+    """Return the names of all pairs, for an error message."""
     return ", ".join(way.name for way in TABLE.values())
 
 
@@ -94,8 +94,8 @@ def pairs() -> str:
 def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipient:
     """Check and load a public key.
 
-    Raises `PublicKeyError` for a key that is not what it has to be, `WrappingError` where the system does not offer the
-    algorithm, and `LibcryptoError` where libcrypto fails with a good key: the caller is not to blame.
+    Raises `PublicKeyError` for an unacceptable key, `WrappingError` if the system does not offer the algorithm, and
+    `LibcryptoError` if libcrypto fails with an acceptable key: that is not the caller's mistake.
     """
     wrapping.check(der)
     missing = wrapping.missing()

@@ -1,8 +1,8 @@
-"""From an operation to its answer, in terms of keyring, grants and crypto. Synchronous; knows no sockets and no trio.
+"""Handlers: from an operation to its answer, in terms of keyring, grants and crypto. Synchronous, without sockets or trio.
 
-A handler works in two steps. The first, on the event loop, decides: parameters, then the grant, then the key and its state.
-It gives a `Job`, whose `run` is the second: the cryptography, in one go, with key bytes in secret memory only. The job says
-whether it is slow; whoever serves then runs it in a thread.
+A handler works in two steps. The first step, on the event loop, decides the request: it checks the parameters, then the grant,
+then the key and its state. The handler returns a `Job`, whose `run` is the second step: the cryptography, synchronously, with
+key bytes in secret memory only. If the job's `slow` is set, the dispatcher runs the job in a thread.
 
 To add an operation: declare it in `keyferry.operations`, write its handler in one of these modules, name it in `HANDLERS`.
 """
@@ -50,7 +50,7 @@ _WITHOUT_KEYRING: Final = frozenset({"GetAgentStatus", "GetAgentHealth"})
 
 
 def prepare(agent: ServerState, caller: Caller, method: str, params: Mapping[str, Any], audited: AuditEntry) -> Job:
-    """Decide a request: everything but the cryptography. Raises `KmsError`."""
+    """Decide a request, and return the job that does the cryptography. Raises `KmsError`."""
     operation = operations.OPERATIONS.get(method)
     if operation is None:
         raise kms_error("InvalidAction.NotFound")
@@ -69,7 +69,7 @@ def _decide(
     return HANDLERS[operation.name](Request(agent, caller, operation.action, values, audited))
 
 
-# What DryRun makes of a refusal; other failures keep their own code.
+# The codes that replace a refusal's code with DryRun; other failures keep their own code.
 _DRY_RUN_CODES: Final = {
     "MissingParameter": "ValidationError",
     "InvalidParameter": "ValidationError",
@@ -81,7 +81,7 @@ def _asks_for_dry_run(params: Mapping[str, Any]) -> bool:
     try:
         return DRY_RUN.check(DRY_RUN.name, params.get(DRY_RUN.name) or False)
     except KmsError:
-        return False  # refused with the other parameters
+        return False  # `Operation.check` refuses the invalid value together with the other parameters
 
 
 def _dry(step: Callable[[], T]) -> T:

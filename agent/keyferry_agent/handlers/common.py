@@ -1,4 +1,4 @@
-"""The steps that handlers share: from a KeyId or a blob to a key that the caller may use, and from there to sealed bytes."""
+"""Steps that handlers share: from a KeyId or a blob to a key that the caller may use, and from there to a CiphertextBlob."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -37,17 +37,18 @@ __all__ = [
 
 Context = Mapping[str, str]
 
-# One text for every reason why a ciphertext does not open: which one it was would help only somebody who tampers.
+# One text for every reason why a ciphertext does not decrypt: the actual reason would help only an attacker who tampers.
 _DOES_NOT_OPEN: Final = (
     "CiphertextBlob: it is damaged, was made under another EncryptionContext, or was not made by this agent's keys."
 )
 
 
 class Job(NamedTuple):
-    """A request that has been decided. `run` does it, in one go; `slow` says that it takes half a millisecond or more.
+    """The work of a request that has been decided. `run` does it synchronously.
 
-    `holds`, where there is one, returns whether this decision still holds, as far as time can change it: keys have dates.
-    `repeatable`: `run` does an equal request, too, as long as the decision holds.
+    `slow`: `run` takes half a millisecond or more, so the job is offloaded. `holds`, unless it is None, returns whether the
+    decision still holds, as far as time can change it: keys have deletion dates. `repeatable`: `run` also answers an equal
+    request, as long as the decision holds.
     """
 
     run: Callable[[], Any]
@@ -57,7 +58,7 @@ class Job(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a handler is given: who asks whom for what, and what to note for the record."""
+    """The argument of a handler: the agent, the caller, the action, the parameters, and the audit entry to complete."""
 
     agent: ServerState
     caller: Caller
@@ -66,7 +67,7 @@ class Request(NamedTuple):
     audited: AuditEntry
 
     def context(self, parameter: Parameter[dict[str, str]] = ENCRYPTION_CONTEXT) -> Context:
-        """The EncryptionContext in a parameter; its keys are noted for the record."""
+        """Return the EncryptionContext in a parameter, and note its keys in the audit entry."""
         context = self.values.get(parameter) or {}
         known = self.audited.context_keys
         self.audited.context_keys = (*known, *[key for key in context if key not in known]) if known else tuple(context)
@@ -81,7 +82,7 @@ def find_key(
     pin: str | None = None,
     context: Context | None = None,
 ) -> Key:
-    """The key that a parameter names, if the caller may do `action` (by default the operation's own) with it.
+    """Return the key that a parameter names, if a grant of the caller covers `action` (by default the operation's own) on it.
 
     Raises `KmsError`.
     """
@@ -91,7 +92,7 @@ def find_key(
     key = None if key is None or key.state() == "Deleted" else key
     if _grant(request, key, name, action, pin=pin, context=context) and key is not None:
         return key
-    # A refused caller could measure a shorter way: the same is looked up whether the key exists or not.
+    # A refused caller could measure a shorter way, so the look-ups are the same whether the key exists or not.
     may = request.caller.granted.would_cover(action, agent.settings.names_of(name))
     if carrying(may, pin, context) and key is None:
         raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
@@ -101,9 +102,9 @@ def find_key(
 def find_version(
     request: Request, blob: bytes, *, action: str | None = None, pin: str | None = None, context: Context
 ) -> tuple[Key, KeyVersion]:
-    """The key and version that a blob names, if the caller may do `action` (by default the operation's own) with the key.
+    """Return the key and version that a blob names, if a grant of the caller covers `action` on the key.
 
-    Raises `KmsError`.
+    `action` is by default the operation's own. Raises `KmsError`.
     """
     action = action or request.action
     if blob:
@@ -123,7 +124,7 @@ def find_version(
 
 
 def authorize(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
-    """Refuse a caller without a grant for the action on the key. Raises `Forbidden.NoPermission`."""
+    """Raise `Forbidden.NoPermission` unless the caller has a grant for the action on the key."""
     if not _grant(request, key, key.key_id, action, pin=pin, context=context):
         raise no_permission()
 
@@ -131,7 +132,10 @@ def authorize(request: Request, key: Key, action: str, *, pin: str | None, conte
 def _grant(
     request: Request, key: Key | None, name: str, action: str, *, pin: str | None, context: Context | None
 ) -> bool:
-    """Whether some grant covers the action on the key; the audit entry names both, the key also where none does."""
+    """Return whether a grant covers the action on the key.
+
+    The audit entry then names the grant. It names the key, if there is one, whether or not a grant covers the action.
+    """
     agent, granted = request.agent, request.caller.granted
     if key is None:
         may = granted.covering(action, name, None)
@@ -147,9 +151,12 @@ def _grant(
 
 
 def require_usable(key: Key, version: KeyVersion | None = None) -> None:
-    """Refuse a key that is not enabled, and a version that is disabled. Raises `Rejected.*`."""
+    """Raise `Rejected.*` for a key that is not enabled or a version that is disabled.
+
+    Raises `Forbidden.KeyNotFound` for a key whose deletion date has come.
+    """
     state = key.state()
-    if state == "Deleted":  # in this very moment
+    if state == "Deleted":  # its deletion date has come since the look-up
         raise kms_error("Forbidden.KeyNotFound")
     if state != "Enabled":
         raise kms_error(f"Rejected.{state}")
@@ -158,14 +165,14 @@ def require_usable(key: Key, version: KeyVersion | None = None) -> None:
 
 
 class BlobEncryptor(NamedTuple):
-    """What makes a CiphertextBlob of bytes in secret memory."""
+    """Encrypts bytes in secret memory to a CiphertextBlob, under one key version and one EncryptionContext."""
 
     bound: ciphertext_blob.Bound
     material: Secret
     scratch: SecretMemory
 
     def __call__(self, data: memoryview) -> bytes:
-        """Seal it. Raises `KmsError` where this system does not offer the algorithms of the key."""
+        """Return the CiphertextBlob of `data`. Raises `KmsError` if this system does not offer the algorithms of the key."""
         with self.material.lend() as cmk:
             try:
                 return self.bound.seal(cmk, data, self.scratch)
@@ -174,7 +181,10 @@ class BlobEncryptor(NamedTuple):
 
 
 def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> BlobEncryptor:
-    """What seals under this version of a key and this context: all that does not depend on what is sealed is done here."""
+    """Return the encryptor for a key version and an EncryptionContext.
+
+    All work that does not depend on the plaintext is done here.
+    """
     bound = ciphertext_blob.bind(key.key_spec, version.version_id, key.key_id, context)
     return BlobEncryptor(bound, version.material, scratch)
 
@@ -182,8 +192,10 @@ def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemo
 def open_blob(
     key: Key, version: KeyVersion, context: Context, blob: bytes, out: memoryview, scratch: SecretMemory
 ) -> None:
-    """Open a CiphertextBlob into secret memory. Raises the one `InvalidParameter` for all that does not open, and
-    `UnsupportedOperation` where this system does not offer the algorithms of the key.
+    """Decrypt a CiphertextBlob into secret memory.
+
+    Raises the same `InvalidParameter` for every blob that does not decrypt, and `UnsupportedOperation` if this system does not
+    offer the algorithms of the key.
     """
     with version.material.lend() as cmk:
         try:
@@ -195,12 +207,12 @@ def open_blob(
 
 
 def would_succeed() -> KmsError:
-    """How a DryRun ends that found nothing wrong."""
+    """Return the error with which a successful DryRun ends."""
     return kms_error("DryRunOperationError")
 
 
 def no_permission() -> KmsError:
-    """All that a caller without a grant ever learns."""
+    """Return the only error that a caller without a grant receives."""
     return kms_error("Forbidden.NoPermission")
 
 

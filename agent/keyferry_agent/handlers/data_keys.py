@@ -15,17 +15,17 @@ _DEFAULT: Final = DATA_KEY_SPECS["AES_256"]
 
 
 def data_key_size(request: Request) -> int:
-    """Bytes of the data key that a request asks for."""
+    """Return the size of the requested data key, in bytes."""
     return request.values.get(NUMBER_OF_BYTES) or request.values.get(KEY_SPEC) or _DEFAULT
 
 
 def generate_data_key(request: Request) -> Job:
-    """With the data key in the answer."""
+    """Prepare a fresh data key, which the answer contains in plaintext and encrypted."""
     return _generate(request, plaintext=True)
 
 
 def generate_data_key_without_plaintext(request: Request) -> Job:
-    """With its ciphertext only."""
+    """Prepare a fresh data key, which the answer contains only encrypted."""
     return _generate(request, plaintext=False)
 
 

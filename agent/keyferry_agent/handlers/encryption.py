@@ -1,4 +1,4 @@
-"""Small things under a master key: Encrypt, Decrypt, ReEncrypt."""
+"""Encryption of small plaintexts under a master key: Encrypt, Decrypt, ReEncrypt."""
 
 from typing import Final
 
@@ -36,9 +36,9 @@ _TO: Final = "kms:ReEncryptTo"
 
 
 def encrypt(request: Request) -> Job:
-    """Encrypt what the request holds.
+    """Prepare the encryption of the plaintext in the request.
 
-    The caller chooses it, and ExportDataKey would export it: a grant with recipients does not cover that.
+    The caller chooses the plaintext, and ExportDataKey would export it. So a grant with recipients does not cover Encrypt.
     """
     plaintext, context = request.values.need(PLAINTEXT_PARAMETER), request.context()
     key = find_key(request, KEY_ID, pin=PLAINTEXT, context=context)
@@ -57,7 +57,7 @@ def encrypt(request: Request) -> Job:
 
 
 def decrypt(request: Request) -> Job:
-    """Open a blob for the caller itself."""
+    """Prepare the decryption of a blob; the answer contains the plaintext."""
     blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
     key, version = find_version(request, blob, pin=PLAINTEXT, context=context)
     require_usable(key, version)
@@ -74,18 +74,19 @@ def decrypt(request: Request) -> Job:
 
 
 def re_encrypt(request: Request) -> Job:
-    """Open a blob and seal what is in it anew, in one go: the caller never has it."""
+    """Prepare the decryption of a blob and the encryption of its plaintext again; the caller never has the plaintext."""
     blob = request.values.need(CIPHERTEXT_BLOB)
     old_context, new_context = (
         request.context(SOURCE_ENCRYPTION_CONTEXT),
         request.context(DESTINATION_ENCRYPTION_CONTEXT),
     )
     if not request.caller.granted.with_action(_TO):
-        raise no_permission()  # before anything is said about the blob
+        raise no_permission()  # before any error reveals something about the blob
     source, old = find_version(request, blob, action=_FROM, context=old_context)
     destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=new_context)
-    # Under another key or another context, other grants decide who gets what is in it: no way round a grant's recipients.
-    # Nor a way in: what the caller has chosen under another key must not become a data key under this one.
+    # Under another key or another EncryptionContext, other grants decide which callers get the plaintext. ReEncrypt must not
+    # bypass the recipients of a grant. Nor must a plaintext that the caller chose under another key become a data key under
+    # this one.
     stays = destination.key_id == source.key_id and new_context == old_context
     authorize(request, destination, _TO, pin=None if stays else PLAINTEXT, context=new_context)
     authorize(request, source, _FROM, pin=None if stays else PLAINTEXT, context=old_context)

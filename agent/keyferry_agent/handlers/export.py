@@ -1,4 +1,4 @@
-"""Data keys for a cryptographic module: GenerateAndExportDataKey, ExportDataKey. No answer holds one in plaintext."""
+"""Data keys for a cryptographic module: GenerateAndExportDataKey, ExportDataKey. No answer contains a plaintext data key."""
 
 from typing import NamedTuple
 
@@ -37,7 +37,7 @@ __all__ = ["export_data_key", "generate_and_export_data_key"]
 
 
 def generate_and_export_data_key(request: Request) -> Job:
-    """Draw, seal and wrap, in one go."""
+    """Prepare a fresh data key, which the answer contains encrypted under the master key and wrapped for the module."""
     size, context = data_key_size(request), request.context()
     recipient = _recipient(request)
     _fits(recipient, size, NUMBER_OF_BYTES.name)
@@ -57,9 +57,10 @@ def generate_and_export_data_key(request: Request) -> Job:
 
 
 class _Making(NamedTuple):
-    """A data key that is to be drawn, sealed and wrapped.
+    """The parameters of the job of GenerateAndExportDataKey.
 
-    A tuple, not closures: it is kept for each request that may come again, and the garbage collector looks through all of it.
+    A NamedTuple, not a closure: it is cached for each request that may be repeated, and the garbage collector scans fewer
+    objects.
     """
 
     key: Key
@@ -69,7 +70,7 @@ class _Making(NamedTuple):
     scratch: SecretMemory
 
     def run(self) -> operations.GenerateAndExportDataKeyResult:
-        """Draw, seal and wrap."""
+        """Generate a data key, encrypt it under the master key, and wrap it for the module."""
         with self.scratch.borrow(self.size) as data_key:
             fill_random(data_key)
             blob = self.seal(data_key)
@@ -80,7 +81,7 @@ class _Making(NamedTuple):
 
 
 def export_data_key(request: Request) -> Job:
-    """Open and wrap, in one go."""
+    """Prepare the decryption of a data key and its wrapping for the module."""
     blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
     recipient = _recipient(request)
     key, version = find_version(request, blob, pin=recipient.pin, context=context)
@@ -91,7 +92,9 @@ def export_data_key(request: Request) -> Job:
         size = plaintext_size(blob)
         with scratch.borrow(size) as data_key:
             open_blob(key, version, context, blob, data_key, scratch)
-            _fits(recipient, size, CIPHERTEXT_BLOB.name)  # only now: a damaged blob is damaged, however long
+            _fits(
+                recipient, size, CIPHERTEXT_BLOB.name
+            )  # after decryption: a damaged blob gets the error for damage, not one for its size
             if dry_run:
                 raise would_succeed()
             exported = recipient.wrap(data_key)
@@ -101,7 +104,7 @@ def export_data_key(request: Request) -> Job:
 
 
 def _recipient(request: Request) -> wrapping.Recipient:
-    """The public key that a data key is to be wrapped for. Raises `KmsError`."""
+    """Return the checked public key for which the data key is to be wrapped. Raises `KmsError`."""
     values = request.values
     way = wrapping.find(values.need(WRAPPING_KEY_SPEC), values.need(WRAPPING_ALGORITHM))
     if way is None:
@@ -121,7 +124,7 @@ def _recipient(request: Request) -> wrapping.Recipient:
 
 
 def _fits(recipient: wrapping.Recipient, size: int, name: str) -> None:
-    """Refuse a data key that the wrapping cannot carry, whose size comes from the named parameter. Raises `KmsError`."""
+    """Raise `KmsError` if the data key is too long for the wrapping. `name`: the parameter that determines the size."""
     way = recipient.wrapping
     if size > way.capacity:
         raise invalid_parameter(name, f"the data key has {size} bytes; {way.name} carries at most {way.capacity}.")

@@ -1,4 +1,4 @@
-"""What there is, a page at a time: ListKeys, ListKeyVersions, ListAliases. A caller sees what it has a grant on."""
+"""Lists, a page at a time: ListKeys, ListKeyVersions, ListAliases. A caller sees only the keys that it has a grant on."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def list_keys(request: Request) -> Job:
-    """Keys, in the keyring's order."""
+    """List a page of the keys, in the keyring's order."""
     _may_list(request)
     keys = request.agent.visible_keys(request.caller.granted).keys
     number, size, page = _page(request, keys)
@@ -25,7 +25,7 @@ def list_keys(request: Request) -> Job:
 
 
 def list_key_versions(request: Request) -> Job:
-    """The versions of one key."""
+    """List a page of the versions of one key."""
     key = find_key(request, KEY_ID)
     versions = tuple(key.versions.values())
     number, size, page = _page(request, versions)
@@ -36,7 +36,7 @@ def list_key_versions(request: Request) -> Job:
 
 
 def list_aliases(request: Request) -> Job:
-    """The aliases of keys, in the keys' order."""
+    """List a page of the aliases, in the order of their keys."""
     _may_list(request)
     aliases = request.agent.visible_keys(request.caller.granted).aliases
     number, size, page = _page(request, aliases)

@@ -1,4 +1,4 @@
-"""How a key is, and how the agent is: DescribeKey, GetAgentStatus, GetAgentHealth."""
+"""The state of a key and of the agent: DescribeKey, GetAgentStatus, GetAgentHealth."""
 
 from keyferry import __version__, operations
 from keyferry.parameters import KEY_ID
@@ -11,7 +11,7 @@ __all__ = ["describe_key", "get_agent_health", "get_agent_status"]
 
 
 def describe_key(request: Request) -> Job:
-    """Everything about a key but its material."""
+    """Return all metadata of a key, without its material."""
     key = find_key(request, KEY_ID)
     metadata = operations.KeyMetadata(
         key_id=key.key_id,
@@ -35,7 +35,7 @@ def describe_key(request: Request) -> Job:
 
 
 def get_agent_status(request: Request) -> Job:
-    """For everybody; with a grant, the counters too."""
+    """Return the status of the agent to any caller. A caller with a grant also receives the counters."""
     agent = request.agent
     counters = agent.counters if request.caller.granted.with_action(request.action) else None
     status = operations.GetAgentStatusResult(
@@ -55,7 +55,7 @@ def get_agent_status(request: Request) -> Job:
 
 
 def get_agent_health(request: Request) -> Job:
-    """For everybody, without an audit entry: nothing of keys or callers is in the answer."""
+    """Return the health of the agent to any caller, without an audit entry: the answer contains no data of keys or callers."""
     state, conditions = request.agent.state, request.agent.conditions
     answer = operations.GetAgentHealthResult(state, health.is_ready(state), health.described(conditions))
     return Job(lambda: answer)

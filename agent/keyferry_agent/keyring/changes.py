@@ -4,7 +4,7 @@ The first entry of a change (`begun`) is on the disk before the keyring is repla
 second one (`done` or `failed`) follows the replacement. A crash between them leaves `begun` alone: the hashes in the next
 entry, or of the file, show whether the keyring was replaced (`history` compares them).
 
-What changed is found by comparing the document before and after, whatever the verb is. No entry has key material.
+The changes are found by comparing the document before and after, for every verb alike. No entry contains key material.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ __all__ = ["EVENT", "Change", "Picture", "attributed", "file_hash", "log_of", "p
 
 EVENT: Final = "keyring.change"
 MAX_CHANGES_BYTES: Final = 3_072
-"""Bytes of all single changes in an entry, so that a line stays below 4,096 bytes, as in the audit log."""
+"""Most bytes of all single changes in an entry, so that a line stays below 4,096 bytes, as in the audit log."""
 MAX_VALUE_CHARACTERS: Final = 100
-"""Characters of a recipient, or of a value that was changed: a description has up to 8,192."""
+"""Most characters of a recipient, or of a changed value, in an entry: a description has up to 8,192."""
 _MAX_UID: Final = 2**32 - 1
 """(uid_t) -1: the kernel's number for a process that no login began."""
 
@@ -53,17 +53,17 @@ def attributed(verb: str) -> Iterator[None]:
 
 
 def log_of(keyring: Path) -> Path:
-    """Return where the log of a keyring's changes is."""
+    """Return the path of the log of a keyring's changes."""
     return keyring.with_name(f"{keyring.name}.changes.jsonl")
 
 
 def file_hash(content: bytes | None) -> str | None:
-    """Return the SHA-256 of a keyring file, as entries have it; None where there is no file."""
+    """Return the SHA-256 of a keyring file in the format of entries; None if there is no file."""
     return None if content is None else f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
 def picture(document: Document) -> Picture:
-    """Return what an entry may say of a document."""
+    """Return the values of a document that an entry may contain."""
     seen: Picture = {(("recipient", text[:MAX_VALUE_CHARACTERS]),): {} for text in document.recipients}
     for key in document.keys:
         named = ("key_id", key.key_id)
@@ -73,7 +73,7 @@ def picture(document: Document) -> Picture:
 
 
 def _values(entry: Any) -> dict[str, Any]:
-    """Return the values of a key or a version: texts and numbers, but not what its repr leaves out, the material."""
+    """Return the values of a key or a version: texts, numbers and flags, without the material, which its repr leaves out."""
     return {
         each.name: getattr(entry, each.name)
         for each in dataclasses.fields(entry)
@@ -83,7 +83,7 @@ def _values(entry: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What a keyring becomes: its sealed content before and after, and the pictures of both."""
+    """The change of a keyring: its sealed content before and after, and the pictures of both."""
 
     before: bytes | None
     after: bytes
@@ -102,7 +102,7 @@ class Change:
                 omitted += 1
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "event": EVENT,  # and no level, by which `audit verify` would expect the start of an agent before it
+            "event": EVENT,  # without a level: `audit verify` would then expect the start of an agent before the entry
             "verb": _verb.get(),
             **_operator(),
             "changes": listed,
@@ -113,7 +113,7 @@ class Change:
         }
 
     def _differences(self) -> Iterator[dict[str, Any]]:
-        """Yield what was added, what was removed, and each value that was changed."""
+        """Yield an entry's single changes: each addition, each removal, and each changed value."""
         for kind, some, others in (("added", self.now, self.was), ("removed", self.was, self.now)):
             for names, values in some.items():
                 if names not in others:
@@ -131,7 +131,7 @@ def _short(value: Any) -> Any:
 
 
 def _operator() -> dict[str, Any]:
-    """Return the user of this process, the user who logged in, as far as the kernel has one, and the user that sudo claims."""
+    """Return the user of this process, the kernel's login user, if there is one, and the user that sudo claims."""
     uid = os.getuid()
     user = login = None
     with suppress(KeyError):
@@ -183,7 +183,7 @@ def recorded(keyring: Path, change: Change) -> Iterator[None]:
 
 
 def _open(log: Path, keyring: Path) -> "RecordFile":
-    """Open the log, or make it with the keyring's owner. Raises OSError, and `KeyringError` where other users can write it."""
+    """Open the log, or create it with the keyring's owner. Raises OSError, and `KeyringError` if other users can write it."""
     from ..chained_log.file import RecordFile  # noqa: PLC0415 - the loader reads keyrings, and is not to import an audit log
 
     try:
@@ -216,7 +216,7 @@ def _append(file: "RecordFile", entry: dict[str, Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk. Raises OSError."""
+    """Write the names in a folder to the disk. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""What a keyring file says: its JSON, strictly checked. docs/keyring.md is the specification.
+"""The content of a keyring file: its JSON, strictly checked. docs/keyring.md is the specification.
 
-The names are the API's. `Material` is Base64 of the raw key, so that a person with `age` and the right identity can get at
-everything in an emergency without this program.
+The names are the API's. `Material` is Base64 of the raw key, so that in an emergency, an operator with `age` and the right
+identity can read everything without this program.
 """
 
 import json
@@ -37,17 +37,17 @@ _ALIAS_MOST: Final = 255
 _RESERVED: Final = "acs"
 _DESCRIPTION_MOST: Final = 8_192
 _SHOWN: Final = 24
-"""Unknown fields to name, and characters of each."""
+"""Most unknown fields that a message names, and most characters of each."""
 _DATE: Final = "%Y-%m-%dT%H:%M:%SZ"
 
 
 class KeyringError(Exception):
-    """The keyring cannot be read, is not what it should be, or cannot be changed like that. The message is for people."""
+    """The keyring cannot be read, is not valid, or does not allow the change. The message is for the operator."""
 
 
 @dataclass
 class VersionEntry:
-    """One version of a key. A staged one can decrypt, but has never been primary. A disabled one decrypts nothing."""
+    """One version of a key. A staged version can decrypt, but has never been primary. A disabled version cannot decrypt."""
 
     version_id: str
     created: str
@@ -73,8 +73,10 @@ class KeyEntry:
 
 @dataclass
 class Document:
-    """A whole keyring: keys in the order they were made, and alias -> key ID. `recipients` is empty when it is sealed to a
-    passphrase; the file remembers them because age does not reveal them, and every change seals it anew.
+    """A whole keyring: keys in the order of their creation, and alias -> key ID.
+
+    `recipients` is empty when the keyring is sealed to a passphrase. The document contains the recipients because age does not
+    reveal them, and every change seals the keyring again.
     """
 
     recipients: list[str]
@@ -82,7 +84,7 @@ class Document:
     aliases: dict[str, str] = field(default_factory=dict)
 
     def find(self, key_id: str) -> KeyEntry:
-        """The key with this ID or alias. Raises `KeyringError`."""
+        """Return the key with this ID or alias. Raises `KeyringError`."""
         wanted = self.aliases.get(key_id, key_id)
         for key in self.keys:
             if key.key_id == wanted:
@@ -90,14 +92,14 @@ class Document:
         raise KeyringError(f"the keyring has no key or alias {key_id!r}")
 
     def aliases_by_key(self) -> dict[str, list[str]]:
-        """The aliases of each key that has some, sorted."""
+        """Return the sorted aliases of each key that has at least one."""
         found: dict[str, list[str]] = {}
         for alias, owner in sorted(self.aliases.items()):
             found.setdefault(owner, []).append(alias)
         return found
 
     def purge(self) -> None:
-        """Forget the keys whose deletion date has come, and their aliases."""
+        """Remove the keys whose deletion date has come, and their aliases."""
         today = now()
         gone = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
         if gone:
@@ -105,7 +107,7 @@ class Document:
             self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in gone}
 
     def to_json(self) -> bytes:
-        """Encode. The result holds key material."""
+        """Return the document as JSON, which contains key material."""
         return json.dumps(
             {
                 "Format": FORMAT,
@@ -127,8 +129,8 @@ class Document:
                                 "CreationDate": version.created,
                                 "Staged": version.staged,
                                 "Material": encode_base64(version.material),
-                                # Left out of all others: a program that does not know the field refuses the keyring, rather
-                                # than to decrypt with a version that is disabled.
+                                # Left out of all other versions. A program that does not know the field refuses the keyring,
+                                # and so does not decrypt with a disabled version.
                                 **({"Disabled": True} if version.disabled else {}),
                             }
                             for version in key.versions
@@ -143,7 +145,7 @@ class Document:
 
     @classmethod
     def from_json(cls, data: bytes | bytearray) -> "Document":
-        """Decode and check. Raises `KeyringError`, which never quotes what could be key material."""
+        """Decode and check a document. Raises `KeyringError`, which never quotes a value that could be key material."""
         try:
             raw = json.loads(data, object_pairs_hook=unique_pairs)
         except (ValueError, RecursionError):
@@ -216,7 +218,7 @@ def _version(reader: "_Reader", size: int) -> VersionEntry:
 
 
 class _Reader:
-    """Takes fields out of one JSON object by name and type; `done` refuses what nobody asked for."""
+    """Reads the fields of one JSON object by name and type; `done` refuses fields that were not read."""
 
     def __init__(self, path: str, raw: Any) -> None:
         if not isinstance(raw, dict):
@@ -274,7 +276,7 @@ class _Reader:
         value = self.string(name)
         try:
             if not (empty and not value) and datetime.strptime(value, _DATE).strftime(_DATE) != value:  # noqa: DTZ007
-                raise ValueError  # strptime also takes 2026-1-1
+                raise ValueError  # strptime also accepts 2026-1-1
         except ValueError:
             raise KeyringError(f"{self.path}.{name}: a date like 2026-01-31T12:00:00Z is expected") from None
         return value
@@ -287,9 +289,9 @@ class _Reader:
 
 
 def check_alias(alias: str) -> None:
-    """Accept `alias/NAME` of 1 to 255 letters, digits, `_`, `-` and `/`, without the cloud's reserved names `alias/acs...`.
+    """Raise `KeyringError` unless an alias is `alias/NAME`, with 1 to 255 letters, digits, `_`, `-` and `/` in NAME.
 
-    Raises `KeyringError`.
+    The names `alias/acs...` are reserved for the cloud, and refused too.
     """
     name = alias.removeprefix(ALIAS)
     plain = name.replace("_", "").replace("-", "").replace("/", "")
@@ -304,21 +306,21 @@ def check_alias(alias: str) -> None:
 
 
 def check_description(description: str) -> None:
-    """Accept at most 8,192 printable characters. Raises `KeyringError`."""
+    """Raise `KeyringError` unless a description has at most 8,192 characters, all of them printable."""
     if len(description) > _DESCRIPTION_MOST or not description.isprintable():
         raise KeyringError(f"a description has at most {_DESCRIPTION_MOST} characters, all of them printable")
 
 
 def new_id() -> str:
-    """A fresh ID for a key or a version: a random UUID, 36 characters."""
+    """Return a fresh ID for a key or a version: a random UUID of 36 characters."""
     return str(uuid.uuid4())
 
 
 def now() -> str:
-    """The time, as documents hold it."""
+    """Return the current time in the format of documents."""
     return iso(datetime.now(UTC))
 
 
 def iso(moment: datetime) -> str:
-    """A moment in UTC as documents hold it: the order of such texts is the order in time."""
+    """Return a time in UTC in the format of documents. Texts in this format sort in the order of time."""
     return moment.strftime(_DATE)

@@ -1,6 +1,7 @@
-"""What can be done to a keyring: changes to a document, each whole or not at all. No files, no sealing, no printing.
+"""Changes to a keyring's document. Each change is complete, or leaves the document unchanged. No files, sealing or printing.
 
-Which state allows what is the cloud's table; its codes (`Rejected.StateModifiedFailed` and others) begin the messages.
+The cloud's table defines the operations that each state allows. The cloud's codes (`Rejected.StateModifiedFailed` and others)
+begin the messages.
 """
 
 import os
@@ -38,21 +39,21 @@ __all__ = [
 ]
 
 DAYS: Final = range(7, 367)
-"""How long a deletion can be waited for (the cloud's limits)."""
+"""Days that a scheduled deletion can wait (the cloud's limits)."""
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
 def create_key(document: Document, *, key_spec: str, alias: str | None = None, description: str = "") -> KeyEntry:
-    """Add a key with one fresh version, and an alias if one is given. Raises `KeyringError` if that exists."""
+    """Add a key with one fresh version, and with `alias` unless it is None. Raises `KeyringError` if the alias exists."""
     return _add(document, key_spec, bytearray(os.urandom(KEY_SIZES[key_spec])), "Aliyun_KMS", alias, description)
 
 
 def import_key(
     document: Document, material: bytearray, *, key_spec: str | None, alias: str | None = None, description: str = ""
 ) -> KeyEntry:
-    """Add a key of the caller's own material: 32 bytes for Aliyun_AES_256, 16 for Aliyun_SM4. Raises `KeyringError`."""
+    """Add a key with imported material: 32 bytes for Aliyun_AES_256, 16 for Aliyun_SM4. Raises `KeyringError`."""
     specs = {size: spec for spec, size in KEY_SIZES.items()}
     fits = specs.get(len(material))
     if fits is None or key_spec not in (None, fits):
@@ -89,7 +90,7 @@ def _add(
 
 
 def rotate(document: Document, key_id: str, *, stage: bool = False) -> KeyEntry:
-    """Add a fresh version: the primary one, or with `stage` one that only decrypts until it is promoted.
+    """Add a fresh version, which becomes the primary version. With `stage`, the version only decrypts until it is promoted.
 
     Raises `KeyringError` for a key that is not enabled.
     """
@@ -102,7 +103,7 @@ def rotate(document: Document, key_id: str, *, stage: bool = False) -> KeyEntry:
 
 
 def promote(document: Document, key_id: str, version_id: str) -> KeyEntry:
-    """Make a staged version the primary one. Raises `KeyringError` for a version that is not staged."""
+    """Make a staged version the primary version. Raises `KeyringError` for a version that is disabled or not staged."""
     key = _enabled(document.find(key_id))
     version = _version(key, version_id)
     if version.disabled:
@@ -116,7 +117,7 @@ def promote(document: Document, key_id: str, version_id: str) -> KeyEntry:
 
 
 def disable_version(document: Document, key_id: str, version_id: str, *, confirmed: bool) -> KeyEntry:
-    """Let a version decrypt nothing any more. Raises `KeyringError` for the primary version, and unless `confirmed`."""
+    """Disable a version: it no longer decrypts. Raises `KeyringError` for the primary version, and unless `confirmed`."""
     key = _switchable(document.find(key_id))
     version = _version(key, version_id)
     if version_id == key.primary:
@@ -133,7 +134,7 @@ def disable_version(document: Document, key_id: str, version_id: str, *, confirm
 
 
 def enable_version(document: Document, key_id: str, version_id: str) -> KeyEntry:
-    """Let a version decrypt again. Raises `KeyringError`."""
+    """Enable a version: it decrypts again. Raises `KeyringError`."""
     key = _switchable(document.find(key_id))
     _version(key, version_id).disabled = False
     return key
@@ -150,12 +151,12 @@ def _version(key: KeyEntry, version_id: str) -> VersionEntry:
 
 
 def enable(document: Document, key_id: str) -> KeyEntry:
-    """Let a key be used again. Raises `KeyringError` for one that is about to be deleted."""
+    """Enable a key. Raises `KeyringError` for a key that is scheduled for deletion or waits for its material."""
     return _switch(document, key_id, "Enabled")
 
 
 def disable(document: Document, key_id: str) -> KeyEntry:
-    """Let a key be used for nothing. Raises `KeyringError` for one that is about to be deleted."""
+    """Disable a key. Raises `KeyringError` for a key that is scheduled for deletion or waits for its material."""
     return _switch(document, key_id, "Disabled")
 
 
@@ -166,7 +167,7 @@ def _switch(document: Document, key_id: str, state: str) -> KeyEntry:
 
 
 def schedule_deletion(document: Document, key_id: str, days: int) -> KeyEntry:
-    """Let a key be used for nothing, and delete it in `days` days, 7 to 366. Raises `KeyringError`."""
+    """Disable a key at once, and schedule its deletion in `days` days, 7 to 366. Raises `KeyringError`."""
     if days not in DAYS:
         raise KeyringError(f"{days} days; {DAYS[0]} to {DAYS[-1]} are allowed")
     key = document.find(key_id)
@@ -177,7 +178,7 @@ def schedule_deletion(document: Document, key_id: str, days: int) -> KeyEntry:
 
 
 def cancel_deletion(document: Document, key_id: str) -> KeyEntry:
-    """Keep a key after all; it is enabled then. Raises `KeyringError` for one that is not about to be deleted."""
+    """Cancel the deletion of a key, and enable the key. Raises `KeyringError` for a key that is not scheduled for deletion."""
     key = document.find(key_id)
     if key.state != "PendingDeletion":
         raise _state_modified_failed(key)
@@ -189,7 +190,7 @@ def cancel_deletion(document: Document, key_id: str) -> KeyEntry:
 
 
 def create_alias(document: Document, alias: str, key_id: str) -> KeyEntry:
-    """Give a key a further name. Raises `KeyringError` if the name is taken, or the key is about to be deleted."""
+    """Add an alias to a key. Raises `KeyringError` if the alias exists, or the key is scheduled for deletion."""
     _check_new(document, alias)
     key = document.find(key_id)
     if key.state == "PendingDeletion":
@@ -199,7 +200,7 @@ def create_alias(document: Document, alias: str, key_id: str) -> KeyEntry:
 
 
 def update_alias(document: Document, alias: str, key_id: str) -> KeyEntry:
-    """Point an alias to another key. Raises `KeyringError` if there is no such alias, or that key is about to be deleted."""
+    """Point an alias to another key. Raises `KeyringError` if the alias is missing, or that key is scheduled for deletion."""
     _check_known(document, alias)
     key = document.find(key_id)
     if key.state == "PendingDeletion":
@@ -209,7 +210,7 @@ def update_alias(document: Document, alias: str, key_id: str) -> KeyEntry:
 
 
 def delete_alias(document: Document, alias: str) -> KeyEntry:
-    """Take a name away; the key stays. Raises `KeyringError` if there is no such alias."""
+    """Delete an alias, but not its key. Raises `KeyringError` if the alias does not exist."""
     _check_known(document, alias)
     key = document.find(alias)
     del document.aliases[alias]

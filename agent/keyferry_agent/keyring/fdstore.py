@@ -1,7 +1,8 @@
-"""Keys that survive a restart: the service manager keeps the keyring's memory, and what is known about its keys beside it.
+"""Keys that survive a restart: the service manager stores the descriptors of the keyring's memory and of its description.
 
-Each keyring is a generation of two descriptors: its secret memory, stored when it is made, and a sealed description in JSON,
-stored when it is whole. At a start the newest generation that is whole is mapped again; no secret is needed to open it.
+Each keyring has two descriptors with one number. The first is its secret memory, stored when the memory is allocated. The
+second is a description of its keys in JSON, in a memfd with file seals, stored when the keyring is complete. A starting agent
+maps the complete keyring with the highest number again; it needs no unseal secret for that.
 """
 
 import contextlib
@@ -23,21 +24,21 @@ __all__ = ["KeyringPersister"]
 _NAME: Final = re.compile(r"keyring-(\d{1,9})-(memory|description)")
 _FORMAT: Final = 1
 _FORMAT_WITH_DISABLED: Final = 2
-"""Of the description. An agent of another version that does not know it opens the keyring's file instead: one that knows only
-the first must not decrypt with a version that is disabled.
+"""The format of a description with disabled versions. An agent that knows only format 1 must not decrypt with a disabled
+version; it does not accept this format, and opens the keyring's file instead.
 """
 _MOST: Final = 1 << 28
-"""Bytes of a description to read at most."""
+"""Most bytes that are read of a description."""
 
 Look = Sequence[int] | None
-"""How the keyring's file looked when it was read."""
+"""The status of the keyring's file when it was read."""
 
 
 class KeyringPersister:
-    """Has the manager keep the newest keyring, and no other."""
+    """Stores the descriptors of the newest keyring with the service manager, and removes those of all others."""
 
     def __init__(self, store: Callable[[str, int], bool], forget: Callable[[str], None]) -> None:
-        """`store` and `forget` are the manager's, for a descriptor by a name."""
+        """`store` and `forget` store a descriptor with the service manager under a name, and remove it."""
         self._store = store
         self._forget = forget
         self._numbers: set[int] = set()
@@ -45,14 +46,17 @@ class KeyringPersister:
         self._kept: int | None = None
 
     def share(self, descriptor: int) -> None:
-        """Have the memory of the next keyring kept, before anything is in it."""
-        self._drop(self._numbers - {self._kept})  # what was shared and never became a keyring
+        """Store the descriptor of the next keyring's memory with the service manager, before the memory is filled."""
+        self._drop(self._numbers - {self._kept})  # memory that was shared, but whose keyring was never completed
         self._shared = max(self._numbers, default=0) + 1
         self._numbers.add(self._shared)
         self._store(f"keyring-{self._shared}-memory", descriptor)
 
     def keep(self, keyring: Keyring, look: Look) -> bool:
-        """Have the keyring whose memory was shared last kept from now on; False if it was not shared, or cannot be stored."""
+        """Complete the storing of the keyring whose memory was shared last; older keyrings are removed.
+
+        Return False if its memory was not shared, or the description cannot be stored.
+        """
         number, self._shared = self._shared, None
         if number is None:
             return False
@@ -75,7 +79,10 @@ class KeyringPersister:
         return stored
 
     def restore(self, given: Iterable[tuple[str, int]]) -> tuple[Keyring, Look] | None:
-        """The newest whole keyring among descriptors that the manager gave, with how its file looked; closes them all."""
+        """Return the newest complete keyring among the manager's descriptors, and the status of its file; None without one.
+
+        Closes all the descriptors.
+        """
         found: dict[int, dict[str, int]] = {}
         for name, descriptor in given:
             match = _NAME.fullmatch(name)
@@ -129,11 +136,11 @@ def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
 
 
 def _as_it_is(_view: memoryview) -> None:
-    """Material that is there already."""
+    """Leave the material unchanged: it is already in the memory."""
 
 
 def _digest(keyring: Keyring, description: bytes) -> bytes:
-    """SHA-256 over the description and the material: it tells memory that is whole and belongs to it."""
+    """Return the SHA-256 over the description and the material. It detects incomplete memory and memory of another keyring."""
     digest = hashlib.sha256(description)
     for key in keyring.keys.values():
         for version in key.versions.values():
@@ -150,7 +157,7 @@ def _describe(keyring: Keyring, look: Look) -> dict[str, Any]:
 
 
 def _description_of(key: Key) -> dict[str, Any]:
-    """As `loader.describe` describes it."""
+    """Return the description of a key in the format of `loader.describe`."""
     return {
         "KeyId": key.key_id,
         "KeySpec": key.key_spec,

@@ -1,8 +1,9 @@
-"""The keyring file: read whole, changed under a lock, replaced in one step.
+"""The keyring file: read whole, changed under a lock, replaced atomically.
 
 A change is: lock, read, change, seal, write beside, fsync, write an entry of the change (changes.py), rename, fsync the
-directory, complete the entry. Two commands at the same moment take turns; a crash at any instant leaves the old file or the new
-one, never a mixture and never half. What a crash leaves beside it, sealed like the file itself, goes with the next change.
+directory, complete the entry. Two simultaneous commands run one after the other. A crash at any instant leaves the old file or
+the new file, never a mixture and never half. A crash can leave a temporary file beside the keyring, sealed like the keyring
+itself; the next change removes it.
 """
 
 import os
@@ -24,7 +25,7 @@ from .sealing import Unsealer, count_recipients, seal
 __all__ = ["Before", "change", "create", "open_sealed", "read", "read_sealed", "reseal"]
 
 _LOCK_SECONDS: Final = 30.0
-"""For other commands to end that change the same keyring: sealing with a passphrase takes seconds."""
+"""Seconds to wait for other commands that change the same keyring: sealing with a passphrase takes seconds."""
 
 
 def read(path: Path, unsealer: Unsealer) -> Document:
@@ -33,9 +34,9 @@ def read(path: Path, unsealer: Unsealer) -> Document:
 
 
 def read_sealed(path: Path) -> bytes:
-    """Return the bytes of a keyring file as they are. Raises `KeyringError`."""
+    """Return the sealed bytes of a keyring file. Raises `KeyringError`."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would be waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # O_NONBLOCK: opening a pipe would block
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise KeyringError(f"{path}: not a regular file")
@@ -54,7 +55,7 @@ def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:
 
 
 def _opened(sealed: bytes, unsealer: Unsealer) -> tuple[Document, Picture]:
-    """Return what `open_sealed` returns, and the picture of the file: with keys that the next change removes."""
+    """Return the document of `open_sealed`, and the picture of the file, which includes keys that the next change removes."""
     document = Document.from_json(unsealer.unseal(sealed))
     was = changes.picture(document)
     document.purge()
@@ -69,10 +70,9 @@ def create(path: Path, document: Document, passphrase: str | None) -> None:
 
 @contextmanager
 def creating(path: Path, document: Document, passphrase: str | None) -> Iterator[None]:
-    """Write a new keyring, which has its name after the `with` block: in the block, the caller stores what opens it.
+    """Write a new keyring, which has its name after the `with` block. In the block, the caller stores the unseal secret.
 
-    Everything that can be refused, and all writing, is done before the block. An exception in the block leaves no keyring.
-    Raises `KeyringError`.
+    All checks and all writing are done before the block. An exception in the block leaves no keyring. Raises `KeyringError`.
     """
     path = _real(path)
     with _locked(path):
@@ -87,8 +87,8 @@ def creating(path: Path, document: Document, passphrase: str | None) -> Iterator
 def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
     """Lend the document for a `with` block and write it back at its end. An exception in the block changes nothing.
 
-    Raises `KeyringError`, also when the change would shut somebody out: the file was sealed by hand, to others than its content
-    names.
+    Raises `KeyringError`, also when the change would lock out a recipient: the file was sealed by hand, to other recipients
+    than its content names.
     """
     path = _real(path)
     with _locked(path):
@@ -103,11 +103,11 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
 
 
 class Before(NamedTuple):
-    """What opened a keyring before it was resealed."""
+    """The recipients of a keyring before it was resealed."""
 
     recipients: list[str]
     unnamed: int
-    """Recipients of the sealed file beyond those that its content named."""
+    """Number of recipients of the sealed file that its content did not name."""
 
 
 @contextmanager
@@ -120,12 +120,12 @@ def reseal(
     confirmed: bool = False,
     keeps_others: bool = False,
 ) -> Iterator[Before]:
-    """Seal to the recipients that `choose` returns for those before, or to a passphrase. Raises `KeyringError`.
+    """Seal to the recipients that `choose` returns for the previous recipients, or to a passphrase. Raises `KeyringError`.
 
     Unless `confirmed`, a change is refused that the unsealer could not open, or that leaves one recipient. `keeps_others`:
-    refuse a file that was sealed by hand to recipients which it does not name. Everything that can be refused is done before
-    the `with` block, and the file is replaced after it: in the block, the caller stores a new passphrase. An exception in the
-    block changes nothing.
+    refuse a file that was sealed by hand to recipients which its content does not name. All checks are done before the `with`
+    block, and the file is replaced after it: in the block, the caller stores a new passphrase. An exception in the block
+    changes nothing.
     """
     path = _real(path)
     with _locked(path):
@@ -143,7 +143,7 @@ def reseal(
 
 
 def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[str], after: list[str]) -> None:
-    """Refuse what may lock out the operator, or everybody. Raises `KeyringError`."""
+    """Raise `KeyringError` for a change that may lock out the operator, or all operators."""
     reasons = []
     if not unsealer.opens(sealed):
         reasons.append("what --unseal names could not open it any more")
@@ -179,7 +179,8 @@ def _real(path: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    # Not the file itself: the file is another one after each change. Not its folder: others may open that, and keep it locked.
+    # The lock is not on the file itself, which each change replaces. Nor is it on the folder, which other users may be able to
+    # open, and to keep locked.
     try:
         with Lock(path, seconds=_LOCK_SECONDS, with_owner=True):
             yield
@@ -191,12 +192,12 @@ def _locked(path: Path) -> Iterator[None]:
 def _replacing(path: Path, change: Change) -> Iterator[None]:
     """Write the new file beside the old one and the entry of the change, and replace the old file after the `with` block.
 
-    Raises `KeyringError`, and then the old file is there, unless the message says that it was changed.
+    Raises `KeyringError`, and then leaves the old file in place, unless the message states that the keyring was changed.
     """
     beside = path.with_name(f".{path.name}.new")
     try:
         with suppress(FileNotFoundError):
-            beside.unlink()  # of somebody who was killed: whoever lives has no lock
+            beside.unlink()  # left by a killed process: a live one would hold the lock, which this process has now
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
@@ -215,11 +216,14 @@ def _replacing(path: Path, change: Change) -> Iterator[None]:
 
 
 def _rename(beside: Path, path: Path, descriptor: int) -> None:
-    """Give the new file, open behind `descriptor`, the owner and the name of the old one. Raises `KeyringError` or OSError."""
-    with suppress(FileNotFoundError):  # whoever could read the old file may read the new one; no more than 0600
+    """Change the owner and the name of the new file to those of the old file. Raises `KeyringError` or OSError.
+
+    `descriptor`: the open new file.
+    """
+    with suppress(FileNotFoundError):  # the owner of the old file can read the new file; its mode remains 0600
         status = path.lstat()
         if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-            # By its descriptor: another user may own the folder, and put another file at the name.
+            # By its descriptor: another user may own the folder, and replace the file of this name.
             os.fchown(descriptor, status.st_uid, status.st_gid)
     os.replace(beside, path)
     if not os.path.samestat(path.lstat(), os.fstat(descriptor)):

@@ -1,6 +1,6 @@
-"""The daemon's keyring: plain data about keys, and beside it their material in secret memory, which is only lent.
+"""The daemon's keyring: plain data about keys, and their material in secret memory, which is only lent.
 
-A keyring never changes: a reload makes another one. States and dates are judged when a key is used, so that a key past its
+A keyring is immutable; a reload makes a new keyring. States and dates are evaluated when a key is used, so that a key past its
 deletion date is unusable at once, without a reload.
 """
 
@@ -34,7 +34,7 @@ FILE: Final = "File"
 KEPT: Final = "Kept"
 DEVELOPMENT: Final = "Development"
 NOWHERE: Final = "None"
-"""Where a keyring is from: its file, the service manager, `--dev`, or nowhere yet."""
+"""The source of a keyring: its file, the service manager, `--dev`, or none yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class KeyVersion:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One master key, with everything about it but its material."""
+    """One master key: its metadata, its versions and its aliases."""
 
     key_id: str
     key_spec: str
@@ -64,18 +64,18 @@ class Key:
     aliases: tuple[str, ...]
 
     def state(self) -> str:
-        """The key's state at this moment, as DescribeKey calls it; "Deleted" past its deletion date."""
+        """Return the key's current state, with DescribeKey's names; "Deleted" past its deletion date."""
         if self.delete_date and datetime.now(UTC) >= datetime.fromisoformat(self.delete_date):
             return "Deleted"
         return self.stored_state
 
     def enabled(self) -> bool:
-        """Whether it may be used at this moment."""
+        """Return True if the key's current state is Enabled."""
         return self.state() == "Enabled"
 
 
 class Keyring:
-    """All keys, found by ID, alias or version. Owns the secret memory their material is in."""
+    """All keys, with look-ups by ID, alias or version. Owns the secret memory of their material."""
 
     def __init__(self, keys: Iterable[Key], memory: SecretMemory, check: Secret) -> None:
         self.keys = {key.key_id: key for key in keys}
@@ -85,23 +85,23 @@ class Keyring:
         }
         self.memory = memory
         self.check = check
-        """Room behind the material, for whoever wants to find this memory again."""
+        """32 bytes after the key material, for its digest: `fdstore` verifies stored memory by them."""
         self.loaded_at = now()
         self.source = FILE
         self._dated = [key for key in self.keys.values() if key.delete_date]
 
     @property
     def is_sealed(self) -> bool:
-        """Whether it stands for a keyring that has not been opened yet."""
+        """Return True if this object stands for a keyring that has not been opened yet."""
         return self.source == NOWHERE
 
     @property
     def loaded_timestamp(self) -> float:
-        """When it was loaded, in seconds since 1970; 0 where none is."""
+        """Return the time of the load, in seconds since 1970; 0 if no keyring was loaded."""
         return datetime.fromisoformat(self.loaded_at).timestamp() if self.loaded_at else 0.0
 
     def gone(self) -> set[str]:
-        """The IDs of keys whose deletion date has come since they were loaded."""
+        """Return the IDs of the loaded keys whose deletion date has come."""
         return {key.key_id for key in self._dated if key.state() == "Deleted"}
 
     def __repr__(self) -> str:
@@ -109,14 +109,14 @@ class Keyring:
 
 
 def room_for(description: list[dict[str, Any]]) -> int:
-    """Bytes that the material of all versions takes, with a check of 32 bytes behind it (`kept`)."""
+    """Return the bytes of memory for the material of all versions, and for the digest of 32 bytes after it (`fdstore`)."""
     return CHECK + sum(-(-KEY_SIZES[key["KeySpec"]] // 16) * 16 * len(key["KeyVersions"]) for key in description)
 
 
 def build(description: list[dict[str, Any]], fill: Callable[[memoryview], None], memory: SecretMemory) -> Keyring:
-    """Make a keyring of a description (`loader.describe`), taking each version's material, in order, from `fill`.
+    """Return a keyring made from a description (`loader.describe`). `fill` writes each version's material, in order.
 
-    `memory` is fresh, and has `room_for` it.
+    `memory` is fresh, and has the size that `room_for` returns.
     """
     keys = []
     for key in description:
@@ -148,7 +148,10 @@ def build(description: list[dict[str, Any]], fill: Callable[[memoryview], None],
 
 
 def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str, str] | None = None) -> Keyring:
-    """The keyring of `--dev`: fresh keys that exist nowhere else; `aliases`, with key specs, beside `DEVELOPMENT_ALIASES`."""
+    """Return the keyring of `--dev`: fresh keys that are not stored anywhere.
+
+    `aliases`: further aliases and their key specs, besides `DEVELOPMENT_ALIASES`.
+    """
     description = []
     for alias, key_spec in {**DEVELOPMENT_ALIASES, **(aliases or {})}.items():
         version = {"KeyVersionId": new_id(), "CreationDate": now(), "Staged": False}

@@ -1,12 +1,13 @@
 """From the sealed file to secret memory, through a short-lived process: key bytes never become objects of the daemon.
 
 The child (`python -m keyferry_agent.keyring.loader KEYRING UNSEAL`) reads both files and writes to its standard output: one
-byte, the passphrase's work factor, or 0 for an identity. Then it opens the keyring and writes eight bytes of length, that much
-JSON about the keys, a line for each, then each version's raw material in the same order. The daemon reads the JSON as usual,
-and the material straight into secret memory. What the child's libraries left in its memory ends with it.
+byte, the passphrase's work factor, or 0 for an identity. Then it opens the keyring and writes the length of the description in
+eight bytes, the description in JSON with one line for each key, and each version's raw material in the same order. The daemon
+reads the JSON as usual, and the material straight into secret memory. Copies that the child's libraries left in memory
+disappear when the child ends.
 
-Reading and unsealing have a time limit each. A file system that hangs is noticed early; scrypt, whose work is bounded by its
-work factor, can take long on a host that has little processor time to spare.
+Reading and unsealing have separate time limits. A file system that hangs is detected early. scrypt, whose work is bounded by
+its work factor, can take long on a host with little spare processor time.
 """
 
 import json
@@ -36,7 +37,7 @@ from .sealing import Unsealer
 __all__ = ["STANDARD_INPUT", "load"]
 
 STANDARD_INPUT: Final = Path("/dev/stdin")
-"""Where the loader reads an unseal secret that no file has."""
+"""The path from which the loader reads an unseal secret that is not in a file."""
 
 _LENGTH: Final = 8
 _CHUNK: Final = 65_536
@@ -44,9 +45,9 @@ _MAX_BYTE: Final = 255
 _TIMEOUT: Final = 30.0
 """Seconds for the child to start and to read both files, which may be on a file system that hangs."""
 _UNSEAL_TIMEOUT: Final = 600.0
-"""Seconds for the child to unseal. The highest work factor takes 16 s of processor time: 90 s with a fifth of one processor."""
+"""Seconds for the child to unseal. The highest work factor takes 16 s of processor time: 90 s on a fifth of one processor."""
 _LONGEST_MESSAGE: Final = 2_000
-"""Characters of an error to hand on: less than a pipe holds, as it is read last."""
+"""Most characters of an error that the child writes. The error must fit into the pipe buffer, because stderr is read last."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -60,7 +61,9 @@ def load(
     share: Callable[[int], object] | None = None,
     secret: int | None = None,
 ) -> Keyring:
-    """Load a keyring file; `share` is told its memory's descriptor. `secret`: a descriptor that becomes `STANDARD_INPUT`.
+    """Load a keyring file into secret memory. Blocks until the loader's process has ended, or its time limit is over.
+
+    `share` is called with the memory's descriptor. `secret`: a descriptor that becomes `STANDARD_INPUT`.
 
     Raises `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
     """
@@ -75,7 +78,7 @@ def load(
         assert child.stdout is not None
         assert child.stderr is not None
         deadline = _Deadline(child, _TIMEOUT)
-        pipe = child.stdout.fileno()  # read below Python's buffers: those would keep what passed through them
+        pipe = child.stdout.fileno()  # read without Python's buffers, which would keep copies of the material
         factor = bytearray(1)
 
         def fill(view: memoryview) -> None:
@@ -93,7 +96,7 @@ def load(
             fill(memoryview(size))
             description = bytearray(int.from_bytes(size, "big"))
             fill(memoryview(description))
-            # A line at a time: reading one text of megabytes would keep every other thread waiting.
+            # A line at a time: to parse one text of megabytes would block every other thread.
             keys = [json.loads(line) for line in description.splitlines()]
             memory = SecretMemory(room_for(keys), backing=backing, require=require, share=share)
             keyring = build(keys, fill, memory)
@@ -114,23 +117,26 @@ def load(
 
 
 class _Deadline:
-    """Kills the loader when a time is over, and explains how the loader ended."""
+    """Kills the loader when its time limit is over, and explains why a loader ended."""
 
     def __init__(self, child: "subprocess.Popen[bytes]", seconds: float) -> None:
         self._child = child
         self._start(seconds)
 
     def restart(self, seconds: float) -> None:
-        """Begin a new time, in the place of the one that runs."""
+        """Replace the current time limit with a new one."""
         self.cancel()
         self._start(seconds)
 
     def cancel(self) -> None:
-        """Let the loader go on for ever."""
+        """Remove the time limit."""
         self._timer.cancel()
 
     def why_ended(self, factor: int) -> str:
-        """Wait for the end of a loader that wrote no message, and return the reason. `factor`: its first byte, 0 before it."""
+        """Return the reason why a loader ended that wrote no message. Blocks until it has ended.
+
+        `factor`: the loader's first byte, or 0 before that byte was read.
+        """
         status = self._child.wait()
         if status == -signal.SIGALRM or time.monotonic() >= self._end:
             return f"its loader took longer than {self._seconds:g} s"
@@ -143,12 +149,12 @@ class _Deadline:
         self._seconds = seconds
         self._end = time.monotonic() + seconds
         self._timer = threading.Timer(seconds, self._child.kill)
-        self._timer.daemon = True  # an agent that stops does not wait for it
+        self._timer.daemon = True  # the timer does not delay the exit of an agent
         self._timer.start()
 
 
 def describe(document: Document) -> list[dict[str, Any]]:
-    """Everything about the keys but their material, as `loaded.build` takes it."""
+    """Return the metadata of all keys, without their material, in the format that `keyring.build` reads."""
     aliases = document.aliases_by_key()
     return [
         {
@@ -176,9 +182,9 @@ def describe(document: Document) -> list[dict[str, Any]]:
 
 
 def main(path: str, unseal: str) -> None:
-    """The child: open the file and write it to standard output."""
-    signal.alarm(int(_TIMEOUT))  # ends this process where nobody else is left to: the agent may be gone
-    harden()  # exec undid what the daemon had done for itself
+    """Run the child process: open the keyring file and write its content to standard output."""
+    signal.alarm(int(_TIMEOUT))  # ends this process even if the agent, which has its own timer, is gone
+    harden()  # exec undid the hardening of the daemon
     lock_memory()
     try:
         unsealer = Unsealer.read(Path(unseal), owner_of(path))

@@ -1,7 +1,7 @@
 """Recipients of a keyring: one line of text each, checked in full before pyrage reads it.
 
-pyrage takes everything behind an SSH key for its comment, also a second key on the next line, and seals to the first key only.
-So a recipient is one key on one line here, with an optional comment behind an SSH key. Two texts of one key are one recipient.
+pyrage reads everything after an SSH key as its comment, also a second key on the next line, and seals to the first key only.
+So a recipient is one key on one line here, with an optional comment after an SSH key. Two texts of one key are one recipient.
 """
 
 import re
@@ -29,47 +29,49 @@ __all__ = [
 ]
 
 STANZAS: Final = (b"-> X25519 ", b"-> ssh-", b"-> p256tag ")
-"""How the line begins that a sealed file has for each recipient."""
+"""Prefixes of the line for each recipient in the header of a sealed file."""
 SUPPORTED: Final = "supported are age1... (X25519), age1tag1..., ssh-ed25519 and ssh-rsa"
 
 _STANDARD: Final = "-"
 _MAX_FILE_BYTES: Final = 1 << 20
 _MAX_SHOWN: Final = 24
-"""Characters of a text that is not a recipient, in a message."""
+"""Most characters that a message shows of a text that is not a recipient."""
 _MAX_WHOLE: Final = 64
-"""Characters of a recipient that a message shows whole: an X25519 recipient has 62."""
+"""Most characters of a recipient that a message shows whole: an X25519 recipient has 62."""
 _MAX_LISTED: Final = 4
 _COMMENT: Final = "#"
 _SSH_KEY: Final = re.compile(r"(?:sk-)?(?:ssh|ecdsa)-[\w.@-]+\s+AAAA")
 _AGE_KEY: Final = re.compile(r"(?<![0-9a-z])age1[0-9a-z]{30,}", re.IGNORECASE)
 _SSH_TYPES: Final = ("ssh-ed25519", "ssh-rsa")
 _TAG: Final = "age1tag"
-"""Recipients of hardware keys, which pyrage 1.4 seals to."""
+"""Prefix of recipients of hardware keys, to which pyrage 1.4 can seal."""
 _PLUGIN: Final = re.compile(r"age1([a-z0-9+._-]{1,24})")
-"""How the recipients of a plugin begin: its name, in the characters that age allows."""
+"""The beginning of the recipients of a plugin, with the plugin's name in the characters that age allows."""
 _POST_QUANTUM: Final = ("age1pq", "age1tagpq")
-"""age refuses to seal to these beside any other kind, and no identity that opens a keyring here is of these kinds."""
+"""Prefixes of post-quantum recipients. age does not seal to them together with other kinds, and their identities are not
+supported here.
+"""
 
 
 class Recipient(NamedTuple):
     """One key that a keyring is sealed to."""
 
     text: str
-    """One line, with the comment of an SSH key."""
+    """The recipient as one line, with the comment of an SSH key."""
     key: str
-    """The same for all texts of one key."""
+    """The key without a comment: equal for all texts of one key."""
     parsed: Any
-    """pyrage's object."""
+    """The recipient as pyrage's object."""
 
 
 def parse(text: str) -> Recipient:
-    """Parse the text of one recipient; white space around it is left out.
+    """Parse the text of one recipient, without the white space around it.
 
-    Raises `KeyringError`, which shows no secret, and a short part of the text at most.
+    Raises `KeyringError`, whose message contains no secret, and at most a short part of the text.
     """
     text = text.strip()
     found = resemblance(text.encode(errors="replace"))
-    if (found is not None and found.kind in SECRETS) or "PRIVATE KEY" in text:  # and what is shown may be logged
+    if (found is not None and found.kind in SECRETS) or "PRIVATE KEY" in text:  # a message may be logged
         raise KeyringError("an identity was given as a recipient: it is secret; give its public half")
     if len(_SSH_KEY.findall(text)) + len(_AGE_KEY.findall(text)) > 1 or len(text.splitlines()) > 1:
         raise KeyringError(
@@ -82,7 +84,7 @@ def parse(text: str) -> Recipient:
 
 
 def distinct(recipients: Iterable[Recipient]) -> list[str]:
-    """Return the texts of recipients, each key once, in their order."""
+    """Return the texts of recipients in their order, with only the first text of each key."""
     texts: dict[str, str] = {}
     for recipient in recipients:
         texts.setdefault(recipient.key, recipient.text)
@@ -90,13 +92,13 @@ def distinct(recipients: Iterable[Recipient]) -> list[str]:
 
 
 def missing(recipients: Collection[str], others: Collection[str]) -> list[str]:
-    """Return the recipients that are not among the others. Two texts of one key are one recipient."""
+    """Return the recipients that are not in `others`. Two texts of one key are one recipient."""
     keys = {_key(text) for text in others}
     return [text for text in recipients if _key(text) not in keys]
 
 
 def added(before: list[str], named: Collection[Recipient]) -> list[str]:
-    """Return the recipients of a keyring with further ones at their end. Raises `KeyringError` for one that is there."""
+    """Return the recipients `before`, followed by the named ones. Raises `KeyringError` for a recipient that is in `before`."""
     if not before:
         raise KeyringError("the keyring is sealed to a passphrase: `keyring reseal` seals it to recipients instead")
     keys = {_key(text) for text in before}
@@ -106,7 +108,10 @@ def added(before: list[str], named: Collection[Recipient]) -> list[str]:
 
 
 def without(before: list[str], named: Collection[Recipient]) -> list[str]:
-    """Return the recipients of a keyring but some. Raises `KeyringError` for one that is not there, or where none is left."""
+    """Return the recipients `before` without the named ones.
+
+    Raises `KeyringError` for a recipient that is not in `before`, and if no recipient would be left.
+    """
     if absent := missing([recipient.text for recipient in named], before):
         raise KeyringError(f"{shortened(absent)}: not a recipient of the keyring; `keyring recipients` lists them")
     keys = {recipient.key for recipient in named}
@@ -117,14 +122,14 @@ def without(before: list[str], named: Collection[Recipient]) -> list[str]:
 
 
 def shortened(recipients: Collection[str]) -> str:
-    """Return recipients for a message: at most four of them, and the ends of long ones, where an SSH key has its comment."""
+    """Return recipients for a message: at most four, and only the ends of long ones. An SSH key has its comment at the end."""
     texts = [text if len(text) <= _MAX_WHOLE else f"{text[:_MAX_SHOWN]}...{text[-_MAX_SHOWN:]}" for text in recipients]
     more = len(texts) - _MAX_LISTED
     return ", ".join(texts[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _key(text: str) -> str:
-    """Return what is the same for all texts of one key; the text itself where an earlier version stored two keys as one."""
+    """Return the `Recipient.key` of a text, or the text itself if an earlier version stored two keys as one recipient."""
     try:
         return parse(text).key
     except KeyringError:
@@ -192,7 +197,7 @@ def _age(text: str) -> Recipient:
 
 
 def _reason(text: str, error: str) -> str:
-    """Return why a text is not a recipient, to stand behind "is no recipient"."""
+    """Return the reason why a text is not a recipient, as the end of the message of `parse`."""
     kind = text.lower().rpartition("1")[0]
     found = resemblance(text.encode(errors="replace"))
     if "pyrage 1.4" in error:

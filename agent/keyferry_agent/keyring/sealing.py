@@ -1,8 +1,8 @@
 """Sealing with age (https://age-encryption.org), so that the `age` program can open a keyring in an emergency.
 
 A keyring is sealed to recipients (`recipients.py`), one per host and an offline one, or to one passphrase. pyrage seals to
-recipients; `keyferry.age_passphrase` seals to a passphrase, because pyrage measures the work factor. What opens a keyring is an
-`Unsealer`: an age identity file, an SSH private key, or a passphrase file.
+recipients. `keyferry.age_passphrase` seals to a passphrase, because pyrage would measure the machine to choose the work factor.
+An `Unsealer` opens a keyring with an age identity file, an SSH private key, or a passphrase file.
 """
 
 from collections.abc import Collection
@@ -40,11 +40,11 @@ _UNSUPPORTED: Final = {
     content.SSH_PUBLIC_KEY: "a public key opens nothing; give the private half",
     content.RECIPIENT: "a recipient opens nothing; give its identity",
 }
-"""What a message says about each kind of file that holds no identity known here."""
+"""The advice in a message, for each kind of file that contains no supported identity."""
 
 
 class Unsealer:
-    """What opens a keyring. Read from a file, whose kind is told from its content. Its repr shows nothing of it."""
+    """The identities or the passphrase that open a keyring, read from a file whose kind is detected. The repr has no secret."""
 
     __slots__ = ("_identities", "_taken_for", "_why", "passphrase")
 
@@ -77,7 +77,7 @@ class Unsealer:
         )
 
     def unseal(self, sealed: bytes) -> bytes | bytearray:
-        """Open a sealed keyring. Raises `KeyringError` for a wrong identity or passphrase, or damage."""
+        """Return the content of a sealed keyring. Raises `KeyringError` for a wrong identity or passphrase, or damage."""
         try:
             if self.passphrase is not None:
                 return age_passphrase.unseal(sealed, self.passphrase)
@@ -95,7 +95,7 @@ class Unsealer:
         raise KeyringError(f"the keyring does not open: {why}")
 
     def opens(self, sealed: bytes) -> bool:
-        """Whether it opens what was just sealed. A passphrase, slow on purpose, is taken at its word."""
+        """Return True if this unsealer can open `sealed`. For a passphrase, only the header is checked: scrypt is slow."""
         if self.passphrase is not None:
             return age_passphrase.work_factor(sealed) is not None
         try:
@@ -106,7 +106,10 @@ class Unsealer:
 
 
 def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes:
-    """Seal to recipients, or where there are none, to a passphrase. Raises `KeyringError`."""
+    """Return the sealed payload: sealed to the recipients, or to the passphrase if `recipients` is empty.
+
+    Raises `KeyringError`.
+    """
     if recipients:
         return _seal_to_recipients(payload, recipients)
     if passphrase is None:
@@ -121,7 +124,10 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
 
 
 def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
-    """Seal, and count what the file is sealed to: nothing may be named that does not open the file. Raises `KeyringError`."""
+    """Return the payload sealed to the recipients. Raises `KeyringError`.
+
+    The recipients in the sealed file are counted: a keyring must not name a recipient that cannot open the file.
+    """
     try:
         parsed = [parse(recipient).parsed for recipient in recipients]
     except KeyringError as error:
@@ -138,13 +144,13 @@ def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
 
 
 def count_recipients(sealed: bytes) -> int:
-    """How many recipients a file is sealed to, as far as its header tells: not which."""
+    """Return the number of recipients in the header of a sealed file. The header does not reveal which recipients they are."""
     header = sealed.split(b"\n---", 1)[0].split(b"\n")
     return sum(line.startswith(STANZAS) for line in header)
 
 
 class Identity:
-    """A new age identity. Its repr shows nothing of it."""
+    """A new age identity. Its repr does not contain the secret."""
 
     __slots__ = ("_identity", "recipient")
 
@@ -153,7 +159,7 @@ class Identity:
         self.recipient = str(self._identity.to_public())
 
     def write(self, path: Path) -> None:
-        """Write the identity to a new file of mode 0600, which appears whole, or not at all. Raises `KeyringError`."""
+        """Write the identity atomically to a new file of mode 0600. Raises `KeyringError`."""
         try:
             new_files.create(path, f"# public key: {self.recipient}\n{self._identity}\n".encode())
         except FileExistsError:
@@ -213,7 +219,7 @@ def _ssh_identity(path: Path, data: bytes) -> Any:
 
 
 def _age_identities(path: Path, text: str) -> list[Any]:
-    """Return the identities in an age identity file, and none for the text of another file. Raises `KeyringError`."""
+    """Return the identities in an age identity file, or an empty list for another kind of file. Raises `KeyringError`."""
     identities = []
     lines = [line.strip() for line in text.splitlines()]
     if not any(line.startswith(_AGE_IDENTITY) for line in lines):
@@ -230,7 +236,7 @@ def _age_identities(path: Path, text: str) -> list[Any]:
 
 
 def _why_unknown(data: bytes) -> str:
-    """Return what the content looks like and what to do, to stand at the end of a message; nothing for a passphrase."""
+    """Return the end of a message: the kind that the content resembles, and advice; an empty text for a passphrase."""
     reasons = []
     if encoding := content.byte_order_mark(data):
         reasons.append(f"it begins with a byte order mark ({encoding}): save it as UTF-8 without one")
@@ -271,9 +277,9 @@ def _text(path: Path, data: bytes) -> str:
 
 
 def _read(path: Path, owners: Collection[int]) -> bytes:
-    """Return the content of a file, which may be a pipe: at most one byte more than an identity has. Raises `KeyringError`."""
+    """Return the content of a file or a pipe: at most one byte more than `_IDENTITY_MOST`. Raises `KeyringError`."""
     try:
-        # A pipe that another user made is read from its descriptor: its path cannot be opened.
+        # A pipe that another user made is read from its descriptor, because its path cannot be opened.
         with open_to_read(path) as file:
             private_files.check(file.fileno(), path, secret=True, owners=owners)
             return file.read(_IDENTITY_MOST + 1)

@@ -1,4 +1,4 @@
-"""Who is calling: evidence from the kernel only, each piece with what it is worth. docs/identity.md says what can be forged."""
+"""The identity of a caller: evidence from the kernel only. docs/identity.md describes how far each piece can be forged."""
 
 from .credentials import OVERFLOW_GID, OVERFLOW_UID, Peer, evidence
 from .groups import Groups

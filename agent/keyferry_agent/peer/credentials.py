@@ -1,6 +1,6 @@
-"""What the kernel says of the other end of a connection, taken once, before a byte is read.
+"""The kernel's evidence about the peer of a connection, collected once, before the agent reads a byte from it.
 
-Nothing here touches a file of the peer's: those may be on a file system that never answers (`program`).
+This module opens no file of the peer: such a file may be on a file system that never answers (`program`).
 """
 
 import socket
@@ -31,11 +31,11 @@ OVERFLOW_GID: Final = _overflow("overflowgid")
 
 
 class Peer(NamedTuple):
-    """The evidence about a caller. None, or an empty set, is evidence that cannot be had: it matches no grant.
+    """The evidence about a caller. None, or an empty set, stands for unavailable evidence, which matches no grant.
 
-    `uid` and `gids` are those at the time of connect(2). The kernel shows a user of another user namespace as the overflow
-    uid, which says nothing about who it is; and a process of another pid namespace as pid 0: then there is no `unit`, `pod`,
-    `exe` or `sha256` either. `exe` and `sha256` are missing until the program was inspected, which only some grants ask for.
+    `uid` and `gids` are those at the time of connect(2). The kernel reports a user of another user namespace as the overflow
+    uid, which does not identify the user. It reports a process of another pid namespace as pid 0; then `unit`, `pod`, `exe`
+    and `sha256` are unavailable too. `exe` and `sha256` are None until the program was inspected, which only some grants need.
     """
 
     uid: int | None
@@ -49,9 +49,10 @@ class Peer(NamedTuple):
 
 
 def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | None]:
-    """Ask the kernel who connected, and hold the process, if it can be seen. Never blocks.
+    """Return the kernel's evidence about the peer, and a handle to its process, or None if that is invisible. Never blocks.
 
-    Raises ProcessLookupError when it has ended, and OSError when this is not a Unix socket, or the agent lacks descriptors.
+    Raises ProcessLookupError if the process has ended, and OSError if this is not a Unix socket, or the agent lacks
+    descriptors.
     """
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     gids = Groups([gid], packed=peer_groups(connection), without=OVERFLOW_GID)
@@ -60,7 +61,7 @@ def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | Non
     if process is not None:
         try:
             cgroups = process.cgroups()
-            if process.alive():  # after everything was read
+            if process.alive():  # checked after all of its evidence was read
                 peer = peer._replace(unit=unit_of(cgroups), pod=pod_of(cgroups))
         except BaseException:
             process.close()

@@ -1,4 +1,4 @@
-"""The groups of a peer: up to 65,536 of them, asked of the kernel and kept in four bytes each."""
+"""The groups of a peer: up to 65,536, read from the kernel and stored in four bytes each."""
 
 import ctypes
 import errno
@@ -12,11 +12,11 @@ from typing import Final, Protocol
 __all__ = ["LACKING", "SO_PEERGROUPS", "Groups", "PeerSocket", "peer_groups"]
 
 LACKING: Final = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
-"""What a kernel, or a seccomp profile, answers that does not provide something: evidence of this kind cannot be had at all."""
+"""Errors of a kernel, or of a seccomp profile, that does not provide a call: evidence of this kind is never available."""
 
 SO_PEERGROUPS: Final = 59  # Linux 4.13
 _PYTHON_MOST: Final = 1_024
-"""Bytes of a socket option that Python's getsockopt takes at most."""
+"""Most bytes of a socket option that Python's getsockopt can return."""
 _SIZE: Final = 4
 _MOST_BYTES: Final = 4 * 65_536  # NGROUPS_MAX of Linux
 
@@ -33,15 +33,15 @@ class PeerSocket(Protocol):
 
 
 class Groups(AbstractSet[int]):
-    """An immutable set of group numbers, as the kernel packs them: the event loop makes no object for each of 65,536.
+    """An immutable set of group numbers in the kernel's packed form, so that the event loop does not make 65,536 objects.
 
-    A set of Python's would take 90 bytes for each, and 20 ms to make.
+    A set of Python's would take 90 bytes for each number, and 20 ms to build.
     """
 
     __slots__ = ("_packed", "_without")
 
     def __init__(self, numbers: Iterable[int] = (), *, packed: bytes = b"", without: int | None = None) -> None:
-        """`packed`: further numbers, 4 bytes each in the host's order; `without`: a number that is not meant."""
+        """`packed`: further numbers, 4 bytes each in the host's byte order; `without`: a number to exclude."""
         own = list(numbers)
         self._packed = struct.pack(f"{len(own)}I", *own) + packed
         self._without = without
@@ -56,7 +56,7 @@ class Groups(AbstractSet[int]):
         return False
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the numbers as they are packed; one may come twice."""
+        """Yield the numbers in packed order; a number can occur twice."""
         return (number for (number,) in struct.iter_unpack("I", self._packed) if number != self._without)
 
     def __len__(self) -> int:
@@ -64,7 +64,7 @@ class Groups(AbstractSet[int]):
 
     @property
     def size(self) -> int:
-        """Bytes of memory that they take."""
+        """Return the size of the packed numbers in bytes."""
         return len(self._packed)
 
     def __eq__(self, other: object) -> bool:
@@ -80,7 +80,7 @@ class Groups(AbstractSet[int]):
 
 
 def peer_groups(connection: PeerSocket) -> bytes:
-    """Return the supplementary groups of a peer when it connected, packed; none where the kernel does not tell.
+    """Return the packed supplementary groups that a peer had when it connected; no bytes if the kernel cannot report them.
 
     Raises OSError.
     """

@@ -1,7 +1,7 @@
 """Inspects callers' programs without waiting for their file systems: in another process (`inspector`), with a deadline.
 
-A caller's file system may never answer. Then a thread of that process blocks, for as long as it likes; the event loop does not,
-no other user waits, and that user has no evidence about programs until the thread is back.
+A caller's file system may never answer. Then a thread of the inspector's process blocks, possibly for ever. The event loop does
+not block, and other users do not wait. The blocked user has no evidence about programs until the thread has returned.
 """
 
 import json
@@ -21,11 +21,13 @@ from .program import Program
 __all__ = ["INSPECTION_SECONDS", "Inspector"]
 
 INSPECTION_SECONDS: Final = 5.0
-"""For one inspection. Hashing a program of a GiB takes about two seconds, the first time."""
+"""Time limit of one inspection. Hashing a program of a GiB takes about two seconds, the first time."""
 _MOST_LATE: Final = 1_024
-"""Users whose threads may be late at one time before users are refused who are not known yet. Each takes some 50 KB."""
+"""Most users with a late thread at the same time; at the limit, users that are not known yet are refused. Each thread takes
+some 50 KB.
+"""
 _MOST_ANSWERED: Final = 4_096
-"""Users who are known to have had an answer."""
+"""Most users that are remembered because they had an answer in time."""
 _COMMAND: Final = ("-P", "-m", "keyferry_agent.peer.inspector")  # -P: nothing is imported from the working directory
 _LONGEST_ANSWER: Final = 65_536
 _RESTART_SECONDS: Final = 1.0
@@ -34,7 +36,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
 class _Request:
-    """An inspection that was asked for and not answered yet."""
+    """An inspection that has been requested and not answered yet."""
 
     def __init__(self, user: int | None) -> None:
         self.user = user
@@ -43,7 +45,7 @@ class _Request:
 
 
 class Inspector:
-    """Inspects programs, for each user one at a time, while `run` runs. Its process is started when it is needed first."""
+    """Inspects programs while `run` runs, for each user one at a time. The first request starts the inspector's process."""
 
     def __init__(self) -> None:
         self._wanted, self._started = trio.Event(), trio.Event()
@@ -52,19 +54,20 @@ class Inspector:
         self._requests: dict[int, _Request] = {}
         self._last_number = 0
         self._under_way: dict[int | None, _Request] = {}
-        """By user: one request at a time, also where the connection that asked is gone."""
+        """The request in flight of each user: one at a time, even if the connection that needed the inspection is closed."""
         self._late: set[int | None] = set()
-        """Users whose request under way was not answered in time."""
+        """Users whose request in flight was not answered in time."""
         self._answered: dict[int | None, None] = {}
-        """Users who had an answer in time, the latest last."""
+        """Users that had an answer in time, the latest last."""
 
     async def inspect(
         self, process: Process, user: int | None, named: Container[int | None], *, hashed: bool
     ) -> Program | None:
-        """Return the program that a process runs, with its hash if `hashed`; None for evidence that cannot be had in time.
+        """Return the program that a process runs, with its hash if `hashed`; None if the evidence is not available in time.
 
-        `named`: the users whom a grant names beside a program. They, and users who had an answer before, are always asked
-        about; of all others only so many may have a thread that is late.
+        `named`: the users that a grant names beside a program. The programs of these users, and of users that had an answer
+        before, are always inspected, unless a request of the same user is late. Other users are refused while `_MOST_LATE`
+        users have a late thread.
         """
         known = user in named or user in self._answered
         if user in self._late or (len(self._late) >= _MOST_LATE and not known):
@@ -74,7 +77,7 @@ class Inspector:
             await self._started.wait()
             while (before := self._under_way.get(user)) is not None:
                 await before.done.wait()
-            with suppress(OSError):  # the process has ended: `run` has said so to all who wait
+            with suppress(OSError):  # the inspector's process has ended, and `run` ends all requests
                 return await self._ask(process, user, hashed=hashed)
             return None
         if user in self._under_way:
@@ -91,8 +94,8 @@ class Inspector:
         self._requests[number] = self._under_way[user] = request
         try:
             async with self._sending:
-                if self._socket is not None:  # else `run` has said so to all who wait
-                    await self._socket.send(packet)  # a packet: whole, or not at all
+                if self._socket is not None:  # else `run` has already ended all requests
+                    await self._socket.send(packet)  # SOCK_SEQPACKET: a packet is sent whole, or not at all
         except BaseException:
             self._end(self._requests.pop(number, request))
             raise
@@ -100,7 +103,7 @@ class Inspector:
         return request.program
 
     async def run(self) -> None:
-        """Keep the process, start it anew when it has ended, and take its answers. For ever."""
+        """Receive the answers of the inspector's process, and restart the process when it has ended. Never returns."""
         pid = os.getpid()
         while True:
             await self._wanted.wait()
@@ -117,15 +120,15 @@ class Inspector:
                 self._socket = None
                 self._forget_all()
             started, self._wanted, self._started = self._started, trio.Event(), trio.Event()
-            started.set()  # who waits for it learns that there is none
+            started.set()  # wakes the tasks that wait for a process; they find that `_socket` is None
             await trio.sleep(_RESTART_SECONDS)
             with suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - which does not wait
+                os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - WNOHANG: does not block
 
     def _take(self, packet: bytes) -> None:
         number, found = json.loads(packet)
         request = self._requests.pop(number, None)
-        if request is None:  # its asker gave it up before it was sent whole
+        if request is None:  # the requesting task was cancelled while it sent the packet
             return
         if found is not None:
             path, identity, sha256 = found
@@ -149,7 +152,7 @@ class Inspector:
 
 
 def _start() -> tuple[trio.socket.SocketType, int]:
-    """Start the process; return the socket to it, and its number. Raises OSError."""
+    """Start the inspector's process; return the socket to it, and its pid. Raises OSError."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         try:
@@ -160,7 +163,7 @@ def _start() -> tuple[trio.socket.SocketType, int]:
                 file_actions=[
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
                     (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
-                    # Not the agent's: whoever reads that waits for its end, which a thread that blocks would hold up.
+                    # Not the agent's stderr: its reader waits for the end of the stream, which a blocked thread would delay.
                     (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
                 ],
             )

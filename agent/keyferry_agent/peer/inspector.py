@@ -1,10 +1,11 @@
 """A process that inspects callers' programs for the agent: `python -m keyferry_agent.peer.inspector`, one thread for each user.
 
-A thread that waits for a file system in user space cannot be ended, not even by SIGKILL, and neither can its process. So it is
-not the agent's: this process holds no key, no socket and no lock of the agent's.
+A thread that waits for a file system in user space cannot be ended, not even by SIGKILL, and neither can its process. So
+programs are not inspected in the agent's process. This process holds no key, no socket and no lock of the agent.
 
-Standard input and output are one socket of packets, each with a JSON array. A request: its number, the user, the process, and
-whether a hash is asked for. An answer, in any order: the number, and the program or null. The process ends with the socket.
+Standard input and output are one socket of packets, each with a JSON array. A request contains its number, the user, the
+process, and whether a hash is needed. An answer contains the number, and the program or null. Answers can come in any order.
+The process ends when the socket is closed.
 """
 
 import errno
@@ -20,23 +21,23 @@ from .program import inspect
 __all__ = ["main"]
 
 _IDLE_SECONDS: Final = 10.0
-"""After which a thread that has nothing to do ends."""
+"""Time after which an idle thread ends."""
 _LONGEST: Final = 4_096
 _STACK: Final = 262_144
-"""Bytes of a thread's stack: there may be a thousand threads that wait for file systems."""
+"""Bytes of a thread's stack: a thousand threads may be waiting for file systems."""
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What says nothing about a program, but that this process has no room to look: the agent starts another one."""
+"""Errors that are not about a program: this process lacks descriptors or memory. It exits, and the agent starts another one."""
 
 
 class _Threads:
-    """One thread for each user who has requests."""
+    """One thread for each user that has requests."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._waiting: dict[int | None, deque[tuple[int, int, bool]]] = {}
 
     def submit(self, user: int | None, number: int, pid: int, *, hashed: bool) -> None:
-        """Have the user's thread inspect a program, after what was asked before."""
+        """Queue the inspection of a program for the user's thread, after earlier requests."""
         with self._changed:
             if user in self._waiting:
                 self._waiting[user].append((number, pid, hashed))
@@ -45,7 +46,7 @@ class _Threads:
             self._waiting[user] = deque([(number, pid, hashed)])
         try:
             threading.Thread(target=self._work, args=(user, self._waiting[user]), daemon=True).start()
-        except RuntimeError:  # no thread is to be had
+        except RuntimeError:  # a thread cannot be started
             del self._waiting[user]
             _answer(number, None)
 
@@ -69,9 +70,9 @@ def _answer(number: int, program: object) -> None:
 
 
 def main() -> None:
-    """Answer requests until the agent has ended."""
+    """Answer requests until the agent closes the socket."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # those are for the agent, with which this process ends
+        signal.signal(number, signal.SIG_IGN)  # they are meant for the agent; this process ends when the agent does
     threading.stack_size(_STACK)
     threads = _Threads()
     while packet := os.read(0, _LONGEST):

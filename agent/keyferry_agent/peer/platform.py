@@ -1,4 +1,4 @@
-"""What this platform cannot tell about peers: looked at once, at the start, so that grants which can never match are named."""
+"""Evidence about peers that this platform does not provide. Checked once, at the start, to name grants that can never match."""
 
 import os
 import socket
@@ -17,7 +17,7 @@ _FIRST_BYTES: Final = 1_024
 
 
 def lacking() -> Mapping[str, frozenset[str]]:
-    """Return what cannot be had here: each reason, with the selectors that match no caller, or hardly one, because of it."""
+    """Return the reasons why evidence is unavailable here, each with the selectors that therefore match few or no callers."""
     found = {}
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:

@@ -1,7 +1,7 @@
-"""The process at the other end, held by a pidfd: its systemd unit and its Kubernetes pod.
+"""The peer's process, held by a pidfd: its systemd unit and its Kubernetes pod.
 
-The rule that users keep: what was read from /proc/PID belongs to the process only if it is alive *after* it was read; a number
-alone may be another process's by then. SO_PEERPIDFD gives a handle even of a process that is dead.
+Users of this module keep one rule. Data from /proc/PID belongs to the process only if the process is alive *after* the data was
+read; otherwise the number may already be another process's. SO_PEERPIDFD returns a handle even of a process that is dead.
 """
 
 import errno
@@ -19,9 +19,9 @@ __all__ = ["Process", "pod_of", "unit_of"]
 _SO_PEERPIDFD: Final = 77  # Linux 6.5
 _INT: Final = struct.Struct("i")
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What says nothing about a process, but that this one has no room to look."""
+"""Errors that are not about the peer's process: the agent lacks descriptors or memory."""
 _HIERARCHIES: Final = re.compile(r"^0::(/.+)$", re.MULTILINE), re.compile(r"^\d+:name=systemd:(/.+)$", re.MULTILINE)
-"""Where a unit's path is: in the unified hierarchy, or in systemd's own of version 1."""
+"""The lines with a unit's path: of the unified hierarchy, or of systemd's own hierarchy in version 1."""
 _UNITS: Final = (".service", ".scope")
 _POD: Final = re.compile(
     r"^/kubepods(?:\.slice)?/.*?pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})(?:\.slice)?(?:/|$)"
@@ -29,7 +29,7 @@ _POD: Final = re.compile(
 
 
 class Process:
-    """A process that connected. To be closed."""
+    """A process that connected. The caller closes the object."""
 
     __slots__ = ("_poll", "fd", "pid")
 
@@ -41,21 +41,21 @@ class Process:
 
     @classmethod
     def of(cls, connection: PeerSocket, pid: int | None) -> "Process | None":
-        """The process that SO_PEERCRED numbers; None for one in a pid namespace that is not seen from here, or without pidfds.
+        """Return the process of SO_PEERCRED; None if its pid namespace is not visible from here, or the kernel has no pidfds.
 
-        Raises ProcessLookupError for one that is gone, or OSError.
+        Raises ProcessLookupError if the process has ended, or OSError.
         """
         if pid is None:
             return None
         try:
             (fd,) = _INT.unpack(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, _INT.size))
         except OSError as error:
-            if error.errno == errno.EINVAL:  # how Linux before 6.16 says that it is gone
+            if error.errno == errno.EINVAL:  # the error of Linux before 6.16 if the process has ended
                 raise ProcessLookupError from None
             if error.errno not in LACKING:
                 raise
             try:
-                fd = os.pidfd_open(pid)  # an older kernel: between connect and here the number could have changed hands
+                fd = os.pidfd_open(pid)  # an older kernel: another process may have got the number since connect(2)
             except OSError as refused:
                 if refused.errno in LACKING:
                     return None
@@ -63,17 +63,18 @@ class Process:
         return cls(pid, fd)
 
     def close(self) -> None:
-        """Let the process go."""
+        """Close the pidfd."""
         os.close(self.fd)
 
     def alive(self) -> bool:
-        """Whether it has not ended."""
+        """Return True if the process has not ended."""
         return not self._poll.poll(0)
 
     def cgroups(self) -> str:
-        """Its control groups, as /proc has them; empty where they may not be read. Raises OSError where there is no room to.
+        """Return the text of /proc/PID/cgroup; an empty text if it may not be read.
 
-        The owner of a control group chooses its name, of any bytes but "/" and a newline.
+        Raises OSError if the agent lacks descriptors or memory. The owner of a control group chooses its name, of any bytes
+        except "/" and a newline.
         """
         try:
             with open(f"/proc/{self.pid}/cgroup", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
@@ -85,9 +86,9 @@ class Process:
 
 
 def unit_of(cgroups: str) -> str | None:
-    """The systemd unit in the text of /proc/PID/cgroup: the first that is not a slice.
+    """Return the systemd unit in the text of /proc/PID/cgroup: the first part that is not a slice, or None.
 
-    What is below it is the unit's own affair: a user's manager may call a unit of its own like one of the system's.
+    The unit itself controls all parts below: a user's service manager may give its own unit the name of a system unit.
     """
     found = next(filter(None, (hierarchy.search(cgroups) for hierarchy in _HIERARCHIES)), None)
     parts = found[1].split("/")[1:] if found else []
@@ -96,7 +97,7 @@ def unit_of(cgroups: str) -> str | None:
 
 
 def pod_of(cgroups: str) -> str | None:
-    """The UID of the Kubernetes pod in the text of /proc/PID/cgroup: below the root's own `kubepods` only."""
+    """Return the UID of the Kubernetes pod in the text of /proc/PID/cgroup, or None. Only `kubepods` at the root counts."""
     for line in cgroups.split("\n"):
         found = _POD.match(line.split(":", 2)[-1])
         if found:

@@ -1,7 +1,7 @@
-"""The program that a process runs: its path and its hash. Every function here may block for as long as a file system likes.
+"""The program that a process runs: its path and its hash. Every function here can block for as long as a file system blocks.
 
-The file is the caller's, on a file system that may be the caller's, too: overlayfs over FUSE in a user namespace of its own, or
-a network file system whose server does not answer. So only `inspector` calls these functions, in a process of its own.
+The caller controls the file, and possibly the file system: overlayfs over FUSE in a user namespace of its own, or a network
+file system whose server does not answer. So only `inspector` calls these functions, in a process of its own.
 """
 
 import hashlib
@@ -12,13 +12,13 @@ __all__ = ["Program", "inspect"]
 
 _HASHES_REMEMBERED: Final = 1_024
 _LARGEST: Final = 2**30
-"""Bytes of a program that is hashed. A file with a hole in it costs its owner nothing, however long it is."""
+"""Most bytes of a program that is hashed. A sparse file of any length costs its owner nothing."""
 
 
 class Program(NamedTuple):
-    """An executable file: where it is, which file that is, and its hash, where one was asked for.
+    """An executable file: its path, its identity on the file system, and its hash if that was requested.
 
-    `path` is None where this agent finds another file at that path.
+    `path` is None if this agent finds another file at that path.
     """
 
     path: str | None
@@ -26,15 +26,15 @@ class Program(NamedTuple):
     sha256: str | None = None
 
     def runs_in(self, program: "Program | None") -> bool:
-        """Whether another look found the same file at the same path."""
+        """Return True if another inspection found the same file at the same path."""
         return program is not None and self.identity == program.identity and self.path == program.path
 
 
 def inspect(pid: int, *, hashed: bool = False) -> Program | None:
     """Return the program that a process runs, with its hash if `hashed`. Blocks.
 
-    None where the process changed it meanwhile. Raises OSError where the program may not be seen (for another user's process
-    it takes CAP_SYS_PTRACE).
+    Return None if the process changed its program meanwhile. Raises OSError if the agent may not read the program (for another
+    user's process, that requires CAP_SYS_PTRACE).
     """
     program = _program(pid)
     if not hashed:
@@ -50,7 +50,10 @@ def _program(pid: int) -> Program:
 
 
 def _hash(pid: int) -> str | None:
-    """`sha256:` and the hash of the file that a process runs, whatever is at its path; None for a huge one. Raises OSError."""
+    """Return `sha256:` and the hash of the file that a process runs, which may differ from the file at its path.
+
+    Return None for a file above `_LARGEST`, or one that changes meanwhile. Raises OSError.
+    """
     with open(f"/proc/{pid}/exe", "rb", buffering=0) as file:
         identity = _identity(file.fileno())
         if os.fstat(file.fileno()).st_size > _LARGEST:
@@ -59,7 +62,7 @@ def _hash(pid: int) -> str | None:
         if known is None:
             digest = hashlib.file_digest(file, "sha256")
             if _identity(file.fileno()) != identity:
-                return None  # somebody writes to it
+                return None  # the file was written to meanwhile
             if len(_hashes) >= _HASHES_REMEMBERED:
                 _hashes.clear()
             known = _hashes[identity] = f"sha256:{digest.hexdigest()}"

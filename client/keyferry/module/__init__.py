@@ -1,8 +1,8 @@
-"""Cryptographic modules: what holds a private key, imports exported data keys, and encrypts with them.
+"""Cryptographic modules, which hold a private key, import exported data keys, and encrypt with them.
 
-All modules have the same face: `public_key_blob`, `wrapping_key_spec` and `wrapping_algorithm` say how to export a data key
-to them; `import_data_key` turns an ExportedDataKey into a handle; `encrypt`, `decrypt` and `forget` use it. Nothing reads a
-data key out again.
+All modules have the same interface. `public_key_blob`, `wrapping_key_spec` and `wrapping_algorithm` are the parameters for
+exporting a data key to a module. `import_data_key` returns a handle to an ExportedDataKey; `encrypt`, `decrypt` and `forget`
+use the handle. No method returns a data key.
 """
 
 import importlib
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError", "Pkcs11Module", "SoftwareModule"]
 
 _EXTRAS: Final = {"SoftwareModule": ("software", "module"), "Pkcs11Module": ("pkcs11", "pkcs11")}
-"""The module file of each class, and the extra that brings what it needs: who has one need not have the other."""
+"""The module file of each class, and the extra that installs its dependencies: one class works without the other's extra."""
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,12 @@
-"""What python-pkcs11 does not give of PKCS#11 (Cryptoki, OASIS PKCS #11 2.40), by ctypes, beside it on the same library.
+"""Functions of PKCS#11 (Cryptoki, OASIS PKCS #11 2.40) that python-pkcs11 lacks, called by ctypes on the same library.
 
-* C_Initialize as this process needs it: with the system's locks, because threads share the library; with the parameters that
-  NSS wants; and content with a library that somebody has initialised already. python-pkcs11's passes NULL and is not.
-* C_Login apart from C_OpenSession, with a PIN in memory that can be wiped.
-* AES-GCM with room for the tag. python-pkcs11 asks the token for the size first, and NSS forgets the tag in its answer.
+* C_Initialize with the system's locks, because threads share the library, and with the parameters that NSS requires. It accepts
+  a library that is initialised already. python-pkcs11 passes NULL, and fails on an initialised library.
+* C_Login without C_OpenSession, with a PIN in memory that can be wiped.
+* AES-GCM with a buffer that includes the tag. python-pkcs11 first requests the size from the token, and NSS omits the tag from
+  its answer.
 
-Errors are python-pkcs11's, whichever way a call went.
+Errors are python-pkcs11's, for calls of both kinds.
 """
 
 import ctypes
@@ -57,11 +58,11 @@ _ERRORS: Final[dict[int, type[pkcs11.PKCS11Error]]] = {
     0x102: pkcs11.UserPinNotInitialized,
     0x104: pkcs11.AnotherUserAlreadyLoggedIn,
 }
-"""What the few functions here return, and callers tell apart."""
+"""Error classes for the return values of these functions that callers distinguish."""
 
 
 class _Arguments(Structure):
-    """CK_C_INITIALIZE_ARGS, with NSS's member in place of its reserved one: NULL for everybody else."""
+    """CK_C_INITIALIZE_ARGS, with NSS's `LibraryParameters` before the reserved member: NULL for all other libraries."""
 
     _fields_ = (
         ("mutexes", c_void_p * 4),
@@ -72,7 +73,7 @@ class _Arguments(Structure):
 
 
 class _GcmParams(Structure):
-    """CK_GCM_PARAMS of version 2.40 and later: with ulIvBits, which NSS reads."""
+    """CK_GCM_PARAMS of version 2.40 and later, with ulIvBits, which NSS reads."""
 
     _fields_ = (
         ("iv", c_char_p),
@@ -92,7 +93,7 @@ class _SessionInfo(Structure):
     _fields_ = (("slot_id", c_ulong), ("state", c_ulong), ("flags", c_ulong), ("device_error", c_ulong))
 
 
-# Place in CK_FUNCTION_LIST, where CK_VERSION takes the room of the first pointer; and what follows the session.
+# The index in CK_FUNCTION_LIST, where CK_VERSION takes the space of the first pointer, and the types of all arguments.
 _FUNCTIONS: Final[dict[str, tuple[int, list[Any]]]] = {
     "C_Initialize": (1, [POINTER(_Arguments)]),
     "C_GetSessionInfo": (16, [c_ulong, POINTER(_SessionInfo)]),
@@ -105,7 +106,10 @@ _FUNCTIONS: Final[dict[str, tuple[int, list[Any]]]] = {
 
 
 class Library:
-    """A PKCS#11 library in this process; what python-pkcs11 gives of it is `pkcs11`. Raises OSError for what is none."""
+    """A PKCS#11 library in this process. `pkcs11` is python-pkcs11's object of it.
+
+    The constructor raises OSError for a file that is not a usable PKCS#11 library.
+    """
 
     def __init__(self, path: str | os.PathLike[str], parameters: str | None) -> None:
         self.path = os.fspath(path)
@@ -113,7 +117,7 @@ class Library:
         functions = _function_list(self.path)
         self._address = ctypes.addressof(functions.contents)
         if self._address != ctypes.addressof(_function_list(self.path).contents):
-            # Then python-pkcs11 and this file would not see each other's sessions.
+            # python-pkcs11 and this file would then not see each other's sessions.
             raise OSError(
                 f"{self.path}: gives every caller a PKCS#11 of its own (p11-kit's); name the token's own library"
             )
@@ -121,16 +125,18 @@ class Library:
             name: ctypes.CFUNCTYPE(c_ulong, *arguments)(functions[place])
             for name, (place, arguments) in _FUNCTIONS.items()
         }
-        # Made without its __init__, which would initialise: it loads the library, and finalises only what it initialised.
+        # Made without its __init__, which would call C_Initialize. __new__ loads the library, and the object finalises the
+        # library only if it has initialised it.
         self.pkcs11: _pkcs11.lib = _pkcs11.lib.__new__(_pkcs11.lib, self.path)  # type: ignore[call-arg]
 
     def initialize(self) -> bool:
-        """C_Initialize: at first, in a child after fork, and whenever somebody may have finalised the library.
+        """Call C_Initialize: at first, in a child after fork, and whenever other code may have finalised the library.
 
-        Whether it did something: then all sessions of this process are gone.
+        Return True if the library was initialised now: then all sessions of this process are gone. Raises python-pkcs11's
+        errors.
         """
-        # A library that has not noticed a fork says "already", too. It is not finalised then: the child would speak on the
-        # parent's connection to a device.
+        # A library that has not noticed a fork also returns "already initialised". It is not finalised then: the child would
+        # use the parent's connection to a device.
         returned = self._functions["C_Initialize"](ctypes.byref(self._arguments))
         if returned not in (_OK, _ALREADY_INITIALIZED):
             name = return_values.name(returned)
@@ -138,7 +144,7 @@ class Library:
         return bool(returned == _OK)
 
     def _advice(self, returned: int) -> str:
-        """Return what an operator can do about a C_Initialize that failed. Libraries fail there for want of configuration."""
+        """Return advice for the operator after C_Initialize failed. Libraries fail there if their configuration is missing."""
         if returned == _ARGUMENTS_BAD:
             return "library_parameters are wrong, or missing"
         name = os.path.basename(self.path).lower()
@@ -154,32 +160,35 @@ class Library:
         return "look at the library's own configuration, environment and log"
 
     def is_same(self, other: "Library") -> bool:
-        """Whether this is the same library, whatever path it was loaded by."""
+        """Return True if both objects are the same library, even if it was loaded by different paths."""
         return self._address == other._address
 
     def login(self, session: int, pin: memoryview | None) -> None:
-        """C_Login as the user, which counts for all sessions of the process; None for a token that asks for its PIN itself."""
+        """Call C_Login as the user, for all sessions of the process. `pin` is None if the token prompts for the PIN itself."""
         address, size = (None, 0) if pin is None else (ctypes.addressof(c_char.from_buffer(pin)), len(pin))
         _check(self._functions["C_Login"](session, _USER, address, size), _ALREADY_LOGGED_IN)
 
     def state(self, session: int) -> int | None:
-        """The state of a session, as C_GetSessionInfo has it (CKS_...); None for one that the token does not know any more."""
+        """Return the state of a session from C_GetSessionInfo (CKS_...); None if the token no longer has the session."""
         info = _SessionInfo()
         return info.state if self._functions["C_GetSessionInfo"](session, ctypes.byref(info)) == _OK else None
 
     def encrypt_gcm(self, session: int, key: int, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
-        """C_Encrypt with CKM_AES_GCM: ciphertext ‖ tag (16)."""
+        """Return ciphertext ‖ tag (16 bytes) from C_Encrypt with CKM_AES_GCM. Raises python-pkcs11's errors."""
         return self._gcm("Encrypt", session, key, nonce, plaintext, aad, len(plaintext) + _TAG)
 
     def decrypt_gcm(self, session: int, key: int, nonce: bytes, ciphertext: bytes, aad: bytes) -> bytes:
-        """C_Decrypt with CKM_AES_GCM, of ciphertext ‖ tag (16)."""
+        """Return the plaintext of ciphertext ‖ tag (16 bytes) from C_Decrypt with CKM_AES_GCM.
+
+        Raises python-pkcs11's errors.
+        """
         return self._gcm("Decrypt", session, key, nonce, ciphertext, aad, len(ciphertext) - _TAG)
 
     def _gcm(self, verb: str, session: int, key: int, nonce: bytes, data: bytes, aad: bytes, expected: int) -> bytes:
         parameter = _GcmParams(nonce, len(nonce), 8 * len(nonce), aad or None, len(aad), 8 * _TAG)
         mechanism = _Mechanism(_AES_GCM, ctypes.addressof(parameter), ctypes.sizeof(parameter))
         _check(self._functions[f"C_{verb}Init"](session, ctypes.byref(mechanism), key))
-        # More room than is needed: decrypting, some tokens want as much as they are given.
+        # The buffer is larger than necessary: for decryption, some tokens require one of the size of their input.
         out = (c_ubyte * (len(data) + _TAG))()
         size = c_ulong(len(out))
         _check(self._functions[f"C_{verb}"](session, data, len(data), out, ctypes.byref(size)))
@@ -191,7 +200,7 @@ class Library:
 def _function_list(path: str) -> Any:
     functions = POINTER(c_void_p)()
     try:
-        if not path:  # which is this program to the dynamic linker
+        if not path:  # for the dynamic linker, an empty path is this program
             raise ValueError("no path")
         get = ctypes.CDLL(path).C_GetFunctionList
     except AttributeError:

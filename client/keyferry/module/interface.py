@@ -1,4 +1,4 @@
-"""What every cryptographic module is, and the calls that are the same for all of them: steps 1 and 3 of the guide."""
+"""The interface of every cryptographic module, and the calls that all modules share: steps 1 and 3 of the guide."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ __all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError"]
 
 NONCE: Final = 12
 TAG: Final = 16
-"""Bytes before and after what AES-GCM encrypted, in every module."""
+"""Bytes before and after the ciphertext of AES-GCM, in every module."""
 AES_KEYS: Final = (16, 24, 32)
 
 NOT_OURS: Final = "this is not a data key that was exported to this module"
@@ -22,17 +22,17 @@ NOT_AUTHENTIC: Final = "this was not encrypted with this key and this aad, or it
 
 
 class ModuleError(KeyferryError):
-    """The module refused: a key or a ciphertext that is not what it should be. One error for all causes: no oracle."""
+    """The module refused a key or a ciphertext. All causes have one error, so that the error is not an oracle."""
 
 
 def check_size(size: int) -> None:
-    """Raise `ModuleError` for a data key whose size in bytes is none of AES."""
+    """Raise `ModuleError` unless a data key's size in bytes is the size of an AES key."""
     if size not in AES_KEYS:
         raise ModuleError(f"a data key of {size} bytes is no AES key: 16, 24 or 32 are")
 
 
 class DataKey:
-    """A data key inside a module. An opaque handle: it names the key, and there is no way to read it out."""
+    """An opaque handle to a data key inside a module. The data key cannot be read through the handle."""
 
     __slots__ = ("__weakref__",)
 
@@ -55,7 +55,7 @@ class CryptographicModule(ABC):
     @property
     @abstractmethod
     def public_key_blob(self) -> str:
-        """The public key, as PublicKeyBlob takes it: Base64 of the DER SubjectPublicKeyInfo."""
+        """Return the public key in the format of PublicKeyBlob: Base64 of the DER SubjectPublicKeyInfo."""
 
     @abstractmethod
     def import_data_key(self, exported_data_key: str | bytes) -> DataKey:
@@ -63,15 +63,15 @@ class CryptographicModule(ABC):
 
     @abstractmethod
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
-        """Encrypt with AES-GCM under a fresh random nonce: nonce (12) ‖ ciphertext ‖ tag (16)."""
+        """Encrypt with AES-GCM under a fresh random nonce; return nonce (12 bytes) ‖ ciphertext ‖ tag (16 bytes)."""
 
     @abstractmethod
     def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
-        """Decrypt what `encrypt` gave, with the same aad. Raises `ModuleError`, whatever is wrong."""
+        """Decrypt the output of `encrypt`, with the same aad. Raises `ModuleError` for every failure."""
 
     @abstractmethod
     def forget(self, key: DataKey) -> None:
-        """Wipe a data key. The handle is of no further use."""
+        """Wipe a data key. Later calls with its handle raise `ModuleError`."""
 
     def new_data_key(
         self,
@@ -81,9 +81,9 @@ class CryptographicModule(ABC):
         encryption_context: Mapping[str, str] | None = None,
         number_of_bytes: int | None = None,
     ) -> tuple[DataKey, DataKeyRecord]:
-        """GenerateAndExportDataKey, then import: a data key ready to use, and the record that brings it back.
+        """Call GenerateAndExportDataKey, and import the data key. Return its handle, and the data-key record to recover it.
 
-        Store the record before encrypting anything that must survive. Raises `KeyferryError`.
+        Store the data-key record before encrypting anything that must survive. Raises `KeyferryError`.
         """
         made = kms.generate_and_export_data_key(
             key_id=key_id,
@@ -100,7 +100,10 @@ class CryptographicModule(ABC):
         return self.import_data_key(made.exported_data_key), record
 
     def recover_data_key(self, kms: Client, record: DataKeyRecord) -> DataKey:
-        """ExportDataKey, then import: the data key of a record, after a loss or in another module. Raises `KeyferryError`."""
+        """Call ExportDataKey, and import the data key of a data-key record, after a loss or in another module.
+
+        Raises `KeyferryError`.
+        """
         exported = kms.export_data_key(
             ciphertext_blob=record["CiphertextBlob"],
             encryption_context=record["EncryptionContext"] or None,

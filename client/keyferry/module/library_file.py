@@ -1,6 +1,6 @@
 """Explains why a file does not load as a PKCS#11 library.
 
-The dynamic linker's own words mislead: a library for another processor is "No such file or directory" to it.
+The dynamic linker's own messages mislead: for a library for another processor, it reports "No such file or directory".
 """
 
 import os
@@ -34,7 +34,7 @@ _MACHINES: Final = {
 
 
 def explain(path: str, linker_error: str) -> str:
-    """Return what is wrong with the file and what to do about it, or the dynamic linker's words where the file looks right."""
+    """Return the fault of the file and advice, or the dynamic linker's message if the file appears to be right."""
     if "\0" in path or not path:
         return f"{path!r}: not a file name; give the path of the token's PKCS#11 library"
     if "/" not in path and not os.path.exists(path):
@@ -52,7 +52,7 @@ def explain(path: str, linker_error: str) -> str:
 
 
 def _about_header(path: str, header: bytes) -> str | None:
-    """Return what is wrong with the beginning of the file; None where it is of a library for this processor."""
+    """Return the fault of a file's header and advice; None for the header of a library for this processor."""
     platform, ours = _platform(header), _own_platform()
     if platform is None:
         return f"{path}: not a shared library (an ELF file); give the path of the token's PKCS#11 library"
@@ -62,7 +62,7 @@ def _about_header(path: str, header: bytes) -> str | None:
 
 
 def _platform(header: bytes) -> str | None:
-    """Describe the processor that an ELF header names; None for a header that is not ELF's."""
+    """Return a description of the processor in an ELF header; None for another kind of header."""
     if len(header) < _HEADER_BYTES or not header.startswith(_MAGIC):
         return None
     if header[4] not in _BITS or header[5] not in _BYTE_ORDERS:

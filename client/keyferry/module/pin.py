@@ -1,4 +1,4 @@
-"""Where a token's PIN comes from: a file, a systemd credential, or a prompt. Kept in locked memory, wiped with its module."""
+"""Reads a token's PIN from a file, a systemd credential or a prompt. The PIN is in locked memory, and wiped with its module."""
 
 import os
 from collections.abc import Callable
@@ -11,18 +11,18 @@ from .interface import ModuleError
 __all__ = ["read_pin"]
 
 _MOST: Final = 255
-"""Bytes of a PIN. PKCS#11 sets no limit; tokens do, well below this."""
+"""Most bytes of a PIN. PKCS#11 does not set a limit; tokens do, well below this one."""
 _CREDENTIAL: Final = "credential:"
 
 
 def read_pin(pin_file: str | os.PathLike[str] | None, prompt: Callable[[], str] | None) -> Secret | None:
-    """Read the PIN from a file's first line ("credential:NAME": systemd's), else by calling `prompt`; None without either.
+    """Read the PIN from a file's first line, or from the result of `prompt`; return None if both arguments are None.
 
-    Raises `ModuleError`, ValueError for both at once.
+    A `pin_file` of "credential:NAME" is systemd's credential. Raises `ModuleError`, and ValueError if both arguments are set.
     """
     if pin_file is not None and prompt is not None:
         raise ValueError("pin_file or pin is expected, not both")
-    # Not memfd_secret: that is shared with a forked child, which would wipe the parent's with its own.
+    # Not memfd_secret: a forked child shares such memory, and would wipe the parent's PIN together with its own.
     memory = SecretMemory(2 * _MOST, backing="mlock", require=False)
     if pin_file is not None:
         return _from_file(_path(os.fspath(pin_file)), memory)

@@ -1,10 +1,12 @@
-"""A cryptographic module in a PKCS#11 token: it unwraps exported data keys in there, and encrypts with them in there.
+"""A cryptographic module in a PKCS#11 token: the token unwraps exported data keys, and encrypts with them.
 
-What it protects: private key and data keys are objects of the token, sensitive and not extractable; they never exist outside.
-What it cannot: whoever can use this process, or has the PIN, can use them. And the token's word is taken for what it is asked.
+Protected: the private key and the data keys are objects of the token, sensitive and not extractable; they never exist outside
+the token. Not protected: an attacker who controls this process, or has the PIN, can use the keys. The module also trusts the
+token's own statements about its keys.
 
-A data key is an object of the session: it is gone when the process ends, and from its record it comes back. When the token was
-reset or this process was forked, it is unwrapped once more, from the ExportedDataKey, which only the token can open.
+A data key is an object of the session. It is gone when the process ends, and its data-key record recovers it. After a reset of
+the token or a fork of this process, the module unwraps the data key again from the ExportedDataKey, which only the token can
+decrypt.
 """
 
 import contextlib
@@ -36,14 +38,14 @@ _TROUBLE: Final = (
     pkcs11.HostMemory,
     pkcs11.TokenNotPresent,
 )
-"""What says nothing of the data: not to be taken for a ciphertext that is not authentic."""
+"""Errors that are not about the data. They must not be reported as a ciphertext that is not authentic."""
 
 _modules: "weakref.WeakSet[Pkcs11Module]" = weakref.WeakSet()
 _registry: Final = threading.Lock()
 
 
 class _Held:
-    """A data key in the token, and what brings it back when its session is lost."""
+    """A data key in the token, and the ExportedDataKey from which it is unwrapped again when its session is lost."""
 
     __slots__ = ("connection", "key", "wrapped")
 
@@ -54,7 +56,7 @@ class _Held:
 
 
 class Pkcs11Module(CryptographicModule):
-    """A key pair in a token, and data keys there. Get one with `open`. Safe for threads (calls take turns) and after fork."""
+    """A key pair and data keys in a token, opened with `open`. Safe after fork, and for threads: calls run one at a time."""
 
     wrapping_key_spec = "RSA_2048"
 
@@ -94,17 +96,17 @@ class Pkcs11Module(CryptographicModule):
         generate: bool = False,
         library_parameters: str | None = None,
     ) -> Self:
-        """Open the key pair `key_label` in a token of the PKCS#11 library `path`, and try it out.
+        """Open the key pair `key_label` in a token of the PKCS#11 library `path`, and test the token.
 
-        The token is the one with `token_label`, `token_serial`, the slot ID `slot`, and what `token_uri` requires (RFC 7512:
-        "pkcs11:token=app;serial=..."). At least one of them is needed; each that is there must hold, of one token only.
-        The PIN is the first line of `pin_file` ("credential:NAME" is systemd's), or what `pin` gives, for example
-        `getpass.getpass`; it is kept in locked memory, for when the token was reset. A wrong one is tried once.
-        `generate` makes the key pair, RSA of 2,048 bits, if it is not there. `library_parameters` are for libraries that want
-        some to initialise (NSS: "configdir='sql:/path' ...").
+        The token is chosen by `token_label`, `token_serial`, the slot ID `slot`, and the attributes in `token_uri` (RFC 7512:
+        "pkcs11:token=app;serial=..."). At least one of these arguments is required. Exactly one token must match all of them.
+        The PIN is the first line of `pin_file` ("credential:NAME" is systemd's), or the result of `pin`, for example
+        `getpass.getpass`. It stays in locked memory, to log in again after a reset of the token. A wrong PIN is tried once.
+        `generate` makes the key pair, RSA of 2,048 bits, if it does not exist. `library_parameters` are for libraries that
+        require parameters for their initialisation (NSS: "configdir='sql:/path' ...").
 
-        To try it out, a throw-away key is wrapped here and used there: so `wrapping_algorithm` is one that the token really
-        knows, and what it encrypts is what every other module decrypts. Raises `ModuleError`.
+        The test wraps a throw-away key in this process and uses it in the token. So the token really supports
+        `wrapping_algorithm`, and every other module can decrypt the token's ciphertexts. Raises `ModuleError`.
         """
         if not key_label:
             raise ValueError("key_label must not be empty")
@@ -116,7 +118,7 @@ class Pkcs11Module(CryptographicModule):
         return cls(library, Wanted(choice, key_label, read_pin(pin_file, pin)), generate=generate)
 
     def close(self) -> None:
-        """Close the session: the token forgets all data keys. The module is of no further use."""
+        """Close the session, which destroys all its data keys. The module cannot be used afterwards."""
         with self._lock:
             self._keys.clear()
             self._refused = "this module was closed"
@@ -139,7 +141,8 @@ class Pkcs11Module(CryptographicModule):
             held = self._run(lambda connection: self._unwrap(connection, wrapped))
             key = DataKey()
             self._keys[key] = held
-        # Not destroyed right here, wherever the garbage collector happens to run: by the next call, in its turn.
+        # The finalizer does not destroy the key: the garbage collector can run in any thread. The next call destroys it, while
+        # it holds the lock.
         weakref.finalize(key, self._abandoned.append, held).atexit = False
         return key
 
@@ -182,7 +185,10 @@ class Pkcs11Module(CryptographicModule):
             return self._run(with_key)
 
     def _run(self, work: Callable[[Connection], T]) -> T:
-        """Do it; when the session turns out to be lost, once more in a new one. Nothing here changes the token for good."""
+        """Return the result of `work`; if the session was lost, repeat `work` once in a new session.
+
+        The repetition is safe, because `work` never changes the token permanently.
+        """
         if self._connection is not None and self._connection.is_overtaken:
             self._disconnect()
         connection = self._connection or self._connect(generate=False)
@@ -235,7 +241,7 @@ class Pkcs11Module(CryptographicModule):
     def _destroy(self, held: _Held) -> None:
         inside, held.key = held.key, None
         if inside is None or held.connection is not self._connection or held.connection.is_overtaken:
-            return  # destroyed, or gone with its session
+            return  # already destroyed, or lost with its session
         try:
             inside.destroy()
         except pkcs11.PKCS11Error as error:
@@ -243,10 +249,11 @@ class Pkcs11Module(CryptographicModule):
                 raise
 
     def _after_fork(self) -> None:
-        self._connection = None  # the parent's
+        self._connection = None  # it belongs to the parent
 
 
-# A fork waits for calls that are under way: a library that does not notice it would leave their locks to the child for ever.
+# A fork waits for calls in flight. A library that does not notice the fork would otherwise leave the locks of these calls
+# locked in the child for ever.
 _stopped: Final[list[Pkcs11Module]] = []
 
 
@@ -279,7 +286,10 @@ def _close(connection: Connection) -> None:
 
 @contextlib.contextmanager
 def _saying(what: str, otherwise: str | None = None) -> Iterator[None]:
-    """Turn the token's refusals into `ModuleError`: one for all that may be due to the data, else with its reason."""
+    """Convert the token's errors into `ModuleError`.
+
+    Errors that the data may have caused all get the text `otherwise`, if it is set. Other errors get their own reason.
+    """
     try:
         yield
     except pkcs11.PKCS11Error as error:

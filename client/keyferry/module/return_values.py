@@ -1,6 +1,6 @@
-"""Names of Cryptoki's return values (CKR_...): an operator searches for the name, and a number is found nowhere.
+"""Names of Cryptoki's return values (CKR_...): an operator can search for a name, but hardly for a number.
 
-The values are those of OASIS PKCS #11 3.1. Nothing here needs python-pkcs11.
+The values are those of OASIS PKCS #11 3.1. This module does not require python-pkcs11.
 """
 
 from typing import Final
@@ -111,11 +111,11 @@ NAMES: Final[dict[int, str]] = {
 }
 
 BY_LETTERS: Final = {text.replace("_", "").upper(): text for text in NAMES.values()}
-"""Each name by its letters: "CKRPINLOCKED". So the classes of python-pkcs11 are found, which are called PinLocked and so on."""
+"""Each name by its letters: "CKRPINLOCKED". python-pkcs11's classes, such as PinLocked, are looked up by these letters."""
 
 
 def name(value: int) -> str:
-    """Return the name of a return value; for one that the standard does not have, a text with its number."""
+    """Return the name of a return value, or a text with its number if the standard does not define it."""
     if value in NAMES:
         return NAMES[value]
     if value >= _VENDOR_DEFINED:

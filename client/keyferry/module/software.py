@@ -1,9 +1,11 @@
-"""A cryptographic module in software: the private key and the data keys live in this process.
+"""A cryptographic module in software: the private key and the data keys are in this process.
 
-What it protects: data keys, and the padded messages they come out of, are in locked memory where the system gives it, are
-never Python objects, and cannot be read out by the API; between calls this process's ordinary memory holds none of them.
-What it cannot: the private key is libcrypto's, in ordinary memory, and so are copies that libraries make when it is loaded or
-saved; whoever can read this process's memory, or the file and its passphrase, has it. A PKCS#11 token is for that.
+Protected: data keys, and the padded messages that contain them, are in locked memory if the system provides it. They are never
+Python objects, and the API cannot read them out. Between calls, this process's ordinary memory does not contain them.
+
+Not protected: the private key is in libcrypto's ordinary memory, and so are copies that libraries make when it is loaded or
+saved. An attacker who can read this process's memory, or the file and its passphrase, has the private key. Use a PKCS#11 token
+against that.
 """
 
 import contextlib
@@ -34,13 +36,13 @@ from .interface import (
 )
 
 _ROOM: Final = 256
-"""Bytes that libcrypto wants to have room for when it decrypts: the size of an RSA-2048 modulus."""
+"""Bytes of the output buffer that libcrypto requires for decryption: the size of an RSA-2048 modulus."""
 _CHUNK: Final = 16 * 1024
-"""Bytes of locked memory to take at a time: 512 keys of 32 bytes."""
+"""Bytes of locked memory to allocate at a time: 512 keys of 32 bytes."""
 
 
 class SoftwareModule(CryptographicModule):
-    """Private key and data keys in this process. Make one with `generate` or `load`."""
+    """A private key and data keys in this process, made with `generate` or `load`."""
 
     def __init__(self, private_key: libcrypto.Key) -> None:
         self._private_key = private_key
@@ -56,7 +58,7 @@ class SoftwareModule(CryptographicModule):
 
     @classmethod
     def generate(cls, key_spec: str = "RSA_2048") -> Self:
-        """Generate a key pair: "RSA_2048" or "EC_SM2". Raises ValueError, or `ModuleError` without RSA or SM2."""
+        """Generate a key pair: "RSA_2048" or "EC_SM2". Raises ValueError, or `ModuleError` if libcrypto lacks RSA or SM2."""
         generate = {"RSA_2048": libcrypto.generate_rsa_2048, "EC_SM2": libcrypto.generate_sm2}.get(key_spec)
         if generate is None:
             raise ValueError(f"RSA_2048 or EC_SM2 is expected, not {key_spec!r}")
@@ -92,7 +94,7 @@ class SoftwareModule(CryptographicModule):
             algorithm = lacking[0]
         finally:
             der[:] = bytes(len(der))
-        if not libcrypto.offers(algorithm):  # libcrypto may have loaded the key all the same, and uses it for nothing
+        if not libcrypto.offers(algorithm):  # libcrypto may have loaded the key, although it cannot use it
             raise ModuleError(
                 f"{os.fspath(path)}: nothing works with its private key: {libcrypto.why_missing(algorithm)} "
                 f"({libcrypto.configuration()})"
@@ -102,15 +104,15 @@ class SoftwareModule(CryptographicModule):
     def save(self, path: str | os.PathLike[str], passphrase: str) -> None:
         """Write the private key to a new file of mode 0600: PKCS #8, sealed to the passphrase in age's format.
 
-        The work factor is always `keyferry.age_passphrase.WORK_FACTOR`. Data keys are not saved: their records bring them
-        back. An existing file is never replaced, and the file appears whole, or not at all. Raises OSError, `ModuleError` where
-        memory is short, or ValueError for a passphrase that is empty, that looks like a key, a recipient or a comment, or that
-        has more than one line.
+        The work factor is always `keyferry.age_passphrase.WORK_FACTOR`. Data keys are not saved: their data-key records recover
+        them. An existing file is never replaced, and the new file appears atomically. Raises OSError, `ModuleError` if memory
+        is short, or ValueError for a passphrase that is empty, that looks like a key, a recipient or a comment, or that has
+        more than one line.
         """
         new_files.create(path, self.sealed(passphrase))
 
     def sealed(self, passphrase: str) -> bytes:
-        """Return the bytes of the file that `save` writes. Raises ValueError, or `ModuleError` where memory is short."""
+        """Return the bytes of the file that `save` writes. Raises ValueError, or `ModuleError` if memory is short."""
         passphrases.check(passphrase)
         der = self._private_key.private_der()
         try:
@@ -157,8 +159,8 @@ class SoftwareModule(CryptographicModule):
 
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
         nonce = os.urandom(NONCE)
-        # Into its place in what is returned: putting the nonce before it afterwards would copy, and a megabyte more of fresh
-        # memory costs four times what AES does.
+        # Encrypted directly into the returned buffer: to prepend the nonce afterwards would copy the ciphertext, and another
+        # megabyte of fresh memory takes four times as long as AES.
         out = io.BytesIO(bytes(NONCE + len(plaintext) + TAG))
         with self._lent(key) as data_key, out.getbuffer() as room:
             room[:NONCE] = nonce
@@ -194,6 +196,6 @@ class SoftwareModule(CryptographicModule):
         for memory in reversed(self._memory):
             with contextlib.suppress(SecretMemoryError):
                 return memory.allocate(size)
-        # Not memfd_secret: that is shared with a forked child, whose `forget` would then wipe the parent's key too.
+        # Not memfd_secret: a forked child shares such memory, and its `forget` would wipe the parent's key too.
         self._memory.append(SecretMemory(_CHUNK, backing="mlock", require=False))
         return self._memory[-1].allocate(size)

@@ -1,6 +1,6 @@
-"""A session on a PKCS#11 token: logged in, the wrapping key pair at hand. Works for as long as the token knows the session.
+"""A session on a PKCS#11 token, logged in, with the wrapping key pair. It works for as long as the token keeps the session.
 
-Raises python-pkcs11's errors as they come, and `ModuleError` where a person has to do something.
+Raises python-pkcs11's errors unchanged, and `ModuleError` if an operator has to act.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ OAEP: Final = {
     "RSAES_OAEP_SHA_256": (Mechanism.SHA256, pkcs11.MGF.SHA256, None),
     "RSAES_OAEP_SHA_1": (Mechanism.SHA_1, pkcs11.MGF.SHA1, None),
 }
-"""The parameters of CKM_RSA_PKCS_OAEP for each WrappingAlgorithm, the better one first."""
+"""The parameters of CKM_RSA_PKCS_OAEP for each WrappingAlgorithm, the better algorithm first."""
 
 _BITS: Final = 2048
 _EXPONENT: Final = b"\x01\x00\x01"
 _LOGGED_IN: Final = (1, 3)
-"""CKS_RO_USER_FUNCTIONS, CKS_RW_USER_FUNCTIONS."""
+"""The session states CKS_RO_USER_FUNCTIONS and CKS_RW_USER_FUNCTIONS."""
 _DATA_KEY: Final = "keyferry data key"
 _TEMPLATE: Final = {Attribute.PRIVATE: True, Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False}
-"""Of a data key; it is an object of the session, not of the token."""
+"""The attributes of a data key, which is an object of the session, not of the token."""
 _STALE: Final = (
     pkcs11.ObjectHandleInvalid,
     pkcs11.KeyHandleInvalid,
@@ -42,7 +42,7 @@ _STALE: Final = (
     pkcs11.OperationActive,
     pkcs11.UserNotLoggedIn,
 )
-"""What a token says in a session that it knows, but that is of no further use: its objects are gone, or a call never ended."""
+"""Errors in a session that the token still has, but that is unusable: its objects are gone, or a call never ended."""
 
 _LOGIN_REFUSED: Final[dict[type[pkcs11.PKCS11Error], str]] = {
     pkcs11.PinLocked: "has locked its user PIN after wrong ones: its security officer unlocks it (pkcs11-tool --init-pin)",
@@ -51,7 +51,7 @@ _LOGIN_REFUSED: Final[dict[type[pkcs11.PKCS11Error], str]] = {
     "(pkcs11-tool --init-pin)",
     pkcs11.AnotherUserAlreadyLoggedIn: "has its security officer logged in by this process: log out first",
 }
-"""Refusals of C_Login that are not about the PIN that was sent: what follows the token's name in the message."""
+"""The words after the token's name in a message, for refusals of C_Login that are not about the PIN that was sent."""
 _GENERIC: Final = {
     "Buffer was too small": "CKR_BUFFER_TOO_SMALL",
     "Initialisation error (already": "CKR_CRYPTOKI_ALREADY_INITIALIZED",
@@ -59,7 +59,7 @@ _GENERIC: Final = {
     "Parallel not supported": "CKR_SESSION_PARALLEL_NOT_SUPPORTED",
     "User type invalid": "CKR_USER_TYPE_INVALID",
 }
-"""How python-pkcs11's texts begin that stand for a return value without a class of its own."""
+"""Beginnings of python-pkcs11's texts, for return values that do not have a class of their own."""
 _OTHER_SPELLINGS: Final = {
     pkcs11.AnotherUserAlreadyLoggedIn: "CKR_USER_ANOTHER_ALREADY_LOGGED_IN",
     pkcs11.FunctionCancelled: "CKR_FUNCTION_CANCELED",
@@ -74,11 +74,11 @@ os.register_at_fork(before=_registry.acquire, after_in_parent=_registry.release,
 
 
 class WrongPinError(ModuleError):
-    """The token did not take the PIN. The same one must not be tried again."""
+    """The token refused the PIN. The same PIN must not be tried again."""
 
 
 class Wanted(NamedTuple):
-    """What to look for: a token, and a key pair in it by label. No PIN: the token needs none, or asks for it itself."""
+    """The token and the label of the key pair to open. `pin` is None if the token needs no PIN, or prompts for it itself."""
 
     choice: TokenChoice
     key_label: str
@@ -86,7 +86,10 @@ class Wanted(NamedTuple):
 
 
 class Connection:
-    """A session with the wrapping private key in it, which is made if `generate`. One call at a time."""
+    """A session with the wrapping key pair, which is generated if it is missing and `generate` is set.
+
+    The caller makes one call at a time.
+    """
 
     def __init__(self, library: Library, wanted: Wanted, *, generate: bool) -> None:
         fresh = library.initialize()
@@ -116,14 +119,14 @@ class Connection:
             _connections.add(self)
 
     def close(self) -> None:
-        """Close the session, and with it all of its data keys; in a child after fork it is the parent's, and left alone."""
+        """Close the session, which destroys its data keys. Do nothing in a child after fork: the session is the parent's."""
         if self._process == os.getpid() and not self.is_overtaken:
             self._session.close()
 
     def _overtake(self, *, everybody: bool) -> None:
-        """Tell older connections that their handles name something else now: after a reset, tokens count from 1 again.
+        """Mark older connections whose handles are now invalid: after a reset, tokens count from 1 again.
 
-        Used all the same, such a handle might be the one of another data key.
+        Such a handle could otherwise be used for another data key.
         """
         with _registry:
             for other in _connections:
@@ -131,13 +134,13 @@ class Connection:
                 other.is_overtaken |= (everybody or same) and other._library.is_same(self._library)
 
     def is_lost(self, error: pkcs11.PKCS11Error) -> bool:
-        """Whether it was not the call that was wrong, but this session that is of no further use."""
+        """Return True if an error means that this session is unusable, rather than that the call was wrong."""
         return isinstance(error, _STALE) or self._library.state(self._session.handle) is None
 
     def unwrap(self, wrapped: bytes, algorithm: str) -> Any:
-        """C_UnwrapKey into a key object of this session that nobody can read.
+        """Call C_UnwrapKey; return a key object of this session, which cannot be read out of the token.
 
-        Raises `ModuleError` where the token leaves it readable, or for a size that is none of AES.
+        Raises `ModuleError` if the token leaves the key readable, or if the key does not have the size of an AES key.
         """
         try:
             key = self._private.unwrap_key(
@@ -162,11 +165,11 @@ class Connection:
         return key
 
     def encrypt(self, key: Any, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
-        """Encrypt with AES-GCM: ciphertext ‖ tag."""
+        """Encrypt with AES-GCM; return ciphertext ‖ tag."""
         return self._library.encrypt_gcm(self._session.handle, key.handle, nonce, plaintext, aad)
 
     def decrypt(self, key: Any, nonce: bytes, ciphertext: bytes, aad: bytes) -> bytes:
-        """Decrypt ciphertext ‖ tag."""
+        """Decrypt ciphertext ‖ tag of AES-GCM; return the plaintext."""
         return self._library.decrypt_gcm(self._session.handle, key.handle, nonce, ciphertext, aad)
 
     def _check_size(self, key: Any) -> None:
@@ -175,7 +178,7 @@ class Connection:
             size = key[Attribute.VALUE_LEN]
         if size:
             return check_size(size)
-        # SoftHSM unwraps whatever it gets, and says 0. It notices at the first use.
+        # SoftHSM unwraps a key of any size, and reports a size of 0. It detects a wrong size at the first use.
         try:
             self.encrypt(key, os.urandom(NONCE), b"", b"")
         except pkcs11.PKCS11Error as error:
@@ -193,7 +196,7 @@ class Connection:
         if flags & TokenFlag.USER_PIN_LOCKED:
             raise ModuleError(f"the token {label!r} {_LOGIN_REFUSED[pkcs11.PinLocked]}")
         if flags & TokenFlag.USER_PIN_FINAL_TRY:
-            # A service that is started again and again with a wrong PIN must not be what locks the token.
+            # A service that is restarted repeatedly with a wrong PIN must not lock the token.
             raise ModuleError(
                 f"one more wrong PIN locks the token {label!r}: log in to it once with another program first"
             )
@@ -214,7 +217,10 @@ class Connection:
         return None
 
     def _compare(self) -> None:
-        """The process is logged in: a wrong PIN would be noticed only after a reset. Compare it with the one that was taken."""
+        """Compare the PIN with the PIN that other connections of this process used. Raises `WrongPinError`.
+
+        The process is logged in already, so the token would refuse a wrong PIN only after a reset.
+        """
         with _registry:
             others = [other._pin for other in _connections if other._pin and other._is_beside(self)]
         if self._pin is None or not others:
@@ -227,7 +233,7 @@ class Connection:
         raise WrongPinError(f"this process is logged in to the token {self._token.label!r} with another PIN")
 
     def _is_beside(self, other: "Connection") -> bool:
-        """Whether this is a session on the other's token, and still logged in."""
+        """Return True if this session is on the same token as `other`'s, and still logged in."""
         same = self._library.is_same(other._library) and self._token.slot.slot_id == other._token.slot.slot_id
         return same and not self.is_overtaken and self._library.state(self._session.handle) in _LOGGED_IN
 
@@ -245,7 +251,7 @@ class Connection:
 
     def _generate(self, label: str) -> None:
         with self._token.open(rw=True) as session:
-            # To unwrap, and nothing else: C_Decrypt with it would give an exported data key to whoever has the PIN.
+            # For unwrapping only: with C_Decrypt, a user with the PIN could decrypt an exported data key.
             public, private = session.generate_keypair(
                 KeyType.RSA,
                 _BITS,
@@ -278,13 +284,14 @@ class Connection:
     def _check_private(self, label: str) -> None:
         if not self._private[Attribute.UNWRAP]:
             raise ModuleError(f"the private key {label!r} may not unwrap keys (CKA_UNWRAP is false)")
-        # One of them is enough for the token to keep it to itself; an operator may want to have it wrapped, for a backup.
+        # One of the two attributes is enough to keep the key in the token. An operator may need an extractable key, to wrap it
+        # for a backup.
         if not self._private[Attribute.SENSITIVE] and self._private[Attribute.EXTRACTABLE]:
             raise ModuleError(f"the private key {label!r} can be read out of the token: generate one that cannot")
 
 
 def describe(error: pkcs11.PKCS11Error) -> str:
-    """Return the name of the return value that an error stands for (CKR_...), with the error's text if it has one."""
+    """Return the name of an error's return value (CKR_...), with the error's text if it has one."""
     text = str(error)
     if "CKR" in text:
         return text
@@ -303,7 +310,7 @@ def _find_token(library: Library, choice: TokenChoice) -> Any:
     for slot in library.pkcs11.get_slots(token_present=True):
         try:
             token = slot.get_token()
-        except pkcs11.PKCS11Error as error:  # a reader that is out of order does not matter to the token in another one
+        except pkcs11.PKCS11Error as error:  # a broken reader must not affect the token in another reader
             reasons[slot.slot_id] = describe(error)
             continue
         serial = token.serial.decode(errors="replace").strip(" \0")
@@ -319,7 +326,7 @@ def _find_token(library: Library, choice: TokenChoice) -> Any:
 
 
 def _harden(key: Any, what: str) -> None:
-    """Make sure that a key cannot be read. Some tokens ignore what the template said of it, but take it afterwards."""
+    """Make a key unreadable. Raises `ModuleError`. Some tokens ignore these attributes in a template, but accept them later."""
     try:
         for attribute, wanted in _UNREADABLE:
             if key[attribute] != wanted:

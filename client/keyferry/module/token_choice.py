@@ -1,8 +1,8 @@
-"""Which token of a PKCS#11 library is meant: by label, by serial number, by slot, or by a PKCS#11 URI (RFC 7512).
+"""Chooses a token of a PKCS#11 library by label, by serial number, by slot, or by a PKCS#11 URI (RFC 7512).
 
 A token must have every attribute that the caller names. Two tokens that fit are an error, because a guess could put a key
-pair into the wrong one. Cryptoki pads its texts with spaces to a fixed size; those spaces are part of no attribute. Nothing
-here needs python-pkcs11.
+pair into the wrong token. Cryptoki pads its texts with spaces to a fixed size; the spaces are not part of an attribute. This
+module does not require python-pkcs11.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from .interface import ModuleError
 __all__ = ["FoundToken", "TokenChoice", "choose"]
 
 _PADDING: Final = " \0"
-"""Cryptoki pads with spaces. Some libraries pad with zero bytes."""
+"""Characters of padding: Cryptoki pads with spaces, and some libraries pad with zero bytes."""
 _MAX_SLOT: Final = 2**64 - 1
 _URI_ATTRIBUTES: Final = {
     "token": "label",
@@ -36,7 +36,7 @@ _ARGUMENTS_INSTEAD: Final = {
 
 
 class FoundToken(NamedTuple):
-    """A token that a library has, with what a caller can choose it by; `token` is python-pkcs11's object."""
+    """A token of a library, with the attributes by which a caller can choose it; `token` is python-pkcs11's object."""
 
     slot: int
     label: str
@@ -52,7 +52,7 @@ class FoundToken(NamedTuple):
 
 
 class TokenChoice(NamedTuple):
-    """What a caller requires of a token: each attribute that is not None."""
+    """The attributes that a caller requires of a token; None means any value."""
 
     label: str | None = None
     serial: str | None = None
@@ -62,7 +62,7 @@ class TokenChoice(NamedTuple):
 
     @classmethod
     def of(cls, *, label: str | None, serial: str | None, slot: int | None, uri: str | None) -> Self:
-        """Return the choice that the arguments of `Pkcs11Module.open` make. Raises ValueError, TypeError."""
+        """Return the choice for the arguments of `Pkcs11Module.open`. Raises ValueError or TypeError."""
         if slot is not None and (isinstance(slot, bool) or not isinstance(slot, int)):
             raise TypeError(f"slot must be an integer, the slot's ID, not {slot!r}")
         if slot is not None and not 0 <= slot <= _MAX_SLOT:
@@ -82,7 +82,7 @@ class TokenChoice(NamedTuple):
         return cls(**required)
 
     def __str__(self) -> str:
-        """Continues "the token": 'app' with serial number '0001' in slot 3."""
+        """Return the words after "the token" in a message: 'app' with serial number '0001' in slot 3."""
         texts = [
             None if self.label is None else repr(self.label),
             None if self.serial is None else f"with serial number {self.serial!r}",
@@ -104,9 +104,9 @@ class TokenChoice(NamedTuple):
 def choose(
     choice: TokenChoice, path: str, tokens: Sequence[FoundToken], other_slots: Callable[[], Mapping[int, str]]
 ) -> Any:
-    """Return python-pkcs11's object of the one token that fits. Raises `ModuleError`, which lists the tokens that there are.
+    """Return python-pkcs11's object of the one token that fits. Raises `ModuleError`, which lists the existing tokens.
 
-    `other_slots` returns the slots that have none of the tokens, each with the reason; it is called only for a message.
+    `other_slots` returns the slots without one of the tokens, each with the reason; it is called only for a message.
     """
     fitting = [found for found in tokens if choice.fits(found)]
     if len(fitting) > 1:
@@ -149,7 +149,7 @@ def _has(found: FoundToken, name: str, value: str | int) -> bool:
 
 
 def _text(argument: str, value: str) -> str:
-    """Return an attribute without its padding. Raises ValueError for an empty one, which would fit every unnamed token."""
+    """Return an attribute without its padding. Raises ValueError for an empty text, which would fit every unnamed token."""
     text = value.strip(_PADDING)
     if not text:
         raise ValueError(f"{argument} must not be empty")
@@ -157,9 +157,9 @@ def _text(argument: str, value: str) -> str:
 
 
 def _read_uri(uri: str) -> dict[str, str | int]:
-    """Return the attributes of a token that a PKCS#11 URI has. Raises ValueError, whose text never has a value of the URI.
+    """Return the attributes of a token in a PKCS#11 URI. Raises ValueError, whose text never contains a value of the URI.
 
-    A value can be a PIN: `pin-value`, or one with a misspelt name.
+    A value can be a PIN: of `pin-value`, or of an attribute with a misspelt name.
     """
     scheme, colon, attributes = uri.partition(":")
     if scheme.lower() != "pkcs11" or not colon:

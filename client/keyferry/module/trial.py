@@ -1,4 +1,4 @@
-"""Tries a token out, when it is opened: what it says that it can do is less than what it does with a throw-away key."""
+"""Tests a token when it is opened: its use of a throw-away key is better evidence than its own list of mechanisms."""
 
 import contextlib
 import os
@@ -22,7 +22,10 @@ _HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
 
 
 def try_out(connection: Connection, public: rsa.RSAPublicKey) -> str:
-    """Import a throw-away key and use it, in the token and here. Give the first WrappingAlgorithm with which that works."""
+    """Import a throw-away key, and use it in the token and in this process. Return the first WrappingAlgorithm that works.
+
+    Raises `ModuleError`.
+    """
     known, refusals = os.urandom(32), []
     for algorithm, digest in _HASHES.items():
         wrapped = public.encrypt(known, padding.OAEP(padding.MGF1(digest), digest, None))
