@@ -43,7 +43,7 @@ __all__ = ["Client"]
 R = TypeVar("R")
 
 _LONGEST_POLL: Final = 3_600.0
-"""Seconds of one call of poll(2), whose timeout is limited. Longer waits take several calls."""
+"""Most seconds of one call of poll(2), whose timeout is limited. Longer waits take several calls."""
 _READABLE: Final = 0x001
 _WRITABLE: Final = 0x004
 """POLLIN and POLLOUT of Linux. A program that replaces the module `select` may have removed them from it."""

@@ -157,7 +157,7 @@ def why_missing(algorithm: str) -> str:
 
 
 def cryptography_failure(error: BaseException) -> str | None:
-    """Return one line for an error by which the `cryptography` package says that its OpenSSL lacks something, else None.
+    """Return one line if the `cryptography` package raised this error because its OpenSSL lacks something, else None.
 
     The package has an OpenSSL of its own, which reads the same configuration. The package may not be importable.
     """

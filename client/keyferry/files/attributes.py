@@ -37,7 +37,7 @@ class Attributes(NamedTuple):
     def apply(self, descriptor: int) -> None:
         """Set the attributes of an open file, as far as the system permits.
 
-        Where the owner or the group cannot be set, mode bits that would have another meaning for another owner or group are dropped.
+        Where the owner or the group cannot be set, the function drops the mode bits that would apply to another owner or group.
         """
         mode = self.mode
         if not _set_owner(descriptor, self.uid, -1):
