@@ -43,7 +43,7 @@ _P: Final = 0xFFFFFFFE_FFFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFF_00000000_FFFFFFFF_FFF
 _B: Final = 0x28E9FA9E_9D9F5E34_4D5A9E4B_CF6509A7_F39789F5_15AB8F92_DDBCBD41_4D940E93
 """The curve of GB/T 32918.5-2017: y² = x³ - 3x + b modulo p."""
 _FIRST_BYTES: Final = {"uncompressed": b"\x04", "compressed": b"\x02\x03", "hybrid": b"\x06\x07"}
-"""First bytes. Hybrid points (y and its parity) are named in errors, not read: no known implementation makes them."""
+"""First bytes of each form. Hybrid points (y and its parity) are named, and not read: no known implementation makes them."""
 _ORDERS: Final = ("C1C3C2", "C1C2C3")
 _C1_SIZES: Final = {"uncompressed": _POINT, "bare": _POINT - 1, "compressed": 1 + _COORDINATE}
 
