@@ -1,10 +1,10 @@
-"""pytest's plugin of keyferry: the fixture `key_agent`, a real agent for the tests of an application.
+"""The pytest plugin of keyferry: the fixture `key_agent`, a real agent for the tests of an application.
 
     def test_an_order_is_encrypted(key_agent):
-        assert Orders(Client()).encrypt(b"...")         # $KEYFERRY_SOCKET leads to the agent
+        assert Orders(Client()).encrypt(b"...")         # $KEYFERRY_SOCKET is the agent's socket
 
-pytest imports this file in every run where keyferry is installed. So it is not in the package, and imports the package when the
-fixture is used first.
+pytest imports this file in every run where keyferry is installed. So the file is not in the package, and imports the package
+only at the first use of the fixture.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def key_agent_aliases() -> Sequence[str]:
-    """The aliases of `key_agent`, each `alias/NAME` or `alias/NAME=KEY_SPEC`. Override this fixture in conftest.py."""
+    """Return the aliases of `key_agent`, each `alias/NAME` or `alias/NAME=KEY_SPEC`. Override this fixture in conftest.py."""
     return ()
 
 
@@ -32,9 +32,9 @@ def _key_agent(key_agent_aliases: Sequence[str]) -> "Iterator[LocalAgent]":
 
 @pytest.fixture
 def key_agent(_key_agent: "LocalAgent", monkeypatch: pytest.MonkeyPatch) -> "Iterator[LocalAgent]":
-    """A `keyferry.testing.LocalAgent`: one for the session, without faults at the start of each test.
+    """Yield the session's `keyferry.testing.LocalAgent`, without faults at the start of each test.
 
-    For the test, $KEYFERRY_SOCKET is its socket.
+    During the test, $KEYFERRY_SOCKET is the agent's socket.
     """
     monkeypatch.setenv("KEYFERRY_SOCKET", _key_agent.socket)
     yield _key_agent

@@ -23,19 +23,19 @@ _shtab_keyferry_commands() {
 
 _shtab_keyferry_call_commands() {
   local _commands=(
-    Decrypt:'Open a CiphertextBlob and return what is in it, in plaintext.'
-    DescribeKey:'Say what a master key is, and what state it is in.'
-    Encrypt:'Encrypt a few bytes, a password or a key say, under the master key.'
+    Decrypt:'Open a CiphertextBlob and return its plaintext.'
+    DescribeKey:'Return the description and the state of a master key.'
+    Encrypt:'Encrypt a few bytes, such as a password or a key, under the master key.'
     ExportDataKey:'Open a CiphertextBlob and return its data key encrypted under a module'"'"'s public key. Never in plaintext.'
     GenerateAndExportDataKey:'Make a data key; return it encrypted under the master key, and under a module'"'"'s public key. Never in plaintext.'
     GenerateDataKey:'Make a data key; return it encrypted under the master key, and in plaintext.'
-    GenerateDataKeyWithoutPlaintext:'Make a data key; return it encrypted under the master key only, for somebody else to open later.'
+    GenerateDataKeyWithoutPlaintext:'Make a data key; return it encrypted under the master key only, for another client to open later.'
     GetAgentHealth:'Return whether the agent answers calls, and why not. For probes: it needs no grant, and has no audit entry.'
-    GetAgentStatus:'Say how the agent is. Needs no grant; with kms:GetAgentStatus it counts connections and requests too.'
+    GetAgentStatus:'Return the state of the agent. Needs no grant; with kms:GetAgentStatus, also counters of connections and requests.'
     ListAliases:'List the aliases of the master keys that the caller has a grant on, a page at a time.'
     ListKeyVersions:'List the versions of a master key, staged ones included, in the order they were made.'
     ListKeys:'List the master keys that the caller has a grant on, a page at a time.'
-    ReEncrypt:'Open a CiphertextBlob and encrypt what is in it under another key, or the same key'"'"'s primary version. Needs `kms:ReEncryptFrom` on the key that opens it, and `kms:ReEncryptTo` on the destination.'
+    ReEncrypt:'Open a CiphertextBlob and encrypt its plaintext under another key, or the same key'"'"'s primary version. Needs `kms:ReEncryptFrom` on the key that opens it, and `kms:ReEncryptTo` on the destination.'
   )
   _describe 'keyferry call commands' _commands
 }

@@ -1,12 +1,12 @@
-"""Keyferry: data keys without ever seeing them, from the key agent of this host.
+"""Client of the Keyferry agent: obtains data keys from the key agent of this host, without ever seeing them.
 
     from keyferry import Client
 
     with Client() as kms:
         made = kms.generate_and_export_data_key(key_id="alias/orders", ...)
 
-Importing this package loads the standard library and msgpack, nothing else. Cryptographic modules are in
-`keyferry.module` (extra `module`).
+Importing this package loads only parts of the standard library and msgpack. Cryptographic modules are in `keyferry.module`
+(extra `module`).
 """
 
 from .client import Client

@@ -1,8 +1,8 @@
 """Seal to a passphrase in the format of age (https://c2sp.org/age, the scrypt recipient), with a chosen work factor.
 
-The work factor of a new file is `WORK_FACTOR`, whatever the machine is doing at that moment. Opening a file accepts every work
-factor up to `MAX_WORK_FACTOR`, and nothing is measured: whether a file opens does not depend on load. The `age` program opens
-these files, and this module opens those of `age -p`, armored ones too.
+The work factor of a new file is `WORK_FACTOR`, regardless of the machine's load. Opening a file accepts every work factor up to
+`MAX_WORK_FACTOR`. The module measures no speed, so whether a file opens does not depend on load. The `age` program opens these
+files, and this module opens those of `age -p`, armored ones too.
 
 A header with a scrypt stanza has exactly that stanza, of fixed lengths, so one regular expression is the whole parser.
 Requires the `cryptography` package (extra `module`).
@@ -58,7 +58,7 @@ _HEADER: Final = re.compile(
     re.escape(_VERSION)
     + rb"-> scrypt (%b{22}) ([1-9][0-9]{0,8})\n(%b{43})\n---(?= (%b{43})\n)" % (_BASE64, _BASE64, _BASE64)
 )
-"""Groups: salt, work factor, wrapped file key, MAC. The match itself is what the MAC covers."""
+"""Groups: salt, work factor, wrapped file key, MAC. The MAC covers the bytes of the whole match."""
 _MAC_LINE_REST: Final = len(b" ") + 43 + len(b"\n")
 _ARMOR_BEGIN: Final = b"-----BEGIN AGE ENCRYPTED FILE-----"
 _ARMOR_END: Final = b"-----END AGE ENCRYPTED FILE-----"
@@ -183,7 +183,7 @@ def _open_payload(file_key: bytearray, payload: memoryview) -> bytearray:
                     view[i * _CHUNK_SIZE : (i + 1) * _CHUNK_SIZE],
                 )
         except InvalidTag:
-            view[:] = bytes(len(view))  # a part of the payload was authentic, and stays secret
+            view[:] = bytes(len(view))  # the chunks decrypted before were authentic, and are secret
             raise PassphraseError("the content is damaged or cut off") from None
     return opened
 

@@ -5,8 +5,8 @@
     async with Client() as kms:
         made = await kms.generate_data_key(key_id="alias/orders")
 
-Tasks share one connection, and their calls are under way at the same time. There is no task in the background and no nursery:
-whoever waits for an answer reads for everybody, and exceptions are the plain ones of the blocking client.
+Tasks share one connection, and their calls are in flight at the same time. The client has no background task and no nursery:
+one of the tasks that wait for answers reads for all of them. Exceptions are those of the blocking client, not in groups.
 """
 
 import os
@@ -45,21 +45,21 @@ __all__ = ["Client"]
 R = TypeVar("R")
 
 _WINDOW: Final = 98_304
-"""Bytes of requests to have under way on one connection: less than a socket's buffer takes (212,992 on Linux)."""
+"""Most bytes of requests in flight on one connection: less than a socket's buffer holds (212,992 on Linux)."""
 _OVERHEAD: Final = 1_024
-"""Bytes of that buffer that a write takes in addition to what is written."""
+"""Bytes of the socket's buffer that each write takes in addition to its data."""
 _OF_ONE_LOOP: Final = frozenset({"_binding", "_connecting", "_connection", "_loop", "_released"})
 """Attributes of a client that a pickle leaves out."""
 
 
 class Client(Operations, Awaiting):
-    """As `keyferry.Client`, for one event loop: safe to share between its tasks, and to cancel at any moment.
+    """A client like `keyferry.Client`, for one event loop. Its tasks can share it, and a call can be cancelled at any time.
 
-    A call from another event loop raises `KeyferryError` until the first one has ended, or has closed the client. A forked
-    child, and a client that was unpickled, connect anew.
+    A call from another event loop raises `KeyferryError` until the first loop has ended, or has closed the client. A forked
+    child and an unpickled client open connections of their own.
 
-    `timeout` is in seconds and bounds one whole call; for a pipeline, the wait for each next part of its answers. `retry`: as
-    for `keyferry.Client`.
+    `timeout` is in seconds and bounds one whole call. For a pipeline, it bounds the wait for each further part of the answers.
+    `retry` is that of `keyferry.Client`.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Client(Operations, Awaiting):
         self._forget()
 
     def _forget(self) -> None:
-        """Start without a connection, and without an event loop."""
+        """Reset to the state without a connection and without an event loop."""
         self._binding = threading.Lock()
         self._loop: tuple[int, Any] | None = None
         self._released = False
@@ -95,14 +95,14 @@ class Client(Operations, Awaiting):
         return f"Client({self._path!r})"
 
     async def aclose(self) -> None:
-        """Close the connection. The client stays usable: the next call opens another."""
+        """Close the connection. The client stays usable: the next call opens a new connection."""
         self._bind()
         async with self._connecting:
             await self._disconnect()
             self._released = True
 
     def _bind(self) -> None:
-        """Take this event loop for the client's own, unless another one is. Raises `KeyferryError`."""
+        """Bind the client to the running event loop. Raises `KeyferryError` if another loop uses the client."""
         try:
             loop = (os.getpid(), anyio.lowlevel.current_token().native_token)
         except RuntimeError:
@@ -127,12 +127,15 @@ class Client(Operations, Awaiting):
             await connection.close()
 
     async def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Send one request by the API's own names and give the result as the agent sent it, for what has no method."""
+        """Send one request by the API's own names and return the result as the agent sent it.
+
+        For operations that have no method.
+        """
         answer: dict[str, Any] = await self._one(Call(operation, dict(params)))
         return answer
 
     async def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
-        """Send many requests at once and give what came of each, as `keyferry.Client.pipeline` does."""
+        """Send many requests together and return the outcome of each, like `keyferry.Client.pipeline`."""
         asked = [Asked.of(call) for call in calls(wanted)]
         if asked:
             await self._exchange(asked)
@@ -151,7 +154,7 @@ class Client(Operations, Awaiting):
         return outcome
 
     async def _exchange(self, asked: Sequence[Asked]) -> None:
-        """Have everything answered. Whatever cannot be done is a `KeyferryError`."""
+        """Send all calls and wait for their answers. Every failure is raised as a `KeyferryError`."""
         self._bind()
         began = anyio.current_time()
         try:
@@ -165,7 +168,7 @@ class Client(Operations, Awaiting):
         logs.answered(asked, anyio.current_time() - began)
 
     async def _repeat(self, asked: Sequence[Asked], patience: anyio.CancelScope) -> None:
-        """Ask as often as the client's `Retry` permits."""
+        """Repeat the calls as often as the client's `Retry` permits."""
         attempts = Attempts(self._retry)
         while True:
             failure = None
@@ -185,7 +188,7 @@ class Client(Operations, Awaiting):
             await anyio.sleep(delay)
 
     async def _attempt(self, asked: Sequence[Asked], patience: anyio.CancelScope) -> None:
-        """Ask on as many connections as it takes."""
+        """Send the calls, on new connections where one is lost. Raises `AgentUnavailable` after `LOST_MOST` losses."""
         lost = done = 0
         try:
             while True:
@@ -195,7 +198,7 @@ class Client(Operations, Awaiting):
                     await self._go(connection, asked, patience)
                     return
                 except ConnectionAbortedError:
-                    pass  # another task was cancelled while it sent: neither the agent's fault nor this task's
+                    pass  # another task was cancelled while it sent; do not count that as a loss
                 except ConnectionError:
                     before, done = done, answered(asked)
                     lost += fresh and done == before
@@ -205,7 +208,7 @@ class Client(Operations, Awaiting):
             raise unreachable(self._path, error) from error
 
     async def _go(self, connection: "_Connection", asked: Sequence[Asked], patience: anyio.CancelScope) -> None:
-        """Ask what is not answered yet, on one connection."""
+        """Send the calls that are not answered yet on one connection, and wait for their answers."""
         for chunk in connection.exchange.chunks(asked):
             await connection.send(chunk)
             self._extend(patience)
@@ -214,7 +217,7 @@ class Client(Operations, Awaiting):
             self._extend(patience)
 
     def _extend(self, patience: anyio.CancelScope) -> None:
-        if not patience.cancel_called:  # else it is too late: the scope has begun to end
+        if not patience.cancel_called:  # after the deadline the scope is being cancelled, and cannot be extended
             patience.deadline = anyio.current_time() + self._timeout
 
     async def _connected(self) -> "_Connection":
@@ -228,7 +231,7 @@ class Client(Operations, Awaiting):
 
 
 class _Sent:
-    """A chunk under way: what it takes of the socket's buffer, and how many of its requests are not answered yet."""
+    """A chunk in flight: its size in the socket's buffer, in bytes, and the number of its unanswered requests."""
 
     __slots__ = ("left", "size")
 
@@ -238,10 +241,10 @@ class _Sent:
 
 
 class _Connection:
-    """One connection, for as many tasks as use it. One of those that wait reads, and wakes the others.
+    """One connection, shared by any number of tasks. One waiting task reads for all, and wakes the others.
 
-    Whoever wants to send waits until there is room: so sending never has to wait for an agent that waits for its answers to be
-    read, while those who would read them wait to send.
+    Sending is limited to a window so that it never blocks: otherwise both ends could block in send, each waiting for the other
+    to read.
     """
 
     def __init__(self, stream: UNIXSocketStream, socket: sockets.socket) -> None:
@@ -253,20 +256,20 @@ class _Connection:
         self._somebody_reads = False
         self._under_way = 0
         self._sent: dict[Pending, _Sent] = {}
-        self._sender = object()  # stands for the one task that waits to send
+        self._sender = object()  # the key in `_waiting` of the one task that waits to send
         self.broken: Exception | None = None
 
     async def close(self) -> None:
-        """Close it; whoever waits for an answer on it is told."""
+        """Close the connection. Tasks that wait for an answer on it raise `AgentUnavailable`."""
         self._fail(AgentUnavailable("the client was closed while the call was under way", retryable=False))
         await self._stream.aclose()
 
     def abandon(self) -> None:
-        """Close it without its event loop, which has ended, or is the parent's of this process."""
+        """Close the connection without its event loop, which has ended, or belongs to the parent process."""
         self._socket.close()
 
     async def send(self, chunk: Chunk) -> None:
-        """Send requests whole. Raises ConnectionError."""
+        """Send a chunk completely, after waiting for the window. Raises ConnectionError."""
         if not chunk.data:
             return
         try:
@@ -289,18 +292,18 @@ class _Connection:
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 self._fail(ConnectionResetError("the agent closed the connection"))
                 self._check()
-            except BaseException:  # cancelled: perhaps half of it was sent, and nobody can go on from there
+            except BaseException:  # cancelled: a part of the chunk may be sent, so the connection is unusable
                 self._fail(ConnectionAbortedError("a request was cut off"))
                 raise
         finally:
             self._sending.release()
 
     async def answer(self, pending: Pending) -> None:
-        """Wait for the answer to a request that was sent. Raises ConnectionError, or what `RpcSession.receive` raises."""
+        """Wait for the answer to a request that was sent. Raises ConnectionError, and the errors of `RpcSession.receive`."""
         await self._until(pending, lambda: pending.response is not None)
 
     async def _until(self, waiter: object, done: Callable[[], bool], unsent: Chunk | None = None) -> None:
-        """Wait until what is read makes `done` true: read, or be woken by whoever does."""
+        """Read until `done` returns True, or wait while another task reads. On failure, withdraw the requests of `unsent`."""
         try:
             while not done():
                 self._check()
@@ -315,7 +318,7 @@ class _Connection:
             raise
         finally:
             self._waiting.pop(waiter, None)
-            if not self._somebody_reads:  # the reader leaves, answered or cancelled: another one takes its place
+            if not self._somebody_reads:  # the reading task ends, answered or cancelled: wake another task to read
                 for event in self._waiting.values():
                     event.set()
                     break
@@ -357,7 +360,7 @@ async def _connect(path: str) -> tuple[UNIXSocketStream, sockets.socket]:
         connection.setblocking(False)
         while True:
             try:
-                connection.connect(path)  # on a Unix socket it never takes time: it succeeds, or there is no room
+                connection.connect(path)  # on a Unix socket, succeeds immediately or finds the queue full
                 break
             except BlockingIOError:
                 await anyio.sleep(CONNECT_STEP)
@@ -368,7 +371,7 @@ async def _connect(path: str) -> tuple[UNIXSocketStream, sockets.socket]:
 
 
 def _has_ended(loop: Any) -> bool:
-    """Whether an event loop will run no more tasks: asyncio's says so, trio's takes no more work."""
+    """Return whether an event loop has ended: asyncio has a method for that, and trio refuses new work."""
     if hasattr(loop, "is_closed"):
         return bool(loop.is_closed())
     try:
@@ -379,4 +382,4 @@ def _has_ended(loop: Any) -> bool:
 
 
 def _nothing() -> None:
-    """Do nothing, in another event loop."""
+    """Do nothing. `_has_ended` passes this function to a trio loop as a trial."""

@@ -1,6 +1,6 @@
-"""Numbers and sockets on the command line, read strictly: Python's own `int` and `float` take more than people write.
+"""Strict parsers of numbers and sockets on the command line: `int` and `float` accept more forms than users intend.
 
-Each function is a `type=` of argparse, and its errors say what is expected.
+Each function is for `type=` of argparse, and its errors name the expected form.
 """
 
 import math
@@ -33,7 +33,7 @@ def seconds(text: str) -> float:
 
 
 def socket(text: str) -> str:
-    """Return the path of a socket, in any form that `exchange.socket_path` accepts."""
+    """Return the path of a socket, in any form that `rpc.socket_path` accepts."""
     try:
         return socket_path(text)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What a CiphertextBlob shows without a key: the hash that identifies it in entries and records, and its data key's size."""
+"""Properties of a CiphertextBlob that need no key: its hash, for audit entries and stored records, and its data key's size."""
 
 import hashlib
 from typing import Final
@@ -8,7 +8,7 @@ from .parameters import decode_base64
 __all__ = ["ciphertext_hash", "data_key_size"]
 
 _OVERHEAD: Final = 117
-"""Bytes that a CiphertextBlob of format 1 is longer than what it encrypts (docs/ciphertext.md)."""
+"""Bytes that a CiphertextBlob of format 1 adds to its plaintext (docs/ciphertext.md)."""
 _FORMAT_BYTE: Final = 36
 _FORMAT: Final = 1
 

@@ -1,4 +1,4 @@
-"""The blocking client: a socket around the codec, with no rules of its own.
+"""The blocking client: a socket around the codec. It checks nothing that the agent checks.
 
 Every method is one operation of `operations`, with its parameters as keyword arguments and its result as a frozen tuple:
 
@@ -43,27 +43,29 @@ __all__ = ["Client"]
 R = TypeVar("R")
 
 _LONGEST_POLL: Final = 3_600.0
-"""Seconds to wait in one go: what poll(2) takes is limited."""
+"""Most seconds of one call of poll(2), whose timeout is limited. Longer waits take several calls."""
 _READABLE: Final = 0x001
 _WRITABLE: Final = 0x004
-"""POLLIN and POLLOUT of Linux, which a program that replaces the module `select` may have removed."""
+"""POLLIN and POLLOUT of Linux. A program that replaces the module `select` may have removed them from it."""
 _OF_ONE_PROCESS: Final = frozenset({"_connection", "_lock", "_poll", "_under_way"})
 """Attributes of a client that a pickle leaves out."""
 
 
 class Client(Operations, Blocking):
-    """A connection to the agent, made at the first call and again when it is lost.
+    """A client with one connection to the agent, which is opened at the first call, and again after it was lost.
 
-    Safe to share between threads (calls take turns) and to keep across a fork (the child connects anew). A client can be
-    pickled, for processes that start otherwise: it carries its path and its timeout, not its connection. `timeout` is in
-    seconds and bounds one whole call, connecting included; for a pipeline, the wait for each next part of its answers.
+    Threads can share a client; it sends one thread's call at a time. After a fork, the child opens its own connection. A
+    client can be pickled, for processes that start in another way: the pickle holds the path and the timeout, not the
+    connection. `timeout` is in seconds and bounds one whole call, connecting included. For a pipeline, it bounds the wait for
+    each further part of the answers.
 
-    Calls raise `KmsError` and its children when the agent refuses, `AgentUnavailable` when nobody answers in time, and
-    `ProtocolError` when what answers is no agent. When a connection that was used before breaks, as after a restart of the
-    agent, what was not answered is asked again on a new one: no operation changes anything in the agent.
+    Calls raise `KmsError` and its subclasses when the agent refuses, `AgentUnavailable` without an answer in time, and
+    `ProtocolError` when the peer does not follow the protocol. When a connection that was used before breaks, as after a
+    restart of the agent, the client sends the unanswered requests again on a new connection. That is safe, because no operation
+    changes anything in the agent.
 
     With `retry`, calls are also repeated after failures that are `retryable`, such as an agent that does not run. Without it,
-    the failure is raised at once.
+    the failure is raised immediately.
     """
 
     def __init__(
@@ -96,21 +98,24 @@ class Client(Operations, Blocking):
         _clients.add(self)
 
     def close(self) -> None:
-        """Close the connection. The client stays usable: the next call opens another."""
+        """Close the connection. The client stays usable: the next call opens a new connection."""
         with self._lock:
             self._disconnect()
 
     def call(self, operation: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Send one request by the API's own names and give the result as the agent sent it, for what has no method."""
+        """Send one request by the API's own names and return the result as the agent sent it.
+
+        For operations that have no method.
+        """
         answer: dict[str, Any] = self._one(Call(operation, dict(params)))
         return answer
 
     def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
-        """Send many requests at once and give what came of each, in their order: its result, or the `KmsError` that refused it.
+        """Send many requests together and return, in their order, the result of each or the `KmsError` that refused it.
 
-        A request is a tuple of `keyferry.operations`, such as `operations.Decrypt(ciphertext_blob=blob)`, whose result is the
-        one that its method gives; or a pair, an operation's name and its parameters by the API's own names, as `call` takes
-        them. Raises what calls raise, but for refusals, and TypeError for what is no request.
+        A request is a tuple of `keyferry.operations`, such as `operations.Decrypt(ciphertext_blob=blob)`; its result is that of
+        the method. Or a request is a pair of an operation's name and its parameters by the API's own names, as for `call`.
+        Raises the same errors as a call, except for refusals, and TypeError for a value that is not a request.
         """
         asked = [Asked.of(call) for call in calls(wanted)]
         if asked:
@@ -130,7 +135,7 @@ class Client(Operations, Blocking):
         return outcome
 
     def _exchange(self, asked: Sequence[Asked]) -> None:
-        """Have everything answered. Whatever cannot be done is a `KeyferryError`."""
+        """Send all calls and wait for their answers. Every failure is raised as a `KeyferryError`."""
         began = time.monotonic()
         try:
             self._repeat(asked, _Deadline(self._timeout))
@@ -140,7 +145,7 @@ class Client(Operations, Blocking):
         logs.answered(asked, time.monotonic() - began)
 
     def _repeat(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
-        """Ask as often as the client's `Retry` permits."""
+        """Repeat the calls as often as the client's `Retry` permits."""
         attempts = Attempts(self._retry)
         while True:
             failure = None
@@ -159,19 +164,23 @@ class Client(Operations, Blocking):
             time.sleep(delay)
 
     def _attempt(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
-        lock = self._lock  # this one: a fork in a signal handler, in the middle of a call, gives the child another
+        lock = (
+            self._lock
+        )  # release this lock: a fork in a signal handler during the call replaces the child's attribute
         if not lock.acquire(timeout=min(deadline.remaining(), threading.TIMEOUT_MAX)):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
             self._persist(asked, deadline)
-        except BaseException as error:  # half an exchange, also a KeyboardInterrupt, leaves a connection nobody can use
+        except (
+            BaseException
+        ) as error:  # a call that was cut off, also by KeyboardInterrupt, leaves the connection unusable
             self._disconnect()
             if isinstance(error, TimeoutError):
                 raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
             if isinstance(error, OSError):
                 raise unreachable(self._path, error) from error
             if isinstance(error, Exception) and not isinstance(error, (KeyferryError, MemoryError)):
-                # Of a program that replaces parts of the standard library: eventlet, gevent.
+                # The error comes from a program that replaces parts of the standard library: eventlet, gevent.
                 raise KeyferryError(
                     f"the client cannot use its socket in this program: {type(error).__name__}: {error}"
                 ) from error
@@ -180,7 +189,7 @@ class Client(Operations, Blocking):
             lock.release()
 
     def _persist(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
-        """Ask on as many connections as it takes."""
+        """Send the calls, on new connections where one is lost. Raises ConnectionError after `LOST_MOST` losses."""
         lost = done = 0
         while True:
             fresh = self._connection is None
@@ -189,15 +198,15 @@ class Client(Operations, Blocking):
                 return
             except ConnectionError:
                 if self._connection is None:
-                    raise  # nobody listens
+                    raise  # no process listens on the socket
                 before, done = done, answered(asked)
                 lost += fresh and done == before
                 if lost == LOST_MOST:
                     raise
-                self._disconnect()  # an agent that was restarted closed the old connection; it may be back
+                self._disconnect()  # a restarting agent closed the old connection; the new agent may listen already
 
     def _go(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
-        """Ask what is not answered yet, on one connection."""
+        """Send the calls that are not answered yet on one connection, and wait for their answers."""
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect(deadline)
@@ -211,7 +220,7 @@ class Client(Operations, Blocking):
                 self._receive(connection, deadline)
 
     def _send(self, connection: sockets.socket, data: bytearray, deadline: "_Deadline") -> None:
-        """Send it all, and read meanwhile: the agent, too, stops reading while its answers are not taken."""
+        """Send all of the data, and read answers meanwhile: the agent stops reading while its answers are not read."""
         sent = _send_some(connection, data)
         if sent == len(data):
             return
@@ -231,7 +240,7 @@ class Client(Operations, Blocking):
             deadline.extend()
 
     def _wait(self, deadline: "_Deadline") -> int:
-        """Wait until something happens on the connection, and say what. Raises TimeoutError."""
+        """Wait until the connection is ready, and return the events of poll(2). Raises TimeoutError."""
         while not (happened := self._poll.poll(math.ceil(min(deadline.left(), _LONGEST_POLL) * 1_000))):
             pass
         return happened[0][1]
@@ -243,7 +252,7 @@ class Client(Operations, Blocking):
         try:
             while True:
                 try:
-                    connection.connect(self._path)  # takes no time on a Unix socket: it succeeds, or there is no room
+                    connection.connect(self._path)  # on a Unix socket, succeeds immediately or finds the queue full
                     break
                 except BlockingIOError:  # the agent's queue of connections is full for now
                     time.sleep(min(CONNECT_STEP, deadline.left()))
@@ -255,10 +264,13 @@ class Client(Operations, Blocking):
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection, self._under_way = None, RpcSession()  # half an answer in it may be a plaintext
+            self._connection, self._under_way = (
+                None,
+                RpcSession(),
+            )  # a partial answer in the old one may hold a plaintext
 
     def _forget(self) -> None:
-        """Start without a connection: in a new client, and in a child after fork, where the parent owns the old one."""
+        """Reset to the state without a connection: in a new client, and in a forked child, as the parent owns the old one."""
         self._lock = threading.Lock()
         self._under_way = RpcSession()
 
@@ -271,7 +283,7 @@ def _send_some(connection: sockets.socket, data: bytearray | memoryview) -> int:
 
 
 class _Select:
-    """As much of select.poll as a client uses, for programs where only select.select is left: eventlet removes poll."""
+    """The part of select.poll that a client uses, on top of select.select. For eventlet, which removes poll."""
 
     def register(self, connection: sockets.socket, events: int) -> None:
         self._connection = connection
@@ -280,7 +292,7 @@ class _Select:
     modify = register
 
     def poll(self, milliseconds: int) -> list[tuple[int, int]]:
-        """Wait until the connection is ready for one of the events. Return which, or nothing after that time."""
+        """Wait until the connection is ready. Return the descriptor and its events, or an empty list after the timeout."""
         wanted = [self._connection]
         writing = wanted if self._events & _WRITABLE else []
         readable, writable, _ = select.select(wanted, writing, [], milliseconds / 1_000)
@@ -289,22 +301,22 @@ class _Select:
 
 
 class _Deadline:
-    """When somebody has waited long enough."""
+    """The time at which a call fails, as it has waited for the client's timeout."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self.extend()
 
     def extend(self) -> None:
-        """Begin again: there was progress."""
+        """Start the timeout again, after progress."""
         self._at = time.monotonic() + self._timeout
 
     def remaining(self) -> float:
-        """Seconds that are left, at least 0."""
+        """Return the seconds that are left, at least 0."""
         return max(self._at - time.monotonic(), 0.0)
 
     def left(self) -> float:
-        """Seconds that are left. Raises TimeoutError when there are none."""
+        """Return the seconds that are left, more than 0. Raises TimeoutError after the deadline."""
         left = self.remaining()
         if not left:
             raise TimeoutError

@@ -1,7 +1,8 @@
-"""What the content of a file looks like: an identity, a key, an age file, a recipient, or text with a byte order mark.
+"""Recognises the kind of a file's content: an identity, a key, an age file, a recipient, or text with a byte order mark.
 
-A passphrase file is judged before something is sealed with it, and a file that opens nothing is named in the message. The
-functions recognise what people confuse. They do not prove that a key is valid, and what they return shows nothing of a secret.
+A passphrase file is checked before a keyring or module is sealed with it. A message about a file that opens nothing names the
+file's kind. The functions recognise files that people confuse. They do not check that a key is valid, and their results contain
+nothing of a secret.
 """
 
 import re
@@ -81,7 +82,7 @@ _PATTERNS: Final = tuple(
         (rb"(?:^|[\s\"'=])age1[a-z0-9]{6,}", RECIPIENT),
     )
 )
-"""The first pattern that the content contains decides: secrets before public keys, and kinds before their families."""
+"""The first pattern that the content contains decides. So secrets precede public keys, and kinds precede their families."""
 _SSH_TYPE: Final = re.compile(rb"(?:sk-)?(?:ssh|ecdsa)-[A-Za-z0-9_.@-]+(?=\s+AAAA)")
 _OPENSSH_BODY: Final = re.compile(rb"-----BEGIN OPENSSH PRIVATE KEY-----([A-Za-z0-9+/=\s]*)")
 _OPENSSH_MAGIC: Final = b"openssh-key-v1\0"
@@ -102,7 +103,7 @@ _SHAPES: Final = (
     (b"\x30\x04", ENCRYPTED_KEY),  # PKCS #8 EncryptedPrivateKeyInfo
     (b"\x30\x30\x03", CERTIFICATE),  # also a request for one
 )
-"""The tags inside the outer SEQUENCE, from the first one on. The first two are whole."""
+"""The first tags inside the outer SEQUENCE. The first `_WHOLE` entries list all of the tags."""
 _WHOLE: Final = 2
 _SEQUENCE: Final = 0x30
 _LONG: Final = 0x80
@@ -111,13 +112,13 @@ _MAX_TAGS: Final = 16
 
 
 class Resemblance(NamedTuple):
-    """What a content looks like: one of the constants above, and details of it for a message."""
+    """The kind that a content resembles, one of the constants above, with details for a message."""
 
     kind: str
     key_type: str = ""
-    """Of an SSH key, where it can be read: "ecdsa-sha2-nistp256"."""
+    """The type of an SSH key, where it can be read, such as "ecdsa-sha2-nistp256"; else empty."""
     encrypted: bool = False
-    """Whether a private key is encrypted with a passphrase."""
+    """True for a private key that is encrypted with a passphrase."""
 
     def __str__(self) -> str:
         details = [f"type {self.key_type}"] if self.key_type else []
@@ -127,7 +128,7 @@ class Resemblance(NamedTuple):
 
 
 def byte_order_mark(content: bytes) -> str | None:
-    """Return the encoding whose byte order mark the content begins with, and None where it begins with none."""
+    """Return the encoding of the byte order mark at the beginning of the content, or None if it has no such mark."""
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             return encoding
@@ -135,7 +136,7 @@ def byte_order_mark(content: bytes) -> str | None:
 
 
 def resemblance(content: bytes) -> Resemblance | None:
-    """Return what a content looks like, and None for any other content, such as a passphrase."""
+    """Return the kind that a content resembles, and None for any other content, such as a passphrase."""
     if whole := der_kind(content):
         return Resemblance(whole)
     encoding = byte_order_mark(content)
@@ -180,7 +181,7 @@ def _tags(der: bytes) -> bytes:
 
 
 def _content(der: bytes, at: int) -> tuple[int, int]:
-    """Return where the content of the element at `at` begins, and where it ends, perhaps behind the end of the bytes."""
+    """Return the start and the end of the content of the element at `at`. The end may exceed the length of the bytes."""
     length = der[at + 1] if at + 1 < len(der) else len(der)
     if length < _LONG:
         return at + 2, at + 2 + length
@@ -205,5 +206,5 @@ def _with_details(kind: str, content: bytes) -> Resemblance:
 
 
 def _known(key_type: str) -> str:
-    """Return a type that OpenSSH has, and nothing for another: it is text of a file that may be a secret."""
+    """Return a key type of OpenSSH unchanged, and an empty text for any other: that is text of a file that may be a secret."""
     return key_type if key_type in _SSH_TYPES else ""

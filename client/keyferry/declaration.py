@@ -1,7 +1,7 @@
-"""What the declaration of an operation is, and what follows from it: its checks, its action, and a method of each client.
+"""Declares operations. A declaration provides the checks of an operation, its action, and a method of each client.
 
-A request is a tuple whose fields are typed by `parameters`; a field without a default is required. A result is a tuple of what
-the answer holds, tuples in it included. Fields have the API's names in snake_case: `key_id` is KeyId on the wire.
+A request is a tuple whose fields are typed by `parameters`; a field without a default is required. A result is a tuple of the
+answer's fields, which can be tuples too. Fields have the API's names in snake_case: `key_id` is KeyId on the wire.
 """
 
 import functools
@@ -18,25 +18,25 @@ R = TypeVar("R")
 
 
 class Blocking(ABC):
-    """A caller whose methods give the result."""
+    """A client whose methods block and return the result."""
 
     @abstractmethod
     def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
-        """Ask, and give the result."""
+        """Send the request and return the result."""
 
 
 class Awaiting(ABC):
-    """A caller whose methods are coroutines."""
+    """A client whose methods are coroutines."""
 
     @abstractmethod
     async def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
-        """Ask, and give the result."""
+        """Send the request and return the result."""
 
 
 class Operation(Generic[P, R]):
-    """One operation: its `name`, the `request` and `result` that declare it, and what follows from them.
+    """One operation: its `name`, the `request` and `result` that declare it, and the attributes derived from them.
 
-    As an attribute of a client's class it is a method, which takes the request's fields as keyword arguments.
+    As an attribute of a client's class, an operation is a method that takes the request's fields as keyword arguments.
     """
 
     def __init__(self, request: Callable[P, Any], result: type[R]) -> None:
@@ -56,7 +56,7 @@ class Operation(Generic[P, R]):
 
     @property
     def doc(self) -> str:
-        """What the operation does, in a sentence or two."""
+        """The description of the operation, in a sentence or two."""
         return self.request.__doc__ or ""
 
     def __repr__(self) -> str:
@@ -75,19 +75,19 @@ class Operation(Generic[P, R]):
         if caller is None:  # Client.decrypt, as pydoc reads it
             return self
 
-        return MethodType(self, caller)  # as functions do: made for each call, so nothing else is
+        return MethodType(self, caller)  # Python binds functions so too; this is made at each call, so keep it cheap
 
     def __call__(self, caller: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
-        """Have a caller do it: what its method does."""
+        """Perform the operation with a client. The client's method calls this."""
         if args:
             raise TypeError("parameters of an operation are keyword arguments")
         return caller._operate(self, self.request(*args, **kwargs))
 
     def check(self, params: Mapping[str, Any]) -> Values:
-        """Check a request's parameters and give them in canonical form.
+        """Check a request's parameters and return them in canonical form.
 
-        Raises `MissingParameter` or `InvalidParameter`, with the name. An unknown name is refused: a misspelt
-        EncryptionContext must never be ignored. None counts as absent.
+        Raises `MissingParameter` or `InvalidParameter`, with the parameter's name. An unknown name is refused, so that a
+        misspelt EncryptionContext is never ignored. None counts as absent.
         """
         checked: dict[str, Any] = {}
         for name, value in params.items():
@@ -105,7 +105,7 @@ class Operation(Generic[P, R]):
 
 @functools.cache
 def wire_name(field: str) -> str:
-    """The API's name of a field: key_id -> KeyId."""
+    """Return the API's name of a field: KeyId for key_id."""
     return "".join(part.capitalize() for part in field.split("_"))
 
 
@@ -113,7 +113,7 @@ def wire_name(field: str) -> str:
 
 
 def request_to_wire(request: Any) -> dict[str, Any]:
-    """The parameters of a request tuple as they travel; what is absent or false does not."""
+    """Return the parameters of a request tuple as a map for the wire, without those that are None or False."""
     return {
         name: value
         for name, value in zip(_wire_names(type(request)), request, strict=True)  # type: ignore[arg-type]  # types are hashable
@@ -122,7 +122,7 @@ def request_to_wire(request: Any) -> dict[str, Any]:
 
 
 def result_to_wire(result: Any) -> dict[str, Any]:
-    """A result tuple as it travels: nested tuples become maps and arrays, None is left out."""
+    """Return a result tuple as a map for the wire: nested tuples become maps and arrays, and None is left out."""
     return {
         name: _to_wire(value) if isinstance(value, tuple) else value
         for name, value in zip(_wire_names(type(result)), result, strict=True)  # type: ignore[arg-type]  # types are hashable
@@ -140,9 +140,9 @@ def _to_wire(value: Any) -> Any:
 
 
 def result_from_wire(kind: type[Any], answer: Mapping[str, Any]) -> Any:
-    """Make the result tuple `kind` of an answer. Fields it does not know are ignored: a newer agent may send more.
+    """Return the result tuple `kind` from an answer. Unknown fields are ignored, because a newer agent may send more.
 
-    Raises KeyError when the answer lacks a field, TypeError when one is not what it should be.
+    Raises KeyError when the answer lacks a field, and TypeError for a field of another type.
     """
     values: dict[str, Any] = {}
     for field, name, needed, plain, make in _plan(kind):  # type: ignore[arg-type]  # types are hashable
@@ -155,7 +155,7 @@ def result_from_wire(kind: type[Any], answer: Mapping[str, Any]) -> Any:
 
 
 class _Field(NamedTuple):
-    """How one field of a result is made: its name on the wire, what it has to be, and what is made of it."""
+    """How to convert one field of a result: its name on the wire, its plain type if it has one, and its conversion."""
 
     field: str
     name: str
@@ -166,7 +166,7 @@ class _Field(NamedTuple):
 
 @functools.cache
 def _plan(kind: type[Any]) -> tuple[_Field, ...]:
-    """What there is to know of a result, looked up in its declaration once: that takes longer than an answer."""
+    """Return how to convert each field of a result. Cached: reading the declaration takes longer than an answer."""
     return tuple(
         _Field(
             field,

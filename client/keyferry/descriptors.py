@@ -1,8 +1,8 @@
 """Paths that lead to open descriptors: /dev/stdout, /dev/fd/N, /proc/self/fd/N and symlinks to them.
 
-Such a path is not a place in a folder. The file behind it may be a log that a shell goes on writing to, and replacing the file
-would lose the log. Opening the path would be wrong too, because the new descriptor has an offset of its own. So the
-descriptor itself is used, as for `-`.
+Such a path is not a place in a folder. The file behind it may be a log that a shell keeps writing to, and replacing the file
+would lose the log. Opening the path would be wrong too, because the new descriptor would have its own offset. So the commands
+use the descriptor itself, as for `-`.
 """
 
 import errno
@@ -25,7 +25,7 @@ _ANY_LINK_MODE: Final = 0o777
 
 
 def find(path: str | os.PathLike[str]) -> int | None:
-    """Return the descriptor of this process that a path leads to, and None for a path that leads to none.
+    """Return the descriptor of this process that a path leads to, and None for any other path.
 
     Raises OSError for a path to a descriptor that is not open, or to one of another process.
     """
@@ -36,7 +36,7 @@ def find(path: str | os.PathLike[str]) -> int | None:
     with suppress(OSError):
         if _is_same(os.stat(link), descriptor):
             return descriptor
-    # Another process's descriptor, or a path through its folder. A shell's (/proc/$$/fd/1) is often one that was inherited.
+    # The path leads to a descriptor of another process. A shell's descriptor (/proc/$$/fd/1) was often inherited from it.
     with suppress(OSError):
         status = os.stat(link)
         for inherited in (0, *_OUTPUTS):
@@ -46,7 +46,7 @@ def find(path: str | os.PathLike[str]) -> int | None:
 
 
 def find_output(path: str | os.PathLike[str]) -> int | None:
-    """Return the descriptor that a path to be written to leads to; or standard output or error, where it names the same file.
+    """Return the descriptor that an output path leads to, or standard output or error if the path names the same file.
 
     Returns None for a place in a folder. Raises OSError for a descriptor of another process, or one that cannot be written to.
     """
@@ -63,7 +63,7 @@ def find_output(path: str | os.PathLike[str]) -> int | None:
 
 
 def open_to_read(path: str | os.PathLike[str], *, buffering: int = -1) -> BinaryIO:
-    """Open a file to read. A path that leads to a descriptor is read from where that descriptor is. Raises OSError."""
+    """Open a file to read. A path to a descriptor is read from that descriptor's offset. Raises OSError."""
     descriptor = find(path)
     if descriptor is None:
         return open(path, "rb", buffering=buffering)

@@ -1,13 +1,13 @@
-"""What can go wrong, and who is to blame: codes, statuses and texts on the wire, exceptions in Python.
+"""The errors of both packages: codes, statuses and texts on the wire, and exceptions in Python.
 
-Three families, told apart by what the caller can do:
+Three families differ in the action that the caller can take:
 
-* `AgentUnavailable`: nobody answered. The agent is down, or out of reach for this user. Retry.
-* `ProtocolError`: the bytes made no sense. One of the two ends has a bug, or is not what it seems. Do not retry.
-* `KmsError`: the agent understood and refused. Its `code` is one of the cloud's, so is what it means.
+* `AgentUnavailable`: the agent did not answer. It is down, or this user cannot reach it. Retry.
+* `ProtocolError`: bytes did not follow the protocol. One end has a bug, or is not the expected program. Do not retry.
+* `KmsError`: the agent understood the request and refused it. Its `code` and the code's meaning are the cloud's.
 
-Every exception has `retryable`: whether the same call may succeed later. A repeated call is always safe, because no operation
-changes anything in the agent: a call that was executed twice leaves one more audit entry, and a data key that is not used.
+Every exception has `retryable`: True if the same call may succeed later. A repeated call is always safe, because no operation
+changes anything in the agent. A call that was executed twice leaves one more audit entry, and a data key that is not used.
 """
 
 from typing import Final, NamedTuple
@@ -33,15 +33,15 @@ __all__ = [
 
 
 class KeyferryError(Exception):
-    """Base of everything this package raises on purpose. `retryable`: whether the same call may succeed later."""
+    """Base class of this package's own exceptions. `retryable` is True if the same call may succeed later."""
 
     retryable = False
 
 
 class AgentUnavailable(KeyferryError):
-    """Nobody answered: no socket, no listener, no permission on it, or no answer in time. Safe to retry.
+    """The agent did not answer: no socket, no listener, no permission on it, or no answer in time. Safe to retry.
 
-    `retryable` is False where time alone changes nothing: this user may not open the socket, or the path is not a socket.
+    `retryable` is False where waiting does not help: this user may not open the socket, or the path is not a socket.
     """
 
     def __init__(self, message: str = "", *, retryable: bool = True) -> None:
@@ -50,8 +50,9 @@ class AgentUnavailable(KeyferryError):
 
 
 class ProtocolError(KeyferryError):
-    """Bytes that are not the protocol: a bug at one end, or a peer that is not what it seems. Unlike `KmsError`, the
-    connection is of no further use.
+    """Bytes did not follow the protocol: one end has a bug, or is not the expected program.
+
+    Unlike after a `KmsError`, the connection cannot be used again.
     """
 
 
@@ -70,11 +71,11 @@ class KmsError(KeyferryError):
 
 
 class AccessDenied(KmsError):
-    """No grant allows this caller to do this. The operator decides; retrying does not help."""
+    """No grant allows the caller this operation. Retrying does not help; the operator has to add a grant."""
 
 
 class NotFound(KmsError):
-    """No such operation, key, alias or key version."""
+    """The operation, key, alias or key version does not exist."""
 
 
 class InvalidRequest(KmsError):
@@ -90,23 +91,26 @@ class Throttled(KmsError):
 
     retryable = True
     retry_after = 1.0
-    """Seconds in which the agent's allowance of requests for one user fills up: it is a number of requests per second."""
+    """Seconds until the agent's allowance of requests for one user is full again. The allowance is per second."""
 
 
 class ServiceUnavailable(KmsError):
-    """The agent cannot do it now, for example because its audit log cannot be written. Retry; the operator has to help."""
+    """The agent cannot serve the request now, for example because its audit log cannot be written.
+
+    Retry; the operator has to remove the cause.
+    """
 
     retryable = True
 
 
 class InternalFailure(KmsError):
-    """Something failed inside the agent: a bug, or a fault of its host. Its log has the RequestId. Retry, and report."""
+    """The agent failed, through a bug or a fault of its host. Its log contains the RequestId. Retry, and report the failure."""
 
     retryable = True
 
 
 class DryRun(KmsError):
-    """The answer to a call with DryRun, which never succeeds: `code` says what the call would have done."""
+    """The answer to a call with DryRun, which never succeeds. `code` is the outcome that the call would have had."""
 
 
 class _Code(NamedTuple):
@@ -115,7 +119,7 @@ class _Code(NamedTuple):
     raises: type[KmsError]
 
 
-# Texts and statuses are the ones the cloud documents. The three of DryRun have no documented status or text.
+# Texts and statuses are those that the cloud documents. It documents neither for the three codes of DryRun.
 CODES: Final[dict[str, _Code]] = {
     "MissingParameter": _Code(400, 'The parameter "{}" is needed but not provided.', InvalidRequest),
     "InvalidParameter": _Code(400, "The specified parameter is not valid.", InvalidRequest),
@@ -146,9 +150,9 @@ CODES: Final[dict[str, _Code]] = {
 def kms_error(
     code: str, why: str = "", *, message: str | None = None, request_id: str = "", http_status: int = 0
 ) -> KmsError:
-    """Make the exception that stands for `code`: its documented text, then `why` as a further sentence.
+    """Return the exception for `code`. Its message is the documented text, then `why` as a further sentence.
 
-    `message` replaces the text altogether: for errors that come from the wire. An unknown code gives a plain `KmsError`.
+    `message` replaces the whole text, for errors from the wire. For an unknown code, the function returns a plain `KmsError`.
     """
     known = CODES.get(code)
     raises = known.raises if known else KmsError
@@ -159,10 +163,10 @@ def kms_error(
 
 
 def invalid_parameter(name: str, why: str) -> KmsError:
-    """Make the `InvalidParameter` that names the parameter and says why it was refused."""
+    """Return the `InvalidParameter` error with the parameter's name and the reason."""
     return kms_error("InvalidParameter", f"{name}: {why}")
 
 
 def missing_parameter(name: str) -> KmsError:
-    """Make the `MissingParameter` that names the parameter."""
+    """Return the `MissingParameter` error with the parameter's name."""
     return kms_error("MissingParameter", message=CODES["MissingParameter"].message.format(name))

@@ -1,6 +1,6 @@
-"""How both commands end: the last net under every subcommand, so that no user sees a traceback.
+"""Ends both commands: catches every exception of a subcommand, so that no user sees a traceback.
 
-A command has its own messages for what it expects. What it does not expect ends here, in one line and an exit code.
+A command has its own messages for the errors that it expects. Every other error becomes one line and an exit code here.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ _NOT_DONE: Final = 1
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:
-    """Run a command and return its exit code, whatever it raises; print at most one line about what it raised.
+    """Run a command and return its exit code. For an exception, print at most one line and return a code for it.
 
-    SystemExit passes, because argparse ends a command with it.
+    SystemExit is not caught, because argparse ends a command with it.
     """
     try:
         code = run()
@@ -39,7 +39,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
 
 
 def parse(program: str, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
-    """Parse arguments. What --help and --version print goes to standard output as every other result does."""
+    """Parse arguments. Print the texts of --help and --version with `output.show`, like every other result."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -51,7 +51,7 @@ def parse(program: str, parser: ArgumentParser, argv: Sequence[str] | None) -> N
 
 
 def reason(error: OSError) -> str:
-    """Return what a person reads about an error of the system: the file's name, if it has one, and why."""
+    """Return the message for an OSError: the file's name, if the error has one, and the reason."""
     why = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
         if isinstance(error, FileNotFoundError) and not _has_working_folder():
@@ -101,7 +101,7 @@ def _place(error: BaseException) -> str:
 
 
 def _trace(error: BaseException) -> None:
-    # Neither the exception's text nor those of its causes: they may hold what must not be printed.
+    # Do not print the texts of the exception and its causes: they may contain secrets.
     if os.environ.get(TRACEBACK) == "1":
         with contextlib.suppress(OSError):
             print("".join(traceback.format_tb(error.__traceback__)), end="", file=sys.stderr)

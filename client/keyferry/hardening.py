@@ -1,7 +1,7 @@
-"""What a process does before it touches a key, shared by the agent and by every command that opens a keyring or a module.
+"""Hardens a process before it handles a key. The agent, and every command that opens a keyring or a module, use it.
 
-The steps change the whole process. So only the commands take them, never the library: an application that opens a
-`SoftwareModule` decides for itself.
+The steps change the whole process. So only the commands perform them, never the library: an application that opens a
+`SoftwareModule` makes its own choice.
 """
 
 import ctypes
@@ -29,11 +29,12 @@ _ALL_USERS: Final = ["0", "0", "4294967295"]
 _PROBE: Final = 200
 _CLEARED: Final = "KEYFERRY_CLEARED"
 _CLEARING: Final = {
-    # Libraries free padded messages and intermediate keys as they are, and Python its strings. With these settings glibc
-    # overwrites everything that is freed. glibc's caches per thread would bypass that, and so would Python's own allocator.
+    # Libraries free padded messages and intermediate keys without wiping them, and Python does so with strings. With these
+    # settings, glibc overwrites all memory that is freed. glibc's caches per thread, and Python's own allocator, would bypass
+    # that.
     "GLIBC_TUNABLES": "glibc.malloc.perturb=85:glibc.malloc.tcache_count=0",
     "PYTHONMALLOC": "malloc",
-    # The first call of a library's function, bound when it is made, saves the vector registers on the stack: with the round
+    # With lazy binding, the first call of a library's function saves the vector registers on the stack. They hold the round
     # keys that AES has just used.
     "LD_BIND_NOW": "1",
 }
@@ -49,12 +50,12 @@ def clear_freed_memory() -> None:
             os.environ.pop(name, None)
         return
     environment = {**os.environ, **_CLEARING, _CLEARED: str(os.getpid())}
-    with suppress(OSError):  # a process that continues without it finds out by `clears_freed_memory`
+    with suppress(OSError):  # on failure the process continues, and `clears_freed_memory` returns False
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this very program
 
 
 def clears_freed_memory() -> bool:
-    """Return whether freed memory is overwritten, as seen at a Python object that was just freed."""
+    """Return whether freed memory is overwritten. The function frees a Python object and reads its memory."""
     probe = b"A" * _PROBE
     address = id(probe) + sys.getsizeof(b"")
     del probe

@@ -1,10 +1,10 @@
 """The system's libcrypto, by ctypes: public-key encryption (EVP_PKEY) from buffer to buffer. The only file that calls it.
 
-Why not the `cryptography` package: it has no SM2, and its RSA takes only `bytes`, which cannot be wiped. Here the
-plaintext is read from, and written to, whatever writable buffer the caller owns.
+The `cryptography` package does not suffice: it lacks SM2, and its RSA accepts only `bytes`, which cannot be wiped. Here the
+plaintext is read from, and written to, a writable buffer of the caller.
 
-Nothing is trusted to libcrypto that it does not check: it accepts trailing bytes, other curves and explicit parameters in
-a public key, so callers parse keys strictly first. Needs OpenSSL 3.0 or newer (Debian 12, Alpine 3.17, Ubuntu 22.04).
+libcrypto accepts trailing bytes, other curves and explicit parameters in a public key. So callers parse keys strictly before
+they load them. Needs OpenSSL 3.0 or newer (Debian 12, Alpine 3.17, Ubuntu 22.04).
 """
 
 import ctypes
@@ -46,16 +46,16 @@ _TRIAL_KEY: Final = (
     + (2**2048 - 159).to_bytes(256, "big")
     + bytes.fromhex("0203010001")
 )
-"""A public key of RSA, with a modulus that has not been factored: for trying out encryption."""
+"""A public key of RSA, whose modulus has not been factored. It serves to try out encryption."""
 
 
 class LibcryptoError(Exception):
-    """libcrypto is missing or too old, or refused what it was given. Says nothing of the data."""
+    """libcrypto is missing or too old, or refused its input. The message contains nothing of the data."""
 
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Load the library once. Raises `LibcryptoError` where there is none, or one older than 3.0."""
+    """Load the library once, and return it. Raises `LibcryptoError` if it is missing, or older than 3.0."""
     for name in _NAMES:
         try:
             library = ctypes.CDLL(name)
@@ -111,19 +111,19 @@ def load() -> ctypes.CDLL:
 
 
 def version() -> str:
-    """The library's own name and version, for the log."""
+    """Return the library's name and version, for the log."""
     name: bytes = load().OpenSSL_version(0)
     return name.decode()
 
 
 def configuration() -> str:
-    """Return how a message names the configuration of OpenSSL: by the environment variable that chooses the file."""
+    """Return the name of OpenSSL's configuration for a message: the environment variable that chooses the file."""
     path = os.environ.get(_CONFIGURATION)
     return f"{_CONFIGURATION}={path}" if path else f"{_CONFIGURATION} is not set: the system's openssl.cnf"
 
 
 def offers(algorithm: str) -> bool:
-    """Whether this libcrypto, as it is configured, has keys of a type: "RSA", "SM2"."""
+    """Return whether this libcrypto, as it is configured, supports keys of a type: "RSA", "SM2"."""
     library = load()
     found = library.EVP_KEYMGMT_fetch(None, algorithm.encode(), None)
     if found:
@@ -135,7 +135,7 @@ def offers(algorithm: str) -> bool:
 def why_missing(algorithm: str) -> str:
     """Return why this libcrypto does not offer an algorithm ("RSA", "SM2", "SHA-1"): its configuration, or its build.
 
-    A library context of its own has no configuration, and so offers what was built.
+    A new library context has no configuration, and so offers every algorithm that was built.
     """
     library = load()
     context = library.OSSL_LIB_CTX_new()
@@ -157,7 +157,7 @@ def why_missing(algorithm: str) -> str:
 
 
 def cryptography_failure(error: BaseException) -> str | None:
-    """Return one line for an error by which the `cryptography` package says that its OpenSSL lacks something, else None.
+    """Return one line if the `cryptography` package raised this error because its OpenSSL lacks something, else None.
 
     The package has an OpenSSL of its own, which reads the same configuration. The package may not be importable.
     """
@@ -179,10 +179,10 @@ class Key:
     def __init__(self, pkey: int) -> None:
         self._library = load()
         self._pkey = pkey
-        # Contexts that were set up and are used by nobody now: to set one up, libcrypto looks every algorithm up by its name,
-        # which takes as long as RSA itself. A list gives each to one thread only.
+        # Contexts that are set up and not in use. To set one up, libcrypto looks up every algorithm by its name, which takes
+        # as long as RSA itself. list.pop is atomic, so that one thread only uses a context at a time.
         self._contexts: dict[tuple[str, Options], list[_Context]] = {}
-        # What RSA makes is as long as its modulus. What SM2 makes, libcrypto says for each plaintext.
+        # An RSA ciphertext is as long as the modulus. libcrypto returns the length of an SM2 ciphertext for each plaintext.
         self._size = self._library.EVP_PKEY_get_size(pkey) if self.is_a(_RSA) else 0
 
     def __del__(self) -> None:
@@ -195,7 +195,7 @@ class Key:
         return "Key(...)"
 
     def is_a(self, name: bytes) -> bool:
-        """Whether this is a key of the named type: b"RSA", b"SM2"."""
+        """Return whether this is a key of the named type: b"RSA", b"SM2"."""
         return bool(self._library.EVP_PKEY_is_a(self._pkey, name) == 1)
 
     def encrypt(self, plaintext: Buffer, options: Options = ()) -> bytes:
@@ -203,7 +203,10 @@ class Key:
         return self.encryptor(options)(plaintext)
 
     def encryptor(self, options: Options = ()) -> Callable[[Buffer], bytes]:
-        """What encrypts a buffer's bytes, at least one, for as many buffers as there are. Raises `LibcryptoError`."""
+        """Return a function that encrypts a buffer's bytes, at least one, and is reusable for any number of buffers.
+
+        The function raises `LibcryptoError`.
+        """
         function, size = self._library.EVP_PKEY_encrypt, self._size
         contexts = self._contexts.setdefault(("encrypt", options), [])
 
@@ -212,7 +215,7 @@ class Key:
             pointer, out, out_address, used, used_address = context
             given, address = len(plaintext), _reference(plaintext) if plaintext else None
             used.value = size
-            # libcrypto's SM2 does not look at the size of the output that it is given: it is as large as it says itself.
+            # libcrypto's SM2 does not check the size of the output buffer. So the buffer has the size that libcrypto returned.
             if not given or (not size and function(pointer, None, used_address, address, given) <= 0):
                 raise self._failed("encrypt", context)
             if not size:
@@ -226,10 +229,10 @@ class Key:
         return encrypt
 
     def decrypt_into(self, ciphertext: Buffer, out: Buffer, options: Options = ()) -> int:
-        """Decrypt into `out`, and give the number of bytes written there. Raises `LibcryptoError`, whatever is wrong."""
+        """Decrypt into `out`, and return the number of bytes written. Raises the same `LibcryptoError` for every fault."""
         contexts = self._contexts.setdefault(("decrypt", options), [])
         context, used = self._context("decrypt", options, contexts), c_size_t(len(out))
-        # To libcrypto, no output means "how much would it be?": never a way to succeed here.
+        # Without an output buffer, libcrypto would return the length and succeed. Here, an empty buffer is an error.
         if not (ciphertext and out) or (
             self._library.EVP_PKEY_decrypt(
                 context.pointer, _address(out), byref(used), _address(ciphertext), len(ciphertext)
@@ -241,11 +244,11 @@ class Key:
         return used.value
 
     def decrypt_oaep_into(self, ciphertext: Buffer, padded: Buffer, out: Buffer, digest: bytes) -> int:
-        """Decrypt RSAES-OAEP (RFC 8017; MGF1 with the same hash, empty label) into `out`, and give the number of bytes.
+        """Decrypt RSAES-OAEP (RFC 8017; MGF1 with the same hash, empty label) into `out`, and return the number of bytes.
 
-        In two steps, because in one libcrypto frees the padded message, from which anybody could read the plaintext, as it
-        is: here it stays in `padded`, as long as the modulus, which the caller wipes. Raises `LibcryptoError`, whatever is
-        wrong.
+        The decryption takes two steps. In one step, libcrypto would free the padded message, which shows the plaintext, without
+        wiping it. Here the message stays in `padded`, a buffer as long as the modulus, which the caller wipes. Raises the same
+        `LibcryptoError` for every fault.
         """
         size = self.decrypt_into(ciphertext, padded, ((b"rsa_padding_mode", b"none"),))
         library = self._library
@@ -259,11 +262,11 @@ class Key:
         return plaintext
 
     def public_der(self) -> bytes:
-        """The public half as DER SubjectPublicKeyInfo."""
+        """Return the public key as DER SubjectPublicKeyInfo."""
         return bytes(_der(self._library.i2d_PUBKEY, self._pkey))
 
     def private_der(self) -> bytearray:
-        """The private key as DER PKCS #8 PrivateKeyInfo, in a buffer that the caller wipes."""
+        """Return the private key as DER PKCS #8 PrivateKeyInfo, in a buffer that the caller wipes. Raises `LibcryptoError`."""
         info = self._library.EVP_PKEY2PKCS8(self._pkey)
         if not info:
             raise LibcryptoError("the key has no private half")
@@ -301,7 +304,7 @@ class Key:
 
 
 class _Context(NamedTuple):
-    """What libcrypto calls a context, and what it writes to: one thread's at a time."""
+    """A context of libcrypto and its output buffers. One thread uses it at a time."""
 
     pointer: c_void_p
     out: bytearray
@@ -335,7 +338,7 @@ def generate_rsa_2048() -> Key:
 
 
 def generate_sm2() -> Key:
-    """Generate an SM2 key pair. Raises `LibcryptoError` where this libcrypto has no SM2 (Fedora and RHEL build it out)."""
+    """Generate an SM2 key pair. Raises `LibcryptoError` where this libcrypto lacks SM2 (Fedora and RHEL build without it)."""
     pkey = load().EVP_PKEY_Q_keygen(None, None, _SM2) if has_sm2() else None
     if not pkey:
         raise LibcryptoError(f"no key is generated without SM2: {why_missing('SM2')} ({configuration()})")
@@ -344,7 +347,7 @@ def generate_sm2() -> Key:
 
 @functools.cache
 def has_oaep(digest: bytes) -> bool:
-    """Whether this libcrypto encrypts with RSAES-OAEP and a hash: tried, not guessed from its version."""
+    """Return whether this libcrypto encrypts with RSAES-OAEP and a hash. The function tries it: the version does not tell."""
     try:
         public_key(_TRIAL_KEY).encrypt(bytearray(1), oaep(digest))
     except LibcryptoError:
@@ -354,7 +357,7 @@ def has_oaep(digest: bytes) -> bool:
 
 @functools.cache
 def has_sm2() -> bool:
-    """Whether this libcrypto knows SM2: tried, not guessed from its version."""
+    """Return whether this libcrypto supports SM2. The function generates a key to find out: the version does not tell."""
     library = load()
     pkey = library.EVP_PKEY_Q_keygen(None, None, _SM2)
     if not pkey:
@@ -380,7 +383,7 @@ def _der(encode: Any, thing: int) -> bytearray:
     if size <= 0:
         raise LibcryptoError("libcrypto could not encode the key")
     out = bytearray(size)
-    cursor = c_void_p(_address(out))  # libcrypto moves it behind what it wrote
+    cursor = c_void_p(_address(out))  # libcrypto moves the pointer to the end of its output
     encode(thing, byref(cursor))
     return out
 

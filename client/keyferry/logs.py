@@ -1,10 +1,10 @@
-"""What the clients log: the logger `keyferry` of the standard library, one line for each call.
+"""The clients' log: one line for each call, to the logger `keyferry` of the standard library.
 
-A line has the operation, the RequestId, the code and the duration. It never has a parameter, a result or an agent's message:
-they can hold plaintexts, ciphertexts and encryption contexts.
+A line contains the operation, the RequestId, the code and the duration. It never contains a parameter, a result or a message
+of the agent: these can hold plaintexts, ciphertexts and encryption contexts.
 
 Answers are DEBUG. Refusals, failures and repeats are INFO: the exception that is raised has the reason. A program that has not
-imported `logging` has no handler, so this module does not import it either: that takes as long as importing the client.
+imported `logging` has no handler. So this module does not import it either: the import takes as long as that of the client.
 """
 
 import functools
@@ -36,14 +36,14 @@ def answered(asked: Iterable[Asked], seconds: float) -> None:
 
 
 def failed(asked: Iterable[Asked], error: BaseException, seconds: float) -> None:
-    """Log that calls have no answer."""
+    """Log that calls failed without an answer."""
     logger = _logger()
     if logger is not None and logger.isEnabledFor(_INFO):
         logger.info("%s: %s, %.1f ms", _names(asked), _refused(error), seconds * 1_000)
 
 
 def repeating(asked: Iterable[Asked], error: KeyferryError | None, delay: float) -> None:
-    """Log that calls are asked again after a delay in seconds. `error`: why, where it is not in each call's own answer."""
+    """Log that calls are repeated after a delay in seconds. `error` is the reason, unless each call was refused on its own."""
     logger = _logger()
     if logger is not None and logger.isEnabledFor(_INFO):
         why = "refused" if error is None else _refused(error)
@@ -81,5 +81,5 @@ def _names(asked: Iterable[Asked]) -> str:
 
 
 def _shown(text: str) -> str:
-    """Return a text of a peer's or a caller's without what could begin another line."""
+    """Return at most 64 characters of a peer's or a caller's text, escaped where they could begin another line."""
     return text[:64] if text.isprintable() else ascii(text[:64])

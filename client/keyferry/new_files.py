@@ -1,8 +1,8 @@
-"""New files that appear whole, or not at all, and that replace nothing.
+"""Creates new files that appear complete, or not at all, and that never replace a file.
 
-A key that is half written would stand in the way of the next attempt. So a file is written without a name (`O_TMPFILE`), is put
-on the disk, and gets its name last: a full disk or SIGKILL leaves nothing. Where a file system has no such files, the file is
-written beside, under a name that ends in `.partial`.
+A partly written key file would block the next attempt. So a file is written without a name (`O_TMPFILE`), is synced to the
+disk, and gets its name last: after a full disk or SIGKILL, no file is left. On a file system without such files, the file is
+written in the same folder, under a name that ends in `.partial`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _FOLDER: Final = os.O_DIRECTORY | os.O_CLOEXEC
 _UNSUPPORTED: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 """Errors of link(2) on file systems without hard links."""
 _NOT_SYNCED: Final = (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EOPNOTSUPP)
-"""Errors of a folder that cannot be opened to be synced, or of a file system that syncs no folders."""
+"""Errors for a folder that cannot be opened to be synced, or whose file system does not sync folders."""
 
 
 def create(path: str | os.PathLike[str], content: bytes) -> None:
@@ -74,7 +74,7 @@ def creating(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def opened_folder(path: str) -> Iterator[int]:
-    """Lend a descriptor of a folder, which names files in it (dir_fd) also after the folder was moved."""
+    """Lend a descriptor of a folder, for use as dir_fd. It stays valid when the folder is moved."""
     folder = os.open(path, os.O_PATH | _FOLDER)
     try:
         yield folder
@@ -88,20 +88,20 @@ def beside_name() -> str:
 
 
 def open_beside(name: str, mode: int, folder: int, *, unnamed: int = UNNAMED) -> tuple[bool, int]:
-    """Open a new file in a folder. Returns whether it has no name, and its descriptor; `name` is for a file that needs one."""
+    """Open a new file in a folder. Returns whether the file has no name, and its descriptor. `name` is for a named file."""
     with contextlib.suppress(OSError):
-        os.stat("/proc/self/fd")  # `link` names the file through it
+        os.stat("/proc/self/fd")  # `link` needs this folder to name the file
         return True, os.open(".", unnamed, mode, dir_fd=folder)
     return False, os.open(name, _NAMED, mode, dir_fd=folder)
 
 
 def link(descriptor: int, name: str, folder: int) -> None:
-    """Name a file that has no name, by the recipe in open(2), which needs linkat(2), and so a dir_fd. Replaces nothing."""
+    """Name a file that has no name, as open(2) describes. A dir_fd makes Python call linkat(2). Replaces no file."""
     os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
 
 
 def sync_folder(folder: int) -> None:
-    """Put the names of a folder on the disk, where the file system can. Raises OSError where the disk fails."""
+    """Sync a folder's names to the disk, where the file system supports it. Raises OSError for a fault of the disk."""
     try:
         descriptor = os.open(".", os.O_RDONLY | _FOLDER, dir_fd=folder)
         try:
@@ -126,7 +126,7 @@ def _name(beside: str, name: str, folder: int) -> None:
 
 @contextlib.contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Name the path in errors of a file that has no name yet, or another one."""
+    """Set the path in each OSError of the block, for a file that has no name yet, or a temporary name."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,10 @@
-"""Every operation of the API, declared once. All else follows from here: the agent's checks, the clients' methods with their
-types, `keyferry call --help`, shell completion, and the tables in PROTOCOL.md.
+"""Every operation of the API, declared once.
 
-To add an operation: declare its request and its result, give it a line in `Operations`, and a handler in the agent's
-`handlers`. `declaration` says what a request and a result are.
+The agent's checks, the clients' methods with their types, `keyferry call --help`, shell completion and the tables in
+PROTOCOL.md are all derived from these declarations.
+
+To add an operation: declare its request and its result, add a line to `Operations`, and a handler to the agent's `handlers`.
+`declaration` defines requests and results.
 """
 
 from collections.abc import Mapping
@@ -102,7 +104,7 @@ class GenerateDataKeyResult(NamedTuple):
 
 
 class GenerateDataKeyWithoutPlaintext(NamedTuple):
-    """Make a data key; return it encrypted under the master key only, for somebody else to open later."""
+    """Make a data key; return it encrypted under the master key only, for another client to open later."""
 
     key_id: KeyId
     key_spec: KeySpec = None
@@ -122,7 +124,7 @@ class GenerateDataKeyWithoutPlaintextResult(NamedTuple):
 
 
 class Encrypt(NamedTuple):
-    """Encrypt a few bytes, a password or a key say, under the master key."""
+    """Encrypt a few bytes, such as a password or a key, under the master key."""
 
     key_id: KeyId
     plaintext: Plaintext
@@ -144,7 +146,7 @@ class EncryptResult(NamedTuple):
 
 
 class Decrypt(NamedTuple):
-    """Open a CiphertextBlob and return what is in it, in plaintext."""
+    """Open a CiphertextBlob and return its plaintext."""
 
     ciphertext_blob: CiphertextBlob
     encryption_context: EncryptionContext = None
@@ -165,7 +167,7 @@ class DecryptResult(NamedTuple):
 
 
 class ReEncrypt(NamedTuple):
-    """Open a CiphertextBlob and encrypt what is in it under another key, or the same key's primary version.
+    """Open a CiphertextBlob and encrypt its plaintext under another key, or the same key's primary version.
 
     Needs `kms:ReEncryptFrom` on the key that opens it, and `kms:ReEncryptTo` on the destination.
     """
@@ -190,7 +192,7 @@ class ReEncryptResult(NamedTuple):
 
 
 class DescribeKey(NamedTuple):
-    """Say what a master key is, and what state it is in."""
+    """Return the description and the state of a master key."""
 
     key_id: KeyId
 
@@ -307,7 +309,7 @@ class ListAliasesResult(NamedTuple):
 
 
 class GetAgentStatus(NamedTuple):
-    """Say how the agent is. Needs no grant; with kms:GetAgentStatus it counts connections and requests too."""
+    """Return the state of the agent. Needs no grant; with kms:GetAgentStatus, also counters of connections and requests."""
 
 
 class Counters(NamedTuple):
@@ -355,7 +357,7 @@ class GetAgentHealthResult(NamedTuple):
 
 
 class Operations:
-    """Every operation, as a method of whoever inherits this: `Client`, and `aio.Client`."""
+    """Every operation, as a method of the classes that inherit this one: `Client` and `aio.Client`."""
 
     generate_and_export_data_key = Operation(GenerateAndExportDataKey, GenerateAndExportDataKeyResult)
     export_data_key = Operation(ExportDataKey, ExportDataKeyResult)
@@ -377,7 +379,7 @@ class Operations:
 OPERATIONS: Final[Mapping[str, Operation[..., Any]]] = {
     operation.name: operation for operation in vars(Operations).values() if isinstance(operation, Operation)
 }
-"""By the API's names."""
+"""Every operation, by its name in the API."""
 
 
 def _without_plaintext(made: Any) -> str:

@@ -1,8 +1,8 @@
-"""What both commands print: the one place that decides what happens where it cannot be printed.
+"""The output of both commands: the one place that handles output which cannot be written.
 
-The exit code says what a command did. A result that cannot be printed never looks like a refusal: the code is `FAILED` then.
-A reader that has seen enough (`| head -1`) is not a fault, and gets no message. JSON is UTF-8 in every locale. Text is in the
-encoding of the locale, with backslash escapes for what that cannot express.
+The exit code reports the outcome of a command. When a result cannot be printed, the code is `FAILED`, which differs from the
+code of a refusal. A reader that closes the pipe early (`| head -1`) is not a fault, so no message is printed. JSON is UTF-8 in
+every locale. Text is in the encoding of the locale, with backslash escapes for characters outside that encoding.
 """
 
 import errno
@@ -28,7 +28,7 @@ def show(program: str, text: str) -> int:
 
 
 def show_lines(program: str, lines: Iterable[str], *, is_json: bool = False) -> int:
-    """Print lines as they come, and return what `show` returns. `is_json`: as UTF-8 in every locale."""
+    """Print each line as the iterable yields it, and return the code of `show`. `is_json`: print UTF-8 in every locale."""
     for line in lines:
         try:
             _write(sys.stdout, f"{line}\n", utf8=is_json)
@@ -38,7 +38,7 @@ def show_lines(program: str, lines: Iterable[str], *, is_json: bool = False) -> 
 
 
 def show_json(program: str, result: Any) -> int:
-    """Print a result as JSON, and return what `show` returns."""
+    """Print a result as JSON, and return the code of `show`."""
     return show_lines(program, [to_json(result)], is_json=True)
 
 
@@ -48,7 +48,7 @@ def to_json(result: Any) -> str:
 
 
 def settle(program: str, code: int) -> int:
-    """Write what standard output still buffers. Returns `code`, or `FAILED` where the command was done and that fails."""
+    """Flush standard output. Returns `code`, or `FAILED` if `code` is `DONE` and the flush fails."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

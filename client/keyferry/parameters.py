@@ -1,8 +1,8 @@
-"""Every parameter of the API, declared once: its Python type, what the agent accepts for it, and what it means.
+"""Every parameter of the API, declared once: its Python type, the agent's check, and its description.
 
-A parameter is checked by the agent, never by the client: there is one judge, and its error has a RequestId. A check takes
-what came over the wire and gives the one canonical value, or raises `InvalidParameter` with the parameter's name:
-Base64 becomes bytes, JSON text a dictionary, "true" becomes True.
+The agent checks parameters, never the client: so there is one set of checks, and every error has a RequestId. A check
+converts the value from the wire to its canonical form, or raises `InvalidParameter` with the parameter's name. Base64 becomes
+bytes, JSON text a dictionary, and "true" becomes True.
 """
 
 import binascii
@@ -19,21 +19,21 @@ MAX_CONTEXT: Final = 8_192
 MAX_DATA_KEY: Final = 1_024
 """Bytes of a data key (the cloud's documented limit)."""
 MAX_PLAINTEXT: Final = 6_144
-"""Bytes that Encrypt takes (the cloud's documented 6 KB)."""
+"""Most bytes of plaintext for Encrypt (the cloud's documented 6 KB)."""
 MAX_PAGE: Final = 100
 """Entries on a page of a list (the cloud's documented limit)."""
 PAGE: Final = 10
 """Entries on a page of a list where PageSize is absent."""
 MAX_PAGE_NUMBER: Final = 2**31 - 1
-"""The cloud's type for it is int32."""
+"""Largest PageNumber: the cloud's type for it is int32."""
 MAX_KEY_ID: Final = 512
-"""Characters of a KeyId in any form: an alias of 255, its ARN, and room."""
+"""Most characters of a KeyId in any form. An alias of 255 characters, with the rest of its ARN, is shorter."""
 DATA_KEY_SPECS: Final = {"AES_256": 32, "AES_128": 16, "SM4_128": 16}
 """Bytes of a data key by KeySpec."""
 
 
 class Parameter(Generic[T_co]):
-    """A parameter's name on the wire, what it means, and its check; and for a shell to offer, the values that it can have."""
+    """A parameter's name on the wire, its check and its description. `values` are the possible values, for shell completion."""
 
     __slots__ = ("check", "doc", "integer", "name", "values")
 
@@ -67,7 +67,7 @@ _KINDS: Final = {
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in MessagePack's words."""
+    """Return the kind of a value in MessagePack's terms."""
     return _KINDS.get(type(value), "nil")
 
 
@@ -94,14 +94,14 @@ def _key_id(name: str, value: Any) -> str:
 def decode_base64(value: str) -> bytes:
     """Decode canonical Base64: the standard alphabet, padded, no white space, no stray bits. Raises ValueError."""
     decoded = binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
-    # strict_mode lets the unused bits of the last character be anything: two texts for the same bytes.
+    # strict_mode does not check the unused bits of the last character, so several texts would decode to these bytes.
     if binascii.b2a_base64(decoded, newline=False).decode() != value:
         raise ValueError("not the canonical Base64 of its bytes")
     return decoded
 
 
 def encode_base64(data: bytes | bytearray | memoryview) -> str:
-    """Encode as the API does: standard Base64 on one line."""
+    """Return standard Base64 on one line, the API's encoding."""
     return binascii.b2a_base64(data, newline=False).decode()
 
 
@@ -126,7 +126,7 @@ def _ciphertext(name: str, value: Any) -> bytes:
     try:
         return decode_base64(value)
     except ValueError:
-        return b""  # damaged in transport is damaged: the same error as for every ciphertext that does not open
+        return b""  # text damaged in transport gets the same error as every ciphertext that does not open
 
 
 def _plaintext(name: str, value: Any) -> bytes:
@@ -164,7 +164,7 @@ def _dry_run(name: str, value: Any) -> bool:
 
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For JSON: an object whose keys are all different. Raises ValueError."""
+    """Return a JSON object's pairs as a dictionary. Raises ValueError for a repeated key. For `object_pairs_hook`."""
     made = dict(pairs)
     if len(made) != len(pairs):
         raise ValueError("the same key twice")
@@ -195,7 +195,7 @@ def _encryption_context(name: str, value: Any) -> dict[str, str]:
         together.isascii() and 6 * (len(together) + len(value)) < MAX_CONTEXT
     ):  # JSON makes six characters of one at most
         return value
-    # Measured as JSON like the cloud does, but never with escapes that only ASCII output would need.
+    # The cloud too measures the JSON. Here, characters outside ASCII count as one: escapes for ASCII output are not counted.
     text = _json().dumps(value, ensure_ascii=False, separators=(",", ":"))
     if len(text) > MAX_CONTEXT:
         raise invalid_parameter(name, f"as JSON it has {len(text)} characters; at most {MAX_CONTEXT} are allowed.")
@@ -294,14 +294,14 @@ DryRun: TypeAlias = Annotated[bool | str, DRY_RUN]
 
 
 class Values(NamedTuple):
-    """The checked parameters of one request: `values[KEY_ID]` is canonical, and typed as its parameter says."""
+    """The checked parameters of one request, in canonical form. A value has the type that its parameter declares."""
 
     by_name: Mapping[str, Any]
 
     def get(self, parameter: Parameter[T]) -> T | None:
-        """The value of an optional parameter, None where it is absent."""
+        """Return the value of an optional parameter, or None if it is absent."""
         return cast("T | None", self.by_name.get(parameter.name))
 
     def need(self, parameter: Parameter[T]) -> T:
-        """The value of a required parameter."""
+        """Return the value of a required parameter."""
         return cast("T", self.by_name[parameter.name])

@@ -1,8 +1,8 @@
-"""Passphrases that seal keyrings and module files: what is accepted as one, their generation, and the warning about weak ones.
+"""Passphrases that seal keyrings and module files: checks, generation, and a warning about weak ones.
 
-The functions judge a passphrase before something is sealed with it. The first line of a file of another kind is often public:
-"-----BEGIN PRIVATE KEY-----" opens everything that was sealed with the first line of a PEM file. A passphrase that opens a file
-is not judged: files of earlier versions stay open to the passphrases that they were sealed with.
+The functions check a passphrase before a file is sealed with it. The first line of a file of another kind is often public:
+"-----BEGIN PRIVATE KEY-----" opens every file that was sealed with the first line of a PEM file. A passphrase that opens a file
+is not checked: files of earlier versions must still open with the passphrases that they were sealed with.
 """
 
 import os
@@ -71,7 +71,7 @@ def of_new_file(data: bytes) -> str:
 
 
 def check(passphrase: str) -> None:
-    """Refuse a passphrase that looks like something else, or of which a part is lost easily. Raises ValueError."""
+    """Raise ValueError for a passphrase that looks like something else, or of which a part is lost easily."""
     if not passphrase:
         raise ValueError("an empty passphrase protects nothing")
     found = content.resemblance(passphrase.encode(errors="replace"))
@@ -90,7 +90,7 @@ def check(passphrase: str) -> None:
 
 
 def taken_for(path: str | os.PathLike[str], data: bytes) -> str:
-    """Return what a message adds where the first line of a file did not open anything: nothing for a good passphrase file."""
+    """Return the addition to a message about a file whose first line did not open a file; empty for a good passphrase file."""
     try:
         of_new_file(data)
     except ValueError as error:

@@ -107,7 +107,7 @@ def _is_read_only(path: str) -> bool:
 
 
 def owner_of(path: _Path | None) -> tuple[int, ...]:
-    """Return the owner of a file for `owners`: none where there is no such file."""
+    """Return the owner of a file as the argument `owners`; empty if the file does not exist."""
     try:
         return (os.stat(path).st_uid,) if path is not None else ()
     except OSError:
@@ -172,7 +172,7 @@ def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
     while True:
         try:
             status = os.lstat(place)
-        except OSError:  # it is gone, or belongs to another process (/proc/self/fd)
+        except OSError:  # the file is gone, or belongs to another process (/proc/self/fd)
             return
         if stat.S_ISLNK(status.st_mode):
             links += 1

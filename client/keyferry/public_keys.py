@@ -1,7 +1,7 @@
 """The public key of a cryptographic module in the forms that people keep it in: DER, PEM, and Base64 of the DER.
 
-`to_der` is the one place that decides what the bytes of a public key look like. Its messages name the form that was found, and
-the command that converts it. The agent decides whether the key is valid.
+Only `to_der` recognises these forms. Its messages name the form that was found, and the command that converts it. The agent
+decides whether the key is valid.
 """
 
 import json
@@ -31,8 +31,8 @@ _EXPECTED: Final = "PEM, DER, or Base64 of the DER of a SubjectPublicKeyInfo is 
 def to_der(data: bytes) -> bytes:
     """Return the DER of a public key in PEM, DER, Base64, or the JSON of `keyferry module init`.
 
-    Other bytes are returned unchanged: the agent refuses them. Raises ValueError, whose message names what the bytes look like,
-    and shows nothing of them.
+    Other bytes are returned unchanged: the agent refuses them. Raises ValueError, whose message names the kind of the bytes,
+    and contains nothing of them.
     """
     encoding = content.byte_order_mark(data)
     if encoding is not None:
@@ -48,7 +48,7 @@ def to_der(data: bytes) -> bytes:
 
 
 def _from_json(data: bytes) -> bytes:
-    """Return the DER in what `keyferry module init` prints. Raises ValueError for any other JSON."""
+    """Return the DER in the output of `keyferry module init`. Raises ValueError for any other JSON."""
     try:
         der = content.base64_text(json.loads(data)["PublicKeyBlob"].encode())
     except (ValueError, LookupError, AttributeError, RecursionError):

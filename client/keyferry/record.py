@@ -1,4 +1,4 @@
-"""What an application stores to get a data key back."""
+"""The record that an application stores to recover a data key."""
 
 from typing import TypedDict
 
@@ -6,7 +6,10 @@ __all__ = ["DataKeyRecord"]
 
 
 class DataKeyRecord(TypedDict):
-    """A data key under its master key, and what it takes to open it: JSON-able, and not secret, but needed."""
+    """A data key encrypted under its master key, with the KeyId and EncryptionContext that opening it takes.
+
+    A record can be written as JSON. It is not secret, but without it the data key is lost.
+    """
 
     KeyId: str
     KeyVersionId: str

@@ -1,8 +1,8 @@
-"""When a call is repeated, without any I/O: both clients ask this module for delays, and sleep in their own way.
+"""Decides when a call is repeated, without I/O: both clients get the delays from this module, and sleep in their own way.
 
-A client repeats nothing unless it is given a `Retry`: `Client(retry=Retry())`. The agent is on the same host, so a failure is
-news to act on, and a client that waited of its own accord would hold up a probe, a request of a web server, or a caller that
-has a policy of its own. (Apart from that, both clients ask again when an agent was restarted under a connection in use.)
+A client repeats calls only with a `Retry`: `Client(retry=Retry())`. The agent is on the same host, so the program should learn
+of a failure immediately. A client that waited by default would delay a probe, a request of a web server, or a caller with its
+own policy. (Without a `Retry`, both clients still repeat requests when a restart of the agent broke a connection in use.)
 """
 
 import os
@@ -18,7 +18,7 @@ _MAX_DOUBLINGS: Final = 32
 
 
 def _random() -> float:
-    """Return a number from 0 to below 1. (The module `random` takes longer to import than this package.)"""
+    """Return a random number from 0 to below 1. (The module `random` takes longer to import than this package.)"""
     return int.from_bytes(os.urandom(4), "big") / 2**32
 
 
@@ -52,7 +52,7 @@ class Retry:
 class Attempts:
     """The attempts of one call. Without a `Retry`, the first is the only one.
 
-    `now` is the time of a steady clock, `left` what remains of the client's timeout, both in seconds.
+    `now` is the time of a monotonic clock, and `left` the rest of the client's timeout, both in seconds.
     """
 
     def __init__(self, retry: Retry | None) -> None:
@@ -61,13 +61,13 @@ class Attempts:
         self._until = 0.0
 
     def after_failure(self, error: KeyferryError, now: float, left: float) -> float | None:
-        """Return the seconds to wait before the next attempt; None when there is none, and the error is the call's."""
+        """Return the seconds to wait before the next attempt, or None if the call has failed with the error."""
         return self._delay([error], now, left) if error.retryable else None
 
     def after_answers(self, asked: Iterable[Asked], now: float, left: float) -> float | None:
-        """Return the seconds to wait before refused calls are asked again; None when all outcomes are final.
+        """Return the seconds to wait before refused calls are repeated, or None if all outcomes are final.
 
-        Calls that are to be asked again count as not answered from then on.
+        Calls to be repeated are marked as not answered.
         """
         if self._retry is None:
             return None

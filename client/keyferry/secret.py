@@ -1,15 +1,15 @@
 """Secret memory: the only place where key bytes live, and the only module that maps memory for them.
 
 A `SecretMemory` is one mapping between two guard pages: memory that the kernel itself cannot read (`memfd_secret(2)`,
-Linux 5.14), else locked memory that is left out of core dumps (`mlock`, `MADV_DONTDUMP`). What is in it is only ever
+Linux 5.14), else locked memory that is left out of core dumps (`mlock`, `MADV_DONTDUMP`). Its bytes are only ever
 *lent*, as a memoryview, for the time of one synchronous call:
 
     with memory.borrow(32) as data_key:       # wiped when the block is left, however it is left
         fill_random(data_key)
         ...
 
-The rule that every user keeps: a lent view, or a copy of what is in it, is never stored, returned, logged, compared with
-`==`, or alive across an `await`. A view that outlives its block is released: touching it raises ValueError.
+The rule for every user of this module: never store, return, log or compare with `==` a lent view or a copy of its bytes, and
+do not keep one across an `await`. The view is released at the end of its block; using it later raises ValueError.
 """
 
 import ctypes
@@ -37,17 +37,20 @@ __all__ = [
 Backing: TypeAlias = Literal["auto", "memfd_secret", "mlock"]
 Protection: TypeAlias = Literal["memfd_secret", "mlock", "none"]
 
-_SYS_MEMFD_SECRET: Final = 447  # the same number on every architecture that has it
+_SYS_MEMFD_SECRET: Final = 447  # the same number on every architecture that has this system call
 _MEMFD_NAME: Final = "/secretmem"
-"""What /proc calls the file behind memfd_secret(2)'s descriptors."""
+"""Name in /proc of the file behind a descriptor of memfd_secret(2)."""
 _MADV_DONTDUMP: Final = 16
 _MAP_FIXED: Final = 0x10
 _PROT_NONE: Final = 0
 _FAILED: Final = ctypes.c_void_p(-1).value
 _ALIGNMENT: Final = 16
 SCRATCH_SIZES: Final = (64, 1_024, 6_144)
-"""Bytes that borrowed blocks are rounded up to. With few sizes, what one call gives back fits what the next one asks for, and
-memory for n calls at a time never runs out: n times the sum of these."""
+"""Sizes in bytes that borrowed blocks are rounded up to.
+
+With few sizes, a block that one call returns fits a later call. Memory of n times the sum of these sizes never runs out for n
+calls at the same time.
+"""
 
 _ZEROS: Final = {room: bytes(room) for room in SCRATCH_SIZES}
 
@@ -64,7 +67,7 @@ _getrandom: Final = _libc.getrandom
 
 
 class SecretMemoryError(Exception):
-    """Memory for keys could not be had as it was asked for, or is used up. `size` is how many bytes were asked for."""
+    """Memory for keys could not be mapped as requested, or is used up. `size` is the number of bytes requested."""
 
     def __init__(self, message: str, size: int = 0) -> None:
         super().__init__(message)
@@ -72,7 +75,7 @@ class SecretMemoryError(Exception):
 
 
 class Secret:
-    """Bytes in a `SecretMemory`. Only `lend` shows them, only for the time of a block."""
+    """Bytes in a `SecretMemory`. Only `lend` gives access to them, for the time of a `with` block."""
 
     __slots__ = ("_freed", "_loans", "_memory", "_offset", "_room", "_wiped", "size")
 
@@ -80,7 +83,7 @@ class Secret:
         self._memory = memory
         self._offset = offset
         self._room = room
-        self._loans: list[None] = []  # as many as there are: unlike a number, a list is changed in one step
+        self._loans: list[None] = []  # loan count as a list: append/pop are atomic under the GIL, `+= 1` is not
         self._freed = self._wiped = False
         self.size = size
 
@@ -95,17 +98,17 @@ class Secret:
         return _Loan(self)
 
     def free(self) -> None:
-        """Wipe the bytes and give the room back: at once, or when the last loan of them ends. May be called again."""
+        """Wipe the bytes and release their space: immediately, or when their last loan ends. May be called repeatedly."""
         self._freed = True
         if not self._loans:
             self._memory._wipe(self)
 
 
 class _Loan:
-    """What `with` holds: the view, which is released at the end of the block.
+    """The context manager of `Secret.lend`: returns the view, and releases it at the end of the block.
 
-    Without a lock, since every request takes a loan: it is counted before it asks whether the bytes were freed, and they are
-    marked as freed before anybody asks whether there are loans. So at least one of the two sees the other, and wipes.
+    It takes no lock, since every request takes a loan. A loan is counted before the bytes are checked for being freed, and the
+    bytes are marked as freed before the loans are counted. Whichever runs last sees the other's write and wipes.
     """
 
     __slots__ = ("_secret", "_view")
@@ -133,7 +136,7 @@ class _Loan:
 
 
 class _Borrowed:
-    """What `with` holds of scratch memory: a block that nobody else has until its end. Then it is wiped."""
+    """The context manager of `SecretMemory.borrow`: an exclusive block of scratch memory, wiped at the end."""
 
     __slots__ = ("_block", "_memory", "_room", "_size", "_view")
 
@@ -158,11 +161,13 @@ class _Borrowed:
 class SecretMemory:
     """One mapping of `size` bytes (rounded up to pages) for secrets. Safe to use from several threads.
 
-    `backing` insists on one kind; "auto" takes the best the system gives. With `require` (the default) memory that is not
-    locked raises `SecretMemoryError`, which says what is missing; without it, `protection` may come out as "none".
+    `backing` selects one kind of memory; "auto" uses the best kind that the system offers. With `require` (the default),
+    memory that is not locked raises `SecretMemoryError`, whose message contains the reason. Without it, `protection` may be
+    "none".
 
-    `given` is a descriptor of secret memory that another process has made, to be mapped instead; it is closed. `share` is
-    called with the descriptor of memory that is made here, if it has one: only memfd_secret's can be given to anybody.
+    `given` is a descriptor of secret memory that another process made. This class maps that memory instead, and closes the
+    descriptor. `share` is called with the descriptor of memory made here, if it has one: only memory of memfd_secret(2) can be
+    shared with another process.
     """
 
     def __init__(
@@ -177,21 +182,21 @@ class SecretMemory:
         self.size = whole_pages(size)
         self._share = share
         self.protection: Protection = "none"
-        # Reentrant: the garbage collector may free a secret anywhere, also while its own thread holds the lock.
+        # Reentrant: the garbage collector can free a secret at any point, also while its own thread holds the lock.
         self._lock = threading.RLock()
         self._used = 0
         self._bytes: memoryview | None = None
         self._freed: dict[int, list[int]] = {}
         self._blocks: dict[int, list[memoryview]] = {room: [] for room in SCRATCH_SIZES}
-        # The guard pages come with the reservation: what is mapped into its middle leaves them inaccessible.
+        # The reservation includes the guard pages: mapping memory into its middle leaves them inaccessible.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._reserved = _libc.mmap(None, self.size + 2 * mmap.PAGESIZE, _PROT_NONE, flags, -1, 0)
         if self._reserved == _FAILED:
             raise SecretMemoryError(f"no address space for {self.size} bytes: {_errno()}")
         self._address = self._reserved + mmap.PAGESIZE
-        # Every Secret and every loan holds on to its memory: when nobody does any more, it is wiped and unmapped.
+        # Every Secret and every loan refers to its memory. After the last reference is gone, the memory is wiped and unmapped.
         self._release = weakref.finalize(self, _release, self._reserved, self.size)
-        self._release.atexit = False  # the kernel clears what a process leaves; a thread may still be at work then
+        self._release.atexit = False  # the kernel clears memory at exit, when a thread may still be using it
         failures = self._map(backing) if given is None else self._map_given(given)
         if failures and (require or given is not None):
             self.close()
@@ -205,11 +210,11 @@ class SecretMemory:
         raise TypeError("SecretMemory cannot be pickled or copied: it belongs to one process")
 
     def allocate(self, size: int) -> Secret:
-        """Set `size` bytes aside, all zero. Raises `SecretMemoryError` when there is no room."""
+        """Allocate `size` bytes, all zero. Raises `SecretMemoryError` when the memory is used up."""
         return self._allocate(size, max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT)
 
     def borrow(self, size: int) -> _Borrowed:
-        """Set `size` bytes aside for one `with` block, and wipe them at its end. Raises `SecretMemoryError`."""
+        """Lend `size` bytes for one `with` block, and wipe them at its end. Raises `SecretMemoryError`."""
         for room in SCRATCH_SIZES:
             if size <= room:
                 break
@@ -233,7 +238,7 @@ class SecretMemory:
         return Secret(self, offset, room, size)
 
     def close(self) -> None:
-        """Wipe everything and unmap it. No loan may be open: views into it would point nowhere."""
+        """Wipe all bytes and unmap the memory. All loans must have ended: a view would point to unmapped memory."""
         if self._bytes is not None:
             for blocks in self._blocks.values():
                 while blocks:
@@ -242,7 +247,7 @@ class SecretMemory:
         self._release()
 
     def outlive(self) -> None:
-        """Leave everything as it is when nobody uses it here any more: whoever shares it goes on with it."""
+        """Do not wipe or unmap the memory when this object is collected: a process that shares it keeps using it."""
         self._release.detach()
 
     def _view(self, offset: int, size: int) -> memoryview:
@@ -258,7 +263,7 @@ class SecretMemory:
             self._freed.setdefault(secret._room, []).append(secret._offset)
 
     def _map(self, backing: Backing) -> list[str]:
-        """Map the middle of the reservation, locked if it can be had; if not, give why not."""
+        """Map the middle of the reservation as locked memory. Return no messages on success, else one for each failed kind."""
         failures = []
         if backing in ("auto", "memfd_secret"):
             failure = self._map_memfd_secret()
@@ -290,7 +295,7 @@ class SecretMemory:
         except OSError as error:
             return error.strerror or str(error)
         finally:
-            os.close(descriptor)  # with the descriptor open, another process could map it too (pidfd_getfd)
+            os.close(descriptor)  # while it is open, another process could map the memory too (pidfd_getfd)
 
     def _map_given(self, descriptor: int) -> list[str]:
         try:
@@ -311,18 +316,18 @@ class SecretMemory:
 
 
 def _release(reserved: int, size: int) -> None:
-    if _libc.mprotect(reserved + mmap.PAGESIZE, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0:  # mapped, at least
+    if _libc.mprotect(reserved + mmap.PAGESIZE, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0:  # memory was mapped
         ctypes.memset(reserved + mmap.PAGESIZE, 0, size)
     _libc.munmap(reserved, size + 2 * mmap.PAGESIZE)
 
 
 def whole_pages(size: int) -> int:
-    """Bytes that memory for `size` bytes takes: at least one page."""
+    """Return `size` rounded up to whole pages, in bytes: at least one page."""
     return max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
 
 
 def fill_random(view: memoryview) -> None:
-    """Fill a lent view from the kernel's generator, without a copy on the way."""
+    """Fill a lent view with random bytes from the kernel's generator, without a copy. Raises OSError."""
     done, size = 0, len(view)
     while done < size:
         got = _getrandom(ctypes.byref(ctypes.c_char.from_buffer(view, done)), size - done, 0)

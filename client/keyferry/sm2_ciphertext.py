@@ -1,16 +1,16 @@
-"""The forms of an SM2 ciphertext, and the ways from one to another.
+"""Converts between the forms of an SM2 ciphertext.
 
-raw   `04 ‖ x ‖ y ‖ C3 ‖ C2` (C1C3C2, GB/T 32918.4-2016): what travels in ExportedDataKey; 97 bytes longer than the data
-DER   `SEQUENCE { INTEGER x, INTEGER y, OCTET STRING C3, OCTET STRING C2 }` (GM/T 0009-2012): what OpenSSL and many modules take
-SDF   `x (64) ‖ y (64) ‖ M (32) ‖ L (4) ‖ C (L)`, the C structure ECCCipher of GM/T 0018 (2012, and 2023): what hardware modules
-      take that import through SDF_ImportKeyWithISK_ECC; M is C3, C is C2. docs/modules.md says where each detail is from
+raw   `04 ‖ x ‖ y ‖ C3 ‖ C2` (C1C3C2, GB/T 32918.4-2016), the form of ExportedDataKey; 97 bytes longer than the data
+DER   `SEQUENCE { INTEGER x, INTEGER y, OCTET STRING C3, OCTET STRING C2 }` (GM/T 0009-2012), for OpenSSL and many modules
+SDF   `x (64) ‖ y (64) ‖ M (32) ‖ L (4) ‖ C (L)`, the C structure ECCCipher of GM/T 0018 (2012, and 2023), for hardware modules
+      that import through SDF_ImportKeyWithISK_ECC; M is C3, C is C2. docs/modules.md gives the source of each detail
 
-joined   C1, C2 and C3 one after another in either order, with the point C1 in one of three forms: what other libraries take.
-      The raw form is one of these six. No byte says which of them a ciphertext is in, so that the caller has to
+joined   C1, C2 and C3 one after another in either order, with the point C1 in one of three forms, for other libraries.
+      The raw form is one of these six. The ciphertext does not contain its form, so the caller has to pass it
 
-All readers are strict: one ciphertext has exactly one text in each form. None looks inside C2, and none checks C3: only
-decryption can. That x ‖ y is on the curve is checked for joined forms, because it is what distinguishes a bare point from
-one with its 04, and what makes a compressed point a point at all. For raw, DER and SDF it is left to decryption.
+All readers are strict: in each form, one ciphertext has exactly one encoding. No reader examines C2 or checks C3: only
+decryption can. Joined forms are checked for x ‖ y being on the curve. Only that check distinguishes a bare point from one with
+its 04, and shows that a compressed x belongs to a point. For raw, DER and SDF, decryption checks the point.
 """
 
 import struct
@@ -43,7 +43,7 @@ _P: Final = 0xFFFFFFFE_FFFFFFFF_FFFFFFFF_FFFFFFFF_FFFFFFFF_00000000_FFFFFFFF_FFF
 _B: Final = 0x28E9FA9E_9D9F5E34_4D5A9E4B_CF6509A7_F39789F5_15AB8F92_DDBCBD41_4D940E93
 """The curve of GB/T 32918.5-2017: y² = x³ - 3x + b modulo p."""
 _FIRST_BYTES: Final = {"uncompressed": b"\x04", "compressed": b"\x02\x03", "hybrid": b"\x06\x07"}
-"""Hybrid points (y and its parity) are named, and not read: no known implementation makes them."""
+"""First bytes of each form. Hybrid points (y and its parity) are named, and not read: no known implementation makes them."""
 _ORDERS: Final = ("C1C3C2", "C1C2C3")
 _C1_SIZES: Final = {"uncompressed": _POINT, "bare": _POINT - 1, "compressed": 1 + _COORDINATE}
 
@@ -51,12 +51,13 @@ _INTEGER: Final = 0x02
 _OCTET_STRING: Final = 0x04
 _SEQUENCE: Final = 0x30
 _LONGEST_LENGTH: Final = 2
-"""Bytes that a DER length may take here: enough for 64 KiB, which is more than a message carries."""
+"""Most bytes of a DER length: enough for 64 KiB, which is more than a message can hold."""
 
 _ECC_CIPHER: Final = struct.Struct("=64s64s32sI")
 """ECCCipher up to its C. The structure is passed in memory, so L has the host's byte order; no member needs padding."""
 _UNUSED: Final = bytes(64 - _COORDINATE)
-"""ECCCipher has room for coordinates of 512 bits. One of 256 is a big-endian number at the end of it, after these zeros."""
+"""ECCCipher has fields for coordinates of 512 bits. A 256-bit coordinate is at the end of its field, big-endian, after these
+zeros."""
 
 
 def raw_to_der(raw: bytes) -> bytes:
@@ -148,7 +149,7 @@ def _read_point(c1: bytes, form: PointForm) -> tuple[bytes, bytes]:
 
 
 def _check_point(x: bytes, y: bytes) -> None:
-    """Raise ValueError for coordinates that are not of a point on the curve. Both are public: their time may be measured."""
+    """Raise ValueError if the coordinates are not of a point on the curve. Not constant-time: both coordinates are public."""
     across, up = int.from_bytes(x, "big"), int.from_bytes(y, "big")
     if across >= _P or up >= _P or up * up % _P != _right_side(across):
         raise ValueError("the point C1 is not on the curve: it is in another form, or damaged")
@@ -185,7 +186,7 @@ def _integer(coordinate: bytes) -> bytes:
 
 
 def _take(tag: int, data: bytes) -> tuple[bytes, bytes]:
-    """Split off one element with this tag; give its content, and what follows it."""
+    """Return the content of the first element, which must have this tag, and the bytes after the element."""
     if len(data) < 2 or data[0] != tag:
         raise ValueError(f"expected DER tag {tag:#04x}")
     length, start = data[1], 2

@@ -2,7 +2,7 @@
 
 A shell can start a command with closed descriptors (`>&-`). The next file that the command opened would then be its standard
 output. A parent process can make a pipe non-blocking, and Python then fails where a write should block. A locale can have an
-encoding without the characters of a name. `prepare` removes all three faults, so that no command needs to know of them.
+encoding without the characters of a name. `prepare` removes all three faults, so that no command has to handle them.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Final
 __all__ = ["ESCAPE", "open_closed", "prepare", "reader", "writer"]
 
 ESCAPE: Final = "backslashreplace"
-"""How text is printed that an encoding cannot express. In JSON, the escape of a lone surrogate is JSON's own."""
+"""Error handler for characters outside an encoding. In JSON, the escape of a lone surrogate is JSON's own."""
 
 _OUTPUT: Final = 1
 _ERROR: Final = 2
@@ -85,7 +85,7 @@ class _Descriptor(io.FileIO):
 
 
 class _Messages(_Descriptor):
-    """Standard error. A message that cannot be written is dropped: the exit code still says what the command did."""
+    """Standard error. A message that cannot be written is dropped: the exit code still reports the command's outcome."""
 
     def write(self, data: Any, /) -> int:
         try:

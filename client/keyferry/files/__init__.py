@@ -7,7 +7,7 @@
         header = read_header(source)
         decrypt(source, target, module, module.recover_data_key(kms, header.record), header)
 
-docs/files.md has the format, and why it is as it is. Needs the extra `module`.
+docs/files.md specifies the format and explains it. Needs the extra `module`.
 """
 
 from .attributes import Attributes

@@ -1,4 +1,4 @@
-"""What a file has besides its content: mode, owner, group and times.
+"""Attributes of a file besides its content: mode, owner, group and times.
 
 Access control lists and extended attributes are not kept.
 """
@@ -15,29 +15,29 @@ _ALL_BITS: Final = 0o7777
 
 
 class Attributes(NamedTuple):
-    """Mode, owner and group of a file, and its times if they are to be kept too."""
+    """Mode, owner and group of a file, and its times if these are kept too."""
 
     mode: int
     uid: int
     gid: int
     times: tuple[int, int] | None
-    """Of the last access and the last change of the content, in nanoseconds; None: as they come."""
+    """Times of the last access and the last change of the content, in nanoseconds; None: do not set them."""
 
     @classmethod
     def of_original(cls, status: os.stat_result) -> Self:
-        """Return all that `--preserve` keeps of the file that is read."""
+        """Return the attributes that `--preserve` keeps of the file that is read."""
         times = status.st_atime_ns, status.st_mtime_ns
         return cls(status.st_mode & _ALL_BITS, status.st_uid, status.st_gid, times)
 
     @classmethod
     def of_replaced(cls, status: os.stat_result) -> Self:
-        """Return what a file keeps of the one that it replaces: without times, and without set-uid and sticky bits."""
+        """Return the attributes to keep of a file that is replaced: without times, set-uid, set-gid and sticky bits."""
         return cls(status.st_mode & _PERMISSIONS, status.st_uid, status.st_gid, None)
 
     def apply(self, descriptor: int) -> None:
         """Set the attributes of an open file, as far as the system permits.
 
-        Where the owner or the group cannot be set, bits that would mean something else for another one are dropped.
+        Where the owner or the group cannot be set, the function drops the mode bits that would apply to another owner or group.
         """
         mode = self.mode
         if not _set_owner(descriptor, self.uid, -1):

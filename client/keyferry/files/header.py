@@ -1,9 +1,10 @@
-"""How an encrypted file begins: the record that brings its data key back, the file's own key, and what commits to both.
+"""The header of an encrypted file: the record of its data key, the encrypted file key, and a commitment to both.
 
-    magic (16) ‖ uint32 length of the record ‖ record (JSON) ‖ sealed file key (60) ‖ commitment (32)
+    magic (16) ‖ uint32 length of the record ‖ record (JSON) ‖ encrypted file key (60) ‖ commitment (32)
 
-The data key seals a fresh random file key, once for each file, inside its module. From the file key and all that stands before
-the commitment comes the key of the chunks: whoever changes a bit of the header has another key, and opens nothing.
+The data key encrypts a fresh random file key for each file, inside the cryptographic module. The key of the chunks is derived
+from the file key and all bytes before the commitment. With any bit of the header changed, the derived key is another one, and
+the file does not open.
 """
 
 import hashlib
@@ -24,37 +25,37 @@ __all__ = ["NOT_AUTHENTIC", "FileError", "Header", "new_header", "payload_key", 
 
 MAGIC: Final = b"keyferry-file/1\n"
 MOST_RECORD: Final = 65_536
-"""Bytes of a record: what a message to the agent can hold, no more."""
+"""Most bytes of a record: as many as a message to the agent can hold."""
 FILE_KEY: Final = 32
 _SEALED: Final = 12 + FILE_KEY + 16
 _COMMITMENT: Final = 32
 _INFO: Final = b"keyferry file 1 AES-256-GCM STREAM"
 NOT_AUTHENTIC: Final = "it is damaged, was cut off or extended, or was encrypted with another data key"
-"""One text for all causes."""
+"""One message for all causes."""
 
 
 class FileError(KeyferryError):
-    """An encrypted file that is none, or does not open, or cannot be written: nothing was released, nothing is left."""
+    """A file is not an encrypted file, does not open, or cannot be written. No plaintext was released, and no file is left."""
 
 
 class Header(NamedTuple):
-    """What stands before the chunks."""
+    """The part of an encrypted file before the chunks."""
 
     name: str
-    """The record's name where it was stored; may be empty."""
+    """The record's name in its store; may be empty."""
     record: DataKeyRecord
     bound: bytes
-    """All before the commitment, as it is in the file."""
+    """All bytes before the commitment, as they are in the file."""
     sealed: bytes
     commitment: bytes
 
     def to_bytes(self) -> bytes:
-        """As it is in the file."""
+        """Return the header as it is in the file."""
         return self.bound + self.commitment
 
 
 def new_header(module: CryptographicModule, key: DataKey, record: DataKeyRecord, name: str) -> tuple[Header, bytes]:
-    """The header of a new file, and the key of its chunks. Raises `ModuleError`, or `FileError` for too long a record."""
+    """Return the header of a new file, and the key of its chunks. Raises `ModuleError`, and `FileError` for a long record."""
     text = json.dumps({"Name": name, **record}, ensure_ascii=False, separators=(",", ":")).encode()
     if len(text) > MOST_RECORD:
         raise FileError(f"the record has {len(text)} bytes as JSON; a file's header takes at most {MOST_RECORD}")
@@ -66,7 +67,7 @@ def new_header(module: CryptographicModule, key: DataKey, record: DataKeyRecord,
 
 
 def read_header(source: BinaryIO) -> Header:
-    """Read the header, and check its form. Nothing of it is authentic yet. Raises `FileError`, OSError."""
+    """Read the header, and check its form. The header is not authenticated yet. Raises `FileError`, OSError."""
     magic = read_exactly(source, len(MAGIC))
     if magic != MAGIC:
         known = magic.startswith(MAGIC[:-2])
@@ -83,7 +84,7 @@ def read_header(source: BinaryIO) -> Header:
 
 
 def payload_key(module: CryptographicModule, key: DataKey, header: Header) -> bytes:
-    """The key of a file's chunks. Raises `FileError` when header and data key do not belong together."""
+    """Return the key of a file's chunks. Raises `FileError` when the header does not belong to the data key."""
     text = header.bound[len(MAGIC) + 4 : -_SEALED]
     try:
         file_key = module.decrypt(key, header.sealed, _aad(text))
@@ -96,7 +97,7 @@ def payload_key(module: CryptographicModule, key: DataKey, header: Header) -> by
 
 
 def read_exactly(source: BinaryIO, size: int) -> bytes:
-    """As many bytes, or all that are left: a pipe may give fewer at a time."""
+    """Return `size` bytes, or fewer at the end of the source. Reads repeatedly, because a pipe can return fewer at a time."""
     first = source.read(size)
     if len(first) == size or not first:
         return first
@@ -107,7 +108,7 @@ def read_exactly(source: BinaryIO, size: int) -> bytes:
 
 
 def _aad(text: bytes) -> bytes:
-    """What the sealed file key is bound to; of one length, as tokens limit it."""
+    """Return the additional data for encrypting the file key. It is short and of fixed length, because tokens limit it."""
     return MAGIC + hashlib.sha256(text).digest()
 
 
@@ -118,7 +119,7 @@ def _derive(file_key: bytes, bound: bytes) -> tuple[bytes, bytes]:
 
 
 def _record(text: bytes) -> tuple[str, DataKeyRecord]:
-    """A record as JSON has it, and its name. Raises `FileError` for anything else, and anything more."""
+    """Return the name and the record in a JSON text. Raises `FileError` for any other text, also for further fields."""
     try:
         fields: Any = json.loads(text.decode(), object_pairs_hook=unique_pairs)
         name, context = fields.pop("Name"), fields["EncryptionContext"]

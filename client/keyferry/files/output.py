@@ -1,7 +1,8 @@
-"""Where a result goes: a file that appears whole, or not at all.
+"""Writes a result to a file that appears complete, or not at all.
 
-It is written without a name (`O_TMPFILE`), so that nothing of it is left when its writer is killed, and gets its name when
-it is complete and on the disk. Where a file system has no such files it is written beside, under a name that says so.
+The file is written without a name (`O_TMPFILE`), so that the kernel removes it when the process is killed. It gets its name
+when it is complete and on the disk. On a file system without such files, it is written in the same folder under a name that
+ends in `.partial`.
 """
 
 import contextlib
@@ -24,18 +25,19 @@ _UNNAMED: Final = new_files.UNNAMED
 def replacing(
     path: str, *, source: BinaryIO | None = None, mode: int = 0o600, attributes: Attributes | None = None
 ) -> Iterator[SparseWriter]:
-    """Lend a file to write to; at the end of the block it is `path`, on the disk, in the place of what was there before.
+    """Lend a file to write to; at the end of the block, it replaces the file at `path`, and is on the disk.
 
-    When the block raises, nothing has happened. `source` is what the block reads: it is never replaced by its own result. The
-    file gets the `attributes`; without them it keeps the mode, owner and group of the file that it replaces, and a new file has
-    the `mode`. Blocks of zeros become holes. Raises `FileError` for a path that is not a place for a file, OSError.
+    When the block raises, the file at `path` is unchanged. `source` is the file that the block reads; a path to the same file
+    is refused. The new file gets the `attributes`. Without them, it keeps the mode, owner and group of the file that it
+    replaces, and a file that replaces none has the `mode`. Blocks of zeros become holes. Raises OSError, and `FileError` for a
+    path that is not a place for a file.
     """
     name, (path, replaced) = path, _place(path, source)
     if attributes is None and replaced is not None:
         attributes = Attributes.of_replaced(replaced)
     with new_files.opened_folder(os.path.dirname(path)) as folder:
         beside = new_files.beside_name()
-        # Until it is complete, a file that is to have attributes is nobody else's.
+        # Until it is complete, a file that will get attributes is private to this user.
         with new_files.naming(name):
             unnamed, descriptor = new_files.open_beside(beside, 0o600 if attributes else mode, folder, unnamed=_UNNAMED)
         try:
@@ -57,12 +59,12 @@ def replacing(
 
 
 def check_place(path: str) -> None:
-    """Check that a path is a place for a file, before there is a result for it. Raises `FileError`, OSError."""
+    """Check that a path is a place for a file, before any work is done for the result. Raises `FileError`, OSError."""
     _place(path, None)
 
 
 def check_not_source(path: str, status: os.stat_result, source: BinaryIO | None) -> None:
-    """Check that a result does not go into the file that it is made of. Raises `FileError`."""
+    """Check that a result does not replace the file that it is made from. Raises `FileError`."""
     if source is not None and os.path.samestat(status, os.fstat(source.fileno())):
         raise FileError(f"{path}: that is the file to be read; a file is never replaced by its own result")
 

@@ -1,4 +1,4 @@
-"""Writing plaintext with holes: a block of zeros takes no room on the disk."""
+"""Writes plaintext with holes: a block of zeros takes no space on the disk."""
 
 import io
 import os
@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Final
 __all__ = ["SparseWriter"]
 
 _BLOCK: Final = 4_096
-"""Bytes of the smallest hole: the block size of common file systems."""
+"""Size of the smallest hole, in bytes: the block size of common file systems."""
 _ZEROS: Final = bytes(_BLOCK)
 
 
@@ -20,7 +20,7 @@ class SparseWriter(io.BufferedWriter):
         super().__init__(_Skipping(descriptor, "wb"))
 
     def finish(self) -> None:
-        """Write what is buffered, and extend the file over a hole at its end."""
+        """Write the buffered bytes, and extend the file over a hole at its end."""
         self.flush()
         end = self.raw.tell()
         if end > os.fstat(self.fileno()).st_size:
@@ -28,17 +28,17 @@ class SparseWriter(io.BufferedWriter):
 
     @contextmanager
     def reading_back(self) -> Iterator[BinaryIO]:
-        """Finish the file, and lend a file that reads what was written. The descriptor must be open for reading, too."""
+        """Finish the file, and lend a file that reads its content. The descriptor must be open for reading, too."""
         self.finish()
         with open(os.dup(self.fileno()), "rb") as file:
             file.seek(0)
             yield file
-            file.seek(0, os.SEEK_END)  # the two share their place
+            file.seek(0, os.SEEK_END)  # both descriptors share one file offset
 
 
 class _Skipping(io.FileIO):
     def write(self, data: Any, /) -> int:
-        """Write the blocks up to the first that is zeros, or skip the blocks that are. Returns how many bytes that was."""
+        """Write the blocks before the first block of zeros, or skip leading blocks of zeros. Returns the number of bytes."""
         with memoryview(data) as view:
             size = len(view)
             blocks = size // _BLOCK

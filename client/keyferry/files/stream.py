@@ -1,7 +1,7 @@
 """The chunks: the STREAM construction (Hoang, Reyhanitabar, Rogaway, Vizár, CRYPTO 2015) over AES-256-GCM.
 
-Each chunk is encrypted under the file's own key with the nonce `uint88 counter ‖ final`, as in age's payload: a chunk opens in
-its place of its file only, and the last one only as the last.
+Each chunk is encrypted under the file's own key with the nonce `uint88 counter ‖ final`, as in age's payload. A chunk opens
+only at its position in its file, and the last chunk only as the last.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from .header import NOT_AUTHENTIC, FileError, Header, new_header, payload_key, r
 __all__ = ["CHUNK", "decrypt", "encrypt", "plaintext_hash", "reencrypt"]
 
 CHUNK: Final = 65_536
-"""Bytes of plaintext in every chunk but the last."""
+"""Bytes of plaintext in every chunk except the last."""
 _TAG: Final = 16
 _MOST_CHUNKS: Final = 2**32
-"""Chunks under one key, which is 256 TiB: there GCM still hides one file from 2^-41 chances (docs/files.md)."""
+"""Most chunks under one key, which is 256 TiB: an attacker's advantage against GCM is at most 2^-41 there (docs/files.md)."""
 
 
 def encrypt(
@@ -34,10 +34,10 @@ def encrypt(
     name: str = "",
     advanced: Callable[[int], None] = lambda _bytes: None,
 ) -> None:
-    """Encrypt all of `source` with a data key of the module's; the header holds the record that brings the key back.
+    """Encrypt all of `source` with a data key in the module. The header holds the `record`, from which the key is recovered.
 
-    `advanced` is told of each chunk how many bytes it took. Raises OSError, `ModuleError`, or `FileError` for a file that is
-    too long.
+    `advanced` is called for each chunk with the number of bytes read. Raises OSError, `ModuleError`, or `FileError` for a file
+    that is too long.
     """
     _write(_chunks(source, CHUNK), target, module, key, record, name, advanced)
 
@@ -51,10 +51,10 @@ def decrypt(
     *,
     advanced: Callable[[int], None] = lambda _bytes: None,
 ) -> None:
-    """Decrypt what follows the header. Each chunk that is written to `target` is authentic, but that the file is whole is known
-    only when this returns: nobody else may see the target before (`replacing` sees to it).
+    """Decrypt the chunks after the header. Every chunk written to `target` is authentic, but the file may still be cut off.
 
-    Raises `FileError` for anything that `encrypt` did not write so, OSError.
+    Only when this function returns is the file known to be complete. No other process may read the target before that;
+    `replacing` ensures it. Raises OSError, and `FileError` for bytes that `encrypt` did not write for this header.
     """
     target.writelines(piece for piece, _final in _opened(source, module, key, header, advanced))
 
@@ -71,10 +71,10 @@ def reencrypt(
     name: str = "",
     advanced: Callable[[int], None] = lambda _bytes: None,
 ) -> str:
-    """Decrypt what follows the header with one data key and encrypt it with another, chunk by chunk, in memory.
+    """Decrypt the chunks after the header with one data key and encrypt them with another, chunk by chunk, in memory.
 
-    `record` and `name` are of the new key. Returns the SHA-256 of the plaintext in hexadecimal, for `plaintext_hash` of the
-    target. Raises as `encrypt` and `decrypt` do; the target is of no use then.
+    `record` and `name` belong to the new key. Returns the SHA-256 of the plaintext in hexadecimal, to be compared with
+    `plaintext_hash` of the target. Raises the errors of `encrypt` and `decrypt`; the target is unusable then.
     """
     digest = hashlib.sha256()
 
@@ -88,7 +88,7 @@ def reencrypt(
 
 
 def plaintext_hash(source: BinaryIO, module: CryptographicModule, key: DataKey) -> str:
-    """Decrypt an encrypted file in memory, and return the SHA-256 of its plaintext in hexadecimal. Raises as `decrypt` does."""
+    """Decrypt a file in memory, and return the SHA-256 of its plaintext in hexadecimal. Raises the errors of `decrypt`."""
     digest = hashlib.sha256()
     for piece, _final in _opened(source, module, key, read_header(source), lambda _bytes: None):
         digest.update(piece)
@@ -122,7 +122,9 @@ def _opened(
     """Yield the plaintext of each chunk, and whether it is the last. Raises `FileError`, OSError."""
     gcm = AESGCM(payload_key(module, key, header))
     for counter, (chunk, final) in enumerate(_chunks(source, CHUNK + _TAG)):
-        if len(chunk) < _TAG or (len(chunk) == _TAG and counter):  # an empty chunk is all there is, or is not there
+        if len(chunk) < _TAG or (
+            len(chunk) == _TAG and counter
+        ):  # an empty chunk is valid only as the sole chunk of an empty file
             raise FileError(NOT_AUTHENTIC)
         try:
             piece = gcm.decrypt(_nonce(counter, final=final), chunk, None)
@@ -133,7 +135,7 @@ def _opened(
 
 
 def _chunks(source: BinaryIO, size: int) -> Iterator[tuple[bytes, bool]]:
-    """All of a source in pieces, and of each whether it is the last. There is one at least."""
+    """Yield a source in pieces of `size` bytes, each with whether it is the last. Yields at least one piece."""
     chunk = read_exactly(source, size)
     while len(chunk) == size and (following := read_exactly(source, size)):
         yield chunk, False

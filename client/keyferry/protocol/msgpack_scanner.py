@@ -1,7 +1,7 @@
-"""The structure of a msgpack message, followed by its headers alone: how long it is, and that it keeps within limits.
+"""Scans the headers of a msgpack message: finds its length and checks limits, without building objects.
 
-Every limit is applied as the headers arrive, before an object is made of them: a peer can claim a map of four billion entries,
-or nest arrays a thousand deep, and costs nobody more than the bytes it really sent.
+Every limit is applied as the headers arrive. A peer can claim a map of four billion entries, or nest arrays a thousand deep,
+but the agent stores only the bytes that the peer really sent.
 """
 
 from typing import Any, Final, NamedTuple
@@ -11,23 +11,24 @@ from ..errors import ProtocolError
 __all__ = ["MAX_ARRAY", "MAX_DEPTH", "MAX_MAP", "MAX_MESSAGE", "HeaderScanner", "container"]
 
 MAX_MESSAGE: Final = 65_536
-"""Bytes in one message. The largest legitimate request (6,144 bytes to encrypt, 8,192 characters of context) is a third."""
+"""Bytes in one message. The largest legitimate request (6,144 bytes to encrypt, 8,192 characters of EncryptionContext) takes a
+third of them."""
 MAX_MAP: Final = 1_024
-"""Entries in one map. A context of 8,192 characters as JSON cannot hold more than 1,365 of the shortest pairs."""
+"""Entries in one map. An EncryptionContext of 8,192 characters as JSON holds at most 1,365 of the shortest pairs."""
 MAX_ARRAY: Final = 64
-"""Entries in one array. A message has four, its parameters one; no parameter is a list."""
+"""Entries in one array. A message has four, and its array of parameters one; a parameter is never a list."""
 MAX_DEPTH: Final = 8
-"""Containers in containers. A request with a context needs four."""
+"""Nesting depth of containers. A request with an EncryptionContext needs four."""
 
-# What each first byte begins (the msgpack specification, "Formats").
+# The kinds of value that a first byte can begin (the msgpack specification, "Formats").
 
 _SCALAR, _STRING, _BINARY, _ARRAY, _MAP, _REFUSED = range(6)
 
 
 class _Format(NamedTuple):
     kind: int
-    length_bytes: int = 0  # how many bytes of length follow the first
-    size: int = 0  # without them: the bytes that follow, or the entries of a container
+    length_bytes: int = 0  # number of length bytes after the first byte
+    size: int = 0  # if length_bytes is 0: number of bytes that follow, or of entries of a container
     why: str = ""
 
 
@@ -59,20 +60,20 @@ _FORMATS: Final = _formats()
 
 
 class HeaderScanner:
-    """Follows one message at the beginning of a buffer, from where it stood when more of it has come."""
+    """Scans one message at the beginning of a buffer. Continues from its position when more bytes have arrived."""
 
     __slots__ = ("_containers", "_left", "_map", "_max_array", "position")
 
     def __init__(self, max_array: int) -> None:
         self._max_array = max_array
         self.position = 0
-        """How far it has come: each byte is looked at once, however it arrives. After a whole message: its size."""
-        self._left = 1  # entries still to come in the container around the position; in a map, keys and values each
-        self._map = False  # whether that container is a map
-        self._containers: list[tuple[int, bool]] = []  # the same two for the containers around that one
+        """Bytes scanned so far; each header is scanned once, in pieces of any size. At the end, the size of the message."""
+        self._left = 1  # entries still to come in the innermost container; keys and values of a map count separately
+        self._map = False  # whether the innermost container is a map
+        self._containers: list[tuple[int, bool]] = []  # (left, map) of each enclosing container
 
     def follow(self, buffer: bytearray) -> bool:  # noqa: C901, PLR0912 - one loop, once for each byte's worth: calls would double its time
-        """Follow the headers to the end of the message; False if that is not in the buffer yet. Raises `ProtocolError`."""
+        """Scan to the end of the message. Returns False if the end is not in the buffer yet. Raises `ProtocolError`."""
         position, left, in_map, containers = self.position, self._left, self._map, self._containers
         received = len(buffer)
         while position < received:
@@ -119,5 +120,5 @@ class HeaderScanner:
 
 
 def container(first: int) -> type[Any] | None:
-    """What a byte begins, where that holds other values: list, or dict."""
+    """Return list or dict if a first byte begins an array or a map, and None for any other value."""
     return {_ARRAY: list, _MAP: dict}.get(_FORMATS[first].kind)

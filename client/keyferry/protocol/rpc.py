@@ -1,4 +1,4 @@
-"""What both clients share, without any I/O: a call as it travels, and one connection's requests and answers."""
+"""The I/O-free part of both clients: encoding of calls, and matching of one connection's answers to its requests."""
 
 import os
 import stat
@@ -33,23 +33,26 @@ __all__ = [
 
 DEFAULT_SOCKET: Final = "/run/keyferry/agent.sock"
 RECEIVE: Final = 65_536
-"""Bytes to receive at once."""
+"""Bytes to receive in one call."""
 LOST_MOST: Final = 3
-"""Fresh connections that may end without an answer: over a restart, one can meet the agent that goes, and another a crash."""
+"""Number of new connections lost without an answer after which a call fails.
+
+During a restart, one connection can reach the agent that is stopping, and another one can end in a crash.
+"""
 CONNECT_STEP: Final = 0.005
-"""Seconds between two attempts to connect to an agent that has no room in its queue."""
+"""Seconds between two attempts to connect to an agent whose queue of connections is full."""
 _CHUNK: Final = 32_768
-"""Bytes of requests to send at once, but for a single longer one."""
+"""Bytes of requests in one chunk, except for a single longer request."""
 
 _DER_BEGINS: Final = (bytes.fromhex("30820122300d"), bytes.fromhex("305930130607"))
-"""How the DER of the two supported kinds of public key begins: RSA of 2,048 bits, and SM2."""
+"""First bytes of the DER of the two supported kinds of public key: RSA of 2,048 bits, and SM2."""
 _URLS: Final = ("unix://", "unix:")
 
 _AS_THEY_ARE: Final = frozenset({str, int, bool, dict})
 
 
 def default_socket() -> str:
-    """Return where the agent listens: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock. Raises `AgentUnavailable`."""
+    """Return the path of the agent's socket: `$KEYFERRY_SOCKET`, else /run/keyferry/agent.sock. Raises `AgentUnavailable`."""
     try:
         return socket_path(os.environ.get("KEYFERRY_SOCKET") or DEFAULT_SOCKET)
     except ValueError as error:
@@ -74,7 +77,7 @@ def socket_path(text: str) -> str:
 
 
 def seconds(timeout: float) -> float:
-    """A timeout that is one. Raises ValueError, or TypeError."""
+    """Return a valid timeout unchanged. Raises ValueError for a negative number or NaN, TypeError for other types."""
     if not float(timeout) >= 0:
         raise ValueError(f"a timeout is a number of seconds from 0, not {timeout!r}")
     return timeout
@@ -87,7 +90,7 @@ def unreachable(path: str, error: OSError) -> AgentUnavailable:
 
 
 def why_unreachable(path: str, error: OSError) -> str:
-    """What a person can do about a socket that does not connect."""
+    """Return a message about a socket that does not connect, with advice for the user."""
     if isinstance(error, FileNotFoundError):
         return f"{path} does not exist: is keyferry-agent running, and is this its socket?"
     if isinstance(error, ConnectionRefusedError):
@@ -98,7 +101,7 @@ def why_unreachable(path: str, error: OSError) -> str:
 
 
 def _what_is_there(path: str) -> str | None:
-    """Return what stands at the path of a socket, and None where that is a socket."""
+    """Return a message if the path is a folder, or a file that is not a socket; None for a socket or a missing file."""
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -131,7 +134,7 @@ def _public_key_text(text: str) -> str:
 
 
 class Call(NamedTuple):
-    """One call: what to send, and what to make of the answer (`result` None: leave it as it came)."""
+    """One call: the operation's name and parameters, and the tuple for its result (None: return the answer's map)."""
 
     name: str
     params: dict[str, Any]
@@ -139,14 +142,14 @@ class Call(NamedTuple):
 
     @classmethod
     def of(cls, operation: Operation[..., Any], request: Any) -> "Call":
-        """The call of a request tuple."""
+        """Return the call of a request tuple, with PEM and binary parameters converted to Base64."""
         params = request_to_wire(request)
         blob, plaintext = params.get(PUBLIC_KEY_BLOB.name), params.get(PLAINTEXT.name)
         if isinstance(blob, bytes):
             params[PUBLIC_KEY_BLOB.name] = encode_base64(pem_to_der(blob))
         elif isinstance(blob, str) and (
             "-" in blob or not blob.isascii()
-        ):  # not Base64: perhaps the text of a PEM file
+        ):  # the text is not Base64; it can be the text of a PEM file
             params[PUBLIC_KEY_BLOB.name] = _public_key_text(blob)
         if isinstance(plaintext, bytes):
             params[PLAINTEXT.name] = encode_base64(plaintext)
@@ -157,7 +160,7 @@ class Call(NamedTuple):
 
 
 def calls(wanted: Iterable[Any]) -> list[Call]:
-    """Make calls of request tuples, and of pairs: an operation's name, and its parameters by the API's names.
+    """Return the calls for request tuples, and for pairs of an operation's name and its parameters by the API's names.
 
     Raises TypeError for anything else.
     """
@@ -174,9 +177,9 @@ def calls(wanted: Iterable[Any]) -> list[Call]:
 
 
 class Pending:
-    """A request under way. `response` is None until it is answered, or an error if it could not be sent at all.
+    """A request in flight. `response` is None until the agent answers, or an error if the request could not be sent.
 
-    Without what was asked: a connection keeps it until the answer comes, also when nobody waits for that any more.
+    Holds no parameters: it can outlive a cancelled call, and parameters may contain a plaintext.
     """
 
     __slots__ = ("msgid", "response")
@@ -187,31 +190,31 @@ class Pending:
 
 
 class Asked(NamedTuple):
-    """A call, and what is under way for it."""
+    """A call and its pending request."""
 
     call: Call
     pending: Pending
 
     @classmethod
     def of(cls, call: Call) -> "Asked":
-        """A call that is to be asked."""
+        """Return a call that was not sent yet."""
         return cls(call, Pending())
 
     def refusal(self) -> KmsError | None:
-        """Return the agent's refusal; None for a result, and for what is not answered. Raises `ProtocolError`."""
+        """Return the agent's refusal; None for a result, and for a pending request. Raises `ProtocolError`."""
         response = self.pending.response
         if response is None or isinstance(response, KmsError):
             return response
         return None if response.error is None else _refusal(response.error)
 
     def request_id(self) -> str:
-        """Return the RequestId of a result; an empty text where there is none."""
+        """Return the RequestId of a result, or an empty text."""
         response = self.pending.response
         result = response.result if isinstance(response, wire.Response) else None
         return str((result or {}).get("RequestId", ""))
 
     def outcome(self) -> Any:
-        """The result, or the `KmsError` that the agent answered. Raises `ProtocolError`."""
+        """Return the result, or the `KmsError` that the agent sent. Raises `ProtocolError`."""
         call, response = self.call, self.pending.response
         assert response is not None
         refusal = self.refusal()
@@ -230,12 +233,12 @@ class Asked(NamedTuple):
 
 
 def answered(asked: Iterable[Asked]) -> int:
-    """How many of these are answered."""
+    """Return the number of calls that are answered."""
     return sum(pending.response is not None for _, pending in asked)
 
 
 class Chunk(NamedTuple):
-    """Requests to send in one go, and their bytes."""
+    """Requests to send with one write, and their encoded bytes."""
 
     data: bytearray
     requests: list[Pending]
@@ -250,9 +253,9 @@ class RpcSession:
         self._waiting: dict[int, Pending] = {}
 
     def ask(self, asked: Asked) -> bytes:
-        """Give the bytes of a request; none for one that no agent could read, which has its refusal then.
+        """Return the bytes of a request; for a request that breaks the protocol, return no bytes and store its refusal.
 
-        A request that breaks the protocol would break the connection, and with it the calls of others.
+        If such a request were sent, the agent would close the connection, and the other calls on it would fail.
         """
         call, pending = asked
         self._msgid = pending.msgid = (self._msgid + 1) & wire.MAX_MSGID
@@ -266,7 +269,7 @@ class RpcSession:
         return request
 
     def chunks(self, asked: Iterable[Asked]) -> Iterator[Chunk]:
-        """Give the requests that are not answered yet, a chunk at a time."""
+        """Yield the requests that are not answered yet, in chunks."""
         chunk = Chunk(bytearray(), [])
         for each in asked:
             if each.pending.response is not None:
@@ -281,20 +284,22 @@ class RpcSession:
             yield chunk
 
     def withdraw(self, chunk: Chunk) -> None:
-        """Forget requests that were not sent after all."""
+        """Remove requests that were encoded, but not sent."""
         for pending in chunk.requests:
             self._waiting.pop(pending.msgid, None)
 
     def receive(self, data: bytes) -> list[Pending]:
-        """Take bytes as they came; give the requests that they answer. Raises `ProtocolError`, or `KmsError` for a refusal of
-        the whole connection: after either it is of no more use.
+        """Decode received bytes and return the requests that they answer.
+
+        Raises `ProtocolError`, or `KmsError` when the agent refuses the whole connection. After either, the connection cannot
+        be used again.
         """
         self._decoder.feed(data)
         answered = []
         for message in self._decoder.messages():
             if not isinstance(message, wire.Response):
                 raise ProtocolError("the agent sent something that is no response")
-            if message.msgid is None:  # it does not take this connection, or could not read us, and hangs up
+            if message.msgid is None:  # the agent refused the connection, or could not read a request; it hangs up
                 error = message.error or {}
                 if error.get("Code") == "ProtocolError":
                     raise ProtocolError(f"the agent could not read the request: {error.get('Message')}")

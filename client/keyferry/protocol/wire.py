@@ -1,9 +1,9 @@
-"""MessagePack-RPC, without any I/O: bytes in, messages out, and the other way round. Both ends use it.
+"""The MessagePack-RPC codec, without I/O: bytes to messages, and messages to bytes. The agent and both clients use it.
 
-The one promise: whatever bytes are fed, `Decoder` gives messages or raises `ProtocolError`. Anything else is a bug.
+The codec makes one promise: for any bytes, `Decoder` yields messages or raises `ProtocolError`. Any other outcome is a bug.
 
-The msgpack library is only ever shown one whole message that is known to be small: its structure was followed first, by the
-library without making anything of it, or by `headers`, which knows every limit and why a message breaks it.
+The msgpack library parses only one complete message, whose size was checked first. Either the library skipped the message
+without building objects, or `HeaderScanner` followed its headers. The scanner applies every limit and names the broken one.
 """
 
 import sys
@@ -39,7 +39,7 @@ MAX_MSGID: Final = 2**32 - 1
 
 
 class Request(NamedTuple):
-    """`[0, msgid, method, [params]]`, whole and well formed; whether the operation exists is for others to say."""
+    """`[0, msgid, method, [params]]`, complete and well formed. The codec does not check that the operation exists."""
 
     msgid: int
     method: str
@@ -47,16 +47,16 @@ class Request(NamedTuple):
 
 
 class PackedRequest(NamedTuple):
-    """A whole message that begins as a request does, before it is parsed. Equal requests have equal bodies."""
+    """A complete message that begins like a request, not yet parsed. Equal requests have equal bodies."""
 
     msgid: int
     body: bytes
-    """The bytes behind the msgid."""
+    """The bytes after the msgid."""
 
     def parse(self, max_array: int = MAX_ARRAY) -> "Request | InvalidRequest":
-        """Return the request. Raises `ProtocolError`; then the stream that it came in cannot be trusted any more."""
+        """Return the request. Raises `ProtocolError`; after that, the rest of the stream cannot be trusted."""
         packed = bytearray((_ARRAY_OF_FOUR, 0))
-        packed += msgpack.Packer(**_SMALL).pack(self.msgid)  # never longer than it was
+        packed += msgpack.Packer(**_SMALL).pack(self.msgid)  # never longer than the msgid was when received
         packed += self.body
         parsed = _parse_plain(packed, max_array)
         if parsed is None:
@@ -64,12 +64,15 @@ class PackedRequest(NamedTuple):
                 raise ProtocolError("a message ends before its last value")
             parsed = _unpack(packed)
         message = _message(parsed)
-        assert isinstance(message, Request | InvalidRequest)  # it begins with 0 and a msgid
+        assert isinstance(message, Request | InvalidRequest)  # the message begins with 0 and a msgid
         return message
 
 
 class Response(NamedTuple):
-    """`[1, msgid, error, result]`: exactly one of the two is None. msgid is None when the request could not be read."""
+    """`[1, msgid, error, result]`: exactly one of error and result is None.
+
+    msgid is None when the agent could not read the request.
+    """
 
     msgid: int | None
     error: dict[str, Any] | None
@@ -77,11 +80,14 @@ class Response(NamedTuple):
 
 
 class Notification(NamedTuple):
-    """`[2, method, params]`: gets no answer and has no effect."""
+    """`[2, method, params]`: has no effect, and the agent does not answer it."""
 
 
 class InvalidRequest(NamedTuple):
-    """Well-formed msgpack with a message ID to answer to, but no request. Unlike a `ProtocolError`, the stream goes on."""
+    """Well-formed msgpack with a message ID to answer to, which is not a valid request.
+
+    Unlike after a `ProtocolError`, the stream stays usable.
+    """
 
     msgid: int
     why: str
@@ -92,10 +98,10 @@ Message: TypeAlias = Request | Response | Notification | InvalidRequest
 
 
 class Decoder:
-    """Turns a stream of bytes into messages. `feed` it what was received, then take `messages` until there are none.
+    """Turns a stream of bytes into messages: pass received bytes to `feed`, then iterate over `messages`.
 
     `max_array` is `MAX_ARRAY`, or more for a client, whose answers may hold a page of a list. After a `ProtocolError` the
-    stream cannot be trusted any more: the decoder refuses to go on.
+    stream cannot be trusted, so the decoder raises the same error on every later call.
     """
 
     __slots__ = ("_broken", "_buffer", "_max_array", "_walk")
@@ -105,19 +111,19 @@ class Decoder:
         self._buffer = bytearray()
         self._broken: ProtocolError | None = None
         self._walk: HeaderScanner | None = None
-        """Through a message that came in pieces: what was looked at is not looked at again."""
+        """The scanner of a message that arrives in pieces. It keeps its position, so no header is scanned twice."""
 
     @property
     def incomplete(self) -> bool:
-        """Whether part of a message was received: the peer owes the rest of it."""
+        """Return whether a part of a message was received, whose end the peer has not sent yet."""
         return bool(self._buffer)
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Take bytes as they were received, in pieces of any size."""
+        """Append received bytes to the buffer, in pieces of any size."""
         self._buffer += data
 
     def messages(self) -> Iterator[Message]:
-        """Yield each whole message received so far. Raises `ProtocolError`, for good, at the first that is none."""
+        """Yield each complete message. Raises `ProtocolError` at the first invalid one, and again on every later call."""
         for message in self.packed_messages():
             if not isinstance(message, PackedRequest):
                 yield message
@@ -130,9 +136,9 @@ class Decoder:
             yield request
 
     def packed_messages(self) -> Iterator[PackedRequest | Message]:
-        """Yield the same, but leave what begins as a request for the caller to parse.
+        """Yield the same messages as `messages`, but requests unparsed, as `PackedRequest`, for the caller to parse.
 
-        After `PackedRequest.parse` has raised `ProtocolError`, the caller takes no further message.
+        After `PackedRequest.parse` has raised `ProtocolError`, the caller must not take further messages.
         """
         while self._buffer:
             if self._broken:
@@ -154,10 +160,10 @@ class Decoder:
             yield message
 
     def peek(self) -> PackedRequest | None:
-        """Return all that was received as one request, without following its structure; None where it begins otherwise.
+        """Return the whole buffer as one request, without checking its structure; None if it does not begin like a request.
 
-        It is one request only if its body is equal to that of a request which `messages` or `packed_messages` has yielded, and
-        which was well formed. In that case, and in no other, the caller takes it by `skip`.
+        The buffer is one request only if its body equals that of a well-formed request which `messages` or `packed_messages`
+        has yielded. Only in that case may the caller consume the buffer by `skip`.
         """
         size = len(self._buffer)
         return (
@@ -165,14 +171,14 @@ class Decoder:
         )
 
     def skip(self) -> None:
-        """Drop all that was received."""
+        """Overwrite the buffer and empty it."""
         self._forget(len(self._buffer))
 
     def _whole(self) -> Iterator[PackedRequest | Message]:
-        """The messages at the beginning of the buffer that are there whole, by msgpack's own parser.
+        """Yield the complete messages at the beginning of the buffer, found by msgpack's own parser.
 
-        It is three times as fast as the walk, and knows less: at whatever is out of the ordinary it leaves off, and the walk
-        finds out what that is. What it may allocate for what a header claims is bounded by its limits.
+        The parser is three times as fast as `HeaderScanner`, but has fewer limits. At anything unusual this generator ends, and
+        the scanner names the fault. The parser's limits bound the memory that it allocates for the sizes in headers.
         """
         unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=_RECEIVE_LEAST)
         unpacker.feed(self._buffer)
@@ -181,7 +187,7 @@ class Decoder:
             try:
                 unpacker.skip()
                 end = unpacker.tell()
-            except Exception:  # whatever it is: the walk knows
+            except Exception:  # for any fault: the scanner finds out which
                 return
             message = self._first(end - begin)
             if message is None:
@@ -191,7 +197,7 @@ class Decoder:
             yield message
 
     def _first(self, size: int) -> PackedRequest | Message | None:
-        """The message of `size` bytes at the beginning of the buffer; None where the walk has to look at it."""
+        """Return the message in the first `size` bytes of the buffer; None if `HeaderScanner` has to check it."""
         if size > MAX_MESSAGE:
             return None
         request = _split(self._buffer, size)
@@ -207,7 +213,7 @@ class Decoder:
             raise
 
     def _forget(self, size: int) -> None:
-        self._buffer[:size] = bytes(size)  # a request can hold a plaintext
+        self._buffer[:size] = bytes(size)  # overwrite first: a request can hold a plaintext
         del self._buffer[:size]
 
 
@@ -219,16 +225,16 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _MAP_AT_ONCE: Final = 64
-"""Entries of a map that msgpack's parser is left to: it makes room for all that a header claims, a thousand headers deep."""
+"""Largest map passed to msgpack's fast path, which preallocates for the sizes that headers claim, up to 1,000 levels deep."""
 _RECEIVE_LEAST: Final = 1_024
-"""Bytes of buffer that msgpack's parser begins with."""
-# A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates: whoever needs text refuses
-# them by the parameter's name, instead of the whole connection.
+"""Initial size of the msgpack parser's buffer, in bytes."""
+# A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates. The check of a text
+# parameter then refuses that parameter by name, and the connection survives.
 _UNICODE_ERRORS: Final = "surrogateescape"
 
 
-# msgpack interns the keys of maps. The first releases of Python 3.12 keep what is interned as long as the process
-# lives: whoever sends ever new keys would fill the memory. There, values are read one by one.
+# msgpack interns the keys of maps. The first releases of Python 3.12 keep interned strings as long as the process
+# lives, so a client that sends ever new keys would fill the memory. On these releases, values are read one by one.
 _INTERNED_FOR_EVER: Final = sys.getrefcount(sys.intern(f"{__name__} {id(object())}")) > 2**16
 
 
@@ -241,18 +247,18 @@ def _unpack(packed: bytearray, **limits: int) -> Any:
 
 
 def _parse_plain(packed: bytearray, max_array: int) -> Any:
-    """What msgpack's own parser makes of one message; None where that is not quite in the protocol."""
+    """Return one message as msgpack's own parser decodes it; None where the message may break a rule of the protocol."""
     if _INTERNED_FOR_EVER:
         return None
     try:
         body = _unpack(packed, max_array_len=max_array, max_map_len=_MAP_AT_ONCE, max_ext_len=0)
-    except Exception:  # whatever it is: the walk knows
+    except Exception:  # for any fault: the scanner finds out which
         return None
     return body if _is_plain(body) else None
 
 
 def _split(buffer: bytearray, size: int) -> PackedRequest | None:
-    """The request that the first `size` bytes are, if they begin as one; None for all other messages."""
+    """Return the first `size` bytes as a `PackedRequest` if they begin like a request, and None for any other message."""
     if size < _SHORTEST or buffer[0] != _ARRAY_OF_FOUR or buffer[1] != 0:
         return None
     first = buffer[2]
@@ -265,9 +271,12 @@ def _split(buffer: bytearray, size: int) -> PackedRequest | None:
 _ARRAY_OF_FOUR: Final = 0x94
 _LAST_FIXINT: Final = 0x7F
 _SHORTEST: Final = 8
-"""Bytes of a request whose msgid takes five."""
+"""Least bytes of a message to split: the first two, a msgid of up to five, and one more."""
 _BEHIND_MSGID: Final = {0xCC: 4, 0xCD: 5, 0xCE: 7}
-"""Where the bytes behind a msgid begin, by its first byte. One in 64 bits, which no client sends, is parsed as a whole."""
+"""Offset of the bytes after a msgid, by the msgid's first byte.
+
+A msgid of 64 bits is not listed: clients do not send it, and such a message is parsed as a whole.
+"""
 
 
 def _one_by_one(unpacker: Any, packed: bytearray) -> Any:
@@ -281,7 +290,10 @@ def _one_by_one(unpacker: Any, packed: bytearray) -> Any:
 
 
 def _is_plain(value: Any, depth: int = 1) -> bool:
-    """Whether what msgpack's parser took is in the protocol, too. `depth`: containers that it is in, itself included."""
+    """Return whether a value that msgpack's parser accepted is also valid in the protocol.
+
+    `depth` is the nesting depth of the value, including itself.
+    """
     kind, values = type(value), value
     if kind is dict:
         if not _TEXT.issuperset(map(type, value)):
@@ -291,7 +303,7 @@ def _is_plain(value: Any, depth: int = 1) -> bool:
         return kind in _SENDABLE
     if depth > MAX_DEPTH:
         return False
-    # As a set, as far as that says all: a loop would take as long as the parsing.
+    # Compare the types as a set where that decides: a loop would take as long as the parsing.
     if _SENDABLE.issuperset(map(type, values)):
         return True
     for each in values:  # noqa: SIM110 - a generator is a function that is made each time
@@ -304,7 +316,7 @@ def _message(body: Any) -> Message:
     if not isinstance(body, list) or not body:
         raise ProtocolError("a message is an array: [0, msgid, method, [params]]")
     kind = None if isinstance(body[0], bool) else body[0]  # to Python, true and 1 are equal
-    if kind == 2:  # whatever follows: nobody would be answered
+    if kind == 2:  # do not check the other elements: a notification has no answer that could report an error
         return Notification()
     msgid = body[1] if len(body) > 1 else None
     if isinstance(msgid, bool) or not isinstance(msgid, int | None) or not 0 <= (msgid or 0) <= MAX_MSGID:
@@ -332,9 +344,9 @@ def _request(msgid: int, rest: list[Any]) -> Message:
 
 
 def check_sendable(value: Any, depth: int = 3) -> None:
-    """Refuse a parameter's value that no peer would read: floats, map keys that are no strings, containers over a limit.
+    """Raise `ProtocolError` for values that a peer would refuse: floats, keys that are not strings, containers over a limit.
 
-    `depth` is how many containers it is in. Raises `ProtocolError`.
+    `depth` is the nesting depth of `value`, including itself: 3 for a request's map of parameters.
     """
     kind = type(value)
     if kind not in (dict, list, tuple):
@@ -357,7 +369,8 @@ _SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
 _TEXT: Final = frozenset({str})
 
 
-# packb's own buffer of 256 KiB costs more than packing, where freed memory is cleared. Older packers have no such option.
+# Where freed memory is overwritten, packb's own buffer of 256 KiB costs more time than the packing. msgpack before 1.1 does not
+# have this option.
 _SMALL: Final[dict[str, int]] = {"buf_size": 1_000} if msgpack.version >= (1, 1) else {}
 
 
@@ -374,10 +387,10 @@ def encode_request(msgid: int, method: str, params: dict[str, Any]) -> bytes:
 
 
 def encode_response(msgid: int | None, error: dict[str, Any] | None, result: dict[str, Any] | None) -> bytes:
-    """Pack an answer: exactly one of `error` and `result` is None. Raises `ProtocolError` if it is too long."""
+    """Pack a response: exactly one of `error` and `result` is None. Raises `ProtocolError` if it exceeds `MAX_MESSAGE`."""
     return _pack([1, msgid, error, result])
 
 
 def encode_notification(method: str, params: dict[str, Any]) -> bytes:
-    """Pack a notification, which nobody answers."""
+    """Pack a notification, which has no answer."""
     return _pack([2, method, [params]])

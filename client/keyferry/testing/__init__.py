@@ -5,9 +5,9 @@
     with LocalAgent("alias/orders") as agent, agent.client() as kms:
         agent.fail("Rejected.Throttling", operation="Decrypt", times=2)
 
-The agent is the one of production, started with `--dev`: its cryptography, its checks and its answers are real. Only the faults
-are not: a relay in front of the agent answers in its place. Agent and relay run in processes of their own, and end with the
-process that started them, however it ends. The test's process gets no thread.
+The agent is the production agent, started with `--dev`: its cryptography, its checks and its answers are real. Only the faults
+are simulated, by a relay in front of the agent that answers in its place. The agent and the relay run in their own processes,
+and end with the process that started them, even if it is killed. No thread is started in the test's process.
 """
 
 from .agent import LocalAgent

@@ -1,4 +1,4 @@
-"""The test's side of a local agent: starts it, and tells the relay in front of it what to do."""
+"""The test's side of a local agent: starts the agent, and sends commands to the relay in front of it."""
 
 import importlib.util
 import json
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 __all__ = ["LocalAgent"]
 
 _PATIENCE: Final = 60.0
-"""Seconds for the relay to answer: it needs half a second to start the agent, and milliseconds after that."""
+"""Seconds to wait for the relay's reply. Starting the agent takes half a second, and a later command takes milliseconds."""
 
 
 class LocalAgent:
-    """A running agent. `aliases`: of its keys, each `alias/NAME` or `alias/NAME=KEY_SPEC`, beside alias/dev and alias/dev-sm4.
+    """A running agent with keys for `aliases`, each `alias/NAME` or `alias/NAME=KEY_SPEC`, and for alias/dev and alias/dev-sm4.
 
-    Its keys exist in its memory only. `socket` is the path to connect to. For one thread at a time; clients may be used by any.
-    Raises `KeyferryError` where the agent does not start, with its reason.
+    The keys exist only in the agent's memory. `socket` is the path to connect to. Only one thread at a time may use this
+    object; its clients may be used by any thread. Raises `KeyferryError` with the reason if the agent does not start.
     """
 
     def __init__(self, *aliases: str) -> None:
@@ -70,7 +70,7 @@ class LocalAgent:
         return f"LocalAgent({self.socket!r})"
 
     def close(self) -> None:
-        """Stop the agent, and remove what it left. In a forked child, only release what the child inherited."""
+        """Stop the agent, and remove its folder. In a forked child, only close the inherited descriptors."""
         assert self._relay.stdin is not None
         assert self._relay.stdout is not None
         self._relay.stdin.close()
@@ -93,25 +93,26 @@ class LocalAgent:
         return AsyncClient(self.socket, timeout=timeout, retry=retry)
 
     def fail(self, code: str, *, operation: str | None = None, times: int | None = 1) -> None:
-        """Refuse the next `times` requests of an operation, by default of any, with a code of the agent's. None: until `reset`.
+        """Refuse the next `times` requests of an operation (by default, of any) with a code of the agent.
 
-        "Rejected.Throttling" is `Throttled`, "ServiceUnavailableTemporary" is `ServiceUnavailable`. Refused requests do not
-        reach the agent. Faults apply in the order in which they were set. Raises ValueError for another code or operation.
+        `times=None` refuses all requests until `reset`. "Rejected.Throttling" raises `Throttled`, and
+        "ServiceUnavailableTemporary" raises `ServiceUnavailable`. Refused requests do not reach the agent. Faults apply in the
+        order in which they were set. Raises ValueError for an unknown code or operation.
         """
         if code not in CODES:
             raise ValueError(f"{code!r} is not a code of the agent's; expected one of {', '.join(CODES)}")
         self._fault(code, operation, times)
 
     def lose_connection(self, *, operation: str | None = None, times: int | None = 1) -> None:
-        """Close the connection, without an answer, at each of the next `times` requests. None: until `reset`.
+        """Close the connection, without an answer, at each of the next `times` requests. `times=None`: until `reset`.
 
-        A client asks again on a new connection, up to three times: so one loss is not seen by the application, and with
+        A client repeats the request on up to three new connections. So the application does not notice one loss, and with
         `times=None` calls raise `AgentUnavailable`. Raises ValueError for an operation that does not exist.
         """
         self._fault(None, operation, times)
 
     def disable_key(self, key_id: str) -> None:
-        """Have the key refused as a disabled one is, until `enable_key` or `reset`. `key_id` may be an alias.
+        """Refuse the key like a disabled key, until `enable_key` or `reset`. `key_id` may be an alias.
 
         Raises `KeyferryError` for a key that does not exist.
         """
@@ -122,13 +123,13 @@ class LocalAgent:
         self._command("disable", key_id=key.key_id, version=key.primary_key_version, names=names)
 
     def enable_key(self, key_id: str) -> None:
-        """End what `disable_key` began. Raises `KeyferryError` for a key that does not exist."""
+        """Undo `disable_key`. Raises `KeyferryError` for a key that does not exist."""
         with Client(self._direct) as kms:
             self._command("enable", key_id=kms.describe_key(key_id=key_id).key_metadata.key_id)
 
     @contextmanager
     def unreachable(self) -> Iterator[None]:
-        """For the block, remove the socket and close all connections, as an agent does that is stopped."""
+        """Remove the socket and close all connections for the time of a block, like an agent that is stopped."""
         self._command("listen", listen=False)
         try:
             yield
@@ -136,7 +137,7 @@ class LocalAgent:
             self._command("listen", listen=True)
 
     def reset(self) -> None:
-        """End all faults, and enable all keys."""
+        """Remove all faults, and enable all keys."""
         self._command("reset")
 
     def _fault(self, code: str | None, operation: str | None, times: int | None) -> None:
@@ -147,7 +148,7 @@ class LocalAgent:
         self._command("fault", code=code, operation=operation, times=times)
 
     def _command(self, name: str, **arguments: Any) -> None:
-        """Have the relay do something, and wait until it is done. Raises `KeyferryError`."""
+        """Send a command to the relay, and wait for its reply. Raises `KeyferryError`."""
         assert self._relay.stdin is not None
         try:
             self._relay.stdin.write(json.dumps({"do": name, **arguments}).encode() + b"\n")
@@ -157,7 +158,7 @@ class LocalAgent:
         self._reply()
 
     def _reply(self) -> None:
-        """Wait for the relay's line. Raises `KeyferryError` for an error in it."""
+        """Wait for one line of the relay. Raises `KeyferryError` for an error in it, and when the relay does not reply."""
         assert self._relay.stdout is not None
         ready, _, _ = select.select([self._relay.stdout], [], [], _PATIENCE)
         line = self._relay.stdout.readline() if ready else b""

@@ -1,7 +1,7 @@
-"""The process between a test and its agent: starts the agent, forwards requests and answers, and puts faults in their place.
+"""The process between a test and its agent: starts the agent, forwards requests and answers, and answers with faults instead.
 
-Commands arrive on standard input, a line of JSON each, and each gets a line on standard output: null, or why it failed. The end
-of standard input is the end of the test's process: then the agent is stopped, and its folder is removed.
+Commands arrive on standard input, one line of JSON each. The reply to each is one line on standard output: null, or the reason
+why it failed. Standard input ends with the test's process; then the relay stops the agent and removes its folder.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ __all__ = ["main"]
 
 _LOG: Final = "agent.log"
 _LOG_SHOWN: Final = 2_000
-"""Characters of the log's end in the message of an agent that does not start."""
+"""Characters from the end of the log in the message about an agent that does not start."""
 _RECEIVE: Final = 65_536
 _START_STEP: Final = 0.005
-"""Seconds between two attempts to connect to the agent that starts."""
+"""Seconds between two attempts to connect to the starting agent."""
 _STOP_GRACE: Final = 10.0
 """Seconds for the agent to end before it is killed."""
 _ALLOWED_WHEN_DISABLED: Final = frozenset({"DescribeKey", "ListKeyVersions"})
@@ -42,11 +42,11 @@ class _Fault:
 
 
 class _Disabled(NamedTuple):
-    """A key that is to look disabled."""
+    """A key that the relay refuses like a disabled key."""
 
     names: frozenset[str]
     blob_prefix: str
-    """How the CiphertextBlobs of its one version begin."""
+    """The beginning, in Base64, of every CiphertextBlob of the key's only version."""
 
     def concerns(self, params: dict[str, Any]) -> bool:
         """Return whether a request is about this key."""
@@ -57,14 +57,14 @@ class _Disabled(NamedTuple):
 
 
 class _State:
-    """The faults that are set, and the keys that look disabled."""
+    """The faults that are set, and the keys that are refused as disabled."""
 
     def __init__(self) -> None:
         self.faults: list[_Fault] = []
         self.disabled: dict[str, _Disabled] = {}
 
     def take(self, operation: str) -> _Fault | None:
-        """Return the first fault that is for a request of this operation, and count it."""
+        """Return the first fault that applies to a request of this operation, and count the request for the fault."""
         for fault in self.faults:
             if fault.operation in (None, operation):
                 if fault.times is not None:
@@ -75,7 +75,7 @@ class _State:
         return None
 
     def answer(self, request: wire.Request, response: wire.Response) -> wire.Response:
-        """Return an answer of the agent's as it looks where keys are disabled: what would have succeeded is refused."""
+        """Return an answer of the agent, changed for disabled keys: a success is replaced by a refusal."""
         result, succeeds = response.result, (response.error or {}).get("Code") == "DryRunOperationError"
         metadata = (result or {}).get("KeyMetadata")
         if isinstance(metadata, dict) and metadata.get("KeyId") in self.disabled:
@@ -104,7 +104,7 @@ def _error(code: str) -> dict[str, Any]:
 
 
 class _Relay:
-    """Connections of clients, each with one to the agent."""
+    """Connections of clients, each with its own connection to the agent."""
 
     def __init__(self, folder: str) -> None:
         self._path = os.path.join(folder, SOCKET)
@@ -118,7 +118,7 @@ class _Relay:
         self._server = await asyncio.start_unix_server(self._serve, self._path, backlog=1_024)
 
     def go_away(self) -> None:
-        """Accept no more, and close what there is."""
+        """Stop accepting connections, remove the socket, and close all connections."""
         if self._server is not None:
             self._server.close()
             with suppress(FileNotFoundError):
@@ -127,7 +127,7 @@ class _Relay:
             writer.transport.abort()
 
     async def do(self, command: dict[str, Any]) -> None:
-        """Carry out one command of the test's."""
+        """Carry out one command of the test."""
         state, name = self._state, command.pop("do")
         if name == "fault":
             state.faults.append(_Fault(**command))
@@ -145,7 +145,7 @@ class _Relay:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.add(writer)
-        # The agent may have ended; and so may this process, which cancels all connections.
+        # The agent may have ended. This process may be ending too, and then asyncio cancels all tasks.
         with suppress(OSError, asyncio.CancelledError):
             await self._forward(reader, writer)
         self._writers.discard(writer)
@@ -174,7 +174,7 @@ class _Relay:
         agent: asyncio.StreamWriter,
         waiting: dict[int, wire.Request],
     ) -> None:
-        """Forward requests, or answer them with faults, until the connection is to be closed."""
+        """Forward requests, or answer them with faults, until the client or a fault closes the connection."""
         decoder = wire.Decoder()
         while data := await reader.read(_RECEIVE):
             decoder.feed(data)
@@ -223,7 +223,7 @@ async def _run(folder: str, agent: "subprocess.Popen[bytes]") -> None:
 
 
 async def _started(folder: str, agent: "subprocess.Popen[bytes]") -> str | None:
-    """Wait until the agent accepts connections. Return the end of its log where it has ended."""
+    """Wait until the agent accepts connections. Return None then, or the end of its log if the agent has ended."""
     while agent.poll() is None:
         with suppress(OSError):
             _, writer = await asyncio.open_unix_connection(os.path.join(folder, AGENT_SOCKET))
