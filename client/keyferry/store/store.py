@@ -266,9 +266,7 @@ class Store:
 
     def _make_table(self, connection: sql.Connection) -> None:
         if not sql.inspect(connection).has_table(_records.name):
-            if (
-                connection.dialect.name == "postgresql"
-            ):  # IF NOT EXISTS alone fails when two processes create the table at once
+            if connection.dialect.name == "postgresql":  # IF NOT EXISTS alone fails if two create the table at once
                 connection.execute(sql.text("SELECT pg_advisory_xact_lock(hashtext('keyferry_records'))"))
             connection.execute(_create_table())
 
@@ -288,9 +286,7 @@ class Store:
     def _connected(self) -> Iterator[sql.Connection]:
         """Lend a connection that belongs to this process. A driver may raise any exception for a URL's options."""
         if self._process != os.getpid():  # after a fork, the connections in the pool belong to the parent
-            self._inherited = (
-                self._engine.pool
-            )  # a reference, because the driver warns of connections that are not closed
+            self._inherited = self._engine.pool  # referenced, because drivers warn of connections that are not closed
             self._engine.dispose(close=False)
             self._process = os.getpid()
         try:
@@ -304,9 +300,7 @@ class Store:
         """Return the first line of the driver's message, without SQLAlchemy's statement and never with a password."""
         cause = getattr(error, "orig", None) or error
         lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
-        why = (
-            " ".join(lines) if lines[0].endswith(":") else lines[0]
-        )  # with several hosts, the message has a line for each
+        why = " ".join(lines) if lines[0].endswith(":") else lines[0]  # with several hosts, each has a line
         if any(form in why for secret in secrets(self._url) for form in _forms(secret)):
             why = type(cause).__name__
         if getattr(cause, "sqlstate", None) == _NOT_PERMITTED:
