@@ -1,11 +1,11 @@
-"""The `keyferry` command: its arguments and exit codes. What each part of it does is in the module of its name.
+"""The `keyferry` command: its argument parser and exit codes. Each group of commands has a file of its own.
 
     operations.py  call, status
     records.py     records add, list, show, recover, renew, rewrap, copy, schema
     files.py       encrypt-file, decrypt-file, reencrypt-file
     modules.py     module init, show
 
-Nothing beyond the standard library and msgpack is imported before a command that needs it runs.
+Packages other than the standard library and msgpack are imported only when a command that needs them runs.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command with `argv` (default: the process's own arguments) and give its exit code."""
+    """Run the command with `argv` (default: the process's own arguments) and return its exit code."""
     return guard.guarded(PROGRAM, lambda: _run(guard.parse(PROGRAM, _parser(), argv)))
 
 

@@ -1,4 +1,4 @@
-"""What the commands share: exit codes, arguments that several take, extras that may be missing, and progress on a terminal."""
+"""Code that several commands share: exit codes, arguments, optional extras, and progress on a terminal."""
 
 import argparse
 import sys
@@ -54,17 +54,17 @@ _EXTRAS: Final = {
 
 
 class Failed(KeyferryError):
-    """It could not be done, for a reason that is neither the agent's nor the store's."""
+    """A command failed for a reason other than the agent or the store."""
 
 
 @contextmanager
 def extra(name: str) -> Iterator[None]:
-    """For imports of what an extra brings. Raises `Failed` where it is not installed, or does not work with this OpenSSL."""
+    """Guard imports of an extra's packages. Raises `Failed` if one is not installed, or does not work with this OpenSSL."""
     try:
         yield
     except ImportError as error:
         missing = (error.name or "").split(".")[0]
-        if missing not in _EXTRAS[name] or error.path is not None:  # it is there, and something in it is broken
+        if missing not in _EXTRAS[name] or error.path is not None:  # the package is installed, but broken
             raise
         raise Failed(
             f'this needs {missing}, which is not installed; install the extra "{name}" of keyferry (docs/installing.md)'
@@ -78,7 +78,7 @@ def extra(name: str) -> Iterator[None]:
 
 
 def usage(message: str) -> NoReturn:
-    """Say what is wrong with the arguments, and end."""
+    """Print an error in the arguments on standard error, and exit with code 2."""
     output.complain(PROGRAM, message)
     raise SystemExit(USAGE)
 
@@ -89,12 +89,12 @@ def warn(message: str) -> None:
 
 
 def show_json(result: Any) -> int:
-    """Print a result as JSON; give the exit code."""
+    """Print a result as JSON; return the exit code."""
     return output.show_json(PROGRAM, result)
 
 
 def socket_option() -> argparse.ArgumentParser:
-    """--socket, for all that ask an agent."""
+    """Return a parent parser with --socket, for every command that calls an agent."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument(
         "--socket",
@@ -109,7 +109,7 @@ def socket_option() -> argparse.ArgumentParser:
 
 _STANDARD: Final = "-"
 _LONGEST_FILE: Final = 1 << 20
-"""Bytes of a parameter's file: far more than the agent accepts for any parameter, and no endless device."""
+"""Most bytes read from a parameter's file: far more than the agent accepts. The limit also stops at endless devices."""
 
 
 def _public_key(content: bytes) -> str:
@@ -117,7 +117,7 @@ def _public_key(content: bytes) -> str:
 
 
 def _ciphertext(content: bytes) -> str:
-    """Base64 text as it is, on one line or several; other content is the ciphertext itself."""
+    """Return Base64 text without its white space. Other content is the ciphertext itself, and is encoded."""
     try:
         text = "".join(content.decode("ascii").split())
         decode_base64(text)
@@ -138,11 +138,11 @@ _FROM_FILES: Final[dict[Parameter[Any], tuple[Callable[[bytes], str], str]]] = {
     SOURCE_ENCRYPTION_CONTEXT: (_text, "JSON text"),
     DESTINATION_ENCRYPTION_CONTEXT: (_text, "JSON text"),
 }
-"""Parameters whose value may come from a file: how its content becomes the value, and what the file holds."""
+"""Parameters whose value may come from a file: a function from its content to the value, and a description for --help."""
 
 
 class _Once(argparse.Action):
-    """A parameter that is given twice is a mistake, not a correction."""
+    """Stores an option's value, and rejects an option that occurs twice: that is a mistake, not a correction."""
 
     def __call__(
         self,
@@ -163,7 +163,7 @@ def add_parameters(
     without: Iterable[str] = (),
     enforce: bool = False,
 ) -> None:
-    """Add an operation's parameters as options; with `enforce`, what it requires is required here, not by the agent only."""
+    """Add an operation's parameters as options. With `enforce`, the parser also requires those that the agent requires."""
     for name, parameter in operation.parameters.items():
         if name in without:
             continue
@@ -175,7 +175,7 @@ def add_parameters(
 
 
 def given(arguments: argparse.Namespace, operation: Operation[..., Any]) -> dict[str, Any]:
-    """The parameters that were given, as they travel. Ends the command where one cannot be."""
+    """Return the parameters on the command line in the form of a request. Exits with code 2 if a value is not valid."""
     texts = {name: getattr(arguments, name, None) for name in operation.parameters}
     from_input = [f"--{name}" for name, text in texts.items() if text == _STANDARD and _from_file(operation, name)]
     if len(from_input) > 1:
@@ -207,7 +207,7 @@ def _value(parameter: Parameter[Any], text: str) -> Any:
 
 
 def _content(text: str) -> bytes:
-    """The content of @FILE, or of standard input. Raises OSError, or ValueError for a file that is too long."""
+    """Return the content of @FILE, or of standard input. Raises OSError, or ValueError for a file that is too long."""
     with streams.reader(0) if text == _STANDARD else open_to_read(text[1:]) as file:
         content = file.read(_LONGEST_FILE + 1)
     if len(content) > _LONGEST_FILE:
@@ -219,7 +219,7 @@ def _content(text: str) -> bytes:
 
 
 class _NoBar:
-    """What is used of a bar, where nobody sees one."""
+    """Replaces tqdm's progress bar where tqdm is not installed."""
 
     def update(self, _count: int) -> None:
         pass
@@ -233,7 +233,7 @@ class _NoBar:
 
 @contextmanager
 def progress(what: str, unit: str, *, scale: bool = False, total: int | None = None) -> Iterator[Any]:
-    """Lend a bar of tqdm's, which shows itself on a terminal only. It is missed by nobody where it is not installed."""
+    """Lend a progress bar, which tqdm shows on a terminal only. Without tqdm, no progress bar is shown."""
     try:
         from tqdm import tqdm  # noqa: PLC0415
     except ModuleNotFoundError:

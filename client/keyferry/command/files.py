@@ -21,12 +21,12 @@ __all__ = ["add_parsers"]
 
 _OF_THIS_USER: Final = 0o600
 _AS_THE_UMASK_LETS: Final = 0o666
-"""Of a new file that is encrypted."""
+"""Mode of a new encrypted file, before the umask."""
 _PROBE: Final = b"keyferry reencrypt-file"
 
 
 def add_parsers(commands: Any) -> None:
-    """Add the three commands."""
+    """Add `encrypt-file`, `decrypt-file` and `reencrypt-file`."""
     encrypt = commands.add_parser(
         "encrypt-file",
         help="encrypt a file with a record's data key",
@@ -170,7 +170,7 @@ def _reencrypt(arguments: argparse.Namespace) -> int:
 
 
 def _are_one(module: "CryptographicModule", key: "DataKey", other: "DataKey") -> bool:
-    """Whether two handles of a module are of the same data key, also where their CiphertextBlobs differ after a rewrap."""
+    """Return True if both handles hold the same data key. CiphertextBlobs are not compared: a rewrap changes them."""
     from ..module import ModuleError  # noqa: PLC0415
 
     try:
@@ -182,7 +182,7 @@ def _are_one(module: "CryptographicModule", key: "DataKey", other: "DataKey") ->
 
 @contextmanager
 def _failing(arguments: argparse.Namespace) -> Iterator[None]:
-    """For what the system refuses, such as a full disk. A reader that has seen enough is no error of its own."""
+    """Turn errors of the system, such as a full disk, into `Failed`. A reader that closed its pipe stays a BrokenPipeError."""
     try:
         yield
     except BrokenPipeError:
@@ -194,7 +194,7 @@ def _failing(arguments: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Say of which file it is that something is wrong with it."""
+    """Add the path of the source to a `FileError`."""
     from ..files import FileError  # noqa: PLC0415
 
     try:
@@ -204,6 +204,6 @@ def _naming(source: str) -> Iterator[None]:
 
 
 def _size(file: BinaryIO) -> int | None:
-    """Return the size of a regular file, for the progress bar."""
+    """Return the size of a regular file in bytes, for the progress bar; None for other files."""
     status = os.fstat(file.fileno())
     return status.st_size if stat.S_ISREG(status.st_mode) else None

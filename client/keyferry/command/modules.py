@@ -1,4 +1,4 @@
-"""`keyferry module`: cryptographic modules in files; and how other commands open one."""
+"""`keyferry module`, for cryptographic modules in files. Also the options by which other commands open a module."""
 
 import argparse
 import hashlib
@@ -51,7 +51,7 @@ def add_parsers(commands: Any) -> None:
 def add_module_options(
     parser: argparse.ArgumentParser, *, required: bool = True, why: str = "", positional: bool = False
 ) -> None:
-    """Add the options that name a module: a file, or a key pair in a token. `check_module_options` finds what does not fit."""
+    """Add the options that name a module: a file, or a key pair in a token. `check_module_options` checks their combination."""
     which = parser.add_mutually_exclusive_group(required=required)
     text = f"a software module that `keyferry module init` made{why}"
     if positional:
@@ -73,7 +73,7 @@ def add_module_options(
 
 
 def check_module_options(arguments: argparse.Namespace) -> bool:
-    """Return whether the options name a module. Ends the command where they do not belong together."""
+    """Return True if the options name a module. Exits with code 2 if they do not belong together."""
     of_token = {
         "--token": arguments.token,
         "--key-label": arguments.key_label,
@@ -100,7 +100,7 @@ def _add_passphrase(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def open_module(arguments: argparse.Namespace) -> "CryptographicModule":
-    """The module that the options name. Raises `KeyferryError`."""
+    """Open the module that the options name. Raises `KeyferryError`."""
     return _open_file(arguments) if arguments.module is not None else _open_token(arguments)
 
 
@@ -118,7 +118,7 @@ def _open_token(arguments: argparse.Namespace) -> "CryptographicModule":
             pin_file=arguments.pin_file,
             library_parameters=arguments.library_parameters,
         )
-    except ValueError as error:  # a URI that is not one
+    except ValueError as error:  # the text is not a valid PKCS#11 URI
         usage(f"--token: {error}")
 
 
@@ -130,7 +130,7 @@ def _open_file(arguments: argparse.Namespace) -> "CryptographicModule":
     phrase = _first_line(arguments.passphrase_file, content)
     try:
         module = SoftwareModule.load(arguments.module, phrase)
-        # Not of a pipe: its content was read already.
+        # A pipe has no readable work factor: `load` has consumed its content.
         regular = stat.S_ISREG(os.stat(arguments.module).st_mode)
         factor = age_passphrase.work_factor(Path(arguments.module).read_bytes()) if regular else None
     except OSError as error:
@@ -165,7 +165,7 @@ def _init(arguments: argparse.Namespace) -> int:
             file.write(sealed)
             file.flush()
             os.fsync(file.fileno())
-            # Only what cannot fail any more comes after the passphrase: a module whose passphrase is lost is of no use.
+            # Steps after the passphrase must not fail: a module without its passphrase is useless.
             if prints_passphrase:
                 code = show_json({**_shown(module), "Passphrase": phrase})
                 if code != DONE:
@@ -175,7 +175,7 @@ def _init(arguments: argparse.Namespace) -> int:
     except BaseException as error:
         if new_file is not None:
             with suppress(OSError):
-                new_file.unlink()  # it opens nothing, and would be in the way of the next attempt
+                new_file.unlink()  # this passphrase opens no module, and its file would block the next attempt
         if not isinstance(error, (OSError, ModuleError)):
             raise
         if isinstance(error, FileExistsError):
@@ -194,7 +194,7 @@ def _exists(arguments: argparse.Namespace) -> Failed:
 
 
 def _shown(module: "CryptographicModule") -> dict[str, str]:
-    """Return what is printed about a module."""
+    """Return the fields that `module init` and `module show` print."""
     pin = hashlib.sha256(decode_base64(module.public_key_blob)).hexdigest()
     return {
         "PublicKeyBlob": module.public_key_blob,
@@ -205,7 +205,7 @@ def _shown(module: "CryptographicModule") -> dict[str, str]:
 
 
 def _passphrase_to_seal(arguments: argparse.Namespace) -> str:
-    """Return the passphrase of a new module. Raises `Failed`."""
+    """Read or generate the passphrase of a new module. Raises `Failed`."""
     if not arguments.generate_passphrase:
         if not arguments.passphrase_file:
             usage("--passphrase-file or --generate-passphrase is required")
@@ -238,7 +238,7 @@ def _first_line(path: str, content: bytes) -> str:
 
 
 def _new_passphrase(path: str) -> str:
-    """The passphrase in a file, to seal with. Raises `Failed` for a file that looks like anything else."""
+    """Return the passphrase in a file, for sealing a new module. Raises `Failed` if the file looks like another kind."""
     try:
         return passphrase.of_new_file(_read(path))
     except ValueError as error:
@@ -246,10 +246,10 @@ def _new_passphrase(path: str) -> str:
 
 
 def _read(path: str, owners: Collection[int] = ()) -> bytes:
-    """Return the content of a passphrase file, which may be a pipe: at most one byte more than such a file has.
+    """Return the content of a passphrase file, which may be a pipe: at most one byte more than the limit of such a file.
 
-    Of an open descriptor only the first line: what follows it is another reader's. `owners`: further users that root accepts.
-    Raises `Failed`.
+    From an open descriptor, only the first line is read, because later lines are for another reader. `owners` are further
+    users whose files root accepts. Raises `Failed`.
     """
     limit = passphrase.MAX_FILE_BYTES + 1
     try:

@@ -1,4 +1,4 @@
-"""`keyferry call` and `keyferry status`: one operation, and the agent's health."""
+"""`keyferry call`, for a single operation, and `keyferry status`, for the agent's health."""
 
 import argparse
 import time
@@ -18,7 +18,7 @@ _WAIT_STEP: Final = 0.1
 """Seconds between two attempts of `status --wait`."""
 
 _PROBE: Final = 5.0
-"""Seconds that an agent that is there has to answer a probe."""
+"""Seconds within which a running agent must answer `status`; a longer --wait extends them."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -82,7 +82,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _ask(kms: Client, arguments: argparse.Namespace) -> Mapping[str, Any]:
-    """Return the agent's status, or its health for a probe. To a probe for life, a refusal is an answer, too."""
+    """Return the agent's status, or its health for a probe. For `--live`, a refusal also counts as an answer."""
     if not arguments.live and not arguments.ready:
         return kms.call("GetAgentStatus", {})
     try:

@@ -1,4 +1,4 @@
-"""IN and OUT of the commands for files: a file, a standard stream, or an open descriptor that a path leads to.
+"""Opens IN and OUT of the commands for files: a file, a standard stream, or an open descriptor that a path leads to.
 
 Needs the extra `module`: the commands import it when they run.
 """
@@ -27,7 +27,7 @@ _STANDARD_OUTPUT: Final = 1
 
 @contextmanager
 def source(path: str) -> Iterator[BinaryIO]:
-    """Lend the file to be read: `-` is standard input, and a path to a descriptor is that descriptor."""
+    """Lend the file to be read. `-` means standard input, and a path to an open descriptor means that descriptor."""
     if not path:
         raise Failed("IN is empty; - is standard input")
     if path == _STANDARD and not descriptors.allows_reading(_STANDARD_INPUT):
@@ -38,10 +38,10 @@ def source(path: str) -> Iterator[BinaryIO]:
 
 @contextmanager
 def in_place(path: str, source: BinaryIO, *, preserve: bool) -> Iterator[SparseWriter]:
-    """Lend a file that takes the place of the one that is read at the end of the block, with its mode, owner and group.
+    """Lend a file that replaces the source at the end of the block, with the source's mode, owner and group.
 
-    `preserve`: and with its times. Raises `Failed` for what cannot be replaced, and `FileError` where another process changed
-    or replaced the file meanwhile; the file is left as it is then.
+    With `preserve`, also with its times. Raises `Failed` for a source that cannot be replaced, and `FileError` if another
+    process changed or replaced the source meanwhile; then the source is left as it is.
     """
     status = os.fstat(source.fileno())
     if path == _STANDARD or descriptors.find(path) is not None or not stat.S_ISREG(status.st_mode):
@@ -58,7 +58,7 @@ def in_place(path: str, source: BinaryIO, *, preserve: bool) -> Iterator[SparseW
 
 
 class Target:
-    """Where the result goes. Made before any other file is opened, whose descriptor OUT could name by mistake."""
+    """The destination of a result. Create it before opening any other file, whose descriptor OUT could name by mistake."""
 
     def __init__(self, path: str, *, preserve: bool) -> None:
         self._path = path
@@ -72,11 +72,11 @@ class Target:
             usage(f"--preserve sets the mode of a new file; OUT {path} is an open descriptor")
 
     def is_terminal(self) -> bool:
-        """Return whether a person would see the result."""
+        """Return True if the result would appear on a terminal."""
         return self._descriptor is not None and os.isatty(self._descriptor)
 
     def open(self, source: BinaryIO, *, mode: int, after_all: bool) -> AbstractContextManager[BinaryIO]:
-        """Return a context in which the result is written. `after_all`: nothing of it may be seen before it is complete."""
+        """Return a context that yields the file for the result. With `after_all`, it appears only when it is complete."""
         status = os.fstat(source.fileno())
         if self._descriptor is None:
             if self._preserve and not stat.S_ISREG(status.st_mode):
@@ -91,7 +91,7 @@ class Target:
 
 @contextmanager
 def _direct(descriptor: int) -> Iterator[BinaryIO]:
-    """Lend a descriptor, with a buffer of its own: what was not written is not tried again when Python ends."""
+    """Lend a descriptor with its own buffer, so that Python does not try to write remaining bytes again at exit."""
     file = streams.writer(descriptor)
     try:
         yield file
@@ -103,7 +103,7 @@ def _direct(descriptor: int) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _spooled(descriptor: int) -> Iterator[BinaryIO]:
-    """Lend a file without a name in $TMPDIR, and copy it to the descriptor at the end of the block."""
+    """Lend an unnamed file in $TMPDIR, and copy it to the descriptor at the end of the block."""
     with _naming_tmpdir(), tempfile.TemporaryFile() as file:
         copy = os.dup(file.fileno())
     with _Spool(copy) as spool:
@@ -115,7 +115,7 @@ def _spooled(descriptor: int) -> Iterator[BinaryIO]:
 
 
 class _Spool(SparseWriter):
-    """The file in $TMPDIR: no other error of the command names that folder."""
+    """The file in $TMPDIR. Its errors name that folder, which no other error of the command does."""
 
     def write(self, data: Any, /) -> int:
         with _naming_tmpdir():

@@ -1,4 +1,4 @@
-"""`keyferry records`: data keys in a database, by their names."""
+"""`keyferry records`: data-key records in a database, by their names."""
 
 import argparse
 import itertools
@@ -27,9 +27,9 @@ _OF_THE_RECORD = ("CiphertextBlob", "EncryptionContext")
 _SECRET_OPTION: Final = re.compile(
     r"(?:^|&)(?:(?:ssl)?password|oauth_client_secret|scram_(?:client|server)_key)=[^&]", re.IGNORECASE
 )
-"""`url.SECRET_OPTIONS` of the store, which is not imported before the warning."""
+"""Copy of the store's `url.SECRET_OPTIONS`: the warning comes before the store is imported."""
 _NO_PORT: Final = re.compile(r"\[[0-9A-Fa-f:.]*\]|:[0-9]*(?=[,/]|$)")
-"""Colons of a URL that no password follows: those of IPv6 addresses and ports."""
+"""Colons in a URL that do not precede a password: those of IPv6 addresses and ports."""
 
 
 def add_parsers(commands: Any) -> None:
@@ -101,7 +101,7 @@ def add_store_option(parser: argparse.ArgumentParser) -> None:
 
 
 def open_store(arguments: argparse.Namespace, *, create: bool = False) -> "Store":
-    """The store that the options name. With `create`, `add` makes one that does not exist. Raises `KeyferryError`."""
+    """Open the store that the options name. With `create`, `Store.add` creates a missing store. Raises `KeyferryError`."""
     return _open(arguments.store, create=create)
 
 
@@ -113,7 +113,7 @@ def _open(url: str | None, *, create: bool) -> "Store":
 
 
 def _warn_of_password(url: str | None) -> None:
-    """Print a warning, before anything can fail: the password is in the process list already."""
+    """Warn of a password in a URL, before any step can fail: the process list shows the password already."""
     if _may_hold_a_password(url or ""):
         complain(
             PROGRAM,
@@ -123,7 +123,7 @@ def _warn_of_password(url: str | None) -> None:
 
 
 def _may_hold_a_password(text: str) -> bool:
-    """Whether a store's URL, valid or not, seems to hold a password."""
+    """Return True if a store's URL, valid or not, seems to hold a password."""
     scheme, separator, location = text.partition("://")
     if not separator or text.startswith("@") or scheme.partition("+")[0].lower() == "sqlite":
         return False
@@ -162,7 +162,7 @@ def _lines(store: "Store", *, header: bool) -> Iterator[str]:
     from ..store.record import printable  # noqa: PLC0415
 
     records = iter(store)
-    first = next(records, None)  # before the header: a store that cannot be read is not a list
+    first = next(records, None)  # before the header: an unreadable store must not look like an empty list
     if header:
         yield "\t".join(_COLUMNS)
     for record in itertools.chain([first] if first else [], records):
@@ -171,9 +171,9 @@ def _lines(store: "Store", *, header: bool) -> Iterator[str]:
 
 
 def _json_lines(store: "Store") -> Iterator[str]:
-    """One array, an element to a line, as they come."""
+    """Yield the lines of a JSON array, one record per line, while the records are read."""
     records = iter(store)
-    before = next(records, None)  # first of all: a store that cannot be read is no list
+    before = next(records, None)  # before the bracket: an unreadable store must not begin a list
     yield "["
     for record in records:
         if before:

@@ -1,11 +1,11 @@
-"""Records of data keys in a database, SQLite or PostgreSQL: the backup that brings data keys back (extra `store`).
+"""Data-key records in SQLite or PostgreSQL: the backup from which data keys are recovered. Needs the extra `store`.
 
     with Store() as store, Client() as kms:
         store.add(new_record(kms, "orders", key_id="alias/orders", encryption_context={"tenant": "acme"}))
         key = module.recover_data_key(kms, store.get("orders").data_key_record())
 
-`rewrap` moves all of them under their master keys' newest versions; `copy` copies them to another store.
-docs/records.md has it for operators.
+`rewrap` moves every record to its master key's primary version; `copy` copies records to another store.
+docs/records.md describes the store for operators.
 """
 
 from .record import Record, StoreError, new_record

@@ -1,7 +1,8 @@
-"""How the store connects: SQLAlchemy's engine for a URL, without state that outlives a transaction.
+"""Makes SQLAlchemy's engine for a store's URL. Its connections keep no state beyond a transaction.
 
-A connection to PostgreSQL may lead to a pooler that gives every transaction another session (PgBouncer with
-`pool_mode = transaction`). So nothing is prepared on a connection, nothing is set on it, and locks end with the transaction.
+A connection to PostgreSQL may lead to a pooler that runs each transaction in a different session (PgBouncer with
+`pool_mode = transaction`). So the store prepares no statements, sets no session parameters, and takes only locks that end with
+the transaction.
 """
 
 import os
@@ -22,7 +23,7 @@ _CONNECT_PATIENCE: Final = 60
 
 
 def make_engine(url: URL, place: str, file: SqliteFile | None) -> sql.Engine:
-    """Return an engine that connects when it is used first. `place` is the store's name in messages. Raises `StoreError`."""
+    """Return an engine that connects at its first use. `place` is the store's name in messages. Raises `StoreError`."""
     try:
         return _sqlite(url, file) if file is not None else _postgresql(url)
     except (exc.ArgumentError, exc.NoSuchModuleError):
@@ -42,7 +43,7 @@ def _sqlite(url: URL, file: SqliteFile) -> sql.Engine:
         URL.create(url.drivername, database=file.path),
         hide_parameters=True,
         creator=file.connect,
-        poolclass=sql.NullPool,  # a connection that is kept would go on with a file that another one has replaced
+        poolclass=sql.NullPool,  # a pooled connection would keep using a file that has been replaced
     )
     event.listen(engine, "connect", _tolerate)
     return engine
@@ -54,7 +55,7 @@ def _postgresql(url: URL) -> sql.Engine:
     engine = sql.create_engine(
         URL.create(url.drivername) if psycopg else url,
         hide_parameters=True,
-        pool_pre_ping=True,  # a restart of the server breaks connections that wait in the pool
+        pool_pre_ping=True,  # a restart of the server breaks the connections in the pool
         connect_args=options,
     )
     if psycopg:
@@ -63,7 +64,7 @@ def _postgresql(url: URL) -> sql.Engine:
 
 
 def _libpq_options(url: URL) -> dict[str, Any]:
-    """The parameters of psycopg.connect: options of libpq, each as text, and what this package insists on."""
+    """Return the parameters of psycopg.connect: libpq's options as text, and those that the store requires."""
     parts = {
         "host": url.host,
         "port": url.port,
@@ -75,13 +76,13 @@ def _libpq_options(url: URL) -> dict[str, Any]:
     if "PGCONNECT_TIMEOUT" not in os.environ:
         options["connect_timeout"] = _CONNECT_PATIENCE
     options.update(url.query)
-    options["client_encoding"] = "utf8"  # else the database's, which need not have the characters of every name
-    options["prepare_threshold"] = None  # a prepared statement is in one session, and a pooler has several
+    options["client_encoding"] = "utf8"  # the database's own encoding may lack characters of a name
+    options["prepare_threshold"] = None  # a prepared statement belongs to one session, and a pooler has several
     return options
 
 
 def _check_options(url: URL) -> None:
-    """Refuse options that psycopg would refuse without naming the URL, or would take for its own."""
+    """Raise `StoreError` for options that psycopg would reject without naming the URL, or would use as its own parameters."""
     from psycopg import pq  # noqa: PLC0415 - only now is it known to start
 
     known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
@@ -91,5 +92,5 @@ def _check_options(url: URL) -> None:
 
 
 def _tolerate(connection: Any, _record: object) -> None:
-    """Bytes of an SQLite file that are no UTF-8 spoil one record, not the page that it is on."""
+    """Read bytes that are not UTF-8 as U+FFFD, so that they damage one record and not the whole page of records."""
     connection.text_factory = lambda text: text.decode(errors="replace")

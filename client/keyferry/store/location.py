@@ -1,6 +1,7 @@
-"""Where the store is: a URL that was given, in `$KEYFERRY_STORE` or in a file, else an SQLite file of this user's.
+"""Finds the store: the URL that the caller passes, `$KEYFERRY_STORE`, or by default an SQLite file of this user.
 
-A URL may hold a database's password: no error, repr or log shows one, and it may stay out of the command line.
+`@FILE` reads the URL from a file, which keeps a database's password out of the command line. No error, repr or log line
+contains a password of a URL.
 """
 
 import os
@@ -18,9 +19,9 @@ _SQLITE: Final = "sqlite"
 
 
 def find(given: str | None = None) -> URL:
-    """The URL of the store: `given`, else `$KEYFERRY_STORE`, else the default. `@FILE` reads it from a file's first line.
+    """Return the URL of the store: `given`, else `$KEYFERRY_STORE`, else the default.
 
-    Raises `StoreError`.
+    `@FILE` reads the URL from a file's first line. Raises `StoreError`.
     """
     text = given or os.environ.get("KEYFERRY_STORE")
     if not text:
@@ -29,12 +30,12 @@ def find(given: str | None = None) -> URL:
         text = _from_file(text[1:])
     url = parse(text)
     if url.get_backend_name() == _SQLITE:
-        sqlite_file(url)  # refuses URLs that name no file
+        sqlite_file(url)  # raises for URLs that do not name a file
     return url
 
 
 def shown(url: URL) -> str:
-    """A store as a person may read it: kind, place and name; no user's secrets, not even in the query."""
+    """Return a description of the store for messages: its kind, name and host. It contains no secrets, not even the query's."""
     if url.get_backend_name() == _SQLITE:
         return str(sqlite_file(url))
     query = url.query
@@ -46,14 +47,14 @@ def shown(url: URL) -> str:
 
 
 def secrets(url: URL) -> list[str]:
-    """The secrets that a URL holds."""
+    """Return the secrets in a URL."""
     found = [url.password, *(url.query.get(name) for name in sorted(SECRET_OPTIONS))]
     return [str(secret) for secret in found if secret]
 
 
 def _default() -> URL:
     folder = os.environ.get("XDG_DATA_HOME") or ""
-    if not os.path.isabs(folder):  # the XDG specification: relative ones are to be ignored
+    if not os.path.isabs(folder):  # the XDG specification requires that relative paths are ignored
         folder = os.path.join(home(), ".local", "share")
     return URL.create("sqlite+pysqlite", database=os.path.join(folder, "keyferry", "records.sqlite"))
 

@@ -1,4 +1,4 @@
-"""One record: a data key under its master key, with a name, as it is in the database."""
+"""Defines a data-key record: a named data key, encrypted under its master key, as a row of the database."""
 
 import json
 from collections.abc import Mapping
@@ -25,18 +25,18 @@ __all__ = [
 ]
 
 LONGEST_NAME: Final = 255
-"""Characters of a record's name."""
+"""Most characters in a record's name."""
 
 VERSION_PREFIX: Final = 48
 """Characters of a CiphertextBlob that hold its KeyVersionId: 36 bytes are exactly 48 of Base64 (docs/ciphertext.md)."""
 
 
 class StoreError(KeyferryError):
-    """The store refused, or cannot be reached: what it was, and what to do. Never says a database's password."""
+    """The store refused a call or cannot be reached. The message names the fault and the remedy, never a password."""
 
 
 class Record(NamedTuple):
-    """A row. All of it is text, as the API gives it; what is damaged shows only when it is used."""
+    """A row of the table. Every column is text in the API's form. Damage is detected only when a field is used."""
 
     name: str
     key_id: str
@@ -47,13 +47,13 @@ class Record(NamedTuple):
     created: str
     """UTC, to the second: 2026-01-31T12:00:00Z."""
     rewrapped: str | None = None
-    """The same; None: never."""
+    """UTC, to the second, of the last rewrap. None: never rewrapped."""
     row_id: int = 0
-    """The database's; 0 before it has one."""
+    """The row's number in the database. 0: not in a database yet."""
 
     @property
     def encryption_context(self) -> dict[str, str]:
-        """The context that the ciphertext was made with. Raises `StoreError` when the database's text is damaged."""
+        """Return the EncryptionContext of the ciphertext. Raises `StoreError` if the database's text is damaged."""
         try:
             context = json.loads(self.context_text, object_pairs_hook=unique_pairs)
         except (ValueError, RecursionError):
@@ -63,7 +63,7 @@ class Record(NamedTuple):
         return context
 
     def data_key_record(self) -> DataKeyRecord:
-        """The record as a cryptographic module takes it. Raises `StoreError`."""
+        """Return the record in the form that a cryptographic module accepts. Raises `StoreError`."""
         return DataKeyRecord(
             KeyId=self.key_id,
             KeyVersionId=self.key_version_id,
@@ -72,7 +72,7 @@ class Record(NamedTuple):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The record by the API's names; a context that is damaged is null, and so is the hash of a damaged CiphertextBlob."""
+        """Return the record under the API's names. A damaged context is None, and so is the hash of a damaged blob."""
         try:
             context: dict[str, str] | None = self.encryption_context
         except StoreError:
@@ -102,7 +102,7 @@ def new_record(
     key_spec: str | None = None,
     number_of_bytes: int | None = None,
 ) -> Record:
-    """Make a data key that nobody sees (GenerateDataKeyWithoutPlaintext), and the record of it, to be added to a store.
+    """Generate a data key without plaintext (GenerateDataKeyWithoutPlaintext), and return its record, not yet in a store.
 
     Raises `KeyferryError`.
     """
@@ -112,22 +112,22 @@ def new_record(
     )
     context = encryption_context or {}
     if isinstance(context, str):
-        context = json.loads(context)  # the agent has checked it
+        context = json.loads(context)  # the agent has checked the JSON text
     return Record(name, made.key_id, made.key_version_id, made.ciphertext_blob, context_text(context), now())
 
 
 def context_text(context: Mapping[str, str]) -> str:
-    """An EncryptionContext as it is stored: JSON of ASCII characters, sorted."""
+    """Return an EncryptionContext in the stored form: JSON in ASCII, with sorted keys."""
     return json.dumps(context, sort_keys=True)
 
 
 def version_prefix(key_version_id: str) -> str:
-    """How every CiphertextBlob begins that was made under this version."""
+    """Return the first characters of every CiphertextBlob under this version, in Base64."""
     return encode_base64(key_version_id.encode())
 
 
 def check_name(name: str) -> None:
-    """Refuse what cannot be typed or shown. Raises `StoreError`."""
+    """Raise `StoreError` for a record's name that a user could not type or a terminal could not show."""
     if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable() or name != name.strip():
         raise StoreError(
             f"'{printable(name[:40])}' is no name for a record: 1 to {LONGEST_NAME} printable characters, no space at its ends"
@@ -135,10 +135,12 @@ def check_name(name: str) -> None:
 
 
 def printable(text: str) -> str:
-    """What is in a database, as a terminal may have it: its control characters are somebody else's."""
+    """Return text of a database in a form that is safe on a terminal. Text that is not printable, such as control characters,
+    is escaped, because another user may have written it.
+    """
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def now() -> str:
-    """This moment, as records have it."""
+    """Return the current time in the form of `Record.created`."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,7 +1,7 @@
-"""Give a record a new data key: the old record keeps the old one, under another name, until all that it encrypted is moved.
+"""Gives a record a new data key. The old data key stays in the store under another name, until its ciphertexts are moved.
 
-A rewrap keeps the data key: it helps against a master key that leaked, and not against a data key that did. The new record has
-the same name, master key, EncryptionContext and size, so that applications use the new data key from their next start on.
+A rewrap keeps the data key, so it helps after a master key leaked, but not after a data key leaked. The new record has the same
+name, master key, EncryptionContext and size. Applications therefore use the new data key from their next start on.
 """
 
 from ..ciphertext import data_key_size
@@ -13,10 +13,10 @@ __all__ = ["renew"]
 
 
 def renew(store: Store, kms: Client, name: str, *, old_name: str | None = None) -> tuple[Record, Record]:
-    """Give the record `name` a new data key; return the new record, and the old one under its new name.
+    """Give the record `name` a new data key; return the new record, and the old record under its new name.
 
-    `old_name` is by default the name with the date on which the old record was added: `orders@2026-01-31T12:00:00Z`. Both
-    change in one transaction. Raises `KeyferryError`; then the store is as it was.
+    `old_name` defaults to the name and the time at which the old record was added: `orders@2026-01-31T12:00:00Z`. One
+    transaction changes both records. Raises `KeyferryError`; then the store is unchanged.
     """
     old = store.get(name)
     old = old._replace(name=f"{name}@{old.created}" if old_name is None else old_name)

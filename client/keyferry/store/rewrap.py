@@ -1,16 +1,17 @@
-"""Move every record under its master key's primary version, by ReEncrypt: nobody sees a data key, and none is lost.
+"""Moves every record to its master key's primary version by ReEncrypt. No plaintext data key leaves the agent.
 
 For each page of records:
 
-1. ReEncrypt each, in one pipeline. The answer names both versions, and so does the new blob itself.
-2. Have the agent open each new blob under the record's context: a ReEncrypt with DryRun, which decrypts and gives nothing.
-   It needs no grant that step 1 did not need, least of all kms:Decrypt.
-3. Where a module was given, prove in it that old and new hold the same data key: what one encrypts, the other decrypts.
-4. Replace the old blobs in the database by those that passed, in one transaction, each only if its row is as it was read.
+1. ReEncrypt each record, in one pipeline. The answer names both versions, and so does the new blob itself.
+2. Have the agent decrypt each new blob under the record's context, by a ReEncrypt with DryRun, which returns no data.
+   It needs the same grants as step 1, and in particular not kms:Decrypt.
+3. With a cryptographic module, prove in it that both blobs hold the same data key: encrypt with the old, decrypt with the new.
+4. Replace the old blobs in the database by those that passed, in one transaction. A row that has changed since it was read
+   stays as it is.
 
-Until the commit of 4 nothing has changed, and after it the page is done: a kill at any point leaves every record readable,
-under its old version or its new one, and the next run finds those that are left. Two runs at once do the same work twice; one
-of them finds its rows changed, and leaves them.
+Before step 4 commits, the database is unchanged; afterwards the page is done. So a run that is killed at any point leaves every
+record readable, under its old version or its new one, and the next run finds the remaining records. Two concurrent runs do the
+same work twice; one of them finds its rows changed, and leaves them.
 """
 
 import time
@@ -29,25 +30,25 @@ __all__ = ["Outcome", "rewrap"]
 
 _WOULD_SUCCEED: Final = "DryRunOperationError"
 _PAUSE: Final = 0.5
-"""Seconds to wait for an agent that has too much to do."""
+"""Seconds to wait before repeating requests that the agent throttled or could not serve."""
 _PATIENCE: Final = 60
-"""Pauses in which not one request was taken, before that is a failure."""
+"""Consecutive pauses without progress on any request, after which the requests fail."""
 _PROBE: Final = b"keyferry rewrap"
 
 
 class Outcome(NamedTuple):
-    """What a rewrap did, in numbers of records."""
+    """Result of a rewrap, in numbers of records."""
 
     records: int
-    """In the store."""
+    """Records in the store."""
     found: int
-    """Under another version than their master key's primary one."""
+    """Records under a version other than their master key's primary one."""
     moved: int
-    """Replaced; with a dry run, those that would be."""
+    """Records that were moved; in a dry run, those that can be."""
     changed: int
-    """Left, because somebody else changed them meanwhile: another rewrap, most likely."""
+    """Records left as they are, because another process changed them meanwhile: most likely another rewrap."""
     failed: int
-    """Left as they were, each reported."""
+    """Records left as they were, each reported to `failed`."""
 
 
 def rewrap(
@@ -60,15 +61,17 @@ def rewrap(
     found: Callable[[int], None] = lambda _count: None,
     advanced: Callable[[int], None] = lambda _count: None,
 ) -> Outcome:
-    """Move every record that is not under its master key's primary version to it; with `dry_run`, only ask whether it could be.
+    """Move every record to its master key's primary version; with `dry_run`, only check whether each record can be moved.
 
-    The caller needs kms:DescribeKey, kms:ReEncryptFrom and kms:ReEncryptTo on the keys; with `module`, which then proves that
-    each data key stayed the same, also kms:ExportDataKey to it. `failed` is told why of each record that has to stay as it is,
-    `found` of how many there are to move, `advanced` of how many more are dealt with. Raises `StoreError`, `AgentUnavailable`
-    or `ProtocolError`, when nothing more can be done; what was moved is moved, and the next run goes on from there.
+    The caller needs kms:DescribeKey, kms:ReEncryptFrom and kms:ReEncryptTo on the keys. With `module`, which then proves that
+    each data key stayed the same, the caller also needs kms:ExportDataKey to it.
+
+    `failed` is called with the reason for each record that cannot be moved, `found` with the number of records to move, and
+    `advanced` with the size of each page that is done. Raises `StoreError`, `AgentUnavailable` or `ProtocolError` when the run
+    cannot go on. Records moved until then stay moved, and the next run continues with the others.
     """
     work = _Rewrap(store, kms, dry_run=dry_run, module=module, failed=failed, advanced=advanced)
-    while versions := work.new_primary_versions():  # again when a key was rotated meanwhile
+    while versions := work.new_primary_versions():  # repeats if a key was rotated meanwhile
         found(work.found)
         for key_id, version in versions.items():
             work.move_all(key_id, version)
@@ -76,7 +79,7 @@ def rewrap(
 
 
 class _Rewrap:
-    """One run over a store."""
+    """One run of `rewrap` over a store, with its counts."""
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class _Rewrap:
         self.found = self.moved = self.changed = self.failures = 0
 
     def new_primary_versions(self) -> dict[str, str]:
-        """The primary version of each master key that has records, if it is news; counts what is under others."""
+        """Return the primary versions that are new since the last call, by master key; count the records to move."""
         versions = {}
         for key_id in self._store.key_ids():
             if key_id in self._known and self._known[key_id] is None:
@@ -140,14 +143,14 @@ class _Rewrap:
         self.changed += len(good) - moved
 
     def _sound(self, record: Record) -> bool:
-        """Whether there is a context to ask with."""
+        """Return True if the record's EncryptionContext can be read; otherwise report a failure."""
         try:
             return record.encryption_context is not None
         except StoreError as error:
             return self._fail(record, error)
 
     def _agrees(self, record: Record, answer: Any) -> bool:
-        """Whether a ReEncrypt did what it was asked to do, as far as its answer tells."""
+        """Return True if the answer to a ReEncrypt fits the record: its master key, its old version, and a new blob."""
         if isinstance(answer, KmsError):
             return self._fail(record, answer)
         blob, version = answer.ciphertext_blob, answer.destination_key_version_id
@@ -159,7 +162,7 @@ class _Rewrap:
         )
 
     def _opening(self, blobs: Sequence[tuple[Record, str]]) -> list[tuple[Record, str]]:
-        """Those that the agent opens under their records' contexts, and would seal under the primary version."""
+        """Return the blobs that the agent can decrypt under their records' contexts and encrypt under the primary version."""
         answers = self._ask(_re_encrypt(record, blob, dry_run=True) for record, blob in blobs)
         return [
             (record, blob)
@@ -168,7 +171,7 @@ class _Rewrap:
         ]
 
     def _same_key(self, record: Record, blob: str) -> bool:
-        """Whether the module, if there is one, decrypts with the new blob's data key what it encrypted with the old one's."""
+        """Return True if the module proves that both blobs hold one data key, or without a module."""
         module = self._module
         if module is None:
             return True
@@ -187,7 +190,7 @@ class _Rewrap:
         return True
 
     def _ask(self, requests: Iterable[Any]) -> list[Any]:
-        """What came of each, in one pipeline; what the agent could not take now is asked again, later."""
+        """Return the outcome of each request, in one pipeline. Throttled or unserved requests are repeated later."""
         wanted = list(requests)
         answers = self._kms.pipeline(wanted)
         patience = _PATIENCE
@@ -207,7 +210,7 @@ class _Rewrap:
 
 
 def _later(answer: Any) -> bool:
-    """Whether the agent would have done it at another time."""
+    """Return True if the agent may serve the same request later."""
     return isinstance(answer, Throttled | ServiceUnavailable)
 
 
@@ -223,5 +226,5 @@ def _re_encrypt(record: Record, blob: str, *, dry_run: bool = False) -> operatio
 
 
 def _version_of(blob: str) -> str:
-    """The KeyVersionId in a CiphertextBlob, whose beginning has been compared with one."""
+    """Return the KeyVersionId in a CiphertextBlob. `_agrees` has compared the blob's prefix with a version."""
     return decode_base64(blob[:VERSION_PREFIX]).decode()

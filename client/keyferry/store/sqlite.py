@@ -1,7 +1,7 @@
-"""The SQLite file that a URL names: one absolute path, whatever form the URL has, and how SQLite opens it.
+"""Resolves a URL to an SQLite file by its absolute path, in every form of the URL, and opens the file.
 
-SQLite opens every file through a URI with a mode that never creates it. So reading makes no file, and a name cannot stand for
-one file when it is looked for and for another when it is opened.
+SQLite opens every file through a URI with a mode that never creates it. So reading a store does not create a file, and the
+check for the file and the opening of it always mean the same path.
 """
 
 import os
@@ -29,29 +29,29 @@ _TRUE: Final = frozenset({"true", "1", "yes", "on", "t", "y"})
 _FALSE: Final = frozenset({"false", "0", "no", "off", "f", "n"})
 _IN_MEMORY: Final = "a store in memory would be forgotten at once: sqlite:///FILE"
 _WRITE_AHEAD: Final = 2
-"""What a file in WAL mode has in bytes 18 and 19: https://www.sqlite.org/fileformat.html."""
+"""Value of bytes 18 and 19 of a file in WAL mode: https://www.sqlite.org/fileformat.html."""
 
 
 class SqliteFile(NamedTuple):
-    """A file, by its absolute path. All methods raise `StoreError`."""
+    """An SQLite file, by its absolute path. All methods raise `StoreError`."""
 
     path: str
     options: dict[str, str]
-    """Options of SQLite's own URIs, among them always a mode: "ro", "rw" or "rwc"."""
+    """Options of SQLite's own URIs. They always include a mode: "ro", "rw" or "rwc"."""
     timeout: float
 
     def __str__(self) -> str:
         return printable(self.path)
 
     def connect(self) -> sqlite3.Connection:
-        """Open the file, which exists. For SQLAlchemy, which translates errors: raises those of sqlite3."""
+        """Open the file, which must exist. Raises the errors of sqlite3, which SQLAlchemy, the caller, translates."""
         mode = "ro" if self.options["mode"] == "ro" else "rw"  # never "rwc": only `make` creates a file
         options = "&".join(f"{name}={quote(value, safe='')}" for name, value in {**self.options, "mode": mode}.items())
         uri = f"file://{quote(os.fsencode(self.path))}?{options}"
         return sqlite3.connect(uri, uri=True, timeout=self.timeout, check_same_thread=False)
 
     def exists(self) -> bool:
-        """Return whether there is a file. A folder, a device, or a path that this user cannot look up is an error."""
+        """Return True if the file exists. Raises `StoreError` for a folder, a device, or a path without search permission."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -65,7 +65,7 @@ class SqliteFile(NamedTuple):
         return True
 
     def make(self) -> None:
-        """Create the file where it does not exist, empty; and its folder, for this user only."""
+        """Create an empty file if it does not exist, and its folder with mode 0700."""
         if self.exists():
             return
         if self.options["mode"] != "rwc":
@@ -78,7 +78,7 @@ class SqliteFile(NamedTuple):
             raise StoreError(f"{printable(str(error.filename or self.path))}: {error.strerror}") from None
 
     def advice(self) -> str:
-        """Return what to do about a file that SQLite cannot use, if that can be seen from the outside; else nothing."""
+        """Return advice about a file that SQLite cannot use, or an empty text if its header and modes do not explain it."""
         try:
             with open(self.path, "rb") as file:
                 header = file.read(20)
@@ -135,7 +135,7 @@ def home() -> str:
 
 
 def _expanded(path: str) -> str:
-    """As a shell does, which does not find the tilde in the middle of a URL."""
+    """Expand a leading tilde in a path. A shell does not expand the tilde in the middle of a URL."""
     if path == "~" or path.startswith("~/"):
         return home() + path[1:]
     if path.startswith("~"):
@@ -147,7 +147,7 @@ def _expanded(path: str) -> str:
 
 
 def _path_of_uri(uri: str) -> str:
-    """The path of SQLite's own URI, which is percent-encoded: https://www.sqlite.org/uri.html."""
+    """Return the path of an SQLite URI without its percent-encoding: https://www.sqlite.org/uri.html."""
     path = uri.removeprefix(_URI).partition("#")[0]
     if path.startswith("//"):
         authority, slash, rest = path[2:].partition("/")

@@ -1,7 +1,7 @@
-"""The table of records, over SQLAlchemy Core. Every method is one short transaction: no lock is held while an agent is asked.
+"""Stores data-key records in one table, through SQLAlchemy Core. No lock is held during a call to an agent.
 
-Columns are text, as the API gives things: the same in both databases, and readable in either's shell. A column is never given
-another meaning; a later one is added with a default.
+Columns are text in the API's form: identical in both databases, and readable in the shell of either. A column never changes
+its meaning. A new column is added with a default.
 """
 
 import os
@@ -22,13 +22,13 @@ from .sqlite import sqlite_file
 __all__ = ["Store", "schema"]
 
 _PAGE: Final = 500
-"""Records to have in memory at a time."""
+"""Records in memory at a time."""
 
 _records: Final = sql.Table(
     "keyferry_records",
     sql.MetaData(),
-    # Pages go by this number: it is the same order in every database, whatever the names are and however they collate.
-    # An identity, not a serial: who may insert needs no grant on a sequence besides.
+    # Pages are ordered by this number, because its order does not depend on a database's collation of the names.
+    # An identity, not a serial: with a serial, a role that inserts rows would also need a grant on the sequence.
     sql.Column("row_id", sql.BigInteger().with_variant(sql.Integer(), "sqlite"), sql.Identity(), primary_key=True),
     # Collation C: an index over text in a language's order breaks when an update of the C library changes that order.
     sql.Column(
@@ -56,7 +56,7 @@ _SELECT: Final = sql.select(
     _c.rewrapped,
     _c.row_id,
 )
-# Compare and swap: a row that somebody else has changed in the meantime is not the one that was read, and stays as it is.
+# Compare and swap: a row that another process has changed since it was read does not match, and stays as it is.
 _REPLACE: Final = (
     sql.update(_records)
     .where(
@@ -79,7 +79,7 @@ _NOT_PERMITTED: Final = "42501"
 
 
 def schema(url: str | None = None) -> str:
-    """Return the statement that makes the table, in the dialect of the store's URL, without looking for the store.
+    """Return the statement that creates the table, in the dialect of the store's URL, without connecting to the store.
 
     Raises `StoreError`.
     """
@@ -95,11 +95,12 @@ def _create_table() -> sql.schema.CreateTable:
 class Store:
     """A database of records. Safe to use from several processes at once.
 
-    `url` is an SQLAlchemy URL of SQLite or PostgreSQL, `@FILE` with one in it, or None: `$KEYFERRY_STORE`, else an SQLite file
-    under `$XDG_DATA_HOME/keyferry`.
+    `url` is an SQLAlchemy URL of SQLite or PostgreSQL, or `@FILE` with such a URL in its first line. None means
+    `$KEYFERRY_STORE`, else an SQLite file under `$XDG_DATA_HOME/keyferry`.
 
-    `add` makes a store that does not exist: the file, its folder, the table. With `create=False` it does not. All other methods
-    raise `StoreError` for a store that does not exist: it is never taken for an empty one. All methods raise `StoreError`.
+    `add` creates a missing store (the file, its folder, the table), unless `create=False`. All other methods
+    raise `StoreError` for a missing store and do not treat it as an empty one, except `named` and `check_free`, which prepare
+    an `add`. All methods raise `StoreError`.
     """
 
     def __init__(self, url: str | None = None, *, create: bool = True) -> None:
@@ -127,7 +128,7 @@ class Store:
         self._engine.dispose()
 
     def add(self, *records: Record) -> None:
-        """Add records, all or none. A name that is taken is refused."""
+        """Add all records in one transaction. Raises `StoreError`, and adds none of them, if a name is taken."""
         for record in records:
             check_name(record.name)
         rows = [_row(record) for record in records]
@@ -145,7 +146,7 @@ class Store:
             raise StoreError(f"{names} is taken: a record is never overwritten") from None
 
     def renew(self, old: Record, new: Record, old_name: str) -> None:
-        """Rename a record, and add one that takes its name, in one transaction. Neither is changed where that fails.
+        """Rename `old` to `old_name` and add `new` under its former name, in one transaction. A failure changes neither.
 
         `new` has the name that `old` has in the database.
         """
@@ -163,7 +164,7 @@ class Store:
             raise StoreError(f"{printable(old_name)} is taken: a record is never overwritten") from None
 
     def check_free(self, name: str) -> None:
-        """Refuse a name that is no good or taken, before a data key is made in vain."""
+        """Raise `StoreError` for a name that is invalid or taken. Callers check it before they have a data key generated."""
         check_name(name)
         if not self._create:
             self._require()
@@ -171,7 +172,7 @@ class Store:
             raise StoreError(f"{name} is taken: a record is never overwritten")
 
     def get(self, name: str) -> Record:
-        """The record of this name."""
+        """Return the record with this name. Raises `StoreError` if the name is unknown."""
         self._require(f"there is no record {printable(name)} in {self._place}, because it does not exist")
         record = self._one(name)
         if record is None:
@@ -179,35 +180,36 @@ class Store:
         return record
 
     def named(self, names: Iterable[str]) -> dict[str, Record]:
-        """The records of these names, by name; none where the store does not exist yet."""
+        """Return the records with these names, by name. Empty if the store does not exist yet."""
         rows = self._rows(_SELECT.where(_c.name.in_(list(names)))) if self._exists() else []
         return {record.name: record for record in (Record(*row) for row in rows)}
 
     def __iter__(self) -> Iterator[Record]:
-        """All records in the order in which they were added, however many."""
+        """Yield all records in the order in which they were added, with one page of them in memory at a time."""
         yield from self._pages()
 
     def count(self, key_id: str | None = None, *, not_under: str | None = None) -> int:
-        """How many records there are; of a master key only; and of those, only the ones under another version than this."""
+        """Return the number of records; with `key_id`, of one master key; with `not_under`, of those under other versions."""
         asked = sql.select(sql.func.count()).select_from(_records).where(*_matching(key_id, not_under))
         self._require()
         return int(self._rows(asked)[0][0])
 
     def key_ids(self) -> list[str]:
-        """The master keys that there are records of."""
+        """Return the IDs of all master keys that have records."""
         self._require()
         return [row[0] for row in self._rows(sql.select(_c.key_id).distinct().order_by(_c.key_id))]
 
     def not_under(self, key_id: str, key_version_id: str) -> Iterator[list[Record]]:
-        """The records of a master key that are under another version than this, in pages. They may be replaced meanwhile."""
+        """Yield pages of a master key's records under other versions than this. Callers may replace records between pages."""
         after = 0
         while page := self._page(after, _matching(key_id, key_version_id)):
             yield page
             after = page[-1].row_id
 
     def replace(self, changes: Iterable[tuple[Record, str, str]]) -> int:
-        """Give records a new CiphertextBlob and KeyVersionId, in one transaction: those that in the database are still as they
-        were read, and the number of these. To be called with records in the order of their pages.
+        """Give records a new CiphertextBlob and KeyVersionId, in one transaction; return the number of replaced records.
+
+        A record that has changed in the database since it was read stays as it is. Pass records in the order of their pages.
         """
         at = now()
         rows = [
@@ -225,7 +227,7 @@ class Store:
         if not rows:
             return 0
         with self._doing() as connection:
-            # In one order everywhere: two that replace the same rows wait for each other, and never both ways.
+            # Every process updates rows in the same order, so two that replace the same rows cannot deadlock.
             return connection.execute(_REPLACE, rows).rowcount
 
     def _one(self, name: str) -> Record | None:
@@ -248,14 +250,14 @@ class Store:
             return list(connection.execute(asked))
 
     def _exists(self) -> bool:
-        """Whether there is a table yet. Looking for it makes no file."""
+        """Return True if the table exists. The check does not create a file."""
         if self._file is not None and not self._file.exists():
             return False
         with self._doing() as connection:
             return sql.inspect(connection).has_table(_records.name)
 
     def _require(self, why: str = "") -> None:
-        """Refuse to take a store that does not exist for an empty one: its URL may be wrong."""
+        """Raise `StoreError` if the store does not exist, instead of treating it as empty: its URL may be wrong."""
         if not self._exists():
             why = why or f"there is no store in {self._place}"
             raise StoreError(
@@ -264,13 +266,13 @@ class Store:
 
     def _make_table(self, connection: sql.Connection) -> None:
         if not sql.inspect(connection).has_table(_records.name):
-            if connection.dialect.name == "postgresql":  # IF NOT EXISTS alone fails where two make it at once
+            if connection.dialect.name == "postgresql":  # IF NOT EXISTS alone fails if two create the table at once
                 connection.execute(sql.text("SELECT pg_advisory_xact_lock(hashtext('keyferry_records'))"))
             connection.execute(_create_table())
 
     @contextmanager
     def _doing(self) -> Iterator[sql.Connection]:
-        """A transaction, whose failures are told in this package's words."""
+        """Lend a connection for one transaction. Turns the driver's errors into `StoreError`, except `IntegrityError`."""
         with self._connected() as connection:
             try:
                 with connection.begin():
@@ -282,9 +284,9 @@ class Store:
 
     @contextmanager
     def _connected(self) -> Iterator[sql.Connection]:
-        """A connection of this process's own. What a driver makes of a URL's options may raise any exception."""
-        if self._process != os.getpid():  # after a fork, the pool's connections are the parent's
-            self._inherited = self._engine.pool  # kept: the driver warns of connections that are not closed
+        """Lend a connection that belongs to this process. A driver may raise any exception for a URL's options."""
+        if self._process != os.getpid():  # after a fork, the connections in the pool belong to the parent
+            self._inherited = self._engine.pool  # referenced, because drivers warn of connections that are not closed
             self._engine.dispose(close=False)
             self._process = os.getpid()
         try:
@@ -295,10 +297,10 @@ class Store:
             yield connection
 
     def _why(self, error: Exception) -> str:
-        """The driver's own first line, without the statement that SQLAlchemy adds; and never a password."""
+        """Return the first line of the driver's message, without SQLAlchemy's statement and never with a password."""
         cause = getattr(error, "orig", None) or error
         lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
-        why = " ".join(lines) if lines[0].endswith(":") else lines[0]  # of several hosts, each has a line
+        why = " ".join(lines) if lines[0].endswith(":") else lines[0]  # with several hosts, each has a line
         if any(form in why for secret in secrets(self._url) for form in _forms(secret)):
             why = type(cause).__name__
         if getattr(cause, "sqlstate", None) == _NOT_PERMITTED:
@@ -310,7 +312,7 @@ def _matching(key_id: str | None, not_under: str | None) -> list[Any]:
     conditions: list[Any] = []
     if key_id is not None:
         conditions.append(_c.key_id == key_id)
-    if not_under is not None:  # the blob is what counts; the column beside it may be wrong
+    if not_under is not None:  # the blob decides, because the column next to it may be wrong
         begins = sql.func.substr(_c.ciphertext_blob, 1, VERSION_PREFIX)
         conditions.append(sql.or_(_c.key_version_id != not_under, begins != version_prefix(not_under)))
     return conditions
@@ -324,5 +326,5 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def _forms(secret: str) -> tuple[str, ...]:
-    """A secret as it is, and as Python, a URL or libpq would quote it."""
+    """Return a secret as it is, and as Python, a URL or libpq would quote it."""
     return secret, repr(secret)[1:-1], quote(secret, safe=""), secret.replace("\\", "\\\\").replace("'", "\\'")

@@ -1,7 +1,8 @@
-"""Copy records from one store to another, with every field as it is: from SQLite to PostgreSQL, or back.
+"""Copies records from one store to another with every field unchanged, for example from SQLite to PostgreSQL or back.
 
-A page of records is one transaction in the target. A copy that was killed is finished by the next run, which finds the records
-that are there already. No record is overwritten: one that differs under the same name is reported, and both stay as they are.
+A page of records is one transaction in the target. After a copy was killed, the next run skips the records that are already in
+the target, and completes the copy. No record is overwritten: a record that differs from the target's record of the same name
+is reported, and both stay as they are.
 """
 
 from collections.abc import Callable
@@ -18,15 +19,15 @@ _PAGE: Final = 500
 
 
 class Copied(NamedTuple):
-    """What a copy did, in numbers of records."""
+    """Result of a copy, in numbers of records."""
 
     records: int
-    """In the source."""
+    """Records in the source."""
     copied: int
     present: int
-    """In the target before, equal in every field."""
+    """Records already in the target, equal in every field."""
     refused: int
-    """Not copied, each reported."""
+    """Records that were not copied, each reported to `refused`."""
 
 
 def copy(
@@ -36,10 +37,10 @@ def copy(
     refused: Callable[[str], None] = lambda _why: None,
     advanced: Callable[[int], None] = lambda _count: None,
 ) -> Copied:
-    """Copy all records. `refused` is called with the reason for each that is not, `advanced` with the size of each page.
+    """Copy all records. `refused` is called with the reason for each record not copied, `advanced` with the size of each page.
 
-    A target with `create=True` is made where it does not exist. Raises `StoreError`, also where another process adds one of the
-    same names at that moment; what was copied until then is copied.
+    A missing target is created if it was opened with `create=True`. Raises `StoreError`, also if another process adds a record
+    with one of the same names at that moment. Pages copied until then stay in the target.
     """
     counts = {"copied": 0, "present": 0, "refused": 0}
     records = iter(source)
@@ -64,7 +65,7 @@ def copy(
 
 
 def _obstacle(record: Record) -> str:
-    """Return why a record cannot be added to any store; an empty text where it can."""
+    """Return the reason why a record cannot be added to any store, or an empty text if it can."""
     try:
         check_name(record.name)
     except StoreError as error:
@@ -75,7 +76,7 @@ def _obstacle(record: Record) -> str:
 
 
 def _difference(record: Record, found: Record) -> str:
-    """Return how a record differs from the one of its name in the target; an empty text where they are equal."""
+    """Return the difference from the target's record of the same name, or an empty text if they are equal."""
     names = {"context_text": "encryption_context"}
     differing = [
         names.get(field, field)

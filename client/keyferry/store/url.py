@@ -1,4 +1,4 @@
-"""Reads the text of a store's URL strictly. No error repeats any part of the text, because it may hold a password.
+"""Parses the text of a store's URL strictly. No error repeats any part of the text, because it may hold a password.
 
 SQLAlchemy's own parser ends a password at its first "@" and takes the characters after it for the host, and hosts appear in
 messages. Here, "@" may occur once, and text that two parsers could read in two ways is refused.
@@ -17,7 +17,7 @@ from .record import StoreError
 __all__ = ["MAX_URL", "PYTHON_OPTIONS", "SECRET_OPTIONS", "naming", "parse"]
 
 MAX_URL: Final = 4_096
-"""Characters of a URL."""
+"""Most characters in a URL."""
 SECRET_OPTIONS: Final = frozenset(
     {"password", "sslpassword", "oauth_client_secret", "scram_client_key", "scram_server_key"}
 )
@@ -59,7 +59,7 @@ _SLASHES: Final = "SQLite needs three slashes for a relative path (sqlite:///FIL
 
 
 def parse(text: str) -> URL:
-    """Return the URL of an SQLite file or a PostgreSQL database, its driver named. Raises `StoreError`."""
+    """Parse the URL of an SQLite file or a PostgreSQL database; the result names a driver. Raises `StoreError`."""
     if len(text) > MAX_URL:
         raise _unreadable(f"it is longer than {MAX_URL} characters")
     scheme, separator, location = text.partition("://")
@@ -88,7 +88,7 @@ def _unreadable(why: str) -> StoreError:
 
 
 def _sqlite(drivername: str, location: str) -> URL:
-    """As SQLAlchemy reads it: the path is not percent-encoded, unless it is a URI of SQLite's own."""
+    """Parse a location as SQLAlchemy does: the path is not percent-encoded, unless it is one of SQLite's own URIs."""
     path, question, query = location.partition("?")
     if path and path[0] != "/":
         raise _unreadable("a store in memory would be forgotten at once" if path == ":memory:" else _SLASHES)
@@ -113,7 +113,7 @@ def _postgresql(drivername: str, location: str) -> URL:
     options = _options(query) if question else {}
     for option in sorted(PYTHON_OPTIONS & options.keys()):
         raise StoreError(f"{naming(option)} is psycopg's, not libpq's: remove it. A store never prepares statements")
-    if options.get("ssl") == "true":  # as JDBC writes it, and as libpq understands it
+    if options.get("ssl") == "true":  # JDBC's form; libpq maps it to sslmode=require
         del options["ssl"]
         options.setdefault("sslmode", "require")
     host, port = _addresses(address, options)
@@ -134,7 +134,7 @@ def _postgresql(drivername: str, location: str) -> URL:
 
 
 def _addresses(address: str, options: "_Options") -> tuple[str, str]:
-    """Take hosts and ports out of the options, or else out of the authority; give each as libpq does, separated by commas."""
+    """Remove hosts and ports from the options; return them, else the authority's, separated by commas as libpq writes them."""
     pairs = [_address(each) for each in address.split(",")]
     hosts, ports = [_decoded(host) for host, _ in pairs], [port for _, port in pairs]
     named, numbered = options.pop("host", ""), options.pop("port", "")
@@ -154,7 +154,7 @@ def _addresses(address: str, options: "_Options") -> tuple[str, str]:
 
 
 def _address(text: str) -> tuple[str, str]:
-    """A host and its port; either may be absent."""
+    """Split an address into host and port, either of which may be empty. Raises `StoreError`."""
     if text.startswith("["):
         host, bracket, port = text[1:].partition("]")
         if bracket and _is_ipv6(host) and port[:1] in ("", ":"):
@@ -178,7 +178,7 @@ def _is_port(text: str) -> bool:
 
 
 def _decoded(text: str) -> str:
-    """Text without its percent-encoding. Raises `StoreError` for an encoding that is incomplete or is not UTF-8."""
+    """Decode percent-encoded text. Raises `StoreError` for an encoding that is incomplete or is not UTF-8."""
     if _INCOMPLETE_ESCAPE.search(text):
         raise _unreadable(f'"%" begins the two hexadecimal digits of a character; {_ENCODE}')
     try:
@@ -196,20 +196,20 @@ _Options: TypeAlias = dict[str, str | tuple[str, ...]]
 
 
 def _options(query: str) -> _Options:
-    """The options behind the question mark; a tuple where a name occurs twice. "+" is a space, as in SQLAlchemy."""
+    """Parse the options after the question mark. A name that occurs twice has a tuple. "+" is a space, as in SQLAlchemy."""
     options: _Options = {}
     for pair in filter(None, query.split("&")):
         name, equals, value = (_decoded(part.replace("+", " ")) for part in pair.partition("="))
         if not equals:
             raise _unreadable('options behind "?" have the form NAME=VALUE; "&" in a value is %26, and "?" is %3F')
-        if value:  # an empty value is an absent one, for SQLAlchemy and for libpq
+        if value:  # for SQLAlchemy and for libpq, an empty value means an absent option
             earlier = options.get(name, ())
             options[name] = (*((earlier,) if isinstance(earlier, str) else earlier), value) if earlier else value
     return options
 
 
 def naming(option: str) -> str:
-    """How a message may name an option: an unknown name can be the end of a password, so it is never repeated."""
+    """Return an option's name for a message. An unknown name can be the end of a password, so it is never repeated."""
     if option in _KNOWN_OPTIONS:
         return f'the option "{option}" of the store\'s URL'
     similar = difflib.get_close_matches(option, _KNOWN_OPTIONS, 1)
