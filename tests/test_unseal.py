@@ -143,6 +143,7 @@ def test_without_an_agent_the_command_says_where_it_looked(keyring: Path) -> Non
     assert b'unseal = "manual"' in ended.stderr
 
 
+@root("to count the descriptors of a hardened process")
 @pytest.mark.parametrize("descriptors", ["none", "file", "two"])
 def test_a_message_without_one_pipe_is_refused(keyring: Path, socket_path: Path, descriptors: str) -> None:
     """The agent goes on, and keeps no descriptor of it."""

@@ -44,9 +44,9 @@ def base_image() -> pytest.MarkDecorator:
     return pytest.mark.skipif(not BASE.is_file(), reason=f"needs {BASE.relative_to(ROOT)}, which .ci/provide makes")
 
 
-def root() -> pytest.MarkDecorator:
-    """Skip where the test cannot become another user."""
-    return pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become a second user: run sudo make test")
+def root(purpose: str = "to become a second user") -> pytest.MarkDecorator:
+    """Skip where the test is not run by root."""
+    return pytest.mark.skipif(os.geteuid() != 0, reason=f"needs root, {purpose}: run sudo make test")
 
 
 def cpu_quota() -> pytest.MarkDecorator:
