@@ -164,16 +164,14 @@ class Client(Operations, Blocking):
             time.sleep(delay)
 
     def _attempt(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
-        lock = (
-            self._lock
-        )  # release this lock: a fork in a signal handler during the call replaces the child's attribute
+        # The lock to release is this one: a fork in a signal handler during the call replaces the child's attribute.
+        lock = self._lock
         if not lock.acquire(timeout=min(deadline.remaining(), threading.TIMEOUT_MAX)):
             raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
         try:
             self._persist(asked, deadline)
-        except (
-            BaseException
-        ) as error:  # a call that was cut off, also by KeyboardInterrupt, leaves the connection unusable
+        except BaseException as error:
+            # A call that was cut off, also by KeyboardInterrupt, leaves the connection unusable.
             self._disconnect()
             if isinstance(error, TimeoutError):
                 raise AgentUnavailable(f"no answer from {self._path} within {self._timeout:g} s") from None
@@ -264,10 +262,8 @@ class Client(Operations, Blocking):
     def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection, self._under_way = (
-                None,
-                RpcSession(),
-            )  # a partial answer in the old one may hold a plaintext
+            # A partial answer in the old session may hold a plaintext.
+            self._connection, self._under_way = None, RpcSession()
 
     def _forget(self) -> None:
         """Reset to the state without a connection: in a new client, and in a forked child, as the parent owns the old one."""

@@ -55,9 +55,3 @@ class DecisionCache(Generic[T]):
             self._known.clear()
             self._room = _ROOM
         self._known[key] = decided
-
-    def clear(self) -> None:
-        """Empty the cache."""
-        self._known.clear()
-        self._once.clear()
-        self._room = _ROOM
