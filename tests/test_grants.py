@@ -126,10 +126,10 @@ def test_actions_match_whole_or_up_to_a_star(action: str, asked: str, *, matches
 def test_pins_hold_for_exports_and_shut_out_plaintext() -> None:
     """A pinned grant allows what hands out no key, exports to its pins, and nothing in plaintext."""
     grant = Grant("g", {"uid": 1}, ("kms:*",), ("*",), recipients=frozenset({PIN}))
-    assert allows([grant], "kms:ExportDataKey", ["k"], pin=PIN, context={})
-    assert not allows([grant], "kms:ExportDataKey", ["k"], pin=PIN[:-1] + "1", context={})
+    assert allows([grant], "kms:ExportDataKey", ["k"], fingerprint=PIN, context={})
+    assert not allows([grant], "kms:ExportDataKey", ["k"], fingerprint=PIN[:-1] + "1", context={})
     assert allows([grant], "kms:DescribeKey", ["k"])
-    assert not allows([grant], "kms:Decrypt", ["k"], pin=PLAINTEXT, context={})
+    assert not allows([grant], "kms:Decrypt", ["k"], fingerprint=PLAINTEXT, context={})
 
 
 def test_a_demanded_context_must_be_there_with_its_value() -> None:

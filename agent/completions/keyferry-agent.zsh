@@ -13,7 +13,7 @@ _shtab_keyferry_agent_commands() {
     audit:'verify and search the audit log'
     check:'say everything that is wrong with a configuration'
     explain:'Print of every grant whether it allows something, or the first thing in it that does not match.'
-    fingerprint:'a public key'"'"'s pin, as `recipients` takes it'
+    fingerprint:'a public key'"'"'s fingerprint, as `recipients` takes it'
     keyring:'create and change sealed keyring files'
     run:'the daemon, in the foreground; its log is on stderr'
     unseal:'Give the secret that opens the keyring to a running agent. It is read from standard input.'
@@ -92,7 +92,7 @@ _shtab_keyferry_agent_audit_who_options=(
   "--unit[the caller\'s systemd unit, like orders.service]:UNIT:"
   "--key[the master key\'s ID, ARN or alias\; also as an alias was named then]:KEY:"
   "--version[one version of a master key]:ID:"
-  "--recipient[the pin of the public key that data keys were exported to]:PIN:"
+  "--recipient[the fingerprint of the public key that data keys were exported to]:FINGERPRINT:"
   "--grant[the grant that allowed the requests]:NAME:"
   "--operation[one operation\; otherwise all that give a caller a data key\: GenerateAndExportDataKey, ExportDataKey, GenerateDataKey, Decrypt, ReEncrypt]:NAME:(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentHealth GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)"
   "--context-key[a key of the EncryptionContext]:KEY:"
@@ -131,7 +131,7 @@ _shtab_keyferry_agent_explain_options=(
   "--sha256[what \`to\` calls sha256]:TEXT:"
   "--action[kms\:...]:kms:...:(kms:Decrypt kms:DescribeKey kms:Encrypt kms:ExportDataKey kms:GenerateAndExportDataKey kms:GenerateDataKey kms:GenerateDataKeyWithoutPlaintext kms:GetAgentStatus kms:ListAliases kms:ListKeyVersions kms:ListKeys kms:ReEncryptFrom kms:ReEncryptTo)"
   "*--key[a key ID, alias or ARN\; the key\'s other names come from the keyring, or may be named by repeating it]:KEY:"
-  "--recipient[the pin of the public key that a data key is to go to]:PIN:"
+  "--recipient[the fingerprint of the public key that a data key is to go to]:FINGERPRINT:"
   "*--context[a pair of the EncryptionContext]:K=V:"
   "--json[one JSON document on stdout]"
 )

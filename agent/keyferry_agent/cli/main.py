@@ -66,9 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     unseal.add_parser(commands)
     check.add_parser(commands)
 
-    pin = commands.add_parser("fingerprint", help="a public key's pin, as `recipients` takes it", allow_abbrev=False)
-    pin.add_argument("file", type=Path, metavar="FILE", help="a public key: PEM, DER or Base64")
-    pin.set_defaults(run=_fingerprint)
+    of_public_key = commands.add_parser(
+        "fingerprint", help="a public key's fingerprint, as `recipients` takes it", allow_abbrev=False
+    )
+    of_public_key.add_argument("file", type=Path, metavar="FILE", help="a public key: PEM, DER or Base64")
+    of_public_key.set_defaults(run=_fingerprint)
 
     explain.add_parser(commands)
     audit_command.add_parser(commands)

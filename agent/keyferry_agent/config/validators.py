@@ -14,8 +14,8 @@ from typing import Any, Final
 from ..authz.grants import ACTIONS
 
 __all__ = [
+    "FINGERPRINT",
     "KEY",
-    "PIN",
     "POD",
     "UNIT",
     "InvalidValue",
@@ -177,7 +177,7 @@ _ACTION: Final = re.compile(r"\*|kms:[A-Za-z]*\*?")
 KEY: Final = re.compile(r"\*|alias/[\w/*-]+|acs:kms:[\w*-]+:[\w*-]+:(key|alias)/[\w/*-]+|[\w*-]+", re.ASCII)
 
 
-PIN: Final = re.compile(r"sha256:[0-9a-f]{64}")
+FINGERPRINT: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 UNIT: Final = re.compile(r"[\w:.\\@-]+\.(service|scope)", re.ASCII)

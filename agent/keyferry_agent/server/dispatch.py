@@ -261,7 +261,7 @@ class Dispatcher:
                 job = decision.job
             else:
                 job = self._prepare(caller, message, audited)
-            if job.slow:
+            if job.offload:
                 exchange.under_way += 1
                 exchange.offloaded.append(
                     OffloadedJob(job, message.msgid, audited, message, caller.granted, self._agent.generation)
