@@ -8,7 +8,7 @@ MODULES: Final = {
     f"{AGENT}/authz/grants.py": ("test_grants",),
     f"{AGENT}/server/rate_limit.py": ("test_limits",),
     f"{AGENT}/authz/decision_cache.py": ("test_decision_cache", "test_remembered"),
-    f"{AGENT}/server/dispatch.py": ("test_remembered", "test_fault_isolation"),
+    f"{AGENT}/server/dispatch.py": ("test_dispatch", "test_remembered", "test_fault_isolation"),
     f"{AGENT}/crypto/aad.py": ("test_ciphertext",),
     f"{AGENT}/crypto/ciphertext_blob.py": ("test_ciphertext", "test_wiping"),
     f"{AGENT}/crypto/public_key.py": ("test_public_key", "test_wycheproof"),
