@@ -140,18 +140,18 @@ def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkey
         (GRANT.format(to='sha256 = "ab"'), "grant[0].to.sha256", "hex"),
         (GRANT.format(to='listener = "nowhere"'), "grant[0].to.listener", "no listener"),
         (GRANT.format(to="uid = 5") + "recipients = []", "grant[0].recipients", "fingerprints"),
-        (GRANT.format(to="uid = 5") + 'recipients = ["sha256:AB"]', "grant[0].recipients", "no fingerprint"),
+        (GRANT.format(to="uid = 5") + 'recipients = ["sha256:AB"]', "grant[0].recipients", "is not a valid fingerprint"),
         (GRANT.format(to="uid = 5") + "encryption_context = { a = 1 }", "grant[0].encryption_context", "strings"),
         (GRANT.format(to="uid = 5") + "recipient = []", "grant[0].recipient", "unknown"),
         (GRANT.format(to="uid = 5").replace("kms:*", "kms:Explode"), "grant[0].actions", "kms:Explode"),
-        (GRANT.format(to="uid = 5").replace("kms:*", "Decrypt"), "grant[0].actions", "no action"),
-        (GRANT.format(to="uid = 5").replace('["*"]', '["alias/ü"]'), "grant[0].keys", "no key ID"),
+        (GRANT.format(to="uid = 5").replace("kms:*", "Decrypt"), "grant[0].actions", "is not a valid action"),
+        (GRANT.format(to="uid = 5").replace('["*"]', '["alias/ü"]'), "grant[0].keys", "is not a valid key ID"),
         (GRANT.format(to="uid = 5").replace('["*"]', "[]"), "grant[0].keys", "list of keys"),
         (f'socket = "/{"x" * 107}"', "socket", "107 bytes"),
         ('mode = "0600"\n[[listener]]\nname = "a"\npath = "/a"', "mode", "not both"),
         (GRANT.format(to="uid = 4294967295"), "grant[0].to.uid", "number"),
-        (GRANT.format(to="uid = 5").replace("kms:*", "kms:decrypt"), "grant[0].actions", "no action"),
-        (GRANT.format(to="uid = 5").replace("kms:*", "kms:Foo*"), "grant[0].actions", "no action"),
+        (GRANT.format(to="uid = 5").replace("kms:*", "kms:decrypt"), "grant[0].actions", "is not an action"),
+        (GRANT.format(to="uid = 5").replace("kms:*", "kms:Foo*"), "grant[0].actions", "is not an action"),
         (
             GRANT.format(to="uid = 5").replace('["*"]', '["acs:kms:other:0:key/*"]'),
             "grant[0].keys",
@@ -189,7 +189,7 @@ def test_check_of_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["check", str(path)]) == 0
     captured = capsys.readouterr()
     assert "no-such-user" in captured.err
-    assert "matches nobody" in captured.err
+    assert "matches no caller" in captured.err
     assert "good; grants: 1" in captured.out
     assert "keyring: not set" in captured.err
     assert read(path).grants[0].to == {"user": -1}
@@ -230,7 +230,7 @@ def test_a_name_that_no_host_can_have_matches_nobody(tmp_path: Path) -> None:
     for selector in ("user", "group"):
         settings = read(written(tmp_path, GRANT.format(to=f'{selector} = "a\\u0000b"')))
         assert settings.grants[0].to == {selector: -1}
-        assert "matches nobody" in settings.warnings[0]
+        assert "matches no caller" in settings.warnings[0]
 
 
 @pytest.mark.parametrize(

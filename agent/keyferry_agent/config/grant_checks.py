@@ -53,7 +53,10 @@ def warnings(grants: Sequence[Grant]) -> Iterator[str]:
     for place, grant in places(grants):
         for selector, kind, number in _OVERFLOW:
             if grant.to.get(selector) == number:
-                yield f"{place}.to: {number} is the overflow {kind}, which can be anybody; matches nobody"
+                yield (
+                    f"{place}.to: {number} is the overflow {kind}, which stands for any unmapped {kind}; "
+                    "the grant matches no caller"
+                )
         excluded = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))
         if grant.recipients is not None and excluded:
             yield (
@@ -79,7 +82,7 @@ def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
                 if shared:
                     yield (
                         f"{place}.recipients: {way_round} has none, and may be to the same caller for {', '.join(shared)}: "
-                        "through it the caller can learn or choose what the first grant exports"
+                        "through it the caller can learn or choose the data keys that the first grant exports"
                     )
 
 

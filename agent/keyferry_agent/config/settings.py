@@ -346,7 +346,9 @@ def _to(table: ConfigTable, present: bool, names: dict[tuple[str, str], int]) ->
             # A missing user or group is not an error, because several hosts may share a file. The grant matches no caller then.
             to[selector] = names[selector, name] = _number_of(selector, name)
             if to[selector] == _NOBODY:
-                table.warnings.append(f"{table._at(selector)}: this host has no {selector} {name!r}; matches nobody")
+                table.warnings.append(
+                    f"{table._at(selector)}: this host has no {selector} {name!r}; the grant matches no caller"
+                )
     table._taken += [selector for selector in SELECTORS if selector not in table._taken]
     if present and not table._raw:
         table.problems.append(f"{table._path}: empty; say whom the grant is to, for example uid = 1000")

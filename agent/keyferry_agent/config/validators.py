@@ -207,7 +207,7 @@ def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, 
         strings = _strings(value)
         for string in strings:
             if not pattern.fullmatch(string):
-                raise InvalidValue(f"{string!r} is no {expected}")
+                raise InvalidValue(f"{string!r} is not a valid {expected}")
         return strings
 
     return check
@@ -219,7 +219,7 @@ def actions(value: Any) -> tuple[str, ...]:
     for action in actions:
         # A misspelt action would silently allow nothing. `ACTIONS` already has the actions of later versions.
         if not any(fnmatchcase(known, action) for known in ACTIONS):
-            raise InvalidValue(f"{action!r} is no action")
+            raise InvalidValue(f"{action!r} is not an action")
     return actions
 
 

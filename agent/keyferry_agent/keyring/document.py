@@ -151,10 +151,10 @@ class Document:
         except (ValueError, RecursionError):
             raise KeyringError("the keyring does not hold JSON") from None
         if not isinstance(raw, dict) or raw.get("Format") != FORMAT:
-            raise KeyringError(f'the content is no keyring: "Format" is not "{FORMAT}"')
+            raise KeyringError(f'the content is not a keyring: "Format" is not "{FORMAT}"')
         version = raw.get("Version")
         if type(version) is not int or version != VERSION:  # to Python, true and 1.0 are 1
-            shown = f"format version {version}" if type(version) is int else "a format version that is no number"
+            shown = f"format version {version}" if type(version) is int else "a format version that is not a number"
             raise KeyringError(f"the keyring has {shown}; this program knows version {VERSION}: upgrade it")
         reader = _Reader("keyring", raw)
         document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
@@ -300,7 +300,7 @@ def check_alias(alias: str) -> None:
         or not 1 <= len(name) <= _ALIAS_MOST
         or (plain and not (plain.isascii() and plain.isalnum()))
     ):
-        raise KeyringError(f"{alias!r} is no alias: expected alias/NAME, NAME of letters, digits, _ - and /")
+        raise KeyringError(f"{alias!r} is not an alias: expected alias/NAME, NAME of letters, digits, _ - and /")
     if name.startswith(_RESERVED):
         raise KeyringError(f"{alias!r}: names that begin with alias/acs are the cloud's own")
 

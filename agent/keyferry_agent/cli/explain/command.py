@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--group", action="append", default=[], metavar="NAME", help="a group, by its name")
     parser.add_argument("--listener", default="default", metavar="NAME", help="the listener it connects to")
     for name in ("unit", "pod", "exe", "sha256"):
-        parser.add_argument(f"--{name}", metavar="TEXT", help=f"what `to` calls {name}")
+        parser.add_argument(f"--{name}", metavar="TEXT", help=f"the caller's {name}, as a grant's `to` has it")
     parser.add_argument("--action", metavar="kms:...", choices=sorted(ACTIONS))
     parser.add_argument(
         "--key",
