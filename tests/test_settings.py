@@ -140,7 +140,11 @@ def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkey
         (GRANT.format(to='sha256 = "ab"'), "grant[0].to.sha256", "hex"),
         (GRANT.format(to='listener = "nowhere"'), "grant[0].to.listener", "no listener"),
         (GRANT.format(to="uid = 5") + "recipients = []", "grant[0].recipients", "fingerprints"),
-        (GRANT.format(to="uid = 5") + 'recipients = ["sha256:AB"]', "grant[0].recipients", "is not a valid fingerprint"),
+        (
+            GRANT.format(to="uid = 5") + 'recipients = ["sha256:AB"]',
+            "grant[0].recipients",
+            "is not a valid fingerprint",
+        ),
         (GRANT.format(to="uid = 5") + "encryption_context = { a = 1 }", "grant[0].encryption_context", "strings"),
         (GRANT.format(to="uid = 5") + "recipient = []", "grant[0].recipient", "unknown"),
         (GRANT.format(to="uid = 5").replace("kms:*", "kms:Explode"), "grant[0].actions", "kms:Explode"),

@@ -141,9 +141,7 @@ def _expanded(path: str) -> str:
     if path.startswith("~"):
         expanded = os.path.expanduser(path)
         if expanded == path:
-            raise StoreError(
-                f"{printable(path)}: there is no such user; a file of this name is ./{printable(path)}"
-            )
+            raise StoreError(f"{printable(path)}: there is no such user; a file of this name is ./{printable(path)}")
         return expanded
     return path
 
