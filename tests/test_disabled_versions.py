@@ -54,9 +54,7 @@ def test_an_agent_opens_nothing_under_a_disabled_version(rotating: Rotating, dry
                 connection, method, {**params, "CiphertextBlob": blob, "DryRun": dry_run}, "Rejected.Disabled"
             )
             assert old in message
-            entry = [line for line in rotating.agent.log if line.get("event") == "audit"][-1]
-            assert (entry["operation"], entry["outcome"]) == (method, "Rejected.Disabled")
-            assert old in json.dumps(entry)
+            assert rotating.agent.has_logged("audit", operation=method, outcome="Rejected.Disabled", key_version_id=old)
         ok(connection, "Decrypt", {"CiphertextBlob": fresh})
         listed = ok(connection, "ListKeyVersions", {"KeyId": "alias/a"})["KeyVersions"]["KeyVersion"]
         assert [version["KeyVersionId"] for version in listed] == [old, new]
