@@ -17,7 +17,7 @@ from keyferry_agent.audit import AuditLog
 from keyferry_agent.config.options import Options
 from keyferry_agent.config.settings import Settings
 from keyferry_agent.daemon import reload
-from keyferry_agent.daemon.file_watcher import FileStats, stat_files
+from keyferry_agent.daemon.file_stats import FileStats, stat_files
 from keyferry_agent.daemon.reload import Reloader
 from keyferry_agent.daemon.systemd import ServiceManager
 from keyferry_agent.state import ServerState

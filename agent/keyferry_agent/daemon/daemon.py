@@ -33,7 +33,7 @@ from ..server.server import Server
 from ..state import ServerState, locked_memory_needed
 from ..telemetry.metrics import Metrics, MetricsError
 from . import unsealing
-from .file_watcher import FileStats, stat_files
+from .file_stats import FileStats, stat_files
 from .reload import Reloader
 from .systemd import InheritedDescriptors, ServiceManager, feed_watchdog
 

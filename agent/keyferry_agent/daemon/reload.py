@@ -28,7 +28,7 @@ from ..keyring.document import KeyringError
 from ..keyring.fdstore import KeyringPersister
 from ..keyring.keyring import Keyring
 from ..state import ServerState
-from .file_watcher import FileStats, stat_files
+from .file_stats import FileStats, stat_files
 from .systemd import ServiceManager
 
 __all__ = ["Reloader"]
