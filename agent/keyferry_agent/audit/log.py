@@ -14,6 +14,8 @@ from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Final
 
+import structlog
+
 from keyferry.errors import CODES
 
 from .. import __version__
@@ -37,6 +39,8 @@ MAX_CONTEXT_KEYS_BYTES: Final = 1_280
 """Bytes of all context keys in a line, for the same reason. One character may take twelve bytes in JSON."""
 MAX_PROGRAM_BYTES: Final = 512
 """Bytes of the program's path and hash in a line, for the same reason."""
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
 _DONE: Final = frozenset({"OK", "DryRunOperationError"})
 _SERVER_ERROR: Final = 500
 
@@ -54,6 +58,7 @@ class AuditLog:
         self.failures = 0
         """Requests whose entries could not be written, since the start."""
         self._resumed_at = 0
+        self._lost = False  # whether the path could not be opened again
         self.failing = False
         """Whether the last entry could not be written."""
 
@@ -79,12 +84,25 @@ class AuditLog:
         """Requests whose entries could not be written since the last `audit.resumed` entry."""
         return self.failures - self._resumed_at
 
-    def resume(self) -> bool:
-        """Write the entry that ends a gap. Return False if the audit log cannot be written yet."""
-        failures = self.failures
-        if self._append([announcements.resumed(_now(), self.gap)]).error is None:
+    def maintain(self, *, reopen: bool) -> None:
+        """Reopen the file if `reopen`, for log rotation, and end a gap if the audit log can be written again. Logs the results.
+
+        Ending a gap here makes the agent ready without a further request.
+        """
+        if reopen:
+            try:
+                self.reopen()
+            except OSError as error:
+                if not self._lost:  # log once, not at each attempt
+                    log.error("audit.failed", error=error.strerror)
+                self._lost = True
+            else:
+                self._lost = False
+                log.info("audit.reopened")
+        gap, failures = self.gap, self.failures
+        if (gap or self.failing) and self._append([announcements.resumed(_now(), gap)]).error is None:
             self._resumed_at = failures
-        return not self.failing
+            log.info("audit.resumed", unrecorded=gap)
 
     def _announce(self, lines: list[str]) -> None:
         self._file.announce(lines)
