@@ -24,7 +24,7 @@ from ..config.settings import Audit
 from ..keyring.keyring import Keyring
 from ..locking import Lock
 from ..peer import Peer
-from . import announcements
+from . import agent_entries
 from .entry import AuditEntry
 from .writer_thread import WriterThread
 
@@ -65,19 +65,19 @@ class AuditLog:
     def begin(self, started_at: str) -> None:
         """Write the entry of this agent's start. If that fails, it is written before the first request's entry."""
         now = _now()
-        self._announce([announcements.start(now, __version__, started_at, self._file.chain)])
+        self._announce([agent_entries.start(now, __version__, started_at, self._file.chain)])
 
     def name_keys(self, keyring: Keyring) -> None:
         """Write the entries that name the keys of a keyring, if the keys or their aliases have changed since the last call."""
         named = tuple((key.key_id, key.aliases) for key in keyring.keys.values())
         if named != self._named:
             self._named = named
-            self._announce(announcements.key_lists(_now(), keyring.loaded_at, named))
+            self._announce(agent_entries.key_lists(_now(), keyring.loaded_at, named))
 
     def unsealed(self, peer: Peer, outcome: str, loaded_at: str) -> None:
         """Write the entry of an attempt to unseal the keyring. If that fails, it is written before the next request's entry."""
         now = _now()
-        self._announce([announcements.unsealing(now, peer, outcome, loaded_at)])
+        self._announce([agent_entries.unsealing(now, peer, outcome, loaded_at)])
 
     @property
     def gap(self) -> int:
@@ -100,7 +100,7 @@ class AuditLog:
                 self._lost = False
                 log.info("audit.reopened")
         gap, failures = self.gap, self.failures
-        if (gap or self.failing) and self._append([announcements.resumed(_now(), gap)]).error is None:
+        if (gap or self.failing) and self._append([agent_entries.resumed(_now(), gap)]).error is None:
             self._resumed_at = failures
             log.info("audit.resumed", unrecorded=gap)
 
