@@ -13,7 +13,7 @@ from ..chained_log.chain import ChainError
 from ..config.settings import Settings
 from ..keyring.document import KeyringError
 from . import times
-from .names import LoggedNames, open_keyring, plain_name
+from .key_names import LoggedNames, open_keyring, plain_name
 from .opening import open_history, report, say
 from .query import RELEASES, Counted, Listed, Query, Spool, names_of
 

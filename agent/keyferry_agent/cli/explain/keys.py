@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ...audit.names import LoggedNames, open_keyring, plain_name
+from ...audit.key_names import LoggedNames, open_keyring, plain_name
 from ...audit.opening import open_history
 from ...audit.query import NamesOnly, names_of
 from ...chained_log.chain import ChainError

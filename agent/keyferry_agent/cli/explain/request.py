@@ -8,8 +8,8 @@ from typing import Any, Final
 from keyferry.errors import CODES
 from keyferry.operations import OPERATIONS
 
+from ...audit.key_names import LoggedNames
 from ...audit.log import MAX_GROUPS
-from ...audit.names import LoggedNames
 from ...audit.opening import open_history, report
 from ...audit.query import NamesOnly, names_of
 from ...chained_log.chain import ChainError
