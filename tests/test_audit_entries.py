@@ -18,7 +18,7 @@ from support.keyring import change, serving
 from support.keys import recipient
 
 from keyferry import __version__
-from keyferry_agent.audit import AuditLog, announcements, log
+from keyferry_agent.audit import AuditLog, agent_entries, log
 from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config.settings import Audit
@@ -165,14 +165,14 @@ def test_the_names_of_any_keyring_are_in_short_lines(keys: int, aliases: int) ->
         (f"{key:036}", tuple(f"alias/{key}/{number}/{'x' * 230}"[:255] for number in range(aliases)))
         for key in range(keys)
     ]
-    lines = announcements.key_lists("2026-11-30T12:00:00.000+00:00", "2026-11-30T12:00:00Z", named)
+    lines = agent_entries.key_lists("2026-11-30T12:00:00.000+00:00", "2026-11-30T12:00:00Z", named)
     found: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
         whole = f'{line}, "previous": "{"0" * 64}"}}\n'
         assert len(whole) < select.PIPE_BUF
         fields = json.loads(whole)
         assert (fields["part"], fields["parts"]) == (number, len(lines))
-        for key_id, its in announcements.names_in(fields).items():
+        for key_id, its in agent_entries.names_in(fields).items():
             found.setdefault(key_id, []).extend(its)
     assert found == {key_id: [*its] for key_id, its in named}
 

@@ -15,7 +15,7 @@ from support.calls import ok
 from support.other_user import OTHER_USER
 from support.skip_unless import root
 
-from keyferry_agent.audit import AuditLog, exclusive
+from keyferry_agent.audit import AuditLog, writer_lock
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.locking import Lock, LockError, lock_file_of
@@ -146,7 +146,7 @@ def test_a_folder_that_takes_no_lock_file_is_a_warning(tmp_path: Path) -> None:
         try:
             os.setresuid(OTHER_USER, OTHER_USER, OTHER_USER)
             with structlog.testing.capture_logs() as logged:
-                assert exclusive.lock(str(log)) is None
+                assert writer_lock.lock(str(log)) is None
             assert [line["event"] for line in logged] == ["startup.limited"]
             assert str(log) in logged[0]["what"]
             code = 0
@@ -173,16 +173,16 @@ def test_an_agent_starts_on_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_lock_file_of_another_kind_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An open mode, or a symbolic link, was made by another process: the agent does not start without the lock."""
-    monkeypatch.setattr(exclusive, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(writer_lock, "LOCK_SECONDS", 0)
     log = tmp_path / "audit.jsonl"
     lock_file_of(log).touch()
     lock_file_of(log).chmod(0o666)
     with pytest.raises(LockError, match=r"audit\.jsonl"):
-        exclusive.lock(str(log))
+        writer_lock.lock(str(log))
     lock_file_of(log).unlink()
     lock_file_of(log).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(LockError, match="symbolic link"):
-        exclusive.lock(str(log))
+        writer_lock.lock(str(log))
 
 
 def test_a_start_waits_two_seconds_at_most(tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_a_start_waits_two_seconds_at_most(tmp_path: Path) -> None:
     with Lock(tmp_path / "audit.jsonl", seconds=0):
         began = time.monotonic()
         with pytest.raises(LockError, match="another agent"):
-            exclusive.lock(str(tmp_path / "audit.jsonl"))
+            writer_lock.lock(str(tmp_path / "audit.jsonl"))
         assert time.monotonic() - began < PATIENCE / 10
 
 
 def test_a_hanging_write_keeps_the_lock(tmp_path: Path) -> None:
     """The entry that is still to be written would fork the chain of the next agent."""
     log = tmp_path / "audit.jsonl"
-    audit = AuditLog(Audit(str(log)), exclusive.lock(str(log)))
+    audit = AuditLog(Audit(str(log)), writer_lock.lock(str(log)))
     hanging = threading.Event()
     with pytest.raises(OSError, match="does not answer"):
         audit._hand.call(hanging.wait)

@@ -17,8 +17,8 @@ from support.keyring import change, opened, serving
 from support.keys import recipient
 
 from keyferry.ciphertext import ciphertext_hash
-from keyferry_agent.audit import times
 from keyferry_agent.chained_log.chain import BEGINNING, link
+from keyferry_agent.cli.audit import times
 from keyferry_agent.cli.main import main
 
 RSA = recipient("RSAES_OAEP_SHA_256")

@@ -8,6 +8,7 @@ import generate_docs
 import pytest
 
 import keyferry
+import keyferry_agent
 from keyferry_agent.config import settings
 from keyferry_agent.crypto import ciphertext_blob
 
@@ -32,7 +33,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_distributions_have_one_version() -> None:
     """And the agent asks for exactly the client it was released with."""
     agent = tomllib.loads((ROOT / "agent" / "pyproject.toml").read_text())["project"]
-    assert agent["version"] == keyferry.__version__
+    assert keyferry_agent.__version__ == keyferry.__version__
     assert f"keyferry=={keyferry.__version__}" in agent["dependencies"]
     heading = "Unreleased" if ".dev" in keyferry.__version__ else keyferry.__version__
     assert f"## [{heading}]" in (ROOT / "CHANGELOG.md").read_text()

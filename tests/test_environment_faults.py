@@ -29,7 +29,8 @@ from keyferry_agent.audit import AuditLog
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config.options import Options
 from keyferry_agent.config.settings import Audit, Settings
-from keyferry_agent.daemon import reload
+from keyferry_agent.daemon import file_watcher
+from keyferry_agent.daemon.file_watcher import FileWatcher
 from keyferry_agent.daemon.reload import Reloader
 from keyferry_agent.daemon.systemd import ServiceManager
 from keyferry_agent.keyring.keyring import development_keyring
@@ -277,22 +278,23 @@ async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
     looked = trio.Event()
     left = 5
 
-    async def in_thread(function: Callable[[], Any], *_: Any) -> Any:
+    async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
         nonlocal left
         left -= 1
         if left > 0:
             raise RuntimeError("can't start new thread")
         looked.set()
-        return function()
+        return function(*arguments)
 
-    monkeypatch.setattr(reload, "_in_thread", in_thread)
+    monkeypatch.setattr(file_watcher, "in_thread", in_thread)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
     settings = Settings(memory="prefer")
     agent = ServerState(settings, development_keyring(backing="auto", require=False))
-    reloader = Reloader(options, agent, AuditLog(Audit(str(tmp_path / "record"))), {}, ServiceManager(), None)
+    audit = AuditLog(Audit(str(tmp_path / "record")))
+    reloader = Reloader(options, agent, audit, {}, ServiceManager(), None)
     with structlog.testing.capture_logs() as logged:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reloader.run)
+            nursery.start_soon(FileWatcher(agent, audit, reloader).run)
             await looked.wait()
             nursery.cancel_scope.cancel()
     assert [line["event"] for line in logged] == ["reload.failed"]

@@ -223,5 +223,5 @@ def test_the_program_for_sm_crypto_refuses_what_was_damaged(sm2: Exported, tmp_p
 def test_every_program_of_the_page_is_run_or_marked_as_not_run() -> None:
     """.NET is on no test machine."""
     run_here = {*RSA_PROGRAMS, "unwrap.go", "UnwrapSm2.java", "unwrap_sm2.mjs", "sm2/unwrap_sm2.go", "unwrap_sm2.sh"}
-    titles = {**generate_docs.SHOWN, **generate_docs.SHOWN_SM2}
+    titles = {**generate_docs.PROGRAMS_BY_TITLE, **generate_docs.SM2_PROGRAMS_BY_TITLE}
     assert {name for title, name in titles.items() if "not run by any test" not in title} == run_here

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -367,7 +368,7 @@ def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.Monkey
 
     counted = object.__new__(metrics.Metrics)
     counted._failed = False
-    monkeypatch.setattr(metrics.Metrics, "_observe", fails)
+    monkeypatch.setattr(counted, "_requests", SimpleNamespace(labels=fails), raising=False)
     with structlog.testing.capture_logs() as logged:
         for _ in range(3):
             counted.observe("Decrypt", "OK", 0.1)

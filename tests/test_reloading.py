@@ -16,8 +16,9 @@ from support.keyring import change, configuration, copied
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.config.options import Options
 from keyferry_agent.config.settings import Settings
-from keyferry_agent.daemon import reload
-from keyferry_agent.daemon.file_watcher import FileStats, stat_files
+from keyferry_agent.daemon import file_watcher
+from keyferry_agent.daemon.file_stats import FileStats, stat_files
+from keyferry_agent.daemon.file_watcher import FileWatcher
 from keyferry_agent.daemon.reload import Reloader
 from keyferry_agent.daemon.systemd import ServiceManager
 from keyferry_agent.state import ServerState
@@ -71,8 +72,8 @@ async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
     with structlog.testing.capture_logs() as logged:
         monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reloader.run)
-            reloader.ask()
+            nursery.start_soon(FileWatcher(agent, audit, reloader).run)
+            reloader.requested.set()
             await adopted.wait()
             nursery.cancel_scope.cancel()
     assert names_of_grants(agent) == ["dev"]
@@ -99,8 +100,8 @@ async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
     adopted = adoption(agent, monkeypatch)
     with structlog.testing.capture_logs() as logged:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reloader.run)
-            reloader.ask()
+            nursery.start_soon(FileWatcher(agent, audit, reloader).run)
+            reloader.requested.set()
             await adopted.wait()
             nursery.cancel_scope.cancel()
     assert names_of_grants(agent) == ["dev"]
@@ -129,13 +130,13 @@ async def test_nothing_is_tried_again_while_a_file_is_being_written(
         return {path: (int(now * 1_000) if tried and now < tried[0] + 20 else 0,)}
 
     monkeypatch.setattr(Options, "settings", settings)
-    monkeypatch.setattr(reload, "stat_files", look)
+    monkeypatch.setattr(file_watcher, "stat_files", look)
     options = Options(config=None, socket=None, keyring=None, unseal=None, dev=True)
     reloader = Reloader(options, agent, audit, {path: (0,)}, ServiceManager(), None)
     adopted = adoption(agent, monkeypatch)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(reloader.run)
-        reloader.ask()
+        nursery.start_soon(FileWatcher(agent, audit, reloader).run)
+        reloader.requested.set()
         await adopted.wait()
         nursery.cancel_scope.cancel()
     assert names_of_grants(agent) == ["dev"]
@@ -168,12 +169,12 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
         return found
 
     monkeypatch.setattr(Options, read, read_and_change)
-    monkeypatch.setattr(reload, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(file_watcher, "CHECK_SECONDS", 0.01)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
             reloader = Reloader(options, agent, audit, seen, ServiceManager(), None)
-            reloader.ask()
-            nursery.start_soon(reloader.run)
+            reloader.requested.set()
+            nursery.start_soon(FileWatcher(agent, audit, reloader).run)
             for generation in (1, 2):
                 adopted = adoption(agent, monkeypatch)
                 await adopted.wait()
@@ -202,11 +203,11 @@ async def test_files_that_do_not_change_are_read_once(
         return look(paths)
 
     reloader = Reloader(options, agent, audit, look([config, keyring]), ServiceManager(), None)
-    monkeypatch.setattr(reload, "stat_files", counted)
-    monkeypatch.setattr(reload, "_LOOK_EVERY", 0.001)
+    monkeypatch.setattr(file_watcher, "stat_files", counted)
+    monkeypatch.setattr(file_watcher, "CHECK_SECONDS", 0.001)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(reloader.run)
+            nursery.start_soon(FileWatcher(agent, audit, reloader).run)
             await seen_often.wait()
             nursery.cancel_scope.cancel()
     assert agent.generation == 0

@@ -77,7 +77,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (time, "monotonic", lambda: MONOTONIC + world.now if threading.get_ident() == mine else REAL.monotonic()),
         (time, "time", lambda: world.wall),
         (writer_thread, "threading", world.lockstep),
-        (writer_thread, "Wakeup", world.lockstep.bell),
+        (writer_thread, "SimpleQueue", world.lockstep.queue),
         (loader, "load", outside.load),
         (selftest, "run", outside.self_test),
         (ServerState, "adopt", method(outside.adopt)),

@@ -1,7 +1,9 @@
 """Threads in a simulation: one at a time, in an order that the seed gives. The agent's own code runs in them, unchanged."""
 
+import queue
 import random
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -26,9 +28,9 @@ class _StandsStill(BaseException):
 class Lockstep:
     """Threads of the record's kind: each runs only while the event loop's stands still and waits for it.
 
-    It stands in for `threading`, and makes the bells by which such a thread and the event loop's wake each other. Where nothing
-    can hang, there is no second thread at all, which would take most of a simulation's time: its function is called when the
-    other waits, and left where it waits for something to do. That is the same, as it has nothing in hand there.
+    It stands in for `threading`, and makes the queues between such a thread and the event loop's. Without hangs, one thread
+    does both, because a second one would take most of a simulation's time. The function is called when the event loop waits,
+    and left where it waits for a call. Both ways are equivalent, because the function has no call in hand there.
     """
 
     def __init__(self, world: World) -> None:
@@ -40,9 +42,9 @@ class Lockstep:
         self._thread: threading.Thread | None = None
         self._inside = self._parked = self._over = self._ended = False
 
-    def bell(self) -> "_Bell":
-        """A bell between such a thread and the event loop's."""
-        return _Bell(self)
+    def queue(self) -> "_Queue":
+        """Return a queue between such a thread and the event loop's."""
+        return _Queue(self)
 
     def Thread(self, *, target: Callable[[], None], name: str, daemon: bool) -> "Lockstep":  # noqa: N802 - threading's name
         """Such a thread; there is one."""
@@ -126,26 +128,30 @@ class Lockstep:
             self._thread.join()
 
 
-class _Bell:
+class _Queue:
+    """`queue.SimpleQueue`, between two threads of which one runs at a time."""
+
     def __init__(self, lockstep: Lockstep) -> None:
         self._lockstep = lockstep
-        self._rung = False
+        self._items: deque[Any] = deque()
+        self.put = self._items.append
 
-    def ring(self) -> None:
-        self._rung = True
+    def empty(self) -> bool:
+        """Return whether the queue has no item."""
+        return not self._items
 
-    def wait(self, seconds: float | None = None) -> bool:
+    def get(self, timeout: float | None = None) -> Any:
+        """Return the next item. Raises `queue.Empty` after `timeout` seconds of simulated time."""
         if self._lockstep.inside:
-            while not self._rung:
+            while not self._items:
                 self._lockstep.wait_for_turn()
-        elif not self._rung:
+        elif not self._items and timeout != 0:
             self._lockstep.let_work()
-            if not self._rung:
-                assert seconds is not None
-                self._lockstep.wait(seconds)
-                return False
-        self._rung = False
-        return True
+        if not self._items:
+            if timeout:
+                self._lockstep.wait(timeout)
+            raise queue.Empty
+        return self._items.popleft()
 
 
 async def simulated_run_sync(

@@ -25,8 +25,6 @@ class AuditEntry:
     destination_key_version_id: str = ""
     recipient: str = ""
     context_keys: tuple[str, ...] = ()
-    line: str = ""
-    """The part of the line that all equal requests share. The audit log fills it in when it writes the first line."""
     ciphertext: str = ""
     """The hash of the CiphertextBlob in the request or in its result."""
     destination_ciphertext: str = ""
@@ -58,5 +56,4 @@ class AuditEntry:
             self.destination_key_version_id,
             self.recipient,
             self.context_keys,
-            self.line,
         )

@@ -4,7 +4,6 @@ Fields come from a fixed list: names, hashes and outcomes. They never contain th
 CiphertextBlob or key material.
 """
 
-import functools
 import itertools
 import json
 import os
@@ -15,6 +14,8 @@ from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Final
 
+import structlog
+
 from keyferry.errors import CODES
 
 from .. import __version__
@@ -23,14 +24,12 @@ from ..config.settings import Audit
 from ..keyring.keyring import Keyring
 from ..locking import Lock
 from ..peer import Peer
-from . import announcements
+from . import agent_entries
 from .entry import AuditEntry
 from .writer_thread import WriterThread
 
 __all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
 
-_PEERS: Final = 1_024
-"""Callers and programs whose part of a line is cached."""
 MAX_GROUPS: Final = 64
 """Groups of a caller that one entry lists."""
 MAX_CONTEXT_KEYS: Final = 32
@@ -38,8 +37,10 @@ MAX_KEY_CHARACTERS: Final = 40
 """Characters of an EncryptionContext's key in an entry. A line stays below PIPE_BUF (4,096), so that pipe writes are atomic."""
 MAX_CONTEXT_KEYS_BYTES: Final = 1_280
 """Bytes of all context keys in a line, for the same reason. One character may take twelve bytes in JSON."""
-_LONGEST_PROGRAM: Final = 512
+MAX_PROGRAM_BYTES: Final = 512
 """Bytes of the program's path and hash in a line, for the same reason."""
+log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
 _DONE: Final = frozenset({"OK", "DryRunOperationError"})
 _SERVER_ERROR: Final = 500
 
@@ -53,42 +54,55 @@ class AuditLog:
         self._hand = WriterThread()
         self._file = self._hand.call(RecordFile, settings.path)
         self._lock = lock
-        self._last_peer: tuple[Peer | None, str, str] = None, "", ""
         self._named: tuple[tuple[str, tuple[str, ...]], ...] | None = None
         self.failures = 0
         """Requests whose entries could not be written, since the start."""
         self._resumed_at = 0
+        self._lost = False  # whether the path could not be opened again
         self.failing = False
         """Whether the last entry could not be written."""
 
     def begin(self, started_at: str) -> None:
         """Write the entry of this agent's start. If that fails, it is written before the first request's entry."""
-        now = _time_of_day(time.time())
-        self._announce([announcements.start(now, __version__, started_at, self._file.chain)])
+        now = _now()
+        self._announce([agent_entries.start(now, __version__, started_at, self._file.chain)])
 
     def name_keys(self, keyring: Keyring) -> None:
         """Write the entries that name the keys of a keyring, if the keys or their aliases have changed since the last call."""
         named = tuple((key.key_id, key.aliases) for key in keyring.keys.values())
         if named != self._named:
             self._named = named
-            self._announce(announcements.key_lists(_time_of_day(time.time()), keyring.loaded_at, named))
+            self._announce(agent_entries.key_lists(_now(), keyring.loaded_at, named))
 
     def unsealed(self, peer: Peer, outcome: str, loaded_at: str) -> None:
         """Write the entry of an attempt to unseal the keyring. If that fails, it is written before the next request's entry."""
-        now = _time_of_day(time.time())
-        self._announce([announcements.unsealing(now, peer, outcome, loaded_at)])
+        now = _now()
+        self._announce([agent_entries.unsealing(now, peer, outcome, loaded_at)])
 
     @property
     def gap(self) -> int:
         """Requests whose entries could not be written since the last `audit.resumed` entry."""
         return self.failures - self._resumed_at
 
-    def resume(self) -> bool:
-        """Write the entry that ends a gap. Return False if the audit log cannot be written yet."""
-        failures = self.failures
-        if self._append([announcements.resumed(_time_of_day(time.time()), self.gap)]).error is None:
+    def maintain(self, *, reopen: bool) -> None:
+        """Reopen the file if `reopen`, for log rotation, and end a gap if the audit log can be written again. Logs the results.
+
+        Ending a gap here makes the agent ready without a further request.
+        """
+        if reopen:
+            try:
+                self.reopen()
+            except OSError as error:
+                if not self._lost:  # log once, not at each attempt
+                    log.error("audit.failed", error=error.strerror)
+                self._lost = True
+            else:
+                self._lost = False
+                log.info("audit.reopened")
+        gap, failures = self.gap, self.failures
+        if (gap or self.failing) and self._append([agent_entries.resumed(_now(), gap)]).error is None:
             self._resumed_at = failures
-        return not self.failing
+            log.info("audit.resumed", unrecorded=gap)
 
     def _announce(self, lines: list[str]) -> None:
         self._file.announce(lines)
@@ -132,13 +146,14 @@ class AuditLog:
         Returns the number of entries that were written, and the error if not all were. After a timeout, an entry may still be
         written although its request was refused because of the timeout.
         """
-        now = _time_of_day(time.time())
+        now = _now()
         lines = []
-        last, caller, program = self._last_peer
-        for peer, audited, outcome in requests:
-            if peer is not last:
-                last, caller, program = self._last_peer = peer, _of_peer(peer), _of_program(peer.exe, peer.sha256)
-            lines.append(_line(now, caller, audited, outcome, program if audited.by_program else ""))
+        last: Peer | None = None
+        caller = ""
+        for peer, entry, outcome in requests:
+            if peer is not last:  # a batch has one peer
+                last, caller = peer, _of_peer(peer)
+            lines.append(_line(now, caller, entry, outcome, _of_program(peer) if entry.by_program else ""))
         appended = self._append(lines)
         if appended.error is not None:
             self.failures += len(lines) - appended.lines
@@ -153,73 +168,54 @@ class AuditLog:
         return appended
 
 
-def _time_of_day(now: float) -> str:
-    """Return a Unix time in the format of RFC 3339, with milliseconds."""
-    milliseconds = int(now * 1_000)
-    return f"{_second(milliseconds // 1_000)}.{milliseconds % 1_000:03}+00:00"
+def _now() -> str:
+    """Return the time in the format of RFC 3339, with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-@functools.lru_cache(maxsize=1)
-def _second(now: int) -> str:
-    return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-
-
-def _line(now: str, caller: str, audited: AuditEntry, outcome: str, program: str = "") -> str:
+def _line(now: str, caller: str, entry: AuditEntry, outcome: str, program: str = "") -> str:
     """Return a line without the hash of the line before it and without its closing brace.
 
-    Formatted by hand because every request needs a line: json.dumps takes three times as long for a dictionary of the fields.
+    Formatted by hand because every request needs a line: json.dumps of a dictionary takes eight microseconds instead of one.
     """
-    if not audited.line:
-        audited.line = _of_request(audited)
     return (
-        f'{{"time": "{now}", "event": "audit", "request_id": {quoted(audited.request_id)}, '
-        f'"operation": {quoted(audited.operation)}, {caller}, {program}{audited.line}, '
-        f'"ciphertext": "{audited.ciphertext}", "destination_ciphertext": "{audited.destination_ciphertext}", '
-        f'{_OUTCOMES.get(outcome) or _of_outcome(outcome)}, "microseconds": {round((time.monotonic() - audited.started) * 1e6)}'
+        f'{{"time": "{now}", "event": "audit", "request_id": {quoted(entry.request_id)}, '
+        f'"operation": {quoted(entry.operation)}, {caller}, {program}"grant": {quoted(entry.grant)}, '
+        f'"key_id": {quoted(entry.key_id)}, "key_version_id": {quoted(entry.key_version_id)}, '
+        f'"context_keys": {_context_keys(entry.context_keys)}, "recipient": {quoted(entry.recipient)}, '
+        f'"destination_key_id": {quoted(entry.destination_key_id)}, '
+        f'"destination_key_version_id": {quoted(entry.destination_key_version_id)}, '
+        f'"ciphertext": "{entry.ciphertext}", "destination_ciphertext": "{entry.destination_ciphertext}", '
+        f'{_of_outcome(outcome)}, "microseconds": {round((time.monotonic() - entry.started) * 1e6)}'
     )
 
 
 def _of_outcome(outcome: str) -> str:
     """Return the fields of the outcome and the level: `error` for a failure of the agent, `warning` for a refusal."""
-    known = CODES.get(outcome)
-    refused = "error" if known is not None and known.http_status >= _SERVER_ERROR else "warning"
-    return f'"outcome": {quoted(outcome)}, "level": "{"info" if outcome in _DONE else refused}"'
+    code = CODES.get(outcome)
+    failure = "error" if code is not None and code.http_status >= _SERVER_ERROR else "warning"
+    return f'"outcome": {quoted(outcome)}, "level": "{"info" if outcome in _DONE else failure}"'
 
 
-_OUTCOMES: Final = {outcome: _of_outcome(outcome) for outcome in ("OK", *CODES)}
-
-
-def _of_request(audited: AuditEntry) -> str:
-    keys = sorted(audited.context_keys)[:MAX_CONTEXT_KEYS]
-    listed = _listed(keys)
-    while len(listed) > MAX_CONTEXT_KEYS_BYTES:
-        listed = _listed(keys := keys[:-1])
-    return (
-        f'"grant": {quoted(audited.grant)}, "key_id": {quoted(audited.key_id)}, '
-        f'"key_version_id": {quoted(audited.key_version_id)}, "context_keys": {listed}, '
-        f'"recipient": {quoted(audited.recipient)}, "destination_key_id": {quoted(audited.destination_key_id)}, '
-        f'"destination_key_version_id": {quoted(audited.destination_key_version_id)}'
-    )
-
-
-def _listed(keys: Sequence[str]) -> str:
-    return f"[{', '.join([quoted(key[:MAX_KEY_CHARACTERS]) for key in keys])}]"
+def _context_keys(keys: Sequence[str]) -> str:
+    """Return the first of the sorted keys as a JSON array, as many as the limits allow."""
+    names = [quoted(key[:MAX_KEY_CHARACTERS]) for key in sorted(keys)[:MAX_CONTEXT_KEYS]]
+    while len(array := f"[{', '.join(names)}]") > MAX_CONTEXT_KEYS_BYTES:
+        del names[-1]
+    return array
 
 
 def _of_peer(peer: Peer) -> str:
-    # A peer may have 65,536 groups. Only the listed groups become part of the cache's key.
-    listed = tuple(sorted(set(itertools.islice(peer.gids, MAX_GROUPS))))
-    return _described(peer.uid, listed, peer.pid, peer.unit, peer.listener)
+    gids = sorted(set(itertools.islice(peer.gids, MAX_GROUPS)))  # a peer may have 65,536 groups
+    uid = "null" if peer.uid is None else peer.uid
+    pid = "null" if peer.pid is None else peer.pid
+    unit = "null" if peer.unit is None else quoted(peer.unit)
+    return f'"uid": {uid}, "gids": {gids}, "pid": {pid}, "unit": {unit}, "listener": {quoted(peer.listener)}'
 
 
-@functools.lru_cache(maxsize=_PEERS)
-def _described(uid: int | None, gids: tuple[int, ...], pid: int | None, unit: str | None, listener: str) -> str:
-    return json.dumps({"uid": uid, "gids": gids, "pid": pid, "unit": unit, "listener": listener})[1:-1]
-
-
-@functools.lru_cache(maxsize=_PEERS)
-def _of_program(exe: str | None, sha256: str | None) -> str:
+def _of_program(peer: Peer) -> str:
     """Return the fields of a caller's program, for requests that a grant on this program allows."""
-    while len(shown := json.dumps({"exe": exe, "sha256": sha256})[1:-1]) > _LONGEST_PROGRAM and exe:
+    exe = peer.exe
+    while len(fields := json.dumps({"exe": exe, "sha256": peer.sha256})[1:-1]) > MAX_PROGRAM_BYTES and exe:
         exe = exe[: len(exe) * 3 // 4]
-    return f"{shown}, "
+    return f"{fields}, "

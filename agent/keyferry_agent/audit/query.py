@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Iterator
 from datetime import datetime
 from typing import IO, Any, Final, NamedTuple, Self
 
+from .key_names import LoggedNames
 from .log import MAX_CONTEXT_KEYS, MAX_CONTEXT_KEYS_BYTES, MAX_KEY_CHARACTERS
-from .names import LoggedNames
 
 __all__ = ["RELEASES", "Counted", "Listed", "NamesOnly", "Query", "Spool", "names_of"]
 

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 from ..chained_log.chain import BEGINNING, link
 from ..chained_log.reading import ChainError, Line, MovedError, OtherLineError, entry, lines
-from .announcements import START
+from .agent_entries import START
 from .rotated import File
 
 __all__ = ["Fault", "Part", "Scan", "Tally", "moment"]

@@ -19,8 +19,8 @@ from ..crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, finge
 from ..daemon.daemon import daemon
 from ..keyring.document import KeyringError, check_alias
 from ..telemetry import logging_setup
-from . import audit as audit_command
 from . import check, explain, unseal
+from .audit import command as audit_command
 from .keyring import command as keyring_command
 
 PROGRAM: Final = "keyferry-agent"

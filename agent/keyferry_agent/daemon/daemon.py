@@ -8,7 +8,7 @@ import socket
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import structlog
 import trio
@@ -33,7 +33,8 @@ from ..server.server import Server
 from ..state import ServerState, locked_memory_needed
 from ..telemetry.metrics import Metrics, MetricsError
 from . import unsealing
-from .file_watcher import FileStats, stat_files
+from .file_stats import FileStats, read_settings, stat_files
+from .file_watcher import FileWatcher
 from .reload import Reloader
 from .systemd import InheritedDescriptors, ServiceManager, feed_watchdog
 
@@ -41,9 +42,6 @@ if TYPE_CHECKING:
     from ..server.metrics_server import Server as MetricsServer
 
 __all__ = ["daemon"]
-
-_LOOK_EVERY: Final = 1.0
-"""Seconds between two checks of the socket files."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -75,18 +73,10 @@ def _live(
 ) -> None:
     """Load, listen and serve. `held`: a stack for the files that are closed at the end. Raises `StartError`."""
     try:
-        seen = stat_files(options.files(Settings()))
-        settings = options.settings()
-        looked = {
-            **stat_files(options.files(settings)),
-            **seen,
-        }  # stat before reading, so that a later change is detected
-        if settings.grants_folder not in (None, *seen):  # the folder was read before its stat
-            settings = options.settings()
-        seen = looked
+        settings, stats = read_settings(options, stat_files(options.files(Settings())))
         keeper = KeyringPersister(host.store, host.forget)
-        agent, current = _agent(options, settings, keeper, given, seen)
-        secret_is_gone = agent.keyring.source == KEPT and settings.unseal is not None and seen[settings.unseal] is None
+        agent, current = _agent(options, settings, keeper, given, stats)
+        secret_is_gone = agent.keyring.source == KEPT and settings.unseal is not None and stats[settings.unseal] is None
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
         audit = _audit_log(settings)
         held.callback(audit.close)
@@ -107,9 +97,9 @@ def _live(
         raise StartError(f"{where}{_why(error)}") from None
     _say_what_is_not(options, agent, unavailable)
     gc.freeze()  # exclude permanent objects from garbage collection: with 10,000 keys, each pass over them is a pause
-    reloader = Reloader(options, agent, audit, seen, host, keeper if settings.keep_keys else None, current=current)
+    reloader = Reloader(options, agent, audit, stats, host, keeper if settings.keep_keys else None, current=current)
     if not current or secret_is_gone:
-        reloader.ask()
+        reloader.requested.set()
     if served:
         held.callback(served[1].close)
     try:
@@ -223,9 +213,8 @@ async def _serve(
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(_handle_signals, agent, server, reloader, host)
-            nursery.start_soon(reloader.run)
+            nursery.start_soon(FileWatcher(agent, audit, reloader, [*opened, *administrative]).run)
             nursery.start_soon(server.inspector.run)
-            nursery.start_soon(_watch_sockets, [*opened, *administrative])
             for at in administrative:
                 nursery.start_soon(unsealer.serve, at.socket)
             await nursery.start(_serve_then, server, listeners, nursery.cancel_scope.cancel)
@@ -246,18 +235,6 @@ async def _serve(
         for each in (*opened, *administrative):
             each.remove()
     log.info("agent.stopped")
-
-
-async def _watch_sockets(opened: list[unix_sockets.ListeningSocket]) -> None:
-    """Log an error once a socket's file was removed or replaced: new clients cannot reach this agent then."""
-    lost: set[str] = set()
-    while True:
-        await trio.sleep(_LOOK_EVERY)
-        for each in opened:
-            if each.name not in lost and each.lost():
-                lost.add(each.name)
-                whose = "the agent" if each.made else "its socket unit"
-                log.error("socket.lost", path=str(each.path), what=f"its file was removed or replaced; restart {whose}")
 
 
 async def _serve_then(
@@ -281,7 +258,7 @@ async def _handle_signals(
         task_status.started()
         async for number in signals:
             if number == signal.SIGHUP:
-                reloader.ask()
+                reloader.requested.set()
             elif agent.draining:  # a second signal skips the grace period
                 server.drain(grace=0)
             else:

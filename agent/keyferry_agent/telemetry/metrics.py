@@ -135,8 +135,6 @@ class Metrics:
             "keyferry_notifications", "Notifications received, which have no effect", registry=registry
         )
         self._failed = False
-        self._known: dict[tuple[str, str], tuple[Any, Any]] = {}
-
         registry.register(_State(agent, audit))
 
     def notified(self, count: int) -> None:
@@ -146,16 +144,10 @@ class Metrics:
     def observe(self, operation: str, outcome: str, seconds: float) -> None:
         """Count one request. Unknown operations are counted together, as "unknown". Never raises."""
         try:
-            self._observe(operation, outcome, seconds)
+            name = operation if operation in OPERATIONS else "unknown"
+            self._requests.labels(name, outcome).inc()
+            self._seconds.labels(name).observe(seconds)
         except Exception as error:
             if not self._failed:  # log once, not for each request
                 log.error("metrics.failed", exc_info=error)
             self._failed = True
-
-    def _observe(self, operation: str, outcome: str, seconds: float) -> None:
-        key = operation if operation in OPERATIONS else "unknown", outcome
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = self._requests.labels(*key), self._seconds.labels(key[0])
-        known[0].inc()
-        known[1].observe(seconds)

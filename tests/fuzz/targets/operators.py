@@ -13,7 +13,7 @@ from typing import Any
 
 from keyferry_agent.authz.grants import Policy
 from keyferry_agent.chained_log import chain
-from keyferry_agent.cli import audit as command
+from keyferry_agent.cli.audit import command
 from keyferry_agent.config import settings
 from keyferry_agent.peer import Peer
 

@@ -13,12 +13,12 @@ from typing import Any, Final
 from keyferry.arguments import whole_number
 from keyferry.output import show
 
-from ...audit.opening import say
 from ...authz.grants import ACTIONS
 from ...chained_log.chain import ChainError
 from ...config.settings import Settings, SettingsError, read
 from ...keyring.document import KeyringError
 from ...peer import Peer
+from ..audit.opening import say
 from .judging import WITHOUT_KEY, Decision, Question, decide
 from .keys import Keys, find_keys
 from .request import find_request, questions_of, recorded_lines

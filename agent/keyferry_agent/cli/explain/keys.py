@@ -2,12 +2,12 @@
 
 from typing import NamedTuple
 
-from ...audit.names import LoggedNames, open_keyring, plain_name
-from ...audit.opening import open_history
+from ...audit.key_names import LoggedNames, open_keyring, plain_name
 from ...audit.query import NamesOnly, names_of
 from ...chained_log.chain import ChainError
 from ...config.settings import Settings
 from ...keyring.document import KeyringError
+from ..audit.opening import open_history
 
 __all__ = ["Keys", "find_keys"]
 

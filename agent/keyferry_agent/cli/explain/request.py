@@ -8,13 +8,13 @@ from typing import Any, Final
 from keyferry.errors import CODES
 from keyferry.operations import OPERATIONS
 
+from ...audit.key_names import LoggedNames
 from ...audit.log import MAX_GROUPS
-from ...audit.names import LoggedNames
-from ...audit.opening import open_history, report
 from ...audit.query import NamesOnly, names_of
 from ...chained_log.chain import ChainError
 from ...config.settings import Settings
 from ...peer import Peer
+from ..audit.opening import open_history, report
 from .judging import WITHOUT_KEY, Question
 from .keys import Keys
 

@@ -9,13 +9,13 @@ from typing import Any, Final
 from keyferry.operations import OPERATIONS
 from keyferry.output import show_lines
 
-from ..chained_log.chain import ChainError
-from ..config.settings import Settings
-from ..keyring.document import KeyringError
+from ...audit.key_names import LoggedNames, open_keyring, plain_name
+from ...audit.query import RELEASES, Counted, Listed, Query, Spool, names_of
+from ...chained_log.chain import ChainError
+from ...config.settings import Settings
+from ...keyring.document import KeyringError
 from . import times
-from .names import LoggedNames, open_keyring, plain_name
 from .opening import open_history, report, say
-from .query import RELEASES, Counted, Listed, Query, Spool, names_of
 
 __all__ = ["add_options", "who"]
 

@@ -11,7 +11,7 @@ from ..config.settings import Settings
 from ..keyring import file
 from ..keyring.document import Document, KeyringError
 from ..keyring.sealing import Unsealer
-from .announcements import names_in
+from .agent_entries import names_in
 
 __all__ = ["LoggedNames", "Period", "open_keyring", "plain_name"]
 

@@ -6,12 +6,12 @@ from typing import Any, Final
 
 from keyferry.output import show_lines
 
-from ..audit import times, who
-from ..audit.history import Chain
-from ..audit.opening import open_history, report, say, time_text
-from ..chained_log.chain import ChainError
-from ..config.settings import Settings, SettingsError, read
-from ..keyring.document import KeyringError
+from ...audit.history import Chain
+from ...chained_log.chain import ChainError
+from ...config.settings import Settings, SettingsError, read
+from ...keyring.document import KeyringError
+from . import times, who
+from .opening import open_history, report, say, time_text
 
 __all__ = ["add_parser"]
 

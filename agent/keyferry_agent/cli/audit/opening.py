@@ -7,11 +7,11 @@ from typing import Final
 
 from keyferry.output import complain
 
-from ..chained_log import chain
-from ..config.settings import Settings
-from . import rotated
-from .history import History
-from .scan import Tally
+from ...audit import rotated
+from ...audit.history import History
+from ...audit.scan import Tally
+from ...chained_log import chain
+from ...config.settings import Settings
 
 __all__ = ["open_history", "report", "say", "time_text"]
 
