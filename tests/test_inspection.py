@@ -214,11 +214,11 @@ async def test_late_inspections_of_strangers_leave_room_for_users_who_are_named(
     """One person can have 65,536 users."""
     async with inspecting() as inspector:
         async with trio.open_nursery() as nursery:
-            monkeypatch.setattr(inspection, "_MOST_LATE", 64)
-            for user in range(100, 100 + inspection._MOST_LATE):
+            monkeypatch.setattr(inspection, "_MAX_LATE", 64)
+            for user in range(100, 100 + inspection._MAX_LATE):
                 nursery.start_soon(functools.partial(inspector.inspect, process, user, (), hashed=False))
         asked = standing.take()
-        assert asked == inspection._MOST_LATE
+        assert asked == inspection._MAX_LATE
         assert await inspector.inspect(process, 2, {3}, hashed=False) is None
         assert standing.take() == asked
         assert await inspector.inspect(process, 2, {2}, hashed=False) is None
@@ -229,7 +229,7 @@ async def test_users_who_had_an_answer_before_are_asked_about_whoever_is_late(
     standing: Standing, process: Process, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thousand users of one person, on a file system that hangs, take nobody else's evidence."""
-    monkeypatch.setattr(inspection, "_MOST_LATE", 3)
+    monkeypatch.setattr(inspection, "_MAX_LATE", 3)
     async with inspecting() as inspector:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))

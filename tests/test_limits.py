@@ -35,14 +35,14 @@ def test_users_that_are_forgotten_are_those_seen_longest_ago() -> None:
     rate, users = Rate(1), 10_000
     for user in range(users):
         assert rate.allows(user, user / 1e6)
-    assert len(rate._buckets) <= rate_limit._FORGET
+    assert len(rate._buckets) <= rate_limit._MAX_USERS
     assert not rate.allows(users - 1, users / 1e6)
     assert rate.allows(0, users / 1e6)  # the price of a bound
 
 
 def test_users_whose_allowance_is_full_again_are_forgotten_first() -> None:
     """No user who has used up an allowance has it back, although the others were seen later."""
-    rate, half = Rate(8), rate_limit._FORGET // 2
+    rate, half = Rate(8), rate_limit._MAX_USERS // 2
     quiet, busy = range(half), range(half, 2 * half)
     assert all(rate.allows(user, 9.75, 8) for user in busy)
     assert all(rate.allows(user, 9.875) for user in quiet)

@@ -15,7 +15,7 @@ from support.skip_unless import libpq, postgresql
 
 from keyferry.parameters import encode_base64
 from keyferry.store import Record, Store, StoreError, location, new_record
-from keyferry.store.record import LONGEST_NAME, context_text
+from keyferry.store.record import MAX_NAME_LENGTH, context_text
 
 KEY, OLD, NEW = "a-key", "1" * 36, "2" * 36
 PASSWORD = "hunter2"
@@ -82,7 +82,7 @@ def test_a_store_is_made_only_where_it_may_be(store_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", " a", "a ", "a\nb", "a\0b", "a\x1b[2J", "\ud800", "x" * (LONGEST_NAME + 1), "a\u202eb"]
+    "name", ["", " a", "a ", "a\nb", "a\0b", "a\x1b[2J", "\ud800", "x" * (MAX_NAME_LENGTH + 1), "a\u202eb"]
 )
 def test_a_name_that_cannot_be_shown_is_refused(store: Store, name: str) -> None:
     """Before anything is asked, and in words that can be shown."""
@@ -97,8 +97,8 @@ def test_a_name_that_cannot_be_shown_is_refused(store: Store, name: str) -> None
 
 def test_a_name_of_the_greatest_length_is_taken(store: Store) -> None:
     """Of any script."""
-    store.add(record("名" * LONGEST_NAME))
-    assert store.get("名" * LONGEST_NAME).name == "名" * LONGEST_NAME
+    store.add(record("名" * MAX_NAME_LENGTH))
+    assert store.get("名" * MAX_NAME_LENGTH).name == "名" * MAX_NAME_LENGTH
 
 
 def test_a_name_that_is_taken_is_refused_with_all_that_came_with_it(store: Store) -> None:

@@ -27,7 +27,7 @@ _SHOWN_OTHERWISE: Final = (health.DRAINING, health.RELOAD_FAILED)
 """Conditions that `status` describes in other words."""
 OFFLOAD_THREADS: Final = 4
 """Threads for offloaded jobs. More threads than cores would only slow each job; most agents may use fewer than four cores."""
-_REMEMBERED: Final = 64
+_MAX_CACHED_GRANT_SETS: Final = 64
 """Sets of grants whose visible keys are cached. Callers with the same grants share one set."""
 MAX_BATCH: Final = 32
 """Requests of one connection in one round."""
@@ -118,7 +118,7 @@ class ServerState:
         grants = granted.grants
         visible_keys = self._covered.get(granted)
         if visible_keys is None:
-            if len(self._covered) >= _REMEMBERED:
+            if len(self._covered) >= _MAX_CACHED_GRANT_SETS:
                 self._covered.clear()
             keys = self.keyring.keys.values() if grants else ()
             visible_keys = self._covered[granted] = VisibleKeys.of(

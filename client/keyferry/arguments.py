@@ -14,7 +14,7 @@ __all__ = ["seconds", "socket", "whole_number"]
 
 _WHOLE: Final = re.compile(r"[+-]?[0-9]{1,1000}", re.ASCII)
 _DECIMAL: Final = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", re.ASCII)
-_SHOWN: Final = 40
+_MAX_SHOWN_LENGTH: Final = 40
 
 
 def whole_number(text: str) -> int:
@@ -41,4 +41,4 @@ def socket(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+    return repr(text if len(text) <= _MAX_SHOWN_LENGTH else f"{text[:_MAX_SHOWN_LENGTH]}...")

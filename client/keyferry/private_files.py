@@ -25,7 +25,7 @@ _CREDENTIALS: Final = "/run/credentials/"
 _DESCRIPTORS: Final = ("/dev/", "/proc/")
 """Where descriptors have paths."""
 
-_MOST_LINKS: Final = 40
+_MAX_LINKS: Final = 40
 """Symbolic links that the kernel follows in one path."""
 
 _Path: TypeAlias = str | os.PathLike[str]
@@ -176,7 +176,7 @@ def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
             return
         if stat.S_ISLNK(status.st_mode):
             links += 1
-            if links > _MOST_LINKS:
+            if links > _MAX_LINKS:
                 return
             if place not in seen:
                 seen.add(place)

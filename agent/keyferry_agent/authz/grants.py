@@ -33,13 +33,13 @@ __all__ = [
 PLAINTEXT: Final = "plaintext"
 """The recipient of a data key that the caller learns or chooses itself. It is never equal to a fingerprint."""
 
-_REMEMBERED: Final = 32_768
+_MAX_CACHED_KEYS: Final = 32_768
 """Cached keys of a `CallerGrants`, of some 200 bytes each. A full cache is emptied."""
-_CALLERS_ROOM: Final = 4 * 2**20
+_MAX_CALLER_BYTES: Final = 4 * 2**20
 """Bytes of callers' evidence that a `Policy` caches. A full cache is emptied."""
 _CALLER_BYTES: Final = 600
 """Measured bytes of one caller's evidence, besides 4 for each of its groups."""
-_SETS_REMEMBERED: Final = 1_024
+_MAX_CACHED_SETS: Final = 1_024
 """Sets of grants for which a `Policy` caches a `CallerGrants`. A full cache is emptied."""
 
 ACTIONS: Final = frozenset(
@@ -229,7 +229,7 @@ class CallerGrants:
         if known is None:
             if names is None:
                 return ()
-            if len(self._known) >= _REMEMBERED:
+            if len(self._known) >= _MAX_CACHED_KEYS:
                 self._known.clear()
             known = self._known[action, name] = self._covering(action).with_key(tuple(names()))
         return known
@@ -266,7 +266,7 @@ class Policy:
         )
         """The users of all grants that name a user and a program."""
         self._known: dict[Peer, CallerGrants] = {}
-        self._room = _CALLERS_ROOM
+        self._room = _MAX_CALLER_BYTES
         self._sets: dict[tuple[tuple[int, ...], frozenset[str]], CallerGrants] = {}
 
     def granted(self, peer: Peer) -> CallerGrants:
@@ -279,7 +279,7 @@ class Policy:
             self._room -= size
             if self._room < 0:
                 self._known.clear()
-                self._room = _CALLERS_ROOM - size
+                self._room = _MAX_CALLER_BYTES - size
             self._known[evidence] = known
         return known
 
@@ -292,7 +292,7 @@ class Policy:
         key = tuple(place for place, _ in granted), asks
         known = self._sets.get(key)
         if known is None:
-            if len(self._sets) >= _SETS_REMEMBERED:
+            if len(self._sets) >= _MAX_CACHED_SETS:
                 self._sets.clear()
             known = self._sets[key] = CallerGrants(tuple(grant for _, grant in granted), asks)
         return known

@@ -23,7 +23,7 @@ _OBJECT: Final = b"{"
 """The first byte of each line."""
 _TAIL: Final = 65_536
 """Bytes to read at a file's end. They contain its last line."""
-_READER_PATIENCE: Final = 1_500
+_READER_TIMEOUT_MS: Final = 1_500
 """Milliseconds to wait for the reader of a pipe. Shorter than the writer thread's timeout, so that the cause is reported."""
 _MAX_WAITING: Final = 8
 """Announcements that wait while the file cannot be written. Past that, the second one is dropped: the first is the start's."""
@@ -43,7 +43,7 @@ class RecordFile:
         """Open the file. Raises OSError."""
         self._path = path
         self._descriptor = _NONE
-        self._patience = _READER_PATIENCE
+        self._patience = _READER_TIMEOUT_MS
         self._previous = BEGINNING
         self._waiting: deque[list[str]] = deque()
         self._cut_off = 0
@@ -118,7 +118,7 @@ class RecordFile:
         for count, line in enumerate(lines):
             ready = self._waits.poll(self._patience)
             # After a timeout, do not wait again until the reader reads.
-            self._patience = _READER_PATIENCE if ready else 0
+            self._patience = _READER_TIMEOUT_MS if ready else 0
             if not ready:
                 return Appended(count, OSError(errno.EAGAIN, "the audit pipe has no reader, or its reader is stalled"))
             try:

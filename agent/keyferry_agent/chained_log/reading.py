@@ -19,7 +19,7 @@ _COMPRESSED: Final = (
     (b"\x5d\0\0", "lzma"),
 )
 """First bytes of a file, and the module whose `open` reads it. Imported on demand, since a serving agent needs none of them."""
-_LONGEST_MAGIC: Final = 6
+_MAX_MAGIC_BYTES: Final = 6
 _CLAIMS: Final = (b'"event": "audit', b'"previous": "')
 """Parts of a line by which it counts as an audit entry, even if it is damaged."""
 _UNREADABLE: Final = (
@@ -100,7 +100,7 @@ def entry(path: Path, line: Line) -> dict[str, Any] | None:
 
 
 def _decompressed(path: Path, file: Any) -> BinaryIO:
-    head = file.peek(_LONGEST_MAGIC)
+    head = file.peek(_MAX_MAGIC_BYTES)
     for magic, program in _UNREADABLE:
         if head.startswith(magic):
             raise ChainError(f"{path}: compressed with {program}, which cannot be read here; decompress it first")

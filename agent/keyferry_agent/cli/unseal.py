@@ -31,7 +31,7 @@ _UCRED: Final = struct.Struct("iII")
 _MAX_SECRET: Final = 65_536
 """Bytes: the size limit of an identity file, and the capacity of the pipe, which one write must not exceed."""
 _MAX_ANSWER: Final = 65_536
-_PATIENCE_SECONDS: Final = 660.0
+_TIMEOUT_SECONDS: Final = 660.0
 """Time limit for the agent to open the keyring: covers the loader's time limits, and an earlier attempt in progress."""
 
 
@@ -79,7 +79,7 @@ def _unseal(path: str, secret: str) -> dict[str, Any]:
     Connects first, so that the secret is read only if an agent accepts connections.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as agent:
-        agent.settimeout(_PATIENCE_SECONDS)
+        agent.settimeout(_TIMEOUT_SECONDS)
         try:
             agent.connect(path)
         except OSError as error:

@@ -46,7 +46,7 @@ class InvalidValue(ValueError):
     """A value is invalid. The message replaces the general one of `ConfigTable.take`."""
 
 
-_LONGEST_SOCKET: Final = 107  # sun_path of sockaddr_un, less its NUL
+_MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path of sockaddr_un, less its NUL
 
 
 _PORTS: Final = 65_536
@@ -73,8 +73,10 @@ def path(value: Any) -> Path:
 def socket_path(value: Any) -> Path:
     """Return an absolute path that fits into a socket's address."""
     made = path(value)
-    if len(os.fsencode(made)) > _LONGEST_SOCKET:
-        raise InvalidValue(f"a socket's path has at most {_LONGEST_SOCKET} bytes; this has {len(os.fsencode(made))}")
+    if len(os.fsencode(made)) > _MAX_SOCKET_PATH_BYTES:
+        raise InvalidValue(
+            f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes; this has {len(os.fsencode(made))}"
+        )
     return made
 
 

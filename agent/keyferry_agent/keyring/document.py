@@ -35,10 +35,10 @@ VERSION: Final = 1
 STATES: Final = ("Enabled", "Disabled", "PendingDeletion", "PendingImport")
 ORIGINS: Final = ("Aliyun_KMS", "EXTERNAL")
 ALIAS: Final = "alias/"
-_ALIAS_MOST: Final = 255
+_MAX_ALIAS_LENGTH: Final = 255
 _RESERVED: Final = "acs"
-_DESCRIPTION_MOST: Final = 8_192
-_SHOWN: Final = 24
+_MAX_DESCRIPTION_LENGTH: Final = 8_192
+_MAX_SHOWN: Final = 24
 """Most unknown fields that a message names, and most characters of each."""
 _DATE: Final = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -295,7 +295,7 @@ class _Reader:
     def done(self, *also: str) -> None:
         unknown = self._raw.keys() - self._taken - set(also)
         if unknown:
-            shown = sorted(name[:_SHOWN] for name in unknown)[:_SHOWN]
+            shown = sorted(name[:_MAX_SHOWN] for name in unknown)[:_MAX_SHOWN]
             raise KeyringError(f"{self.path}: unknown fields {shown}: written by a newer program?")
 
 
@@ -308,7 +308,7 @@ def check_alias(alias: str) -> None:
     plain = name.replace("_", "").replace("-", "").replace("/", "")
     if (
         not alias.startswith(ALIAS)
-        or not 1 <= len(name) <= _ALIAS_MOST
+        or not 1 <= len(name) <= _MAX_ALIAS_LENGTH
         or (plain and not (plain.isascii() and plain.isalnum()))
     ):
         raise KeyringError(f"{alias!r} is not an alias: expected alias/NAME, NAME of letters, digits, _ - and /")
@@ -318,8 +318,8 @@ def check_alias(alias: str) -> None:
 
 def check_description(description: str) -> None:
     """Raise `KeyringError` unless a description has at most 8,192 characters, all of them printable."""
-    if len(description) > _DESCRIPTION_MOST or not description.isprintable():
-        raise KeyringError(f"a description has at most {_DESCRIPTION_MOST} characters, all of them printable")
+    if len(description) > _MAX_DESCRIPTION_LENGTH or not description.isprintable():
+        raise KeyringError(f"a description has at most {_MAX_DESCRIPTION_LENGTH} characters, all of them printable")
 
 
 def new_id() -> str:

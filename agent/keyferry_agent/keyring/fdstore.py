@@ -28,7 +28,7 @@ _FORMAT_WITH_DISABLED: Final = 2
 """The format of a description with disabled versions. An agent that knows only format 1 must not decrypt with a disabled
 version; it does not accept this format, and opens the keyring's file instead.
 """
-_MOST: Final = 1 << 28
+_MAX_DESCRIPTION_BYTES: Final = 1 << 28
 """Most bytes that are read of a description."""
 
 Look = Sequence[int] | None
@@ -114,7 +114,7 @@ class KeyringPersister:
 def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
     with open(described, "rb") as file:
         file.seek(0)
-        description = file.read(_MOST)
+        description = file.read(_MAX_DESCRIPTION_BYTES)
     with contextlib.ExitStack() as closing:
         closing.callback(os.close, memory)
         try:

@@ -47,7 +47,7 @@ _TIMEOUT: Final = 30.0
 """Seconds for the child to start and to read both files, which may be on a file system that hangs."""
 _UNSEAL_TIMEOUT: Final = 600.0
 """Seconds for the child to unseal. The highest work factor takes 16 s of processor time: 90 s on a fifth of one processor."""
-_LONGEST_MESSAGE: Final = 2_000
+_MAX_MESSAGE_LENGTH: Final = 2_000
 """Most characters of an error that the child writes. The error must fit into the pipe buffer, because stderr is read last."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
@@ -166,7 +166,7 @@ def main(path: str, unseal: str) -> None:
         os.write(1, bytes([min(age_passphrase.work_factor(sealed) or 0, _MAX_BYTE)]))
         document = open_sealed(sealed, unsealer)
     except KeyringError as error:
-        sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_LONGEST_MESSAGE])
+        sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_MAX_MESSAGE_LENGTH])
     description = b"".join(json.dumps(key.to_json()).encode() + b"\n" for key in document.describe())
     with open(1, "wb", buffering=_CHUNK) as out:
         out.write(len(description).to_bytes(_LENGTH, "big") + description)

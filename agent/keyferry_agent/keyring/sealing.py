@@ -23,7 +23,7 @@ __all__ = ["Identity", "Unsealer", "count_recipients", "new_identity", "read_pas
 _AGE_IDENTITY: Final = "AGE-SECRET-KEY-1"
 _PEM: Final = b"-----BEGIN"
 _COMMENT: Final = "#"
-_IDENTITY_MOST: Final = 65_536
+_MAX_IDENTITY_BYTES: Final = 65_536
 _SSH_TYPES: Final = ("", "ssh-ed25519", "ssh-rsa")
 _SUPPORTED: Final = (
     "an age identity (X25519), an SSH key of type ssh-ed25519 or ssh-rsa, or a passphrase opens a keyring"
@@ -266,7 +266,7 @@ def _passphrase(path: Path, content: str) -> str:
 
 
 def _text(path: Path, data: bytes) -> str:
-    if len(data) > _IDENTITY_MOST:
+    if len(data) > _MAX_IDENTITY_BYTES:
         raise KeyringError(f"{path}: longer than any identity or passphrase")
     try:
         return data.decode()
@@ -277,12 +277,12 @@ def _text(path: Path, data: bytes) -> str:
 
 
 def _read(path: Path, owners: Collection[int]) -> bytes:
-    """Return the content of a file or a pipe: at most one byte more than `_IDENTITY_MOST`. Raises `KeyringError`."""
+    """Return the content of a file or a pipe: at most one byte more than `_MAX_IDENTITY_BYTES`. Raises `KeyringError`."""
     try:
         # A pipe that another user made is read from its descriptor, because its path cannot be opened.
         with open_to_read(path) as file:
             private_files.check(file.fileno(), path, secret=True, owners=owners)
-            return file.read(_IDENTITY_MOST + 1)
+            return file.read(_MAX_IDENTITY_BYTES + 1)
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
     except private_files.PrivateFileError as error:

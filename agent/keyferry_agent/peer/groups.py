@@ -15,10 +15,10 @@ LACKING: Final = (errno.ENOSYS, errno.EPERM, errno.EACCES, errno.ENOPROTOOPT, er
 """Errors of a kernel, or of a seccomp profile, that does not provide a call: evidence of this kind is never available."""
 
 SO_PEERGROUPS: Final = 59  # Linux 4.13
-_PYTHON_MOST: Final = 1_024
+_MAX_PYTHON_BYTES: Final = 1_024
 """Most bytes of a socket option that Python's getsockopt can return."""
 _SIZE: Final = 4
-_MOST_BYTES: Final = 4 * 65_536  # NGROUPS_MAX of Linux
+_MAX_BYTES: Final = 4 * 65_536  # NGROUPS_MAX of Linux
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.getsockopt.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
@@ -85,7 +85,7 @@ def peer_groups(connection: PeerSocket) -> bytes:
     Raises OSError.
     """
     try:
-        return connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _PYTHON_MOST)
+        return connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _MAX_PYTHON_BYTES)
     except OSError as error:
         if error.errno in LACKING:
             return b""
@@ -95,7 +95,7 @@ def peer_groups(connection: PeerSocket) -> bytes:
 
 
 def _all_groups(descriptor: int) -> bytes:
-    buffer, size = ctypes.create_string_buffer(_MOST_BYTES), ctypes.c_uint(_MOST_BYTES)
+    buffer, size = ctypes.create_string_buffer(_MAX_BYTES), ctypes.c_uint(_MAX_BYTES)
     if _libc.getsockopt(descriptor, socket.SOL_SOCKET, SO_PEERGROUPS, buffer, ctypes.byref(size)) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))

@@ -22,14 +22,14 @@ __all__ = ["INSPECTION_SECONDS", "Inspector"]
 
 INSPECTION_SECONDS: Final = 5.0
 """Time limit of one inspection. Hashing a program of a GiB takes about two seconds, the first time."""
-_MOST_LATE: Final = 1_024
+_MAX_LATE: Final = 1_024
 """Most users with a late thread at the same time; at the limit, users that are not known yet are refused. Each thread takes
 some 50 KB.
 """
-_MOST_ANSWERED: Final = 4_096
+_MAX_CACHED_ANSWERS: Final = 4_096
 """Most users that are remembered because they had an answer in time."""
 _COMMAND: Final = ("-P", "-m", "keyferry_agent.peer.inspector")  # -P: nothing is imported from the working directory
-_LONGEST_ANSWER: Final = 65_536
+_MAX_ANSWER_BYTES: Final = 65_536
 _RESTART_SECONDS: Final = 1.0
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
@@ -66,11 +66,11 @@ class Inspector:
         """Return the program that a process runs, with its hash if `hashed`; None if the evidence is not available in time.
 
         `named`: the users that a grant names beside a program. The programs of these users, and of users that had an answer
-        before, are always inspected, unless a request of the same user is late. Other users are refused while `_MOST_LATE`
+        before, are always inspected, unless a request of the same user is late. Other users are refused while `_MAX_LATE`
         users have a late thread.
         """
         known = user in named or user in self._answered
-        if user in self._late or (len(self._late) >= _MOST_LATE and not known):
+        if user in self._late or (len(self._late) >= _MAX_LATE and not known):
             return None
         with trio.move_on_after(INSPECTION_SECONDS):
             self._wanted.set()
@@ -111,7 +111,7 @@ class Inspector:
                 self._socket, pid = _start()
                 with self._socket:
                     self._started.set()
-                    while packet := await self._socket.recv(_LONGEST_ANSWER):
+                    while packet := await self._socket.recv(_MAX_ANSWER_BYTES):
                         self._take(packet)
                 log.error("inspection.failed", error="the process that inspects programs has ended")
             except OSError as error:
@@ -136,7 +136,7 @@ class Inspector:
         if request.user not in self._late:
             self._answered.pop(request.user, None)
             self._answered[request.user] = None
-            if len(self._answered) > _MOST_ANSWERED:
+            if len(self._answered) > _MAX_CACHED_ANSWERS:
                 del self._answered[next(iter(self._answered))]
         self._end(request)
 

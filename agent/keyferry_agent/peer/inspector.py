@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 _IDLE_SECONDS: Final = 10.0
 """Time after which an idle thread ends."""
-_LONGEST: Final = 4_096
+_MAX_PATH_BYTES: Final = 4_096
 _STACK: Final = 262_144
 """Bytes of a thread's stack: a thousand threads may be waiting for file systems."""
 _EXHAUSTED: Final = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -75,7 +75,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # they are meant for the agent; this process ends when the agent does
     threading.stack_size(_STACK)
     threads = _Threads()
-    while packet := os.read(0, _LONGEST):
+    while packet := os.read(0, _MAX_PATH_BYTES):
         number, user, pid, hashed = json.loads(packet)
         threads.submit(user, number, pid, hashed=hashed)
     os._exit(0)

@@ -13,7 +13,7 @@ from .process import Process
 __all__ = ["lacking"]
 
 _CAP_SYS_PTRACE: Final = 19
-_FIRST_BYTES: Final = 1_024
+_HEADER_BYTES: Final = 1_024
 
 
 def lacking() -> Mapping[str, frozenset[str]]:
@@ -38,7 +38,7 @@ def lacking() -> Mapping[str, frozenset[str]]:
 
 def _has_groups(peer: socket.socket) -> bool:
     try:
-        peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _FIRST_BYTES)
+        peer.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _HEADER_BYTES)
     except OSError as error:
         return error.errno not in LACKING
     return True

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 __all__ = ["Program", "inspect"]
 
-_HASHES_REMEMBERED: Final = 1_024
+_MAX_CACHED_HASHES: Final = 1_024
 _LARGEST: Final = 2**30
 """Most bytes of a program that is hashed. A sparse file of any length costs its owner nothing."""
 
@@ -63,7 +63,7 @@ def _hash(pid: int) -> str | None:
             digest = hashlib.file_digest(file, "sha256")
             if _identity(file.fileno()) != identity:
                 return None  # the file was written to meanwhile
-            if len(_hashes) >= _HASHES_REMEMBERED:
+            if len(_hashes) >= _MAX_CACHED_HASHES:
                 _hashes.clear()
             known = _hashes[identity] = f"sha256:{digest.hexdigest()}"
         return known

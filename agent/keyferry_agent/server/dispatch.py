@@ -43,11 +43,11 @@ __all__ = [
 
 MAX_OFFLOADED: Final = 16
 """Offloaded jobs of one connection in flight: four for each thread, so that a thread never waits for the connection."""
-_MAX_MESSAGES: Final = 256
+_MAX_BATCH_MESSAGES: Final = 256
 """Messages of a batch, including notifications, which take time although they get no answer."""
-_LONGEST_NAME: Final = 64
+_MAX_OPERATION_NAME_LENGTH: Final = 64
 """Characters of an operation's name in an audit entry. A client may send any text as the name."""
-_IDS_AT_ONCE: Final = 64
+_REQUEST_ID_BATCH: Final = 64
 _UNRECORDED: Final = GetAgentHealthResult
 """The result that has no audit entry: probes request it every few seconds, and it contains nothing about keys or callers."""
 _ALWAYS_ANSWERED: Final = GetAgentStatusResult
@@ -177,7 +177,7 @@ class Dispatcher:
                     raise ProtocolError("a response, where a request is expected")
                 else:
                     exchange.asked.append(Message(message.msgid, None, message))
-                if len(exchange.asked) >= most or count == _MAX_MESSAGES:
+                if len(exchange.asked) >= most or count == _MAX_BATCH_MESSAGES:
                     return Batch(None, count, notifications, last=False)
         except ProtocolError as error:
             return Batch(error, count, notifications, last=True)
@@ -248,7 +248,7 @@ class Dispatcher:
         if message.decision is not None:
             operation = message.decision.audited.operation
         else:
-            operation = ascii(message.parse().method[:_LONGEST_NAME])[1:-1]
+            operation = ascii(message.parse().method[:_MAX_OPERATION_NAME_LENGTH])[1:-1]
         audited = AuditEntry(request_id, started, operation)
         if not self._context.rate.allows(exchange.caller.peer.uid, started):
             exchange.completed.append(CompletedRequest(message.msgid, audited, kms_error("Rejected.Throttling")))
@@ -347,7 +347,7 @@ def _outcome(audited: AuditEntry, outcome: Any) -> str:
 
 def _request_ids() -> Iterator[str]:
     while True:
-        digits = os.urandom(16 * _IDS_AT_ONCE).hex().upper()
+        digits = os.urandom(16 * _REQUEST_ID_BATCH).hex().upper()
         for at in range(0, len(digits), 32):
             each = digits[at : at + 32]
             variant = "89AB"[int(each[16], 16) & 3]

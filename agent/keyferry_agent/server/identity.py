@@ -16,7 +16,7 @@ from ..state import ServerState
 
 __all__ = ["Identity"]
 
-_NOTHING: Final[frozenset[str]] = frozenset()
+_NO_SELECTORS: Final[frozenset[str]] = frozenset()
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
@@ -38,7 +38,7 @@ class Identity:
         self._process = process
         self._more_evidence = more_evidence
         self._program: Program | None = None
-        self._inspected = _NOTHING
+        self._inspected = _NO_SELECTORS
         """Selectors of grants for which the program was already inspected."""
 
     def confirm_at_once(self) -> bool | None:

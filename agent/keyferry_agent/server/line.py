@@ -12,9 +12,9 @@ from .identity import Identity
 
 __all__ = ["Line"]
 
-_FIRST_READ: Final = 4_096
+_SMALL_READ_BYTES: Final = 4_096
 _LARGE_READ: Final = 65_536
-"""Bytes of the next read, if the last read returned at least `_FIRST_READ`."""
+"""Bytes of the next read, if the last read returned at least `_SMALL_READ_BYTES`."""
 
 
 class Line:
@@ -32,7 +32,7 @@ class Line:
         self.unread = False
         """Whether all of those messages are still to be taken."""
         self.readable = self.listening = False
-        self._read_size = _FIRST_READ
+        self._read_size = _SMALL_READ_BYTES
         self.notifications = 0
         self.new_message = False
         """Whether the partly received message began after the last answered message."""
@@ -77,7 +77,7 @@ class Line:
             self.closing = True
             return
         # malloc.perturb fills every allocation, so a large buffer for a request of 500 bytes would evict the CPU caches.
-        self._read_size = _LARGE_READ if len(received) >= _FIRST_READ else _FIRST_READ
+        self._read_size = _LARGE_READ if len(received) >= _SMALL_READ_BYTES else _SMALL_READ_BYTES
         self.new_message = not self.decoder.incomplete
         self.decoder.feed(received)
         self.messages, self.unread = self.decoder.packed_messages(), True

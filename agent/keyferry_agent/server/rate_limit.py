@@ -4,7 +4,7 @@ from typing import Final
 
 __all__ = ["Rate"]
 
-_FORGET: Final = 4_096
+_MAX_USERS: Final = 4_096
 """Users to remember at most. Past that, users with a full allowance are forgotten, then those seen longest ago."""
 
 
@@ -29,7 +29,7 @@ class Rate:
             return True
         left, since = self._buckets.get(user, (float(self._per_second), now))
         left = min(self._per_second, left + (now - since) * self._per_second)
-        if len(self._buckets) >= _FORGET and user not in self._buckets:
+        if len(self._buckets) >= _MAX_USERS and user not in self._buckets:
             self._forget(now)
         enough = left >= count
         self._buckets[user] = (left - count if enough else left, now)
@@ -37,6 +37,6 @@ class Rate:
 
     def _forget(self, now: float) -> None:
         busy = {u: (n, t) for u, (n, t) in self._buckets.items() if n + (now - t) * self._per_second < self._per_second}
-        if len(busy) >= _FORGET:
-            busy = dict(sorted(busy.items(), key=lambda bucket: bucket[1][1])[_FORGET // 2 :])  # those seen last
+        if len(busy) >= _MAX_USERS:
+            busy = dict(sorted(busy.items(), key=lambda bucket: bucket[1][1])[_MAX_USERS // 2 :])  # those seen last
         self._buckets = busy

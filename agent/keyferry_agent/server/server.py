@@ -31,12 +31,12 @@ __all__ = ["GRACE", "Server"]
 
 GRACE: Final = 10.0
 """Seconds that a drain may take. Equal to the default timeout of a request."""
-_LAST_LOOK: Final = 0.05
+DRAIN_READ_SECONDS: Final = 0.05
 """Seconds in which a draining agent still reads requests, since clients sent them before they could know of the drain."""
 _NOTIFICATIONS_PER_SECOND: Final = 10_000
 """Limit of one user's notifications if requests have no limit. Notifications have no effect, so clients need few of them."""
 _NO_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
-_MOST_REFUSALS: Final = 16
+_MAX_REFUSALS: Final = 16
 """Refused connections that get an error message at one time. The others are closed without a message."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
@@ -108,7 +108,7 @@ class Server:
         May be called again to shorten the grace period.
         """
         self.agent.draining = True
-        self._rounds.drain(trio.current_time() + _LAST_LOOK)
+        self._rounds.drain(trio.current_time() + DRAIN_READ_SECONDS)
         self._all.deadline = min(self._all.deadline, trio.current_time() + grace)
         self._accepting.cancel()
 
@@ -209,12 +209,12 @@ class Server:
     async def _refuse(self, stream: trio.SocketStream, peer: Peer, why: str) -> None:
         """Refuse a connection with an error message in the protocol's form.
 
-        Only `_MOST_REFUSALS` connections at a time get a message.
+        Only `_MAX_REFUSALS` connections at a time get a message.
         """
         self.agent.counters.connections_refused += 1
         if self._may_complain():
             log.warning("connection.refused", why=why, uid=peer.uid)
-        if self._refusing >= _MOST_REFUSALS:
+        if self._refusing >= _MAX_REFUSALS:
             stream.socket.close()
             return
         self._refusing += 1

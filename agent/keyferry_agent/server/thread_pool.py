@@ -18,7 +18,7 @@ __all__ = ["FairThreadPool"]
 _Job: TypeAlias = tuple[Callable[[], Any], "_Done", trio.lowlevel.TrioToken]
 _Done: TypeAlias = Callable[[Any, Exception | None], None]
 
-_HANDED: Final = 4
+QUEUE_DEPTH_PER_THREAD: Final = 4
 """Jobs handed to each thread, including the one that it runs."""
 
 
@@ -57,7 +57,7 @@ class FairThreadPool:
     def _hand_over(self) -> None:
         # Hand over enough jobs that no thread waits for the event loop. Hand over no more: another user's job cannot overtake
         # these, and the event loop answers all finished jobs before it does anything else.
-        while self._waiting and self._handed < _HANDED * self._most:
+        while self._waiting and self._handed < QUEUE_DEPTH_PER_THREAD * self._most:
             user = next(iter(self._waiting))
             jobs = self._waiting.pop(user)
             self._handed += 1

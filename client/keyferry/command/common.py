@@ -108,7 +108,7 @@ def socket_option() -> argparse.ArgumentParser:
 # --- an operation's parameters, by the API's own names ----------------------------------------------------------------
 
 _STANDARD: Final = "-"
-_LONGEST_FILE: Final = 1 << 20
+_MAX_FILE_BYTES: Final = 1 << 20
 """Most bytes read from a parameter's file: far more than the agent accepts. The limit also stops at endless devices."""
 
 
@@ -209,9 +209,9 @@ def _value(parameter: Parameter[Any], text: str) -> Any:
 def _content(text: str) -> bytes:
     """Return the content of @FILE, or of standard input. Raises OSError, or ValueError for a file that is too long."""
     with streams.reader(0) if text == _STANDARD else open_to_read(text[1:]) as file:
-        content = file.read(_LONGEST_FILE + 1)
-    if len(content) > _LONGEST_FILE:
-        raise ValueError(f"longer than {_LONGEST_FILE} bytes")
+        content = file.read(_MAX_FILE_BYTES + 1)
+    if len(content) > _MAX_FILE_BYTES:
+        raise ValueError(f"longer than {_MAX_FILE_BYTES} bytes")
     return content
 
 

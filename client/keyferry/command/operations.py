@@ -14,7 +14,7 @@ from .common import REFUSED, add_parameters, given, show_json, socket_option
 
 __all__ = ["add_parsers"]
 
-_WAIT_STEP: Final = 0.1
+_POLL_SECONDS: Final = 0.1
 """Seconds between two attempts of `status --wait`."""
 
 _PROBE: Final = 5.0
@@ -78,7 +78,7 @@ def _status(arguments: argparse.Namespace) -> int:
             except AgentUnavailable:
                 if time.monotonic() >= deadline:
                     raise
-            time.sleep(_WAIT_STEP)
+            time.sleep(_POLL_SECONDS)
 
 
 def _ask(kms: Client, arguments: argparse.Namespace) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ from ..record import DataKeyRecord
 __all__ = ["NOT_AUTHENTIC", "FileError", "Header", "new_header", "payload_key", "read_exactly", "read_header"]
 
 MAGIC: Final = b"keyferry-file/1\n"
-MOST_RECORD: Final = 65_536
+MAX_RECORD_BYTES: Final = 65_536
 """Most bytes of a record: as many as a message to the agent can hold."""
 FILE_KEY: Final = 32
 _SEALED: Final = 12 + FILE_KEY + 16
@@ -57,8 +57,8 @@ class Header(NamedTuple):
 def new_header(module: CryptographicModule, key: DataKey, record: DataKeyRecord, name: str) -> tuple[Header, bytes]:
     """Return the header of a new file, and the key of its chunks. Raises `ModuleError`, and `FileError` for a long record."""
     text = json.dumps({"Name": name, **record}, ensure_ascii=False, separators=(",", ":")).encode()
-    if len(text) > MOST_RECORD:
-        raise FileError(f"the record has {len(text)} bytes as JSON; a file's header takes at most {MOST_RECORD}")
+    if len(text) > MAX_RECORD_BYTES:
+        raise FileError(f"the record has {len(text)} bytes as JSON; a file's header takes at most {MAX_RECORD_BYTES}")
     file_key = os.urandom(FILE_KEY)
     sealed = module.encrypt(key, file_key, _aad(text))
     bound = MAGIC + len(text).to_bytes(4, "big") + text + sealed
@@ -74,7 +74,7 @@ def read_header(source: BinaryIO) -> Header:
         raise FileError("it is of a newer format" if known else "it is not a file that keyferry encrypted")
     length = read_exactly(source, 4)
     size = int.from_bytes(length, "big")
-    if size > MOST_RECORD:
+    if size > MAX_RECORD_BYTES:
         raise FileError(NOT_AUTHENTIC)
     text, sealed, commitment = (read_exactly(source, count) for count in (size, _SEALED, _COMMITMENT))
     if len(commitment) != _COMMITMENT:

@@ -10,7 +10,7 @@ from ..record import DataKeyRecord
 
 __all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError"]
 
-NONCE: Final = 12
+NONCE_SIZE: Final = 12
 TAG: Final = 16
 """Bytes before and after the ciphertext of AES-GCM, in every module."""
 AES_KEYS: Final = (16, 24, 32)

@@ -10,7 +10,7 @@ from .interface import ModuleError
 
 __all__ = ["read_pin"]
 
-_MOST: Final = 255
+_MAX_PIN_BYTES: Final = 255
 """Most bytes of a PIN. PKCS#11 does not set a limit; tokens do, well below this one."""
 _CREDENTIAL: Final = "credential:"
 
@@ -23,7 +23,7 @@ def read_pin(pin_file: str | os.PathLike[str] | None, prompt: Callable[[], str] 
     if pin_file is not None and prompt is not None:
         raise ValueError("pin_file or pin is expected, not both")
     # Not memfd_secret: a forked child shares such memory, and would wipe the parent's PIN together with its own.
-    memory = SecretMemory(2 * _MOST, backing="mlock", require=False)
+    memory = SecretMemory(2 * _MAX_PIN_BYTES, backing="mlock", require=False)
     if pin_file is not None:
         return _from_file(_path(os.fspath(pin_file)), memory)
     return _keep(bytearray(prompt().encode()), memory, "the typed PIN") if prompt is not None else None
@@ -43,7 +43,7 @@ def _path(pin_file: str) -> str:
 
 
 def _from_file(path: str, memory: SecretMemory) -> Secret:
-    content = bytearray(_MOST + 2)
+    content = bytearray(_MAX_PIN_BYTES + 2)
     try:
         with open(path, "rb", buffering=0) as file:
             private_files.check(file.fileno(), path, secret=True)
@@ -61,8 +61,10 @@ def _from_file(path: str, memory: SecretMemory) -> Secret:
 
 def _keep(pin: bytearray, memory: SecretMemory, source: str) -> Secret:
     try:
-        if not 1 <= len(pin) <= _MOST:
-            raise ModuleError(f"{source} is {'no PIN: it is empty' if not pin else f'longer than {_MOST} bytes'}")
+        if not 1 <= len(pin) <= _MAX_PIN_BYTES:
+            raise ModuleError(
+                f"{source} is {'no PIN: it is empty' if not pin else f'longer than {_MAX_PIN_BYTES} bytes'}"
+            )
         secret = memory.allocate(len(pin))
         with secret.lend() as kept:
             kept[:] = pin

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from ..parameters import decode_base64, encode_base64
 from .cryptoki import Library
-from .interface import NONCE, NOT_AUTHENTIC, NOT_HELD, NOT_OURS, TAG, CryptographicModule, DataKey, ModuleError
+from .interface import NONCE_SIZE, NOT_AUTHENTIC, NOT_HELD, NOT_OURS, TAG, CryptographicModule, DataKey, ModuleError
 from .pin import read_pin
 from .token import Connection, Wanted, WrongPinError, describe
 from .token_choice import TokenChoice
@@ -147,7 +147,7 @@ class Pkcs11Module(CryptographicModule):
         return key
 
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
-        nonce = os.urandom(NONCE)
+        nonce = os.urandom(NONCE_SIZE)
         with _saying(f"encrypt {len(plaintext)} bytes"):
             return nonce + self._use(
                 key, lambda where, inside: where.encrypt(inside, nonce, bytes(plaintext), bytes(aad))
@@ -155,9 +155,9 @@ class Pkcs11Module(CryptographicModule):
 
     def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
         sealed = bytes(sealed)
-        if len(sealed) < NONCE + TAG:
+        if len(sealed) < NONCE_SIZE + TAG:
             raise ModuleError(NOT_AUTHENTIC)
-        nonce, ciphertext = sealed[:NONCE], sealed[NONCE:]
+        nonce, ciphertext = sealed[:NONCE_SIZE], sealed[NONCE_SIZE:]
         with _saying("decrypt this", NOT_AUTHENTIC):
             return self._use(key, lambda where, inside: where.decrypt(inside, nonce, ciphertext, bytes(aad)))
 

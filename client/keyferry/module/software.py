@@ -24,7 +24,7 @@ from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
 from ..sm2_ciphertext import RAW_OVERHEAD, raw_to_der
 from .interface import (
-    NONCE,
+    NONCE_SIZE,
     NOT_AUTHENTIC,
     NOT_HELD,
     NOT_OURS,
@@ -35,7 +35,7 @@ from .interface import (
     check_size,
 )
 
-_ROOM: Final = 256
+_SCRATCH_BYTES: Final = 256
 """Bytes of the output buffer that libcrypto requires for decryption: the size of an RSA-2048 modulus."""
 _CHUNK: Final = 16 * 1024
 """Bytes of locked memory to allocate at a time: 512 keys of 32 bytes."""
@@ -131,15 +131,15 @@ class SoftwareModule(CryptographicModule):
             wrapped = decode_base64(exported_data_key) if isinstance(exported_data_key, str) else exported_data_key
             sm2 = self.wrapping_key_spec == "EC_SM2"
             if sm2:
-                if len(wrapped) - RAW_OVERHEAD > _ROOM:
+                if len(wrapped) - RAW_OVERHEAD > _SCRATCH_BYTES:
                     check_size(len(wrapped) - RAW_OVERHEAD)
                 wrapped = raw_to_der(wrapped)
         except ValueError:
             raise ModuleError(NOT_OURS) from None
-        scratch = self._allocate(2 * _ROOM)
+        scratch = self._allocate(2 * _SCRATCH_BYTES)
         try:
             with scratch.lend() as room:
-                opened, padded = room[:_ROOM], room[_ROOM:]
+                opened, padded = room[:_SCRATCH_BYTES], room[_SCRATCH_BYTES:]
                 if sm2:
                     size = self._private_key.decrypt_into(bytearray(wrapped), opened)
                 else:
@@ -158,22 +158,22 @@ class SoftwareModule(CryptographicModule):
         return key
 
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
-        nonce = os.urandom(NONCE)
+        nonce = os.urandom(NONCE_SIZE)
         # Encrypted directly into the returned buffer: to prepend the nonce afterwards would copy the ciphertext, and another
         # megabyte of fresh memory takes four times as long as AES.
-        out = io.BytesIO(bytes(NONCE + len(plaintext) + TAG))
+        out = io.BytesIO(bytes(NONCE_SIZE + len(plaintext) + TAG))
         with self._lent(key) as data_key, out.getbuffer() as room:
-            room[:NONCE] = nonce
-            AESGCM(data_key).encrypt_into(nonce, plaintext, aad, room[NONCE:])
+            room[:NONCE_SIZE] = nonce
+            AESGCM(data_key).encrypt_into(nonce, plaintext, aad, room[NONCE_SIZE:])
         return out.getvalue()
 
     def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
-        if len(sealed) < NONCE + TAG:
+        if len(sealed) < NONCE_SIZE + TAG:
             raise ModuleError(NOT_AUTHENTIC)
         view = memoryview(sealed)
         with self._lent(key) as data_key:
             try:
-                return AESGCM(data_key).decrypt(view[:NONCE], view[NONCE:], aad)
+                return AESGCM(data_key).decrypt(view[:NONCE_SIZE], view[NONCE_SIZE:], aad)
             except InvalidTag:
                 raise ModuleError(NOT_AUTHENTIC) from None
 

@@ -17,7 +17,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, To
 from ..secret import Secret
 from . import return_values, token_choice
 from .cryptoki import Library
-from .interface import NO_AES_KEY, NONCE, ModuleError, check_size
+from .interface import NO_AES_KEY, NONCE_SIZE, ModuleError, check_size
 from .token_choice import FoundToken, TokenChoice
 
 __all__ = ["OAEP", "Connection", "Wanted", "WrongPinError", "describe"]
@@ -180,7 +180,7 @@ class Connection:
             return check_size(size)
         # SoftHSM unwraps a key of any size, and reports a size of 0. It detects a wrong size at the first use.
         try:
-            self.encrypt(key, os.urandom(NONCE), b"", b"")
+            self.encrypt(key, os.urandom(NONCE_SIZE), b"", b"")
         except pkcs11.PKCS11Error as error:
             if self.is_lost(error):
                 raise

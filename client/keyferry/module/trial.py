@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .interface import NONCE, ModuleError
+from .interface import NONCE_SIZE, ModuleError
 from .token import Connection, describe
 
 __all__ = ["try_out"]
@@ -46,7 +46,7 @@ def _try_key(connection: Connection, key: Any, known: bytes) -> None:
     with contextlib.suppress(pkcs11.PKCS11Error):
         if key[pkcs11.Attribute.VALUE]:
             raise ModuleError("the token says that an imported key cannot be read, and then shows it")
-    aes, nonce = AESGCM(known), os.urandom(NONCE)
+    aes, nonce = AESGCM(known), os.urandom(NONCE_SIZE)
     try:
         sealed = connection.encrypt(key, nonce, known, b"aad")
         opened = connection.decrypt(key, nonce, aes.encrypt(nonce, b"", b"aad"), b"aad")

@@ -18,7 +18,7 @@ from .url import naming
 
 __all__ = ["make_engine"]
 
-_CONNECT_PATIENCE: Final = 60
+_CONNECT_TIMEOUT_SECONDS: Final = 60
 """Seconds to wait for a PostgreSQL server to accept a connection, unless the URL or the environment says otherwise."""
 
 
@@ -74,7 +74,7 @@ def _libpq_options(url: URL) -> dict[str, Any]:
     }
     options: dict[str, Any] = {name: str(value) for name, value in parts.items() if value is not None}
     if "PGCONNECT_TIMEOUT" not in os.environ:
-        options["connect_timeout"] = _CONNECT_PATIENCE
+        options["connect_timeout"] = _CONNECT_TIMEOUT_SECONDS
     options.update(url.query)
     options["client_encoding"] = "utf8"  # the database's own encoding may lack characters of a name
     options["prepare_threshold"] = None  # a prepared statement belongs to one session, and a pooler has several

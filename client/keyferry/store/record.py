@@ -12,7 +12,7 @@ from ..parameters import encode_base64, unique_pairs
 from ..record import DataKeyRecord
 
 __all__ = [
-    "LONGEST_NAME",
+    "MAX_NAME_LENGTH",
     "VERSION_PREFIX",
     "Record",
     "StoreError",
@@ -24,7 +24,7 @@ __all__ = [
     "version_prefix",
 ]
 
-LONGEST_NAME: Final = 255
+MAX_NAME_LENGTH: Final = 255
 """Most characters in a record's name."""
 
 VERSION_PREFIX: Final = 48
@@ -128,9 +128,9 @@ def version_prefix(key_version_id: str) -> str:
 
 def check_name(name: str) -> None:
     """Raise `StoreError` for a record's name that a user could not type or a terminal could not show."""
-    if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable() or name != name.strip():
+    if not 1 <= len(name) <= MAX_NAME_LENGTH or not name.isprintable() or name != name.strip():
         raise StoreError(
-            f"'{printable(name[:40])}' is not a valid record name: expected 1 to {LONGEST_NAME} printable "
+            f"'{printable(name[:40])}' is not a valid record name: expected 1 to {MAX_NAME_LENGTH} printable "
             "characters, no space at its ends"
         )
 

@@ -31,7 +31,7 @@ __all__ = ["Outcome", "rewrap"]
 _WOULD_SUCCEED: Final = "DryRunOperationError"
 _PAUSE: Final = 0.5
 """Seconds to wait before repeating requests that the agent throttled or could not serve."""
-_PATIENCE: Final = 60
+_TIMEOUT_SECONDS: Final = 60
 """Consecutive pauses without progress on any request, after which the requests fail."""
 _PROBE: Final = b"keyferry rewrap"
 
@@ -193,14 +193,14 @@ class _Rewrap:
         """Return the outcome of each request, in one pipeline. Throttled or unserved requests are repeated later."""
         wanted = list(requests)
         answers = self._kms.pipeline(wanted)
-        patience = _PATIENCE
+        patience = _TIMEOUT_SECONDS
         while patience and (again := [place for place, each in enumerate(answers) if _later(each)]):
             time.sleep(_PAUSE)
             answered = self._kms.pipeline(wanted[place] for place in again)
             for place, answer in zip(again, answered, strict=True):
                 answers[place] = answer
             stuck = all(_later(answer) for answer in answered)
-            patience = patience - 1 if stuck else _PATIENCE
+            patience = patience - 1 if stuck else _TIMEOUT_SECONDS
         return answers
 
     def _fail(self, record: Record, why: object) -> bool:

@@ -18,7 +18,7 @@ from .url import naming
 
 __all__ = ["SqliteFile", "home", "sqlite_file"]
 
-PATIENCE: Final = 60.0
+BUSY_TIMEOUT_SECONDS: Final = 60.0
 """Seconds to wait for another writer of a file, unless the URL has a timeout."""
 _MAX_TIMEOUT: Final = 1_000_000
 """Seconds that SQLite can count in milliseconds."""
@@ -168,7 +168,7 @@ def _flag(name: str, value: str) -> bool:
 
 def _timeout(value: str | None) -> float:
     if value is None:
-        return PATIENCE
+        return BUSY_TIMEOUT_SECONDS
     try:
         seconds = float(value)
     except ValueError:

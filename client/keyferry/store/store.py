@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from .engine import make_engine
 from .location import find, secrets, shown
-from .record import LONGEST_NAME, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
+from .record import MAX_NAME_LENGTH, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
 from .sqlite import sqlite_file
 
 __all__ = ["Store", "schema"]
@@ -33,7 +33,7 @@ _records: Final = sql.Table(
     # Collation C: an index over text in a language's order breaks when an update of the C library changes that order.
     sql.Column(
         "name",
-        sql.String(LONGEST_NAME).with_variant(sql.String(LONGEST_NAME, collation="C"), "postgresql"),
+        sql.String(MAX_NAME_LENGTH).with_variant(sql.String(MAX_NAME_LENGTH, collation="C"), "postgresql"),
         nullable=False,
         unique=True,
     ),

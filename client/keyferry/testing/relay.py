@@ -23,7 +23,7 @@ from .places import AGENT_SOCKET, SOCKET
 __all__ = ["main"]
 
 _LOG: Final = "agent.log"
-_LOG_SHOWN: Final = 2_000
+_MAX_LOG_LENGTH: Final = 2_000
 """Characters from the end of the log in the message about an agent that does not start."""
 _RECEIVE: Final = 65_536
 _START_STEP: Final = 0.005
@@ -235,7 +235,7 @@ async def _started(folder: str, agent: "subprocess.Popen[bytes]") -> str | None:
 
 def _end_of_log(folder: str) -> str:
     with open(os.path.join(folder, _LOG), errors="replace") as log:
-        return log.read()[-_LOG_SHOWN:].strip()
+        return log.read()[-_MAX_LOG_LENGTH:].strip()
 
 
 def _say(why: str | None) -> None:

@@ -21,7 +21,7 @@ __all__ = ["add_parser"]
 FAILED: Final = 1
 
 _DEFAULT_SPEC: Final = "Aliyun_AES_256"
-_MATERIAL_MOST: Final = 65
+_MAX_MATERIAL_BYTES: Final = 65
 """Bytes of material to read: with one more than 64, errors can distinguish a key of 32 bytes in hexadecimal from more."""
 
 
@@ -252,7 +252,7 @@ def _read_material(path: str) -> bytearray:
     material = bytearray()
     try:
         with open(0 if path == "-" else path, "rb", buffering=0, closefd=path != "-") as source:
-            while len(material) <= _MATERIAL_MOST and (read := source.read(_MATERIAL_MOST)):
+            while len(material) <= _MAX_MATERIAL_BYTES and (read := source.read(_MAX_MATERIAL_BYTES)):
                 material += read
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
