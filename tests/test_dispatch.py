@@ -206,9 +206,9 @@ def test_connection_has_at_most_16_offloaded_jobs(line: Line) -> None:
     line.take(*(request("GenerateAndExportDataKey", number, **params) for number in range(20)))
     assert line.run() == []
     exchange = line.exchange
-    assert (MAX_OFFLOADED, exchange.under_way, len(exchange.offloaded)) == (16, 16, 16)
+    assert (MAX_OFFLOADED, exchange.in_flight, len(exchange.offloaded)) == (16, 16, 16)
     first, exchange.offloaded = exchange.offloaded[0], []
-    exchange.done = [(first, first.job.run())]
+    exchange.finished = [(first, first.job.run())]
     assert [answer.msgid for answer in line.run()] == [0]
     assert [job.msgid for job in exchange.offloaded] == [16]
-    assert exchange.under_way == 16
+    assert exchange.in_flight == 16

@@ -81,8 +81,8 @@ class Asking:
         """Return the message that a request came as, and what was decided."""
         self._decoder.feed(wire.encode_request(1, method, params))
         self.dispatcher.take(self.exchange, self._decoder.packed_messages(), 1)
-        (message,) = self.exchange.asked
-        self.exchange.asked.clear()
+        (message,) = self.exchange.pending
+        self.exchange.pending.clear()
         return message, self.outcome_of(message)
 
     def outcome_of(self, message: Message) -> Any:
@@ -92,13 +92,13 @@ class Asking:
 
     def decide_anew(self, job: OffloadedJob) -> Any:
         """Return what becomes of a job that comes back from its thread, and does not hold."""
-        self.exchange.under_way = 1
-        self.exchange.done = [(job, None)]
+        self.exchange.in_flight = 1
+        self.exchange.finished = [(job, None)]
         self.dispatcher._complete(self.exchange)
         return self._decided()
 
     def _decided(self) -> Any:
-        self.exchange.under_way = 0
+        self.exchange.in_flight = 0
         outcomes: list[Any] = [*self.exchange.completed, *self.exchange.offloaded]
         self.exchange.completed.clear()
         self.exchange.offloaded.clear()

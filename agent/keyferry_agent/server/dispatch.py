@@ -123,13 +123,13 @@ class Exchange:
     """The requests of one connection, from received messages to encoded answers."""
 
     caller: Caller
-    asked: deque[Message] = field(default_factory=deque)
+    pending: deque[Message] = field(default_factory=deque)
     """Requests to decide."""
     offloaded: list[OffloadedJob] = field(default_factory=list)
     """Jobs to submit to the thread pool."""
-    done: list[tuple[OffloadedJob, Any]] = field(default_factory=list)
+    finished: list[tuple[OffloadedJob, Any]] = field(default_factory=list)
     """Jobs that a thread has finished, with their outcomes."""
-    under_way: int = 0
+    in_flight: int = 0
     """Offloaded jobs in flight: their answers are not in `answers` yet."""
     completed: list[CompletedRequest] = field(default_factory=list)
     answers: bytes = b""
@@ -170,14 +170,14 @@ class Dispatcher:
                 if isinstance(message, wire.PackedRequest):
                     decision = self._recall(caller, message.body)
                     request = message.parse() if decision is None else None
-                    exchange.asked.append(Message(message.msgid, message, request, decision))
+                    exchange.pending.append(Message(message.msgid, message, request, decision))
                 elif isinstance(message, wire.Notification):
                     notifications += 1
                 elif isinstance(message, wire.Response):
                     raise ProtocolError("a response, where a request is expected")
                 else:
-                    exchange.asked.append(Message(message.msgid, None, message))
-                if len(exchange.asked) >= most or count == _MAX_BATCH_MESSAGES:
+                    exchange.pending.append(Message(message.msgid, None, message))
+                if len(exchange.pending) >= most or count == _MAX_BATCH_MESSAGES:
                     return Batch(None, count, notifications, last=False)
         except ProtocolError as error:
             return Batch(error, count, notifications, last=True)
@@ -196,7 +196,7 @@ class Dispatcher:
         if decision is None:
             return False
         decoder.skip()
-        exchange.asked.append(Message(packed.msgid, packed, None, decision))
+        exchange.pending.append(Message(packed.msgid, packed, None, decision))
         return True
 
     def notified(self, caller: Caller, count: int) -> bool:
@@ -219,16 +219,16 @@ class Dispatcher:
     def _complete(self, exchange: Exchange) -> None:
         """Complete requests. A request whose job has finished, but whose decision no longer holds, is decided again first."""
         caller, completed = exchange.caller, exchange.completed
-        done, exchange.done = exchange.done, []
-        for job, outcome in done:
-            exchange.under_way -= 1
+        finished, exchange.finished = exchange.finished, []
+        for job, outcome in finished:
+            exchange.in_flight -= 1
             if self._holds(caller, job):
                 completed.append(CompletedRequest(job.msgid, job.audited, outcome))
                 continue
             audited = AuditEntry(job.audited.request_id, job.audited.started, job.audited.operation)
             self._decide(exchange, job.message, audited)  # not `_begin`: its rate counts a request once
-        while exchange.asked and exchange.under_way < MAX_OFFLOADED:
-            self._begin(exchange, exchange.asked.popleft())
+        while exchange.pending and exchange.in_flight < MAX_OFFLOADED:
+            self._begin(exchange, exchange.pending.popleft())
 
     def _recall(self, caller: Caller, body: bytes) -> Decision | None:
         """Return the cached decision about an equal request from a caller with the same grants, if it still holds."""
@@ -265,7 +265,7 @@ class Dispatcher:
             else:
                 job = self._prepare(caller, message, audited)
             if job.offload:
-                exchange.under_way += 1
+                exchange.in_flight += 1
                 exchange.offloaded.append(
                     OffloadedJob(job, message.msgid, audited, message, caller.granted, self._agent.generation)
                 )

@@ -60,12 +60,12 @@ class Line:
     @property
     def asks(self) -> bool:
         """Whether there are messages to take or requests to decide."""
-        return self.messages is not None or bool(self.exchange.asked)
+        return self.messages is not None or bool(self.exchange.pending)
 
     @property
     def full(self) -> bool:
         """Whether the limit of offloaded jobs is reached. Then nothing is read or decided until one of them is answered."""
-        return self.exchange.under_way >= MAX_OFFLOADED
+        return self.exchange.in_flight >= MAX_OFFLOADED
 
     def receive(self) -> None:
         """Receive the available bytes. Raises OSError if the peer is gone.

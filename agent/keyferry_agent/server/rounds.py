@@ -178,7 +178,7 @@ class Rounds:
         for line in lines:
             if self._prepare(line) and self._take(line, most):
                 serving.append(line)
-                requests += len(line.exchange.asked) + len(line.exchange.done) + line.notifications // 8
+                requests += len(line.exchange.pending) + len(line.exchange.finished) + line.notifications // 8
             if requests >= MAX_BATCH:
                 self._answer(serving)
                 serving, requests = [], 0
@@ -221,7 +221,7 @@ class Rounds:
         try:
             if readable and not line.closing and not line.asks and not line.full:
                 line.receive()
-            if not line.exchange.done and (not line.asks or line.full):
+            if not line.exchange.finished and (not line.asks or line.full):
                 self._settle(line)
                 return False
             confirmed = line.identity.confirm_at_once()
@@ -240,7 +240,7 @@ class Rounds:
 
     def _take(self, line: Line, most: int) -> bool:
         """Take the next batch of a line's messages. Return False if that failed."""
-        if line.messages is None or line.exchange.asked or line.full:
+        if line.messages is None or line.exchange.pending or line.full:
             return True
         try:
             if line.unread and self._dispatcher.take_recalled(line.exchange, line.decoder):
@@ -287,7 +287,7 @@ class Rounds:
         for job in offloaded:
             self._offload(line, job)
         answers, exchange.answers = exchange.answers, b""
-        if line.last_word and not exchange.asked and not exchange.under_way:
+        if line.last_word and not exchange.pending and not exchange.in_flight:
             answers, line.last_word = answers + line.last_word, b""
         if answers and not self._send(line, answers):
             return
@@ -317,7 +317,7 @@ class Rounds:
             self._settle_reading(line, late=late)
         if line.asks and not line.full:
             self._next[line] = None
-        elif line.closing and not line.asks and not line.exchange.under_way:
+        elif line.closing and not line.asks and not line.exchange.in_flight:
             self._put_aside(line)
             return
         self._listen(line, wanted=not line.closing and not line.full)
@@ -357,7 +357,7 @@ class Rounds:
             return job.job.run() if agent.generation == generation else None
 
         def done(result: Any, error: Exception | None) -> None:
-            line.exchange.done.append((job, result if error is None else refusal(error, job.audited)))
+            line.exchange.finished.append((job, result if error is None else refusal(error, job.audited)))
             self._call(line)
 
         try:
