@@ -69,8 +69,8 @@ bench-check: $(VENV)/.bench  ## fail where a ratio is much worse than the one th
 fuzz: $(VENV)/.fuzz  ## fuzz what reads what others wrote (MINUTES=10 in all, TARGET=codec for one; docs/fuzzing.md)
 	PYTHONPATH=tests $(BIN)/python -m fuzz --minutes $(or $(MINUTES),2) $(TARGET)
 
-mutants: $(VENV)/.mutants  ## plant faults in the security core, which tests have to find (MINUTES=10 in all, MODULE=grants, SEED=1; docs/mutants.md)
-	PYTHONPATH=tests $(BIN)/python -m mutants --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(MODULE)
+mutants: $(VENV)/.mutants  ## plant faults in the security core, which tests have to find (MINUTES=10 in all, MODULE=grants, SEED=1, SAMPLE=3 modules; docs/mutants.md)
+	PYTHONPATH=tests $(BIN)/python -m mutants --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED)) $(if $(SAMPLE),--sample $(SAMPLE)) $(MODULE)
 
 simulate: $(VENV)/.development  ## the whole daemon in simulated time, under faults: SEED=... again, or MINUTES=... of new ones
 	PYTHONPATH=tests $(BIN)/python -m simulation $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \

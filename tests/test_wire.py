@@ -3,6 +3,7 @@
 import sys
 import tracemalloc
 from contextlib import suppress
+from typing import Any
 
 import msgpack
 import pytest
@@ -298,3 +299,35 @@ def test_an_answer_that_is_too_long_is_not_sent() -> None:
 def test_a_notification_is_encoded_as_one() -> None:
     """Type 2, method, params."""
     assert msgpack.unpackb(wire.encode_notification("x", {})) == [2, "x", [{}]]
+
+
+def nested(depth: int) -> Any:
+    """Return lists within lists: `depth` of them."""
+    value: list[Any] = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("largest", "too_large"),
+    [
+        ([0] * wire.MAX_ARRAY, [0] * (wire.MAX_ARRAY + 1)),
+        ({str(n): 0 for n in range(wire.MAX_MAP)}, {str(n): 0 for n in range(wire.MAX_MAP + 1)}),
+        (nested(wire.MAX_DEPTH - 3), nested(wire.MAX_DEPTH - 2)),
+        ({"a": b"b"}, {"a": 1.0}),
+        ({"a": None}, {1: None}),
+        ((1, bytearray(1)), {"a": {1: "b"}}),
+    ],
+    ids=["array", "map", "depth", "type", "key", "inner key"],
+)
+def test_sender_refuses_what_a_peer_would_refuse(largest: Any, too_large: Any) -> None:
+    """Parameters at the limits of a message are sent, and those above them raise before anything is sent."""
+    wire.check_sendable({"parameter": largest})
+    with pytest.raises(ProtocolError):
+        wire.check_sendable({"parameter": too_large})
+
+
+def test_protocol_has_version_1() -> None:
+    """GetAgentStatus returns this number, and PROTOCOL.md describes it."""
+    assert wire.PROTOCOL_VERSION == 1

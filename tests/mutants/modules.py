@@ -33,7 +33,7 @@ MODULES: Final = {
     f"{AGENT}/chained_log/file.py": ("test_audit", "test_audit_entries", "test_audit_incomplete", "test_audit_journal"),
     f"{CLIENT}/protocol/wire.py": ("test_wire", "test_wiping"),
     f"{CLIENT}/protocol/msgpack_scanner.py": ("test_wire",),
-    f"{CLIENT}/protocol/rpc.py": ("test_deadlines", "test_pipeline", "test_client"),
+    f"{CLIENT}/protocol/rpc.py": ("test_deadlines", "test_pipeline", "test_client", "test_logger"),
     f"{CLIENT}/client.py": ("test_deadlines", "test_pipeline", "test_client"),
     f"{CLIENT}/files/stream.py": ("test_files",),
     f"{CLIENT}/files/header.py": ("test_files",),
