@@ -171,9 +171,9 @@ def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(unix_sockets.ListeningError, match="too long"):
         unix_sockets.open_listeners([Listener(path=tmp_path / ("x" * 200))], [])
     (made,) = unix_sockets.open_listeners([Listener(path=tmp_path / "sock")], [])
-    assert not made.lost()
+    assert not made.was_replaced()
     (tmp_path / "sock").unlink()
-    assert made.lost()
+    assert made.was_replaced()
     (tmp_path / "sock").write_text("somebody else's")
     made.close()
     assert (tmp_path / "sock").read_text() == "somebody else's"

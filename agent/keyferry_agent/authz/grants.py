@@ -27,7 +27,7 @@ __all__ = [
     "Grant",
     "Policy",
     "first_matching",
-    "places",
+    "numbered",
 ]
 
 PLAINTEXT: Final = "plaintext"
@@ -144,7 +144,7 @@ def first_matching(grants: Iterable[Grant], fingerprint: str | None, context: Ma
     return None
 
 
-def places(grants: Iterable[Grant]) -> Iterator[tuple[str, Grant]]:
+def numbered(grants: Iterable[Grant]) -> Iterator[tuple[str, Grant]]:
     """Yield each grant after its place in messages: `grant[0]`, preceded by the path of its file in the folder of grants."""
     counts: Counter[Path | None] = Counter()
     for grant in grants:
@@ -156,7 +156,7 @@ def places(grants: Iterable[Grant]) -> Iterator[tuple[str, Grant]]:
 @functools.lru_cache(maxsize=1_024)
 def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
     """Return one expression for all patterns. A sole `*` matches everything; any other `*` matches `part`."""
-    alternatives = (".*" if p == "*" else _STARS.sub(functools.partial(_piece, part), p) for p in patterns)
+    alternatives = (".*" if p == "*" else _STARS.sub(functools.partial(_translate, part), p) for p in patterns)
     return re.compile("|".join(f"(?:{alternative})" for alternative in alternatives) or r"(?!)", re.DOTALL)
 
 
@@ -164,15 +164,15 @@ def _pattern(patterns: tuple[str, ...], *, part: str) -> re.Pattern[str]:
 _STARS: Final = re.compile(r"\*+(?:([^*/:]+)(?=\*))?|[^*]+")
 
 
-def _piece(part: str, found: re.Match[str]) -> str:
-    if not found[0].startswith("*"):
-        return re.escape(found[0])
-    if found[1] is None:
+def _translate(part: str, match: re.Match[str]) -> str:
+    if not match[0].startswith("*"):
+        return re.escape(match[0])
+    if match[1] is None:
         return part
     # Atomic group: take the first match of the text, and never backtrack. A later match only leaves less text for the stars
     # after it. The caller chooses the name. With backtracking, a name that nearly matches would be tried in as many ways as its
     # length to the power of the number of stars.
-    return f"(?>{part}?{re.escape(found[1])})"
+    return f"(?>{part}?{re.escape(match[1])})"
 
 
 class _ActionIndex:
@@ -182,23 +182,23 @@ class _ActionIndex:
         self.grants = tuple(grants)
         self._by_name: dict[str, list[int]] = {}
         self._by_prefix: dict[str, list[int]] = {}  # patterns, by their text before the first `*`
-        for place, grant in enumerate(grants):
+        for index, grant in enumerate(grants):
             for key in grant.keys:
-                prefix, wild, _ = key.partition("*")
-                (self._by_prefix if wild else self._by_name).setdefault(prefix, []).append(place)
+                prefix, star, _ = key.partition("*")
+                (self._by_prefix if star else self._by_name).setdefault(prefix, []).append(index)
         self._prefix_lengths = sorted({len(prefix) for prefix in self._by_prefix})
 
     def with_key(self, names: Sequence[str]) -> tuple[Grant, ...]:
         """Return the grants that cover a key with these names, in the configuration's order."""
-        places = {place for name in names for place in self._by_name.get(name, ())}
-        perhaps = {
-            place
+        matches = {index for name in names for index in self._by_name.get(name, ())}
+        candidates = {
+            index
             for name in names
             for length in self._prefix_lengths
-            for place in self._by_prefix.get(name[:length], ())
+            for index in self._by_prefix.get(name[:length], ())
         }
-        places.update(place for place in perhaps - places if self.grants[place].has_key(names))
-        return tuple(self.grants[place] for place in sorted(places))
+        matches.update(index for index in candidates - matches if self.grants[index].has_key(names))
+        return tuple(self.grants[index] for index in sorted(matches))
 
 
 class CallerGrants:
@@ -207,49 +207,49 @@ class CallerGrants:
     `asks`: the selectors of `PROGRAM` in all grants whose other selectors match this caller.
     """
 
-    __slots__ = ("_actions", "_known", "asks", "grants", "on_program")
+    __slots__ = ("_actions", "_by_key", "asks", "grants", "on_program")
 
     def __init__(self, grants: tuple[Grant, ...], asks: frozenset[str] = frozenset()) -> None:
         self.grants = grants
         self.asks = asks
         self.on_program = any(grant.program for grant in grants)
         self._actions: dict[str, _ActionIndex] = {}
-        self._known: dict[tuple[str, str], tuple[Grant, ...]] = {}
+        self._by_key: dict[tuple[str, str], tuple[Grant, ...]] = {}
 
     def with_action(self, action: str) -> tuple[Grant, ...]:
         """Return the grants that cover an action."""
-        return self._covering(action).grants
+        return self._index(action).grants
 
     def covering(self, action: str, name: str, names: Callable[[], Iterable[str]] | None) -> tuple[Grant, ...]:
         """Return the grants that cover an action on the key that is cached as `name`; `names` returns all names of the key.
 
         `names` is None if the key does not exist. The result is then empty, after the same look-up.
         """
-        known = self._known.get((action, name))
-        if known is None:
+        grants = self._by_key.get((action, name))
+        if grants is None:
             if names is None:
                 return ()
-            if len(self._known) >= _MAX_CACHED_KEYS:
-                self._known.clear()
-            known = self._known[action, name] = self._covering(action).with_key(tuple(names()))
-        return known
+            if len(self._by_key) >= _MAX_CACHED_KEYS:
+                self._by_key.clear()
+            grants = self._by_key[action, name] = self._index(action).with_key(tuple(names()))
+        return grants
 
     def would_cover(self, action: str, names: Iterable[str]) -> tuple[Grant, ...]:
         """Return the grants that would cover an action on a key with these names, whether such a key exists or not.
 
         The result is not cached, because callers can invent any number of names.
         """
-        return self._covering(action).with_key(tuple(names))
+        return self._index(action).with_key(tuple(names))
 
-    def _covering(self, action: str) -> _ActionIndex:
-        known = self._actions.get(action)
-        if known is None:
+    def _index(self, action: str) -> _ActionIndex:
+        index = self._actions.get(action)
+        if index is None:
             # Many grants have equal lists of actions, so match each list once.
             matching = {
                 grant.actions: grant.has_action(action) for grant in {g.actions: g for g in self.grants}.values()
             }
-            known = self._actions[action] = _ActionIndex([grant for grant in self.grants if matching[grant.actions]])
-        return known
+            index = self._actions[action] = _ActionIndex([grant for grant in self.grants if matching[grant.actions]])
+        return index
 
 
 class Policy:
@@ -257,45 +257,45 @@ class Policy:
 
     def __init__(self, grants: Sequence[Grant]) -> None:
         self._by_uid: dict[int, list[tuple[int, Grant]]] = {}
-        self._others: list[tuple[int, Grant]] = []
-        for place, grant in enumerate(grants):
+        self._without_uid: list[tuple[int, Grant]] = []
+        for index, grant in enumerate(grants):
             uid = _user_of(grant)
-            (self._others if uid is None else self._by_uid.setdefault(uid, [])).append((place, grant))
+            (self._without_uid if uid is None else self._by_uid.setdefault(uid, [])).append((index, grant))
         self.users_by_program = frozenset(
             uid for grant in grants if grant.program and (uid := _user_of(grant)) is not None
         )
         """The users of all grants that name a user and a program."""
-        self._known: dict[Peer, CallerGrants] = {}
-        self._room = _MAX_CALLER_BYTES
+        self._by_peer: dict[Peer, CallerGrants] = {}
+        self._free_bytes = _MAX_CALLER_BYTES
         self._sets: dict[tuple[tuple[int, ...], frozenset[str]], CallerGrants] = {}
 
     def granted(self, peer: Peer) -> CallerGrants:
         """Return the grants to this caller. Callers with the same grants share one object, and its cache."""
         evidence = peer._replace(pid=None)
-        known = self._known.get(evidence)
-        if known is None:
-            known = self._look_up(peer)
+        granted = self._by_peer.get(evidence)
+        if granted is None:
+            granted = self._look_up(peer)
             size = _CALLER_BYTES + (peer.gids.size if isinstance(peer.gids, Groups) else 0)
-            self._room -= size
-            if self._room < 0:
-                self._known.clear()
-                self._room = _MAX_CALLER_BYTES - size
-            self._known[evidence] = known
-        return known
+            self._free_bytes -= size
+            if self._free_bytes < 0:
+                self._by_peer.clear()
+                self._free_bytes = _MAX_CALLER_BYTES - size
+            self._by_peer[evidence] = granted
+        return granted
 
     def _look_up(self, peer: Peer) -> CallerGrants:
         own = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
-        candidates = sorted([*own, *self._others], key=lambda placed: placed[0])
-        possible = [(place, grant) for place, grant in candidates if grant.could_be_to(peer)]
+        candidates = sorted([*own, *self._without_uid], key=lambda pair: pair[0])
+        possible = [(index, grant) for index, grant in candidates if grant.could_be_to(peer)]
         asks = frozenset[str]().union(*(grant.program for _, grant in possible))
-        granted = [(place, grant) for place, grant in possible if grant.matches_caller(peer)]
-        key = tuple(place for place, _ in granted), asks
-        known = self._sets.get(key)
-        if known is None:
+        matching = [(index, grant) for index, grant in possible if grant.matches_caller(peer)]
+        key = tuple(index for index, _ in matching), asks
+        granted = self._sets.get(key)
+        if granted is None:
             if len(self._sets) >= _MAX_CACHED_SETS:
                 self._sets.clear()
-            known = self._sets[key] = CallerGrants(tuple(grant for _, grant in granted), asks)
-        return known
+            granted = self._sets[key] = CallerGrants(tuple(grant for _, grant in matching), asks)
+        return granted
 
 
 def _user_of(grant: Grant) -> int | None:

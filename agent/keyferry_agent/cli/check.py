@@ -15,7 +15,7 @@ from typing import Any, Final
 from keyferry import age_passphrase, private_files
 from keyferry.output import say, show
 
-from ..authz.grants import places
+from ..authz.grants import numbered
 from ..config.settings import Settings, examine
 from ..keyring.document import Document, KeyringError
 from ..keyring.file import open_sealed, read_sealed
@@ -213,7 +213,7 @@ def _keys(settings: Settings, document: Document) -> list[str]:
     names = [each for name in own for each in settings.names_of(name)]
     return [
         f"{place}.keys: {key!r} matches no key of the keyring"
-        for place, grant in places(settings.grants)
+        for place, grant in numbered(settings.grants)
         for key in grant.keys
         if key != "*" and not replace(grant, keys=(key,)).has_key(names)
     ]

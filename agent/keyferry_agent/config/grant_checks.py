@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Final
 
-from ..authz.grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, Grant, places
+from ..authz.grants import BESIDE_PROGRAM, NEVER_WITH_RECIPIENTS, Grant, numbered
 from ..peer import OVERFLOW_GID, OVERFLOW_UID
 
 __all__ = ["problems", "warnings"]
@@ -26,7 +26,7 @@ def problems(grants: Sequence[Grant], configuration: Path, listeners: Collection
     """Yield one message, with the file's path, for each error in grants. `arns`: the prefix of the agent's ARNs."""
     _, _, own_region, own_account, _ = arns.split(":", 4)
     first: dict[str, str] = {}
-    for place, grant in places(grants):
+    for place, grant in numbered(grants):
         at = place if grant.file is not None else f"{configuration}: {place}"
         listener = grant.to.get("listener")
         if listener is not None and listener not in listeners:
@@ -50,7 +50,7 @@ def problems(grants: Sequence[Grant], configuration: Path, listeners: Collection
 
 def warnings(grants: Sequence[Grant]) -> Iterator[str]:
     """Yield one warning for each grant that can never match, or by which a caller can evade the recipients of another grant."""
-    for place, grant in places(grants):
+    for place, grant in numbered(grants):
         for selector, kind, number in _OVERFLOW:
             if grant.to.get(selector) == number:
                 yield (
@@ -68,7 +68,7 @@ def warnings(grants: Sequence[Grant]) -> Iterator[str]:
 
 def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
     """Yield one warning for each grant without recipients by which a caller can evade the recipients of another grant."""
-    placed = list(places(grants))
+    placed = list(numbered(grants))
     pinned = [(place, grant) for place, grant in placed if grant.recipients is not None]
     others = [(place, grant) for place, grant in placed if grant.recipients is None]
     if len(pinned) * len(others) > _MAX_COMPARED:

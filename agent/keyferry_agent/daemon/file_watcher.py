@@ -70,7 +70,7 @@ class FileWatcher:
             await self._reloader.update(check.stats, names_changed=check.names_changed)
 
     def _check(self, files: Collection[Path]) -> _Check:
-        lost = [listening for listening in self._sockets if listening.lost()]
+        lost = [listening for listening in self._sockets if listening.was_replaced()]
         return _Check(stat_files(files), self._renumbered(), self._audit.moved(), lost)
 
     def _renumbered(self) -> bool:
@@ -90,7 +90,7 @@ class FileWatcher:
         """Log an error once for each socket whose file was removed or replaced: new clients cannot reach this agent then."""
         for listening in lost:
             self._sockets.remove(listening)
-            owner = "the agent" if listening.made else "its socket unit"
+            owner = "the agent" if listening.is_own else "its socket unit"
             log.error(
                 "socket.lost", path=str(listening.path), what=f"its file was removed or replaced; restart {owner}"
             )

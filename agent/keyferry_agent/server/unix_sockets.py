@@ -26,13 +26,13 @@ class ListeningError(Exception):
 
 
 class ListeningSocket(NamedTuple):
-    """A listening socket. `seen`: the first status of its file, if known. `made`: whether this agent created the file."""
+    """A listening socket. `original_stat`: the first status of its file, if known. `is_own`: whether this agent created the file."""
 
     name: str
     path: Path
     socket: socket.socket
-    seen: os.stat_result | None
-    made: bool
+    original_stat: os.stat_result | None
+    is_own: bool
 
     def close(self) -> None:
         """Stop listening, and remove the socket's file as `remove` does."""
@@ -41,73 +41,75 @@ class ListeningSocket(NamedTuple):
 
     def remove(self) -> None:
         """Remove the socket's file if this agent created it and another agent has not replaced it."""
-        if self.made and not self.lost():
+        if self.is_own and not self.was_replaced():
             with suppress(OSError):
                 self.path.unlink()
 
-    def lost(self) -> bool:
+    def was_replaced(self) -> bool:
         """Return whether the socket's file was removed or replaced. Returns False if its first status is unknown."""
-        if self.seen is None:
+        if self.original_stat is None:
             return False
         try:
             now = self.path.lstat()
         except OSError:
             return True
         # The file system soon reuses the inode number of a removed file. The time distinguishes the two files.
-        seen = self.seen
-        return (now.st_dev, now.st_ino, now.st_mtime_ns) != (seen.st_dev, seen.st_ino, seen.st_mtime_ns)
+        first = self.original_stat
+        return (now.st_dev, now.st_ino, now.st_mtime_ns) != (first.st_dev, first.st_ino, first.st_mtime_ns)
 
 
-def open_listeners(listeners: Sequence[Listener], given: Sequence[tuple[str, socket.socket]]) -> list[ListeningSocket]:
+def open_listeners(
+    listeners: Sequence[Listener], inherited: Sequence[tuple[str, socket.socket]]
+) -> list[ListeningSocket]:
     """Return a listening socket for each listener: a given one that belongs to it (`assign`), else a newly created one.
 
     Raises `ListeningError`, also for a given socket that belongs to no listener.
     """
-    found = assign(listeners, [(name, _path(sock)) for name, sock in given])
+    indexes = assign(listeners, [(name, _path(sock)) for name, sock in inherited])
     opened: list[ListeningSocket] = []
     try:
         for listener in listeners:
-            if listener.name in found:
-                opened.append(_adopt(listener, given[found[listener.name]][1]))
+            if listener.name in indexes:
+                opened.append(_adopt(listener, inherited[indexes[listener.name]][1]))
             else:
-                made = _take(listener)
-                opened.append(ListeningSocket(listener.name, listener.path, made, None, made=True))
-                opened[-1] = opened[-1]._replace(seen=listener.path.lstat())
+                sock = _create(listener)
+                opened.append(ListeningSocket(listener.name, listener.path, sock, None, is_own=True))
+                opened[-1] = opened[-1]._replace(original_stat=listener.path.lstat())
     except (ListeningError, OSError) as error:
-        for each in opened:
-            each.close()
+        for opened_socket in opened:
+            opened_socket.close()
         if isinstance(error, OSError):
             raise ListeningError(f"{error.filename or listener.path}: {error.strerror}") from None
         raise
     return opened
 
 
-def assign(listeners: Sequence[Listener], given: Sequence[tuple[str, Path | None]]) -> dict[str, int]:
+def assign(listeners: Sequence[Listener], inherited: Sequence[tuple[str, Path | None]]) -> dict[str, int]:
     """Map names of listeners to the indexes of the given sockets that belong to them. A socket is given by its name and path.
 
     A socket belongs to the listener with its name, else to the one with its path. If one socket and one listener are left
     over, they belong together. Raises `ListeningError` for a socket that belongs to no listener.
     """
-    found: dict[str, int] = {}
+    indexes: dict[str, int] = {}
     strangers = []
-    for number, (name, path) in enumerate(given):
-        by_name = [each.name for each in listeners if each.name == name and each.name not in found]
-        by_path = [each.name for each in listeners if each.path == path and each.name not in found]
+    for number, (name, path) in enumerate(inherited):
+        by_name = [entry.name for entry in listeners if entry.name == name and entry.name not in indexes]
+        by_path = [entry.name for entry in listeners if entry.path == path and entry.name not in indexes]
         for owner in (by_name or by_path)[:1]:
-            found[owner] = number
+            indexes[owner] = number
         if not by_name and not by_path:
             strangers.append(number)
-    rest = [each.name for each in listeners if each.name not in found]
-    if len(strangers) == len(rest) == 1:  # for one socket and one listener, no name is needed
-        found[rest[0]] = strangers.pop()
+    unassigned = [entry.name for entry in listeners if entry.name not in indexes]
+    if len(strangers) == len(unassigned) == 1:  # for one socket and one listener, no name is needed
+        indexes[unassigned[0]] = strangers.pop()
     if strangers:
-        name, path = given[strangers[0]]
+        name, path = inherited[strangers[0]]
         raise ListeningError(
             f"systemd hands over a socket named {name!r} at {path}, and no listener has this name or path: set "
-            f"FileDescriptorName= of the socket unit to the name of a [[listener]] ({', '.join(rest) or 'all have one'}), or "
+            f"FileDescriptorName= of the socket unit to the name of a [[listener]] ({', '.join(unassigned) or 'all have one'}), or "
             "disable and stop the socket unit"
         )
-    return found
+    return indexes
 
 
 def _path(sock: socket.socket) -> Path | None:
@@ -124,41 +126,41 @@ def _adopt(listener: Listener, sock: socket.socket) -> ListeningSocket:
         raise ListeningError(f"the socket for {listener.name!r} is not listening: the socket unit needs Accept=no")
     path = _path(sock)
     try:
-        seen = path.lstat() if path else None
+        original_stat = path.lstat() if path else None
     except OSError:  # the path is not visible to this process
-        seen = None
-    return ListeningSocket(listener.name, path or listener.path, sock, seen, made=False)
+        original_stat = None
+    return ListeningSocket(listener.name, path or listener.path, sock, original_stat, is_own=False)
 
 
-def _take(listener: Listener) -> socket.socket:
+def _create(listener: Listener) -> socket.socket:
     """Create the socket file and listen on it. Replaces a stale socket file. Raises `ListeningError`."""
     path = listener.path
     _check_directory(path.parent)
     try:
         # Without the lock, an agent could mistake a socket for stale that another agent has bound, but does not listen on yet.
         with Lock(path, seconds=_LOCK_SECONDS):
-            return _make(listener, path)
+            return _bind(listener, path)
     except LockError as error:
         raise ListeningError(str(error)) from None
 
 
-def _make(listener: Listener, path: Path) -> socket.socket:
-    _clear(path)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _bind(listener: Listener, path: Path) -> socket.socket:
+    _remove_stale(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     old = os.umask(0o177)  # only the owner can connect before the mode is set
     try:
-        made.bind(os.fspath(path))
-        _own(path, listener)
-        made.listen(_BACKLOG)
+        sock.bind(os.fspath(path))
+        _set_owner(path, listener)
+        sock.listen(_BACKLOG)
     except OSError as error:
-        made.close()
+        sock.close()
         raise ListeningError(f"{path}: {error.strerror or error}") from None
     finally:
         os.umask(old)
-    return made
+    return sock
 
 
-def _own(path: Path, listener: Listener) -> None:
+def _set_owner(path: Path, listener: Listener) -> None:
     """Set the owner and mode of the socket's file. Uses a descriptor, since the folder's owner could put a link at the path."""
     descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -185,7 +187,7 @@ def _check_directory(directory: Path) -> None:
         raise ListeningError(f"{directory} is writable by all users, who could replace the socket. chmod o-w it")
 
 
-def _clear(path: Path) -> None:
+def _remove_stale(path: Path) -> None:
     """Remove a socket file on which no process listens. Raises `ListeningError` for another file, or a running agent's."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
