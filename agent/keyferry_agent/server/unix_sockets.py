@@ -26,7 +26,7 @@ class ListeningError(Exception):
 
 
 class ListeningSocket(NamedTuple):
-    """A listening socket. `original_stat`: the first status of its file, if known. `is_own`: whether this agent created the file."""
+    """A listening socket. `original_stat`: its file's first status, if known. `is_own`: whether this agent created the file."""
 
     name: str
     path: Path
@@ -106,8 +106,8 @@ def assign(listeners: Sequence[Listener], inherited: Sequence[tuple[str, Path | 
         name, path = inherited[strangers[0]]
         raise ListeningError(
             f"systemd hands over a socket named {name!r} at {path}, and no listener has this name or path: set "
-            f"FileDescriptorName= of the socket unit to the name of a [[listener]] ({', '.join(unassigned) or 'all have one'}), or "
-            "disable and stop the socket unit"
+            f"FileDescriptorName= of the socket unit to the name of a [[listener]] ({', '.join(unassigned) or 'all have one'}), "
+            "or disable and stop the socket unit"
         )
     return indexes
 
