@@ -35,7 +35,7 @@ MODULES: Final = {
     f"{CLIENT}/protocol/msgpack_scanner.py": ("test_wire",),
     f"{CLIENT}/protocol/rpc.py": ("test_deadlines", "test_pipeline", "test_client", "test_logger"),
     f"{CLIENT}/client.py": ("test_deadlines", "test_pipeline", "test_client"),
-    f"{CLIENT}/files/stream.py": ("test_files",),
+    f"{CLIENT}/files/stream.py": ("test_files", "test_renewed_keys"),
     f"{CLIENT}/files/header.py": ("test_files",),
     f"{CLIENT}/files/output.py": ("test_durability", "test_places"),
 }

@@ -106,7 +106,7 @@ def assign(listeners: Sequence[Listener], inherited: Sequence[tuple[str, Path | 
         name, path = inherited[strangers[0]]
         raise ListeningError(
             f"systemd hands over a socket named {name!r} at {path}, and no listener has this name or path: set "
-            f"FileDescriptorName= of the socket unit to the name of a [[listener]] ({', '.join(unassigned) or 'all have one'}), "
+            f"FileDescriptorName= of the socket unit to a [[listener]]'s name ({', '.join(unassigned) or 'all have one'}), "
             "or disable and stop the socket unit"
         )
     return indexes
