@@ -9,6 +9,7 @@ import secrets
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
@@ -16,6 +17,7 @@ from cryptography.hazmat.primitives.hashes import SHA1, SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from gmssl.sm2 import CryptSM2, default_ecc_table
 from support import skip_unless
+from support.keys import wrap
 
 from keyferry import libcrypto
 from keyferry_agent.crypto import sm2_gmssl, wrapping
@@ -295,7 +297,7 @@ def test_a_good_key_that_libcrypto_refuses_is_not_the_callers_fault(monkeypatch:
 
 def rsa_wrapped(algorithm: str, e: int, data_key: bytes) -> bytes:
     der = rsa_private(e).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    wrapped = recipient("RSA_2048", algorithm, der).wrap(memoryview(bytearray(data_key)))
+    wrapped = wrap(recipient("RSA_2048", algorithm, der), data_key)
     assert len(wrapped) == 256
     return wrapped
 
@@ -336,10 +338,12 @@ def test_sm2_wraps_up_to_its_capacity(fallback: bool, monkeypatch: pytest.Monkey
         monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
     wrapping.recipient.cache_clear()  # so that it is loaded anew, with or without libcrypto
     found = recipient("EC_SM2", "SM2PKE", SM2_DER)
-    assert isinstance(found.wrap, functools.partial) == fallback
+    in_python = Mock(wraps=sm2_gmssl.encrypt)
+    monkeypatch.setattr(sm2_gmssl, "encrypt", in_python)
     for size in (1, 1_024, 6_047):
         data_key = secrets.token_bytes(size)
-        assert sm2_gmssl.decrypt(SM2_D, found.wrap(memoryview(bytearray(data_key)))) == data_key
+        assert sm2_gmssl.decrypt(SM2_D, wrap(found, data_key)) == data_key
+    assert in_python.called == fallback
     wrapping.recipient.cache_clear()
 
 
@@ -349,3 +353,25 @@ def test_sm2_without_libcrypto_and_without_the_fallback_says_so(monkeypatch: pyt
     assert found is not None
     with pytest.raises(wrapping.WrappingError, match=r"SM2PKE is not available without SM2: this .* SM2\.$"):
         wrapping.recipient(found, sm2_key(b"\x04" + bytes.fromhex(default_ecc_table["g"])), sm2_fallback=False)
+
+
+def test_padded_data_key_is_only_in_the_buffer_of_the_caller() -> None:
+    """The message that RSA encrypts shows the data key: it is made in the given buffer, and libcrypto only encrypts it."""
+    key = libcrypto.generate_rsa_2048()
+    padded, data_key = bytearray(256), b"one data key, of 32 bytes in all"
+    wrapped = key.oaep_encryptor(b"sha256")(bytearray(data_key), padded)
+    message = bytearray(256)
+    key.decrypt_into(bytearray(wrapped), message, ((b"rsa_padding_mode", b"none"),))
+    assert (padded[0], padded) == (0, message)
+    out = bytearray(256)
+    assert out[: key.decrypt_oaep_into(bytearray(wrapped), bytearray(256), out, b"sha256")] == data_key
+
+
+def test_data_key_above_the_capacity_of_oaep_is_refused() -> None:
+    """RSAES-OAEP with SHA-256 carries 190 bytes in 2,048 bits."""
+    encrypt = libcrypto.generate_rsa_2048().oaep_encryptor(b"sha256")
+    assert len(encrypt(bytearray(190), bytearray(256))) == 256
+    with pytest.raises(libcrypto.LibcryptoError):
+        encrypt(bytearray(191), bytearray(256))
+    with pytest.raises(libcrypto.LibcryptoError):
+        libcrypto.generate_rsa_2048().oaep_encryptor(b"no such hash")

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from support.keys import recipient
+from support.keys import recipient, wrap
 
 from keyferry import libcrypto
 from keyferry.secret import SecretMemory
@@ -50,13 +50,13 @@ def test_a_wrong_rsa_stops_the_start(monkeypatch: pytest.MonkeyPatch, algorithm:
 
 def test_encryption_that_does_not_decrypt_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-test encrypts, too, as the agent does."""
-    encryptor = libcrypto.Key.encryptor
+    encryptor = libcrypto.Key.oaep_encryptor
 
-    def wrong(key: libcrypto.Key, options: libcrypto.Options = ()) -> Any:
-        encrypt = encryptor(key, options)
-        return lambda plaintext: encrypt(bytearray(len(plaintext)))
+    def wrong(key: libcrypto.Key, digest: bytes) -> Any:
+        encrypt = encryptor(key, digest)
+        return lambda plaintext, padded: encrypt(bytearray(len(plaintext)), padded)
 
-    monkeypatch.setattr(libcrypto.Key, "encryptor", wrong)
+    monkeypatch.setattr(libcrypto.Key, "oaep_encryptor", wrong)
     wrapping.recipient.cache_clear()
     with pytest.raises(selftest.SelfTestError, match=r"RSAES_OAEP_SHA_256: .* something else"):
         selftest.run(SecretMemory(8192, require=False), sm2_fallback=False)
@@ -96,7 +96,7 @@ def test_where_libcrypto_has_no_sm2_the_fallback_wraps_and_without_it_sm2_is_uns
     wrapping.recipient.cache_clear()
     with pytest.raises(wrapping.WrappingError, match="SM2PKE is not available"):
         wrapping.recipient(way, to.der, sm2_fallback=False)
-    wrapped = wrapping.recipient(way, to.der, sm2_fallback=True).wrap(memoryview(bytearray(b"k" * 32)))
+    wrapped = wrap(wrapping.recipient(way, to.der, sm2_fallback=True), b"k" * 32)
     wrapping.recipient.cache_clear()
     opened = bytearray(64)
     assert to.private.decrypt_into(bytearray(raw_to_der(wrapped)), opened) == 32

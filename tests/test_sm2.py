@@ -14,6 +14,7 @@ import pytest
 from gmssl import func
 from gmssl.sm2 import CryptSM2, default_ecc_table
 from support import skip_unless
+from support.keys import wrap
 from support.sm2_example import C1_X, C1_Y, DER, MESSAGE, RAW, D, K, X, Y
 
 from keyferry import libcrypto
@@ -252,7 +253,7 @@ def test_what_the_product_encrypts_openssl_decrypts(size: int, tmp_path: Path) -
     sm2pke = wrapping.find("EC_SM2", "SM2PKE")
     assert sm2pke is not None
     recipient = wrapping.recipient(sm2pke, SPKI_PREFIX + pair.point, sm2_fallback=False)
-    for raw in (recipient.wrap(memoryview(bytearray(message))), portable_encrypt(pair, message)):
+    for raw in (wrap(recipient, message), portable_encrypt(pair, message)):
         assert len(raw) == size + RAW_OVERHEAD
         der = raw_to_der(sdf_to_raw(raw_to_sdf(raw)))
         assert openssl(tmp_path, der, "-decrypt", "-inkey", str(tmp_path / "private")) == message

@@ -31,13 +31,16 @@ _MAX_CACHED_GRANT_SETS: Final = 64
 """Sets of grants whose visible keys are cached. Callers with the same grants share one set."""
 MAX_BATCH: Final = 32
 """Requests of one connection in one round."""
-_SCRATCH: Final = (1 + OFFLOAD_THREADS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0])
-"""Bytes (36 KiB). Each working thread needs space for one plaintext of any size and for the keys derived meanwhile."""
+_SCRATCH_BYTES: Final = (1 + OFFLOAD_THREADS) * (sum(SCRATCH_SIZES) + SCRATCH_SIZES[0]) + SCRATCH_SIZES[1]
+"""Each working thread needs space for one plaintext of any size and for the keys derived meanwhile (40 KiB, in whole pages).
+
+The event loop's thread needs space for the padded message of RSA, too.
+"""
 
 
 def locked_memory_needed(keyring: int) -> str:
     """Return a sentence on how much locked memory an agent needs in all, if its keyring takes `keyring` bytes."""
-    scratch = whole_pages(_SCRATCH)
+    scratch = whole_pages(_SCRATCH_BYTES)
     total = scratch + 2 * keyring
     return (
         f"This agent needs {total // 1024} KiB of locked memory in all: {scratch // 1024} for its work, and twice "
@@ -103,7 +106,7 @@ class ServerState:
     def __post_init__(self) -> None:
         self.policy = Policy(self.settings.grants)
         require = self.settings.memory == "require"
-        self.scratch = SecretMemory(_SCRATCH, backing=self.settings.memory_backing, require=require)
+        self.scratch = SecretMemory(_SCRATCH_BYTES, backing=self.settings.memory_backing, require=require)
 
     def adopt(self, settings: Settings, keyring: Keyring) -> None:
         """Replace the settings and the keyring. The old keyring is wiped after the last request that uses it."""

@@ -41,6 +41,7 @@ _RSA: Final = b"RSA"
 _SM2: Final = b"SM2"
 _OPENSSL_3: Final = 0x30000000
 _CONFIGURATION: Final = "OPENSSL_CONF"
+_NO_PADDING: Final = ((b"rsa_padding_mode", b"none"),)
 _TRIAL_KEY: Final = (
     bytes.fromhex("30820122300d06092a864886f70d01010105000382010f003082010a0282010100")
     + (2**2048 - 159).to_bytes(256, "big")
@@ -90,6 +91,10 @@ def load() -> ctypes.CDLL:
         "RSA_padding_check_PKCS1_OAEP_mgf1": (
             c_int,
             [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p],
+        ),
+        "RSA_padding_add_PKCS1_OAEP_mgf1": (
+            c_int,
+            [c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p],
         ),
         "EVP_PKEY_CTX_new": (c_void_p, [c_void_p, c_void_p]),
         "EVP_PKEY_CTX_free": (None, [c_void_p]),
@@ -228,6 +233,25 @@ class Key:
 
         return encrypt
 
+    def oaep_encryptor(self, digest: bytes) -> Callable[[Buffer, Buffer], bytes]:
+        """Return a function that encrypts with RSAES-OAEP (RFC 8017; MGF1 with the same hash, empty label).
+
+        The function takes the plaintext, and a buffer as long as the modulus, which the caller wipes. It pads in that buffer,
+        and encrypts in a second step. In one step, libcrypto would free the padded message, which shows the plaintext, without
+        wiping it. The function raises `LibcryptoError`.
+        """
+        library, size, algorithm = self._library, self._size, _digest(digest)
+        pad, encrypt = library.RSA_padding_add_PKCS1_OAEP_mgf1, self.encryptor(_NO_PADDING)
+
+        def oaep_encrypt(plaintext: Buffer, padded: Buffer) -> bytes:
+            message = _reference(plaintext) if plaintext else None
+            if pad(_reference(padded), size, message, len(plaintext), None, 0, algorithm, algorithm) != 1:
+                library.ERR_clear_error()
+                raise LibcryptoError("libcrypto could not encrypt")
+            return encrypt(padded)
+
+        return oaep_encrypt
+
     def decrypt_into(self, ciphertext: Buffer, out: Buffer, options: Options = ()) -> int:
         """Decrypt into `out`, and return the number of bytes written. Raises the same `LibcryptoError` for every fault."""
         contexts = self._contexts.setdefault(("decrypt", options), [])
@@ -250,11 +274,11 @@ class Key:
         wiping it. Here the message stays in `padded`, a buffer as long as the modulus, which the caller wipes. Raises the same
         `LibcryptoError` for every fault.
         """
-        size = self.decrypt_into(ciphertext, padded, ((b"rsa_padding_mode", b"none"),))
+        size = self.decrypt_into(ciphertext, padded, _NO_PADDING)
         library = self._library
-        hashed = library.EVP_get_digestbyname(digest)
+        algorithm = _digest(digest)
         plaintext: int = library.RSA_padding_check_PKCS1_OAEP_mgf1(
-            _address(out), len(out), _address(padded), size, size, None, 0, hashed, hashed
+            _address(out), len(out), _address(padded), size, size, None, 0, algorithm, algorithm
         )
         if plaintext < 0:
             library.ERR_clear_error()
@@ -349,7 +373,7 @@ def generate_sm2() -> Key:
 def has_oaep(digest: bytes) -> bool:
     """Return whether this libcrypto encrypts with RSAES-OAEP and a hash. The function tries it: the version does not tell."""
     try:
-        public_key(_TRIAL_KEY).encrypt(bytearray(1), oaep(digest))
+        public_key(_TRIAL_KEY).oaep_encryptor(digest)(bytearray(1), bytearray(256))
     except LibcryptoError:
         return False
     return True
@@ -364,6 +388,17 @@ def has_sm2() -> bool:
         library.ERR_clear_error()
         return False
     return Key(pkey).is_a(_SM2)
+
+
+@functools.cache
+def _digest(name: bytes) -> int:
+    """Return a hash of libcrypto, fetched once: by its name alone, libcrypto would look it up for each call of it."""
+    library = load()
+    algorithm: int | None = library.EVP_MD_fetch(None, name, None)
+    if not algorithm:
+        library.ERR_clear_error()
+        raise LibcryptoError(f"this libcrypto offers no {name.decode()}")
+    return algorithm
 
 
 def _load(function: str, der: Buffer, what: str) -> Key:

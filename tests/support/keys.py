@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from keyferry import libcrypto
 from keyferry.module import CryptographicModule
 from keyferry.parameters import decode_base64, encode_base64
+from keyferry.secret import SCRATCH_SIZES, SecretMemory
 from keyferry.sm2_ciphertext import raw_to_der
 from keyferry_agent.crypto import wrapping
 
@@ -91,4 +92,14 @@ class RecipientFor:
 
     def wrap(self, data_key: bytes) -> str:
         """An ExportedDataKey with this data key."""
-        return encode_base64(self._recipient.wrap(memoryview(bytearray(data_key))))
+        return encode_base64(wrap(self._recipient, data_key))
+
+
+def wrap(to: wrapping.Recipient, data_key: bytes) -> bytes:
+    """Return a data key encrypted for a recipient, as the agent encrypts it."""
+    return to.wrap(memoryview(bytearray(data_key)), _scratch())
+
+
+@functools.cache
+def _scratch() -> SecretMemory:
+    return SecretMemory(sum(SCRATCH_SIZES), require=False)

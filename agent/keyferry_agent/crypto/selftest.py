@@ -112,7 +112,7 @@ def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
     for pair, way in wrapping.TABLE.items():
         missing = way.missing()
         if missing is None:
-            _check_sm2() if pair[0] == "EC_SM2" else _check_rsa(*pair)
+            _check_sm2() if pair[0] == "EC_SM2" else _check_rsa(*pair, scratch)
         elif pair in _NEEDED:
             raise SelfTestError(f"{way.name}: {libcrypto.why_missing(missing)} ({libcrypto.configuration()})")
         elif pair[0] == "EC_SM2" and sm2_fallback:
@@ -143,12 +143,14 @@ def _check_seal(key_spec: str, expected: bytes, scratch: SecretMemory) -> None:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob opens to something else")
 
 
-def _check_rsa(key_spec: str, algorithm: str) -> None:
+def _check_rsa(key_spec: str, algorithm: str, scratch: SecretMemory) -> None:
     way = wrapping.TABLE[key_spec, algorithm]
     digest = _RSA_DIGESTS[algorithm]
     try:
         key = libcrypto.private_key(bytearray(b64decode(_RSA_PKCS8)))
-        made = wrapping.recipient(way, key.public_der(), sm2_fallback=False).wrap(memoryview(bytearray(_RSA_MESSAGE)))
+        made = wrapping.recipient(way, key.public_der(), sm2_fallback=False).wrap(
+            memoryview(bytearray(_RSA_MESSAGE)), scratch
+        )
         for wrapped in (b64decode(_RSA_CIPHERTEXTS[algorithm]), made):
             opened = bytearray(256)
             size = key.decrypt_into(bytearray(wrapped), opened, libcrypto.oaep(digest))

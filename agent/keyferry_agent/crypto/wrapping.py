@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, TypeAlias
 
 from keyferry import libcrypto
+from keyferry.secret import SecretMemory
 from keyferry.sm2_ciphertext import der_to_raw
 
 from .public_key import check_rsa_2048, check_sm2, fingerprint
@@ -34,7 +35,7 @@ class Wrapping(NamedTuple):
     missing: Callable[[], str | None]  # returns the algorithm that libcrypto lacks, for `libcrypto.why_missing`
 
 
-Wrap: TypeAlias = Callable[[memoryview], bytes]
+Wrap: TypeAlias = Callable[[memoryview, SecretMemory], bytes]
 
 
 class Recipient(NamedTuple):
@@ -43,12 +44,20 @@ class Recipient(NamedTuple):
     wrapping: Wrapping
     fingerprint: str
     wrap: Wrap
-    """Encrypts a data key of at most `wrapping.capacity` bytes."""
+    """Encrypts a data key of at most `wrapping.capacity` bytes. Padded data keys are in the memory given second."""
 
 
 def _oaep(name: str, digest: bytes, digest_size: int, digest_name: str) -> Wrapping:
     """Return the wrapping of RSAES-OAEP with one hash."""
-    options = libcrypto.oaep(digest)
+
+    def wrapper(key: libcrypto.Key) -> Wrap:
+        encrypt = key.oaep_encryptor(digest)
+
+        def wrap(data_key: memoryview, scratch: SecretMemory) -> bytes:
+            with scratch.borrow(_RSA_BYTES) as padded:
+                return encrypt(data_key, padded)
+
+        return wrap
 
     def missing() -> str | None:
         if libcrypto.has_oaep(digest):
@@ -56,9 +65,7 @@ def _oaep(name: str, digest: bytes, digest_size: int, digest_name: str) -> Wrapp
         return digest_name if libcrypto.has_oaep(b"sha256") else "RSA"
 
     capacity = _RSA_BYTES - 2 * digest_size - 2
-    return Wrapping(
-        name, capacity, offload=False, check=check_rsa_2048, wrapper=lambda key: key.encryptor(options), missing=missing
-    )
+    return Wrapping(name, capacity, offload=False, check=check_rsa_2048, wrapper=wrapper, missing=missing)
 
 
 def _missing_sm2() -> str | None:
@@ -67,7 +74,7 @@ def _missing_sm2() -> str | None:
 
 def _sm2(key: libcrypto.Key) -> Wrap:
     encrypt = key.encryptor()
-    return lambda data_key: der_to_raw(encrypt(data_key))
+    return lambda data_key, _scratch: der_to_raw(encrypt(data_key))
 
 
 TABLE: Final = {
@@ -105,4 +112,4 @@ def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipien
         raise WrappingError(f"{wrapping.name} is not available without {missing}: {libcrypto.why_missing(missing)}.")
     from . import sm2_gmssl  # noqa: PLC0415 - takes 15 ms to import, and most systems never need it
 
-    return Recipient(wrapping, fingerprint(der), functools.partial(sm2_gmssl.encrypt, der[-64:]))
+    return Recipient(wrapping, fingerprint(der), lambda data_key, _scratch: sm2_gmssl.encrypt(der[-64:], data_key))

@@ -4,6 +4,7 @@ from contextlib import suppress
 from typing import Any
 
 from Cryptodome.Util.asn1 import DerBitString, DerInteger, DerNull, DerObjectId, DerSequence
+from support.keys import wrap
 
 from keyferry import libcrypto
 from keyferry.protocol.rpc import pem_to_der
@@ -49,7 +50,7 @@ def _accepts(check: object, data: bytes) -> bool:
 
 
 def _wrapped(way: wrapping.Wrapping, der: bytes) -> bytes:
-    return wrapping.recipient(way, der, sm2_fallback=False).wrap(memoryview(bytearray(32)))
+    return wrap(wrapping.recipient(way, der, sm2_fallback=False), bytes(32))
 
 
 def _is_rsa(data: bytes) -> bool:
