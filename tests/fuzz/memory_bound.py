@@ -13,8 +13,9 @@ _FREE = 96 * 1024
 
 
 def frugal(read: Callable[[], T], given: int, *, times: int) -> T:
-    """What `read` gives. Fails if it takes more than `times` the given bytes of memory at once, besides 96 KiB, twice in
-    a row: the first time it may import something, or the interpreter's own tables may grow.
+    """Return the result of `read`. Fails if it allocates more than `times` the given bytes and 96 KiB, twice in a row.
+
+    The first time, it may import a module, or the interpreter's own tables may grow.
     """
     result, most = _measured(read)
     if most > times * given + _FREE:
