@@ -35,7 +35,7 @@ class SharedConnection:
 
     * Without a reader, a waiting task becomes the reader. It receives once, stores all answers, and wakes the tasks that they
       concern. With a reader, a task sleeps until it is woken. Then either checks whether its own wait is over.
-    * A task that ends its wait, also by cancellation, wakes one sleeping task if there is no reader, to become the next one.
+    * A task that ends its wait, also by cancellation, wakes one sleeping task, unless there is a reader, to be the next one.
     * The task with the send lock waits until the requests in flight and its chunk fit the window. So sending never blocks:
       otherwise both ends could block in send, each waiting for the other to read. A chunk leaves the window when all of its
       requests are answered.
