@@ -221,7 +221,7 @@ def test_an_awaited_client_raises_the_last_failure(socket_path: Path, run: Run) 
                 with pytest.raises(InvalidRequest):
                     await kms.describe_key(key_id="alias/a")
         async with AsyncClient(socket_path) as kms:
-            with pytest.raises(AgentUnavailable, match="nobody listens"):
+            with pytest.raises(AgentUnavailable, match="no process listens"):
                 await kms.pipeline([operations.DescribeKey(key_id="alias/a")])
 
     run(main)

@@ -103,8 +103,7 @@ class Client(Operations, Awaiting):
             if self._loop is not None:
                 if self._loop[0] == loop[0] and not self._is_released and not _has_ended(self._loop[1]):
                     raise KeyferryError(
-                        f"{self!r} is in use in another event loop, and one client is for one event loop: "
-                        "make a client for each loop and each thread"
+                        f"{self!r} is in use in another event loop; use a client for each event loop and each thread"
                     )
                 if self._connection is not None:
                     self._connection.abandon()

@@ -56,7 +56,7 @@ class SharedConnection:
 
     async def close(self) -> None:
         """Close the connection. Tasks that wait for an answer on it raise `AgentUnavailable`."""
-        self._fail(AgentUnavailable("the client was closed while the call was under way", retryable=False))
+        self._fail(AgentUnavailable("the client was closed during the call", retryable=False))
         await self._stream.aclose()
 
     def abandon(self) -> None:
@@ -105,7 +105,7 @@ class SharedConnection:
             self._fail(ConnectionResetError("the agent closed the connection"))
             self._check()
         except BaseException:  # cancelled: a part of the chunk may be sent, so the connection is unusable
-            self._fail(ConnectionAbortedError("a request was cut off"))
+            self._fail(ConnectionAbortedError("a request was sent in part"))
             raise
 
     async def _wait(self, key: PendingResponse | None, is_over: Callable[[], bool]) -> None:

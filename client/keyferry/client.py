@@ -164,7 +164,9 @@ class Client(Operations, Blocking):
         # The lock to release is this one: a fork in a signal handler during the call replaces the child's attribute.
         lock = self._lock
         if not lock.acquire(timeout=min(deadline.remaining(), threading.TIMEOUT_MAX)):
-            raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
+            raise AgentUnavailable(
+                f"{self._path}: other threads used this client for {self._timeout:g} s; use a client for each thread"
+            )
         try:
             self._run(calls, deadline)
         except BaseException as error:

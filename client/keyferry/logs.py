@@ -47,7 +47,7 @@ def repeating(calls: Iterable[PendingCall], error: KeyferryError | None, delay: 
     logger = _logger()
     if logger is not None and logger.isEnabledFor(_INFO):
         why = "refused" if error is None else _description(error)
-        logger.info("%s: %s, asked again in %.0f ms", _names(calls), why, delay * 1_000)
+        logger.info("%s: %s, repeated in %.0f ms", _names(calls), why, delay * 1_000)
 
 
 _DEBUG = 10

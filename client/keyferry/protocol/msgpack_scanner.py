@@ -69,7 +69,7 @@ def _formats() -> list[_Format]:
         formats[first] = _Format(_REFUSED, why="floats are not part of the protocol")
     for first in (*range(0xC7, 0xCA), *range(0xD4, 0xD9)):
         formats[first] = _Format(_REFUSED, why="extension types are not part of the protocol")
-    formats[0xC1] = _Format(_REFUSED, why="byte 0xC1 begins nothing in msgpack")
+    formats[0xC1] = _Format(_REFUSED, why="byte 0xC1 is not part of msgpack")
     return formats
 
 

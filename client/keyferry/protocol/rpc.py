@@ -72,7 +72,7 @@ def socket_path(text: str) -> str:
     if path.startswith("@"):
         raise ValueError(f"{text} names an abstract socket, which every user can take; set the path of a socket file")
     if not path:
-        raise ValueError(f"{text!r} names no socket; set the path of a socket file")
+        raise ValueError(f"{text!r} does not name a socket; set the path of a socket file")
     return os.path.expanduser(path)
 
 
@@ -85,22 +85,22 @@ def seconds(timeout: float) -> float:
 
 def unreachable(path: str, error: OSError) -> AgentUnavailable:
     """Return the exception for a socket that does not connect, or whose connection broke."""
-    passes = isinstance(error, FileNotFoundError | ConnectionError) and _what_is_there(path) is None
-    return AgentUnavailable(why_unreachable(path, error), retryable=passes)
+    is_temporary = isinstance(error, FileNotFoundError | ConnectionError) and _describe_non_socket(path) is None
+    return AgentUnavailable(why_unreachable(path, error), retryable=is_temporary)
 
 
 def why_unreachable(path: str, error: OSError) -> str:
     """Return a message about a socket that does not connect, with advice for the user."""
     if isinstance(error, FileNotFoundError):
-        return f"{path} does not exist: is keyferry-agent running, and is this its socket?"
+        return f"{path} does not exist; start keyferry-agent, or set the path of its socket"
     if isinstance(error, ConnectionRefusedError):
-        return _what_is_there(path) or f"nobody listens on {path}: keyferry-agent is not running"
+        return _describe_non_socket(path) or f"{path}: no process listens on this socket; start keyferry-agent"
     if isinstance(error, PermissionError):
-        return f"this user may not open {path}: see the socket's mode and group"
+        return f"{path}: this user may not open the socket; check its mode and group"
     return f"{path}: {error.strerror or error}"
 
 
-def _what_is_there(path: str) -> str | None:
+def _describe_non_socket(path: str) -> str | None:
     """Return a message if the path is a folder, or a file that is not a socket; None for a socket or a missing file."""
     try:
         mode = os.stat(path).st_mode
@@ -108,13 +108,13 @@ def _what_is_there(path: str) -> str | None:
         return None
     if stat.S_ISDIR(mode):
         return (
-            f"{path} is a folder, not a socket: a container runtime makes one where the socket is not there yet; "
+            f"{path} is a folder, not a socket: a container runtime creates a folder where the socket does not exist yet; "
             "remove it, start keyferry-agent, then the container"
         )
     if stat.S_ISREG(mode):
-        return f"{path} is a regular file, not a socket: is this the path that keyferry-agent listens on?"
+        return f"{path} is a regular file, not a socket; set the path that keyferry-agent listens on"
     if not stat.S_ISSOCK(mode):
-        return f"{path} is not a socket: is this the path that keyferry-agent listens on?"
+        return f"{path} is not a socket; set the path that keyferry-agent listens on"
     return None
 
 
@@ -222,9 +222,9 @@ class PendingCall(NamedTuple):
         try:
             return result_from_wire(call.result, answer)
         except KeyError as error:
-            raise ProtocolError(f"the answer to {call.name} lacks {error}") from None
+            raise ProtocolError(f"the answer to {call.name} has no {error}") from None
         except (TypeError, AttributeError) as error:
-            raise ProtocolError(f"the answer to {call.name} is not what it should be: {error}") from None
+            raise ProtocolError(f"the answer to {call.name} has a field of another type: {error}") from None
 
 
 def pending_calls(requests: Iterable[Any]) -> list[PendingCall]:
@@ -243,7 +243,9 @@ def _to_call(request: Any) -> Call:
         name, params = request
         if isinstance(name, str) and isinstance(params, Mapping):
             return Call(name, dict(params))
-    raise TypeError(f"a request of keyferry.operations, or a name and parameters; not {type(request).__name__}")
+    raise TypeError(
+        f"expected a request of keyferry.operations, or a name and parameters, not {type(request).__name__}"
+    )
 
 
 def count_answered(calls: Iterable[PendingCall]) -> int:
@@ -312,7 +314,7 @@ class RpcSession:
         answers = []
         for message in self._decoder.messages():
             if not isinstance(message, wire.Response):
-                raise ProtocolError("the agent sent something that is no response")
+                raise ProtocolError("the agent sent a message that is not a response")
             if message.msgid is None:  # the agent refused the connection, or could not read a request; it hangs up
                 error = message.error or {}
                 if error.get("Code") == "ProtocolError":
@@ -320,7 +322,9 @@ class RpcSession:
                 raise _refusal(error)
             pending = self._unanswered.pop(message.msgid, None)
             if pending is None:
-                raise ProtocolError("the agent answered a request that is not under way")
+                raise ProtocolError(
+                    f"the agent answered msgid {message.msgid}, which is not that of an unanswered request"
+                )
             pending.response = message
             answers.append(pending)
         return answers
@@ -329,6 +333,6 @@ class RpcSession:
 def _refusal(error: Mapping[str, Any]) -> KmsError:
     code, message, status = error.get("Code"), error.get("Message"), error.get("HttpStatus")
     if not isinstance(code, str) or not isinstance(message, str):
-        raise ProtocolError("the agent refused without a Code and a Message")
+        raise ProtocolError("the agent sent an error without a Code or a Message")
     request_id = str(error.get("RequestId", ""))
     return kms_error(code, message=message, request_id=request_id, http_status=status if isinstance(status, int) else 0)

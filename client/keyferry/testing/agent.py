@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalAgent"]
 
-_PATIENCE: Final = 60.0
+_REPLY_TIMEOUT_SECONDS: Final = 60.0
 """Seconds to wait for the relay's reply. Starting the agent takes half a second, and a later command takes milliseconds."""
 
 
@@ -76,7 +76,7 @@ class LocalAgent:
         self._relay.stdin.close()
         if os.getpid() == self._owner:
             try:
-                self._relay.wait(_PATIENCE)
+                self._relay.wait(_REPLY_TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
                 self._relay.kill()
                 self._relay.wait()
@@ -144,7 +144,7 @@ class LocalAgent:
         if operation is not None and operation not in OPERATIONS:
             raise ValueError(f"{operation!r} is not an operation; expected one of {', '.join(OPERATIONS)}")
         if times is not None and times < 1:
-            raise ValueError(f"times is at least 1, or None, not {times}")
+            raise ValueError(f"times is {times}; expected at least 1, or None")
         self._command("fault", code=code, operation=operation, times=times)
 
     def _command(self, name: str, **arguments: Any) -> None:
@@ -160,10 +160,14 @@ class LocalAgent:
     def _reply(self) -> None:
         """Wait for one line of the relay. Raises `KeyferryError` for an error in it, and when the relay does not reply."""
         assert self._relay.stdout is not None
-        ready, _, _ = select.select([self._relay.stdout], [], [], _PATIENCE)
+        ready, _, _ = select.select([self._relay.stdout], [], [], _REPLY_TIMEOUT_SECONDS)
         line = self._relay.stdout.readline() if ready else b""
         if not line:
-            raise KeyferryError("the local agent has ended" if ready else f"the local agent hangs: {_PATIENCE:g} s")
-        why = json.loads(line)
-        if why is not None:
-            raise KeyferryError(f"the local agent does not start: {why}")
+            raise KeyferryError(
+                "the local agent has ended"
+                if ready
+                else f"the local agent did not reply within {_REPLY_TIMEOUT_SECONDS:g} s"
+            )
+        reason = json.loads(line)
+        if reason is not None:
+            raise KeyferryError(f"the local agent does not start: {reason}")
