@@ -218,10 +218,9 @@ class Client(Operations, Blocking):
 
     def _send(self, connection: sockets.socket, data: bytearray, deadline: "_Deadline") -> None:
         """Send all of the data, and read answers meanwhile: the agent stops reading while its answers are not read."""
-        sent = _send_some(connection, data)
-        if sent == len(data):
+        unsent = memoryview(data)[_send_some(connection, data) :]
+        if not unsent:
             return
-        unsent = memoryview(data)[sent:]
         self._poll.modify(connection, _READABLE | _WRITABLE)
         while unsent:
             if self._wait(deadline) & ~_WRITABLE:

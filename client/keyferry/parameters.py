@@ -173,7 +173,7 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _TEXT: Final = frozenset({str})
-_JSON_ESCAPE: Final = 6
+_MAX_JSON_ESCAPE: Final = 6
 """Most characters that JSON writes for one character of ASCII."""
 
 
@@ -194,7 +194,7 @@ def _encryption_context(name: str, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not _TEXT.issuperset(map(type, value.values())):
         raise invalid_parameter(name, "a map (or its JSON text) of strings to strings is expected.")
     characters = "".join([*value, *value.values()])
-    if characters.isascii() and _JSON_ESCAPE * (len(characters) + len(value)) < MAX_CONTEXT:
+    if characters.isascii() and _MAX_JSON_ESCAPE * (len(characters) + len(value)) < MAX_CONTEXT:
         return value
     # The cloud too measures the JSON. Here, characters outside ASCII count as one: escapes for ASCII output are not counted.
     text = _json().dumps(value, ensure_ascii=False, separators=(",", ":"))

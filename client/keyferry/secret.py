@@ -44,7 +44,7 @@ _MADV_DONTDUMP: Final = 16
 _MAP_FIXED: Final = 0x10
 _PROT_NONE: Final = 0
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
-_ALIGNMENT: Final = 16
+_ALIGNMENT_BYTES: Final = 16
 SCRATCH_SIZES: Final = (64, 1_024, 6_144)
 """Sizes in bytes that borrowed blocks are rounded up to.
 
@@ -219,7 +219,7 @@ class SecretMemory:
 
     def allocate(self, size: int) -> Secret:
         """Allocate `size` bytes, all zero. Raises `SecretMemoryError` when the memory is used up."""
-        capacity = max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT
+        capacity = max(1, -(-size // _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
         return Secret(self, self._reserve(capacity), capacity, size)
 
     def borrow(self, size: int) -> _Borrowed:

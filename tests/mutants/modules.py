@@ -22,6 +22,7 @@ MODULES: Final = {
     f"{AGENT}/chained_log/chain.py": ("test_audit", "test_audit_incomplete", "test_audit_rotated"),
     f"{AGENT}/chained_log/file.py": ("test_audit", "test_audit_incomplete"),
     f"{CLIENT}/protocol/wire.py": ("test_wire", "test_wiping"),
+    f"{CLIENT}/protocol/fast_reader.py": ("test_wire",),
     f"{CLIENT}/protocol/msgpack_scanner.py": ("test_wire",),
     f"{CLIENT}/protocol/rpc.py": ("test_deadlines", "test_pipeline", "test_client"),
     f"{CLIENT}/client.py": ("test_deadlines", "test_pipeline", "test_client"),

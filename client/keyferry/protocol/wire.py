@@ -6,31 +6,30 @@ The msgpack library parses only one complete message, whose size was checked fir
 
 1. msgpack's parser skips over the complete messages in the buffer. It builds no objects, and finds their ends three times as
    fast as the strict reader. A message that begins like a request is yielded packed: its caller may not need to parse it.
-2. The fast reader parses the others, and a request whose parameters are needed. msgpack's parser does that, with limits that
-   bound its memory; then the rules that it lacks are checked. This reader only accepts messages: at a fault it returns None.
+2. The fast reader (`fast_reader`) parses the others, and a request whose parameters are needed. msgpack's parser does that,
+   with limits that bound its memory; then the rules that it lacks are checked. This reader only accepts messages: at a fault
+   it returns None.
 3. The strict reader (`msgpack_scanner`) decides about the rest: a fault, a large map, a message that arrives in pieces. It
    follows the headers, applies every limit and names the broken one, and then reads the message value by value.
 
 So the first two only save time. A stream has the same messages and the same error however it is cut.
 """
 
-import sys
 from collections.abc import Iterator
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import msgpack
 
 from ..errors import ProtocolError
+from .fast_reader import SENDABLE, TEXT, parse_fast
 from .msgpack_scanner import (
     MAX_ARRAY,
     MAX_DEPTH,
     MAX_MAP,
     MAX_MESSAGE,
-    UNICODE_ERRORS,
     UNPACKER_BUFFER_BYTES,
     HeaderScanner,
     parse_strictly,
-    unique_keys,
 )
 
 __all__ = [
@@ -65,7 +64,10 @@ class Request(NamedTuple):
 
 
 class PackedRequest(NamedTuple):
-    """A complete message that begins like a request, not yet parsed. Equal requests have equal bodies."""
+    """A complete message that begins like a request, not yet parsed.
+
+    Equal requests have equal bodies, so a caller may remember what it did for a body. The codec itself remembers nothing.
+    """
 
     msgid: int
     body: bytes
@@ -76,7 +78,7 @@ class PackedRequest(NamedTuple):
         packed = bytearray((_ARRAY_OF_FOUR, 0))
         packed += msgpack.Packer(**_PACKER_OPTIONS).pack(self.msgid)  # never longer than the msgid was when received
         packed += self.body
-        elements = _parse_fast(packed, max_array)
+        elements = parse_fast(packed, max_array)
         if elements is None:
             if not HeaderScanner(max_array).scan(packed):
                 raise ProtocolError("a message ends before its last value")
@@ -178,8 +180,9 @@ class Decoder:
     def peek(self) -> PackedRequest | None:
         """Return the whole buffer as one request, without checking its structure; None if it does not begin like a request.
 
-        The buffer is one request only if its body equals that of a well-formed request which `messages` or `packed_messages`
-        has yielded. Only in that case may the caller consume the buffer by `skip`.
+        The codec does not know which bodies it has yielded before; the caller has to. The buffer is one request only if its
+        body equals that of a well-formed request which `messages` or `packed_messages` has yielded. Only in that case may the
+        caller consume the buffer by `skip`.
         """
         size = len(self._buffer)
         if self._scanner is not None or self._error is not None or size > MAX_MESSAGE:
@@ -215,7 +218,7 @@ class Decoder:
         request = _split_request(self._buffer, size)
         if request is not None:
             return request
-        elements = _parse_fast(self._buffer[:size], self._max_array)
+        elements = parse_fast(self._buffer[:size], self._max_array)
         return None if elements is None else _to_message(elements)
 
     def _scanned_message(self) -> PackedRequest | Message | None:
@@ -231,39 +234,6 @@ class Decoder:
     def _discard(self, size: int) -> None:
         self._buffer[:size] = bytes(size)  # overwrite first: a request can hold a plaintext
         del self._buffer[:size]
-
-
-_MAX_FAST_MAP: Final = 64
-"""Entries of a map in the fast reader: it allocates what headers claim, up to 1,000 levels deep."""
-
-
-def _keeps_map_keys() -> bool:
-    """Return whether this interpreter keeps the keys of maps that msgpack's parser interns, as long as the process lives."""
-    (key,) = msgpack.unpackb(msgpack.packb({f"{__name__} {id(object())}": None}))
-    return sys.getrefcount(key) > 2**16
-
-
-# On the first releases of Python 3.12, interned strings are immortal: a client that sends ever new keys would fill the memory.
-# The strict reader interns nothing.
-_HAS_FAST_READER: Final = not _keeps_map_keys()
-
-
-def _parse_fast(packed: bytearray, max_array: int) -> Any:
-    """Return the value of one message as msgpack's parser reads it; None if the value may break a rule of the protocol."""
-    if not _HAS_FAST_READER:
-        return None
-    try:
-        value = msgpack.unpackb(
-            packed,
-            unicode_errors=UNICODE_ERRORS,
-            object_pairs_hook=unique_keys,
-            max_array_len=max_array,
-            max_map_len=_MAX_FAST_MAP,
-            max_ext_len=0,
-        )
-    except Exception:  # for any fault: the scanner finds out which
-        return None
-    return value if _is_plain(value) else None
 
 
 def _split_request(buffer: bytearray, size: int) -> PackedRequest | None:
@@ -289,29 +259,6 @@ _BODY_OFFSETS: Final = {0xCC: 4, 0xCD: 5, 0xCE: 7}
 
 A msgid of 64 bits is not listed: clients do not send it, and such a message is parsed as a whole.
 """
-
-
-def _is_plain(value: Any, depth: int = 1) -> bool:
-    """Return whether a value that msgpack's parser accepted is also valid in the protocol.
-
-    `depth` is the nesting depth of the value, including itself.
-    """
-    kind, members = type(value), value
-    if kind is dict:
-        if not _TEXT.issuperset(map(type, value)):
-            return False
-        members = value.values()
-    elif kind is not list:
-        return kind in _SENDABLE
-    if depth > MAX_DEPTH:
-        return False
-    # Compare the types as a set where that decides: a loop would take as long as the parsing.
-    if _SENDABLE.issuperset(map(type, members)):
-        return True
-    for member in members:  # noqa: SIM110 - a generator is a function that is made each time
-        if type(member) not in _SENDABLE and not _is_plain(member, depth + 1):
-            return False
-    return True
 
 
 def _to_message(elements: Any) -> Message:
@@ -352,23 +299,19 @@ def check_sendable(value: Any, depth: int = 3) -> None:
     """
     kind = type(value)
     if kind not in (dict, list, tuple):
-        if kind in _SENDABLE or isinstance(value, str | int | bytes | bytearray | memoryview):
+        if kind in SENDABLE or isinstance(value, str | int | bytes | bytearray | memoryview):
             return
         raise ProtocolError(f"{kind.__name__} is not part of the protocol")
     if len(value) > (MAX_MAP if kind is dict else MAX_ARRAY) or depth > MAX_DEPTH:
         raise ProtocolError("a container has too many entries, or is nested too deep")
     if kind is dict:
-        if not _TEXT.issuperset(map(type, value)) and not all(isinstance(key, str) for key in value):
+        if not TEXT.issuperset(map(type, value)) and not all(isinstance(key, str) for key in value):
             raise ProtocolError("a map key is not a string")
         value = value.values()
-    if not _SENDABLE.issuperset(map(type, value)):
+    if not SENDABLE.issuperset(map(type, value)):
         for member in value:
-            if type(member) not in _SENDABLE:
+            if type(member) not in SENDABLE:
                 check_sendable(member, depth + 1)
-
-
-_SENDABLE: Final = frozenset({str, int, bool, bytes, type(None)})
-_TEXT: Final = frozenset({str})
 
 
 # Where freed memory is overwritten, packb's own buffer of 256 KiB costs more time than the packing. msgpack before 1.1 does not

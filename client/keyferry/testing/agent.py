@@ -118,8 +118,8 @@ class LocalAgent:
         """
         with Client(self._direct) as kms:
             key = kms.describe_key(key_id=key_id).key_metadata
-            listed = kms.list_aliases(page_size=100).aliases.alias
-        names = [key.key_id, *(each.alias_name for each in listed if each.key_id == key.key_id)]
+            aliases = kms.list_aliases(page_size=100).aliases.alias
+        names = [key.key_id, *(alias.alias_name for alias in aliases if alias.key_id == key.key_id)]
         self._command("disable", key_id=key.key_id, version=key.primary_key_version, names=names)
 
     def enable_key(self, key_id: str) -> None:
