@@ -19,7 +19,7 @@ from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, 
 from keyferry.aio import Client
 from keyferry.parameters import decode_base64, encode_base64
 from keyferry.protocol import wire
-from keyferry.protocol.rpc import LOST_MOST, Asked, Call
+from keyferry.protocol.rpc import MAX_LOST_CONNECTIONS, Call, PendingCall
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 SM2 = recipient("SM2PKE")
@@ -243,9 +243,9 @@ def test_a_call_that_is_cut_off_while_it_is_sent_costs_nobody_else_an_answer(soc
                 with anyio.CancelScope() as scope:
                     async with anyio.create_task_group() as doomed:
                         # More than a socket takes while nobody reads: it is cut off in the middle.
-                        wanted = [Asked.of(Call("Big", {"Value": "x" * 60_000})) for _ in range(40)]
+                        wanted = [PendingCall.of(Call("Big", {"Value": "x" * 60_000})) for _ in range(40)]
                         connection = await kms._connected()
-                        chunks = connection.exchange.chunks(wanted)
+                        chunks = connection.session.chunks(wanted)
 
                         async def flood() -> None:
                             for chunk in chunks:
@@ -291,7 +291,7 @@ def test_closing_ends_the_calls_that_are_under_way(socket_path: Path, run: Run) 
     ("script", "error"),
     [
         ((says(b"\xc1"),), ProtocolError),
-        ((says(b""),) * LOST_MOST, AgentUnavailable),
+        ((says(b""),) * MAX_LOST_CONNECTIONS, AgentUnavailable),
         ((says(wire.encode_response(99, None, {})),), ProtocolError),
         (
             (

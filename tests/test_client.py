@@ -35,7 +35,7 @@ from keyferry import (
 from keyferry.errors import CODES, kms_error
 from keyferry.parameters import encode_base64
 from keyferry.protocol import wire
-from keyferry.protocol.rpc import LOST_MOST, default_socket, pem_to_der, why_unreachable
+from keyferry.protocol.rpc import MAX_LOST_CONNECTIONS, default_socket, pem_to_der, why_unreachable
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 
@@ -252,13 +252,13 @@ def test_signals_make_no_timeout_longer(socket_path: Path) -> None:
 
 def test_fresh_connections_that_break_are_tried_again_a_few_times(socket_path: Path) -> None:
     """One can meet an agent that goes, another its crash; more of them are a fault."""
-    with client_of(socket_path, *[says(b"")] * LOST_MOST) as client, pytest.raises(AgentUnavailable):
+    with client_of(socket_path, *[says(b"")] * MAX_LOST_CONNECTIONS) as client, pytest.raises(AgentUnavailable):
         client.call("GetAgentStatus", {})
 
 
 def test_a_fresh_connection_that_breaks_is_not_the_end(socket_path: Path) -> None:
     """The next one meets an agent that answers."""
-    with client_of(socket_path, *[says(b"")] * (LOST_MOST - 1), answers(1)) as client:
+    with client_of(socket_path, *[says(b"")] * (MAX_LOST_CONNECTIONS - 1), answers(1)) as client:
         assert client.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
 
 
@@ -267,7 +267,7 @@ def test_a_fresh_connection_that_breaks_is_not_the_end(socket_path: Path) -> Non
     [
         (b"HTTP/1.1 400 Bad Request\r\n", "array"),
         (wire.encode_request(1, "x", {}), "not a response"),
-        (wire.encode_response(99, None, {}), "not under way"),
+        (wire.encode_response(99, None, {}), "not that of an unanswered request"),
         (wire.encode_response(1, {"Code": 5}, None), "without a Code"),
         (wire.encode_response(None, {"Code": "ProtocolError", "Message": "floats"}, None), "floats"),
     ],

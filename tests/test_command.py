@@ -210,7 +210,7 @@ def test_nobody_there_is_exit_code_3(tmp_path: Path) -> None:
     for arguments in (["status"], ["status", "--wait", "0.2"], ["call", "GetAgentStatus"]):
         ended = keyferry(*arguments, socket=tmp_path / "none.sock")
         assert (ended.returncode, ended.stdout) == (3, "")
-        assert "is keyferry-agent running" in ended.stderr
+        assert "start keyferry-agent" in ended.stderr
 
 
 def test_status_waits_for_an_agent_that_is_starting(socket_path: Path) -> None:

@@ -41,7 +41,7 @@ class TickingTime:
 def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the blocking client a clock that ticks, and one byte each time that it receives."""
     monkeypatch.setattr(client, "time", TickingTime())
-    monkeypatch.setattr(client, "RECEIVE", 1)
+    monkeypatch.setattr(client, "RECEIVE_BYTES", 1)
 
 
 def answer(request: wire.Request) -> bytes:

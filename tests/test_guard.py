@@ -198,7 +198,7 @@ def test_the_socket_is_named_in_every_common_form(
     for form, why in (
         ("@name", "abstract socket"),
         ("unix://@name", "abstract socket"),
-        ("unix://", "names no socket"),
+        ("unix://", "does not name a socket"),
     ):
         monkeypatch.setenv("KEYFERRY_SOCKET", form)
         assert command.main(["status"]) == 3
@@ -210,7 +210,7 @@ def test_the_socket_is_named_in_every_common_form(
         assert ended.value.code == 2
         assert why in capsys.readouterr().err
     assert agent_main(["run", "--dev"]) == 1
-    assert "names no socket" in capsys.readouterr().err
+    assert "does not name a socket" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_health_has_no_audit_entry_and_status_has_one(keyring: Path, socket_path
         for _ in range(3):
             assert kms.get_agent_health().ready
             assert probe(agent, "--live")[0] == probe(agent, "--ready")[0] == 0
-        with pytest.raises(KmsError, match="knows no such parameter"):
+        with pytest.raises(KmsError, match="does not have this parameter"):
             kms.call("GetAgentHealth", {"KeyId": "alias/a"})
         probe(agent)
     entries = [json.loads(line) for line in audit.read_text().splitlines()]

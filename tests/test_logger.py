@@ -92,7 +92,7 @@ def test_a_failure_and_a_repeat_are_logged(socket_path: Path, caplog: pytest.Log
         kms.call("GetAgentStatus", {})
     failed, repeated = lines(caplog)
     assert failed.startswith("INFO GetAgentStatus: AgentUnavailable, ")
-    assert repeated == "INFO GetAgentStatus: refused, asked again in 0 ms"
+    assert repeated == "INFO GetAgentStatus: refused, repeated in 0 ms"
 
 
 def test_a_line_of_the_log_stays_one_line(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -68,7 +68,7 @@ def test_an_agent_without_rsa_does_not_start(broken: dict[str, str], tmp_path: P
     arguments = ["keyferry_agent", "run", "--dev", "--socket", tmp_path / "agent.sock"]
     line = only_line(ended(arguments, broken))
     assert f"OPENSSL_CONF={broken['OPENSSL_CONF']}" in line
-    assert "offers no RSA" in line or "offers no id-aes256-GCM" in line
+    assert "does not offer RSA" in line or "does not offer id-aes256-GCM" in line
     assert "built without" not in line
     assert "github" not in line
 
@@ -78,7 +78,7 @@ def test_a_module_is_not_made_without_its_algorithm(broken: dict[str, str], tmp_
     """One line, and neither a module nor a passphrase file."""
     arguments = ["keyferry", "module", "init", tmp_path / "m", "--key-spec", key_spec]
     line = only_line(ended([*arguments, "--generate-passphrase", "--passphrase-file", tmp_path / "p"], broken))
-    assert f"this OpenSSL's configuration offers no {'RSA' if key_spec == 'RSA_2048' else 'SM2'} " in line
+    assert f"this OpenSSL's configuration does not offer {'RSA' if key_spec == 'RSA_2048' else 'SM2'} " in line
     assert f"OPENSSL_CONF={broken['OPENSSL_CONF']}" in line
     assert [path.name for path in tmp_path.iterdir()] == ["openssl.cnf"]
 
@@ -127,7 +127,7 @@ if "SHA-1" in lacking:
     libcrypto.has_oaep = lambda digest: digest != b"sha1" and has_oaep(digest)
 if "keys" in lacking:
     def refuse(der):
-        raise libcrypto.LibcryptoError("libcrypto does not take this public key")
+        raise libcrypto.LibcryptoError("libcrypto does not accept this public key")
     libcrypto.public_key = lambda der, load=libcrypto.public_key: refuse(der) if der[-10:-6] == bytes(4) else load(der)
 if "SM4" in lacking:
     from cryptography.exceptions import UnsupportedAlgorithm
@@ -156,10 +156,10 @@ def test_an_algorithm_that_is_not_offered_is_unsupported(lacking: str, algorithm
     with without(lacking, socket_path) as agent, RawConnection(agent.socket) as connection:
         event = agent.wait_for("startup.limited")
         assert event["what"].startswith(
-            f"{algorithm} is not available without {lacking}: this OpenSSL's configuration offers no {lacking} (OpenSSL 3."
+            f"{algorithm} is not available without {lacking}: this OpenSSL's configuration does not offer {lacking} (OpenSSL 3."
         )
         assert "OPENSSL_CONF" in event["what"]
-        why = f"{algorithm} is not available without {lacking}: this OpenSSL's configuration offers no {lacking}."
+        why = f"{algorithm} is not available without {lacking}: this OpenSSL's configuration does not offer {lacking}."
         refused(connection, "GenerateAndExportDataKey", exporting(algorithm), "UnsupportedOperation", why)
         ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
 
@@ -189,7 +189,7 @@ def test_the_reason_is_the_build_where_it_is_not_the_configuration() -> None:
     """No OpenSSL has an algorithm of this name."""
     assert libcrypto.why_missing("NONE") == "this system's libcrypto was built without NONE"
     assert libcrypto.why_missing("SHA-0") == "this system's libcrypto was built without SHA-0"
-    assert libcrypto.why_missing("RSA") == "this OpenSSL's configuration offers no RSA"
+    assert libcrypto.why_missing("RSA") == "this OpenSSL's configuration does not offer RSA"
     assert (libcrypto.offers("RSA"), libcrypto.offers("NONE")) == (True, False)
 
 
@@ -259,7 +259,7 @@ def test_a_recipient_without_rsa_is_not_available(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(libcrypto, "has_oaep", lambda _digest: False)
     wrapping.recipient.cache_clear()
     way = wrapping.TABLE["RSA_2048", "RSAES_OAEP_SHA_1"]
-    with pytest.raises(wrapping.WrappingError, match="offers no RSA"):
+    with pytest.raises(wrapping.WrappingError, match="does not offer RSA"):
         wrapping.recipient(way, recipient("RSAES_OAEP_SHA_1").der, sm2_fallback=True)
 
 

@@ -12,7 +12,7 @@ from support.keys import recipient
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations
 from keyferry.parameters import decode_base64, encode_base64
 from keyferry.protocol import wire
-from keyferry.protocol.rpc import LOST_MOST
+from keyferry.protocol.rpc import MAX_LOST_CONNECTIONS
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 SM2 = recipient("SM2PKE")
@@ -135,7 +135,10 @@ def test_what_a_lost_connection_left_open_is_asked_again(socket_path: Path) -> N
 
 def test_a_fresh_connection_that_answers_nothing_ends_the_pipeline(socket_path: Path) -> None:
     """It would go on for ever."""
-    with client_of(socket_path, answers(1), *[says(b"")] * LOST_MOST) as kms, pytest.raises(AgentUnavailable):
+    with (
+        client_of(socket_path, answers(1), *[says(b"")] * MAX_LOST_CONNECTIONS) as kms,
+        pytest.raises(AgentUnavailable),
+    ):
         kms.pipeline((f"Method{n}", {}) for n in range(8))
 
 

@@ -287,7 +287,7 @@ def test_a_key_of_the_other_kind_is_refused(pair: tuple[str, str]) -> None:
 
 def test_a_good_key_that_libcrypto_refuses_is_not_the_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_der: bytes) -> None:
-        raise libcrypto.LibcryptoError("libcrypto does not take this public key")
+        raise libcrypto.LibcryptoError("libcrypto does not accept this public key")
 
     assert libcrypto.has_oaep(b"sha1")  # remembered: what libcrypto offers is not in question here
     monkeypatch.setattr(libcrypto, "public_key", refuse)

@@ -28,7 +28,7 @@ from keyferry import client as client_module
 from keyferry.aio import Client as AsyncClient
 from keyferry.errors import kms_error
 from keyferry.protocol import wire
-from keyferry.protocol.rpc import Asked, Call
+from keyferry.protocol.rpc import Call, PendingCall
 from keyferry.retry import Attempts
 
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]
@@ -111,7 +111,7 @@ def test_a_failure_that_time_cannot_help_is_final() -> None:
 
 def test_only_refused_calls_are_asked_again() -> None:
     """The others keep their answers."""
-    asked = [Asked.of(Call("DescribeKey", {})) for _ in range(3)]
+    asked = [PendingCall.of(Call("DescribeKey", {})) for _ in range(3)]
     for each, code in zip(asked, ["", UNAVAILABLE, "Forbidden.KeyNotFound"], strict=True):
         error = {"Code": code, "Message": "m"} if code else None
         each.pending.response = wire.Response(1, error, None if error else {})
@@ -221,7 +221,7 @@ def test_an_awaited_client_raises_the_last_failure(socket_path: Path, run: Run) 
                 with pytest.raises(InvalidRequest):
                     await kms.describe_key(key_id="alias/a")
         async with AsyncClient(socket_path) as kms:
-            with pytest.raises(AgentUnavailable, match="nobody listens"):
+            with pytest.raises(AgentUnavailable, match="no process listens"):
                 await kms.pipeline([operations.DescribeKey(key_id="alias/a")])
 
     run(main)

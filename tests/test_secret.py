@@ -142,9 +142,36 @@ def test_a_secret_may_be_freed_at_any_moment() -> None:
     """The garbage collector frees in the middle of an allocation, in the same thread."""
     memory = SecretMemory(4096, require=False)
     kept = memory.allocate(32)
-    with memory._lock:
+    with secret._lock:
         kept.free()
     assert memory.allocate(32)._offset == kept._offset
+
+
+def test_forked_child_lends_while_other_threads_of_parent_lend() -> None:
+    """A fork waits until no other thread holds the lock, so the child can take it."""
+    code = """
+import os, signal, threading
+from keyferry.secret import SecretMemory
+memory = SecretMemory(4096, require=False)
+kept, stop = memory.allocate(32), threading.Event()
+def lend():
+    while not stop.is_set():
+        with kept.lend():
+            pass
+threads = [threading.Thread(target=lend) for _ in range(2)]
+[thread.start() for thread in threads]
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        with kept.lend():
+            os._exit(0)
+    if status := os.waitpid(child, 0)[1]:
+        break
+stop.set()
+os._exit(status != 0)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 def test_random_bytes_are_random_at_every_size() -> None:

@@ -105,13 +105,13 @@ def test_where_libcrypto_has_no_sm2_the_fallback_wraps_and_without_it_sm2_is_uns
 
 @pytest.mark.parametrize(
     ("names", "why"),
-    [(("libno-such.so",), "no libcrypto"), (("libc.so.6",), "older than OpenSSL 3.0")],
+    [(("libno-such.so",), "libcrypto.so.3 was not found"), (("libc.so.6",), "older than OpenSSL 3.0")],
 )
 def test_a_system_without_openssl_3_is_said_to_be_one(
     monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], why: str
 ) -> None:
     """With the package that brings it."""
-    monkeypatch.setattr(libcrypto, "_NAMES", names)
+    monkeypatch.setattr(libcrypto, "_LIBRARY_NAMES", names)
     with pytest.raises(libcrypto.LibcryptoError, match=why):
         libcrypto.load.__wrapped__()
     assert libcrypto.version().startswith("OpenSSL")
@@ -130,7 +130,7 @@ def test_libcrypto_refuses_what_it_cannot_do() -> None:
     for out in (bytearray(), bytearray(256)):
         with pytest.raises(libcrypto.LibcryptoError):
             key.decrypt_into(bytearray(256), out)
-    with pytest.raises(libcrypto.LibcryptoError, match="no private half"):
+    with pytest.raises(libcrypto.LibcryptoError, match="not a private key"):
         key.private_der()
     for load in (libcrypto.public_key, libcrypto.private_key):
         for der in (b"", b"nonsense"):

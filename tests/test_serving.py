@@ -362,7 +362,7 @@ def test_a_client_without_an_agent_says_what_is_wrong(socket_path: Path) -> None
         Client(socket_path).get_agent_status()
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(socket_path))
-    with pytest.raises(AgentUnavailable, match="nobody listens"):
+    with pytest.raises(AgentUnavailable, match="no process listens"):
         Client(socket_path).get_agent_status()
 
 

@@ -53,7 +53,7 @@ NOT_DER = {
     "a SET": b"\x31" + DER[1:],
     "the length of the SEQUENCE in two bytes": bytes.fromhex("30817C") + DER[2:],
     "a length of two bytes with a zero before it": b"\x30\x82\0" + raw_to_der(RAW + bytes(100))[2:],
-    "more than 64 KiB": bytes.fromhex(f"3083010070 0220{C1_X} 022100{C1_Y} 0420{C3} 0483010000") + bytes(2**16),
+    "longer than 64 KiB": bytes.fromhex(f"3083010070 0220{C1_X} 022100{C1_Y} 0420{C3} 0483010000") + bytes(2**16),
     "the length of the SEQUENCE indefinite": bytes.fromhex("3080") + DER[2:] + bytes(2),
     "the length of the SEQUENCE cut off": bytes.fromhex("308201"),
     "the length of x in two bytes": sequence(x=f"028120{C1_X}"),
@@ -95,7 +95,7 @@ def test_what_is_not_a_raw_ciphertext_has_no_other_form(raw: bytes, convert: Cal
 def test_the_longest_der_that_is_written_is_read_and_one_byte_more_is_not_written() -> None:
     longest = RAW[:RAW_OVERHEAD] + bytes(2**16 - 1 - (34 + 35 + 34 + 4))
     assert der_to_raw(raw_to_der(longest)) == longest
-    with pytest.raises(ValueError, match="more than 64 KiB"):
+    with pytest.raises(ValueError, match="longer than 64 KiB"):
         raw_to_der(longest + b"\0")
 
 

@@ -112,7 +112,7 @@ WRONG: dict[str, tuple[bytes, PointForm, str]] = {
     "bare, read as uncompressed": (
         b"\x05" + BARE[1:],
         "uncompressed",
-        "begins with 05; uncompressed, it begins with 04",
+        "begins with 05; in the uncompressed form it begins with 04",
     ),
     "uncompressed, read as bare": (RAW, "bare", "not on the curve"),
     "compressed, read as uncompressed": (
@@ -149,7 +149,7 @@ def test_what_is_not_a_raw_ciphertext_has_no_joined_form(raw: bytes, form: tuple
 def test_a_form_that_is_unknown_is_refused_by_name(order: Any, form: Any) -> None:
     """Both ways."""
     for convert in (raw_to_joined, joined_to_raw):
-        with pytest.raises(ValueError, match=r"order is one of .*C1C2C3.* point one of .*compressed"):
+        with pytest.raises(ValueError, match=r"an order of .*C1C2C3.* a point of .*compressed"):
             convert(RAW, order=order, point=form)
 
 

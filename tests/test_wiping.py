@@ -187,8 +187,8 @@ def test_a_file_that_is_not_a_module_is_wiped(tmp_path: Path, ders: list[bytearr
 # Messages
 
 
-@pytest.mark.parametrize("walk", [None, HeaderScanner(wire.MAX_ARRAY)], ids=["whole", "in pieces"])
-def test_a_decoded_message_is_zeros_in_the_buffer(walk: HeaderScanner | None) -> None:
+@pytest.mark.parametrize("scanner", [None, HeaderScanner(wire.MAX_ARRAY)], ids=["whole", "in pieces"])
+def test_a_decoded_message_is_zeros_in_the_buffer(scanner: HeaderScanner | None) -> None:
     """An answer may hold a plaintext. The buffer is not moved, because another message has begun behind it."""
     message = wire.encode_response(1, None, {"Plaintext": "secret" * 20})
     behind = wire.encode_response(2, None, {"Plaintext": "x" * 2_000})[:-1]
@@ -198,7 +198,7 @@ def test_a_decoded_message_is_zeros_in_the_buffer(walk: HeaderScanner | None) ->
     address = ctypes.addressof(shown)
     assert ctypes.string_at(address, len(message)) == message
     del shown
-    decoder._walk = walk
+    decoder._scanner = scanner
     (decoded,) = decoder.messages()
     assert decoded == wire.Response(1, None, {"Plaintext": "secret" * 20})
     assert ctypes.string_at(address, len(message)) == bytes(len(message))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keyferry.errors import ProtocolError
-from keyferry.protocol import wire
+from keyferry.protocol import fast_reader, wire
 
 REQUEST = wire.encode_request(7, "DescribeKey", {"KeyId": "alias/dev", "n": 32, "blob": b"\0\xff", "no": None})
 DECODED = wire.Request(7, "DescribeKey", {"KeyId": "alias/dev", "n": 32, "blob": b"\0\xff", "no": None})
@@ -211,9 +211,9 @@ def test_well_formed_messages_are_told_apart(data: bytes, message: wire.Message)
     assert decode(data + REQUEST) == [message, DECODED]
 
 
-def test_the_keys_of_maps_are_not_interned_where_that_would_be_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever connects chooses them: each would be kept as long as the process lives."""
-    monkeypatch.setattr(wire, "_INTERNED_FOR_EVER", True)
+def test_without_fast_reader_map_keys_are_not_interned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client chooses the keys. Where interned strings are immortal, each key would stay as long as the process lives."""
+    monkeypatch.setattr(fast_reader, "_IS_ENABLED", False)
     for step in (None, 1):
         (message,) = decode(wire.encode_request(1, "x", {"a": {f"nobody has {1}": [{"": "b"}, 5]}}), step)
         assert message == wire.Request(1, "x", {"a": {"nobody has 1": [{"": "b"}, 5]}})
@@ -225,9 +225,10 @@ def test_the_keys_of_maps_are_not_interned_where_that_would_be_for_ever(monkeypa
             decode(b"\x94\0\x01\xa1x\x91\x82\xa1k\x01\xa1k\x02", step)
 
 
-def test_whether_interned_strings_stay_for_ever_is_known() -> None:
-    """As the interpreter itself counts references: those of what stays are never counted down to nothing."""
-    assert (sys.getrefcount(sys.intern(f"something new {id(sys)}")) > 10_000) is wire._INTERNED_FOR_EVER
+def test_fast_reader_is_used_where_map_keys_are_released() -> None:
+    """An immortal string has a reference count of billions, and a key that was parsed has one of a few."""
+    (key,) = msgpack.unpackb(msgpack.packb({f"something new {id(sys)}": 0}))
+    assert (sys.getrefcount(key) < 10_000) is fast_reader._IS_ENABLED
 
 
 def test_the_limits_themselves_are_allowed() -> None:

@@ -80,9 +80,9 @@ _shtab_keyferry_call_defaults_added=0
 _shtab_keyferry_call_Decrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[The CiphertextBlob of an earlier call, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--CiphertextBlob[The ciphertext that an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -101,9 +101,9 @@ _shtab_keyferry_call_Encrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
-  "--Plaintext[The data to encrypt\: Base64 of 1 to 6144 bytes. \@FILE reads the plaintext itself, not its Base64, from a file, - from standard input. (required)]:VALUE:"
+  "--Plaintext[The bytes to encrypt\: Base64 of 1 to 6144 bytes. \@FILE reads the plaintext itself, not its Base64, from a file, - from standard input. (required)]:VALUE:"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -112,12 +112,12 @@ _shtab_keyferry_call_Encrypt_defaults_added=0
 _shtab_keyferry_call_ExportDataKey_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[The CiphertextBlob of an earlier call, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--CiphertextBlob[The ciphertext that an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
   "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads PEM, DER or Base64 from a file, - from standard input. (required)]:VALUE:"
   "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
-  "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
+  "--WrappingAlgorithm[The algorithm that encrypts the data key to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -129,11 +129,11 @@ _shtab_keyferry_call_GenerateAndExportDataKey_options=(
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
   "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads PEM, DER or Base64 from a file, - from standard input. (required)]:VALUE:"
   "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
-  "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
+  "--WrappingAlgorithm[The algorithm that encrypts the data key to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
   "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default), AES_128 (16) or SM4_128 (16).]:VALUE:(AES_256 AES_128 SM4_128)"
   "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -146,7 +146,7 @@ _shtab_keyferry_call_GenerateDataKey_options=(
   "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default), AES_128 (16) or SM4_128 (16).]:VALUE:(AES_256 AES_128 SM4_128)"
   "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -159,7 +159,7 @@ _shtab_keyferry_call_GenerateDataKeyWithoutPlaintext_options=(
   "--KeySpec[Length of the data key\: AES_256 (32 bytes, the default), AES_128 (16) or SM4_128 (16).]:VALUE:(AES_256 AES_128 SM4_128)"
   "--NumberOfBytes[Length of the data key in bytes, 1 to 1024. Wins over KeySpec.]:VALUE:"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -184,7 +184,7 @@ _shtab_keyferry_call_GetAgentStatus_defaults_added=0
 _shtab_keyferry_call_ListAliases_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--PageNumber[Which page, from 1 (the default).]:VALUE:"
+  "--PageNumber[The number of the page, from 1 (the default).]:VALUE:"
   "--PageSize[Entries on a page, 1 to 100\; 10 by default.]:VALUE:"
 )
 
@@ -195,7 +195,7 @@ _shtab_keyferry_call_ListKeyVersions_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
-  "--PageNumber[Which page, from 1 (the default).]:VALUE:"
+  "--PageNumber[The number of the page, from 1 (the default).]:VALUE:"
   "--PageSize[Entries on a page, 1 to 100\; 10 by default.]:VALUE:"
 )
 
@@ -205,7 +205,7 @@ _shtab_keyferry_call_ListKeyVersions_defaults_added=0
 _shtab_keyferry_call_ListKeys_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--PageNumber[Which page, from 1 (the default).]:VALUE:"
+  "--PageNumber[The number of the page, from 1 (the default).]:VALUE:"
   "--PageSize[Entries on a page, 1 to 100\; 10 by default.]:VALUE:"
 )
 
@@ -215,11 +215,11 @@ _shtab_keyferry_call_ListKeys_defaults_added=0
 _shtab_keyferry_call_ReEncrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[The CiphertextBlob of an earlier call, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--CiphertextBlob[The ciphertext that an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
   "--DestinationKeyId[The master key to encrypt under\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
   "--SourceEncryptionContext[The EncryptionContext that the ciphertext was made with. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DestinationEncryptionContext[The EncryptionContext for the new ciphertext. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -341,8 +341,8 @@ _shtab_keyferry_records_recover_options=(
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads PEM, DER or Base64 from a file, - from standard input. (required)]:VALUE:"
   "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
-  "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
-  "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
+  "--WrappingAlgorithm[The algorithm that encrypts the data key to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
+  "--DryRun[true\: only return the outcome that the call would have. Such a call always fails.]:VALUE:(true false)"
   ":NAME:"
 )
 

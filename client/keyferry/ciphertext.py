@@ -7,9 +7,9 @@ from .parameters import decode_base64
 
 __all__ = ["ciphertext_hash", "data_key_size"]
 
-_OVERHEAD: Final = 117
+_OVERHEAD_BYTES: Final = 117
 """Bytes that a CiphertextBlob of format 1 adds to its plaintext (docs/ciphertext.md)."""
-_FORMAT_BYTE: Final = 36
+_FORMAT_OFFSET: Final = 36
 _FORMAT: Final = 1
 
 
@@ -25,6 +25,6 @@ def ciphertext_hash(blob: bytes | str) -> str:
 def data_key_size(blob: str) -> int:
     """Return how many bytes a CiphertextBlob of format 1 encrypts. Raises ValueError for anything else."""
     data = decode_base64(blob)
-    if len(data) <= _OVERHEAD or data[_FORMAT_BYTE] != _FORMAT:
+    if len(data) <= _OVERHEAD_BYTES or data[_FORMAT_OFFSET] != _FORMAT:
         raise ValueError("not a CiphertextBlob of format 1")
-    return len(data) - _OVERHEAD
+    return len(data) - _OVERHEAD_BYTES

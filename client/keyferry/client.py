@@ -3,10 +3,10 @@
 Every method is one operation of `operations`, with its parameters as keyword arguments and its result as a frozen tuple:
 
     with Client() as kms:
-        made = kms.generate_and_export_data_key(
+        data_key = kms.generate_and_export_data_key(
             key_id="alias/orders", public_key_blob=module.public_key_blob,
             wrapping_key_spec=module.wrapping_key_spec, wrapping_algorithm=module.wrapping_algorithm)
-        made.ciphertext_blob, made.exported_data_key
+        data_key.ciphertext_blob, data_key.exported_data_key
 """
 
 import math
@@ -21,18 +21,18 @@ from typing import Any, Final, Self, TypeVar
 
 from . import logs
 from .declaration import Blocking, Operation
-from .errors import AgentUnavailable, KeyferryError, KmsError
+from .errors import AgentUnavailable, KeyferryError
 from .operations import Operations
 from .protocol.rpc import (
-    CONNECT_STEP,
-    LOST_MOST,
-    RECEIVE,
-    Asked,
+    CONNECT_STEP_SECONDS,
+    MAX_LOST_CONNECTIONS,
+    RECEIVE_BYTES,
     Call,
+    PendingCall,
     RpcSession,
-    answered,
-    calls,
+    count_answered,
     default_socket,
+    pending_calls,
     seconds,
     unreachable,
 )
@@ -42,12 +42,12 @@ __all__ = ["Client"]
 
 R = TypeVar("R")
 
-_LONGEST_POLL: Final = 3_600.0
+_MAX_POLL_SECONDS: Final = 3_600.0
 """Most seconds of one call of poll(2), whose timeout is limited. Longer waits take several calls."""
 _READABLE: Final = 0x001
 _WRITABLE: Final = 0x004
 """POLLIN and POLLOUT of Linux. A program that replaces the module `select` may have removed them from it."""
-_OF_ONE_PROCESS: Final = frozenset({"_connection", "_lock", "_poll", "_under_way"})
+_PROCESS_STATE: Final = frozenset({"_connection", "_lock", "_poll", "_session"})
 """Attributes of a client that a pickle leaves out."""
 
 
@@ -76,7 +76,7 @@ class Client(Operations, Blocking):
         self._retry = retry
         self._connection: sockets.socket | None = None
         self._poll: select.poll | _Select
-        self._forget()
+        self._reset()
         _clients.add(self)
 
     def __enter__(self) -> Self:
@@ -89,12 +89,12 @@ class Client(Operations, Blocking):
         return f"Client({self._path!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in _OF_ONE_PROCESS}
+        return {name: value for name, value in vars(self).items() if name not in _PROCESS_STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._connection = None
-        self._forget()
+        self._reset()
         _clients.add(self)
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ class Client(Operations, Blocking):
 
         For operations that have no method.
         """
-        answer: dict[str, Any] = self._one(Call(operation, dict(params)))
+        answer: dict[str, Any] = self._call_one(Call(operation, dict(params)))
         return answer
 
     def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
@@ -117,41 +117,38 @@ class Client(Operations, Blocking):
         the method. Or a request is a pair of an operation's name and its parameters by the API's own names, as for `call`.
         Raises the same errors as a call, except for refusals, and TypeError for a value that is not a request.
         """
-        asked = [Asked.of(call) for call in calls(wanted)]
-        if asked:
-            self._exchange(asked)
-        return [each.outcome() for each in asked]
+        calls = pending_calls(wanted)
+        if calls:
+            self._exchange(calls)
+        return [call.outcome() for call in calls]
 
     def _operate(self, operation: Operation[..., R], request: Any) -> R:
-        result: R = self._one(Call.of(operation, request))
+        result: R = self._call_one(Call.of(operation, request))
         return result
 
-    def _one(self, call: Call) -> Any:
-        asked = Asked.of(call)
-        self._exchange([asked])
-        outcome = asked.outcome()
-        if isinstance(outcome, KmsError):
-            raise outcome
-        return outcome
+    def _call_one(self, call: Call) -> Any:
+        pending = PendingCall.of(call)
+        self._exchange([pending])
+        return pending.result()
 
-    def _exchange(self, asked: Sequence[Asked]) -> None:
+    def _exchange(self, calls: Sequence[PendingCall]) -> None:
         """Send all calls and wait for their answers. Every failure is raised as a `KeyferryError`."""
-        began = time.monotonic()
+        start = time.monotonic()
         try:
-            self._repeat(asked, _Deadline(self._timeout))
+            self._repeat(calls, _Deadline(self._timeout))
         except BaseException as error:
-            logs.failed(asked, error, time.monotonic() - began)
+            logs.failed(calls, error, time.monotonic() - start)
             raise
-        logs.answered(asked, time.monotonic() - began)
+        logs.answered(calls, time.monotonic() - start)
 
-    def _repeat(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
+    def _repeat(self, calls: Sequence[PendingCall], deadline: "_Deadline") -> None:
         """Repeat the calls as often as the client's `Retry` permits."""
         attempts = Attempts(self._retry)
         while True:
             failure = None
             try:
-                self._attempt(asked, deadline)
-                delay = attempts.after_answers(asked, time.monotonic(), deadline.remaining())
+                self._attempt(calls, deadline)
+                delay = attempts.after_answers(calls, time.monotonic(), deadline.remaining())
             except KeyferryError as error:
                 failure = error
                 delay = attempts.after_failure(error, time.monotonic(), deadline.remaining())
@@ -159,17 +156,19 @@ class Client(Operations, Blocking):
                     raise
             if delay is None:
                 return
-            logs.repeating(asked, failure, delay)
+            logs.repeating(calls, failure, delay)
             del failure  # its traceback holds this frame
             time.sleep(delay)
 
-    def _attempt(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
+    def _attempt(self, calls: Sequence[PendingCall], deadline: "_Deadline") -> None:
         # The lock to release is this one: a fork in a signal handler during the call replaces the child's attribute.
         lock = self._lock
         if not lock.acquire(timeout=min(deadline.remaining(), threading.TIMEOUT_MAX)):
-            raise AgentUnavailable(f"other threads kept {self._path} busy for {self._timeout:g} s")
+            raise AgentUnavailable(
+                f"{self._path}: other threads used this client for {self._timeout:g} s; use a client for each thread"
+            )
         try:
-            self._persist(asked, deadline)
+            self._run(calls, deadline)
         except BaseException as error:
             # A call that was cut off, also by KeyboardInterrupt, leaves the connection unusable.
             self._disconnect()
@@ -186,65 +185,64 @@ class Client(Operations, Blocking):
         finally:
             lock.release()
 
-    def _persist(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
-        """Send the calls, on new connections where one is lost. Raises ConnectionError after `LOST_MOST` losses."""
-        lost = done = 0
+    def _run(self, calls: Sequence[PendingCall], deadline: "_Deadline") -> None:
+        """Send the calls, on new connections where one is lost. Raises ConnectionError after `MAX_LOST_CONNECTIONS` losses."""
+        losses = progress = 0
         while True:
-            fresh = self._connection is None
+            is_new = self._connection is None
             try:
-                self._go(asked, deadline)
+                self._run_once(calls, deadline)
                 return
             except ConnectionError:
                 if self._connection is None:
                     raise  # no process listens on the socket
-                before, done = done, answered(asked)
-                lost += fresh and done == before
-                if lost == LOST_MOST:
+                before, progress = progress, count_answered(calls)
+                losses += is_new and progress == before
+                if losses == MAX_LOST_CONNECTIONS:
                     raise
                 self._disconnect()  # a restarting agent closed the old connection; the new agent may listen already
 
-    def _go(self, asked: Sequence[Asked], deadline: "_Deadline") -> None:
+    def _run_once(self, calls: Sequence[PendingCall], deadline: "_Deadline") -> None:
         """Send the calls that are not answered yet on one connection, and wait for their answers."""
         connection = self._connection
         if connection is None:
             connection = self._connection = self._connect(deadline)
             self._poll = select.poll() if hasattr(select, "poll") else _Select()
             self._poll.register(connection, _READABLE)
-        for chunk in self._under_way.chunks(asked):
+        for chunk in self._session.chunks(calls):
             self._send(connection, chunk.data, deadline)
-        for _, pending in asked:
+        for _, pending in calls:
             while pending.response is None:
                 self._wait(deadline)
                 self._receive(connection, deadline)
 
     def _send(self, connection: sockets.socket, data: bytearray, deadline: "_Deadline") -> None:
         """Send all of the data, and read answers meanwhile: the agent stops reading while its answers are not read."""
-        sent = _send_some(connection, data)
-        if sent == len(data):
+        unsent = memoryview(data)[_send_some(connection, data) :]
+        if not unsent:
             return
-        rest = memoryview(data)[sent:]
         self._poll.modify(connection, _READABLE | _WRITABLE)
-        while rest:
+        while unsent:
             if self._wait(deadline) & ~_WRITABLE:
                 self._receive(connection, deadline)
-            rest = rest[_send_some(connection, rest) :]
+            unsent = unsent[_send_some(connection, unsent) :]
         self._poll.modify(connection, _READABLE)
 
     def _receive(self, connection: sockets.socket, deadline: "_Deadline") -> None:
-        received = connection.recv(RECEIVE)
+        received = connection.recv(RECEIVE_BYTES)
         if not received:
             raise ConnectionResetError("the agent closed the connection without an answer")
-        if self._under_way.receive(received):
+        if self._session.receive(received):
             deadline.extend()
 
     def _wait(self, deadline: "_Deadline") -> int:
         """Wait until the connection is ready, and return the events of poll(2). Raises TimeoutError."""
-        while not (happened := self._poll.poll(math.ceil(min(deadline.left(), _LONGEST_POLL) * 1_000))):
+        while not (events := self._poll.poll(math.ceil(min(deadline.check(), _MAX_POLL_SECONDS) * 1_000))):
             pass
-        return happened[0][1]
+        return events[0][1]
 
     def _connect(self, deadline: "_Deadline") -> sockets.socket:
-        deadline.left()
+        deadline.check()
         connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
         connection.setblocking(False)
         try:
@@ -253,7 +251,7 @@ class Client(Operations, Blocking):
                     connection.connect(self._path)  # on a Unix socket, succeeds immediately or finds the queue full
                     break
                 except BlockingIOError:  # the agent's queue of connections is full for now
-                    time.sleep(min(CONNECT_STEP, deadline.left()))
+                    time.sleep(min(CONNECT_STEP_SECONDS, deadline.check()))
         except BaseException:
             connection.close()
             raise
@@ -263,12 +261,12 @@ class Client(Operations, Blocking):
         if self._connection is not None:
             self._connection.close()
             # A partial answer in the old session may hold a plaintext.
-            self._connection, self._under_way = None, RpcSession()
+            self._connection, self._session = None, RpcSession()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         """Reset to the state without a connection: in a new client, and in a forked child, as the parent owns the old one."""
         self._lock = threading.Lock()
-        self._under_way = RpcSession()
+        self._session = RpcSession()
 
 
 def _send_some(connection: sockets.socket, data: bytearray | memoryview) -> int:
@@ -289,9 +287,9 @@ class _Select:
 
     def poll(self, milliseconds: int) -> list[tuple[int, int]]:
         """Wait until the connection is ready. Return the descriptor and its events, or an empty list after the timeout."""
-        wanted = [self._connection]
-        writing = wanted if self._events & _WRITABLE else []
-        readable, writable, _ = select.select(wanted, writing, [], milliseconds / 1_000)
+        readers = [self._connection]
+        writers = readers if self._events & _WRITABLE else []
+        readable, writable, _ = select.select(readers, writers, [], milliseconds / 1_000)
         events = (_READABLE if readable else 0) | (_WRITABLE if writable else 0)
         return [(self._connection.fileno(), events)] if events else []
 
@@ -311,12 +309,12 @@ class _Deadline:
         """Return the seconds that are left, at least 0."""
         return max(self._at - time.monotonic(), 0.0)
 
-    def left(self) -> float:
+    def check(self) -> float:
         """Return the seconds that are left, more than 0. Raises TimeoutError after the deadline."""
-        left = self.remaining()
-        if not left:
+        seconds_left = self.remaining()
+        if not seconds_left:
             raise TimeoutError
-        return left
+        return seconds_left
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
@@ -325,7 +323,7 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 def _after_fork() -> None:
     for client in _clients:
         client._disconnect()  # closes the child's descriptor; the parent keeps its own
-        client._forget()  # another thread of the parent may have held the lock
+        client._reset()  # another thread of the parent may have held the lock
 
 
 os.register_at_fork(after_in_child=_after_fork)

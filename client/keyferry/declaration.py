@@ -8,10 +8,13 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Mapping
 from types import MethodType
-from typing import Any, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast, get_args, get_type_hints, overload
+from typing import Any, Final, Generic, NamedTuple, ParamSpec, Self, TypeVar, cast, get_args, get_type_hints, overload
 
 from .errors import invalid_parameter, missing_parameter
 from .parameters import DRY_RUN, Parameter, Values
+
+_MAX_SHOWN_NAME: Final = 40
+"""Characters of an unknown parameter's name in the message about it."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,7 +83,7 @@ class Operation(Generic[P, R]):
     def __call__(self, caller: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Perform the operation with a client. The client's method calls this."""
         if args:
-            raise TypeError("parameters of an operation are keyword arguments")
+            raise TypeError(f"{self.name} takes its parameters as keyword arguments only")
         return caller._operate(self, self.request(*args, **kwargs))
 
     def check(self, params: Mapping[str, Any]) -> Values:
@@ -93,8 +96,9 @@ class Operation(Generic[P, R]):
         for name, value in params.items():
             parameter = self.parameters.get(name)
             if parameter is None:
-                shown = ascii(name[:40])[1:-1]
-                raise invalid_parameter(shown, f"{self.name} knows no such parameter.")
+                raise invalid_parameter(
+                    ascii(name[:_MAX_SHOWN_NAME])[1:-1], f"{self.name} does not have this parameter."
+                )
             if value is not None:
                 checked[name] = parameter.check(name, value)
         for name in self.required:
@@ -136,7 +140,7 @@ def _wire_names(kind: Any) -> tuple[str, ...]:
 
 
 def _to_wire(value: Any) -> Any:
-    return result_to_wire(value) if hasattr(value, "_fields") else [result_to_wire(each) for each in value]
+    return result_to_wire(value) if hasattr(value, "_fields") else [result_to_wire(entry) for entry in value]
 
 
 def result_from_wire(kind: type[Any], answer: Mapping[str, Any]) -> Any:
@@ -145,12 +149,12 @@ def result_from_wire(kind: type[Any], answer: Mapping[str, Any]) -> Any:
     Raises KeyError when the answer lacks a field, and TypeError for a field of another type.
     """
     values: dict[str, Any] = {}
-    for field, name, needed, plain, make in _plan(kind):  # type: ignore[arg-type]  # types are hashable
-        if needed or name in answer:
+    for field, name, is_required, plain_type, convert in _conversions(kind):  # type: ignore[arg-type]  # types are hashable
+        if is_required or name in answer:
             value = answer[name]
-            if plain is not None and type(value) is not plain:
-                raise TypeError(f"{plain.__name__} is expected, not {type(value).__name__}")
-            values[field] = value if make is None else make(value)
+            if plain_type is not None and type(value) is not plain_type:
+                raise TypeError(f"{plain_type.__name__} is expected, not {type(value).__name__}")
+            values[field] = value if convert is None else convert(value)
     return kind(**values)
 
 
@@ -159,13 +163,13 @@ class _Field(NamedTuple):
 
     field: str
     name: str
-    needed: bool
-    plain: type[Any] | None
-    make: Callable[[Any], Any] | None
+    is_required: bool
+    plain_type: type[Any] | None
+    convert: Callable[[Any], Any] | None
 
 
 @functools.cache
-def _plan(kind: type[Any]) -> tuple[_Field, ...]:
+def _conversions(kind: type[Any]) -> tuple[_Field, ...]:
     """Return how to convert each field of a result. Cached: reading the declaration takes longer than an answer."""
     return tuple(
         _Field(
@@ -173,18 +177,18 @@ def _plan(kind: type[Any]) -> tuple[_Field, ...]:
             wire_name(field),
             field not in kind._field_defaults,
             hint if hint in (str, int, bool) else None,
-            _maker(hint),
+            _converter(hint),
         )
         for field, hint in get_type_hints(kind).items()
     )
 
 
-def _maker(hint: Any) -> Callable[[Any], Any] | None:
+def _converter(hint: Any) -> Callable[[Any], Any] | None:
     if hasattr(hint, "_fields"):
         return functools.partial(result_from_wire, hint)
     arguments = get_args(hint)
     if Ellipsis in arguments:  # tuple[KeyListEntry, ...]
-        entry = arguments[0]
-        return lambda value: tuple(result_from_wire(entry, each) for each in value)
-    nested = next((each for each in arguments if hasattr(each, "_fields")), None)  # Counters | None
+        kind = arguments[0]
+        return lambda value: tuple(result_from_wire(kind, entry) for entry in value)
+    nested = next((argument for argument in arguments if hasattr(argument, "_fields")), None)  # Counters | None
     return None if nested is None else functools.partial(result_from_wire, nested)

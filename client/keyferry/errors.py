@@ -154,10 +154,10 @@ def kms_error(
 
     `message` replaces the whole text, for errors from the wire. For an unknown code, the function returns a plain `KmsError`.
     """
-    known = CODES.get(code)
-    raises = known.raises if known else KmsError
+    entry = CODES.get(code)
+    raises = entry.raises if entry else KmsError
     if message is None:
-        text = known.message if known else ""
+        text = entry.message if entry else ""
         message = f"{text.removesuffix('.')}. {why}" if why else text
     return raises(code, message, request_id, http_status)
 

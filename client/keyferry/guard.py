@@ -21,7 +21,7 @@ INTERRUPTED: Final = 130
 """The exit code that shells report for SIGINT."""
 TRACEBACK: Final = "KEYFERRY_TRACEBACK"
 """An environment variable. "1" adds the place in the code to the message about an internal error, and never a value."""
-_NOT_DONE: Final = 1
+_FAILURE: Final = 1
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:
@@ -80,10 +80,10 @@ def _code_of(program: str, error: BaseException) -> int:
         complain(
             program,
             f"internal error: {type(cause).__name__} at {_place(cause)}; please report it "
-            f"({TRACEBACK}=1 shows how it came about)",
+            f"({TRACEBACK}=1 also prints the lines of code that led to it)",
         )
         _trace(cause)
-    return _NOT_DONE
+    return _FAILURE
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -26,9 +26,9 @@ _CAP_IPC_LOCK: Final = 14
 _ALL_USERS: Final = ["0", "0", "4294967295"]
 """The uid_map of the first user namespace."""
 
-_PROBE: Final = 200
-_CLEARED: Final = "KEYFERRY_CLEARED"
-_CLEARING: Final = {
+_PROBE_BYTES: Final = 200
+_CLEARED_PID: Final = "KEYFERRY_CLEARED"
+_CLEARING_SETTINGS: Final = {
     # Libraries free padded messages and intermediate keys without wiping them, and Python does so with strings. With these
     # settings, glibc overwrites all memory that is freed. glibc's caches per thread, and Python's own allocator, would bypass
     # that.
@@ -45,21 +45,21 @@ def clear_freed_memory() -> None:
 
     The process keeps its ID, its arguments and its descriptors. A caller calls this before it imports anything large.
     """
-    if os.environ.get(_CLEARED) == str(os.getpid()):
-        for name in (_CLEARED, *_CLEARING):  # child processes do not inherit the settings
+    if os.environ.get(_CLEARED_PID) == str(os.getpid()):
+        for name in (_CLEARED_PID, *_CLEARING_SETTINGS):  # child processes do not inherit the settings
             os.environ.pop(name, None)
         return
-    environment = {**os.environ, **_CLEARING, _CLEARED: str(os.getpid())}
+    environment = {**os.environ, **_CLEARING_SETTINGS, _CLEARED_PID: str(os.getpid())}
     with suppress(OSError):  # on failure the process continues, and `clears_freed_memory` returns False
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)  # noqa: S606 - this very program
 
 
 def clears_freed_memory() -> bool:
     """Return whether freed memory is overwritten. The function frees a Python object and reads its memory."""
-    probe = b"A" * _PROBE
+    probe = b"A" * _PROBE_BYTES
     address = id(probe) + sys.getsizeof(b"")
     del probe
-    return b"A" * (_PROBE // 4) not in ctypes.string_at(address, _PROBE - 1)
+    return b"A" * (_PROBE_BYTES // 4) not in ctypes.string_at(address, _PROBE_BYTES - 1)
 
 
 def protect() -> list[str]:
@@ -77,9 +77,9 @@ def protect() -> list[str]:
     else:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         steps.append((_PR_SET_DUMPABLE, 0, "not dumpable: processes of the same user could read this one's memory"))
-    for option, value, what in steps:
+    for option, value, consequence in steps:
         if libc.prctl(option, value, 0, 0, 0) != 0:
-            failures.append(f"{what} ({os.strerror(ctypes.get_errno())})")
+            failures.append(f"{consequence} ({os.strerror(ctypes.get_errno())})")
     return failures
 
 

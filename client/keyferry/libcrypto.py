@@ -36,11 +36,11 @@ __all__ = [
 Buffer: TypeAlias = bytearray | memoryview
 Options: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
-_NAMES: Final = ("libcrypto.so.3", "libcrypto.so")
+_LIBRARY_NAMES: Final = ("libcrypto.so.3", "libcrypto.so")
 _RSA: Final = b"RSA"
 _SM2: Final = b"SM2"
-_OPENSSL_3: Final = 0x30000000
-_CONFIGURATION: Final = "OPENSSL_CONF"
+_MIN_VERSION: Final = 0x30000000
+_CONFIGURATION_VARIABLE: Final = "OPENSSL_CONF"
 _NO_PADDING: Final = ((b"rsa_padding_mode", b"none"),)
 _TRIAL_KEY: Final = (
     bytes.fromhex("30820122300d06092a864886f70d01010105000382010f003082010a0282010100")
@@ -57,14 +57,16 @@ class LibcryptoError(Exception):
 @functools.cache
 def load() -> ctypes.CDLL:
     """Load the library once, and return it. Raises `LibcryptoError` if it is missing, or older than 3.0."""
-    for name in _NAMES:
+    for name in _LIBRARY_NAMES:
         try:
             library = ctypes.CDLL(name)
             break
         except OSError:
             continue
     else:
-        raise LibcryptoError("the system has no libcrypto.so.3 (Debian and Ubuntu: apt-get install libssl3)")
+        raise LibcryptoError(
+            "libcrypto.so.3 was not found; install OpenSSL 3 (Debian and Ubuntu: apt-get install libssl3)"
+        )
     prototypes: dict[str, tuple[object, list[object]]] = {
         "OpenSSL_version": (c_char_p, [c_int]),
         "OpenSSL_version_num": (ctypes.c_ulong, []),
@@ -88,14 +90,8 @@ def load() -> ctypes.CDLL:
         "EVP_KEYMGMT_free": (None, [c_void_p]),
         "EVP_MD_fetch": (c_void_p, [c_void_p, c_char_p, c_char_p]),
         "EVP_MD_free": (None, [c_void_p]),
-        "RSA_padding_check_PKCS1_OAEP_mgf1": (
-            c_int,
-            [c_void_p, c_int, c_void_p, c_int, c_int, c_void_p, c_int, c_void_p, c_void_p],
-        ),
-        "RSA_padding_add_PKCS1_OAEP_mgf1": (
-            c_int,
-            [c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p],
-        ),
+        "RSA_padding_check_PKCS1_OAEP_mgf1": (c_int, [*[c_void_p, c_int] * 2, c_int, c_void_p, c_int, *[c_void_p] * 2]),
+        "RSA_padding_add_PKCS1_OAEP_mgf1": (c_int, [*[c_void_p, c_int] * 3, *[c_void_p] * 2]),
         "EVP_PKEY_CTX_new": (c_void_p, [c_void_p, c_void_p]),
         "EVP_PKEY_CTX_free": (None, [c_void_p]),
         "EVP_PKEY_CTX_ctrl_str": (c_int, [c_void_p, c_char_p, c_char_p]),
@@ -106,35 +102,43 @@ def load() -> ctypes.CDLL:
     }
     try:
         for function, (result, arguments) in prototypes.items():
-            bound = getattr(library, function)
-            bound.restype, bound.argtypes = result, arguments
+            prototype = getattr(library, function)
+            prototype.restype, prototype.argtypes = result, arguments
     except AttributeError as error:
-        raise LibcryptoError(f"{name} is older than OpenSSL 3.0: {error}") from None
-    if library.OpenSSL_version_num() < _OPENSSL_3:
-        raise LibcryptoError(f"{name} is older than OpenSSL 3.0")
+        raise LibcryptoError(f"{name} is older than OpenSSL 3.0, which is needed: {error}") from None
+    if library.OpenSSL_version_num() < _MIN_VERSION:
+        raise LibcryptoError(f"{name} is older than OpenSSL 3.0, which is needed")
     return library
 
 
 def version() -> str:
     """Return the library's name and version, for the log."""
-    name: bytes = load().OpenSSL_version(0)
-    return name.decode()
+    return str(load().OpenSSL_version(0), "ascii")
 
 
 def configuration() -> str:
     """Return the name of OpenSSL's configuration for a message: the environment variable that chooses the file."""
-    path = os.environ.get(_CONFIGURATION)
-    return f"{_CONFIGURATION}={path}" if path else f"{_CONFIGURATION} is not set: the system's openssl.cnf"
+    path = os.environ.get(_CONFIGURATION_VARIABLE)
+    return (
+        f"{_CONFIGURATION_VARIABLE}={path}"
+        if path
+        else f"{_CONFIGURATION_VARIABLE} is not set: the system's openssl.cnf"
+    )
 
 
 def offers(algorithm: str) -> bool:
-    """Return whether this libcrypto, as it is configured, supports keys of a type: "RSA", "SM2"."""
+    """Return whether this libcrypto, as it is configured, supports keys of a type or a hash: "RSA", "SM2", "SHA-1"."""
+    return _is_offered(algorithm, None)
+
+
+def _is_offered(algorithm: str, context: int | None) -> bool:
     library = load()
-    found = library.EVP_KEYMGMT_fetch(None, algorithm.encode(), None)
-    if found:
-        library.EVP_KEYMGMT_free(found)
+    kind = "MD" if algorithm.startswith("SHA") else "KEYMGMT"
+    pointer = getattr(library, f"EVP_{kind}_fetch")(context, algorithm.encode(), None)
+    if pointer:
+        getattr(library, f"EVP_{kind}_free")(pointer)
     library.ERR_clear_error()
-    return bool(found)
+    return bool(pointer)
 
 
 def why_missing(algorithm: str) -> str:
@@ -144,20 +148,16 @@ def why_missing(algorithm: str) -> str:
     """
     library = load()
     context = library.OSSL_LIB_CTX_new()
-    built = not context  # the configuration stopped libcrypto from starting
+    is_built_in = not context  # the configuration stopped libcrypto from starting
     if context:
         provider = library.OSSL_PROVIDER_load(context, b"default")
-        kind = "MD" if algorithm.startswith("SHA") else "KEYMGMT"
-        found = getattr(library, f"EVP_{kind}_fetch")(context, algorithm.encode(), None)
-        built = bool(found)
-        if found:
-            getattr(library, f"EVP_{kind}_free")(found)
+        is_built_in = _is_offered(algorithm, context)
         if provider:
             library.OSSL_PROVIDER_unload(provider)
         library.OSSL_LIB_CTX_free(context)
     library.ERR_clear_error()
-    if built:
-        return f"this OpenSSL's configuration offers no {algorithm}"
+    if is_built_in:
+        return f"this OpenSSL's configuration does not offer {algorithm}"
     return f"this system's libcrypto was built without {algorithm}"
 
 
@@ -171,9 +171,9 @@ def cryptography_failure(error: BaseException) -> str | None:
         isinstance(error, ImportError | RuntimeError) and "OpenSSL" in str(error)
     ):
         return None
-    fetched = re.search(r"Algorithm \(([^ )]+)", str(error))
-    what = f"it offers no {fetched.group(1)}" if fetched else str(error).partition("\n")[0]
-    return f"the cryptography package does not work with this OpenSSL's configuration ({configuration()}): {what}"
+    algorithm = re.search(r"Algorithm \(([^ )]+)", str(error))
+    reason = f"it does not offer {algorithm.group(1)}" if algorithm else str(error).partition("\n")[0]
+    return f"the cryptography package does not work with this OpenSSL's configuration ({configuration()}): {reason}"
 
 
 class Key:
@@ -185,7 +185,8 @@ class Key:
         self._library = load()
         self._pkey = pkey
         # Contexts that are set up and not in use. To set one up, libcrypto looks up every algorithm by its name, which takes
-        # as long as RSA itself. list.pop is atomic, so that one thread only uses a context at a time.
+        # as long as RSA itself. append() and pop() of a list are atomic, with and without the GIL, so each context belongs to
+        # one thread at a time. A lock would take 0.3 µs, and a child that was forked while another thread held it would hang.
         self._contexts: dict[tuple[str, Options], list[_Context]] = {}
         # An RSA ciphertext is as long as the modulus. libcrypto returns the length of an SM2 ciphertext for each plaintext.
         self._size = self._library.EVP_PKEY_get_size(pkey) if self.is_a(_RSA) else 0
@@ -216,17 +217,20 @@ class Key:
         contexts = self._contexts.setdefault(("encrypt", options), [])
 
         def encrypt(plaintext: Buffer) -> bytes:
+            if not plaintext:
+                raise LibcryptoError("libcrypto could not encrypt")
             context = self._context("encrypt", options, contexts)
             pointer, out, out_address, used, used_address = context
-            given, address = len(plaintext), _reference(plaintext) if plaintext else None
+            length, address = len(plaintext), _reference(plaintext)
             used.value = size
-            # libcrypto's SM2 does not check the size of the output buffer. So the buffer has the size that libcrypto returned.
-            if not given or (not size and function(pointer, None, used_address, address, given) <= 0):
-                raise self._failed("encrypt", context)
-            if not size:
+            if (
+                not size
+            ):  # libcrypto's SM2 does not check the size of the buffer, so the buffer has the size that it returns
+                if function(pointer, None, used_address, address, length) <= 0:
+                    raise self._failed("encrypt", context)
                 out = bytearray(used.value)
                 out_address = _reference(out)
-            if function(pointer, out_address, used_address, address, given) <= 0:
+            if function(pointer, out_address, used_address, address, length) <= 0:
                 raise self._failed("encrypt", context)
             contexts.append(context)
             return bytes(out) if used.value == len(out) else bytes(out[: used.value])
@@ -254,15 +258,11 @@ class Key:
 
     def decrypt_into(self, ciphertext: Buffer, out: Buffer, options: Options = ()) -> int:
         """Decrypt into `out`, and return the number of bytes written. Raises the same `LibcryptoError` for every fault."""
-        contexts = self._contexts.setdefault(("decrypt", options), [])
+        if not (ciphertext and out):  # without an output buffer, libcrypto would return the length and succeed
+            raise LibcryptoError("libcrypto could not decrypt")
+        function, contexts = self._library.EVP_PKEY_decrypt, self._contexts.setdefault(("decrypt", options), [])
         context, used = self._context("decrypt", options, contexts), c_size_t(len(out))
-        # Without an output buffer, libcrypto would return the length and succeed. Here, an empty buffer is an error.
-        if not (ciphertext and out) or (
-            self._library.EVP_PKEY_decrypt(
-                context.pointer, _address(out), byref(used), _address(ciphertext), len(ciphertext)
-            )
-            <= 0
-        ):
+        if function(context.pointer, _address(out), byref(used), _address(ciphertext), len(ciphertext)) <= 0:
             raise self._failed("decrypt", context)
         contexts.append(context)
         return used.value
@@ -293,15 +293,15 @@ class Key:
         """Return the private key as DER PKCS #8 PrivateKeyInfo, in a buffer that the caller wipes. Raises `LibcryptoError`."""
         info = self._library.EVP_PKEY2PKCS8(self._pkey)
         if not info:
-            raise LibcryptoError("the key has no private half")
+            raise LibcryptoError("the key is not a private key")
         try:
             return _der(self._library.i2d_PKCS8_PRIV_KEY_INFO, info)
         finally:
             self._library.PKCS8_PRIV_KEY_INFO_free(info)
 
-    def _context(self, verb: str, options: Options, kept: "list[_Context]") -> "_Context":
+    def _context(self, verb: str, options: Options, contexts: "list[_Context]") -> "_Context":
         try:
-            return kept.pop()
+            return contexts.pop()
         except IndexError:
             return self._set_up(verb, options)
 
@@ -355,9 +355,9 @@ def oaep(digest: bytes) -> Options:
 def generate_rsa_2048() -> Key:
     """Generate an RSA key pair of 2,048 bits, with the exponent 65537. Raises `LibcryptoError`."""
     pkey = load().EVP_PKEY_Q_keygen(None, None, _RSA, c_size_t(2_048))
+    load().ERR_clear_error()
     if not pkey:
-        load().ERR_clear_error()
-        raise LibcryptoError(f"no key is generated without RSA: {why_missing('RSA')} ({configuration()})")
+        raise LibcryptoError(f"a key pair cannot be generated without RSA: {why_missing('RSA')} ({configuration()})")
     return Key(pkey)
 
 
@@ -365,13 +365,13 @@ def generate_sm2() -> Key:
     """Generate an SM2 key pair. Raises `LibcryptoError` where this libcrypto lacks SM2 (Fedora and RHEL build without it)."""
     pkey = load().EVP_PKEY_Q_keygen(None, None, _SM2) if has_sm2() else None
     if not pkey:
-        raise LibcryptoError(f"no key is generated without SM2: {why_missing('SM2')} ({configuration()})")
+        raise LibcryptoError(f"a key pair cannot be generated without SM2: {why_missing('SM2')} ({configuration()})")
     return Key(pkey)
 
 
 @functools.cache
 def has_oaep(digest: bytes) -> bool:
-    """Return whether this libcrypto encrypts with RSAES-OAEP and a hash. The function tries it: the version does not tell."""
+    """Return whether this libcrypto encrypts with RSAES-OAEP and a hash. It tries: the version number does not suffice."""
     try:
         public_key(_TRIAL_KEY).oaep_encryptor(digest)(bytearray(1), bytearray(256))
     except LibcryptoError:
@@ -381,7 +381,7 @@ def has_oaep(digest: bytes) -> bool:
 
 @functools.cache
 def has_sm2() -> bool:
-    """Return whether this libcrypto supports SM2. The function generates a key to find out: the version does not tell."""
+    """Return whether this libcrypto supports SM2. It generates a key: the version number does not suffice."""
     library = load()
     pkey = library.EVP_PKEY_Q_keygen(None, None, _SM2)
     if not pkey:
@@ -401,25 +401,25 @@ def _digest(name: bytes) -> int:
     return algorithm
 
 
-def _load(function: str, der: Buffer, what: str) -> Key:
+def _load(function: str, der: Buffer, kind: str) -> Key:
     library = load()
     if not der:
-        raise LibcryptoError(f"no {what} key")
+        raise LibcryptoError(f"the {kind} key is empty")
     end = c_void_p(_address(der))
     pkey = getattr(library, function)(None, byref(end), len(der))
     if not pkey:
         library.ERR_clear_error()
-        raise LibcryptoError(f"libcrypto does not take this {what} key")
+        raise LibcryptoError(f"libcrypto does not accept this {kind} key")
     return Key(pkey)
 
 
-def _der(encode: Any, thing: int) -> bytearray:
-    size = encode(thing, None)
+def _der(encode: Any, pointer: int) -> bytearray:
+    size = encode(pointer, None)
     if size <= 0:
         raise LibcryptoError("libcrypto could not encode the key")
     out = bytearray(size)
     cursor = c_void_p(_address(out))  # libcrypto moves the pointer to the end of its output
-    encode(thing, byref(cursor))
+    encode(pointer, byref(cursor))
     return out
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from .errors import KeyferryError, KmsError
-from .protocol.rpc import Asked
+from .protocol.rpc import PendingCall
 
 if TYPE_CHECKING:
     import logging
@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 __all__ = ["answered", "failed", "repeating"]
 
 
-def answered(asked: Iterable[Asked], seconds: float) -> None:
+def answered(calls: Iterable[PendingCall], seconds: float) -> None:
     """Log the outcome of each call. `seconds`: how long all of them took together."""
     logger = _logger()
     if logger is None or not logger.isEnabledFor(_INFO):
         return
-    for each in asked:
-        refusal = each.refusal()
+    for call in calls:
+        refusal = call.refusal()
         if refusal is not None:
-            logger.info("%s: %s, %.1f ms", _shown(each.call.name), _refused(refusal), seconds * 1_000)
+            logger.info("%s: %s, %.1f ms", _escaped(call.name), _description(refusal), seconds * 1_000)
         elif logger.isEnabledFor(_DEBUG):
-            request_id = _shown(each.request_id())
-            logger.debug("%s: answered, RequestId %s, %.1f ms", _shown(each.call.name), request_id, seconds * 1_000)
+            request_id = _escaped(call.request_id())
+            logger.debug("%s: answered, RequestId %s, %.1f ms", _escaped(call.name), request_id, seconds * 1_000)
 
 
-def failed(asked: Iterable[Asked], error: BaseException, seconds: float) -> None:
+def failed(calls: Iterable[PendingCall], error: BaseException, seconds: float) -> None:
     """Log that calls failed without an answer."""
     logger = _logger()
     if logger is not None and logger.isEnabledFor(_INFO):
-        logger.info("%s: %s, %.1f ms", _names(asked), _refused(error), seconds * 1_000)
+        logger.info("%s: %s, %.1f ms", _names(calls), _description(error), seconds * 1_000)
 
 
-def repeating(asked: Iterable[Asked], error: KeyferryError | None, delay: float) -> None:
+def repeating(calls: Iterable[PendingCall], error: KeyferryError | None, delay: float) -> None:
     """Log that calls are repeated after a delay in seconds. `error` is the reason, unless each call was refused on its own."""
     logger = _logger()
     if logger is not None and logger.isEnabledFor(_INFO):
-        why = "refused" if error is None else _refused(error)
-        logger.info("%s: %s, asked again in %.0f ms", _names(asked), why, delay * 1_000)
+        why = "refused" if error is None else _description(error)
+        logger.info("%s: %s, repeated in %.0f ms", _names(calls), why, delay * 1_000)
 
 
 _DEBUG = 10
@@ -57,11 +57,11 @@ _INFO = 20
 
 def _logger() -> "logging.Logger | None":
     """Return the logger, and None in a program that has not imported `logging`."""
-    return _made() if "logging" in sys.modules else None
+    return _configured_logger() if "logging" in sys.modules else None
 
 
 @functools.cache
-def _made() -> "logging.Logger":
+def _configured_logger() -> "logging.Logger":
     import logging  # noqa: PLC0415 - it is there already
 
     logger = logging.getLogger("keyferry")
@@ -69,17 +69,17 @@ def _made() -> "logging.Logger":
     return logger
 
 
-def _refused(error: BaseException) -> str:
+def _description(error: BaseException) -> str:
     if isinstance(error, KmsError):
-        return f"refused with {_shown(error.code)}, RequestId {_shown(error.request_id)}"
+        return f"refused with {_escaped(error.code)}, RequestId {_escaped(error.request_id)}"
     return type(error).__name__
 
 
-def _names(asked: Iterable[Asked]) -> str:
+def _names(calls: Iterable[PendingCall]) -> str:
     """Return the names of the operations, each once."""
-    return ", ".join(dict.fromkeys(_shown(each.call.name) for each in asked))
+    return ", ".join(dict.fromkeys(_escaped(call.name) for call in calls))
 
 
-def _shown(text: str) -> str:
+def _escaped(text: str) -> str:
     """Return at most 64 characters of a peer's or a caller's text, escaped where they could begin another line."""
     return text[:64] if text.isprintable() else ascii(text[:64])

@@ -382,6 +382,6 @@ OPERATIONS: Final[Mapping[str, Operation[..., Any]]] = {
 """Every operation, by its name in the API."""
 
 
-def _without_plaintext(made: Any) -> str:
-    fields = ((name, "<not shown>" if name == "plaintext" else repr(getattr(made, name))) for name in made._fields)
-    return f"{type(made).__name__}({', '.join(f'{name}={value}' for name, value in fields)})"
+def _without_plaintext(values: Any) -> str:
+    fields = ((name, "<not shown>" if name == "plaintext" else repr(getattr(values, name))) for name in values._fields)
+    return f"{type(values).__name__}({', '.join(f'{name}={value}' for name, value in fields)})"

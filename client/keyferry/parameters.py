@@ -105,7 +105,8 @@ def encode_base64(data: bytes | bytearray | memoryview) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
 
 
-def _blob(name: str, value: Any) -> bytes:
+def _binary(name: str, value: Any) -> bytes | None:
+    """Return the bytes of a parameter that may be Base64 or binary, and None for text that is not Base64."""
     if isinstance(value, bytes):
         return value
     if not isinstance(value, str):
@@ -113,20 +114,20 @@ def _blob(name: str, value: Any) -> bytes:
     try:
         return decode_base64(value)
     except ValueError:
+        return None
+
+
+def _blob(name: str, value: Any) -> bytes:
+    blob = _binary(name, value)
+    if blob is None:
         if value.startswith("-----BEGIN"):
-            raise invalid_parameter(name, "it is PEM; the Base64 of the DER is expected, without armour.") from None
-        raise invalid_parameter(name, "it is not Base64 on one line, padded, without white space.") from None
+            raise invalid_parameter(name, "it is PEM; the Base64 of the DER is expected, without armour.")
+        raise invalid_parameter(name, "it is not Base64 on one line, padded, without white space.")
+    return blob
 
 
 def _ciphertext(name: str, value: Any) -> bytes:
-    if isinstance(value, bytes):
-        return value
-    if not isinstance(value, str):
-        raise invalid_parameter(name, f"Base64 text or binary is expected, not {_kind(value)}.")
-    try:
-        return decode_base64(value)
-    except ValueError:
-        return b""  # text damaged in transport gets the same error as every ciphertext that does not open
+    return _binary(name, value) or b""  # damaged text gets the same error as every ciphertext that does not open
 
 
 def _plaintext(name: str, value: Any) -> bytes:
@@ -144,12 +145,12 @@ def _data_key_spec(name: str, value: Any) -> int:
     return DATA_KEY_SPECS[value]
 
 
-def _whole_number(least: int, most: int) -> Callable[[str, Any], int]:
+def _whole_number(minimum: int, maximum: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise invalid_parameter(name, f"an integer is expected, not {_kind(value)}.")
-        if not least <= value <= most:
-            raise invalid_parameter(name, f"it is {value}; {least} to {most} are allowed.")
+        if not minimum <= value <= maximum:
+            raise invalid_parameter(name, f"it is {value}; {minimum} to {maximum} are allowed.")
         return value
 
     return check
@@ -165,13 +166,15 @@ def _dry_run(name: str, value: Any) -> bool:
 
 def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object's pairs as a dictionary. Raises ValueError for a repeated key. For `object_pairs_hook`."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("the same key twice")
-    return made
+    return entries
 
 
 _TEXT: Final = frozenset({str})
+_MAX_JSON_ESCAPE: Final = 6
+"""Most characters that JSON writes for one character of ASCII."""
 
 
 def _json() -> Any:
@@ -190,10 +193,8 @@ def _encryption_context(name: str, value: Any) -> dict[str, str]:
             raise invalid_parameter(name, "it is not the JSON of one object with each key once.") from None
     if not isinstance(value, dict) or not _TEXT.issuperset(map(type, value.values())):
         raise invalid_parameter(name, "a map (or its JSON text) of strings to strings is expected.")
-    together = "".join([*value, *value.values()])
-    if (
-        together.isascii() and 6 * (len(together) + len(value)) < MAX_CONTEXT
-    ):  # JSON makes six characters of one at most
+    characters = "".join([*value, *value.values()])
+    if characters.isascii() and _MAX_JSON_ESCAPE * (len(characters) + len(value)) < MAX_CONTEXT:
         return value
     # The cloud too measures the JSON. Here, characters outside ASCII count as one: escapes for ASCII output are not counted.
     text = _json().dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -248,13 +249,13 @@ WrappingKeySpec: TypeAlias = Annotated[str, WRAPPING_KEY_SPEC]
 WRAPPING_ALGORITHM = Parameter(
     "WrappingAlgorithm",
     _text,
-    "How the data key is encrypted to it: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2.",
+    "The algorithm that encrypts the data key to it: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2.",
     values=("RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_1", "SM2PKE"),
 )
 WrappingAlgorithm: TypeAlias = Annotated[str, WRAPPING_ALGORITHM]
 
 CIPHERTEXT_BLOB = Parameter(
-    "CiphertextBlob", _ciphertext, "The CiphertextBlob of an earlier call, in Base64 or as binary."
+    "CiphertextBlob", _ciphertext, "The ciphertext that an earlier call returned, in Base64 or as binary."
 )
 CiphertextBlob: TypeAlias = Annotated[str | bytes, CIPHERTEXT_BLOB]
 
@@ -274,7 +275,7 @@ DESTINATION_ENCRYPTION_CONTEXT = Parameter(
 DestinationEncryptionContext: TypeAlias = Annotated[Mapping[str, str] | str | None, DESTINATION_ENCRYPTION_CONTEXT]
 
 PAGE_NUMBER = Parameter(
-    "PageNumber", _whole_number(1, MAX_PAGE_NUMBER), "Which page, from 1 (the default).", integer=True
+    "PageNumber", _whole_number(1, MAX_PAGE_NUMBER), "The number of the page, from 1 (the default).", integer=True
 )
 PageNumber: TypeAlias = Annotated[int | None, PAGE_NUMBER]
 
@@ -283,13 +284,13 @@ PAGE_SIZE = Parameter(
 )
 PageSize: TypeAlias = Annotated[int | None, PAGE_SIZE]
 
-PLAINTEXT = Parameter("Plaintext", _plaintext, f"The data to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
+PLAINTEXT = Parameter("Plaintext", _plaintext, f"The bytes to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
 Plaintext: TypeAlias = Annotated[str | bytes, PLAINTEXT]
 
 DRY_RUN = Parameter(
     "DryRun",
     _dry_run,
-    "true: only say what the call would have done. Such a call always fails.",
+    "true: only return the outcome that the call would have. Such a call always fails.",
     values=("true", "false"),
 )
 DryRun: TypeAlias = Annotated[bool | str, DRY_RUN]

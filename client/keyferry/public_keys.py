@@ -37,14 +37,14 @@ def to_der(data: bytes) -> bytes:
     encoding = content.byte_order_mark(data)
     if encoding is not None:
         raise ValueError(f"it begins with a byte order mark ({encoding}); save it without one")
-    found = content.resemblance(data)
-    if found is None:
+    resemblance = content.resemblance(data)
+    if resemblance is None:
         return _from_json(data) if data.lstrip().startswith(_OBJECT) else data
-    if found.kind in content.SECRETS:
-        raise ValueError(f"it looks like {found}; {_PRIVATE}")
-    if found.kind == content.PUBLIC_KEY:
+    if resemblance.kind in content.SECRETS:
+        raise ValueError(f"it looks like {resemblance}; {_PRIVATE}")
+    if resemblance.kind == content.PUBLIC_KEY:
         return _der_of_public_key(data)
-    raise ValueError(f"it looks like {found}; {_ADVICE.get(found.kind, _EXPECTED)}")
+    raise ValueError(f"it looks like {resemblance}; {_ADVICE.get(resemblance.kind, _EXPECTED)}")
 
 
 def _from_json(data: bytes) -> bytes:

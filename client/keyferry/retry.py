@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from .errors import KeyferryError, Throttled
-from .protocol.rpc import Asked, seconds
+from .protocol.rpc import PendingCall, seconds
 
 __all__ = ["Attempts", "Retry"]
 
@@ -52,40 +52,42 @@ class Retry:
 class Attempts:
     """The attempts of one call. Without a `Retry`, the first is the only one.
 
-    `now` is the time of a monotonic clock, and `left` the rest of the client's timeout, both in seconds.
+    `now` is the time of a monotonic clock, and `remaining` what is left of the client's timeout, both in seconds.
     """
 
     def __init__(self, retry: Retry | None) -> None:
         self._retry = retry
         self._failures = 0
-        self._until = 0.0
+        self._deadline = 0.0
 
-    def after_failure(self, error: KeyferryError, now: float, left: float) -> float | None:
+    def after_failure(self, error: KeyferryError, now: float, remaining: float) -> float | None:
         """Return the seconds to wait before the next attempt, or None if the call has failed with the error."""
-        return self._delay([error], now, left) if error.retryable else None
+        return self._delay([error], now, remaining) if error.retryable else None
 
-    def after_answers(self, asked: Iterable[Asked], now: float, left: float) -> float | None:
+    def after_answers(self, calls: Iterable[PendingCall], now: float, remaining: float) -> float | None:
         """Return the seconds to wait before refused calls are repeated, or None if all outcomes are final.
 
         Calls to be repeated are marked as not answered.
         """
         if self._retry is None:
             return None
-        again = [(each, refusal) for each in asked if (refusal := each.refusal()) is not None and refusal.retryable]
-        delay = self._delay([refusal for _, refusal in again], now, left) if again else None
+        refusals = [
+            (call.pending, error) for call in calls if (error := call.refusal()) is not None and error.retryable
+        ]
+        delay = self._delay([error for _, error in refusals], now, remaining) if refusals else None
         if delay is not None:
-            for (_, pending), _ in again:
+            for pending, _ in refusals:
                 pending.response = None
         return delay
 
-    def _delay(self, errors: Iterable[KeyferryError], now: float, left: float) -> float | None:
+    def _delay(self, errors: Iterable[KeyferryError], now: float, remaining: float) -> float | None:
         retry = self._retry
         if retry is None:
             return None
         if not self._failures:
-            self._until = now + retry.within
+            self._deadline = now + retry.within
         ceiling = min(retry.longest, retry.first * 2 ** min(self._failures, _MAX_DOUBLINGS))
         self._failures += 1
-        told = max(error.retry_after if isinstance(error, Throttled) else 0.0 for error in errors)
-        delay = told + ceiling * retry.random()
-        return delay if delay < left and now + delay <= self._until else None
+        minimum = max(error.retry_after if isinstance(error, Throttled) else 0.0 for error in errors)
+        delay = minimum + ceiling * retry.random()
+        return delay if delay < remaining and now + delay <= self._deadline else None

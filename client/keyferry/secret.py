@@ -43,8 +43,8 @@ _MEMFD_NAME: Final = "/secretmem"
 _MADV_DONTDUMP: Final = 16
 _MAP_FIXED: Final = 0x10
 _PROT_NONE: Final = 0
-_FAILED: Final = ctypes.c_void_p(-1).value
-_ALIGNMENT: Final = 16
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+_ALIGNMENT_BYTES: Final = 16
 SCRATCH_SIZES: Final = (64, 1_024, 6_144)
 """Sizes in bytes that borrowed blocks are rounded up to.
 
@@ -52,7 +52,12 @@ With few sizes, a block that one call returns fits a later call. Memory of n tim
 calls at the same time.
 """
 
-_ZEROS: Final = {room: bytes(room) for room in SCRATCH_SIZES}
+_ZEROS: Final = {capacity: bytes(capacity) for capacity in SCRATCH_SIZES}
+
+# One lock for the loans and the allocations of all memory. Reentrant: the garbage collector can free a secret at any point,
+# also while its own thread holds the lock. The hooks let no other thread hold it at a fork: the child could never take it.
+_lock: Final = threading.RLock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -77,14 +82,14 @@ class SecretMemoryError(Exception):
 class Secret:
     """Bytes in a `SecretMemory`. Only `lend` gives access to them, for the time of a `with` block."""
 
-    __slots__ = ("_freed", "_loans", "_memory", "_offset", "_room", "_wiped", "size")
+    __slots__ = ("_capacity", "_is_freed", "_loans", "_memory", "_offset", "size")
 
-    def __init__(self, memory: "SecretMemory", offset: int, room: int, size: int) -> None:
+    def __init__(self, memory: "SecretMemory", offset: int, capacity: int, size: int) -> None:
         self._memory = memory
         self._offset = offset
-        self._room = room
-        self._loans: list[None] = []  # loan count as a list: append/pop are atomic under the GIL, `+= 1` is not
-        self._freed = self._wiped = False
+        self._capacity = capacity
+        self._loans = 0
+        self._is_freed = False
         self.size = size
 
     def __repr__(self) -> str:
@@ -99,17 +104,15 @@ class Secret:
 
     def free(self) -> None:
         """Wipe the bytes and release their space: immediately, or when their last loan ends. May be called repeatedly."""
-        self._freed = True
-        if not self._loans:
-            self._memory._wipe(self)
+        with _lock:
+            if not self._is_freed:
+                self._is_freed = True
+                if not self._loans:
+                    self._memory._wipe(self)
 
 
 class _Loan:
-    """The context manager of `Secret.lend`: returns the view, and releases it at the end of the block.
-
-    It takes no lock, since every request takes a loan. A loan is counted before the bytes are checked for being freed, and the
-    bytes are marked as freed before the loans are counted. Whichever runs last sees the other's write and wipes.
-    """
+    """The context manager of `Secret.lend`: returns the view, and releases it at the end of the block."""
 
     __slots__ = ("_secret", "_view")
 
@@ -118,11 +121,11 @@ class _Loan:
 
     def __enter__(self) -> memoryview:
         secret = self._secret
-        self._view = secret._memory._view(secret._offset, secret.size)
-        secret._loans.append(None)
-        if secret._freed:
-            self.__exit__(None, None, None)
-            raise SecretMemoryError("these bytes were wiped")
+        with _lock:
+            if secret._is_freed:
+                raise SecretMemoryError("the secret was wiped")
+            self._view = secret._memory._view(secret._offset, secret.size)
+            secret._loans += 1
         return self._view
 
     def __exit__(
@@ -130,20 +133,20 @@ class _Loan:
     ) -> None:
         self._view.release()
         secret = self._secret
-        secret._loans.pop()
-        if secret._freed and not secret._loans:
-            secret._memory._wipe(secret)
+        with _lock:
+            secret._loans -= 1
+            if secret._is_freed and not secret._loans:
+                secret._memory._wipe(secret)
 
 
 class _Borrowed:
     """The context manager of `SecretMemory.borrow`: an exclusive block of scratch memory, wiped at the end."""
 
-    __slots__ = ("_block", "_memory", "_room", "_size", "_view")
+    __slots__ = ("_block", "_memory", "_size", "_view")
 
-    def __init__(self, memory: "SecretMemory", block: memoryview, room: int, size: int) -> None:
+    def __init__(self, memory: "SecretMemory", block: memoryview, size: int) -> None:
         self._memory = memory
         self._block = block
-        self._room = room
         self._size = size
 
     def __enter__(self) -> memoryview:
@@ -154,8 +157,9 @@ class _Borrowed:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._view.release()
-        self._block[:] = _ZEROS[self._room]
-        self._memory._blocks[self._room].append(self._block)
+        capacity = len(self._block)
+        self._block[:] = _ZEROS[capacity]
+        self._memory._blocks[capacity].append(self._block)
 
 
 class SecretMemory:
@@ -165,7 +169,7 @@ class SecretMemory:
     memory that is not locked raises `SecretMemoryError`, whose message contains the reason. Without it, `protection` may be
     "none".
 
-    `given` is a descriptor of secret memory that another process made. This class maps that memory instead, and closes the
+    `descriptor` is that of secret memory which another process made. This class maps that memory instead, and closes the
     descriptor. `share` is called with the descriptor of memory made here, if it has one: only memory of memfd_secret(2) can be
     shared with another process.
     """
@@ -176,29 +180,33 @@ class SecretMemory:
         *,
         backing: Backing = "auto",
         require: bool = True,
-        given: int | None = None,
+        descriptor: int | None = None,
         share: Callable[[int], object] | None = None,
     ) -> None:
         self.size = whole_pages(size)
         self._share = share
         self.protection: Protection = "none"
-        # Reentrant: the garbage collector can free a secret at any point, also while its own thread holds the lock.
-        self._lock = threading.RLock()
         self._used = 0
         self._bytes: memoryview | None = None
-        self._freed: dict[int, list[int]] = {}
-        self._blocks: dict[int, list[memoryview]] = {room: [] for room in SCRATCH_SIZES}
+        self._free_offsets: dict[int, list[int]] = {}
+        """Offsets of bytes that were allocated and wiped, by their capacity."""
+        self._blocks: dict[int, list[memoryview]] = {capacity: [] for capacity in SCRATCH_SIZES}
+        """Blocks that were borrowed and wiped, by their capacity.
+
+        They need no lock, which would cost a request 2 %: append() and pop() of a list are atomic, with and without the GIL. So
+        each block belongs to one thread at a time, and no other state depends on these lists.
+        """
         # The reservation includes the guard pages: mapping memory into its middle leaves them inaccessible.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         self._reserved = _libc.mmap(None, self.size + 2 * mmap.PAGESIZE, _PROT_NONE, flags, -1, 0)
-        if self._reserved == _FAILED:
-            raise SecretMemoryError(f"no address space for {self.size} bytes: {_errno()}")
+        if self._reserved == _MAP_FAILED:
+            raise SecretMemoryError(f"{self.size} bytes of address space could not be reserved: {_errno()}")
         self._address = self._reserved + mmap.PAGESIZE
         # Every Secret and every loan refers to its memory. After the last reference is gone, the memory is wiped and unmapped.
         self._release = weakref.finalize(self, _release, self._reserved, self.size)
         self._release.atexit = False  # the kernel clears memory at exit, when a thread may still be using it
-        failures = self._map(backing) if given is None else self._map_given(given)
-        if failures and (require or given is not None):
+        failures = self._map(backing) if descriptor is None else self._map_existing(descriptor)
+        if failures and (require or descriptor is not None):
             self.close()
             raise SecretMemoryError(_advice(self.size, failures), self.size)
         self._bytes = memoryview((ctypes.c_ubyte * self.size).from_address(self._address)).cast("B")
@@ -211,31 +219,31 @@ class SecretMemory:
 
     def allocate(self, size: int) -> Secret:
         """Allocate `size` bytes, all zero. Raises `SecretMemoryError` when the memory is used up."""
-        return self._allocate(size, max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT)
+        capacity = max(1, -(-size // _ALIGNMENT_BYTES)) * _ALIGNMENT_BYTES
+        return Secret(self, self._reserve(capacity), capacity, size)
 
     def borrow(self, size: int) -> _Borrowed:
         """Lend `size` bytes for one `with` block, and wipe them at its end. Raises `SecretMemoryError`."""
-        for room in SCRATCH_SIZES:
-            if size <= room:
-                break
-        else:
-            raise SecretMemoryError(f"at most {SCRATCH_SIZES[-1]} bytes can be borrowed; {size} were asked for")
-        try:
-            block = self._blocks[room].pop()
-        except IndexError:
-            block = self._view(self._allocate(room, room)._offset, room)
-        return _Borrowed(self, block, room, size)
+        for capacity, blocks in self._blocks.items():
+            if size <= capacity:
+                try:
+                    block = blocks.pop()
+                except IndexError:
+                    block = self._view(self._reserve(capacity), capacity)
+                return _Borrowed(self, block, size)
+        raise SecretMemoryError(f"at most {SCRATCH_SIZES[-1]} bytes can be borrowed, not {size}")
 
-    def _allocate(self, size: int, room: int) -> Secret:
-        with self._lock:
-            free = self._freed.get(room)
-            if free:
-                return Secret(self, free.pop(), room, size)
-            if self._used + room > self.size:
+    def _reserve(self, capacity: int) -> int:
+        """Return the offset of unused bytes, all zero. Raises `SecretMemoryError` when the memory is used up."""
+        with _lock:
+            offsets = self._free_offsets.get(capacity)
+            if offsets:
+                return offsets.pop()
+            if self._used + capacity > self.size:
                 raise SecretMemoryError(f"{self.size} bytes of secret memory are used up")
             offset = self._used
-            self._used += room
-        return Secret(self, offset, room, size)
+            self._used += capacity
+        return offset
 
     def close(self) -> None:
         """Wipe all bytes and unmap the memory. All loans must have ended: a view would point to unmapped memory."""
@@ -246,7 +254,7 @@ class SecretMemory:
             self._bytes.release()
         self._release()
 
-    def outlive(self) -> None:
+    def detach(self) -> None:
         """Do not wipe or unmap the memory when this object is collected: a process that shares it keeps using it."""
         self._release.detach()
 
@@ -255,12 +263,8 @@ class SecretMemory:
         return self._bytes[offset : offset + size]
 
     def _wipe(self, secret: Secret) -> None:
-        with self._lock:
-            if secret._wiped:
-                return
-            secret._wiped = True
-            ctypes.memset(self._address + secret._offset, 0, secret._room)
-            self._freed.setdefault(secret._room, []).append(secret._offset)
+        ctypes.memset(self._address + secret._offset, 0, secret._capacity)
+        self._free_offsets.setdefault(secret._capacity, []).append(secret._offset)
 
     def _map(self, backing: Backing) -> list[str]:
         """Map the middle of the reservation as locked memory. Return no messages on success, else one for each failed kind."""
@@ -272,8 +276,8 @@ class SecretMemory:
                 return []
             failures.append(f"memfd_secret: {failure}")
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-        if _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == _FAILED:
-            raise SecretMemoryError(f"no memory for {self.size} bytes: {_errno()}")
+        if _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == _MAP_FAILED:
+            raise SecretMemoryError(f"{self.size} bytes of memory could not be mapped: {_errno()}")
         _libc.madvise(self._address, self.size, _MADV_DONTDUMP)
         if backing in ("auto", "mlock"):
             if _libc.mlock(self._address, self.size) == 0:
@@ -297,12 +301,13 @@ class SecretMemory:
         finally:
             os.close(descriptor)  # while it is open, another process could map the memory too (pidfd_getfd)
 
-    def _map_given(self, descriptor: int) -> list[str]:
+    def _map_existing(self, descriptor: int) -> list[str]:
         try:
             if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(_MEMFD_NAME):
-                return ["the descriptor does not refer to secret memory"]
-            if os.fstat(descriptor).st_size != self.size:
-                return ["the secret memory has another size"]
+                return [f"descriptor {descriptor} is not of memfd_secret"]
+            size = os.fstat(descriptor).st_size
+            if size != self.size:
+                return [f"descriptor {descriptor} has {size} bytes, not {self.size}"]
             failure = self._map_descriptor(descriptor)
             self.protection = "none" if failure else "memfd_secret"
             return [failure] if failure else []
@@ -312,7 +317,7 @@ class SecretMemory:
     def _map_descriptor(self, descriptor: int) -> str:
         flags = mmap.MAP_SHARED | _MAP_FIXED
         mapped = _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
-        return _errno() if mapped == _FAILED else ""
+        return _errno() if mapped == _MAP_FAILED else ""
 
 
 def _release(reserved: int, size: int) -> None:
@@ -328,11 +333,11 @@ def whole_pages(size: int) -> int:
 
 def fill_random(view: memoryview) -> None:
     """Fill a lent view with random bytes from the kernel's generator, without a copy. Raises OSError."""
-    done, size = 0, len(view)
-    while done < size:
-        got = _getrandom(ctypes.byref(ctypes.c_char.from_buffer(view, done)), size - done, 0)
-        if got > 0:
-            done += got
+    filled, size = 0, len(view)
+    while filled < size:
+        count = _getrandom(ctypes.byref(ctypes.c_char.from_buffer(view, filled)), size - filled, 0)
+        if count > 0:
+            filled += count
         elif ctypes.get_errno() != errno.EINTR:
             raise OSError(ctypes.get_errno(), "getrandom failed")
 
@@ -345,7 +350,7 @@ def _advice(size: int, failures: list[str]) -> str:
     soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // 1024} KiB"
     return (
-        f"{size // 1024} KiB of locked memory could not be had ({'; '.join(failures)}). RLIMIT_MEMLOCK is {limit} for all "
+        f"{size // 1024} KiB of memory could not be locked ({'; '.join(failures)}). RLIMIT_MEMLOCK is {limit} for all "
         f"of this process's locked memory together: raise it (systemd: LimitMEMLOCK=, shell: ulimit -l), grant "
         f'CAP_IPC_LOCK, or accept unprotected memory with memory = "prefer"'
     )

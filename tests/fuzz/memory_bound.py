@@ -8,13 +8,14 @@ __all__ = ["frugal"]
 
 T = TypeVar("T")
 
-_FREE = 64 * 1024
-"""Bytes that a reader may take for nothing: the buffers that it begins with."""
+_FREE = 96 * 1024
+"""Bytes that a reader may take for nothing: the buffers that it begins with. msgpack's parser takes 42 KB; two can exist."""
 
 
 def frugal(read: Callable[[], T], given: int, *, times: int) -> T:
-    """What `read` gives. Fails if it takes more than `times` the given bytes of memory at once, besides 64 KiB, twice in
-    a row: the first time it may import something, or the interpreter's own tables may grow.
+    """Return the result of `read`. Fails if it allocates more than `times` the given bytes and 96 KiB, twice in a row.
+
+    The first time, it may import a module, or the interpreter's own tables may grow.
     """
     result, most = _measured(read)
     if most > times * given + _FREE:

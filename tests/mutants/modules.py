@@ -32,6 +32,7 @@ MODULES: Final = {
     ),
     f"{AGENT}/chained_log/file.py": ("test_audit", "test_audit_entries", "test_audit_incomplete", "test_audit_journal"),
     f"{CLIENT}/protocol/wire.py": ("test_wire", "test_wiping"),
+    f"{CLIENT}/protocol/fast_reader.py": ("test_wire",),
     f"{CLIENT}/protocol/msgpack_scanner.py": ("test_wire",),
     f"{CLIENT}/protocol/rpc.py": ("test_deadlines", "test_pipeline", "test_client", "test_logger"),
     f"{CLIENT}/client.py": ("test_deadlines", "test_pipeline", "test_client"),

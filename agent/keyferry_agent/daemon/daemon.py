@@ -106,7 +106,7 @@ def _live(
         trio.run(_serve, agent, server, audit, reloader, host, sockets, strict_exception_groups=True)
     finally:
         if settings.keep_keys and not agent.keyring.is_sealed:
-            agent.keyring.memory.outlive()
+            agent.keyring.memory.detach()
 
 
 def _audit_log(settings: Settings) -> AuditLog:

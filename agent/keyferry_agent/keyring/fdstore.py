@@ -127,7 +127,7 @@ def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
             return None
         closing.pop_all()
     try:
-        keyring = build_keyring(keys, _as_it_is, SecretMemory(size, given=memory))
+        keyring = build_keyring(keys, _as_it_is, SecretMemory(size, descriptor=memory))
     except (SecretMemoryError, ValueError, KeyError, TypeError):
         return None
     with keyring.check.lend() as check:

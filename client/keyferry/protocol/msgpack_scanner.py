@@ -1,14 +1,26 @@
-"""Scans the headers of a msgpack message: finds its length and checks limits, without building objects.
+"""The strict reader: scans the headers of a msgpack message for its length and the limits, then parses it value by value.
 
-Every limit is applied as the headers arrive. A peer can claim a map of four billion entries, or nest arrays a thousand deep,
-but the agent stores only the bytes that the peer really sent.
+Every limit is applied as the headers arrive, without building objects. A peer can claim a map of four billion entries, or nest
+arrays a thousand deep, but the agent stores only the bytes that the peer really sent.
 """
 
 from typing import Any, Final, NamedTuple
 
+import msgpack
+
 from ..errors import ProtocolError
 
-__all__ = ["MAX_ARRAY", "MAX_DEPTH", "MAX_MAP", "MAX_MESSAGE", "HeaderScanner", "container"]
+__all__ = [
+    "MAX_ARRAY",
+    "MAX_DEPTH",
+    "MAX_MAP",
+    "MAX_MESSAGE",
+    "UNICODE_ERRORS",
+    "UNPACKER_BUFFER_BYTES",
+    "HeaderScanner",
+    "parse_strictly",
+    "unique_keys",
+]
 
 MAX_MESSAGE: Final = 65_536
 """Bytes in one message. The largest legitimate request (6,144 bytes to encrypt, 8,192 characters of EncryptionContext) takes a
@@ -19,6 +31,11 @@ MAX_ARRAY: Final = 64
 """Entries in one array. A message has four, and its array of parameters one; a parameter is never a list."""
 MAX_DEPTH: Final = 8
 """Nesting depth of containers. A request with an EncryptionContext needs four."""
+UNPACKER_BUFFER_BYTES: Final = 1_024
+"""Initial size of the buffer of msgpack's parser."""
+UNICODE_ERRORS: Final = "surrogateescape"
+"""A string that is not UTF-8 (neovim sends raw bytes as strings) keeps its bytes as lone surrogates. The check of a text
+parameter then refuses that parameter by name, and the connection survives."""
 
 # The kinds of value that a first byte can begin (the msgpack specification, "Formats").
 
@@ -52,7 +69,7 @@ def _formats() -> list[_Format]:
         formats[first] = _Format(_REFUSED, why="floats are not part of the protocol")
     for first in (*range(0xC7, 0xCA), *range(0xD4, 0xD9)):
         formats[first] = _Format(_REFUSED, why="extension types are not part of the protocol")
-    formats[0xC1] = _Format(_REFUSED, why="byte 0xC1 begins nothing in msgpack")
+    formats[0xC1] = _Format(_REFUSED, why="byte 0xC1 is not part of msgpack")
     return formats
 
 
@@ -62,40 +79,42 @@ _FORMATS: Final = _formats()
 class HeaderScanner:
     """Scans one message at the beginning of a buffer. Continues from its position when more bytes have arrived."""
 
-    __slots__ = ("_containers", "_left", "_map", "_max_array", "position")
+    __slots__ = ("_containers", "_in_map", "_max_array", "_remaining", "position")
 
     def __init__(self, max_array: int) -> None:
         self._max_array = max_array
         self.position = 0
         """Bytes scanned so far; each header is scanned once, in pieces of any size. At the end, the size of the message."""
-        self._left = 1  # entries still to come in the innermost container; keys and values of a map count separately
-        self._map = False  # whether the innermost container is a map
-        self._containers: list[tuple[int, bool]] = []  # (left, map) of each enclosing container
+        self._remaining = (
+            1  # entries still to come in the innermost container; keys and values of a map count separately
+        )
+        self._in_map = False  # whether the innermost container is a map
+        self._containers: list[tuple[int, bool]] = []  # (remaining, in_map) of each enclosing container
 
-    def follow(self, buffer: bytearray) -> bool:  # noqa: C901, PLR0912 - one loop, once for each byte's worth: calls would double its time
+    def scan(self, buffer: bytearray) -> bool:  # noqa: C901, PLR0912 - one loop, once for each byte's worth: calls would double its time
         """Scan to the end of the message. Returns False if the end is not in the buffer yet. Raises `ProtocolError`."""
-        position, left, in_map, containers = self.position, self._left, self._map, self._containers
+        position, remaining, in_map, containers = self.position, self._remaining, self._in_map, self._containers
         received = len(buffer)
         while position < received:
             kind, length_bytes, size, why = _FORMATS[buffer[position]]
             if kind == _REFUSED:
                 raise ProtocolError(why)
-            if in_map and kind != _STRING and not left & 1:
+            if in_map and kind != _STRING and not remaining & 1:
                 raise ProtocolError("a map key is not a string")
-            after = position + 1
+            end = position + 1
             if length_bytes:
-                after += length_bytes
-                if after > received:
+                end += length_bytes
+                if end > received:
                     break
-                size = int.from_bytes(buffer[position + 1 : after], "big")
+                size = int.from_bytes(buffer[position + 1 : end], "big")
             if kind < _ARRAY:
-                after += size
-            if after > MAX_MESSAGE:
+                end += size
+            if end > MAX_MESSAGE:
                 raise ProtocolError(f"a message is longer than {MAX_MESSAGE} bytes")
-            if after > received:
+            if end > received:
                 break
-            position = after
-            left -= 1
+            position = end
+            remaining -= 1
             if kind >= _ARRAY:
                 if size > (MAX_MAP if kind == _MAP else self._max_array):
                     raise ProtocolError(
@@ -105,20 +124,44 @@ class HeaderScanner:
                     )
                 if len(containers) == MAX_DEPTH:
                     raise ProtocolError(f"containers are nested more than {MAX_DEPTH} deep")
-                containers.append((left, in_map))
+                containers.append((remaining, in_map))
                 in_map = kind == _MAP
-                left = 2 * size if in_map else size
-            while not left and containers:
-                left, in_map = containers.pop()
-            if not left:
+                remaining = 2 * size if in_map else size
+            while not remaining and containers:
+                remaining, in_map = containers.pop()
+            if not remaining:
                 self.position = position
                 return True
         if received > MAX_MESSAGE:
             raise ProtocolError(f"a message is longer than {MAX_MESSAGE} bytes")
-        self.position, self._left, self._map = position, left, in_map
+        self.position, self._remaining, self._in_map = position, remaining, in_map
         return False
 
 
-def container(first: int) -> type[Any] | None:
-    """Return list or dict if a first byte begins an array or a map, and None for any other value."""
-    return {_ARRAY: list, _MAP: dict}.get(_FORMATS[first].kind)
+def parse_strictly(packed: bytearray) -> Any:
+    """Return the value of one message that was scanned to its end. Raises `ProtocolError` for a repeated key.
+
+    msgpack's `unpackb` would intern the keys of maps. This function interns nothing.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=UNPACKER_BUFFER_BYTES, unicode_errors=UNICODE_ERRORS)
+    unpacker.feed(packed)
+    return _read_value(unpacker, packed)
+
+
+def _read_value(unpacker: Any, packed: bytearray) -> Any:
+    kind = _FORMATS[packed[unpacker.tell()]].kind
+    if kind == _ARRAY:
+        return [_read_value(unpacker, packed) for _ in range(unpacker.read_array_header())]
+    if kind == _MAP:
+        return unique_keys(
+            [(unpacker.unpack(), _read_value(unpacker, packed)) for _ in range(unpacker.read_map_header())]
+        )
+    return unpacker.unpack()
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs of a map as a dictionary. Raises `ProtocolError` for a repeated key."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ProtocolError("a map has the same key twice")
+    return entries

@@ -12,19 +12,19 @@ from ..parameters import MAX_PAGE, PLAINTEXT, PUBLIC_KEY_BLOB, encode_base64
 from . import wire
 
 __all__ = [
-    "CONNECT_STEP",
+    "CONNECT_STEP_SECONDS",
     "DEFAULT_SOCKET",
-    "LOST_MOST",
-    "RECEIVE",
-    "Asked",
+    "MAX_LOST_CONNECTIONS",
+    "RECEIVE_BYTES",
     "Call",
     "Chunk",
-    "Pending",
+    "PendingCall",
+    "PendingResponse",
     "RpcSession",
-    "answered",
-    "calls",
+    "count_answered",
     "default_socket",
     "pem_to_der",
+    "pending_calls",
     "seconds",
     "socket_path",
     "unreachable",
@@ -32,23 +32,23 @@ __all__ = [
 ]
 
 DEFAULT_SOCKET: Final = "/run/keyferry/agent.sock"
-RECEIVE: Final = 65_536
+RECEIVE_BYTES: Final = 65_536
 """Bytes to receive in one call."""
-LOST_MOST: Final = 3
+MAX_LOST_CONNECTIONS: Final = 3
 """Number of new connections lost without an answer after which a call fails.
 
 During a restart, one connection can reach the agent that is stopping, and another one can end in a crash.
 """
-CONNECT_STEP: Final = 0.005
+CONNECT_STEP_SECONDS: Final = 0.005
 """Seconds between two attempts to connect to an agent whose queue of connections is full."""
-_CHUNK: Final = 32_768
+_MAX_CHUNK_BYTES: Final = 32_768
 """Bytes of requests in one chunk, except for a single longer request."""
 
-_DER_BEGINS: Final = (bytes.fromhex("30820122300d"), bytes.fromhex("305930130607"))
+_DER_PREFIXES: Final = (bytes.fromhex("30820122300d"), bytes.fromhex("305930130607"))
 """First bytes of the DER of the two supported kinds of public key: RSA of 2,048 bits, and SM2."""
-_URLS: Final = ("unix://", "unix:")
+_URL_PREFIXES: Final = ("unix://", "unix:")
 
-_AS_THEY_ARE: Final = frozenset({str, int, bool, dict})
+_PLAIN_TYPES: Final = frozenset({str, int, bool, dict})
 
 
 def default_socket() -> str:
@@ -65,14 +65,14 @@ def socket_path(text: str) -> str:
     Raises ValueError for an abstract socket and for an empty path.
     """
     path = text
-    for prefix in _URLS:
+    for prefix in _URL_PREFIXES:
         if text.startswith(prefix):
             path = text.removeprefix(prefix)
             break
     if path.startswith("@"):
         raise ValueError(f"{text} names an abstract socket, which every user can take; set the path of a socket file")
     if not path:
-        raise ValueError(f"{text!r} names no socket; set the path of a socket file")
+        raise ValueError(f"{text!r} does not name a socket; set the path of a socket file")
     return os.path.expanduser(path)
 
 
@@ -85,22 +85,22 @@ def seconds(timeout: float) -> float:
 
 def unreachable(path: str, error: OSError) -> AgentUnavailable:
     """Return the exception for a socket that does not connect, or whose connection broke."""
-    passes = isinstance(error, FileNotFoundError | ConnectionError) and _what_is_there(path) is None
-    return AgentUnavailable(why_unreachable(path, error), retryable=passes)
+    is_temporary = isinstance(error, FileNotFoundError | ConnectionError) and _describe_non_socket(path) is None
+    return AgentUnavailable(why_unreachable(path, error), retryable=is_temporary)
 
 
 def why_unreachable(path: str, error: OSError) -> str:
     """Return a message about a socket that does not connect, with advice for the user."""
     if isinstance(error, FileNotFoundError):
-        return f"{path} does not exist: is keyferry-agent running, and is this its socket?"
+        return f"{path} does not exist; start keyferry-agent, or set the path of its socket"
     if isinstance(error, ConnectionRefusedError):
-        return _what_is_there(path) or f"no process listens on {path}: keyferry-agent is not running"
+        return _describe_non_socket(path) or f"{path}: no process listens on this socket; start keyferry-agent"
     if isinstance(error, PermissionError):
-        return f"this user may not open {path}: see the socket's mode and group"
+        return f"{path}: this user may not open the socket; check its mode and group"
     return f"{path}: {error.strerror or error}"
 
 
-def _what_is_there(path: str) -> str | None:
+def _describe_non_socket(path: str) -> str | None:
     """Return a message if the path is a folder, or a file that is not a socket; None for a socket or a missing file."""
     try:
         mode = os.stat(path).st_mode
@@ -108,19 +108,19 @@ def _what_is_there(path: str) -> str | None:
         return None
     if stat.S_ISDIR(mode):
         return (
-            f"{path} is a folder, not a socket: a container runtime makes one where the socket is not there yet; "
+            f"{path} is a folder, not a socket: a container runtime creates a folder where the socket does not exist yet; "
             "remove it, start keyferry-agent, then the container"
         )
     if stat.S_ISREG(mode):
-        return f"{path} is a regular file, not a socket: is this the path that keyferry-agent listens on?"
+        return f"{path} is a regular file, not a socket; set the path that keyferry-agent listens on"
     if not stat.S_ISSOCK(mode):
-        return f"{path} is not a socket: is this the path that keyferry-agent listens on?"
+        return f"{path} is not a socket; set the path that keyferry-agent listens on"
     return None
 
 
 def pem_to_der(data: bytes) -> bytes:
     """Return the DER of a public key in PEM, DER or Base64. Raises ValueError, as `public_keys.to_der` does."""
-    if data.startswith(_DER_BEGINS):
+    if data.startswith(_DER_PREFIXES):
         return data
     from ..public_keys import to_der  # noqa: PLC0415 - `import keyferry` is kept short; few callers have PEM
 
@@ -154,29 +154,12 @@ class Call(NamedTuple):
         if isinstance(plaintext, bytes):
             params[PLAINTEXT.name] = encode_base64(plaintext)
         for key, value in params.items():
-            if type(value) not in _AS_THEY_ARE and isinstance(value, Mapping):
+            if type(value) not in _PLAIN_TYPES and isinstance(value, Mapping):
                 params[key] = dict(value)
         return cls(operation.name, params, operation.result)
 
 
-def calls(wanted: Iterable[Any]) -> list[Call]:
-    """Return the calls for request tuples, and for pairs of an operation's name and its parameters by the API's names.
-
-    Raises TypeError for anything else.
-    """
-    made = []
-    for each in wanted:
-        operation = OPERATIONS.get(type(each).__name__)
-        if operation is not None and isinstance(each, operation.request):
-            made.append(Call.of(operation, each))
-        elif isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str) and isinstance(each[1], Mapping):
-            made.append(Call(each[0], dict(each[1])))
-        else:
-            raise TypeError(f"a request of keyferry.operations, or a name and parameters; not {type(each).__name__}")
-    return made
-
-
-class Pending:
+class PendingResponse:
     """A request in flight. `response` is None until the agent answers, or an error if the request could not be sent.
 
     Holds no parameters: it can outlive a cancelled call, and parameters may contain a plaintext.
@@ -189,16 +172,21 @@ class Pending:
         self.response: wire.Response | KmsError | None = None
 
 
-class Asked(NamedTuple):
-    """A call and its pending request."""
+class PendingCall(NamedTuple):
+    """A call and its response."""
 
     call: Call
-    pending: Pending
+    pending: PendingResponse
 
     @classmethod
-    def of(cls, call: Call) -> "Asked":
+    def of(cls, call: Call) -> "PendingCall":
         """Return a call that was not sent yet."""
-        return cls(call, Pending())
+        return cls(call, PendingResponse())
+
+    @property
+    def name(self) -> str:
+        """Return the operation's name."""
+        return self.call.name
 
     def refusal(self) -> KmsError | None:
         """Return the agent's refusal; None for a result, and for a pending request. Raises `ProtocolError`."""
@@ -206,6 +194,13 @@ class Asked(NamedTuple):
         if response is None or isinstance(response, KmsError):
             return response
         return None if response.error is None else _refusal(response.error)
+
+    def result(self) -> Any:
+        """Return the result. Raises the `KmsError` that the agent sent, and `ProtocolError`."""
+        outcome = self.outcome()
+        if isinstance(outcome, KmsError):
+            raise outcome
+        return outcome
 
     def request_id(self) -> str:
         """Return the RequestId of a result, or an empty text."""
@@ -227,21 +222,42 @@ class Asked(NamedTuple):
         try:
             return result_from_wire(call.result, answer)
         except KeyError as error:
-            raise ProtocolError(f"the answer to {call.name} lacks {error}") from None
+            raise ProtocolError(f"the answer to {call.name} has no {error}") from None
         except (TypeError, AttributeError) as error:
-            raise ProtocolError(f"the answer to {call.name} does not have the documented form: {error}") from None
+            raise ProtocolError(f"the answer to {call.name} has a field of another type: {error}") from None
 
 
-def answered(asked: Iterable[Asked]) -> int:
+def pending_calls(requests: Iterable[Any]) -> list[PendingCall]:
+    """Return the calls for request tuples, and for pairs of an operation's name and its parameters by the API's names.
+
+    Raises TypeError for anything else.
+    """
+    return [PendingCall.of(_to_call(request)) for request in requests]
+
+
+def _to_call(request: Any) -> Call:
+    operation = OPERATIONS.get(type(request).__name__)
+    if operation is not None and isinstance(request, operation.request):
+        return Call.of(operation, request)
+    if isinstance(request, tuple) and len(request) == 2:
+        name, params = request
+        if isinstance(name, str) and isinstance(params, Mapping):
+            return Call(name, dict(params))
+    raise TypeError(
+        f"expected a request of keyferry.operations, or a name and parameters, not {type(request).__name__}"
+    )
+
+
+def count_answered(calls: Iterable[PendingCall]) -> int:
     """Return the number of calls that are answered."""
-    return sum(pending.response is not None for _, pending in asked)
+    return sum(pending.response is not None for _, pending in calls)
 
 
 class Chunk(NamedTuple):
     """Requests to send with one write, and their encoded bytes."""
 
     data: bytearray
-    requests: list[Pending]
+    requests: list[PendingResponse]
 
 
 class RpcSession:
@@ -250,52 +266,52 @@ class RpcSession:
     def __init__(self) -> None:
         self._decoder = wire.Decoder(max_array=MAX_PAGE)
         self._msgid = 0
-        self._waiting: dict[int, Pending] = {}
+        self._unanswered: dict[int, PendingResponse] = {}
 
-    def ask(self, asked: Asked) -> bytes:
+    def encode(self, call: PendingCall) -> bytes:
         """Return the bytes of a request; for a request that breaks the protocol, return no bytes and store its refusal.
 
         If such a request were sent, the agent would close the connection, and the other calls on it would fail.
         """
-        call, pending = asked
+        (name, params, _), pending = call
         self._msgid = pending.msgid = (self._msgid + 1) & wire.MAX_MSGID
         try:
-            wire.check_sendable(call.params)
-            request = wire.encode_request(pending.msgid, call.name, call.params)
+            wire.check_sendable(params)
+            request = wire.encode_request(pending.msgid, name, params)
         except (ProtocolError, ValueError, OverflowError) as error:
             pending.response = kms_error("InvalidParameter", f"The request was not sent: {error}.")
             return b""
-        self._waiting[pending.msgid] = pending
+        self._unanswered[pending.msgid] = pending
         return request
 
-    def chunks(self, asked: Iterable[Asked]) -> Iterator[Chunk]:
+    def chunks(self, calls: Iterable[PendingCall]) -> Iterator[Chunk]:
         """Yield the requests that are not answered yet, in chunks."""
         chunk = Chunk(bytearray(), [])
-        for each in asked:
-            if each.pending.response is not None:
+        for call in calls:
+            if call.pending.response is not None:
                 continue
-            request = self.ask(each)
-            if chunk.data and len(chunk.data) + len(request) > _CHUNK:
+            request = self.encode(call)
+            if chunk.data and len(chunk.data) + len(request) > _MAX_CHUNK_BYTES:
                 yield chunk
                 chunk = Chunk(bytearray(), [])
             chunk.data.extend(request)
-            chunk.requests.append(each.pending)
+            chunk.requests.append(call.pending)
         if chunk.requests:
             yield chunk
 
     def withdraw(self, chunk: Chunk) -> None:
         """Remove requests that were encoded, but not sent."""
         for pending in chunk.requests:
-            self._waiting.pop(pending.msgid, None)
+            self._unanswered.pop(pending.msgid, None)
 
-    def receive(self, data: bytes) -> list[Pending]:
+    def receive(self, data: bytes) -> list[PendingResponse]:
         """Decode received bytes and return the requests that they answer.
 
         Raises `ProtocolError`, or `KmsError` when the agent refuses the whole connection. After either, the connection cannot
         be used again.
         """
         self._decoder.feed(data)
-        answered = []
+        answers = []
         for message in self._decoder.messages():
             if not isinstance(message, wire.Response):
                 raise ProtocolError("the agent sent a message that is not a response")
@@ -304,17 +320,19 @@ class RpcSession:
                 if error.get("Code") == "ProtocolError":
                     raise ProtocolError(f"the agent could not read the request: {error.get('Message')}")
                 raise _refusal(error)
-            pending = self._waiting.pop(message.msgid, None)
+            pending = self._unanswered.pop(message.msgid, None)
             if pending is None:
-                raise ProtocolError("the agent answered a request that is not under way")
+                raise ProtocolError(
+                    f"the agent answered msgid {message.msgid}, which is not that of an unanswered request"
+                )
             pending.response = message
-            answered.append(pending)
-        return answered
+            answers.append(pending)
+        return answers
 
 
 def _refusal(error: Mapping[str, Any]) -> KmsError:
     code, message, status = error.get("Code"), error.get("Message"), error.get("HttpStatus")
     if not isinstance(code, str) or not isinstance(message, str):
-        raise ProtocolError("the agent refused without a Code and a Message")
+        raise ProtocolError("the agent sent an error without a Code or a Message")
     request_id = str(error.get("RequestId", ""))
     return kms_error(code, message=message, request_id=request_id, http_status=status if isinstance(status, int) else 0)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalAgent"]
 
-_TIMEOUT_SECONDS: Final = 60.0
+_REPLY_TIMEOUT_SECONDS: Final = 60.0
 """Seconds to wait for the relay's reply. Starting the agent takes half a second, and a later command takes milliseconds."""
 
 
@@ -76,7 +76,7 @@ class LocalAgent:
         self._relay.stdin.close()
         if os.getpid() == self._owner:
             try:
-                self._relay.wait(_TIMEOUT_SECONDS)
+                self._relay.wait(_REPLY_TIMEOUT_SECONDS)
             except subprocess.TimeoutExpired:
                 self._relay.kill()
                 self._relay.wait()
@@ -118,8 +118,8 @@ class LocalAgent:
         """
         with Client(self._direct) as kms:
             key = kms.describe_key(key_id=key_id).key_metadata
-            listed = kms.list_aliases(page_size=100).aliases.alias
-        names = [key.key_id, *(each.alias_name for each in listed if each.key_id == key.key_id)]
+            aliases = kms.list_aliases(page_size=100).aliases.alias
+        names = [key.key_id, *(alias.alias_name for alias in aliases if alias.key_id == key.key_id)]
         self._command("disable", key_id=key.key_id, version=key.primary_key_version, names=names)
 
     def enable_key(self, key_id: str) -> None:
@@ -144,7 +144,7 @@ class LocalAgent:
         if operation is not None and operation not in OPERATIONS:
             raise ValueError(f"{operation!r} is not an operation; expected one of {', '.join(OPERATIONS)}")
         if times is not None and times < 1:
-            raise ValueError(f"times is at least 1, or None, not {times}")
+            raise ValueError(f"times is {times}; expected at least 1, or None")
         self._command("fault", code=code, operation=operation, times=times)
 
     def _command(self, name: str, **arguments: Any) -> None:
@@ -160,12 +160,14 @@ class LocalAgent:
     def _reply(self) -> None:
         """Wait for one line of the relay. Raises `KeyferryError` for an error in it, and when the relay does not reply."""
         assert self._relay.stdout is not None
-        ready, _, _ = select.select([self._relay.stdout], [], [], _TIMEOUT_SECONDS)
+        ready, _, _ = select.select([self._relay.stdout], [], [], _REPLY_TIMEOUT_SECONDS)
         line = self._relay.stdout.readline() if ready else b""
         if not line:
             raise KeyferryError(
-                "the local agent has ended" if ready else f"the local agent hangs: {_TIMEOUT_SECONDS:g} s"
+                "the local agent has ended"
+                if ready
+                else f"the local agent did not reply within {_REPLY_TIMEOUT_SECONDS:g} s"
             )
-        why = json.loads(line)
-        if why is not None:
-            raise KeyferryError(f"the local agent does not start: {why}")
+        reason = json.loads(line)
+        if reason is not None:
+            raise KeyferryError(f"the local agent does not start: {reason}")

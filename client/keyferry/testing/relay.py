@@ -22,13 +22,13 @@ from .places import AGENT_SOCKET, SOCKET
 
 __all__ = ["main"]
 
-_LOG: Final = "agent.log"
-_MAX_LOG_LENGTH: Final = 2_000
+_LOG_NAME: Final = "agent.log"
+_MAX_SHOWN_LOG: Final = 2_000
 """Characters from the end of the log in the message about an agent that does not start."""
-_RECEIVE: Final = 65_536
-_START_STEP: Final = 0.005
+_RECEIVE_BYTES: Final = 65_536
+_CONNECT_STEP_SECONDS: Final = 0.005
 """Seconds between two attempts to connect to the starting agent."""
-_STOP_GRACE: Final = 10.0
+_STOP_GRACE_SECONDS: Final = 10.0
 """Seconds for the agent to end before it is killed."""
 _ALLOWED_WHEN_DISABLED: Final = frozenset({"DescribeKey", "ListKeyVersions"})
 
@@ -176,7 +176,7 @@ class _Relay:
     ) -> None:
         """Forward requests, or answer them with faults, until the client or a fault closes the connection."""
         decoder = wire.Decoder()
-        while data := await reader.read(_RECEIVE):
+        while data := await reader.read(_RECEIVE_BYTES):
             decoder.feed(data)
             for message in decoder.messages():
                 if not isinstance(message, wire.Request):
@@ -197,7 +197,7 @@ class _Relay:
     ) -> None:
         """Forward answers, until the agent has closed the connection."""
         decoder = wire.Decoder(max_array=MAX_PAGE)
-        while data := await reader.read(_RECEIVE):
+        while data := await reader.read(_RECEIVE_BYTES):
             decoder.feed(data)
             for message in decoder.messages():
                 assert isinstance(message, wire.Response)
@@ -207,18 +207,18 @@ class _Relay:
 
 
 async def _run(folder: str, agent: "subprocess.Popen[bytes]") -> None:
-    why = await _started(folder, agent)
+    failure = await _started(folder, agent)
     relay = _Relay(folder)
-    if why is None:
+    if failure is None:
         await relay.listen()
-    _say(why)
-    if why is not None:
+    _reply(failure)
+    if failure is not None:
         return
     commands = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(commands), sys.stdin)
     while line := await commands.readline():
         await relay.do(json.loads(line))
-        _say(None)
+        _reply(None)
     relay.go_away()
 
 
@@ -229,17 +229,17 @@ async def _started(folder: str, agent: "subprocess.Popen[bytes]") -> str | None:
             _, writer = await asyncio.open_unix_connection(os.path.join(folder, AGENT_SOCKET))
             writer.close()
             return None
-        await asyncio.sleep(_START_STEP)
+        await asyncio.sleep(_CONNECT_STEP_SECONDS)
     return _end_of_log(folder) or f"it ended with exit code {agent.returncode}"
 
 
 def _end_of_log(folder: str) -> str:
-    with open(os.path.join(folder, _LOG), errors="replace") as log:
-        return log.read()[-_MAX_LOG_LENGTH:].strip()
+    with open(os.path.join(folder, _LOG_NAME), errors="replace") as log:
+        return log.read()[-_MAX_SHOWN_LOG:].strip()
 
 
-def _say(why: str | None) -> None:
-    print(json.dumps(why), flush=True)
+def _reply(failure: str | None) -> None:
+    print(json.dumps(failure), flush=True)
 
 
 def main(folder: str, *aliases: str) -> None:
@@ -247,7 +247,7 @@ def main(folder: str, *aliases: str) -> None:
     command = [sys.executable, "-P", "-m", "keyferry_agent", "run", "--dev"]
     options = [f"--socket={os.path.join(folder, AGENT_SOCKET)}", *(f"--alias={alias}" for alias in aliases)]
     try:
-        with open(os.path.join(folder, _LOG), "wb") as log:
+        with open(os.path.join(folder, _LOG_NAME), "wb") as log:
             agent = subprocess.Popen(  # noqa: S603 - the agent, with options of a test's own
                 [*command, *options], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log
             )
@@ -257,7 +257,7 @@ def main(folder: str, *aliases: str) -> None:
         finally:
             agent.terminate()
             try:
-                agent.wait(_STOP_GRACE)
+                agent.wait(_STOP_GRACE_SECONDS)
             except subprocess.TimeoutExpired:
                 agent.kill()
                 agent.wait()

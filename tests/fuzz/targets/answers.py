@@ -4,7 +4,7 @@ from typing import Any
 
 from keyferry.errors import KmsError, ProtocolError
 from keyferry.operations import OPERATIONS
-from keyferry.protocol.rpc import Asked, Call, Pending, RpcSession
+from keyferry.protocol.rpc import Call, PendingCall, PendingResponse, RpcSession
 
 from ..memory_bound import frugal
 
@@ -18,9 +18,9 @@ def answers(data: bytes) -> None:
 
 def _received(data: bytes) -> None:
     exchange = RpcSession()
-    calls: dict[Pending, Asked] = {}
+    calls: dict[PendingResponse, PendingCall] = {}
     for call in CALLS:
-        exchange.ask(asked := Asked.of(call))
+        exchange.encode(asked := PendingCall.of(call))
         calls[asked.pending] = asked
     try:
         answered = exchange.receive(data)
@@ -31,7 +31,7 @@ def _received(data: bytes) -> None:
         _taken(calls[pending], pending.response)
 
 
-def _taken(asked: Asked, response: Any) -> None:
+def _taken(asked: PendingCall, response: Any) -> None:
     call = asked.call
     try:
         outcome = asked.outcome()

@@ -9,7 +9,7 @@ from unittest.mock import patch
 from reference import wire_decoder
 
 from keyferry.errors import ProtocolError
-from keyferry.protocol import wire
+from keyferry.protocol import fast_reader, wire
 
 from ..memory_bound import frugal
 
@@ -29,7 +29,7 @@ def codec(data: bytes) -> None:
         assert _decoded(_cut(stream, cuts), most) == whole
         assert _packed(iter([stream, stream]), most)[0][: len(whole[0])] == whole[0]
         assert _packed(_cut(stream, cuts), most) == whole
-        with patch.object(wire, "_INTERNED_FOR_EVER", not wire._INTERNED_FOR_EVER):
+        with patch.object(fast_reader, "_IS_ENABLED", not fast_reader._IS_ENABLED):
             assert _whole(stream, most) == whole
         messages, error = whole
         second = wire_decoder.read(stream, most_entries=most)
