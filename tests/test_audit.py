@@ -103,7 +103,7 @@ def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> Non
         (lambda lines: [*lines[:4], lines[4].replace(b"{", b"[")], "line 5: not a line"),
         (lambda _: [b"nonsense\n"], "line 1: not a line"),
         (lambda _: [b"[" * 100_000 + b"\n"], "line 1: not a line"),
-        (lambda _: [], "no line"),
+        (lambda _: [], "no entry"),
     ],
     ids=[
         "start changed",
@@ -367,6 +367,6 @@ def test_the_configuration_leads_to_the_record_its_rotated_files_and_a_keys_alia
     assert main(["audit", "who", "--key", "alias/none", *config]) == 1
     assert "no key or alias" in capsys.readouterr().err
     assert main(["audit", "who", "--key", "alias/a", str(record)]) == 1
-    assert "no configuration is given: --config leads to the keyring" in capsys.readouterr().err
+    assert "--config is missing, which names the keyring" in capsys.readouterr().err
     assert main(["audit", "verify"]) == 1
     assert "--config" in capsys.readouterr().err

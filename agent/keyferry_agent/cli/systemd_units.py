@@ -64,7 +64,7 @@ def read() -> Unit:
     wanted = ("LoadState", "Wants", "Requires", "TriggeredBy", *_FOLDERS, *_PROTECTION)
     (shown,) = _show([SERVICE], wanted)
     if shown.get("LoadState") != "loaded":
-        raise UnitError(f"{SERVICE} is not installed, or systemctl daemon-reload is missing")
+        raise UnitError(f"{SERVICE} is not loaded; install it and run systemctl daemon-reload")
     needed = {name for name in (*shown["Wants"].split(), *shown["Requires"].split()) if name.endswith(".socket")}
     triggers = {name for name in shown["TriggeredBy"].split() if name.endswith(".socket")}
     folders = [

@@ -54,9 +54,11 @@ def daemon(options: Options) -> None:
     except process_hardening.HardeningError as error:
         raise StartError(str(error)) from None
     if not process_hardening.clears_freed_memory():
-        failures.append("freed memory is not overwritten, which takes glibc: libraries may leave copies of keys there")
+        failures.append(
+            "freed memory is not overwritten, because that needs glibc; libraries may leave copies of keys there"
+        )
     if private_files.allowed():
-        failures.append(f"{private_files.ALLOW_OPEN_FILES} is set: other users may be able to change or read the files")
+        failures.append(f"{private_files.ALLOW_OPEN_FILES} is set: other users may be able to read or change the files")
     for failure in failures:
         log.warning("startup.not_hardened", what=failure)
     sockets = given.sockets()
@@ -156,7 +158,7 @@ def _say_what_is_not(options: Options, agent: ServerState, unavailable: list[str
     if options.dev:
         log.warning(
             "startup.development",
-            what="a keyring that lives only in memory; everything it encrypts is lost when this agent stops",
+            what="the keyring exists only in memory; everything encrypted under it is lost when this agent stops",
             granted_to_uid=os.geteuid(),
         )
     elif agent.keyring.is_sealed:

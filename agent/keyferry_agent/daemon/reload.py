@@ -180,7 +180,7 @@ class Reloader:
             return await in_thread(self._options.load_keyring, settings, self._keeper, status), None
         except Exception as error:
             agent.keyring_stale, agent.unseal_absent, self._absence = changed, False, None
-            return None, self._failed(error, "Keyring not reloaded, the old one serves", configuration="taken up")
+            return None, self._failed(error, "Keyring not reloaded, the old one serves", configuration="adopted")
 
     def _note_absence(self, settings: Settings, *, changed: bool) -> None:
         """Note that the unseal secret is absent. Log the consequences whenever they change."""
@@ -232,10 +232,10 @@ def _retain_restart_only(settings: Settings, old: Settings) -> tuple[Settings, l
     """
     if settings.listeners != old.listeners and any("listener" in grant.to for grant in settings.grants):
         raise SettingsError(
-            ["the listeners changed, which takes a restart; until then, grants to listeners would be to the old ones"]
+            ["the listeners changed, and grants to listeners would apply to the old ones; restart the agent"]
         )
     if settings.unseal_socket != old.unseal_socket:
         settings = replace(settings, unseal=old.unseal)
     changed = [name for name in _RESTART_ONLY if getattr(settings, name) != getattr(old, name)]
-    warnings = [f"these change with a restart only: {', '.join(changed)}"] if changed else []
+    warnings = [f"restart the agent to change these settings: {', '.join(changed)}"] if changed else []
     return replace(settings, **{name: getattr(old, name) for name in _RESTART_ONLY}), warnings

@@ -9,7 +9,7 @@ __all__ = ["EXPECTED", "since", "until"]
 
 EXPECTED: Final = (
     "a time like 2026-01-31, 2026-01-31T12:00:00Z, 2h or 3d (ago), today, yesterday, or monday; "
-    "without a time zone, it is this host's"
+    "without a time zone, this host's applies"
 )
 _AGO: Final = re.compile(r"(\d{1,6})(min|[mhdw])")
 _UNITS: Final = {"m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -48,7 +48,7 @@ def _time(text: str) -> tuple[datetime, bool]:
             return (midnight - timedelta(days=days)).astimezone(), True
         return datetime.fromisoformat(text.strip()).astimezone(), bool(_DATE.fullmatch(word))
     except (ValueError, OverflowError, OSError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: expected is {EXPECTED}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: expected {EXPECTED}") from None
 
 
 def _days_ago(word: str, now: datetime) -> int | None:

@@ -29,7 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     user.add_argument("--user", metavar="NAME", help="the caller's user, by its name on this host")
     parser.add_argument("--unit", metavar="UNIT", help="the caller's systemd unit, like orders.service")
     parser.add_argument(
-        "--key", metavar="KEY", help="the master key's ID, ARN or alias; also as an alias was named then"
+        "--key",
+        metavar="KEY",
+        help="the master key's ID, ARN or alias; an alias also matches the keys that had it earlier",
     )
     parser.add_argument("--version", metavar="ID", help="one version of a master key")
     parser.add_argument("--recipient", metavar="PIN", help="the pin of the public key that data keys were exported to")
@@ -38,14 +40,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--operation",
         metavar="NAME",
         choices=sorted(OPERATIONS),
-        help=f"one operation; otherwise all that give a caller a data key: {', '.join(RELEASES)}",
+        help=f"one operation; by default, all that return a data key to a caller: {', '.join(RELEASES)}",
     )
     parser.add_argument("--context-key", metavar="KEY", help="a key of the EncryptionContext")
     parser.add_argument(
         "--ciphertext", metavar="HASH", help="one data key: `sha256:` and the SHA-256 of its CiphertextBlob"
     )
     parser.add_argument(
-        "--until", type=times.until, metavar="TIME", help="up to this time, or to the end of this day; like --since"
+        "--until",
+        type=times.until,
+        metavar="TIME",
+        help="until this time, or the end of this day; in the form of --since",
     )
     parser.add_argument("--list", action="store_true", help="each request, with the hash that identifies its data key")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -124,12 +129,12 @@ def _key_ids(name: str | None, settings: Settings | None, names: LoggedNames) ->
         why = str(error)
     if not ids:
         raise ChainError(
-            f"{plain}: the audit log has no such alias, and the keyring has not either ({why}); name the key's ID"
+            f"{plain}: neither the audit log nor the keyring has this alias ({why}); name the key by its ID"
         )
     for key_id, period in logged.items():
         say(f"{plain} was key {key_id} {period}, by the audit log")
     if why:
-        say(f"the keyring was not asked for {plain}, or has it not: {why}")
+        say(f"{plain} was not found in the keyring: {why}")
     return frozenset(ids)
 
 
@@ -145,8 +150,8 @@ def _found(tallies: Iterable[Counted | Listed], query: Query, keys: frozenset[st
 
 def _nothing(query: Query, complete: bool) -> str:
     if not complete:
-        return "No entry was found, but the audit log is incomplete: callers may have been given data keys."
-    return "No caller was given such a data key." if query.operations == RELEASES else "No such request was answered."
+        return "No entry was found, but the audit log is incomplete: callers may have received data keys."
+    return "No caller received such a data key." if query.operations == RELEASES else "No such request was answered."
 
 
 def _json(found: Iterable[dict[str, Any]]) -> Iterator[str]:
