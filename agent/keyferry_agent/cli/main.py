@@ -16,7 +16,7 @@ from .. import __version__
 from ..config.options import Options, StartError
 from ..crypto.ciphertext_blob import KEY_SIZES
 from ..crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
-from ..daemon.daemon import daemon
+from ..daemon.daemon import run_daemon
 from ..keyring.document import KeyringError, check_alias
 from ..telemetry import logging_setup
 from . import check, explain, unseal
@@ -103,7 +103,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if path is None and arguments.dev and os.environ.get("KEYFERRY_SOCKET"):
         path = default_socket()  # the default of a client that is started from the same shell
     try:
-        daemon(
+        run_daemon(
             Options(
                 config=arguments.config,
                 socket=Path(path) if path is not None else None,
