@@ -259,7 +259,7 @@ def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(recor
         audit._file.append(['{"event": "audit", "request_id": "late"'])
 
     with pytest.raises(OSError, match="does not answer"):
-        audit._hand.call(hangs)
+        audit._writer.call(hangs)
     assert begun.is_set()
     with pytest.raises(OSError, match="does not answer"):
         audit.reopen()
@@ -278,7 +278,7 @@ def test_a_signal_does_not_end_the_records_thread(record: Path) -> None:
     try:
         audit = AuditLog(Audit(str(record)))
         for number in range(20):
-            signal.pthread_kill(audit._hand.thread.ident or 0, signal.SIGHUP)
+            signal.pthread_kill(audit._writer.thread.ident or 0, signal.SIGHUP)
             assert audit.record([(PEER, AuditEntry(f"{number}", 0.0), "OK")]) == (1, None)
     finally:
         signal.signal(signal.SIGHUP, before)

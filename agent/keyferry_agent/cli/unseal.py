@@ -92,8 +92,8 @@ def _unseal(path: str, secret: str) -> dict[str, Any]:
             os.close(reader)
             reader = -1
             answer = b""
-            while len(answer) < _MAX_ANSWER and (more := agent.recv(_MAX_ANSWER)):
-                answer += more
+            while len(answer) < _MAX_ANSWER and (part := agent.recv(_MAX_ANSWER)):
+                answer += part
         except OSError as error:
             raise UnsealError(f"{path}: {error.strerror or 'the agent does not answer'}") from None
         finally:
@@ -134,8 +134,8 @@ def _read(source: str, uid: int) -> bytearray:
             private_files.check(file.fileno(), path, secret=True, owners=(uid,))
             secret = bytearray(_MAX_SECRET + 1)
             size = 0
-            while size < len(secret) and (got := file.readinto(memoryview(secret)[size:])):
-                size += got
+            while size < len(secret) and (count := file.readinto(memoryview(secret)[size:])):
+                size += count
     except OSError as error:
         raise UnsealError(f"{source}: {error.strerror}") from None
     except (private_files.PrivateFileError, ValueError) as error:

@@ -101,10 +101,10 @@ class _State:
 
 
 def _commit() -> str:
-    """Return the commit that was installed, if pip noted one, or else an empty string."""
+    """Return the commit that was installed, if pip recorded one, or else an empty string."""
     try:
-        noted = json.loads(metadata.distribution("keyferry-agent").read_text("direct_url.json") or "{}")
-        return str(noted["vcs_info"]["commit_id"])
+        origin = json.loads(metadata.distribution("keyferry-agent").read_text("direct_url.json") or "{}")
+        return str(origin["vcs_info"]["commit_id"])
     except (metadata.PackageNotFoundError, KeyError, TypeError, ValueError):
         return ""
 

@@ -41,8 +41,8 @@ def _time(text: str) -> tuple[datetime, bool]:
     try:
         if word == "now":
             return now, False
-        if found := _AGO.fullmatch(word):
-            return now - timedelta(**{_UNITS[found[2]]: int(found[1])}), False
+        if match := _AGO.fullmatch(word):
+            return now - timedelta(**{_UNITS[match[2]]: int(match[1])}), False
         if (days := _days_ago(word, now)) is not None:
             midnight = now.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
             return (midnight - timedelta(days=days)).astimezone(), True
