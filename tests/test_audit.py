@@ -103,7 +103,7 @@ def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> Non
         (lambda lines: [*lines[:4], lines[4].replace(b"{", b"[")], "line 5: not a line"),
         (lambda _: [b"nonsense\n"], "line 1: not a line"),
         (lambda _: [b"[" * 100_000 + b"\n"], "line 1: not a line"),
-        (lambda _: [], "no line"),
+        (lambda _: [], "no entry"),
     ],
     ids=[
         "start changed",
@@ -259,7 +259,7 @@ def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(recor
         audit._file.append(['{"event": "audit", "request_id": "late"'])
 
     with pytest.raises(OSError, match="does not answer"):
-        audit._hand.call(hangs)
+        audit._writer.call(hangs)
     assert begun.is_set()
     with pytest.raises(OSError, match="does not answer"):
         audit.reopen()
@@ -278,7 +278,7 @@ def test_a_signal_does_not_end_the_records_thread(record: Path) -> None:
     try:
         audit = AuditLog(Audit(str(record)))
         for number in range(20):
-            signal.pthread_kill(audit._hand.thread.ident or 0, signal.SIGHUP)
+            signal.pthread_kill(audit._writer.thread.ident or 0, signal.SIGHUP)
             assert audit.record([(PEER, AuditEntry(f"{number}", 0.0), "OK")]) == (1, None)
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -367,6 +367,6 @@ def test_the_configuration_leads_to_the_record_its_rotated_files_and_a_keys_alia
     assert main(["audit", "who", "--key", "alias/none", *config]) == 1
     assert "no key or alias" in capsys.readouterr().err
     assert main(["audit", "who", "--key", "alias/a", str(record)]) == 1
-    assert "no configuration is given: --config leads to the keyring" in capsys.readouterr().err
+    assert "--config is missing, which names the keyring" in capsys.readouterr().err
     assert main(["audit", "verify"]) == 1
     assert "--config" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def test_rotated_files_that_were_not_named_are(log: Log) -> None:
 def test_a_log_without_entries_is_not_complete(log: Log) -> None:
     """It may have been emptied."""
     log.current.touch()
-    log.is_not_whole("no line")
+    log.is_not_whole("no entry")
 
 
 def test_a_log_that_is_not_a_file_has_to_be_named(log: Log) -> None:
@@ -150,8 +150,8 @@ def test_each_break_is_told_apart(log: Log, where: str) -> None:
     fork = [*lines, line(chain.link(lines[2]), 9)]
     breaks: list[tuple[list[bytes], str]] = [
         (fork, "a fork; two agents wrote"),
-        ([*lines[:3], lines[3].replace(b"other", b"changed"), *lines[4:]], "a line was changed or taken out"),
-        ([*lines[:3], *lines[4:]], "a line was changed or taken out"),
+        ([*lines[:3], lines[3].replace(b"other", b"changed"), *lines[4:]], "a line was changed or removed"),
+        ([*lines[:3], *lines[4:]], "a line was changed or removed"),
         ([*lines[:3], line(chain.BEGINNING, 8)], "begins a new chain"),
     ]
     for changed, why in breaks:

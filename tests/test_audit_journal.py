@@ -92,8 +92,8 @@ def test_a_journal_in_several_files_is_whole(log: Log) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[list[list[bytes]]], object], str]] = {
-    "changed": (lambda c: c[1].__setitem__(2, c[1][2].replace(b"Decrypt", b"Encrypt")), "was changed or taken out"),
-    "taken out": (lambda c: c[1].pop(2), "was changed or taken out"),
+    "changed": (lambda c: c[1].__setitem__(2, c[1][2].replace(b"Decrypt", b"Encrypt")), "was changed or removed"),
+    "taken out": (lambda c: c[1].pop(2), "was changed or removed"),
     "moved": (lambda c: c[1].insert(2, c[1].pop(3)), "a line was moved"),
     "between chains": (lambda c: c[0].append(c[2].pop(2)), "does not follow"),
     "start taken out": (lambda c: c[1].pop(0), "does not follow"),

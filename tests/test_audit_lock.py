@@ -200,7 +200,7 @@ def test_a_hanging_write_keeps_the_lock(tmp_path: Path) -> None:
     audit = AuditLog(Audit(str(log)), writer_lock.lock(str(log)))
     hanging = threading.Event()
     with pytest.raises(OSError, match="does not answer"):
-        audit._hand.call(hanging.wait)
+        audit._writer.call(hanging.wait)
     audit.close()
     with pytest.raises(LockError):
         Lock(log, seconds=0)

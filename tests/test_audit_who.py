@@ -142,7 +142,7 @@ def test_single_data_keys_are_listed(
         assert word in first
     assert f" as {listed[4]['destination_ciphertext']}, " in second
     assert main(["audit", "who", str(record), str(rotated), "--list", "--grant", "none"]) == 0
-    assert capsys.readouterr().out == "No caller was given such a data key.\n"
+    assert capsys.readouterr().out == "No caller received such a data key.\n"
     assert main(["audit", "who", str(record), "--list", "--grant", "none"]) == 1
     assert "incomplete" in capsys.readouterr().out
 
@@ -160,8 +160,8 @@ def test_an_alias_is_found_where_the_keyring_cannot_be_opened(
     assert "identity: No such file" in said
     assert main(["audit", "who", *map(str, config), "--key", "alias/none"]) == 1
     said = capsys.readouterr().err
-    assert "alias/none: the audit log has no such alias" in said
-    assert "name the key's ID" in said
+    assert "alias/none: neither the audit log nor the keyring has this alias" in said
+    assert "name the key by its ID" in said
 
 
 def test_an_alias_is_found_as_it_was_then(
@@ -242,7 +242,7 @@ def test_a_bad_time_is_explained(record: Path, capsys: pytest.CaptureFixture[str
         main(["audit", "who", str(record), f"{option}={text}"])
     assert ended.value.code == 2
     said = re.sub(r"\s+", " ", capsys.readouterr().err)
-    assert f"argument {option}: {text!r} is not a time: expected is a time like 2026-01-31" in said
+    assert f"argument {option}: {text!r} is not a time: expected a time like 2026-01-31" in said
 
 
 def test_what_cannot_be_asked_is_explained(record: Path, capsys: pytest.CaptureFixture[str]) -> None:

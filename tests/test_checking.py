@@ -78,7 +78,7 @@ def test_a_socket_folder_that_is_missing_is_a_warning(config: Path, capsys: pyte
     config.write_text(config.read_text().replace("agent.sock", "nowhere/agent.sock"))
     (warning,) = check(capsys, config)[2]
     assert "listener 'default': " in warning
-    assert "/nowhere: No such file or directory; or let systemd hand the socket over (check --systemd)" in warning
+    assert "/nowhere: No such file or directory; or let systemd pass the socket (check --systemd)" in warning
 
 
 def test_a_keyring_that_does_not_open_is_a_warning(
@@ -157,9 +157,9 @@ def test_a_service_that_gets_all_it_needs_is_good(
         ),
         (
             {"SOCKETS": DEFAULT.format(path="/x").replace("=active", "=inactive"), "WANTS": ""},
-            "may not write there; use /var/log/keyferry, or add ReadWritePaths=; no enabled socket unit is for it",
+            "may not write there; use /var/log/keyferry, or add ReadWritePaths=; no enabled socket unit has it",
         ),
-        ({"LOADED": "not-found"}, "--systemd: keyferry-agent.service is not installed"),
+        ({"LOADED": "not-found"}, "--systemd: keyferry-agent.service is not loaded"),
         ({"PATH": "/nonexistent"}, "--systemd: systemctl show: [Errno 2]"),
     ],
     ids=["sole socket", "stranger", "no socket", "no unit", "no systemctl"],

@@ -266,7 +266,7 @@ def test_fingerprint_prints_the_pin_that_recipients_takes(
     assert capsys.readouterr().out == pin
     assert agent_command.main(["fingerprint", str(sm2)]) == 0
     assert agent_command.main(["fingerprint", str(other)]) == 1
-    assert "no key to export to" in capsys.readouterr().err
+    assert "data keys cannot be exported to this key" in capsys.readouterr().err
     assert agent_command.main(["fingerprint", str(tmp_path / "none")]) == 1
 
 

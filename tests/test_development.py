@@ -26,7 +26,7 @@ def test_dev_has_a_key_for_each_alias(socket_path: Path) -> None:
     ("arguments", "why"),
     [
         (["--alias", "alias/orders"], "--alias needs --dev; `keyferry-agent keyring create-key --alias`"),
-        (["--dev", "--alias", "alias/a", "--alias", "alias/a=Aliyun_SM4"], "an --alias is given twice"),
+        (["--dev", "--alias", "alias/a", "--alias", "alias/a=Aliyun_SM4"], "--alias: the same alias twice"),
         (["--dev", "--alias", "orders"], "expected alias/NAME"),
         (["--dev", "--alias", "alias/acs/kms"], "the cloud's own"),
         (["--dev", "--alias", "alias/a=AES_256"], "'AES_256' is not a key spec: expected Aliyun_AES_256 or Aliyun_SM4"),

@@ -119,7 +119,7 @@ def test_a_keyring_that_cannot_be_opened_is_replaced_by_the_audit_log(
     (keyring.parent / "audit.jsonl").unlink()
     code, out, err = explain(*question)
     assert code == 1
-    assert "only the names that are given are judged" in err
+    assert "only the names on the command line are judged" in err
     assert explain(*question, "--key", "alias/orders")[0] == 0
 
 
@@ -189,7 +189,7 @@ def test_a_request_is_explained_by_its_id(agent: RunningAgent, keyring: Path, ex
                 "Allowed under a condition",
             ],
         ),
-        "without": (1, ["encryption_context: it demands tenant=acme", "This grant would allow it"]),
+        "without": (1, ["encryption_context: the grant requires tenant=acme", "This grant would allow it"]),
         "exported": (1, ["recipients: sha256:", "is not in the list", "recipients = ["]),
         "other": (1, ["alias/a", "Refused: kms:DescribeKey", 'keys = ["alias/a"]']),
         "missing": (0, ["the key is one of alias/orders, which is not recorded"]),

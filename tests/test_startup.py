@@ -25,7 +25,7 @@ from keyferry_agent.cli.main import main
 from keyferry_agent.config.options import Options, StartError
 from keyferry_agent.config.settings import Listener
 from keyferry_agent.crypto.selftest import SelfTestError
-from keyferry_agent.daemon.daemon import daemon
+from keyferry_agent.daemon.daemon import run_daemon
 from keyferry_agent.server import unix_sockets
 from keyferry_agent.telemetry import logging_setup
 
@@ -369,7 +369,7 @@ def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("keyferry_agent.process_hardening.harden", lambda **_: [])
     options = Options(config=None, socket=Path("/nowhere"), keyring=None, unseal=None, dev=True)
     with pytest.raises(StartError, match="Aliyun_SM4: wrong"):
-        daemon(options)
+        run_daemon(options)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_descriptors_that_are_meant_for_another_process_are_left_alone(monkeypat
     """A child that inherited the variables is not who was meant."""
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
-    assert not InheritedDescriptors.take().named
+    assert not InheritedDescriptors.from_environment().named
     assert "LISTEN_FDS" not in os.environ
 
 
@@ -137,7 +137,7 @@ def test_no_child_is_told_where_the_manager_is(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("NOTIFY_SOCKET", "@somewhere")
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    assert ServiceManager.take().watchdog == 3
+    assert ServiceManager.from_environment().watchdog == 3
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & os.environ.keys()
     assert ServiceManager({"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}).watchdog == 0
     ServiceManager({"NOTIFY_SOCKET": "/nowhere/at/all"}).ready("a manager that is gone harms nobody")

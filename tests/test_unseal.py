@@ -116,7 +116,7 @@ def test_a_passphrase_unseals_a_keyring(keyring: Path, socket_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "why"), [(b"", "empty"), (b"x" * 70_000, "longer than any identity")], ids=["empty", "long"]
+    ("given", "why"), [(b"", "empty"), (b"x" * 70_000, "longer than 65536 bytes")], ids=["empty", "long"]
 )
 def test_what_is_no_secret_is_not_sent(keyring: Path, socket_path: Path, given: bytes, why: str) -> None:
     """The command says what is wrong with it."""
@@ -246,7 +246,7 @@ def test_a_grant_is_revoked_while_a_changed_keyring_is_broken(keyring: Path, soc
         keyring.write_bytes(whole[:-1])
         config.write_text(configuration(keyring, actions="kms:Decrypt"))
         failed = agent.wait_for("reload.failed")
-        assert failed["configuration"] == "taken up"
+        assert failed["configuration"] == "adopted"
         error = connection.call(*DESCRIBE).error
         assert error is not None
         assert error["Code"] == "Forbidden.NoPermission"

@@ -11,20 +11,20 @@
 _shtab_keyferry_agent_commands() {
   local _commands=(
     audit:'verify and search the audit log'
-    check:'say everything that is wrong with a configuration'
-    explain:'Print of every grant whether it allows something, or the first thing in it that does not match.'
+    check:'print all problems of a configuration'
+    explain:'Print for every grant whether it allows a request, or the first part of the grant that does not match.'
     fingerprint:'a public key'"'"'s fingerprint, as `recipients` takes it'
     keyring:'create and change sealed keyring files'
-    run:'the daemon, in the foreground; its log is on stderr'
-    unseal:'Give the secret that opens the keyring to a running agent. It is read from standard input.'
+    run:'run the daemon in the foreground; its log goes to stderr'
+    unseal:'Send the secret that opens the keyring to a running agent.'
   )
   _describe 'keyferry-agent commands' _commands
 }
 
 _shtab_keyferry_agent_audit_commands() {
   local _commands=(
-    verify:'Is the chain of audit entries whole?'
-    who:'Which callers were given data keys, under which master keys, and for which recipients.'
+    verify:'Verify the chain of audit entries.'
+    who:'List the callers that received data keys, with the master keys and the recipients.'
   )
   _describe 'keyferry-agent audit commands' _commands
 }
@@ -75,8 +75,8 @@ _shtab_keyferry_agent_audit_defaults_added=0
 
 _shtab_keyferry_agent_audit_verify_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--config[the agent\'s configuration\: its audit log, with the rotated files beside it]:FILE:_files"
-  "--since[a time like 2026-01-31, 2026-01-31T12\:00\:00Z, 2h or 3d (ago), today, yesterday, or monday\; without a time zone, it is this host\'s. The audit log need not be complete before]:TIME:"
+  "--config[the agent\'s configuration, which names the audit log\; rotated files beside it are read, too]:FILE:_files"
+  "--since[a time like 2026-01-31, 2026-01-31T12\:00\:00Z, 2h or 3d (ago), today, yesterday, or monday\; without a time zone, this host\'s applies. The audit log may be incomplete before this time]:TIME:"
   "(*)::files of the audit log, or of a journal (journalctl -o cat), in any order\; or --config:_files"
 )
 
@@ -85,19 +85,19 @@ _shtab_keyferry_agent_audit_verify_defaults_added=0
 
 _shtab_keyferry_agent_audit_who_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--config[the agent\'s configuration\: its audit log, with the rotated files beside it]:FILE:_files"
-  "--since[a time like 2026-01-31, 2026-01-31T12\:00\:00Z, 2h or 3d (ago), today, yesterday, or monday\; without a time zone, it is this host\'s. The audit log need not be complete before]:TIME:"
+  "--config[the agent\'s configuration, which names the audit log\; rotated files beside it are read, too]:FILE:_files"
+  "--since[a time like 2026-01-31, 2026-01-31T12\:00\:00Z, 2h or 3d (ago), today, yesterday, or monday\; without a time zone, this host\'s applies. The audit log may be incomplete before this time]:TIME:"
   "--uid[the caller\'s user, by its number]:N:"
   "--user[the caller\'s user, by its name on this host]:NAME:"
   "--unit[the caller\'s systemd unit, like orders.service]:UNIT:"
-  "--key[the master key\'s ID, ARN or alias\; also as an alias was named then]:KEY:"
+  "--key[the master key\'s ID, ARN or alias\; an alias also matches the keys that had it earlier]:KEY:"
   "--version[one version of a master key]:ID:"
   "--recipient[the fingerprint of the public key that data keys were exported to]:FINGERPRINT:"
   "--grant[the grant that allowed the requests]:NAME:"
-  "--operation[one operation\; otherwise all that give a caller a data key\: GenerateAndExportDataKey, ExportDataKey, GenerateDataKey, Decrypt, ReEncrypt]:NAME:(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentHealth GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)"
+  "--operation[one operation\; by default, all that return a data key to a caller\: GenerateAndExportDataKey, ExportDataKey, GenerateDataKey, Decrypt, ReEncrypt]:NAME:(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentHealth GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)"
   "--context-key[a key of the EncryptionContext]:KEY:"
   "--ciphertext[one data key\: \`sha256\:\` and the SHA-256 of its CiphertextBlob]:HASH:"
-  "--until[up to this time, or to the end of this day\; like --since]:TIME:"
+  "--until[until this time, or the end of this day\; in the form of --since]:TIME:"
   "--list[each request, with the hash that identifies its data key]"
   "--json[one JSON document on stdout]"
   "(*)::files of the audit log, or of a journal (journalctl -o cat), in any order\; or --config:_files"
@@ -108,7 +108,7 @@ _shtab_keyferry_agent_audit_who_defaults_added=0
 
 _shtab_keyferry_agent_check_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--systemd[this host runs it as keyferry-agent.service\: ask systemd for sockets, folders and credentials, and fail where the agent would not start]"
+  "--systemd[the configuration is for keyferry-agent.service of this host\: ask systemd for its sockets, folders and credentials, and fail if the agent would not start]"
   ":FILE:_files"
 )
 
@@ -118,7 +118,7 @@ _shtab_keyferry_agent_check_defaults_added=0
 _shtab_keyferry_agent_explain_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--config[FILE]:FILE:_files"
-  "--request-id[a request in the audit log\; instead of all that follows]:ID:"
+  "--request-id[the RequestId of a request in the audit log\; replaces all options that describe a request]:ID:"
   "*--audit-log[with --request-id\: a file of the audit log, or of a journal (default\: the configuration\'s)\; may be repeated]:FILE:_files"
   "--uid[the caller\'s user, by its number]:N:"
   "--user[the caller\'s user, by its name, with its groups on this host]:NAME:"
@@ -429,8 +429,8 @@ _shtab_keyferry_agent_run_options=(
   "--socket[where to listen (default \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--keyring[the sealed keyring]:FILE:_files"
   "--unseal[the secret that opens it\: an age or SSH identity, or a passphrase file]:FILE:_files"
-  "--dev[for trying out\: a keyring that lives only in memory (alias\/dev, alias\/dev-sm4), everything granted to you]"
-  "*--alias[with --dev, another key with this alias\; its key spec is Aliyun_AES_256 or Aliyun_SM4 (default\: the first)]:ALIAS[=SPEC]:"
+  "--dev[development mode\: a keyring in memory only (alias\/dev, alias\/dev-sm4), and full access for the current user]"
+  "*--alias[with --dev, a further key with this alias\; SPEC is Aliyun_AES_256 (default) or Aliyun_SM4]:ALIAS[=SPEC]:"
 )
 
 # guard to ensure default positional specs are added only once per session

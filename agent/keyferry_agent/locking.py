@@ -75,10 +75,10 @@ class Lock:
     def _is(self, descriptor: int) -> bool:
         """Return whether a descriptor refers to the lock file that is at the path now."""
         try:
-            there = self._file.lstat()
+            status = self._file.lstat()
         except FileNotFoundError:
             return False
-        return os.path.samestat(there, os.fstat(descriptor))
+        return os.path.samestat(status, os.fstat(descriptor))
 
     def _open(self, path: Path, *, with_owner: bool) -> int:
         """Open the lock file, or make it. Raises `LockError`."""

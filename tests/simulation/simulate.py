@@ -110,7 +110,7 @@ def _live_with(world: World, manager: str) -> None:
             os.environ["NOTIFY_SOCKET"] = manager
             os.environ["WATCHDOG_USEC"] = str(world.watchdog * 1_000_000)
         try:
-            life.daemon(
+            life.run_daemon(
                 Options(config=world.directory / "agent.toml", socket=None, keyring=None, unseal=None, dev=False)
             )
         except* StartError as errors:

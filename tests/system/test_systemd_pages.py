@@ -126,7 +126,7 @@ def test_an_application_is_added_and_revoked_and_keys_stay(machine: Machine) -> 
     try:
         with load(machine):
             machine.write(CONFIGURATION, kept + of_the_page())
-            assert "no enabled socket unit is for it" in machine.run("sh", "-c", CHECK)
+            assert "no enabled socket unit has it" in machine.run("sh", "-c", CHECK)
             with secret(machine):  # the page's `check` looks for it
                 typed(machine, "A socket for each application")
         assert described(machine, OWN)["KeyMetadata"]

@@ -42,13 +42,13 @@ def key_lists(now: str, loaded_at: str, keys: Iterable[tuple[str, Iterable[str]]
     A large keyring has several entries, and an empty keyring has one.
     """
     parts: list[list[str]] = [[]]
-    room = _MAX_KEYS
+    remaining = _MAX_KEYS
     for piece in itertools.chain.from_iterable(itertools.starmap(_pieces, keys)):
-        if len(piece) > room:
+        if len(piece) > remaining:
             parts.append([])
-            room = _MAX_KEYS
+            remaining = _MAX_KEYS
         parts[-1].append(piece)
-        room -= len(piece) + len(", ")
+        remaining -= len(piece) + len(", ")
     common = _opened({"time": now, "event": KEYS, "level": "info", "loaded_at": loaded_at})
     return [
         f'{common}, "part": {number}, "parts": {len(parts)}, "keys": {{{", ".join(part)}}}'

@@ -98,7 +98,7 @@ class History:
         self.ends = self._scans[-1].ends if self._scans else None
         self.problems = [*self._of_chains(chains), *self._of_files(problems, not_given, current)]
         if not self.count:
-            self.problems.append(Problem("there is no line in it", None))
+            self.problems.append(Problem("the audit log has no entry", None))
 
     @property
     def only_older_missing(self) -> bool:
@@ -121,7 +121,7 @@ class History:
         for rank, scan in enumerate(self._scans):
             number = heads.get(id(scan))
             if number is not None and scan.unstarted:
-                text = "the entry of the agent's start is missing before this line: a line was taken out or changed"
+                text = "the entry of the agent's start is missing before this line: a line was removed or changed"
                 yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins)
             elif number is not None and not scan.is_started and (number or scan.previous != BEGINNING):
                 text = self._why(scan.previous, rank, 0, oldest=not number)
@@ -152,7 +152,7 @@ class History:
         """Return why an entry does not follow the entry before it. `rank` and `index`: its file and its place in the file."""
         if held == BEGINNING:
             return (
-                "begins a new chain: the agent was started without the older entries, or a line was taken out or moved; "
+                "begins a new chain: the agent was started without the older entries, or a line was removed or moved; "
                 "entries between may be missing"
             )
         ranks = {id(each): number for number, each in enumerate(self._scans)}
@@ -161,18 +161,16 @@ class History:
             there = f"{place.scan.path}, line {place.line}"
             if (ranks[id(place.scan)], place.order) <= (rank, index):
                 return (
-                    f"does not follow the line before it, but {there}, which another line follows: a fork; "
+                    f"does not follow the line before it, but {there}, and another line follows that one, too: a fork; "
                     "two agents wrote to this audit log"
                 )
-            return f"does not follow the line before it, but {there}, a later one: a line was moved"
+            return f"does not follow the line before it, but a later one, {there}: a line was moved"
         if oldest:
             return (
-                "the beginning of the audit log is missing: this line follows one that was not found. "
+                "the beginning of the audit log is missing: this line follows a line that was not found. "
                 "If older files are in another folder, name all files"
             )
-        return (
-            "does not follow the line before it, nor any other: a line was changed or taken out, or a file is missing"
-        )
+        return "does not follow the line before it, nor any other: a line was changed or removed, or a file is missing"
 
     def _without_copies(self, scans: Sequence[Scan]) -> list[Scan]:
         """Return the files without those whose entries are all in another file, too."""
@@ -182,7 +180,7 @@ class History:
             if original is None:
                 kept.append(scan)
             else:
-                self.notes.append(f"{scan.path}: all its entries are in {original.path}, too; left out")
+                self.notes.append(f"{scan.path}: all its entries are also in {original.path}; left out")
         return [scan for scan in scans if scan in kept]
 
     def _contains(self, other: Scan, scan: Scan) -> bool:

@@ -88,7 +88,7 @@ def plain_name(name: str) -> str:
 def open_keyring(settings: Settings | None) -> Document:
     """Read the current keyring of a configuration. Raises `KeyringError` with the reason if that is impossible."""
     if settings is None:
-        raise KeyringError("no configuration is given: --config leads to the keyring")
+        raise KeyringError("--config is missing, which names the keyring")
     if settings.keyring is None or settings.unseal is None:
         missing = "keyring" if settings.keyring is None else "unseal"
         if settings.unseal_socket is not None:

@@ -51,10 +51,10 @@ class AuditLog:
     def __init__(self, settings: Audit, lock: Lock | None = None) -> None:
         """Open the file, and hold its lock until `close`. Raises OSError."""
         self._path = settings.path
-        self._hand = WriterThread()
-        self._file = self._hand.call(RecordFile, settings.path)
+        self._writer = WriterThread()
+        self._file = self._writer.call(RecordFile, settings.path)
         self._lock = lock
-        self._named: tuple[tuple[str, tuple[str, ...]], ...] | None = None
+        self._key_names: tuple[tuple[str, tuple[str, ...]], ...] | None = None
         self.failures = 0
         """Requests whose entries could not be written, since the start."""
         self._resumed_at = 0
@@ -69,10 +69,10 @@ class AuditLog:
 
     def name_keys(self, keyring: Keyring) -> None:
         """Write the entries that name the keys of a keyring, if the keys or their aliases have changed since the last call."""
-        named = tuple((key.key_id, key.aliases) for key in keyring.keys.values())
-        if named != self._named:
-            self._named = named
-            self._announce(agent_entries.key_lists(_now(), keyring.loaded_at, named))
+        key_names = tuple((key.key_id, key.aliases) for key in keyring.keys.values())
+        if key_names != self._key_names:
+            self._key_names = key_names
+            self._announce(agent_entries.key_lists(_now(), keyring.loaded_at, key_names))
 
     def unsealed(self, peer: Peer, outcome: str, loaded_at: str) -> None:
         """Write the entry of an attempt to unseal the keyring. If that fails, it is written before the next request's entry."""
@@ -107,29 +107,29 @@ class AuditLog:
     def _announce(self, lines: list[str]) -> None:
         self._file.announce(lines)
         with suppress(OSError):  # on failure they are written before the next request's entry, never after it
-            self._hand.call(self._file.append, [])
+            self._writer.call(self._file.append, [])
 
     def reopen(self) -> None:
         """Open the path again after its file was moved away, and continue the chain in the new file.
 
         Raises OSError. After that, no entry can be written until a later call succeeds.
         """
-        self._hand.call(self._file.reopen)
+        self._writer.call(self._file.reopen)
 
     def moved(self) -> bool:
         """Return whether the path no longer leads to the open file. Calls the file system, which may hang."""
         if self._path == "stderr":
             return False
         try:
-            there = os.stat(self._path)
+            status = os.stat(self._path)
         except OSError:
             return True
-        return (there.st_dev, there.st_ino) != self._file.identity
+        return (status.st_dev, status.st_ino) != self._file.identity
 
     @property
     def lag(self) -> float:
         """Seconds that the last write took, or that a late write has taken so far."""
-        return self._hand.lag
+        return self._writer.lag
 
     def close(self) -> None:
         """Release the lock at the end of the agent.
@@ -138,7 +138,7 @@ class AuditLog:
         so that no other agent writes before.
         """
         if self._lock is not None:
-            self._hand.finish(self._lock.release)
+            self._writer.finish(self._lock.release)
 
     def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
         """Write an entry for each request, with its peer and its outcome, in one call of the writer thread.
@@ -161,7 +161,7 @@ class AuditLog:
 
     def _append(self, lines: list[str]) -> Appended:
         try:
-            appended = self._hand.call(self._file.append, lines)
+            appended = self._writer.call(self._file.append, lines)
         except OSError as error:
             appended = Appended(0, error)
         self.failing = appended.error is not None

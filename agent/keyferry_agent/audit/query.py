@@ -34,12 +34,12 @@ class Query(NamedTuple):
 
     def matches(self, fields: dict[str, Any], time: datetime | None) -> bool:
         """Return whether an entry matches, apart from its key and its context. An entry without a time matches any time."""
-        wanted = ((self.uid, "uid"), (self.unit, "unit"), (self.recipient, "recipient"), (self.grant, "grant"))
+        conditions = ((self.uid, "uid"), (self.unit, "unit"), (self.recipient, "recipient"), (self.grant, "grant"))
         return (
             fields.get("event") == "audit"
             and fields.get("outcome") == "OK"
             and fields.get("operation") in self.operations
-            and all(value is None or fields.get(name) == value for value, name in wanted)
+            and all(value is None or fields.get(name) == value for value, name in conditions)
             and _one_of(self.version, fields, "key_version_id", "destination_key_version_id")
             and _one_of(self.ciphertext, fields, "ciphertext", "destination_ciphertext")
             and not (time is not None and self.since is not None and time < self.since)
@@ -131,9 +131,9 @@ class Counted(_Matching):
 
     def _add(self, group: dict[str, Any]) -> None:
         key = json.dumps([group[name] for name in self.NAMES])
-        known = self._groups.setdefault(key, {**group, "count": 0})
-        known["count"] += group["count"]
-        known["last"] = group["last"]
+        total = self._groups.setdefault(key, {**group, "count": 0})
+        total["count"] += group["count"]
+        total["last"] = group["last"]
 
 
 class Spool:
@@ -203,10 +203,10 @@ class Listed(_Matching):
                 yield fields
 
     def _found(self, fields: dict[str, Any]) -> None:
-        kept = {name: fields[name] for name in self.NAMES if name in fields}
+        selected = {name: fields[name] for name in self.NAMES if name in fields}
         if not self._end:  # files are read one after the other, so the entries of one file are contiguous
             self._begin = self._spool.size
-        self._spool.append(json.dumps(kept).encode() + b"\n")
+        self._spool.append(json.dumps(selected).encode() + b"\n")
         self._end = self._spool.size
 
 

@@ -35,8 +35,8 @@ def lock(path: str) -> Lock | None:
         return Lock(real, seconds=LOCK_SECONDS)
     except LockError as error:
         number = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
-        made = os.path.lexists(lock_file_of(real))
-        if number in _NO_LOCKS or (number in _NO_LOCK_FILE and not made):
+        exists = os.path.lexists(lock_file_of(real))
+        if number in _NO_LOCKS or (number in _NO_LOCK_FILE and not exists):
             log.warning("startup.limited", what=f"a second agent could write to the same audit log: {error}")
             return None
         raise LockError(f"{path}: another agent may be writing to this audit log: {error}") from None

@@ -42,10 +42,10 @@ def verify(paths: list[Path]) -> Verified:
                 beginning = held == BEGINNING  # if not, older files are missing, and the chain is verified from here on
             elif held != previous:
                 what = "begins a new chain" if held == BEGINNING else "does not follow the line before it"
-                raise ChainError(f"{path}, line {line.number}: {what}: a line was changed, taken out, or moved")
+                raise ChainError(f"{path}, line {line.number}: {what}: a line was changed, removed or moved")
             previous, count = link(line.text), count + 1
     if not count:
-        raise ChainError("there is no line in it")
+        raise ChainError("the audit log has no entry")
     return Verified(count, previous, beginning)
 
 

@@ -67,7 +67,9 @@ def lines(path: Path, expected: Identity | None = None) -> Iterator[Line]:
     """
     with open(path, "rb") as file:
         if expected is not None and identity(os.fstat(file.fileno())) != expected:
-            raise MovedError(f"{path}: another file has this name now; has a log rotation just begun? Try again")
+            raise MovedError(
+                f"{path}: another file has this name now, because a log rotation is in progress; try again"
+            )
         number = 0
         stream = _decompressed(path, file)
         while text := _read_line(path, stream):

@@ -31,13 +31,13 @@ FAILED: Final = 1
 
 def add_parser(commands: Any) -> None:
     """Add `check` to the agent's command."""
-    parser = commands.add_parser("check", help="say everything that is wrong with a configuration", allow_abbrev=False)
+    parser = commands.add_parser("check", help="print all problems of a configuration", allow_abbrev=False)
     parser.add_argument("file", type=Path, metavar="FILE")
     parser.add_argument(
         "--systemd",
         action="store_true",
-        help=f"this host runs it as {systemd_units.SERVICE}: ask systemd for sockets, folders and credentials, and fail where "
-        "the agent would not start",
+        help=f"the configuration is for {systemd_units.SERVICE} of this host: ask systemd for its sockets, folders and "
+        "credentials, and fail if the agent would not start",
     )
     parser.set_defaults(run=_check)
 
@@ -111,9 +111,7 @@ def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
         handed = unix_sockets.assign(settings.listeners, [(each.name, each.path) for each in unit.sockets])
     except unix_sockets.ListeningError as error:
         return [f"listener: {error}"]
-    hint = (
-        "no enabled socket unit is for it" if unit.is_known else "or let systemd hand the socket over (check --systemd)"
-    )
+    hint = "no enabled socket unit has it" if unit.is_known else "or let systemd pass the socket (check --systemd)"
     return [
         f"listener {listener.name!r}: {problem}; {hint}"
         for listener in settings.listeners
@@ -153,7 +151,7 @@ def _unwritable(path: Path, unit: systemd_units.Unit) -> list[str]:
     if not stat.S_ISDIR(mode):
         return [f"{folder}: not a folder"]
     if not os.access(folder, os.W_OK | os.X_OK):
-        return [f"{folder}: this user may not make files there"]
+        return [f"{folder}: this user may not create files there"]
     return unit.protected(path)
 
 
@@ -174,7 +172,7 @@ def _missing_files(settings: Settings, unit: systemd_units.Unit) -> list[str]:
                     f"unseal: {systemd_units.SERVICE} loads no credential {path.name!r}; add LoadCredentialEncrypted="
                 )
         elif not os.path.exists(path):
-            problems.append(f"{name}: {path} does not exist here, or may not be seen by this user")
+            problems.append(f"{name}: {path} does not exist here, or is not visible to this user")
     return problems
 
 

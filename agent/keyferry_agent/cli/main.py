@@ -16,7 +16,7 @@ from .. import __version__
 from ..config.options import Options, StartError
 from ..crypto.ciphertext_blob import KEY_SIZES
 from ..crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
-from ..daemon.daemon import daemon
+from ..daemon.daemon import run_daemon
 from ..keyring.document import KeyringError, check_alias
 from ..telemetry import logging_setup
 from . import check, explain, unseal
@@ -28,7 +28,7 @@ DONE: Final = 0
 FAILED: Final = 1
 
 _EPILOG: Final = (
-    "exit codes: 0 done; 1 it could not be done, and why is on stderr; 2 usage; 74 standard output could not be written"
+    "exit codes: 0 success; 1 failure, with the reason on stderr; 2 wrong usage; 74 standard output cannot be written"
 )
 
 
@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"keyferry-agent {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="the daemon, in the foreground; its log is on stderr", allow_abbrev=False)
+    run = commands.add_parser(
+        "run", help="run the daemon in the foreground; its log goes to stderr", allow_abbrev=False
+    )
     run.add_argument(
         "--config", type=Path, metavar="FILE", help="the configuration (TOML); without it every caller is refused"
     )
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--dev",
         action="store_true",
-        help="for trying out: a keyring that lives only in memory (alias/dev, alias/dev-sm4), everything granted to you",
+        help="development mode: a keyring in memory only (alias/dev, alias/dev-sm4), and full access for the current user",
     )
     run.add_argument(
         "--alias",
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         type=_alias,
         metavar="ALIAS[=SPEC]",
-        help="with --dev, another key with this alias; its key spec is Aliyun_AES_256 or Aliyun_SM4 (default: the first)",
+        help="with --dev, a further key with this alias; SPEC is Aliyun_AES_256 (default) or Aliyun_SM4",
     )
     run.set_defaults(run=_run, wrong_usage=run.error)
 
@@ -100,13 +102,13 @@ def _run(arguments: argparse.Namespace) -> int:
             "--alias needs --dev; `keyferry-agent keyring create-key --alias` adds a key to a keyring"
         )
     if len(aliases) < len(arguments.alias):
-        arguments.wrong_usage("an --alias is given twice")
+        arguments.wrong_usage("--alias: the same alias twice; name each alias once")
     logging_setup.configure()
     path = arguments.socket
     if path is None and arguments.dev and os.environ.get("KEYFERRY_SOCKET"):
         path = default_socket()  # the default of a client that is started from the same shell
     try:
-        daemon(
+        run_daemon(
             Options(
                 config=arguments.config,
                 socket=Path(path) if path is not None else None,
@@ -138,7 +140,7 @@ def _fingerprint(arguments: argparse.Namespace) -> int:
         try:
             check_sm2(der)
         except PublicKeyError as sm2:
-            complain(PROGRAM, f"{arguments.file}: no key to export to: {rsa} {sm2}")
+            complain(PROGRAM, f"{arguments.file}: data keys cannot be exported to this key: {rsa} {sm2}")
             return FAILED
     return show(PROGRAM, fingerprint(der))
 

@@ -61,10 +61,10 @@ class Unit:
 
 def read() -> Unit:
     """Return systemd's description of the service. Each `systemctl` may block for `TIMEOUT_SECONDS`. Raises `UnitError`."""
-    wanted = ("LoadState", "Wants", "Requires", "TriggeredBy", *_FOLDERS, *_PROTECTION)
-    (shown,) = _show([SERVICE], wanted)
+    properties = ("LoadState", "Wants", "Requires", "TriggeredBy", *_FOLDERS, *_PROTECTION)
+    (shown,) = _show([SERVICE], properties)
     if shown.get("LoadState") != "loaded":
-        raise UnitError(f"{SERVICE} is not installed, or systemctl daemon-reload is missing")
+        raise UnitError(f"{SERVICE} is not loaded; install it and run systemctl daemon-reload")
     needed = {name for name in (*shown["Wants"].split(), *shown["Requires"].split()) if name.endswith(".socket")}
     triggers = {name for name in shown["TriggeredBy"].split() if name.endswith(".socket")}
     folders = [
@@ -83,20 +83,20 @@ def _sockets(names: list[str], needed: set[str]) -> tuple[Socket, ...]:
     """Return the sockets of the units that listen or are started with the service: it inherits them at its next start."""
     if not names:
         return ()
-    wanted = ("Id", "ActiveState", "FileDescriptorName", "Listen")
-    found = []
-    for shown in _show(names, wanted):
+    properties = ("Id", "ActiveState", "FileDescriptorName", "Listen")
+    sockets = []
+    for shown in _show(names, properties):
         if shown["ActiveState"] in _LISTENS or shown["Id"] in needed:
             name = shown.get("FileDescriptorName") or shown["Id"].removesuffix(".socket")
             paths = [line.removesuffix(" (Stream)") for line in shown.get("Listen", "").splitlines()]
-            found += [Socket(name, Path(path)) for path in paths]
-    return tuple(found)
+            sockets += [Socket(name, Path(path)) for path in paths]
+    return tuple(sockets)
 
 
-def _show(names: list[str], wanted: tuple[str, ...]) -> list[dict[str, str]]:
-    """Return the properties `wanted` of units. The values of a repeated property are lines. Raises `UnitError`."""
+def _show(names: list[str], properties: tuple[str, ...]) -> list[dict[str, str]]:
+    """Return properties of units. The values of a repeated property are lines. Raises `UnitError`."""
     units: list[dict[str, str]] = []
-    for block in _systemctl("show", f"--property={','.join(wanted)}", "--", *names).strip().split("\n\n"):
+    for block in _systemctl("show", f"--property={','.join(properties)}", "--", *names).strip().split("\n\n"):
         shown: dict[str, str] = {}
         for line in block.splitlines():
             name, _, value = line.partition("=")
@@ -109,9 +109,9 @@ def _systemctl(*arguments: str) -> str:
     """Return the output of `systemctl`. Blocks for `TIMEOUT_SECONDS` at most. Raises `UnitError`."""
     command = ["systemctl", *arguments]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)  # noqa: S603 - a list
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)  # noqa: S603 - a list
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnitError(f"systemctl {arguments[0]}: {error}") from None
-    if ended.returncode:
-        raise UnitError(f"{' '.join(command[:2])}: {' '.join(ended.stderr.split())}")
-    return ended.stdout
+    if process.returncode:
+        raise UnitError(f"{' '.join(command[:2])}: {' '.join(process.stderr.split())}")
+    return process.stdout

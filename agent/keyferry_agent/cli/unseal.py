@@ -43,8 +43,8 @@ def add_parser(commands: Any) -> None:
     """Add `unseal` to the agent's command."""
     parser = commands.add_parser(
         "unseal",
-        help='give the secret that opens the keyring to a running agent (unseal = "manual")',
-        description="Give the secret that opens the keyring to a running agent. It is read from standard input.",
+        help='send the secret that opens the keyring to a running agent (unseal = "manual")',
+        description="Send the secret that opens the keyring to a running agent.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -92,8 +92,8 @@ def _unseal(path: str, secret: str) -> dict[str, Any]:
             os.close(reader)
             reader = -1
             answer = b""
-            while len(answer) < _MAX_ANSWER and (more := agent.recv(_MAX_ANSWER)):
-                answer += more
+            while len(answer) < _MAX_ANSWER and (part := agent.recv(_MAX_ANSWER)):
+                answer += part
         except OSError as error:
             raise UnsealError(f"{path}: {error.strerror or 'the agent does not answer'}") from None
         finally:
@@ -134,16 +134,16 @@ def _read(source: str, uid: int) -> bytearray:
             private_files.check(file.fileno(), path, secret=True, owners=(uid,))
             secret = bytearray(_MAX_SECRET + 1)
             size = 0
-            while size < len(secret) and (got := file.readinto(memoryview(secret)[size:])):
-                size += got
+            while size < len(secret) and (count := file.readinto(memoryview(secret)[size:])):
+                size += count
     except OSError as error:
         raise UnsealError(f"{source}: {error.strerror}") from None
     except (private_files.PrivateFileError, ValueError) as error:
         raise UnsealError(str(error)) from None
     if size > _MAX_SECRET:
-        raise UnsealError(f"{source}: longer than any identity or passphrase")
+        raise UnsealError(f"{source}: longer than {_MAX_SECRET} bytes, the limit for an identity or passphrase")
     if not size:
-        raise UnsealError(f"{source}: empty; an age identity, an SSH key or a passphrase is expected")
+        raise UnsealError(f"{source}: empty; expected an age identity, an SSH key or a passphrase")
     del secret[size:]
     return secret
 
@@ -158,11 +158,11 @@ def _pipe_with(secret: bytearray) -> int:
         complete = written == len(secret)
     except OSError as error:
         os.close(reader)
-        raise UnsealError(f"no pipe has room for the secret: {error.strerror}") from None
+        raise UnsealError(f"a pipe cannot hold the secret: {error.strerror}") from None
     finally:
         os.close(writer)
         secret[:] = bytes(len(secret))
     if not complete:
         os.close(reader)
-        raise UnsealError("no pipe has room for the secret")
+        raise UnsealError("a pipe cannot hold the secret")
     return reader

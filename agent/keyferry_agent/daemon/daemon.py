@@ -41,48 +41,50 @@ from .systemd import InheritedDescriptors, ServiceManager, feed_watchdog
 if TYPE_CHECKING:
     from ..server.metrics_server import Server as MetricsServer
 
-__all__ = ["daemon"]
+__all__ = ["run_daemon"]
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 
 
-def daemon(options: Options) -> None:
+def run_daemon(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises `StartError`."""
-    host, given = ServiceManager.take(), InheritedDescriptors.take()
+    manager, inherited = ServiceManager.from_environment(), InheritedDescriptors.from_environment()
     try:
-        failures = process_hardening.harden(keep=given.descriptors)
+        failures = process_hardening.harden(keep=inherited.descriptors)
     except process_hardening.HardeningError as error:
         raise StartError(str(error)) from None
     if not process_hardening.clears_freed_memory():
-        failures.append("freed memory is not overwritten, which takes glibc: libraries may leave copies of keys there")
+        failures.append(
+            "freed memory is not overwritten, because that needs glibc; libraries may leave copies of keys there"
+        )
     if private_files.allowed():
-        failures.append(f"{private_files.ALLOW_OPEN_FILES} is set: other users may be able to change or read the files")
+        failures.append(f"{private_files.ALLOW_OPEN_FILES} is set: other users may be able to read or change the files")
     for failure in failures:
         log.warning("startup.not_hardened", what=failure)
-    sockets = given.sockets()
-    with ExitStack() as held:
-        _live(options, host, given, sockets, held)
+    sockets = inherited.sockets()
+    with ExitStack() as stack:
+        _load_and_serve(options, manager, inherited, sockets, stack)
 
 
-def _live(
+def _load_and_serve(
     options: Options,
-    host: ServiceManager,
-    given: InheritedDescriptors,
+    manager: ServiceManager,
+    inherited: InheritedDescriptors,
     sockets: list[tuple[str, socket.socket]],
-    held: ExitStack,
+    stack: ExitStack,
 ) -> None:
-    """Load, listen and serve. `held`: a stack for the files that are closed at the end. Raises `StartError`."""
+    """Load, listen and serve. `stack` closes the files at the end. Raises `StartError`."""
     try:
         settings, stats = read_settings(options, stat_files(options.files(Settings())))
-        keeper = KeyringPersister(host.store, host.forget)
-        agent, current = _agent(options, settings, keeper, given, stats)
+        keeper = KeyringPersister(manager.store, manager.forget)
+        agent, current = _agent(options, settings, keeper, inherited, stats)
         secret_is_gone = agent.keyring.source == KEPT and settings.unseal is not None and stats[settings.unseal] is None
         unavailable = selftest.run(agent.scratch, sm2_fallback=settings.sm2_fallback == "gmssl")
         audit = _audit_log(settings)
-        held.callback(audit.close)
+        stack.callback(audit.close)
         agent.audit_fails = lambda: audit.failing
-        served = _metrics(agent, audit, settings)
-        server = Server(agent, audit, served[0] if served else None)
+        metrics = _metrics(agent, audit, settings)
+        server = Server(agent, audit, metrics[0] if metrics else None)
     except (
         SettingsError,
         KeyringError,
@@ -94,16 +96,16 @@ def _live(
         raise StartError(str(error)) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise StartError(f"{where}{_why(error)}") from None
-    _say_what_is_not(options, agent, unavailable)
+        raise StartError(f"{where}{_reason(error)}") from None
+    _log_startup_warnings(options, agent, unavailable)
     gc.freeze()  # exclude permanent objects from garbage collection: with 10,000 keys, each pass over them is a pause
-    reloader = Reloader(options, agent, audit, stats, host, keeper if settings.keep_keys else None, current=current)
+    reloader = Reloader(options, agent, audit, stats, manager, keeper if settings.keep_keys else None, current=current)
     if not current or secret_is_gone:
         reloader.requested.set()
-    if served:
-        held.callback(served[1].close)
+    if metrics:
+        stack.callback(metrics[1].close)
     try:
-        trio.run(_serve, agent, server, audit, reloader, host, sockets, strict_exception_groups=True)
+        trio.run(_serve, agent, server, audit, reloader, manager, sockets, strict_exception_groups=True)
     finally:
         if settings.keep_keys and not agent.keyring.is_sealed:
             agent.keyring.memory.detach()
@@ -120,7 +122,7 @@ def _audit_log(settings: Settings) -> AuditLog:
         raise
 
 
-def _why(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     """Return why a file did not open. A unit's standard output is a socket, which cannot be opened by its path."""
     if error.errno == errno.ENXIO and isinstance(error.filename, str) and _is_socket(error.filename):
         return 'is a socket, as standard output is under systemd; use "stderr"'
@@ -142,7 +144,7 @@ def _metrics(agent: ServerState, audit: AuditLog, settings: Settings) -> "tuple[
     return of(agent, audit, settings.metrics)
 
 
-def _say_what_is_not(options: Options, agent: ServerState, unavailable: list[str]) -> None:
+def _log_startup_warnings(options: Options, agent: ServerState, unavailable: list[str]) -> None:
     settings = agent.settings
     for what in (*settings.warnings, *unavailable):
         log.warning("startup.limited", what=what)
@@ -156,7 +158,7 @@ def _say_what_is_not(options: Options, agent: ServerState, unavailable: list[str
     if options.dev:
         log.warning(
             "startup.development",
-            what="a keyring that lives only in memory; everything it encrypts is lost when this agent stops",
+            what="the keyring exists only in memory; everything encrypted under it is lost when this agent stops",
             granted_to_uid=os.geteuid(),
         )
     elif agent.keyring.is_sealed:
@@ -166,7 +168,7 @@ def _say_what_is_not(options: Options, agent: ServerState, unavailable: list[str
 
 
 def _agent(
-    options: Options, settings: Settings, keeper: KeyringPersister, given: InheritedDescriptors, seen: FileStats
+    options: Options, settings: Settings, keeper: KeyringPersister, inherited: InheritedDescriptors, stats: FileStats
 ) -> tuple[ServerState, bool]:
     """Return the agent's state, and whether its keyring is the one that the file has now. Raises `StartError`.
 
@@ -174,18 +176,18 @@ def _agent(
     agent's state held the last reference to it.
     """
     size = None
-    looked = seen.get(settings.keyring) if settings.keyring else None
+    status = stats.get(settings.keyring) if settings.keyring else None
     try:
-        restored = keeper.restore(given.named) if settings.keep_keys and not options.dev else None
+        restored = keeper.restore(inherited.named) if settings.keep_keys and not options.dev else None
         if restored is None and settings.unseal_socket is not None:
             keyring = sealed_keyring(backing=settings.memory_backing, require=settings.memory == "require")
             current = True
         elif restored is None:
-            keyring = options.load_keyring(settings, keeper if settings.keep_keys else None, looked)
+            keyring = options.load_keyring(settings, keeper if settings.keep_keys else None, status)
             current = True
         else:
-            keyring, look_then = restored
-            current = look_then is not None and looked is not None and [*look_then] == [*looked]
+            keyring, status_then = restored
+            current = status_then is not None and status is not None and [*status_then] == [*status]
             log.info("keyring.kept", keys=len(keyring.keys), loaded_at=keyring.loaded_at)
         size = keyring.memory.size
         return ServerState(settings, keyring), current
@@ -198,7 +200,7 @@ async def _serve(
     server: Server,
     audit: AuditLog,
     reloader: Reloader,
-    host: ServiceManager,
+    manager: ServiceManager,
     sockets: list[tuple[str, socket.socket]],
 ) -> None:
     try:
@@ -209,20 +211,22 @@ async def _serve(
     audit.begin(agent.started_at)  # not earlier: a failing start is repeated, and would write an entry each time
     audit.name_keys(agent.keyring)
     unsealer = unsealing.Unsealing(reloader, audit, agent)
-    listeners = [(at.name, trio.SocketListener(trio.socket.from_stdlib_socket(at.socket))) for at in opened]
+    listeners = [
+        (listening.name, trio.SocketListener(trio.socket.from_stdlib_socket(listening.socket))) for listening in opened
+    ]
     try:
         async with trio.open_nursery() as nursery:
-            await nursery.start(_handle_signals, agent, server, reloader, host)
+            await nursery.start(_handle_signals, agent, server, reloader, manager)
             nursery.start_soon(FileWatcher(agent, audit, reloader, [*opened, *administrative]).run)
             nursery.start_soon(server.inspector.run)
-            for at in administrative:
-                nursery.start_soon(unsealer.serve, at.socket)
-            await nursery.start(_serve_then, server, listeners, nursery.cancel_scope.cancel)
-            if host.watchdog:
+            for listening in administrative:
+                nursery.start_soon(unsealer.serve, listening.socket)
+            await nursery.start(_serve_until_drained, server, listeners, nursery.cancel_scope.cancel)
+            if manager.watchdog:
                 near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
                 nursery.start_soon(server.serve_own, far)
-                nursery.start_soon(feed_watchdog, host, near, agent.status)
-            host.ready(agent.status())
+                nursery.start_soon(feed_watchdog, manager, near, agent.status)
+            manager.ready(agent.status())
             log.info(
                 "agent.serving",
                 version=__version__,
@@ -232,12 +236,12 @@ async def _serve(
                 libcrypto=libcrypto.version(),
             )
     finally:
-        for each in (*opened, *administrative):
-            each.remove()
+        for listening in (*opened, *administrative):
+            listening.remove()
     log.info("agent.stopped")
 
 
-async def _serve_then(
+async def _serve_until_drained(
     server: Server,
     listeners: list[tuple[str, trio.SocketListener]],
     then: Callable[[], None],
@@ -251,7 +255,7 @@ async def _handle_signals(
     agent: ServerState,
     server: Server,
     reloader: Reloader,
-    host: ServiceManager,
+    manager: ServiceManager,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
@@ -263,5 +267,5 @@ async def _handle_signals(
                 server.drain(grace=0)
             else:
                 log.info("agent.draining", signal=signal.Signals(number).name, connections=agent.counters.connections)
-                host.stopping()
+                manager.stopping()
                 server.drain()

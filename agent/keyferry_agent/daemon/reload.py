@@ -66,7 +66,7 @@ class Reloader:
         agent: ServerState,
         audit: AuditLog,
         stats: FileStats,
-        host: ServiceManager,
+        manager: ServiceManager,
         keeper: KeyringPersister | None,
         *,
         current: bool = True,
@@ -74,7 +74,7 @@ class Reloader:
         self._options = options
         self._agent = agent
         self._audit = audit
-        self._host = host
+        self._manager = manager
         self._keeper = keeper
         self._stats = self._previous = stats
         path = agent.settings.keyring
@@ -113,7 +113,7 @@ class Reloader:
         """Report a changed state to the service manager. The watchdog also reports it, but rarely, and it may be off."""
         if self._reported != self._state() and not self._agent.draining:
             self._reported = self._state()
-            self._host.changed(self._agent.status())
+            self._manager.changed(self._agent.status())
 
     async def unseal(self, secret: int) -> str | None:
         """Open the keyring with a secret that is read from a pipe. Returns the reason of a failure, or None on success."""
@@ -132,7 +132,7 @@ class Reloader:
 
     async def _reload(self, stats: FileStats) -> None:
         """Read the configuration and the keyring again, and adopt the valid ones. `stats`: the files' status just before."""
-        self._host.reloading()
+        self._manager.reloading()
         self._stats, failure = await self._replace(stats)
         self._previous = self._stats
         self._failure, self._retry_at = failure, math.inf
@@ -143,7 +143,7 @@ class Reloader:
             self._retry_at = trio.current_time() + self._retry_seconds
             self._retry_seconds = min(2 * self._retry_seconds, MAX_RETRY_SECONDS)
         self._reported = self._state()
-        self._host.ready(self._agent.status())
+        self._manager.ready(self._agent.status())
 
     async def _replace(self, stats: FileStats) -> tuple[FileStats, str | None]:
         """Read and adopt. Returns the status of the files that were read, and the reason of a failure or None."""
@@ -180,7 +180,7 @@ class Reloader:
             return await in_thread(self._options.load_keyring, settings, self._keeper, status), None
         except Exception as error:
             agent.keyring_stale, agent.unseal_absent, self._absence = changed, False, None
-            return None, self._failed(error, "Keyring not reloaded, the old one serves", configuration="taken up")
+            return None, self._failed(error, "Keyring not reloaded, the old one serves", configuration="adopted")
 
     def _note_absence(self, settings: Settings, *, changed: bool) -> None:
         """Note that the unseal secret is absent. Log the consequences whenever they change."""
@@ -232,10 +232,10 @@ def _retain_restart_only(settings: Settings, old: Settings) -> tuple[Settings, l
     """
     if settings.listeners != old.listeners and any("listener" in grant.to for grant in settings.grants):
         raise SettingsError(
-            ["the listeners changed, which takes a restart; until then, grants to listeners would be to the old ones"]
+            ["the listeners changed, and grants to listeners would apply to the old ones; restart the agent"]
         )
     if settings.unseal_socket != old.unseal_socket:
         settings = replace(settings, unseal=old.unseal)
     changed = [name for name in _RESTART_ONLY if getattr(settings, name) != getattr(old, name)]
-    warnings = [f"these change with a restart only: {', '.join(changed)}"] if changed else []
+    warnings = [f"restart the agent to change these settings: {', '.join(changed)}"] if changed else []
     return replace(settings, **{name: getattr(old, name) for name in _RESTART_ONLY}), warnings

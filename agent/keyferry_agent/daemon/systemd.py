@@ -17,7 +17,7 @@ from keyferry.protocol import wire
 
 __all__ = ["InheritedDescriptors", "ServiceManager", "feed_watchdog"]
 
-_FIRST: Final = 3
+SD_LISTEN_FDS_START: Final = 3
 _MICROSECONDS: Final = 1e-6
 _LISTEN: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _NOTIFY: Final = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC")
@@ -32,17 +32,17 @@ class InheritedDescriptors:
         self.named = list(named)
 
     @classmethod
-    def take(cls) -> "InheritedDescriptors":
+    def from_environment(cls) -> "InheritedDescriptors":
         """Return the descriptors from the service manager. Removes the variables, so that no child inherits them: call once."""
         pid, count, names = (os.environ.pop(name, "") for name in _LISTEN)
         if pid != str(os.getpid()) or not count.isdecimal():
             return cls()
-        descriptors = range(_FIRST, _FIRST + int(count))
-        called = names.split(":") if names else []
-        called += ["unknown"] * (len(descriptors) - len(called))  # as sd_listen_fds_with_names(3) calls them
+        descriptors = range(SD_LISTEN_FDS_START, SD_LISTEN_FDS_START + int(count))
+        labels = names.split(":") if names else []
+        labels += ["unknown"] * (len(descriptors) - len(labels))  # as sd_listen_fds_with_names(3) calls them
         for descriptor in descriptors:
             os.set_inheritable(descriptor, False)
-        return cls(zip(called, descriptors, strict=False))
+        return cls(zip(labels, descriptors, strict=False))
 
     @property
     def descriptors(self) -> set[int]:
@@ -51,14 +51,14 @@ class InheritedDescriptors:
 
     def sockets(self) -> list[tuple[str, socket.socket]]:
         """Remove and return all descriptors that are sockets, with their names. The caller closes them."""
-        found, rest = [], []
+        sockets, others = [], []
         for name, descriptor in self.named:
             try:
-                found.append((name, socket.socket(fileno=descriptor)))
+                sockets.append((name, socket.socket(fileno=descriptor)))
             except OSError:
-                rest.append((name, descriptor))
-        self.named = rest
-        return found
+                others.append((name, descriptor))
+        self.named = others
+        return sockets
 
 
 class ServiceManager:
@@ -75,12 +75,12 @@ class ServiceManager:
         self._status = ""
 
     @classmethod
-    def take(cls) -> "ServiceManager":
+    def from_environment(cls) -> "ServiceManager":
         """Return the service manager of this process. Removes the variables, so that no child inherits them."""
-        host = cls(os.environ)
+        manager = cls(os.environ)
         for name in _NOTIFY:
             os.environ.pop(name, None)
-        return host
+        return manager
 
     def __bool__(self) -> bool:
         return bool(self._address)
@@ -131,27 +131,27 @@ class ServiceManager:
         return True
 
 
-async def feed_watchdog(host: ServiceManager, stream: trio.SocketStream, status: Callable[[], str]) -> None:
+async def feed_watchdog(manager: ServiceManager, stream: trio.SocketStream, status: Callable[[], str]) -> None:
     """Call GetAgentHealth twice in each interval of the watchdog, and feed the watchdog after each successful answer.
 
     `status` returns a line for operators. Returns when the connection ends.
     """
-    interval = host.watchdog / 2
+    interval = manager.watchdog / 2
     decoder = wire.Decoder()
     msgid = 0
     async with stream:
         while True:
             msgid = (msgid + 1) % 2**32
-            asked = trio.current_time()
-            with trio.move_on_after(host.watchdog):
+            sent_at = trio.current_time()
+            with trio.move_on_after(manager.watchdog):
                 try:
                     if await _answered(stream, decoder, msgid):
-                        host.alive(status())
+                        manager.alive(status())
                     else:
                         log.error("watchdog.refused", what="the agent's own request was refused")
                 except (trio.BrokenResourceError, ProtocolError):
                     return  # the agent drains
-            await trio.sleep_until(asked + interval)
+            await trio.sleep_until(sent_at + interval)
 
 
 async def _answered(stream: trio.SocketStream, decoder: wire.Decoder, msgid: int) -> bool:

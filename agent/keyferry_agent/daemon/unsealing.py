@@ -100,8 +100,8 @@ async def _received(connection: Any) -> list[int]:
     """Wait for a message, and return its descriptors; an empty list if it does not arrive in time."""
     descriptors = array("i")
     with trio.move_on_after(_ARRIVAL_SECONDS):
-        room = socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize)
-        _, ancillary, _, _ = await connection.recvmsg(1, room, socket.MSG_CMSG_CLOEXEC)
+        size = socket.CMSG_SPACE(_MAX_DESCRIPTORS * descriptors.itemsize)
+        _, ancillary, _, _ = await connection.recvmsg(1, size, socket.MSG_CMSG_CLOEXEC)
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.frombytes(data[: len(data) - len(data) % descriptors.itemsize])

@@ -22,17 +22,19 @@ def lacking() -> Mapping[str, frozenset[str]]:
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:
         if not _has_groups(here):
-            found["the kernel does not tell a peer's supplementary groups (SO_PEERGROUPS)"] = frozenset(
+            found["the kernel does not report a peer's supplementary groups (SO_PEERGROUPS)"] = frozenset(
                 {"gid", "group"}
             )
         if not _has_processes(here):
-            why = "the kernel, or a seccomp profile, provides no pidfd, so that no process of a caller can be held"
+            why = (
+                "the kernel, or a seccomp profile, does not provide pidfds, so the agent cannot hold a caller's process"
+            )
             found[why] = frozenset({"unit", "pod", "exe", "sha256"})
             return found
     if not _control_groups_visible():
         found["/proc does not show other users' processes (hidepid)"] = frozenset({"unit", "pod", "exe", "sha256"})
     elif not has_capability(_CAP_SYS_PTRACE):
-        found["it takes CAP_SYS_PTRACE to see the programs of other users"] = frozenset({"exe", "sha256"})
+        found["without CAP_SYS_PTRACE, the agent cannot see other users' programs"] = frozenset({"exe", "sha256"})
     return found
 
 

@@ -70,8 +70,8 @@ class _Queue(logging.handlers.QueueHandler):
         """Wait for the queue to empty, but not for long; logging calls it when the process ends."""
         deadline = time.monotonic() + FLUSH_SECONDS
         with self.queue.all_tasks_done:
-            while self.queue.unfinished_tasks and (left := deadline - time.monotonic()) > 0:
-                self.queue.all_tasks_done.wait(left)
+            while self.queue.unfinished_tasks and (remaining := deadline - time.monotonic()) > 0:
+                self.queue.all_tasks_done.wait(remaining)
 
 
 class _StandardError:

@@ -80,11 +80,11 @@ class _State:
             ),
             (
                 "next_deletion_seconds",
-                "Seconds until the next key is deleted, below 0 after it was; absent where none is to be",
+                "Seconds until the next key is deleted, negative after that; absent if no deletion is scheduled",
                 [min(due).timestamp() - now] if due else [],
             ),
-            ("audit_lag_seconds", "How long the last record took, or the one under way has taken", [self._audit.lag]),
-            ("draining", "1 while the agent is about to stop", [int(agent.draining)]),
+            ("audit_lag_seconds", "Duration of the last audit write, or of the one in progress", [self._audit.lag]),
+            ("draining", "1 while the agent drains before it stops", [int(agent.draining)]),
             ("sealed", "1 while no keyring is open, and calls are refused", [int(keyring.is_sealed)]),
             ("ready", "1 while calls are answered", [int(is_ready(state))]),
         ):
@@ -95,16 +95,16 @@ class _State:
         for counter, text, count in (
             ("reload_failures", "Reloads that failed, each attempt counted", counters.reloads_failed),
             ("audit_failures", "Requests whose audit entries could not be written", self._audit.failures),
-            ("connections_refused", "Connections refused for a limit", counters.connections_refused),
+            ("connections_refused", "Connections refused because of a limit", counters.connections_refused),
         ):
             yield core.CounterMetricFamily(f"keyferry_{counter}", text, value=count)
 
 
 def _commit() -> str:
-    """Return the commit that was installed, if pip noted one, or else an empty string."""
+    """Return the commit that was installed, if pip recorded one, or else an empty string."""
     try:
-        noted = json.loads(metadata.distribution("keyferry-agent").read_text("direct_url.json") or "{}")
-        return str(noted["vcs_info"]["commit_id"])
+        origin = json.loads(metadata.distribution("keyferry-agent").read_text("direct_url.json") or "{}")
+        return str(origin["vcs_info"]["commit_id"])
     except (metadata.PackageNotFoundError, KeyError, TypeError, ValueError):
         return ""
 
@@ -126,7 +126,7 @@ class Metrics:
         )
         self._seconds = prometheus.Histogram(
             "keyferry_request_seconds",
-            "Seconds from a request's decision to its record",
+            "Seconds from a request's decision to its audit entry",
             ["operation"],
             buckets=_BUCKETS,
             registry=registry,

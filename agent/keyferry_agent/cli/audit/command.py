@@ -17,8 +17,8 @@ __all__ = ["add_parser"]
 
 FAILED: Final = 1
 _EPILOG: Final = (
-    "exit codes: 0 done, and the audit log is complete (for verify: every chain is whole from its first entry); 1 it is "
-    "incomplete, or was changed, or could not be read, and why is on stderr; 2 usage"
+    "exit codes: 0 success, and the audit log is complete (for verify: every chain is whole from its first entry); 1 the "
+    "audit log is incomplete, was changed or cannot be read, with the reason on stderr; 2 wrong usage"
 )
 
 
@@ -27,8 +27,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("audit", help="verify and search the audit log", epilog=_EPILOG, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, text, do in (
-        ("verify", "Is the chain of audit entries whole?", _verify),
-        ("who", "Which callers were given data keys, under which master keys, and for which recipients.", who.who),
+        ("verify", "Verify the chain of audit entries.", _verify),
+        ("who", "List the callers that received data keys, with the master keys and the recipients.", who.who),
     ):
         verb = verbs.add_parser(name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False)
         verb.add_argument(
@@ -42,14 +42,14 @@ def add_parser(commands: Any) -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="the agent's configuration: its audit log, with the rotated files beside it",
+            help="the agent's configuration, which names the audit log; rotated files beside it are read, too",
         )
         verb.set_defaults(run=_guarded, verb_action=do)
         verb.add_argument(
             "--since",
             type=times.since,
             metavar="TIME",
-            help=f"{times.EXPECTED}. The audit log need not be complete before",
+            help=f"{times.EXPECTED}. The audit log may be incomplete before this time",
         )
         if name == "who":
             who.add_options(verb)

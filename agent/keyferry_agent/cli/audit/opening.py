@@ -28,17 +28,16 @@ def open_history(
     if files:
         paths = dict.fromkeys(files)
         beside = [
-            f"{path}: looks like a rotated file of this audit log, and was not named"
-            for path in rotated.not_among(paths)
+            f"{path}: looks like a rotated file of this audit log; name it, too" for path in rotated.not_among(paths)
         ]
         return History([rotated.File(path, mixed=True) for path in paths], not_given=beside, tally=tally)
     if settings is None or settings.audit.path == "stderr":
         where = (
-            "it goes to standard error; for a unit, journalctl -o cat prints it"
+            ": it goes to standard error, and journalctl -o cat prints it for a unit"
             if settings
-            else "or use --config, to find them"
+            else ", or use --config to find them"
         )
-        raise chain.ChainError(f"name the {option} of the audit log: {where}")
+        raise chain.ChainError(f"name the {option} of the audit log{where}")
     current = Path(settings.audit.path)
     found = rotated.find(current)
     for _ in range(_MAX_ATTEMPTS):
@@ -63,7 +62,9 @@ def report(history: History, since: datetime | None) -> None:
     if not history.problems:
         say(f"the audit log is complete from its beginning, {time_text(history.begins)}, to {end}")
     elif history.is_complete(since):
-        say(f"the audit log is complete from {time_text(history.healed)} to {end}, and so since --since")
+        say(
+            f"the audit log is complete from {time_text(history.healed)} to {end}, which includes all entries since --since"
+        )
     elif history.healed is not None:
         say(f"THE AUDIT LOG IS INCOMPLETE: it is complete from {time_text(history.healed)} to {end} only")
     else:

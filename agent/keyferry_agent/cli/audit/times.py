@@ -9,7 +9,7 @@ __all__ = ["EXPECTED", "since", "until"]
 
 EXPECTED: Final = (
     "a time like 2026-01-31, 2026-01-31T12:00:00Z, 2h or 3d (ago), today, yesterday, or monday; "
-    "without a time zone, it is this host's"
+    "without a time zone, this host's applies"
 )
 _AGO: Final = re.compile(r"(\d{1,6})(min|[mhdw])")
 _UNITS: Final = {"m": "minutes", "min": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -41,14 +41,14 @@ def _time(text: str) -> tuple[datetime, bool]:
     try:
         if word == "now":
             return now, False
-        if found := _AGO.fullmatch(word):
-            return now - timedelta(**{_UNITS[found[2]]: int(found[1])}), False
+        if match := _AGO.fullmatch(word):
+            return now - timedelta(**{_UNITS[match[2]]: int(match[1])}), False
         if (days := _days_ago(word, now)) is not None:
             midnight = now.replace(hour=0, minute=0, second=0, microsecond=0, tzinfo=None)
             return (midnight - timedelta(days=days)).astimezone(), True
         return datetime.fromisoformat(text.strip()).astimezone(), bool(_DATE.fullmatch(word))
     except (ValueError, OverflowError, OSError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time: expected is {EXPECTED}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: expected {EXPECTED}") from None
 
 
 def _days_ago(word: str, now: datetime) -> int | None:

@@ -29,7 +29,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     user.add_argument("--user", metavar="NAME", help="the caller's user, by its name on this host")
     parser.add_argument("--unit", metavar="UNIT", help="the caller's systemd unit, like orders.service")
     parser.add_argument(
-        "--key", metavar="KEY", help="the master key's ID, ARN or alias; also as an alias was named then"
+        "--key",
+        metavar="KEY",
+        help="the master key's ID, ARN or alias; an alias also matches the keys that had it earlier",
     )
     parser.add_argument("--version", metavar="ID", help="one version of a master key")
     parser.add_argument(
@@ -40,14 +42,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--operation",
         metavar="NAME",
         choices=sorted(OPERATIONS),
-        help=f"one operation; otherwise all that give a caller a data key: {', '.join(RELEASES)}",
+        help=f"one operation; by default, all that return a data key to a caller: {', '.join(RELEASES)}",
     )
     parser.add_argument("--context-key", metavar="KEY", help="a key of the EncryptionContext")
     parser.add_argument(
         "--ciphertext", metavar="HASH", help="one data key: `sha256:` and the SHA-256 of its CiphertextBlob"
     )
     parser.add_argument(
-        "--until", type=times.until, metavar="TIME", help="up to this time, or to the end of this day; like --since"
+        "--until",
+        type=times.until,
+        metavar="TIME",
+        help="until this time, or the end of this day; in the form of --since",
     )
     parser.add_argument("--list", action="store_true", help="each request, with the hash that identifies its data key")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -61,26 +66,26 @@ def who(arguments: argparse.Namespace, settings: Settings | None) -> int:
 
 
 def _who(arguments: argparse.Namespace, settings: Settings | None, query: Query, spool: Spool) -> int:
-    def tally() -> Counted | Listed:
+    def new_tally() -> Counted | Listed:
         return Listed(query, spool) if arguments.list else Counted(query)
 
-    history = open_history(arguments.file, settings, tally)
-    tallies = [each for each in history.tallies if isinstance(each, Counted | Listed)]
+    history = open_history(arguments.file, settings, new_tally)
+    tallies = [tally for tally in history.tallies if isinstance(tally, Counted | Listed)]
     names = names_of(tallies)
     keys = _key_ids(arguments.key, settings, names)
     report(history, query.since)
     complete = history.is_complete(query.since)
-    if undecided := sum(each.undecided for each in tallies):
+    if undecided := sum(tally.undecided for tally in tallies):
         say(
             f"{undecided} entries have more keys in their EncryptionContext than an entry holds: --context-key may miss them"
         )
         complete = False
-    found = _found(tallies, query, keys)
+    entries = _entries(tallies, query, keys)
     if arguments.json:
-        printed = show_lines("keyferry-agent", _json(found))
+        printed = show_lines("keyferry-agent", _json(entries))
     else:
         printed = show_lines(
-            "keyferry-agent", _lines(found, _line if arguments.list else _group, _nothing(query, complete))
+            "keyferry-agent", _lines(entries, _line if arguments.list else _group, _nothing(query, complete))
         )
     return printed or (0 if complete else _FAILED)
 
@@ -118,24 +123,26 @@ def _key_ids(name: str | None, settings: Settings | None, names: LoggedNames) ->
     if name is None or not (plain := plain_name(name)).startswith("alias/"):
         return None if name is None else frozenset({plain})
     logged = names.aliases.get(plain, {})
-    ids, why = set(logged), ""
+    ids, reason = set(logged), ""
     try:
         ids.add(now := open_keyring(settings).find(plain).key_id)
         say(f"{plain} is key {now} in the keyring")
     except KeyringError as error:
-        why = str(error)
+        reason = str(error)
     if not ids:
         raise ChainError(
-            f"{plain}: the audit log has no such alias, and the keyring has not either ({why}); name the key's ID"
+            f"{plain}: neither the audit log nor the keyring has this alias ({reason}); name the key by its ID"
         )
     for key_id, period in logged.items():
         say(f"{plain} was key {key_id} {period}, by the audit log")
-    if why:
-        say(f"the keyring was not asked for {plain}, or has it not: {why}")
+    if reason:
+        say(f"{plain} was not found in the keyring: {reason}")
     return frozenset(ids)
 
 
-def _found(tallies: Iterable[Counted | Listed], query: Query, keys: frozenset[str] | None) -> Iterator[dict[str, Any]]:
+def _entries(
+    tallies: Iterable[Counted | Listed], query: Query, keys: frozenset[str] | None
+) -> Iterator[dict[str, Any]]:
     total = Counted(query)
     for tally in tallies:
         if isinstance(tally, Counted):
@@ -147,23 +154,23 @@ def _found(tallies: Iterable[Counted | Listed], query: Query, keys: frozenset[st
 
 def _nothing(query: Query, complete: bool) -> str:
     if not complete:
-        return "No entry was found, but the audit log is incomplete: callers may have been given data keys."
-    return "No caller was given such a data key." if query.operations == RELEASES else "No such request was answered."
+        return "No entry was found, but the audit log is incomplete: callers may have received data keys."
+    return "No caller received such a data key." if query.operations == RELEASES else "No such request was answered."
 
 
-def _json(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+def _json(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of a JSON array with one element per line, without waiting for the last element."""
     before = "["
-    for fields in found:
+    for fields in entries:
         yield before if before == "[" else f"{before},"
         before = f"  {json.dumps(fields)}"
     yield before
     yield "]"
 
 
-def _lines(found: Iterable[dict[str, Any]], line: Any, nothing: str) -> Iterator[str]:
+def _lines(entries: Iterable[dict[str, Any]], line: Any, nothing: str) -> Iterator[str]:
     empty = True
-    for fields in found:
+    for fields in entries:
         empty = False
         yield line(fields)
     if empty:

@@ -30,14 +30,15 @@ ALLOWED: Final = 0
 REFUSED: Final = 1
 _USABLE_IN_ANY_STATE: Final = {"kms:DescribeKey", "kms:ListKeyVersions", *WITHOUT_KEY}
 _EPILOG: Final = (
-    "exit codes: 0 some grant allows it, perhaps for the printed recipients or under the printed condition only; 1 none does, "
-    "or the key is missing or cannot be used, or the configuration or the audit log is wrong, and why is printed; 2 usage"
+    "exit codes: 0 a grant allows the request, perhaps for the printed recipients or under the printed condition only; 1 no "
+    "grant does, the key is missing or unusable, or the configuration or the audit log is invalid (the reason is printed); 2 "
+    "wrong usage"
 )
 
 
 def add_parser(commands: Any) -> None:
     """Add `explain` to the agent's command."""
-    text = "Print of every grant whether it allows something, or the first thing in it that does not match."
+    text = "Print for every grant whether it allows a request, or the first part of the grant that does not match."
     parser = commands.add_parser(
         "explain",
         help="why a caller may do something, or may not",
@@ -46,7 +47,11 @@ def add_parser(commands: Any) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--request-id", metavar="ID", help="a request in the audit log; instead of all that follows")
+    parser.add_argument(
+        "--request-id",
+        metavar="ID",
+        help="the RequestId of a request in the audit log; replaces all options that describe a request",
+    )
     parser.add_argument(
         "--audit-log",
         type=Path,
@@ -197,14 +202,14 @@ def _peer(arguments: argparse.Namespace) -> Peer:
 def _pair(text: str) -> tuple[str, str]:
     key, separator, value = text.partition("=")
     if not separator:
-        raise ValueError(f"--context {text}: a pair like tenant=acme is expected")
+        raise ValueError(f"--context {text}: expected a pair like tenant=acme")
     return key, value
 
 
 def _text(explanation: _Explanation, toml: str | None, settings: Settings) -> str:
     lines = list(explanation.recorded)
     if lines:
-        lines.append("By the configuration as it is now:")
+        lines.append("By the current configuration:")
     for decision in explanation.decisions:
         lines += map(str, decision.verdicts)
         if decision.allowing and explanation.unusable:

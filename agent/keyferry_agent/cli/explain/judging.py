@@ -121,16 +121,16 @@ def mismatch(
         if not SELECTORS[selector](peer, value):
             return f"to.{selector}: the grant is to {_number(value)}; the caller's is {_evidence(peer, selector)}"
     if not grant.has_action(action):
-        return f"actions: {action} is none of {', '.join(grant.actions)}"
+        return f"actions: {action} is not one of {', '.join(grant.actions)}"
     names = list(names)
     if not grant.has_key(names):
-        return f"keys: {', '.join(names)} matches none of {', '.join(grant.keys)}"
+        return f"keys: {', '.join(names)} does not match {', '.join(grant.keys)}"
     if not grant.has_recipient(fingerprint):
         never = f"a grant with recipients never covers {action}: the caller would learn or choose a data key"
         return f"recipients: {never if fingerprint == PLAINTEXT else f'{fingerprint} is not in the list'}"
     if not grant.has_context(context):
         wanted = {key: value for key, value in grant.encryption_context.items() if (context or {}).get(key) != value}
-        return f"encryption_context: it demands {', '.join(f'{key}={value}' for key, value in wanted.items())}"
+        return f"encryption_context: the grant requires {', '.join(f'{key}={value}' for key, value in wanted.items())}"
     return None
 
 

@@ -39,7 +39,9 @@ def find_keys(given: list[str], settings: Settings, logged: LoggedNames | None =
         why = f"the keyring was not read: {error}"
         names = logged if logged is not None else _logged(settings)
         found = [name for each in plain for name in names.current(each)]
-        source = "the key's other names are from the audit log" if found else "only the names that are given are judged"
+        source = (
+            "the key's other names are from the audit log" if found else "only the names on the command line are judged"
+        )
         return Keys(_names([*plain, *found], settings), shown, notes=(f"{why}; {source}",))
     aliases = document.aliases_by_key()
     entries = {}
