@@ -300,4 +300,4 @@ def test_one_time_keys_are_wiped_whether_a_blob_opens_or_not(key_spec: str, dama
         with pytest.raises(ciphertext_blob.SealError) if damage else contextlib.nullcontext():
             ciphertext_blob.open_into(key_spec, view(cmk), offered, KEY_ID, {"a": "1"}, view(bytes(32)), scratch)
         assert scratch._used > 0
-        assert not any(scratch._view(0, scratch.size))
+        assert not any(scratch.view(0, scratch.size))

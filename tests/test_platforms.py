@@ -138,5 +138,6 @@ def test_grants_follow_names_that_appear_and_names_that_are_gone(
         agent.wait_for("reload.done", count=2)
         assert outcome(socket_path) == "Forbidden.NoPermission"
         assert agent.has_logged(
-            "reload.limited", what=f"grant[0].to.{selector}: this host has no {selector} 'late'; matches nobody"
+            "reload.limited",
+            what=f"grant[0].to.{selector}: this host has no {selector} 'late'; the grant matches no caller",
         )

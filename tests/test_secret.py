@@ -119,7 +119,7 @@ def test_a_secret_that_is_freed_while_it_is_lent_is_wiped_when_the_loan_ends() -
             pass
         address = ctypes.addressof(ctypes.c_char.from_buffer(first))
     assert ctypes.string_at(address, 32) == bytes(32)
-    assert memory.allocate(32)._offset == kept._offset
+    assert memory.allocate(32).offset == kept.offset
 
 
 def test_memory_that_nobody_holds_any_more_is_wiped_and_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_secret_may_be_freed_at_any_moment() -> None:
     kept = memory.allocate(32)
     with memory._lock:
         kept.free()
-    assert memory.allocate(32)._offset == kept._offset
+    assert memory.allocate(32).offset == kept.offset
 
 
 def test_random_bytes_are_random_at_every_size() -> None:

@@ -184,12 +184,12 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest
 
 
 def test_check_of_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 0; a user that this host does not have is a warning, and matches nobody."""
+    """Exit code 0; a user that this host does not have is a warning, and its grant matches no caller."""
     path = written(tmp_path, GRANT.format(to='user = "no-such-user"'))
     assert main(["check", str(path)]) == 0
     captured = capsys.readouterr()
     assert "no-such-user" in captured.err
-    assert "matches nobody" in captured.err
+    assert "matches no caller" in captured.err
     assert "good; grants: 1" in captured.out
     assert "keyring: not set" in captured.err
     assert read(path).grants[0].to == {"user": -1}
@@ -230,7 +230,7 @@ def test_a_name_that_no_host_can_have_matches_nobody(tmp_path: Path) -> None:
     for selector in ("user", "group"):
         settings = read(written(tmp_path, GRANT.format(to=f'{selector} = "a\\u0000b"')))
         assert settings.grants[0].to == {selector: -1}
-        assert "matches nobody" in settings.warnings[0]
+        assert "matches no caller" in settings.warnings[0]
 
 
 @pytest.mark.parametrize(

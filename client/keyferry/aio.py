@@ -141,7 +141,7 @@ class Client(Operations, Awaiting):
             await self._exchange(asked)
         return [each.outcome() for each in asked]
 
-    async def _operate(self, operation: Operation[..., R], request: Any) -> R:
+    async def perform(self, operation: Operation[..., R], request: Any) -> R:
         result: R = await self._one(Call.of(operation, request))
         return result
 

@@ -77,14 +77,14 @@ class SecretMemoryError(Exception):
 class Secret:
     """Bytes in a `SecretMemory`. Only `lend` gives access to them, for the time of a `with` block."""
 
-    __slots__ = ("_freed", "_loans", "_memory", "_offset", "_room", "_wiped", "size")
+    __slots__ = ("_freed", "_loans", "_memory", "is_wiped", "offset", "room", "size")
 
     def __init__(self, memory: "SecretMemory", offset: int, room: int, size: int) -> None:
         self._memory = memory
-        self._offset = offset
-        self._room = room
+        self.offset = offset
+        self.room = room
         self._loans: list[None] = []  # loan count as a list: append/pop are atomic under the GIL, `+= 1` is not
-        self._freed = self._wiped = False
+        self._freed = self.is_wiped = False
         self.size = size
 
     def __repr__(self) -> str:
@@ -101,15 +101,31 @@ class Secret:
         """Wipe the bytes and release their space: immediately, or when their last loan ends. May be called repeatedly."""
         self._freed = True
         if not self._loans:
-            self._memory._wipe(self)
+            self._memory.wipe(self)
+
+    def begin_loan(self) -> memoryview:
+        """Return a view of the bytes, which `end_loan` ends after its release. Only `_Loan` calls the two.
+
+        They take no lock, since every request takes a loan. A loan is counted before the bytes are checked for being freed, and
+        the bytes are marked as freed before the loans are counted. Whichever runs last sees the other's write and wipes.
+        """
+        view = self._memory.view(self.offset, self.size)
+        self._loans.append(None)
+        if self._freed:
+            view.release()
+            self.end_loan()
+            raise SecretMemoryError("these bytes were wiped")
+        return view
+
+    def end_loan(self) -> None:
+        """End a loan, whose view is released. The last loan of freed bytes wipes them."""
+        self._loans.pop()
+        if self._freed and not self._loans:
+            self._memory.wipe(self)
 
 
 class _Loan:
-    """The context manager of `Secret.lend`: returns the view, and releases it at the end of the block.
-
-    It takes no lock, since every request takes a loan. A loan is counted before the bytes are checked for being freed, and the
-    bytes are marked as freed before the loans are counted. Whichever runs last sees the other's write and wipes.
-    """
+    """The context manager of `Secret.lend`: returns the view, and releases it at the end of the block."""
 
     __slots__ = ("_secret", "_view")
 
@@ -117,22 +133,14 @@ class _Loan:
         self._secret = secret
 
     def __enter__(self) -> memoryview:
-        secret = self._secret
-        self._view = secret._memory._view(secret._offset, secret.size)
-        secret._loans.append(None)
-        if secret._freed:
-            self.__exit__(None, None, None)
-            raise SecretMemoryError("these bytes were wiped")
+        self._view = self._secret.begin_loan()
         return self._view
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._view.release()
-        secret = self._secret
-        secret._loans.pop()
-        if secret._freed and not secret._loans:
-            secret._memory._wipe(secret)
+        self._secret.end_loan()
 
 
 class _Borrowed:
@@ -154,8 +162,7 @@ class _Borrowed:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._view.release()
-        self._block[:] = _ZEROS[self._room]
-        self._memory._blocks[self._room].append(self._block)
+        self._memory.take_back(self._block, self._room)
 
 
 class SecretMemory:
@@ -223,7 +230,7 @@ class SecretMemory:
         try:
             block = self._blocks[room].pop()
         except IndexError:
-            block = self._view(self._allocate(room, room)._offset, room)
+            block = self.view(self._allocate(room, room).offset, room)
         return _Borrowed(self, block, room, size)
 
     def _allocate(self, size: int, room: int) -> Secret:
@@ -250,17 +257,24 @@ class SecretMemory:
         """Do not wipe or unmap the memory when this object is collected: a process that shares it keeps using it."""
         self._release.detach()
 
-    def _view(self, offset: int, size: int) -> memoryview:
+    def take_back(self, block: memoryview, room: int) -> None:
+        """Wipe a borrowed block of `room` bytes, and keep it for the next borrower. Only `_Borrowed` calls this."""
+        block[:] = _ZEROS[room]
+        self._blocks[room].append(block)
+
+    def view(self, offset: int, size: int) -> memoryview:
+        """Return a view of some bytes. Only `Secret` and this class call this."""
         assert self._bytes is not None
         return self._bytes[offset : offset + size]
 
-    def _wipe(self, secret: Secret) -> None:
+    def wipe(self, secret: Secret) -> None:
+        """Wipe the bytes of a freed secret without loans, and release their space, once. Only `Secret` calls this."""
         with self._lock:
-            if secret._wiped:
+            if secret.is_wiped:
                 return
-            secret._wiped = True
-            ctypes.memset(self._address + secret._offset, 0, secret._room)
-            self._freed.setdefault(secret._room, []).append(secret._offset)
+            secret.is_wiped = True
+            ctypes.memset(self._address + secret.offset, 0, secret.room)
+            self._freed.setdefault(secret.room, []).append(secret.offset)
 
     def _map(self, backing: Backing) -> list[str]:
         """Map the middle of the reservation as locked memory. Return no messages on success, else one for each failed kind."""

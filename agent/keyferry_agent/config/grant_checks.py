@@ -53,7 +53,10 @@ def warnings(grants: Sequence[Grant]) -> Iterator[str]:
     for place, grant in places(grants):
         for selector, kind, number in _OVERFLOW:
             if grant.to.get(selector) == number:
-                yield f"{place}.to: {number} is the overflow {kind}, which can be anybody; matches nobody"
+                yield (
+                    f"{place}.to: {number} is the overflow {kind}, which stands for every {kind} that the kernel cannot map; "
+                    "the grant matches no caller"
+                )
         excluded = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))
         if grant.recipients is not None and excluded:
             yield (

@@ -280,9 +280,12 @@ def _grant(table: ConfigTable, names: dict[tuple[str, str], int], file: Path | N
     for needed in ("name", "to", "actions", "keys"):
         if not table.has(needed):
             table.wrong(needed, "missing")
+    to = table.table("to")
+    if table.has("to") and to.is_empty:
+        table.wrong("to", "empty; say whom the grant is to, for example uid = 1000")
     grant = Grant(
         name=name,
-        to=_to(table.table("to"), table.has("to"), names),
+        to=_to(to, names),
         actions=table.take("actions", 'a list of actions like "kms:Decrypt"', validators.actions, ()),
         keys=table.take(
             "keys", 'a list of keys like "alias/orders-*"', validators.each(validators.KEY, "key ID, alias or ARN"), ()
@@ -321,7 +324,7 @@ def look_up(names: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
     return {(selector, name): _number_of(selector, name) for selector, name in names}
 
 
-def _to(table: ConfigTable, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
+def _to(table: ConfigTable, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
     checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "uid": ("a number, 0 to 4294967294", validators.identity),
         "gid": ("a number, 0 to 4294967294", validators.identity),
@@ -336,17 +339,15 @@ def _to(table: ConfigTable, present: bool, names: dict[tuple[str, str], int]) ->
     to: dict[str, Any] = {}
     for selector in SELECTORS:
         expected, check = checks[selector]
+        value = table.take(selector, expected, check, None)
         if table.has(selector):
-            to[selector] = table.take(selector, expected, check, None)
+            to[selector] = value
     for selector in _LOOKUPS:
         name = to.get(selector)
         if isinstance(name, str):
             # A missing user or group is not an error, because several hosts may share a file. The grant matches no caller then.
             to[selector] = names[selector, name] = _number_of(selector, name)
             if to[selector] == _NOBODY:
-                table.warnings.append(f"{table._at(selector)}: this host has no {selector} {name!r}; matches nobody")
-    table._taken += [selector for selector in SELECTORS if selector not in table._taken]
-    if present and not table._raw:
-        table.problems.append(f"{table._path}: empty; say whom the grant is to, for example uid = 1000")
+                table.warn(selector, f"this host has no {selector} {name!r}; the grant matches no caller")
     table.done()
     return MappingProxyType(to)

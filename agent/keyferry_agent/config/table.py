@@ -63,6 +63,11 @@ class ConfigTable:
         self.problems = problems
         self.warnings = warnings
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the table has no names."""
+        return not self._raw
+
     def has(self, name: str) -> bool:
         """Return whether the table has this name."""
         return name in self._raw
@@ -70,6 +75,10 @@ class ConfigTable:
     def wrong(self, name: str, why: str) -> None:
         """Add a problem with a value."""
         self.problems.append(f"{self._at(name)}: {why}")
+
+    def warn(self, name: str, why: str) -> None:
+        """Add a warning about a value."""
+        self.warnings.append(f"{self._at(name)}: {why}")
 
     def take(self, name: str, expected: str, check: Callable[[Any], Any], default: Any) -> Any:
         """Return the value that `check` returns, or the default if the name is absent or the value is invalid.
@@ -118,6 +127,3 @@ class ConfigTable:
     def _at(self, name: str) -> str:
         shown = name if name.isprintable() else ascii(name)[1:-1]  # a problem is one line
         return f"{self._path}.{shown}" if self._path else shown
-
-
-# --- checks of single values ------------------------------------------------------------------------------------------
