@@ -123,7 +123,7 @@ def test_the_bare_loop_computes_what_the_agent_computes() -> None:
     opened = bytearray(48)
     scratch, cmk = SecretMemory(4096, require=False), memoryview(bytearray(baselines.CMK))
     raw = decode_base64(blob.decode())
-    ciphertext_blob.open_into(
+    ciphertext_blob.decrypt_into(
         "Aliyun_AES_256", cmk, raw, baselines.KEY_ID, baselines.CONTEXT, memoryview(opened), scratch
     )
     scratch.close()

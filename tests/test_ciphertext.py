@@ -56,7 +56,7 @@ def seal_with(case: Case, scratch: SecretMemory) -> bytes:
     cmk, plaintext = view(bytes.fromhex(case["cmk"])), view(bytes.fromhex(case["plaintext"]))
     context = case["encryption_context"] or {}
     salt = bytes.fromhex(case["salt"])
-    return ciphertext_blob.bind(case["key_spec"], case["key_version_id"], case["key_id"], context).seal(
+    return ciphertext_blob.bind(case["key_spec"], case["key_version_id"], case["key_id"], context).encrypt(
         cmk, plaintext, scratch, salt
     )
 
@@ -67,7 +67,7 @@ def open_blob(
     """What the agent does with a blob, when the KeyVersionId in it is one that has this master key."""
     ciphertext_blob.key_version_id(blob)
     out = bytearray(ciphertext_blob.plaintext_size(blob))
-    ciphertext_blob.open_into(key_spec, view(cmk), blob, key_id, context or {}, memoryview(out), scratch)
+    ciphertext_blob.decrypt_into(key_spec, view(cmk), blob, key_id, context or {}, memoryview(out), scratch)
     return bytes(out)
 
 
@@ -79,8 +79,8 @@ def values_to_open(case: Case) -> tuple[str, bytes, str, dict[str, str] | None, 
 def sample(key_spec: str, scratch: SecretMemory) -> tuple[bytes, bytes]:
     """A master key, and a blob that the agent sealed under it for {"a": "1"}."""
     cmk = bytes(range(ciphertext_blob.KEY_SIZES[key_spec]))
-    return cmk, ciphertext_blob.seal(
-        key_spec, view(cmk), VERSION_ID, KEY_ID, {"a": "1"}, view(b"0123456789abcdef" * 2), scratch
+    return cmk, ciphertext_blob.bind(key_spec, VERSION_ID, KEY_ID, {"a": "1"}).encrypt(
+        view(cmk), view(b"0123456789abcdef" * 2), scratch
     )
 
 
@@ -123,7 +123,7 @@ def test_a_valid_blob_opens(scratch: SecretMemory, case: Case) -> None:
 
 @pytest.mark.parametrize("case", INVALID, ids=name_of)
 def test_an_invalid_blob_does_not_open(scratch: SecretMemory, case: Case) -> None:
-    with pytest.raises(ciphertext_blob.SealError):
+    with pytest.raises(ciphertext_blob.BlobError):
         open_blob(scratch, *values_to_open(case))
     with pytest.raises(blob_decoder.NotAuthentic):
         blob_decoder.open_blob(*values_to_open(case))
@@ -157,7 +157,7 @@ def test_what_the_agent_seals_the_second_implementation_opens(
     scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], key_id: object, key: bytes
 ) -> None:
     cmk = key[: ciphertext_blob.KEY_SIZES[key_spec]]
-    blob = ciphertext_blob.seal(key_spec, view(cmk), VERSION_ID, str(key_id), context, view(plaintext), scratch)
+    blob = ciphertext_blob.bind(key_spec, VERSION_ID, str(key_id), context).encrypt(view(cmk), view(plaintext), scratch)
     assert len(blob) == len(plaintext) + 117
     assert blob_decoder.open_blob(key_spec, cmk, str(key_id), context, blob) == plaintext
 
@@ -170,7 +170,9 @@ def test_what_the_second_implementation_seals_the_agent_opens(
     cmk, salt = random[: ciphertext_blob.KEY_SIZES[key_spec]], random[32:]
     blob = blob_decoder.seal_blob(key_spec, cmk, VERSION_ID, KEY_ID, context, plaintext, salt)
     assert open_blob(scratch, key_spec, cmk, KEY_ID, context, blob) == plaintext
-    same = ciphertext_blob.bind(key_spec, VERSION_ID, KEY_ID, context).seal(view(cmk), view(plaintext), scratch, salt)
+    same = ciphertext_blob.bind(key_spec, VERSION_ID, KEY_ID, context).encrypt(
+        view(cmk), view(plaintext), scratch, salt
+    )
     assert same == blob
 
 
@@ -217,7 +219,7 @@ def test_a_blob_with_any_one_bit_flipped_does_not_open(scratch: SecretMemory, ke
     for position, bit in itertools.product(range(len(blob)), range(8)):
         flipped = bytearray(blob)
         flipped[position] ^= 1 << bit
-        with pytest.raises(ciphertext_blob.SealError):
+        with pytest.raises(ciphertext_blob.BlobError):
             open_blob(scratch, key_spec, cmk, KEY_ID, {"a": "1"}, bytes(flipped))
 
 
@@ -225,7 +227,7 @@ def test_a_blob_with_any_one_bit_flipped_does_not_open(scratch: SecretMemory, ke
 def test_a_blob_cut_off_anywhere_does_not_open(scratch: SecretMemory, key_spec: str) -> None:
     cmk, blob = sample(key_spec, scratch)
     for size in range(len(blob)):
-        with pytest.raises(ciphertext_blob.SealError):
+        with pytest.raises(ciphertext_blob.BlobError):
             open_blob(scratch, key_spec, cmk, KEY_ID, {"a": "1"}, blob[:size])
 
 
@@ -233,10 +235,10 @@ def test_every_cause_of_a_refusal_reads_the_same(scratch: SecretMemory) -> None:
     """Who sends blobs learns nothing from the exception: not from its text, and not from a cause."""
     seen = set()
     for case in INVALID:
-        with pytest.raises(ciphertext_blob.SealError) as caught:
+        with pytest.raises(ciphertext_blob.BlobError) as caught:
             open_blob(scratch, *values_to_open(case))
         seen.add((str(caught.value), repr(caught.value), caught.value.__cause__))
-    assert seen == {("", "SealError()", None)}
+    assert seen == {("", "BlobError()", None)}
 
 
 BLOB = bytes.fromhex(VALID[0]["blob"])
@@ -245,7 +247,7 @@ BLOB = bytes.fromhex(VALID[0]["blob"])
 @pytest.mark.parametrize("blob", [b"", BLOB[:117], BLOB[:36] + b"\x02" + BLOB[37:], b"\xb0" + BLOB[1:]])
 def test_a_blob_of_another_form_names_no_version(blob: bytes) -> None:
     """Too short for any plaintext, another format, no ASCII: refused before a master key is looked for."""
-    with pytest.raises(ciphertext_blob.SealError):
+    with pytest.raises(ciphertext_blob.BlobError):
         ciphertext_blob.key_version_id(blob)
 
 
@@ -253,20 +255,22 @@ def test_a_blob_of_another_form_names_no_version(blob: bytes) -> None:
 def test_another_master_key_is_refused_before_anything_is_decrypted(scratch: SecretMemory, key_spec: str) -> None:
     cmk, blob = sample(key_spec, scratch)
     out = bytearray(32)
-    with pytest.raises(ciphertext_blob.SealError):
-        ciphertext_blob.open_into(key_spec, view(cmk[::-1]), blob, KEY_ID, {"a": "1"}, memoryview(out), scratch)
+    with pytest.raises(ciphertext_blob.BlobError):
+        ciphertext_blob.decrypt_into(key_spec, view(cmk[::-1]), blob, KEY_ID, {"a": "1"}, memoryview(out), scratch)
     assert out == bytes(32)
 
 
 @pytest.mark.parametrize("version_id", ["", VERSION_ID[:-1], VERSION_ID + "0"])
 def test_a_version_id_of_another_length_is_not_sealed(scratch: SecretMemory, version_id: str) -> None:
     with pytest.raises(ValueError, match="36 characters"):
-        ciphertext_blob.seal("Aliyun_SM4", view(bytes(16)), version_id, KEY_ID, {}, view(b"data"), scratch)
+        ciphertext_blob.bind("Aliyun_SM4", version_id, KEY_ID, {}).encrypt(view(bytes(16)), view(b"data"), scratch)
 
 
 def test_a_version_id_beyond_ascii_is_not_sealed(scratch: SecretMemory) -> None:
     with pytest.raises(UnicodeEncodeError):
-        ciphertext_blob.seal("Aliyun_SM4", view(bytes(16)), VERSION_ID[:-1] + "é", KEY_ID, {}, view(b"data"), scratch)
+        ciphertext_blob.bind("Aliyun_SM4", VERSION_ID[:-1] + "é", KEY_ID, {}).encrypt(
+            view(bytes(16)), view(b"data"), scratch
+        )
 
 
 # One call
@@ -284,9 +288,9 @@ def test_sealing_the_same_twice_differs_in_everything_but_the_header(scratch: Se
 def test_sealing_and_opening_leave_the_callers_buffers_as_they_were(scratch: SecretMemory, key_spec: str) -> None:
     cmk, plaintext = bytes(range(ciphertext_blob.KEY_SIZES[key_spec])), b"the caller wipes this"
     lent, data = view(cmk), view(plaintext)
-    blob = ciphertext_blob.seal(key_spec, lent, VERSION_ID, KEY_ID, {}, data, scratch)
+    blob = ciphertext_blob.bind(key_spec, VERSION_ID, KEY_ID, {}).encrypt(lent, data, scratch)
     out = view(bytes(len(plaintext)))
-    ciphertext_blob.open_into(key_spec, lent, blob, KEY_ID, {}, out, scratch)
+    ciphertext_blob.decrypt_into(key_spec, lent, blob, KEY_ID, {}, out, scratch)
     assert (bytes(lent), bytes(data), bytes(out)) == (cmk, plaintext, plaintext)
 
 
@@ -297,7 +301,7 @@ def test_one_time_keys_are_wiped_whether_a_blob_opens_or_not(key_spec: str, dama
     with contextlib.closing(SecretMemory(4096, require=False)) as scratch:
         cmk, blob = sample(key_spec, scratch)
         offered = blob[:-1] + bytes([blob[-1] ^ damage])
-        with pytest.raises(ciphertext_blob.SealError) if damage else contextlib.nullcontext():
-            ciphertext_blob.open_into(key_spec, view(cmk), offered, KEY_ID, {"a": "1"}, view(bytes(32)), scratch)
+        with pytest.raises(ciphertext_blob.BlobError) if damage else contextlib.nullcontext():
+            ciphertext_blob.decrypt_into(key_spec, view(cmk), offered, KEY_ID, {"a": "1"}, view(bytes(32)), scratch)
         assert scratch._used > 0
         assert not any(scratch.view(0, scratch.size))

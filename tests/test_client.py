@@ -266,7 +266,7 @@ def test_a_fresh_connection_that_breaks_is_not_the_end(socket_path: Path) -> Non
     ("data", "why"),
     [
         (b"HTTP/1.1 400 Bad Request\r\n", "array"),
-        (wire.encode_request(1, "x", {}), "no response"),
+        (wire.encode_request(1, "x", {}), "not a response"),
         (wire.encode_response(99, None, {}), "not under way"),
         (wire.encode_response(1, {"Code": 5}, None), "without a Code"),
         (wire.encode_response(None, {"Code": "ProtocolError", "Message": "floats"}, None), "floats"),

@@ -98,7 +98,7 @@ def test_a_damaged_record_is_left_where_it_is(source: Store, target: Store) -> N
     reasons: list[str] = []
     assert copy(source, target, refused=reasons.append) == Copied(records=7, copied=4, present=0, refused=3)
     assert reasons[:2] == ["r0: it is damaged in the source", "r4: it is damaged in the source"]
-    assert "is no name for a record" in reasons[2]
+    assert "is not a valid record name" in reasons[2]
 
 
 def test_an_empty_store_is_copied_to_none(source: Store, target: Store) -> None:

@@ -13,6 +13,7 @@ from support.keys import recipient
 
 from keyferry.ciphertext import ciphertext_hash
 from keyferry_agent.authz.decision_cache import DecisionCache
+from keyferry_agent.authz.grants import CallerGrants
 
 GENERATE: dict[str, Any] = {
     "KeyId": "alias/a",
@@ -24,31 +25,50 @@ THRICE = 3
 """A request is remembered when it comes the second time, and so recalled the third time."""
 
 
-def test_what_came_once_is_not_kept_and_what_came_twice_is() -> None:
-    decision_cache: DecisionCache[str] = DecisionCache()
-    decision_cache.remember("who", b"request", "decided")
-    assert decision_cache.recall("who", b"request") is None
-    decision_cache.remember("who", b"request", "decided")
-    assert decision_cache.recall("who", b"request") == "decided"
-    assert decision_cache.recall("somebody else", b"request") is None
-    assert decision_cache.recall("who", b"another") is None
+GRANTED, OTHERS = CallerGrants(()), CallerGrants(())
 
 
-def test_memory_for_what_is_kept_is_bounded() -> None:
-    """By the requests' size as well as by their number."""
-    decision_cache: DecisionCache[int] = DecisionCache()
-    most = 0
+def test_request_is_cached_when_it_comes_twice() -> None:
+    """The second request is cached; a caller with other grants, and another request, miss."""
+    cache: DecisionCache[str] = DecisionCache()
+    cache.add(GRANTED, b"request", "decided")
+    assert cache.get(GRANTED, b"request") is None
+    cache.add(GRANTED, b"request", "decided")
+    assert cache.get(GRANTED, b"request") == "decided"
+    assert cache.get(OTHERS, b"request") is None
+    assert cache.get(GRANTED, b"another") is None
+
+
+def test_memory_of_the_cache_is_bounded() -> None:
+    """The size of the requests counts as well as their number."""
+    cache: DecisionCache[int] = DecisionCache()
+    largest = 0
     for number in range(20_000):
         for _ in range(2):
-            decision_cache.remember("who", number.to_bytes(4, "big") * 100, number)
-        most = max(most, len(decision_cache))
-    assert 15_000 < most < 18_000
-    assert decision_cache.recall("who", number.to_bytes(4, "big") * 100) == number
+            cache.add(GRANTED, number.to_bytes(4, "big") * 100, number)
+        largest = max(largest, len(cache))
+    assert 15_000 < largest < 18_000
+    assert cache.get(GRANTED, number.to_bytes(4, "big") * 100) == number
     for _ in range(THRICE):
-        decision_cache.remember("who", bytes(4_096), 1)
-        decision_cache.remember("who", bytes(4_097), 0)
-    assert decision_cache.recall("who", bytes(4_096)) == 1
-    assert decision_cache.recall("who", bytes(4_097)) is None
+        cache.add(GRANTED, bytes(4_096), 1)
+        cache.add(GRANTED, bytes(4_097), 0)
+    assert cache.get(GRANTED, bytes(4_096)) == 1
+    assert cache.get(GRANTED, bytes(4_097)) is None
+
+
+def test_requests_seen_once_are_forgotten_after_16384_others() -> None:
+    """A caller that never repeats a request cannot fill the memory with hashes."""
+    cache: DecisionCache[int] = DecisionCache()
+
+    def is_cached_after(others: int) -> bool:
+        cache.add(GRANTED, b"first", 1)
+        for number in range(others):
+            cache.add(GRANTED, b"%d %d" % (others, number), 0)
+        cache.add(GRANTED, b"first", 1)
+        return cache.get(GRANTED, b"first") is not None
+
+    assert not is_cached_after(16_384)
+    assert is_cached_after(16_000)
 
 
 def codes(connection: RawConnection, operation: str = "GenerateAndExportDataKey", params: Any = None) -> list[str]:

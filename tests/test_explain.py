@@ -105,7 +105,7 @@ GRANTS = st.builds(
     gids=st.frozensets(st.integers(0, 2)),
     action=st.sampled_from(["kms:Decrypt", "kms:Encrypt"]),
     name=st.sampled_from(["alias/a", "alias/b"]),
-    pin=st.sampled_from([None, PIN, PLAINTEXT, "sha256:other"]),
+    fingerprint=st.sampled_from([None, PIN, PLAINTEXT, "sha256:other"]),
     context=st.dictionaries(st.sampled_from("ab"), st.sampled_from("12")),
 )
 def test_the_explanation_is_the_decision(
@@ -114,10 +114,12 @@ def test_the_explanation_is_the_decision(
     gids: frozenset[int],
     action: str,
     name: str,
-    pin: str | None,
+    fingerprint: str | None,
     context: dict[str, str],
 ) -> None:
     """Whatever grant and request."""
     peer = Peer(uid=uid, gids=gids, pid=1, listener="default")
-    decided = allows([grant] if grant.matches_caller(peer) else [], action, [name], pin=pin, context=context)
-    assert (mismatch(grant, peer, action, [name], pin, context) is None) == (decided is grant)
+    decided = allows(
+        [grant] if grant.matches_caller(peer) else [], action, [name], fingerprint=fingerprint, context=context
+    )
+    assert (mismatch(grant, peer, action, [name], fingerprint, context) is None) == (decided is grant)

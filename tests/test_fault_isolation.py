@@ -178,7 +178,7 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
         raise trio.BrokenResourceError
 
     real = os.write
-    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(takes_long, slow=True))
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(takes_long, offload=True))
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
         await stream.send_all(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}))
         await trio.to_thread.run_sync(begun.wait)
@@ -266,7 +266,7 @@ async def test_behind_half_an_answer_comes_no_other(
         await stream.send_all(data)
 
     real = os.write
-    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(takes_long, slow=True))
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", lambda _request: handlers.Job(takes_long, offload=True))
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
         stream.socket._sock.send(wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"}))  # type: ignore[attr-defined]
         await trio.to_thread.run_sync(begun.wait)

@@ -184,7 +184,7 @@ def test_a_file_of_another_user_is_refused(config: Path) -> None:
     folder = config.parent / "grants.d"
     os.chown(folder / "first.toml", OTHER_USER, -1)
     assert [each.partition(";")[0] for each in problems(config)] == [
-        f"{folder / 'first.toml'}: belongs to user {OTHER_USER}, who is neither root nor the user running this"
+        f"{folder / 'first.toml'}: belongs to user {OTHER_USER}, not to root or to the user running this"
     ]
     os.chown(folder, OTHER_USER, -1)
     assert f"{folder} belongs to user {OTHER_USER}" in problems(config)[0]

@@ -61,6 +61,24 @@ def test_evidence_that_cannot_be_had_matches_nothing() -> None:
             assert not Grant("g", {selector: value}, ("kms:*",), ("*",)).matches_caller(nobody)
 
 
+EVIDENCE = {
+    "unit": ("orders.service", ("a.service", "orders.servic", "orders.service2", "z.service", "")),
+    "pod": ("0b", ("0a", "0", "0bc", "")),
+    "exe": ("/usr/bin/orders", ("/usr/bin/a", "/usr/bin/order", "/usr/bin/orders2", "/usr/bin/z", "")),
+    "sha256": ("sha256:5", ("sha256:4", "sha256:6", "sha256:", "")),
+    "listener": ("orders", ("default", "order", "orders2", "z", "")),
+}
+
+
+@pytest.mark.parametrize("selector", EVIDENCE)
+def test_selector_matches_exactly_its_value(selector: str) -> None:
+    """Neither a smaller nor a larger value matches, nor a part of it, nor evidence that is not there."""
+    value, others = EVIDENCE[selector]
+    grant = Grant("g", {"uid": 1000, selector: value}, ("kms:*",), ("*",))
+    evidence: list[Any] = [value, *others, None]
+    assert [each for each in evidence if grant.matches_caller(peer()._replace(**{selector: each}))] == [value]
+
+
 @pytest.mark.parametrize(
     ("pattern", "name", "matches"),
     [
@@ -126,10 +144,10 @@ def test_actions_match_whole_or_up_to_a_star(action: str, asked: str, *, matches
 def test_pins_hold_for_exports_and_shut_out_plaintext() -> None:
     """A pinned grant allows what hands out no key, exports to its pins, and nothing in plaintext."""
     grant = Grant("g", {"uid": 1}, ("kms:*",), ("*",), recipients=frozenset({PIN}))
-    assert allows([grant], "kms:ExportDataKey", ["k"], pin=PIN, context={})
-    assert not allows([grant], "kms:ExportDataKey", ["k"], pin=PIN[:-1] + "1", context={})
+    assert allows([grant], "kms:ExportDataKey", ["k"], fingerprint=PIN, context={})
+    assert not allows([grant], "kms:ExportDataKey", ["k"], fingerprint=PIN[:-1] + "1", context={})
     assert allows([grant], "kms:DescribeKey", ["k"])
-    assert not allows([grant], "kms:Decrypt", ["k"], pin=PLAINTEXT, context={})
+    assert not allows([grant], "kms:Decrypt", ["k"], fingerprint=PLAINTEXT, context={})
 
 
 def test_a_demanded_context_must_be_there_with_its_value() -> None:

@@ -80,9 +80,9 @@ def test_aliases_are_created_moved_and_deleted(said: Command) -> None:
     ("arguments", "why"),
     [
         (("create-key", "--alias", "alias/a"), "exists already"),
-        (("create-key", "--alias", "alias/"), "no alias"),
-        (("create-key", "--alias", "orders"), "no alias"),
-        (("create-key", "--alias", "alias/ü"), "no alias"),
+        (("create-key", "--alias", "alias/"), "not an alias"),
+        (("create-key", "--alias", "orders"), "not an alias"),
+        (("create-key", "--alias", "alias/ü"), "not an alias"),
         (("create-key", "--alias", "alias/acs/x"), "cloud's own"),
         (("create-key", "--description", "a\x1b[2Jb"), "printable"),
         (("create-key", "--description", "x" * 8193), "8192"),
@@ -195,7 +195,7 @@ def test_a_wrong_identity_or_passphrase_does_not_open_it(
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda raw: raw.update(Format="x"), "no keyring"),
+        (lambda raw: raw.update(Format="x"), "not a keyring"),
         (lambda raw: raw.update(Version=2), "version 2; .* upgrade"),
         (lambda raw: raw.update(Version=True), "upgrade"),
         (lambda raw: raw.update(Version=1.0), "upgrade"),
@@ -207,7 +207,7 @@ def test_a_wrong_identity_or_passphrase_does_not_open_it(
         (lambda raw: raw.update(Recipients=[5]), "Recipients"),
         (lambda raw: raw.update(Aliases={"alias/a": 5}), "Aliases"),
         (lambda raw: raw.update(Aliases={"alias/a": "x"}), "not there"),
-        (lambda raw: raw.update(Aliases={"a": raw["Keys"][0]["KeyId"]}), "no alias"),
+        (lambda raw: raw.update(Aliases={"a": raw["Keys"][0]["KeyId"]}), "not an alias"),
         (lambda raw: raw["Keys"].append(raw["Keys"][0]), "twice"),
         (lambda raw: raw["Keys"][0].update(KeyId="X"), "UUID"),
         (lambda raw: raw["Keys"][0].update(KeyState="Lost"), "KeyState"),
@@ -269,7 +269,7 @@ def test_a_recipient_that_is_none_is_refused_before_anything_is_written(
 ) -> None:
     """By its text."""
     run("init", tmp_path / "k.age", option, value, code=1)
-    assert "no recipient" in capsys.readouterr().err
+    assert "is not a recipient" in capsys.readouterr().err
     assert not (tmp_path / "k.age").exists()
 
 

@@ -56,7 +56,7 @@ def test_a_change_that_locks_out_its_operator_needs_yes(
     before = keyring.read_bytes()
     run(verb, keyring, *arguments, "--unseal", keyring.parent / "identity", code=1)
     said = capsys.readouterr().err
-    assert "what --unseal names could not open it any more" in said
+    assert "--unseal could no longer open it" in said
     assert mine in said
     assert "--yes" in said
     assert keyring.read_bytes() == before
@@ -85,7 +85,7 @@ def test_a_passphrase_in_place_of_recipients_needs_yes(keyring: Path, capsys: py
     phrase = secret_file(keyring.parent / "pass", "a passphrase of many words")
     arguments = ["--passphrase-file", phrase, "--unseal", keyring.parent / "identity"]
     run("reseal", keyring, *arguments, code=1)
-    assert "could not open it any more" in capsys.readouterr().err
+    assert "could no longer open it" in capsys.readouterr().err
     run("reseal", keyring, *arguments, "--yes")
     run("reseal", keyring, "--passphrase-file", phrase, "--unseal", phrase)
     run("recipients", keyring, "--unseal", phrase)
@@ -100,7 +100,7 @@ def test_a_passphrase_in_place_of_recipients_needs_yes(keyring: Path, capsys: py
         ("add-recipient", "mine", "a recipient of the keyring already"),
         ("remove-recipient", ONE.recipient, "not a recipient of the keyring; `keyring recipients` lists them"),
         ("remove-recipient", "mine", "removes every recipient"),
-        ("remove-recipient", "age1x", "is no recipient"),
+        ("remove-recipient", "age1x", "is not a recipient"),
     ],
     ids=["there already", "not there", "the last one", "no recipient"],
 )

@@ -22,8 +22,7 @@ from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
 from keyferry_agent.keyring import edits, file
 from keyferry_agent.keyring.document import Document, VersionEntry, new_id, now
-from keyferry_agent.keyring.keyring import build, room_for
-from keyferry_agent.keyring.loader import describe
+from keyferry_agent.keyring.keyring import build_keyring, required_bytes
 from keyferry_agent.keyring.sealing import new_identity
 from keyferry_agent.peer import Peer
 from keyferry_agent.state import ServerState
@@ -68,8 +67,9 @@ def test_a_large_keyring_is_served_with_little_more_locked_memory_than_its_bytes
 def agent_with(keys: int) -> tuple[ServerState, Caller]:
     """An agent without a socket, and a caller who may do everything."""
     settings = Settings(memory="prefer", grants=(Grant("all", {"uid": 1}, ("kms:*",), ("*",)),))
-    made = describe(document(keys, []))
-    agent = ServerState(settings, build(made, fill_random, SecretMemory(room_for(made), require=False)))
+    described = document(keys, []).describe()
+    memory = SecretMemory(required_bytes(described), require=False)
+    agent = ServerState(settings, build_keyring(described, fill_random, memory))
     caller = Caller(Peer(uid=1, gids=frozenset(), pid=1, listener="default"))
     caller.refresh(agent.policy)
     return agent, caller

@@ -230,7 +230,7 @@ def test_a_local_agent_ends_with_its_process() -> None:
 
 def test_an_agent_that_does_not_start_says_why() -> None:
     """In the agent's own words."""
-    with pytest.raises(KeyferryError, match=r"(?s)does not start: .*'orders' is no alias"):
+    with pytest.raises(KeyferryError, match=r"(?s)does not start: .*'orders' is not an alias"):
         LocalAgent("orders")
 
 

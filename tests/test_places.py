@@ -132,7 +132,7 @@ def test_nothing_reaches_a_descriptor_before_all_was_authentic(place: Place) -> 
         ("decrypt sealed /dev/full", "not a regular file"),
         ("decrypt sealed /dev/null", "not a regular file"),
         ("rm -f fifo; mkfifo fifo; decrypt sealed fifo", "not a regular file"),
-        ("mkdir gone; cd gone; rmdir ../gone; decrypt ../sealed out", "the working folder does not exist"),
+        ("mkdir gone; cd gone; rmdir ../gone; decrypt ../sealed out", "the working folder no longer exists"),
     ],
 )
 def test_out_and_in_that_cannot_be_used_are_refused(place: Place, script: str, why: str) -> None:

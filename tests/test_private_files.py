@@ -218,7 +218,7 @@ def test_a_file_of_a_third_user_is_refused(tmp_path: Path) -> None:
     assert found_as(OTHER_USER, [], path, secret=False) == []
     os.chown(path, 1_003, -1)
     (problem,) = found_as(OTHER_USER, [], path, secret=False)
-    assert problem.startswith(f"{path}: belongs to user 1003, who is neither root nor the user running this; ")
+    assert problem.startswith(f"{path}: belongs to user 1003, not to root or to the user running this; ")
 
 
 def test_a_systemd_credential_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,8 +109,8 @@ def test_the_keys_that_libraries_write_are_accepted() -> None:
 
 def test_a_fingerprint_is_the_sha_256_of_the_der() -> None:
     assert fingerprint(SM2_DER) == "sha256:" + hashlib.sha256(SM2_DER).hexdigest()
-    assert recipient("EC_SM2", "SM2PKE", SM2_DER).pin == fingerprint(SM2_DER)
-    assert recipient("RSA_2048", "RSAES_OAEP_SHA_256", RSA_DER).pin == fingerprint(RSA_DER)
+    assert recipient("EC_SM2", "SM2PKE", SM2_DER).fingerprint == fingerprint(SM2_DER)
+    assert recipient("RSA_2048", "RSAES_OAEP_SHA_256", RSA_DER).fingerprint == fingerprint(RSA_DER)
 
 
 # Refused as RSA_2048

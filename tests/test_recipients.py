@@ -131,7 +131,7 @@ def test_a_recipients_file_can_be_standard_input(tmp_path: Path) -> None:
     [
         (b"", "contains no recipient"),
         (b"# only\n\n", "contains no recipient"),
-        (f"# a\n{ONE.recipient}\nage1x\n".encode(), "line 3: 'age1x' is no recipient"),
+        (f"# a\n{ONE.recipient}\nage1x\n".encode(), "line 3: 'age1x' is not a recipient"),
         (f"{ONE.recipient} {TWO.recipient}".encode(), "line 1: "),
         (ONE.identity.encode(), "line 1: an identity was given as a recipient"),
         (f"\ufeff{ONE.recipient}".encode(), "byte order mark"),

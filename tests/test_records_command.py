@@ -84,7 +84,10 @@ def test_what_is_refused_makes_no_record(shell: Shell) -> None:
         (["b", "--KeyId", "alias/dev", "--NumberOfBytes", "2000"], "InvalidParameter"),
     ):
         assert json.loads(shell("add", *arguments, code=1)[1])["Code"] == code
-    for arguments, why in ((["a", "--KeyId", "alias/dev"], "is taken"), (["", "--KeyId", "alias/dev"], "is no name")):
+    for arguments, why in (
+        (["a", "--KeyId", "alias/dev"], "is taken"),
+        (["", "--KeyId", "alias/dev"], "is not a valid record name"),
+    ):
         assert why in shell("add", *arguments, code=1)[1]
     assert "there is no record b" in shell("show", "b", code=1)[1]
     assert "there is no record b" in shell("recover", "b", code=1)[1]

@@ -68,10 +68,12 @@ def agent() -> ServerState:
 class Asking:
     """One caller of an agent, whose requests come as bytes."""
 
-    def __init__(self, agent: ServerState, folder: Path, peer: Peer = ME) -> None:
+    def __init__(
+        self, agent: ServerState, folder: Path, peer: Peer = ME, *, dispatcher: Dispatcher | None = None
+    ) -> None:
         self.agent = agent
         self.caller = Caller(peer)
-        self.dispatcher = Dispatcher(ServerContext(agent, new_audit_log(folder), Rate(0), Rate(0)))
+        self.dispatcher = dispatcher or Dispatcher(ServerContext(agent, new_audit_log(folder), Rate(0), Rate(0)))
         self.exchange = Exchange(self.caller)
         self._decoder = wire.Decoder()
 
@@ -203,7 +205,7 @@ def test_a_reload_ends_what_was_decided_before(
     recalled = asking.remembered(method, GENERATE | RSA.params)
     _, slow = asking.decide(method, GENERATE | SM2.params)
     change(asking.agent)
-    assert not asking.agent.decision_cache
+    assert not asking.dispatcher._decisions
     if where == "before the recall":
         assert asking.code(method, GENERATE | RSA.params) == code
     elif where == "after the recall":
@@ -232,10 +234,10 @@ def test_other_evidence_ends_what_was_decided_by_less(asking: Asking, more: dict
 
 
 def test_a_decision_is_not_recalled_for_another_caller(asking: Asking, tmp_path: Path) -> None:
-    """An equal request of a caller without a grant."""
+    """An equal request of a caller without a grant is decided for that caller."""
     method, params = REPEATABLE[0]
     asking.remembered(method, params)
-    stranger = Asking(asking.agent, tmp_path, ME._replace(uid=4_207))
+    stranger = Asking(asking.agent, tmp_path, ME._replace(uid=4_207), dispatcher=asking.dispatcher)
     assert stranger.code(method, params) == "Forbidden.NoPermission"
 
 
@@ -243,7 +245,9 @@ def test_callers_with_the_same_grants_share_what_was_decided(asking: Asking, tmp
     """A connection is no part of a decision."""
     method, params = REPEATABLE[0]
     asking.remembered(method, params)
-    message, decided = Asking(asking.agent, tmp_path, ME._replace(pid=2)).decide(method, params)
+    message, decided = Asking(asking.agent, tmp_path, ME._replace(pid=2), dispatcher=asking.dispatcher).decide(
+        method, params
+    )
     assert message.decision is not None
     assert code_of(decided) == "OK"
 

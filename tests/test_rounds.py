@@ -162,7 +162,7 @@ async def test_a_connection_has_only_so_many_offloaded_jobs(
 
     def slow(_request: Any) -> handlers.Job:
         decided.append(None)
-        return handlers.Job(lambda: go_on.wait(30) and None, slow=True)
+        return handlers.Job(lambda: go_on.wait(30) and None, offload=True)
 
     monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", slow)
     async with served(agent, socket_path, Batches()) as server, connected(socket_path, 2) as (client, other):

@@ -72,7 +72,7 @@ def test_a_directory_that_anybody_can_write_to_is_refused(tmp_path: Path) -> Non
     folder.chmod(0o777)
     agent = RunningAgent(["--dev"], folder / "agent.sock")
     assert agent.wait() == 1
-    assert "writable by everybody" in "".join(agent.output)
+    assert "writable by all users" in "".join(agent.output)
     agent.kill()
 
 

@@ -86,10 +86,10 @@ def test_a_store_is_made_only_where_it_may_be(store_url: str) -> None:
 )
 def test_a_name_that_cannot_be_shown_is_refused(store: Store, name: str) -> None:
     """Before anything is asked, and in words that can be shown."""
-    with pytest.raises(StoreError, match="is no name for a record") as caught:
+    with pytest.raises(StoreError, match="is not a valid record name") as caught:
         store.add(record(name))
     assert str(caught.value).isprintable()
-    with pytest.raises(StoreError, match="is no name for a record"):
+    with pytest.raises(StoreError, match="is not a valid record name"):
         store.check_free(name)
     with pytest.raises(StoreError, match="no record"):
         store.get(name)

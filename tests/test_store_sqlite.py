@@ -109,7 +109,7 @@ def test_a_file_without_the_table_is_not_a_store(folder: Path) -> None:
         database.execute("CREATE TABLE other (x)")
     for name in ("empty.db", "other.db"):
         with Store(f"sqlite:///{name}") as store:
-            with pytest.raises(StoreError, match=f"there is no store in .*/{name}"):
+            with pytest.raises(StoreError, match=f"no store in .*/{name}"):
                 store.count()
             store.add(record("a"))
             assert store.count() == 1

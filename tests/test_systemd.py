@@ -79,9 +79,9 @@ def test_a_given_socket_belongs_to_the_listener_of_its_name_or_its_path(
     ("kind", "why"),
     [
         ("stranger", "named 'x'"),
-        ("datagram", "no Unix stream socket"),
+        ("datagram", "not a Unix stream socket"),
         ("not listening", "not listening"),
-        ("internet", "no Unix stream socket"),
+        ("internet", "not a Unix stream socket"),
     ],
 )
 def test_a_given_socket_that_cannot_be_served_ends_the_start_and_says_why(

@@ -107,7 +107,7 @@ def test_a_token_that_leaves_an_imported_key_readable_is_corrected(opencryptoki:
 @beside_opencryptoki
 def test_a_token_without_aes_gcm_is_refused_when_it_is_opened(opencryptoki: dict[str, Any]) -> None:
     """Version 3.8.1, of Debian 12, has none; later ones have it, and work."""
-    assert opencryptoki["wrong sizes"] == ["this data key is no AES key: 16, 24 or 32 bytes are"] * 3
+    assert opencryptoki["wrong sizes"] == ["invalid data key size; an AES key has 16, 24 or 32 bytes"] * 3
     if "opened" not in opencryptoki:
         assert "does not encrypt with AES-GCM" in opencryptoki["refused"]
     else:

@@ -13,7 +13,7 @@ _shtab_keyferry_agent_commands() {
     audit:'verify and search the audit log'
     check:'say everything that is wrong with a configuration'
     explain:'Print of every grant whether it allows something, or the first thing in it that does not match.'
-    fingerprint:'a public key'"'"'s pin, as `recipients` takes it'
+    fingerprint:'a public key'"'"'s fingerprint, as `recipients` takes it'
     keyring:'create and change sealed keyring files'
     run:'the daemon, in the foreground; its log is on stderr'
     unseal:'Give the secret that opens the keyring to a running agent. It is read from standard input.'
@@ -36,10 +36,10 @@ _shtab_keyferry_agent_keyring_commands() {
     create-alias:'Give a key a further name.'
     create-key:'Add a key.'
     delete-alias:'Take a name away; the key stays.'
-    disable:'Let a key be used for nothing.'
-    disable-version:'Let a version decrypt nothing any more.'
+    disable:'Disable a key.'
+    disable-version:'Disable a key version for decryption, too.'
     enable:'Let a key be used again.'
-    enable-version:'Let a version decrypt again.'
+    enable-version:'Enable a disabled key version again.'
     history:'Print the changes of a keyring, and verify their chain; nothing is unsealed.'
     import-key:'Add a key of material that you have.'
     init:'Create an empty keyring.'
@@ -47,7 +47,7 @@ _shtab_keyferry_agent_keyring_commands() {
     new-identity:'Make an age identity in a new file, and print its recipient.'
     promote:'Make a staged version the primary one, once every host has it.'
     recipient-of:'Print the recipient of an age or SSH identity.'
-    recipients:'List what the keyring is sealed to, as --recipients-file takes it.'
+    recipients:'List the keyring'"'"'s recipients, in the form of --recipients-file.'
     remove-recipient:'Seal to all recipients but some.'
     reseal:'Seal to other recipients, or to a passphrase, from now on.'
     rotate:'Give a key a new version, which is its primary one at once.'
@@ -92,7 +92,7 @@ _shtab_keyferry_agent_audit_who_options=(
   "--unit[the caller\'s systemd unit, like orders.service]:UNIT:"
   "--key[the master key\'s ID, ARN or alias\; also as an alias was named then]:KEY:"
   "--version[one version of a master key]:ID:"
-  "--recipient[the pin of the public key that data keys were exported to]:PIN:"
+  "--recipient[the fingerprint of the public key that data keys were exported to]:FINGERPRINT:"
   "--grant[the grant that allowed the requests]:NAME:"
   "--operation[one operation\; otherwise all that give a caller a data key\: GenerateAndExportDataKey, ExportDataKey, GenerateDataKey, Decrypt, ReEncrypt]:NAME:(Decrypt DescribeKey Encrypt ExportDataKey GenerateAndExportDataKey GenerateDataKey GenerateDataKeyWithoutPlaintext GetAgentHealth GetAgentStatus ListAliases ListKeyVersions ListKeys ReEncrypt)"
   "--context-key[a key of the EncryptionContext]:KEY:"
@@ -125,13 +125,13 @@ _shtab_keyferry_agent_explain_options=(
   "*--gid[a group\; may be repeated]:N:"
   "*--group[a group, by its name]:NAME:"
   "--listener[the listener it connects to]:NAME:"
-  "--unit[what \`to\` calls unit]:TEXT:"
-  "--pod[what \`to\` calls pod]:TEXT:"
-  "--exe[what \`to\` calls exe]:TEXT:"
-  "--sha256[what \`to\` calls sha256]:TEXT:"
+  "--unit[the caller\'s unit, as a grant\'s \`to\` has it]:TEXT:"
+  "--pod[the caller\'s pod, as a grant\'s \`to\` has it]:TEXT:"
+  "--exe[the caller\'s exe, as a grant\'s \`to\` has it]:TEXT:"
+  "--sha256[the caller\'s sha256, as a grant\'s \`to\` has it]:TEXT:"
   "--action[kms\:...]:kms:...:(kms:Decrypt kms:DescribeKey kms:Encrypt kms:ExportDataKey kms:GenerateAndExportDataKey kms:GenerateDataKey kms:GenerateDataKeyWithoutPlaintext kms:GetAgentStatus kms:ListAliases kms:ListKeyVersions kms:ListKeys kms:ReEncryptFrom kms:ReEncryptTo)"
   "*--key[a key ID, alias or ARN\; the key\'s other names come from the keyring, or may be named by repeating it]:KEY:"
-  "--recipient[the pin of the public key that a data key is to go to]:PIN:"
+  "--recipient[the fingerprint of the public key that a data key is to go to]:FINGERPRINT:"
   "*--context[a pair of the EncryptionContext]:K=V:"
   "--json[one JSON document on stdout]"
 )
@@ -160,7 +160,7 @@ _shtab_keyferry_agent_keyring_add_recipient_options=(
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
   "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
-  "--yes[also where what --unseal names does not open the keyring any more, or one recipient is left]"
+  "--yes[also if --unseal could then no longer open the keyring, or if one recipient is left]"
   ":the keyring:_files"
 )
 
@@ -229,7 +229,7 @@ _shtab_keyferry_agent_keyring_disable_version_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
-  "--yes[what it encrypted was moved, or may be lost]"
+  "--yes[everything that it encrypted was moved, or may be lost]"
   ":the keyring:_files"
   ":a key ID or an alias:"
   ":the version\'s ID:"
@@ -354,7 +354,7 @@ _shtab_keyferry_agent_keyring_remove_recipient_options=(
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
   "*--recipient[age1... or an SSH public key\; may be repeated]:R:"
   "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
-  "--yes[also where what --unseal names does not open the keyring any more, or one recipient is left]"
+  "--yes[also if --unseal could then no longer open the keyring, or if one recipient is left]"
   ":the keyring:_files"
 )
 
@@ -369,7 +369,7 @@ _shtab_keyferry_agent_keyring_reseal_options=(
   "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--passphrase-file[seal to the passphrase that the file contains]:F:_files"
   "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
-  "--yes[also where what --unseal names does not open the keyring any more, or one recipient is left]"
+  "--yes[also if --unseal could then no longer open the keyring, or if one recipient is left]"
   ":the keyring:_files"
 )
 
@@ -425,10 +425,10 @@ _shtab_keyferry_agent_keyring_update_alias_defaults_added=0
 
 _shtab_keyferry_agent_run_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
-  "--config[the configuration (TOML)\; without it nobody is granted anything]:FILE:_files"
+  "--config[the configuration (TOML)\; without it every caller is refused]:FILE:_files"
   "--socket[where to listen (default \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--keyring[the sealed keyring]:FILE:_files"
-  "--unseal[what opens it\: an age or SSH identity, or a passphrase file]:FILE:_files"
+  "--unseal[the secret that opens it\: an age or SSH identity, or a passphrase file]:FILE:_files"
   "--dev[for trying out\: a keyring that lives only in memory (alias\/dev, alias\/dev-sm4), everything granted to you]"
   "*--alias[with --dev, another key with this alias\; its key spec is Aliyun_AES_256 or Aliyun_SM4 (default\: the first)]:ALIAS[=SPEC]:"
 )

@@ -28,7 +28,7 @@ KEYRING_STALE: Final = "KeyringStale"
 UNSEAL_ABSENT: Final = "UnsealAbsent"
 
 MESSAGES: Final = {
-    DRAINING: "the agent answers what has arrived, and stops",
+    DRAINING: "the agent answers the requests that have arrived, and stops",
     SEALED: "calls are refused until an operator gives the unseal secret with `keyferry-agent unseal`",
     AUDIT_FAILING: "the audit log cannot be written",
     RELOAD_FAILED: "files could not be read again; the agent's log has the reason",

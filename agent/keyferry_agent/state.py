@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 from keyferry.errors import invalid_parameter
 from keyferry.operations import Counters
@@ -10,7 +10,6 @@ from keyferry.parameters import Parameter
 from keyferry.secret import SCRATCH_SIZES, Protection, SecretMemory, whole_pages
 
 from . import health
-from .authz.decision_cache import DecisionCache
 from .authz.grants import CallerGrants, Policy
 from .config.settings import Settings
 from .keyring.document import now
@@ -89,8 +88,8 @@ class ServerState:
     draining: bool = False
     generation: int = 0
     """How often settings and keyring were replaced. A decision of an earlier generation no longer holds."""
-    decision_cache: DecisionCache[Any] = field(default_factory=DecisionCache)
-    """Cached decisions about requests. They refer to keys, so the cache is replaced together with the keyring."""
+    on_adopt: list[Callable[[], None]] = field(default_factory=list)
+    """Called after settings and keyring were replaced. A cache that refers to the old keyring is emptied by such a call."""
     reload_failure: str = ""
     """A message for the operator on the steps of the last reload that failed, and why; empty if none failed."""
     keyring_stale: bool = False
@@ -111,7 +110,8 @@ class ServerState:
         self.generation += 1
         self.settings, self.keyring, self.policy = settings, keyring, Policy(settings.grants)
         self._covered.clear()
-        self.decision_cache = DecisionCache()  # so that it contains decisions of one generation only
+        for forget in self.on_adopt:
+            forget()
 
     def visible_keys(self, granted: CallerGrants) -> VisibleKeys:
         """Return the keys that these grants cover. Cached for each keyring, since probes and lists request them often."""

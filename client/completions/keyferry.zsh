@@ -50,7 +50,7 @@ _shtab_keyferry_module_commands() {
 
 _shtab_keyferry_records_commands() {
   local _commands=(
-    add:'Make a data key that nobody sees, and store its record.'
+    add:'Generate a data key for the cryptographic module, and store its record.'
     copy:'Copy all records to another store, and overwrite none there.'
     list:'List all records, in the order in which they were added.'
     recover:'Export a record'"'"'s data key to a module'"'"'s public key (ExportDataKey).'
@@ -80,7 +80,7 @@ _shtab_keyferry_call_defaults_added=0
 _shtab_keyferry_call_Decrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--CiphertextBlob[The CiphertextBlob of an earlier call, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
@@ -101,7 +101,7 @@ _shtab_keyferry_call_Encrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--KeyId[The master key\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
-  "--Plaintext[What to encrypt\: Base64 of 1 to 6144 bytes. \@FILE reads the plaintext itself, not its Base64, from a file, - from standard input. (required)]:VALUE:"
+  "--Plaintext[The data to encrypt\: Base64 of 1 to 6144 bytes. \@FILE reads the plaintext itself, not its Base64, from a file, - from standard input. (required)]:VALUE:"
   "--EncryptionContext[Pairs of strings, at most 8192 characters as JSON, bound to the ciphertext and needed again to open it. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DryRun[true\: only say what the call would have done. Such a call always fails.]:VALUE:(true false)"
 )
@@ -112,7 +112,7 @@ _shtab_keyferry_call_Encrypt_defaults_added=0
 _shtab_keyferry_call_ExportDataKey_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--CiphertextBlob[The CiphertextBlob of an earlier call, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
   "--PublicKeyBlob[The module\'s public key\: DER SubjectPublicKeyInfo, in Base64 or as binary. \@FILE reads PEM, DER or Base64 from a file, - from standard input. (required)]:VALUE:"
   "--WrappingKeySpec[The kind of that public key\: RSA_2048 or EC_SM2. (required)]:VALUE:(RSA_2048 EC_SM2)"
   "--WrappingAlgorithm[How the data key is encrypted to it\: RSAES_OAEP_SHA_256 or RSAES_OAEP_SHA_1 with RSA_2048, SM2PKE with EC_SM2. (required)]:VALUE:(RSAES_OAEP_SHA_256 RSAES_OAEP_SHA_1 SM2PKE)"
@@ -215,7 +215,7 @@ _shtab_keyferry_call_ListKeys_defaults_added=0
 _shtab_keyferry_call_ReEncrypt_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--CiphertextBlob[What an earlier call returned, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
+  "--CiphertextBlob[The CiphertextBlob of an earlier call, in Base64 or as binary. \@FILE reads Base64 text or the bytes themselves from a file, - from standard input. (required)]:VALUE:"
   "--DestinationKeyId[The master key to encrypt under\: a key ID, alias\/NAME, or an ARN of either. (required)]:VALUE:"
   "--SourceEncryptionContext[The EncryptionContext that the ciphertext was made with. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
   "--DestinationEncryptionContext[The EncryptionContext for the new ciphertext. \@FILE reads JSON text from a file, - from standard input.]:VALUE:"
@@ -235,8 +235,8 @@ _shtab_keyferry_decrypt_file_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
-  ":what to read\; -\: standard input:_files"
+  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  ":the file to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic:_files"
 )
 
@@ -255,8 +255,8 @@ _shtab_keyferry_encrypt_file_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
-  ":what to read\; -\: standard input:_files"
+  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  ":the file to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output:_files"
 )
 
@@ -288,7 +288,7 @@ _shtab_keyferry_module_show_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
+  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
   ":a software module that \`keyferry module init\` made:_files"
 )
 
@@ -353,7 +353,7 @@ _shtab_keyferry_records_renew_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
-  "--old-name[what the old record is called from now on (default\: NAME\@ and when it was added)]:NAME:"
+  "--old-name[the new name of the old record (default\: NAME\@ and when it was added)]:NAME:"
   ":NAME:"
 )
 
@@ -371,7 +371,7 @@ _shtab_keyferry_records_rewrap_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
+  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -406,8 +406,8 @@ _shtab_keyferry_reencrypt_file_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[what the library needs to initialise\; NSS needs some]:TEXT:"
-  ":what to read\; -\: standard input:_files"
+  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  ":the file to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic\; without it, IN is replaced:_files"
 )
 

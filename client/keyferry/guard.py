@@ -55,7 +55,7 @@ def reason(error: OSError) -> str:
     why = error.strerror or str(error) or type(error).__name__
     if error.filename is None:
         if isinstance(error, FileNotFoundError) and not _has_working_folder():
-            return "the working folder does not exist any more; name files by absolute paths"
+            return "the working folder no longer exists; name files by absolute paths"
         return why
     return f"{os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename}: {why}"
 

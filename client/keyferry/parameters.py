@@ -253,7 +253,9 @@ WRAPPING_ALGORITHM = Parameter(
 )
 WrappingAlgorithm: TypeAlias = Annotated[str, WRAPPING_ALGORITHM]
 
-CIPHERTEXT_BLOB = Parameter("CiphertextBlob", _ciphertext, "What an earlier call returned, in Base64 or as binary.")
+CIPHERTEXT_BLOB = Parameter(
+    "CiphertextBlob", _ciphertext, "The CiphertextBlob of an earlier call, in Base64 or as binary."
+)
 CiphertextBlob: TypeAlias = Annotated[str | bytes, CIPHERTEXT_BLOB]
 
 SOURCE_ENCRYPTION_CONTEXT = Parameter(
@@ -281,7 +283,7 @@ PAGE_SIZE = Parameter(
 )
 PageSize: TypeAlias = Annotated[int | None, PAGE_SIZE]
 
-PLAINTEXT = Parameter("Plaintext", _plaintext, f"What to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
+PLAINTEXT = Parameter("Plaintext", _plaintext, f"The data to encrypt: Base64 of 1 to {MAX_PLAINTEXT} bytes.")
 Plaintext: TypeAlias = Annotated[str | bytes, PLAINTEXT]
 
 DRY_RUN = Parameter(

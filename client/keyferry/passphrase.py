@@ -76,7 +76,7 @@ def check(passphrase: str) -> None:
         raise ValueError("an empty passphrase protects nothing")
     found = content.resemblance(passphrase.encode(errors="replace"))
     if found is not None:
-        raise ValueError(f"the passphrase looks like {found}; choose another one, which nobody else has")
+        raise ValueError(f"the passphrase looks like {found}; choose another one, which no one could guess")
     if passphrase.startswith("#"):
         raise ValueError("the passphrase begins with #, as a comment does; choose another one")
     if passphrase != passphrase.strip():

@@ -116,7 +116,7 @@ def owner_of(path: _Path | None) -> tuple[int, ...]:
 
 def _owner_problems(path: str, status: os.stat_result, trusted: Collection[int]) -> Iterator[str]:
     if status.st_uid not in trusted:
-        yield f"{path}: belongs to user {status.st_uid}, who is neither root nor the user running this; chown it"
+        yield f"{path}: belongs to user {status.st_uid}, not to root or to the user running this; chown it"
 
 
 def _mode_problems(path: str, status: os.stat_result, *, secret: bool) -> Iterator[str]:

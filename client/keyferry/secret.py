@@ -314,9 +314,9 @@ class SecretMemory:
     def _map_given(self, descriptor: int) -> list[str]:
         try:
             if not os.readlink(f"/proc/self/fd/{descriptor}").startswith(_MEMFD_NAME):
-                return ["what was given is no secret memory"]
+                return ["the descriptor does not refer to secret memory"]
             if os.fstat(descriptor).st_size != self.size:
-                return ["what was given has another size"]
+                return ["the secret memory has another size"]
             failure = self._map_descriptor(descriptor)
             self.protection = "none" if failure else "memfd_secret"
             return [failure] if failure else []

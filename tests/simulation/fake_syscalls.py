@@ -361,7 +361,7 @@ class Outside:
         if number < 0:
             raise KeyringError(f"{path}: it does not open")
         world.loaded = number
-        keys = fixtures.description(fixtures.RINGS[number])
+        keys = fixtures.described(fixtures.RINGS[number])
         material = iter(
             [version.material for entry in fixtures.RINGS[number] for version in entry.key.versions[: entry.versions]]
         )
@@ -369,8 +369,8 @@ class Outside:
         def fill(view: memoryview) -> None:
             view[:] = next(material)
 
-        memory = SecretMemory(keyring.room_for(keys), backing="mlock", require=False)
-        return keyring.build(keys, fill, memory)
+        memory = SecretMemory(keyring.required_bytes(keys), backing="mlock", require=False)
+        return keyring.build_keyring(keys, fill, memory)
 
     def adopt(self, itself: ServerState, settings: Settings, keyring: Keyring) -> None:
         """Note what the agent goes by from now on."""

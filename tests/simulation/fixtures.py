@@ -7,12 +7,13 @@ process: nothing that happens depends on what is in them.
 import functools
 import random
 from collections.abc import Mapping
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from reference.blob_decoder import seal_blob
 from support.keys import Recipient, recipient
 
 from keyferry_agent.crypto.public_key import fingerprint
+from keyferry_agent.keyring.description import KeyDescription, VersionDescription
 
 __all__ = [
     "CONFIGURATIONS",
@@ -25,7 +26,7 @@ __all__ = [
     "RingKey",
     "Version",
     "blobs",
-    "description",
+    "described",
     "key_of_version",
     "pin",
     "recipients",
@@ -159,24 +160,21 @@ CONFIGURATIONS: Final[tuple[tuple[Grant, ...], ...]] = (
 )
 
 
-def description(ring: Ring) -> list[dict[str, Any]]:
-    """A keyring as its loader describes it."""
+def described(ring: Ring) -> list[KeyDescription]:
+    """Return the keys of a keyring as its loader describes them."""
     return [
-        {
-            "KeyId": entry.key.key_id,
-            "KeySpec": entry.key.spec,
-            "Description": "",
-            "Origin": "Aliyun_KMS",
-            "CreationDate": MADE,
-            "DeleteDate": entry.delete_date,
-            "KeyState": entry.state,
-            "PrimaryKeyVersion": entry.primary.version_id,
-            "KeyVersions": [
-                {"KeyVersionId": version.version_id, "CreationDate": MADE, "Staged": False}
-                for version in entry.key.versions[: entry.versions]
-            ],
-            "Aliases": list(entry.aliases),
-        }
+        KeyDescription(
+            key_id=entry.key.key_id,
+            key_spec=entry.key.spec,
+            created=MADE,
+            primary=entry.primary.version_id,
+            versions=tuple(
+                VersionDescription(version.version_id, MADE) for version in entry.key.versions[: entry.versions]
+            ),
+            aliases=tuple(entry.aliases),
+            state=entry.state,
+            delete_date=entry.delete_date,
+        )
         for entry in ring
     ]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from keyferry_agent.authz.grants import CallerGrants, Grant, carrying
+from keyferry_agent.authz.grants import CallerGrants, Grant, first_matching
 
 
 def allows(
@@ -10,11 +10,11 @@ def allows(
     action: str,
     names: Iterable[str],
     *,
-    pin: str | None = None,
+    fingerprint: str | None = None,
     context: Mapping[str, str] | None = None,
 ) -> Grant | None:
     """The grant that allows an action on a key with these names, or None."""
-    return carrying(CallerGrants(tuple(grants)).covering(action, "key", lambda: names), pin, context)
+    return first_matching(CallerGrants(tuple(grants)).covering(action, "key", lambda: names), fingerprint, context)
 
 
 def may_name(
@@ -22,10 +22,10 @@ def may_name(
     action: str,
     names: Iterable[str] | None,
     *,
-    pin: str | None = None,
+    fingerprint: str | None = None,
     context: Mapping[str, str] | None = None,
 ) -> bool:
     """Whether a caller may learn that a key is missing of which these names are all that is known; None: nothing is."""
     granted = CallerGrants(tuple(grants))
     may = granted.with_action(action) if names is None else granted.would_cover(action, names)
-    return carrying(may, pin, context) is not None
+    return first_matching(may, fingerprint, context) is not None

@@ -32,7 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--key", metavar="KEY", help="the master key's ID, ARN or alias; also as an alias was named then"
     )
     parser.add_argument("--version", metavar="ID", help="one version of a master key")
-    parser.add_argument("--recipient", metavar="PIN", help="the pin of the public key that data keys were exported to")
+    parser.add_argument(
+        "--recipient", metavar="FINGERPRINT", help="the fingerprint of the public key that data keys were exported to"
+    )
     parser.add_argument("--grant", metavar="NAME", help="the grant that allowed the requests")
     parser.add_argument(
         "--operation",

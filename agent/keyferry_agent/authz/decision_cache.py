@@ -5,53 +5,59 @@ hit takes an eighth of the time of a decision. An entry is valid for callers wit
 one keyring. Conditions that change without these (a key's dates, a quota) are checked for every request.
 """
 
-from collections.abc import Hashable
 from typing import Final, Generic, TypeVar
+
+from .grants import CallerGrants
 
 __all__ = ["DecisionCache"]
 
-_ROOM: Final = 40 * 2**20
-"""Memory of the cache in bytes: some 16,000 requests."""
-_EACH: Final = 2_000
+_MAX_BYTES: Final = 40 * 2**20
+"""Memory of the cache: some 16,000 requests."""
+_ENTRY_OVERHEAD_BYTES: Final = 2_000
 """Measured bytes of an entry besides the request's: the decision, with its job and its audit fields."""
-_LONGEST: Final = 4_096
-"""Size limit of a cached request, in bytes."""
-_ONCE: Final = 16_384
+_MAX_REQUEST_BYTES: Final = 4_096
+"""Size limit of a cached request."""
+_MAX_SEEN_ONCE: Final = 16_384
 """Size limit of the set of hashes that were seen once. A request is cached at its second occurrence."""
 
-T = TypeVar("T")
+Decision = TypeVar("Decision")
 
 
-class DecisionCache(Generic[T]):
-    """Maps callers and requests to decisions. A full cache is emptied before the next entry is added."""
+class DecisionCache(Generic[Decision]):
+    """Maps callers' grants and requests to decisions. A full cache is emptied before the next entry is added."""
 
-    __slots__ = ("_known", "_once", "_room")
+    __slots__ = ("_decisions", "_free_bytes", "_seen_once")
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Hashable, bytes], T] = {}
-        self._once: set[int] = set()
-        self._room = _ROOM
+        self._decisions: dict[tuple[CallerGrants, bytes], Decision] = {}
+        self._seen_once: set[int] = set()
+        self._free_bytes = _MAX_BYTES
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._decisions)
 
-    def recall(self, who: Hashable, request: bytes) -> T | None:
+    def clear(self) -> None:
+        """Forget all decisions, and what they refer to."""
+        self._decisions.clear()
+        self._seen_once.clear()
+        self._free_bytes = _MAX_BYTES
+
+    def get(self, granted: CallerGrants, request: bytes) -> Decision | None:
         """Return the cached decision about a request, or None."""
-        return self._known.get((who, request))
+        return self._decisions.get((granted, request))
 
-    def remember(self, who: Hashable, request: bytes, decided: T) -> None:
+    def add(self, granted: CallerGrants, request: bytes, decision: Decision) -> None:
         """Cache a decision, if its request was seen before; else only note the request's hash."""
-        if len(request) > _LONGEST:
+        if len(request) > _MAX_REQUEST_BYTES:
             return
-        key = who, request
-        seen = hash(key)
-        if seen not in self._once:
-            if len(self._once) >= _ONCE:
-                self._once.clear()
-            self._once.add(seen)
+        key = granted, request
+        digest = hash(key)
+        if digest not in self._seen_once:
+            if len(self._seen_once) >= _MAX_SEEN_ONCE:
+                self._seen_once.clear()
+            self._seen_once.add(digest)
             return
-        self._room -= len(request) + _EACH
-        if self._room < 0:
-            self._known.clear()
-            self._room = _ROOM
-        self._known[key] = decided
+        self._free_bytes -= len(request) + _ENTRY_OVERHEAD_BYTES
+        if self._free_bytes < 0:
+            self.clear()
+        self._decisions[key] = decision

@@ -26,7 +26,7 @@ __all__ = [
     "CallerGrants",
     "Grant",
     "Policy",
-    "carrying",
+    "first_matching",
     "places",
 ]
 
@@ -122,23 +122,24 @@ class Grant:
         """Return whether one of a key's names (ID, aliases, ARNs) matches one of the patterns."""
         return any(name in self._names or self._keys.fullmatch(name) for name in names)
 
-    def has_recipient(self, pin: str | None) -> bool:
+    def has_recipient(self, fingerprint: str | None) -> bool:
         """Return whether a data key may go to this recipient.
 
-        `pin` is a fingerprint, `PLAINTEXT`, or None if the operation neither returns nor receives a data key. A grant with
-        `recipients` never covers `PLAINTEXT`: by learning or choosing a data key, the caller would evade the list.
+        `fingerprint` is of the recipient's public key, or `PLAINTEXT`, or None if the operation neither returns nor receives a
+        data key. A grant with `recipients` never covers `PLAINTEXT`: by learning or choosing a data key, the caller would evade
+        the list.
         """
-        return self.recipients is None or pin is None or pin in self.recipients
+        return self.recipients is None or fingerprint is None or fingerprint in self.recipients
 
     def has_context(self, context: Mapping[str, str] | None) -> bool:
         """Return whether an EncryptionContext has the pairs that the grant demands; True if the operation has none (None)."""
         return context is None or self.encryption_context.items() <= context.items()
 
 
-def carrying(grants: Iterable[Grant], pin: str | None, context: Mapping[str, str] | None) -> Grant | None:
+def first_matching(grants: Iterable[Grant], fingerprint: str | None, context: Mapping[str, str] | None) -> Grant | None:
     """Return the first grant that also covers the recipient and the EncryptionContext, or None."""
     for grant in grants:
-        if grant.has_recipient(pin) and grant.has_context(context):
+        if grant.has_recipient(fingerprint) and grant.has_context(context):
             return grant
     return None
 

@@ -120,7 +120,7 @@ class RecordFile:
             # After a timeout, do not wait again until the reader reads.
             self._patience = _READER_PATIENCE if ready else 0
             if not ready:
-                return Appended(count, OSError(errno.EAGAIN, "nobody reads the pipe that it goes to"))
+                return Appended(count, OSError(errno.EAGAIN, "the audit pipe has no reader, or its reader is stalled"))
             try:
                 self._write(line)
             except OSError as error:

@@ -41,12 +41,15 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="the daemon, in the foreground; its log is on stderr", allow_abbrev=False)
     run.add_argument(
-        "--config", type=Path, metavar="FILE", help="the configuration (TOML); without it nobody is granted anything"
+        "--config", type=Path, metavar="FILE", help="the configuration (TOML); without it every caller is refused"
     )
     run.add_argument("--socket", type=socket, metavar="PATH", help=f"where to listen (default {DEFAULT_SOCKET})")
     run.add_argument("--keyring", type=Path, metavar="FILE", help="the sealed keyring")
     run.add_argument(
-        "--unseal", type=Path, metavar="FILE", help="what opens it: an age or SSH identity, or a passphrase file"
+        "--unseal",
+        type=Path,
+        metavar="FILE",
+        help="the secret that opens it: an age or SSH identity, or a passphrase file",
     )
     run.add_argument(
         "--dev",
@@ -66,9 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     unseal.add_parser(commands)
     check.add_parser(commands)
 
-    pin = commands.add_parser("fingerprint", help="a public key's pin, as `recipients` takes it", allow_abbrev=False)
-    pin.add_argument("file", type=Path, metavar="FILE", help="a public key: PEM, DER or Base64")
-    pin.set_defaults(run=_fingerprint)
+    of_public_key = commands.add_parser(
+        "fingerprint", help="a public key's fingerprint, as `recipients` takes it", allow_abbrev=False
+    )
+    of_public_key.add_argument("file", type=Path, metavar="FILE", help="a public key: PEM, DER or Base64")
+    of_public_key.set_defaults(run=_fingerprint)
 
     explain.add_parser(commands)
     audit_command.add_parser(commands)

@@ -116,7 +116,7 @@ def _agent_user(agent: socket.socket, path: str) -> int:
     folder = Path(path).absolute().parent
     status = folder.stat()
     if uid not in (0, os.geteuid(), status.st_uid):
-        raise UnsealError(f"{path}: user {uid} listens there, who does not own {folder}; the secret was not sent")
+        raise UnsealError(f"{path}: user {uid} listens there, but does not own {folder}; the secret was not sent")
     if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
         raise UnsealError(f"{folder}: all users can replace the socket there; chmod o-w {folder}")
     return int(uid)

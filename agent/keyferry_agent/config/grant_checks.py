@@ -82,7 +82,7 @@ def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
                 if shared:
                     yield (
                         f"{place}.recipients: {way_round} has none, and may be to the same caller for {', '.join(shared)}: "
-                        "through it the caller can learn or choose what the first grant exports"
+                        "through it the caller can learn or choose the data keys that the first grant exports"
                     )
 
 

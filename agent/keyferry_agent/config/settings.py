@@ -292,9 +292,11 @@ def _grant(table: ConfigTable, names: dict[tuple[str, str], int], file: Path | N
         ),
         recipients=table.take(
             "recipients",
-            "a list of pins",
+            "a list of fingerprints",
             lambda value: frozenset(
-                validators.each(validators.PIN, "pin (keyferry-agent fingerprint FILE prints one)")(value)
+                validators.each(validators.FINGERPRINT, "fingerprint (keyferry-agent fingerprint FILE prints one)")(
+                    value
+                )
             ),
             None,
         ),
@@ -334,7 +336,7 @@ def _to(table: ConfigTable, names: dict[tuple[str, str], int]) -> Mapping[str, A
         "unit": ("the name of a systemd unit, like orders.service", validators.matching(validators.UNIT)),
         "pod": ("the UID of a Kubernetes pod", validators.matching(validators.POD)),
         "exe": ("the absolute path of a program", lambda value: str(validators.path(value))),
-        "sha256": ('"sha256:" and the hash of a program, in hex', validators.matching(validators.PIN)),
+        "sha256": ('"sha256:" and the hash of a program, in hex', validators.matching(validators.FINGERPRINT)),
     }
     to: dict[str, Any] = {}
     for selector in SELECTORS:

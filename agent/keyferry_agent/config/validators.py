@@ -14,8 +14,8 @@ from typing import Any, Final
 from ..authz.grants import ACTIONS
 
 __all__ = [
+    "FINGERPRINT",
     "KEY",
-    "PIN",
     "POD",
     "UNIT",
     "InvalidValue",
@@ -177,7 +177,7 @@ _ACTION: Final = re.compile(r"\*|kms:[A-Za-z]*\*?")
 KEY: Final = re.compile(r"\*|alias/[\w/*-]+|acs:kms:[\w*-]+:[\w*-]+:(key|alias)/[\w/*-]+|[\w*-]+", re.ASCII)
 
 
-PIN: Final = re.compile(r"sha256:[0-9a-f]{64}")
+FINGERPRINT: Final = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 UNIT: Final = re.compile(r"[\w:.\\@-]+\.(service|scope)", re.ASCII)
@@ -207,7 +207,7 @@ def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, 
         strings = _strings(value)
         for string in strings:
             if not pattern.fullmatch(string):
-                raise InvalidValue(f"{string!r} is no {expected}")
+                raise InvalidValue(f"{string!r} is not a valid {expected}")
         return strings
 
     return check
@@ -219,7 +219,7 @@ def actions(value: Any) -> tuple[str, ...]:
     for action in actions:
         # A misspelt action would silently allow nothing. `ACTIONS` already has the actions of later versions.
         if not any(fnmatchcase(known, action) for known in ACTIONS):
-            raise InvalidValue(f"{action!r} is no action")
+            raise InvalidValue(f"{action!r} is not an action")
     return actions
 
 

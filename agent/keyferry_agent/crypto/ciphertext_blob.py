@@ -27,32 +27,31 @@ from .aad import associated_data
 __all__ = [
     "FORMAT",
     "KEY_SIZES",
-    "MOST",
+    "MAX_PLAINTEXT_SIZE",
     "OVERHEAD",
+    "BlobError",
     "Bound",
-    "SealError",
     "bind",
+    "decrypt_into",
     "key_version_id",
-    "open_into",
     "plaintext_size",
-    "seal",
 ]
 
 FORMAT: Final = 0x01
-_VERSION_ID: Final = 36
-_HEADER: Final = _VERSION_ID + 1
-_SALT: Final = 32
-_COMMITMENT: Final = 32
-_TAG: Final = 16
+_VERSION_ID_SIZE: Final = 36
+_HEADER_SIZE: Final = _VERSION_ID_SIZE + 1
+_SALT_SIZE: Final = 32
+_COMMITMENT_SIZE: Final = 32
+_TAG_SIZE: Final = 16
 _NONCE: Final = bytes(12)
-_NOTHING: Final = bytes(32)
-OVERHEAD: Final = _HEADER + _SALT + _COMMITMENT + _TAG
+_ZERO_KEY: Final = bytes(32)
+OVERHEAD: Final = _HEADER_SIZE + _SALT_SIZE + _COMMITMENT_SIZE + _TAG_SIZE
 """Bytes that a CiphertextBlob is longer than its plaintext: 117."""
-MOST: Final = 6_144
+MAX_PLAINTEXT_SIZE: Final = 6_144
 """Most bytes of plaintext in one blob: the limit of Encrypt. A longer blob was not made by an agent."""
 
 
-class SealError(Exception):
+class BlobError(Exception):
     """The blob does not decrypt: it is damaged, or was made under another key or EncryptionContext.
 
     The error does not distinguish the causes: that would be an oracle.
@@ -76,20 +75,20 @@ def _aes_encrypt(key: memoryview, plaintext: memoryview, aad: bytes) -> bytes:
         _clear_registers()
 
 
-def _aes_decrypt_into(key: memoryview, sealed: memoryview, aad: bytes, out: memoryview) -> None:
+def _aes_decrypt_into(key: memoryview, ciphertext: memoryview, aad: bytes, out: memoryview) -> None:
     try:
-        AESGCM(key).decrypt_into(_NONCE, sealed, aad, out)
+        AESGCM(key).decrypt_into(_NONCE, ciphertext, aad, out)
     finally:
         _clear_registers()
 
 
-_OTHER: Final = AESGCM(_NOTHING)
+_SCRUB_KEY: Final = AESGCM(_ZERO_KEY)
 
 
 def _clear_registers() -> None:
     # OpenSSL's vector AES leaves the round keys and plaintext in registers. A core dump contains the registers, and so does
     # the stack after a signal. An encryption under another key overwrites them.
-    _OTHER.encrypt(_NONCE, _NOTHING, None)
+    _SCRUB_KEY.encrypt(_NONCE, _ZERO_KEY, None)
 
 
 def _sm4(key: memoryview) -> SM4:
@@ -102,10 +101,10 @@ def _sm4_encrypt(key: memoryview, plaintext: memoryview, aad: bytes) -> bytes:
     return encryptor.update(plaintext) + encryptor.finalize() + encryptor.tag
 
 
-def _sm4_decrypt_into(key: memoryview, sealed: memoryview, aad: bytes, out: memoryview) -> None:
-    decryptor = Cipher(_sm4(key), modes.GCM(_NONCE, bytes(sealed[-_TAG:]))).decryptor()
+def _sm4_decrypt_into(key: memoryview, ciphertext: memoryview, aad: bytes, out: memoryview) -> None:
+    decryptor = Cipher(_sm4(key), modes.GCM(_NONCE, bytes(ciphertext[-_TAG_SIZE:]))).decryptor()
     decryptor.authenticate_additional_data(aad)
-    decryptor.update_into(sealed[:-_TAG], out)
+    decryptor.update_into(ciphertext[:-_TAG_SIZE], out)
     decryptor.finalize()
 
 
@@ -117,22 +116,6 @@ KEY_SIZES: Final[Mapping[str, int]] = {spec: suite.key_size for spec, suite in _
 """Bytes of a master key, by KeySpec."""
 
 
-def seal(
-    key_spec: str,
-    cmk: memoryview,
-    version_id: str,
-    key_id: str,
-    context: Mapping[str, str],
-    plaintext: memoryview,
-    scratch: SecretMemory,
-) -> bytes:
-    """Encrypt `plaintext` under the master key `cmk`; return a CiphertextBlob, which is `OVERHEAD` bytes longer.
-
-    `version_id` has 36 ASCII characters. Intermediate keys are in `scratch`.
-    """
-    return bind(key_spec, version_id, key_id, context).seal(cmk, plaintext, scratch)
-
-
 class Bound(NamedTuple):
     """The parts of a CiphertextBlob that do not depend on its plaintext: the suite, the header and the associated data."""
 
@@ -140,29 +123,38 @@ class Bound(NamedTuple):
     header: bytes
     associated: bytes
 
-    def seal(self, cmk: memoryview, plaintext: memoryview, scratch: SecretMemory, salt: bytes | None = None) -> bytes:
-        """Encrypt `plaintext` under the master key `cmk`; return a CiphertextBlob. `salt` is random, except in test vectors."""
-        suite, salt = self.suite, salt or os.urandom(_SALT)
+    def encrypt(
+        self, cmk: memoryview, plaintext: memoryview, scratch: SecretMemory, salt: bytes | None = None
+    ) -> bytes:
+        """Encrypt `plaintext` under the master key `cmk`; return a CiphertextBlob, which is `OVERHEAD` bytes longer.
+
+        Intermediate keys are in `scratch`. `salt` is random, except in test vectors.
+        """
+        suite, salt = self.suite, salt or os.urandom(_SALT_SIZE)
         size = suite.key_size
-        with scratch.borrow(size + _COMMITMENT) as derived:
-            HKDF(suite.hash, size + _COMMITMENT, salt, suite.info).derive_into(cmk, derived)
-            sealed = suite.encrypt(derived[:size], plaintext, self.associated)
-            return b"".join((self.header, salt, derived[size:], sealed))
+        with scratch.borrow(size + _COMMITMENT_SIZE) as derived:
+            HKDF(suite.hash, size + _COMMITMENT_SIZE, salt, suite.info).derive_into(cmk, derived)
+            ciphertext = suite.encrypt(derived[:size], plaintext, self.associated)
+            return b"".join((self.header, salt, derived[size:], ciphertext))
 
 
 def bind(key_spec: str, version_id: str, key_id: str, context: Mapping[str, str]) -> Bound:
     """Return the `Bound` for one key version and one EncryptionContext, reusable for any number of plaintexts."""
     header = version_id.encode("ascii") + bytes([FORMAT])
-    if len(header) != _HEADER:
+    if len(header) != _HEADER_SIZE:
         raise ValueError("a KeyVersionId has 36 characters")
     return Bound(_SUITES[key_spec], header, associated_data(header, key_id, context))
 
 
 def key_version_id(blob: bytes) -> str:
-    """Return the KeyVersionId in a blob, which is not authenticated yet. Raises `SealError`."""
-    if not OVERHEAD < len(blob) <= OVERHEAD + MOST or blob[_VERSION_ID] != FORMAT or not blob[:_VERSION_ID].isascii():
-        raise SealError
-    return blob[:_VERSION_ID].decode("ascii")
+    """Return the KeyVersionId in a blob, which is not authenticated yet. Raises `BlobError`."""
+    if (
+        not OVERHEAD < len(blob) <= OVERHEAD + MAX_PLAINTEXT_SIZE
+        or blob[_VERSION_ID_SIZE] != FORMAT
+        or not blob[:_VERSION_ID_SIZE].isascii()
+    ):
+        raise BlobError
+    return blob[:_VERSION_ID_SIZE].decode("ascii")
 
 
 def plaintext_size(blob: bytes) -> int:
@@ -170,7 +162,7 @@ def plaintext_size(blob: bytes) -> int:
     return len(blob) - OVERHEAD
 
 
-def open_into(
+def decrypt_into(
     key_spec: str,
     cmk: memoryview,
     blob: bytes,
@@ -181,19 +173,22 @@ def open_into(
 ) -> None:
     """Decrypt a blob under `cmk`, the key version that it names, into `out` of exactly `plaintext_size` bytes.
 
-    Raises `SealError`; the content of `out` is then undefined and must not be used.
+    Raises `BlobError`; the content of `out` is then undefined and must not be used.
     """
     suite = _SUITES[key_spec]
     view = memoryview(blob)
-    salt, commitment = view[_HEADER : _HEADER + _SALT], view[_HEADER + _SALT : _HEADER + _SALT + _COMMITMENT]
-    sealed = view[_HEADER + _SALT + _COMMITMENT :]
-    with scratch.borrow(suite.key_size + _COMMITMENT) as derived:
+    salt, commitment = (
+        view[_HEADER_SIZE : _HEADER_SIZE + _SALT_SIZE],
+        view[_HEADER_SIZE + _SALT_SIZE : _HEADER_SIZE + _SALT_SIZE + _COMMITMENT_SIZE],
+    )
+    ciphertext = view[_HEADER_SIZE + _SALT_SIZE + _COMMITMENT_SIZE :]
+    with scratch.borrow(suite.key_size + _COMMITMENT_SIZE) as derived:
         HKDF(suite.hash, len(derived), bytes(salt), suite.info).derive_into(cmk, derived)
         if not hmac.compare_digest(derived[suite.key_size :], commitment):
-            raise SealError
+            raise BlobError
         try:
             suite.decrypt_into(
-                derived[: suite.key_size], sealed, associated_data(bytes(view[:_HEADER]), key_id, context), out
+                derived[: suite.key_size], ciphertext, associated_data(bytes(view[:_HEADER_SIZE]), key_id, context), out
             )
         except InvalidTag:
-            raise SealError from None
+            raise BlobError from None

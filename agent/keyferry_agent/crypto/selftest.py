@@ -131,13 +131,13 @@ def _unavailable(algorithm: str, missing: str) -> str:
 def _check_seal(key_spec: str, expected: bytes, scratch: SecretMemory) -> None:
     cmk = memoryview(bytearray(range(ciphertext_blob.KEY_SIZES[key_spec])))
     plaintext = memoryview(bytearray(_PLAINTEXT))
-    sealed = ciphertext_blob.bind(key_spec, _VERSION, _KEY, {}).seal(cmk, plaintext, scratch, _SALT)
+    sealed = ciphertext_blob.bind(key_spec, _VERSION, _KEY, {}).encrypt(cmk, plaintext, scratch, _SALT)
     if sealed != expected:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not have the bytes it must have")
     opened = bytearray(len(_PLAINTEXT))
     try:
-        ciphertext_blob.open_into(key_spec, cmk, expected, _KEY, {}, memoryview(opened), scratch)
-    except ciphertext_blob.SealError:
+        ciphertext_blob.decrypt_into(key_spec, cmk, expected, _KEY, {}, memoryview(opened), scratch)
+    except ciphertext_blob.BlobError:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not open") from None
     if opened != _PLAINTEXT:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob opens to something else")

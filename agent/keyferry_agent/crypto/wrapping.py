@@ -15,7 +15,7 @@ from .public_key import check_rsa_2048, check_sm2, fingerprint
 __all__ = ["TABLE", "Recipient", "Wrapping", "WrappingError", "find", "pairs", "recipient"]
 
 _RSA_BYTES: Final = 256
-_KEPT_KEYS: Final = 1_024
+_MAX_CACHED_KEYS: Final = 1_024
 """Most parsed public keys in the cache: parsing takes five times as long as wrapping; one key takes about 4 KiB."""
 
 
@@ -28,7 +28,7 @@ class Wrapping(NamedTuple):
 
     name: str
     capacity: int  # most bytes of a data key
-    slow: bool  # takes half a millisecond or more, so it must not run on the event loop
+    offload: bool  # takes half a millisecond or more, so it must not run on the event loop
     check: Callable[[bytes], None]
     wrapper: Callable[[libcrypto.Key], "Wrap"]
     missing: Callable[[], str | None]  # returns the algorithm that libcrypto lacks, for `libcrypto.why_missing`
@@ -41,7 +41,7 @@ class Recipient(NamedTuple):
     """A module's public key, checked and loaded."""
 
     wrapping: Wrapping
-    pin: str
+    fingerprint: str
     wrap: Wrap
     """Encrypts a data key of at most `wrapping.capacity` bytes."""
 
@@ -57,7 +57,7 @@ def _oaep(name: str, digest: bytes, digest_size: int, digest_name: str) -> Wrapp
 
     capacity = _RSA_BYTES - 2 * digest_size - 2
     return Wrapping(
-        name, capacity, slow=False, check=check_rsa_2048, wrapper=lambda key: key.encryptor(options), missing=missing
+        name, capacity, offload=False, check=check_rsa_2048, wrapper=lambda key: key.encryptor(options), missing=missing
     )
 
 
@@ -75,7 +75,7 @@ TABLE: Final = {
     ("RSA_2048", "RSAES_OAEP_SHA_1"): _oaep("RSA_2048 with RSAES_OAEP_SHA_1", b"sha1", 20, "SHA-1"),
     # The cloud accepts up to 6,047 bytes of plaintext for SM2PKE.
     ("EC_SM2", "SM2PKE"): Wrapping(
-        "EC_SM2 with SM2PKE", 6_047, slow=True, check=check_sm2, wrapper=_sm2, missing=_missing_sm2
+        "EC_SM2 with SM2PKE", 6_047, offload=True, check=check_sm2, wrapper=_sm2, missing=_missing_sm2
     ),
 }
 
@@ -87,10 +87,10 @@ def find(key_spec: str, algorithm: str) -> Wrapping | None:
 
 def pairs() -> str:
     """Return the names of all pairs, for an error message."""
-    return ", ".join(way.name for way in TABLE.values())
+    return ", ".join(wrapping.name for wrapping in TABLE.values())
 
 
-@functools.lru_cache(maxsize=_KEPT_KEYS)
+@functools.lru_cache(maxsize=_MAX_CACHED_KEYS)
 def recipient(wrapping: Wrapping, der: bytes, *, sm2_fallback: bool) -> Recipient:
     """Check and load a public key.
 

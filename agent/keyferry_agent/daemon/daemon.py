@@ -172,7 +172,7 @@ def _say_what_is_not(options: Options, agent: ServerState, unavailable: list[str
     elif agent.keyring.is_sealed:
         log.warning("unseal.absent", what=MESSAGES[SEALED])
     if not settings.grants and not options.dev:
-        log.warning("startup.no_grants", what="there is no grant in the configuration: everybody is refused")
+        log.warning("startup.no_grants", what="the configuration has no grants: every caller is refused")
 
 
 def _agent(

@@ -102,7 +102,7 @@ class ServiceManager:
 
     def stopping(self) -> None:
         """Report that the agent stops: it does not accept further connections."""
-        self._tell("STOPPING=1", "STATUS=Answering what has arrived, then it stops.")
+        self._tell("STOPPING=1", "STATUS=Answering the requests that have arrived, then stopping.")
 
     def alive(self, status: str) -> None:
         """Feed the watchdog, and report a changed status."""

@@ -2,13 +2,15 @@
 
 A handler works in two steps. The first step, on the event loop, decides the request: it checks the parameters, then the grant,
 then the key and its state. The handler returns a `Job`, whose `run` is the second step: the cryptography, synchronously, with
-key bytes in secret memory only. If the job's `slow` is set, the dispatcher runs the job in a thread.
+key bytes in secret memory only. If the job's `offload` is set, the dispatcher runs the job in a thread. Only this file knows of
+a DryRun: it runs `verify` of the job instead.
 
 To add an operation: declare it in `keyferry.operations`, write its handler in one of these modules, name it in `HANDLERS`.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
 
 from keyferry import operations
 from keyferry.declaration import Operation
@@ -27,8 +29,6 @@ from .listing import list_aliases, list_key_versions, list_keys
 from .status import describe_key, get_agent_health, get_agent_status
 
 __all__ = ["HANDLERS", "Job", "prepare"]
-
-T = TypeVar("T")
 
 HANDLERS: Final[Mapping[str, Callable[[Request], Job]]] = {
     "GenerateAndExportDataKey": generate_and_export_data_key,
@@ -56,8 +56,8 @@ def prepare(agent: ServerState, caller: Caller, method: str, params: Mapping[str
         raise kms_error("InvalidAction.NotFound")
     if not operation.dry_run or not _asks_for_dry_run(params):
         return _decide(agent, caller, operation, params, audited)
-    job = _dry(lambda: _decide(agent, caller, operation, params, audited))
-    return Job(lambda: _dry(job.run), job.slow)
+    with _dry_run_codes():
+        return _dry_run(_decide(agent, caller, operation, params, audited))
 
 
 def _decide(
@@ -84,9 +84,22 @@ def _asks_for_dry_run(params: Mapping[str, Any]) -> bool:
         return False  # `Operation.check` refuses the invalid value together with the other parameters
 
 
-def _dry(step: Callable[[], T]) -> T:
+def _dry_run(job: Job) -> Job:
+    """Return the job of a DryRun: it verifies, and ends with the error that means success."""
+
+    def run() -> None:
+        with _dry_run_codes():
+            if job.verify is not None:
+                job.verify()
+        raise kms_error("DryRunOperationError")
+
+    return Job(run, job.offload)
+
+
+@contextmanager
+def _dry_run_codes() -> Iterator[None]:
     try:
-        return step()
+        yield
     except KmsError as error:
         code = _DRY_RUN_CODES.get(error.code)
         raise kms_error(code, error.message) if code else error from None

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Self
 
 from cryptography.exceptions import UnsupportedAlgorithm
 
@@ -13,13 +13,14 @@ from keyferry.secret import Secret, SecretMemory
 
 from ..audit.entry import AuditEntry
 from ..authz.caller import Caller
-from ..authz.grants import carrying
+from ..authz.grants import first_matching
 from ..crypto import ciphertext_blob
-from ..crypto.ciphertext_blob import SealError, plaintext_size
+from ..crypto.ciphertext_blob import BlobError
 from ..keyring.keyring import Key, KeyVersion
 from ..state import ServerState
 
 __all__ = [
+    "BlobDecryptor",
     "BlobEncryptor",
     "Context",
     "Job",
@@ -28,33 +29,31 @@ __all__ = [
     "find_key",
     "find_version",
     "no_permission",
-    "open_blob",
-    "plaintext_size",
     "require_usable",
-    "sealing",
-    "would_succeed",
 ]
 
 Context = Mapping[str, str]
 
 # One text for every reason why a ciphertext does not decrypt: the actual reason would help only an attacker who tampers.
-_DOES_NOT_OPEN: Final = (
+_DOES_NOT_DECRYPT: Final = (
     "CiphertextBlob: it is damaged, was made under another EncryptionContext, or was not made by this agent's keys."
 )
 
 
 class Job(NamedTuple):
-    """The work of a request that has been decided. `run` does it synchronously.
+    """The work of a request that has been decided. `run` does it synchronously, and returns the result.
 
-    `slow`: `run` takes half a millisecond or more, so the job is offloaded. `holds`, unless it is None, returns whether the
+    `offload`: `run` takes half a millisecond or more, so it runs in a thread. `holds`, unless it is None, returns whether the
     decision still holds, as far as time can change it: keys have deletion dates. `repeatable`: `run` also answers an equal
-    request, as long as the decision holds.
+    request, as long as the decision holds. `verify` is the part of `run` that a DryRun checks, if there is one: it raises
+    `KmsError`, and returns nothing.
     """
 
     run: Callable[[], Any]
-    slow: bool = False
+    offload: bool = False
     holds: Callable[[], bool] | None = None
     repeatable: bool = False
+    verify: Callable[[], None] | None = None
 
 
 class Request(NamedTuple):
@@ -79,7 +78,7 @@ def find_key(
     parameter: Parameter[str],
     *,
     action: str | None = None,
-    pin: str | None = None,
+    fingerprint: str | None = None,
     context: Context | None = None,
 ) -> Key:
     """Return the key that a parameter names, if a grant of the caller covers `action` (by default the operation's own) on it.
@@ -90,17 +89,17 @@ def find_key(
     name = agent.plain_name(parameter, request.values.need(parameter))
     key = agent.keyring.by_alias.get(name) if name.startswith("alias/") else agent.keyring.keys.get(name)
     key = None if key is None or key.state() == "Deleted" else key
-    if _grant(request, key, name, action, pin=pin, context=context) and key is not None:
+    if _grant(request, key, name, action, fingerprint=fingerprint, context=context) and key is not None:
         return key
     # A refused caller could measure a shorter way, so the look-ups are the same whether the key exists or not.
     may = request.caller.granted.would_cover(action, agent.settings.names_of(name))
-    if carrying(may, pin, context) and key is None:
+    if first_matching(may, fingerprint, context) and key is None:
         raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
     raise no_permission()
 
 
 def find_version(
-    request: Request, blob: bytes, *, action: str | None = None, pin: str | None = None, context: Context
+    request: Request, blob: bytes, *, action: str | None = None, fingerprint: str | None = None, context: Context
 ) -> tuple[Key, KeyVersion]:
     """Return the key and version that a blob names, if a grant of the caller covers `action` on the key.
 
@@ -111,26 +110,30 @@ def find_version(
         request.audited.ciphertext = ciphertext_hash(blob)
     try:
         version_id = ciphertext_blob.key_version_id(blob)
-    except SealError:
-        raise _does_not_open() from None
+    except BlobError:
+        raise _does_not_decrypt() from None
     key, version = request.agent.keyring.by_version.get(version_id, (None, None))
     key = None if key is None or key.state() == "Deleted" else key
-    if _grant(request, key, version_id, action, pin=pin, context=context) and key is not None and version is not None:
+    if (
+        _grant(request, key, version_id, action, fingerprint=fingerprint, context=context)
+        and key is not None
+        and version is not None
+    ):
         request.audited.key_version_id = version.version_id
         return key, version
-    if carrying(request.caller.granted.with_action(action), pin, context) and key is None:
+    if first_matching(request.caller.granted.with_action(action), fingerprint, context) and key is None:
         raise kms_error("Forbidden.KeyVersionNotFound")
     raise no_permission()
 
 
-def authorize(request: Request, key: Key, action: str, *, pin: str | None, context: Context | None) -> None:
+def authorize(request: Request, key: Key, action: str, *, fingerprint: str | None, context: Context | None) -> None:
     """Raise `Forbidden.NoPermission` unless the caller has a grant for the action on the key."""
-    if not _grant(request, key, key.key_id, action, pin=pin, context=context):
+    if not _grant(request, key, key.key_id, action, fingerprint=fingerprint, context=context):
         raise no_permission()
 
 
 def _grant(
-    request: Request, key: Key | None, name: str, action: str, *, pin: str | None, context: Context | None
+    request: Request, key: Key | None, name: str, action: str, *, fingerprint: str | None, context: Context | None
 ) -> bool:
     """Return whether a grant covers the action on the key.
 
@@ -142,7 +145,7 @@ def _grant(
     else:
         request.audited.key_id = key.key_id
         may = granted.covering(action, key.key_id, functools.partial(agent.names_of_key, key))
-    grant = carrying(may, pin, context)
+    grant = first_matching(may, fingerprint, context)
     if grant is None:
         return False
     request.audited.grant = grant.name
@@ -171,44 +174,56 @@ class BlobEncryptor(NamedTuple):
     material: Secret
     scratch: SecretMemory
 
-    def __call__(self, data: memoryview) -> bytes:
+    @classmethod
+    def of(cls, request: Request, key: Key, context: Context) -> Self:
+        """Return the encryptor for the primary version of a key. Does all work that does not depend on the plaintext."""
+        version = key.primary
+        bound = ciphertext_blob.bind(key.key_spec, version.version_id, key.key_id, context)
+        return cls(bound, version.material, request.agent.scratch)
+
+    def encrypt(self, data: memoryview) -> bytes:
         """Return the CiphertextBlob of `data`. Raises `KmsError` if this system does not offer the algorithms of the key."""
         with self.material.lend() as cmk:
             try:
-                return self.bound.seal(cmk, data, self.scratch)
+                return self.bound.encrypt(cmk, data, self.scratch)
             except UnsupportedAlgorithm:
                 raise _not_offered() from None
 
 
-def sealing(key: Key, version: KeyVersion, context: Context, scratch: SecretMemory) -> BlobEncryptor:
-    """Return the encryptor for a key version and an EncryptionContext.
+class BlobDecryptor(NamedTuple):
+    """Decrypts one CiphertextBlob into secret memory, under the key version that it names and one EncryptionContext."""
 
-    All work that does not depend on the plaintext is done here.
-    """
-    bound = ciphertext_blob.bind(key.key_spec, version.version_id, key.key_id, context)
-    return BlobEncryptor(bound, version.material, scratch)
+    key: Key
+    version: KeyVersion
+    context: Context
+    blob: bytes
+    scratch: SecretMemory
 
+    @property
+    def size(self) -> int:
+        """The number of bytes of the plaintext."""
+        return ciphertext_blob.plaintext_size(self.blob)
 
-def open_blob(
-    key: Key, version: KeyVersion, context: Context, blob: bytes, out: memoryview, scratch: SecretMemory
-) -> None:
-    """Decrypt a CiphertextBlob into secret memory.
+    def decrypt_into(self, out: memoryview) -> None:
+        """Decrypt the blob into `out`, which has `size` bytes of secret memory.
 
-    Raises the same `InvalidParameter` for every blob that does not decrypt, and `UnsupportedOperation` if this system does not
-    offer the algorithms of the key.
-    """
-    with version.material.lend() as cmk:
-        try:
-            ciphertext_blob.open_into(key.key_spec, cmk, blob, key.key_id, context, out, scratch)
-        except SealError:
-            raise _does_not_open() from None
-        except UnsupportedAlgorithm:
-            raise _not_offered() from None
+        Raises the same `InvalidParameter` for every blob that does not decrypt, and `UnsupportedOperation` if this system does
+        not offer the algorithms of the key.
+        """
+        with self.version.material.lend() as cmk:
+            try:
+                ciphertext_blob.decrypt_into(
+                    self.key.key_spec, cmk, self.blob, self.key.key_id, self.context, out, self.scratch
+                )
+            except BlobError:
+                raise _does_not_decrypt() from None
+            except UnsupportedAlgorithm:
+                raise _not_offered() from None
 
-
-def would_succeed() -> KmsError:
-    """Return the error with which a successful DryRun ends."""
-    return kms_error("DryRunOperationError")
+    def verify(self) -> None:
+        """Check that the blob decrypts, and wipe the plaintext. Raises as `decrypt_into` does."""
+        with self.scratch.borrow(self.size) as plaintext:
+            self.decrypt_into(plaintext)
 
 
 def no_permission() -> KmsError:
@@ -222,5 +237,5 @@ def _not_offered() -> KmsError:
     )
 
 
-def _does_not_open() -> KmsError:
-    return kms_error("InvalidParameter", _DOES_NOT_OPEN)
+def _does_not_decrypt() -> KmsError:
+    return kms_error("InvalidParameter", _DOES_NOT_DECRYPT)

@@ -6,7 +6,6 @@ from keyferry import operations
 from keyferry.errors import invalid_parameter, kms_error
 from keyferry.parameters import (
     CIPHERTEXT_BLOB,
-    DRY_RUN,
     KEY_ID,
     NUMBER_OF_BYTES,
     PUBLIC_KEY_BLOB,
@@ -19,18 +18,7 @@ from keyferry.secret import SecretMemory, fill_random
 from ..crypto import wrapping
 from ..crypto.public_key import PublicKeyError
 from ..keyring.keyring import Key
-from .common import (
-    BlobEncryptor,
-    Job,
-    Request,
-    find_key,
-    find_version,
-    open_blob,
-    plaintext_size,
-    require_usable,
-    sealing,
-    would_succeed,
-)
+from .common import BlobDecryptor, BlobEncryptor, Job, Request, find_key, find_version, require_usable
 from .data_keys import data_key_size
 
 __all__ = ["export_data_key", "generate_and_export_data_key"]
@@ -40,23 +28,17 @@ def generate_and_export_data_key(request: Request) -> Job:
     """Prepare a fresh data key, which the answer contains encrypted under the master key and wrapped for the module."""
     size, context = data_key_size(request), request.context()
     recipient = _recipient(request)
-    _fits(recipient, size, NUMBER_OF_BYTES.name)
-    key = find_key(request, KEY_ID, pin=recipient.pin, context=context)
+    _check_capacity(recipient, size, NUMBER_OF_BYTES.name)
+    key = find_key(request, KEY_ID, fingerprint=recipient.fingerprint, context=context)
     require_usable(key)
-    version, scratch = key.primary, request.agent.scratch
-    request.audited.key_version_id = version.version_id
-    if request.values.get(DRY_RUN):
-        raise would_succeed()
-    making = _Making(key, size, sealing(key, version, context, scratch), recipient, scratch)
-    return Job(
-        making.run,
-        recipient.wrapping.slow,
-        key.enabled,
-        repeatable=True,
+    request.audited.key_version_id = key.primary.version_id
+    generation = _DataKeyGeneration(
+        key, size, BlobEncryptor.of(request, key, context), recipient, request.agent.scratch
     )
+    return Job(generation.run, recipient.wrapping.offload, key.enabled, repeatable=True)
 
 
-class _Making(NamedTuple):
+class _DataKeyGeneration(NamedTuple):
     """The parameters of the job of GenerateAndExportDataKey.
 
     A NamedTuple, not a closure: it is cached for each request that may be repeated, and the garbage collector scans fewer
@@ -65,7 +47,7 @@ class _Making(NamedTuple):
 
     key: Key
     size: int
-    seal: BlobEncryptor
+    encryptor: BlobEncryptor
     recipient: wrapping.Recipient
     scratch: SecretMemory
 
@@ -73,7 +55,7 @@ class _Making(NamedTuple):
         """Generate a data key, encrypt it under the master key, and wrap it for the module."""
         with self.scratch.borrow(self.size) as data_key:
             fill_random(data_key)
-            blob = self.seal(data_key)
+            blob = self.encryptor.encrypt(data_key)
             exported = self.recipient.wrap(data_key)
         return operations.GenerateAndExportDataKeyResult(
             self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(exported)
@@ -84,47 +66,49 @@ def export_data_key(request: Request) -> Job:
     """Prepare the decryption of a data key and its wrapping for the module."""
     blob, context = request.values.need(CIPHERTEXT_BLOB), request.context()
     recipient = _recipient(request)
-    key, version = find_version(request, blob, pin=recipient.pin, context=context)
+    key, version = find_version(request, blob, fingerprint=recipient.fingerprint, context=context)
     require_usable(key, version)
-    scratch, dry_run = request.agent.scratch, request.values.get(DRY_RUN)
+    decryptor = BlobDecryptor(key, version, context, blob, request.agent.scratch)
 
-    def run() -> "operations.ExportDataKeyResult":
-        size = plaintext_size(blob)
-        with scratch.borrow(size) as data_key:
-            open_blob(key, version, context, blob, data_key, scratch)
-            _fits(
-                recipient, size, CIPHERTEXT_BLOB.name
-            )  # after decryption: a damaged blob gets the error for damage, not one for its size
-            if dry_run:
-                raise would_succeed()
+    # The capacity is checked after the decryption: a damaged blob gets the error for damage, not one for its size.
+    def verify() -> None:
+        decryptor.verify()
+        _check_capacity(recipient, decryptor.size, CIPHERTEXT_BLOB.name)
+
+    def run() -> operations.ExportDataKeyResult:
+        with decryptor.scratch.borrow(decryptor.size) as data_key:
+            decryptor.decrypt_into(data_key)
+            _check_capacity(recipient, decryptor.size, CIPHERTEXT_BLOB.name)
             exported = recipient.wrap(data_key)
         return operations.ExportDataKeyResult(key.key_id, version.version_id, encode_base64(exported))
 
-    return Job(run, recipient.wrapping.slow, key.enabled)
+    return Job(run, recipient.wrapping.offload, key.enabled, verify=verify)
 
 
 def _recipient(request: Request) -> wrapping.Recipient:
     """Return the checked public key for which the data key is to be wrapped. Raises `KmsError`."""
     values = request.values
-    way = wrapping.find(values.need(WRAPPING_KEY_SPEC), values.need(WRAPPING_ALGORITHM))
-    if way is None:
+    algorithm = wrapping.find(values.need(WRAPPING_KEY_SPEC), values.need(WRAPPING_ALGORITHM))
+    if algorithm is None:
         raise invalid_parameter(
             WRAPPING_ALGORITHM.name, f"it does not go with this WrappingKeySpec; there are {wrapping.pairs()}."
         )
     try:
         recipient = wrapping.recipient(
-            way, values.need(PUBLIC_KEY_BLOB), sm2_fallback=request.agent.settings.sm2_fallback == "gmssl"
+            algorithm, values.need(PUBLIC_KEY_BLOB), sm2_fallback=request.agent.settings.sm2_fallback == "gmssl"
         )
     except PublicKeyError as error:
         raise invalid_parameter(PUBLIC_KEY_BLOB.name, str(error)) from None
     except wrapping.WrappingError as error:
         raise kms_error("UnsupportedOperation", str(error)) from None
-    request.audited.recipient = recipient.pin
+    request.audited.recipient = recipient.fingerprint
     return recipient
 
 
-def _fits(recipient: wrapping.Recipient, size: int, name: str) -> None:
+def _check_capacity(recipient: wrapping.Recipient, size: int, name: str) -> None:
     """Raise `KmsError` if the data key is too long for the wrapping. `name`: the parameter that determines the size."""
-    way = recipient.wrapping
-    if size > way.capacity:
-        raise invalid_parameter(name, f"the data key has {size} bytes; {way.name} carries at most {way.capacity}.")
+    algorithm = recipient.wrapping
+    if size > algorithm.capacity:
+        raise invalid_parameter(
+            name, f"the data key has {size} bytes; {algorithm.name} carries at most {algorithm.capacity}."
+        )

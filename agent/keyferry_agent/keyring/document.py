@@ -6,6 +6,7 @@ identity can read everything without this program.
 
 import json
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -13,6 +14,7 @@ from typing import Any, Final
 from keyferry.parameters import decode_base64, encode_base64, unique_pairs
 
 from ..crypto.ciphertext_blob import KEY_SIZES
+from .description import KeyDescription, VersionDescription
 
 __all__ = [
     "ALIAS",
@@ -70,6 +72,25 @@ class KeyEntry:
     origin: str = "Aliyun_KMS"
     delete_date: str = ""
 
+    def describe(self, aliases: Iterable[str] = ()) -> KeyDescription:
+        """Return the key without its material."""
+        versions = tuple(
+            VersionDescription(version.version_id, version.created, version.staged, version.disabled)
+            for version in self.versions
+        )
+        return KeyDescription(
+            key_id=self.key_id,
+            key_spec=self.key_spec,
+            created=self.created,
+            primary=self.primary,
+            versions=versions,
+            aliases=tuple(aliases),
+            state=self.state,
+            description=self.description,
+            origin=self.origin,
+            delete_date=self.delete_date,
+        )
+
 
 @dataclass
 class Document:
@@ -98,6 +119,11 @@ class Document:
             found.setdefault(owner, []).append(alias)
         return found
 
+    def describe(self) -> list[KeyDescription]:
+        """Return all keys without their material."""
+        aliases = self.aliases_by_key()
+        return [key.describe(aliases.get(key.key_id, ())) for key in self.keys]
+
     def purge(self) -> None:
         """Remove the keys whose deletion date has come, and their aliases."""
         today = now()
@@ -113,31 +139,7 @@ class Document:
                 "Format": FORMAT,
                 "Version": VERSION,
                 "Recipients": self.recipients,
-                "Keys": [
-                    {
-                        "KeyId": key.key_id,
-                        "KeySpec": key.key_spec,
-                        "KeyState": key.state,
-                        "Description": key.description,
-                        "Origin": key.origin,
-                        "CreationDate": key.created,
-                        "DeleteDate": key.delete_date,
-                        "PrimaryKeyVersion": key.primary,
-                        "KeyVersions": [
-                            {
-                                "KeyVersionId": version.version_id,
-                                "CreationDate": version.created,
-                                "Staged": version.staged,
-                                "Material": encode_base64(version.material),
-                                # Left out of all other versions. A program that does not know the field refuses the keyring,
-                                # and so does not decrypt with a disabled version.
-                                **({"Disabled": True} if version.disabled else {}),
-                            }
-                            for version in key.versions
-                        ],
-                    }
-                    for key in self.keys
-                ],
+                "Keys": [_to_json(key) for key in self.keys],
                 "Aliases": self.aliases,
             },
             indent=1,
@@ -151,10 +153,10 @@ class Document:
         except (ValueError, RecursionError):
             raise KeyringError("the keyring does not hold JSON") from None
         if not isinstance(raw, dict) or raw.get("Format") != FORMAT:
-            raise KeyringError(f'the content is no keyring: "Format" is not "{FORMAT}"')
+            raise KeyringError(f'the content is not a keyring: "Format" is not "{FORMAT}"')
         version = raw.get("Version")
         if type(version) is not int or version != VERSION:  # to Python, true and 1.0 are 1
-            shown = f"format version {version}" if type(version) is int else "a format version that is no number"
+            shown = f"format version {version}" if type(version) is int else "a format version that is not a number"
             raise KeyringError(f"the keyring has {shown}; this program knows version {VERSION}: upgrade it")
         reader = _Reader("keyring", raw)
         document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
@@ -174,6 +176,15 @@ class Document:
             check_alias(alias)
             if owner not in known:
                 raise KeyringError(f"keyring: {alias} points to a key that is not there")
+
+
+def _to_json(key: KeyEntry) -> dict[str, Any]:
+    """Return a key with its material. The document has the aliases of all keys in one place."""
+    fields = key.describe().to_json()
+    del fields["Aliases"]
+    for version, version_fields in zip(key.versions, fields["KeyVersions"], strict=True):
+        version_fields["Material"] = encode_base64(version.material)
+    return fields
 
 
 def _key(reader: "_Reader") -> KeyEntry:
@@ -300,7 +311,7 @@ def check_alias(alias: str) -> None:
         or not 1 <= len(name) <= _ALIAS_MOST
         or (plain and not (plain.isascii() and plain.isalnum()))
     ):
-        raise KeyringError(f"{alias!r} is no alias: expected alias/NAME, NAME of letters, digits, _ - and /")
+        raise KeyringError(f"{alias!r} is not an alias: expected alias/NAME, NAME of letters, digits, _ - and /")
     if name.startswith(_RESERVED):
         raise KeyringError(f"{alias!r}: names that begin with alias/acs are the cloud's own")
 

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from keyferry.secret import SecretMemory, SecretMemoryError
 
-from .keyring import KEPT, Key, Keyring, build, room_for
+from .description import KeyDescription
+from .keyring import KEPT, Keyring, build_keyring, required_bytes
 
 __all__ = ["KeyringPersister"]
 
@@ -120,12 +121,13 @@ def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
             content = json.loads(description)
             if content["Format"] not in (_FORMAT, _FORMAT_WITH_DISABLED):
                 return None
-            size = room_for(content["Keys"])
+            keys = [KeyDescription.from_json(fields) for fields in content["Keys"]]
+            size = required_bytes(keys)
         except (ValueError, KeyError, TypeError):
             return None
         closing.pop_all()
     try:
-        keyring = build(content["Keys"], _as_it_is, SecretMemory(size, given=memory))
+        keyring = build_keyring(keys, _as_it_is, SecretMemory(size, given=memory))
     except (SecretMemoryError, ValueError, KeyError, TypeError):
         return None
     with keyring.check.lend() as check:
@@ -150,31 +152,7 @@ def _digest(keyring: Keyring, description: bytes) -> bytes:
 
 
 def _describe(keyring: Keyring, look: Look) -> dict[str, Any]:
-    keys = [_description_of(key) for key in keyring.keys.values()]
-    disabled = any(version.disabled for key in keyring.keys.values() for version in key.versions.values())
+    keys = [key.describe() for key in keyring.keys.values()]
+    disabled = any(version.disabled for key in keys for version in key.versions)
     form = _FORMAT_WITH_DISABLED if disabled else _FORMAT
-    return {"Format": form, "LoadedAt": keyring.loaded_at, "File": look, "Keys": keys}
-
-
-def _description_of(key: Key) -> dict[str, Any]:
-    """Return the description of a key in the format of `loader.describe`."""
-    return {
-        "KeyId": key.key_id,
-        "KeySpec": key.key_spec,
-        "Description": key.description,
-        "Origin": key.origin,
-        "CreationDate": key.created,
-        "DeleteDate": key.delete_date,
-        "KeyState": key.stored_state,
-        "PrimaryKeyVersion": key.primary.version_id,
-        "KeyVersions": [
-            {
-                "KeyVersionId": version.version_id,
-                "CreationDate": version.created,
-                "Staged": version.staged,
-                "Disabled": version.disabled,
-            }
-            for version in key.versions.values()
-        ],
-        "Aliases": list(key.aliases),
-    }
+    return {"Format": form, "LoadedAt": keyring.loaded_at, "File": look, "Keys": [key.to_json() for key in keys]}

@@ -146,7 +146,7 @@ def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[st
     """Raise `KeyringError` for a change that may lock out the operator, or all operators."""
     reasons = []
     if not unsealer.opens(sealed):
-        reasons.append("what --unseal names could not open it any more")
+        reasons.append("--unseal could no longer open it")
     if len(after) == 1:
         reasons.append("one recipient would be left, whose identity may be lost, and every key with it")
     if reasons:
@@ -160,8 +160,9 @@ def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[st
 
 def _sealed_by_hand(path: Path) -> KeyringError:
     return KeyringError(
-        f"{path} was sealed by hand, to others than the recipients that it names, who would be shut out: "
-        "`keyring reseal` it first, to all that are to open it"
+        f"{path} was sealed by hand: its recipients differ from the list inside it, and a change would lock "
+        "some of them out. Run "
+        "`keyring reseal` first, with all recipients"
     )
 
 

@@ -7,27 +7,28 @@ deletion date is unusable at once, without a reload.
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Final
 
 from keyferry.secret import Backing, Secret, SecretMemory, fill_random
 
 from ..crypto.ciphertext_blob import KEY_SIZES
+from .description import KeyDescription, VersionDescription
 from .document import new_id, now
 
 __all__ = [
-    "CHECK",
     "DEVELOPMENT_ALIASES",
     "KEPT",
     "Key",
     "KeyVersion",
     "Keyring",
-    "build",
+    "build_keyring",
     "development_keyring",
-    "room_for",
+    "required_bytes",
     "sealed_keyring",
 ]
 
-CHECK: Final = 32
+CHECK_SIZE: Final = 32
+"""Bytes after the key material that hold its digest (`fdstore`)."""
 DEVELOPMENT_ALIASES: Final = {"alias/dev": "Aliyun_AES_256", "alias/dev-sm4": "Aliyun_SM4"}
 """The keys of every agent with `--dev`, and their key specs."""
 FILE: Final = "File"
@@ -46,6 +47,10 @@ class KeyVersion:
     staged: bool
     disabled: bool
     material: Secret = field(repr=False)
+
+    def describe(self) -> VersionDescription:
+        """Return the version without its material."""
+        return VersionDescription(self.version_id, self.created, self.staged, self.disabled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,21 @@ class Key:
         if self.delete_date and datetime.now(UTC) >= datetime.fromisoformat(self.delete_date):
             return "Deleted"
         return self.stored_state
+
+    def describe(self) -> KeyDescription:
+        """Return the key without its material."""
+        return KeyDescription(
+            key_id=self.key_id,
+            key_spec=self.key_spec,
+            created=self.created,
+            primary=self.primary.version_id,
+            versions=tuple(version.describe() for version in self.versions.values()),
+            aliases=self.aliases,
+            state=self.stored_state,
+            description=self.description,
+            origin=self.origin,
+            delete_date=self.delete_date,
+        )
 
     def enabled(self) -> bool:
         """Return True if the key's current state is Enabled."""
@@ -108,43 +128,41 @@ class Keyring:
         return f"Keyring({len(self.keys)} keys)"
 
 
-def room_for(description: list[dict[str, Any]]) -> int:
-    """Return the bytes of memory for the material of all versions, and for the digest of 32 bytes after it (`fdstore`)."""
-    return CHECK + sum(-(-KEY_SIZES[key["KeySpec"]] // 16) * 16 * len(key["KeyVersions"]) for key in description)
+def required_bytes(descriptions: Iterable[KeyDescription]) -> int:
+    """Return the bytes of memory for the material of these keys, and for the digest of 32 bytes after it (`fdstore`)."""
+    return CHECK_SIZE + sum(key.material_size for key in descriptions)
 
 
-def build(description: list[dict[str, Any]], fill: Callable[[memoryview], None], memory: SecretMemory) -> Keyring:
-    """Return a keyring made from a description (`loader.describe`). `fill` writes each version's material, in order.
+def build_keyring(
+    descriptions: Iterable[KeyDescription], fill: Callable[[memoryview], None], memory: SecretMemory
+) -> Keyring:
+    """Return a keyring with these keys. `fill` writes each version's material, in order.
 
-    `memory` is fresh, and has the size that `room_for` returns.
+    `memory` is fresh, and has the size that `required_bytes` returns.
     """
     keys = []
-    for key in description:
+    for key in descriptions:
         versions = {}
-        for version in key["KeyVersions"]:
-            material = memory.allocate(KEY_SIZES[key["KeySpec"]])
+        for version in key.versions:
+            material = memory.allocate(KEY_SIZES[key.key_spec])
             with material.lend() as view:
                 fill(view)
-            version_id = version["KeyVersionId"]
-            disabled = version.get("Disabled", False)
-            versions[version_id] = KeyVersion(
-                version_id, version["CreationDate"], version["Staged"], disabled, material
-            )
+            versions[version.version_id] = KeyVersion(*version, material)
         keys.append(
             Key(
-                key_id=key["KeyId"],
-                key_spec=key["KeySpec"],
-                description=key["Description"],
-                origin=key["Origin"],
-                created=key["CreationDate"],
-                delete_date=key["DeleteDate"],
-                stored_state=key["KeyState"],
-                primary=versions[key["PrimaryKeyVersion"]],
+                key_id=key.key_id,
+                key_spec=key.key_spec,
+                description=key.description,
+                origin=key.origin,
+                created=key.created,
+                delete_date=key.delete_date,
+                stored_state=key.state,
+                primary=versions[key.primary],
                 versions=versions,
-                aliases=tuple(key["Aliases"]),
+                aliases=key.aliases,
             )
         )
-    return Keyring(keys, memory, memory.allocate(CHECK))
+    return Keyring(keys, memory, memory.allocate(CHECK_SIZE))
 
 
 def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str, str] | None = None) -> Keyring:
@@ -152,30 +170,23 @@ def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str
 
     `aliases`: further aliases and their key specs, besides `DEVELOPMENT_ALIASES`.
     """
-    description = []
+    keys = []
     for alias, key_spec in {**DEVELOPMENT_ALIASES, **(aliases or {})}.items():
-        version = {"KeyVersionId": new_id(), "CreationDate": now(), "Staged": False}
-        description.append(
-            {
-                "KeyId": new_id(),
-                "KeySpec": key_spec,
-                "Description": "made for development; gone when the agent stops",
-                "Origin": "Aliyun_KMS",
-                "CreationDate": version["CreationDate"],
-                "DeleteDate": "",
-                "KeyState": "Enabled",
-                "PrimaryKeyVersion": version["KeyVersionId"],
-                "KeyVersions": [version],
-                "Aliases": [alias],
-            }
+        version = VersionDescription(new_id(), now())
+        description = "made for development; gone when the agent stops"
+        keys.append(
+            KeyDescription(
+                new_id(), key_spec, version.created, version.version_id, (version,), (alias,), description=description
+            )
         )
-    keyring = build(description, fill_random, SecretMemory(room_for(description), backing=backing, require=require))
+    memory = SecretMemory(required_bytes(keys), backing=backing, require=require)
+    keyring = build_keyring(keys, fill_random, memory)
     keyring.source = DEVELOPMENT
     return keyring
 
 
 def sealed_keyring(*, backing: Backing, require: bool) -> Keyring:
     """Return the keyring of an agent that is sealed: it has no keys, and was never loaded."""
-    keyring = build([], fill_random, SecretMemory(room_for([]), backing=backing, require=require))
+    keyring = build_keyring([], fill_random, SecretMemory(required_bytes([]), backing=backing, require=require))
     keyring.loaded_at, keyring.source = "", NOWHERE
     return keyring

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
@@ -29,9 +29,10 @@ from keyferry.private_files import owner_of
 from keyferry.secret import Backing, SecretMemory
 
 from ..process_hardening import harden
-from .document import Document, KeyringError
+from .description import KeyDescription
+from .document import KeyringError
 from .file import open_sealed, read_sealed
-from .keyring import Keyring, build, room_for
+from .keyring import Keyring, build_keyring, required_bytes
 from .sealing import Unsealer
 
 __all__ = ["STANDARD_INPUT", "load"]
@@ -97,9 +98,9 @@ def load(
             description = bytearray(int.from_bytes(size, "big"))
             fill(memoryview(description))
             # A line at a time: to parse one text of megabytes would block every other thread.
-            keys = [json.loads(line) for line in description.splitlines()]
-            memory = SecretMemory(room_for(keys), backing=backing, require=require, share=share)
-            keyring = build(keys, fill, memory)
+            keys = [KeyDescription.from_json(json.loads(line)) for line in description.splitlines()]
+            memory = SecretMemory(required_bytes(keys), backing=backing, require=require, share=share)
+            keyring = build_keyring(keys, fill, memory)
         except EOFError:
             message = child.stderr.read().decode(errors="replace").strip()
             raise KeyringError(message or f"{path}: {deadline.why_ended(factor[0])}") from None
@@ -153,34 +154,6 @@ class _Deadline:
         self._timer.start()
 
 
-def describe(document: Document) -> list[dict[str, Any]]:
-    """Return the metadata of all keys, without their material, in the format that `keyring.build` reads."""
-    aliases = document.aliases_by_key()
-    return [
-        {
-            "KeyId": key.key_id,
-            "KeySpec": key.key_spec,
-            "Description": key.description,
-            "Origin": key.origin,
-            "CreationDate": key.created,
-            "DeleteDate": key.delete_date,
-            "KeyState": key.state,
-            "PrimaryKeyVersion": key.primary,
-            "KeyVersions": [
-                {
-                    "KeyVersionId": version.version_id,
-                    "CreationDate": version.created,
-                    "Staged": version.staged,
-                    "Disabled": version.disabled,
-                }
-                for version in key.versions
-            ],
-            "Aliases": aliases.get(key.key_id, []),
-        }
-        for key in document.keys
-    ]
-
-
 def main(path: str, unseal: str) -> None:
     """Run the child process: open the keyring file and write its content to standard output."""
     signal.alarm(int(_TIMEOUT))  # ends this process even if the agent, which has its own timer, is gone
@@ -194,7 +167,7 @@ def main(path: str, unseal: str) -> None:
         document = open_sealed(sealed, unsealer)
     except KeyringError as error:
         sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_LONGEST_MESSAGE])
-    description = b"".join(json.dumps(key).encode() + b"\n" for key in describe(document))
+    description = b"".join(json.dumps(key.to_json()).encode() + b"\n" for key in document.describe())
     with open(1, "wb", buffering=_CHUNK) as out:
         out.write(len(description).to_bytes(_LENGTH, "big") + description)
         for key in document.keys:

@@ -80,7 +80,7 @@ def parse(text: str) -> Recipient:
     try:
         return _ssh(text) if text.startswith("ssh-") else _age(text)
     except (pyrage.RecipientError, UnicodeError) as error:  # UnicodeError: an argument that is not text
-        raise KeyringError(f"{_shown(text)} is no recipient{_reason(text, str(error))}") from None
+        raise KeyringError(f"{_shown(text)} is not a recipient{_reason(text, str(error))}") from None
 
 
 def distinct(recipients: Iterable[Recipient]) -> list[str]:

@@ -21,6 +21,7 @@ from .. import handlers
 from ..audit import Appended
 from ..audit.entry import AuditEntry
 from ..authz.caller import Caller
+from ..authz.decision_cache import DecisionCache
 from ..authz.grants import CallerGrants
 from ..peer import Peer
 from ..state import ServerState
@@ -153,6 +154,8 @@ class Dispatcher:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._agent = context.agent
+        self._decisions: DecisionCache[Decision] = DecisionCache()
+        self._agent.on_adopt.append(self._decisions.clear)  # decisions refer to keys of the old keyring
 
     def take(self, exchange: Exchange, messages: Iterator[wire.PackedRequest | wire.Message], most: int) -> Batch:
         """Move a connection's next messages into its exchange, with `most` requests at most.
@@ -229,8 +232,8 @@ class Dispatcher:
 
     def _recall(self, caller: Caller, body: bytes) -> Decision | None:
         """Return the cached decision about an equal request from a caller with the same grants, if it still holds."""
-        known: Decision | None = self._agent.decision_cache.recall(caller.granted, body)
-        return known if known is not None and self._holds(caller, known) else None
+        decision = self._decisions.get(caller.granted, body)
+        return decision if decision is not None and self._holds(caller, decision) else None
 
     def _holds(self, caller: Caller, decided: Decision | OffloadedJob) -> bool:
         """Return whether a decision still holds: same policy and keyring, same evidence about the caller, same key state."""
@@ -261,7 +264,7 @@ class Dispatcher:
                 job = decision.job
             else:
                 job = self._prepare(caller, message, audited)
-            if job.slow:
+            if job.offload:
                 exchange.under_way += 1
                 exchange.offloaded.append(
                     OffloadedJob(job, message.msgid, audited, message, caller.granted, self._agent.generation)
@@ -280,7 +283,7 @@ class Dispatcher:
         job = handlers.prepare(agent, caller, request.method, request.params, audited)
         if job.repeatable and message.packed is not None:
             decision = Decision(job, audited, caller.granted, agent.generation)
-            agent.decision_cache.remember(caller.granted, message.packed.body, decision)
+            self._decisions.add(caller.granted, message.packed.body, decision)
         return job
 
     def _answer(self, exchanges: Sequence[Exchange]) -> None:

@@ -118,7 +118,7 @@ def _path(sock: socket.socket) -> Path | None:
 def _adopt(listener: Listener, sock: socket.socket) -> ListeningSocket:
     if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
         raise ListeningError(
-            f"the socket for {listener.name!r} is no Unix stream socket: use ListenStream=/an/absolute/path"
+            f"the socket for {listener.name!r} is not a Unix stream socket: use ListenStream=/an/absolute/path"
         )
     if not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
         raise ListeningError(f"the socket for {listener.name!r} is not listening: the socket unit needs Accept=no")
@@ -182,14 +182,14 @@ def _check_directory(directory: Path) -> None:
         ) from None
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
     if open_to_all:
-        raise ListeningError(f"{directory} is writable by everybody: anybody could replace the socket. chmod o-w it")
+        raise ListeningError(f"{directory} is writable by all users, who could replace the socket. chmod o-w it")
 
 
 def _clear(path: Path) -> None:
     """Remove a socket file on which no process listens. Raises `ListeningError` for another file, or a running agent's."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise ListeningError(f"{path} exists and is no socket; it is left alone")
+            raise ListeningError(f"{path} exists and is not a socket; remove it, or listen on another path")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

@@ -40,7 +40,7 @@ def add_parsers(commands: Any) -> None:
     encrypt.set_defaults(run=_encrypt)
     decrypt = commands.add_parser(
         "decrypt-file",
-        help="decrypt what encrypt-file made; needs no store",
+        help="decrypt a file that encrypt-file made; needs no store",
         description="Decrypt IN to OUT. The file itself holds its record. OUT appears only when all of IN was authentic.",
         parents=[socket_option()],
         allow_abbrev=False,
@@ -64,7 +64,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _add_places(parser: argparse.ArgumentParser, output: str, *, in_place: bool = False) -> None:
-    parser.add_argument("source", metavar="IN", help="what to read; -: standard input")
+    parser.add_argument("source", metavar="IN", help="the file to read; -: standard input")
     what = f"the result; a file of that name is replaced; -: {output}" + ("; without it, IN is replaced" * in_place)
     parser.add_argument("target", metavar="OUT", nargs="?" if in_place else None, help=what)
     parser.add_argument(

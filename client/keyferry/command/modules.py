@@ -68,7 +68,7 @@ def add_module_options(
         "--pin-file", metavar="F", help="a file whose first line is the token's PIN; credential:NAME is systemd's"
     )
     parser.add_argument(
-        "--library-parameters", metavar="TEXT", help="what the library needs to initialise; NSS needs some"
+        "--library-parameters", metavar="TEXT", help="parameters for the library's C_Initialize; NSS needs some"
     )
 
 

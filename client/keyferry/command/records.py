@@ -47,7 +47,7 @@ def add_parsers(commands: Any) -> None:
         parser.set_defaults(run=run)
         return parser
 
-    add = verb("add", "Make a data key that nobody sees, and store its record.", _add)
+    add = verb("add", "Generate a data key for the cryptographic module, and store its record.", _add)
     add.add_argument("name", metavar="NAME", help="the record's name")
     add_parameters(add, _ADD, without=["DryRun"], enforce=True)
 
@@ -72,7 +72,7 @@ def add_parsers(commands: Any) -> None:
     renew.add_argument(
         "--old-name",
         metavar="NAME",
-        help="what the old record is called from now on (default: NAME@ and when it was added)",
+        help="the new name of the old record (default: NAME@ and when it was added)",
     )
 
     rewrap = verb("rewrap", "Move every record under its master key's primary version (ReEncrypt).", _rewrap)

@@ -16,8 +16,8 @@ TAG: Final = 16
 AES_KEYS: Final = (16, 24, 32)
 
 NOT_OURS: Final = "this is not a data key that was exported to this module"
-NO_AES_KEY: Final = "this data key is no AES key: 16, 24 or 32 bytes are"
-NOT_HELD: Final = "this module does not hold that key (any more)"
+NO_AES_KEY: Final = "invalid data key size; an AES key has 16, 24 or 32 bytes"
+NOT_HELD: Final = "this module does not hold that key, or no longer"
 NOT_AUTHENTIC: Final = "this was not encrypted with this key and this aad, or it is damaged"
 
 
@@ -28,7 +28,7 @@ class ModuleError(KeyferryError):
 def check_size(size: int) -> None:
     """Raise `ModuleError` unless a data key's size in bytes is the size of an AES key."""
     if size not in AES_KEYS:
-        raise ModuleError(f"a data key of {size} bytes is no AES key: 16, 24 or 32 are")
+        raise ModuleError(f"invalid data key size: {size} bytes; an AES key has 16, 24 or 32")
 
 
 class DataKey:

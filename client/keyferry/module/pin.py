@@ -26,7 +26,7 @@ def read_pin(pin_file: str | os.PathLike[str] | None, prompt: Callable[[], str] 
     memory = SecretMemory(2 * _MOST, backing="mlock", require=False)
     if pin_file is not None:
         return _from_file(_path(os.fspath(pin_file)), memory)
-    return _keep(bytearray(prompt().encode()), memory, "what was typed") if prompt is not None else None
+    return _keep(bytearray(prompt().encode()), memory, "the typed PIN") if prompt is not None else None
 
 
 def _path(pin_file: str) -> str:

@@ -59,5 +59,5 @@ def _try_key(connection: Connection, key: Any, known: bytes) -> None:
         same = False
     if not same:
         raise ModuleError(
-            "what the token encrypts with AES-GCM is not what others decrypt: does it choose the nonce itself?"
+            "other implementations cannot decrypt this token's AES-GCM ciphertexts: does it choose the nonce itself?"
         )

@@ -94,7 +94,7 @@ def why_unreachable(path: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{path} does not exist: is keyferry-agent running, and is this its socket?"
     if isinstance(error, ConnectionRefusedError):
-        return _what_is_there(path) or f"nobody listens on {path}: keyferry-agent is not running"
+        return _what_is_there(path) or f"no process listens on {path}: keyferry-agent is not running"
     if isinstance(error, PermissionError):
         return f"this user may not open {path}: see the socket's mode and group"
     return f"{path}: {error.strerror or error}"
@@ -229,7 +229,7 @@ class Asked(NamedTuple):
         except KeyError as error:
             raise ProtocolError(f"the answer to {call.name} lacks {error}") from None
         except (TypeError, AttributeError) as error:
-            raise ProtocolError(f"the answer to {call.name} is not what it should be: {error}") from None
+            raise ProtocolError(f"the answer to {call.name} does not have the documented form: {error}") from None
 
 
 def answered(asked: Iterable[Asked]) -> int:
@@ -298,7 +298,7 @@ class RpcSession:
         answered = []
         for message in self._decoder.messages():
             if not isinstance(message, wire.Response):
-                raise ProtocolError("the agent sent something that is no response")
+                raise ProtocolError("the agent sent a message that is not a response")
             if message.msgid is None:  # the agent refused the connection, or could not read a request; it hangs up
                 error = message.error or {}
                 if error.get("Code") == "ProtocolError":

@@ -130,7 +130,8 @@ def check_name(name: str) -> None:
     """Raise `StoreError` for a record's name that a user could not type or a terminal could not show."""
     if not 1 <= len(name) <= LONGEST_NAME or not name.isprintable() or name != name.strip():
         raise StoreError(
-            f"'{printable(name[:40])}' is no name for a record: 1 to {LONGEST_NAME} printable characters, no space at its ends"
+            f"'{printable(name[:40])}' is not a valid record name: expected 1 to {LONGEST_NAME} printable "
+            "characters, no space at its ends"
         )
 
 

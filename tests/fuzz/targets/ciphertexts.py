@@ -43,7 +43,7 @@ def ciphertext(data: bytes) -> None:
     if how & 1 and len(rest) > _SALT:
         salt, plaintext = rest[:_SALT], rest[_SALT:]
         key = memoryview(bytearray(cmk(spec)))
-        blob = ciphertext_blob.bind(spec, VERSION_ID, KEY_ID, context).seal(
+        blob = ciphertext_blob.bind(spec, VERSION_ID, KEY_ID, context).encrypt(
             key, memoryview(bytearray(plaintext)), _scratch(), salt
         )
         assert blob == blob_decoder.seal_blob(spec, cmk(spec), VERSION_ID, KEY_ID, context, plaintext, salt)
@@ -63,8 +63,8 @@ def _opened(spec: str, context: dict[str, str], blob: bytes) -> bytes | None:
         assert ciphertext_blob.key_version_id(blob).encode() == blob[:36]
         out = bytearray(ciphertext_blob.plaintext_size(blob))
         key = memoryview(bytearray(cmk(spec)))
-        ciphertext_blob.open_into(spec, key, blob, KEY_ID, context, memoryview(out), _scratch())
-    except ciphertext_blob.SealError:
+        ciphertext_blob.decrypt_into(spec, key, blob, KEY_ID, context, memoryview(out), _scratch())
+    except ciphertext_blob.BlobError:
         return None
     return bytes(out)
 

@@ -12,9 +12,10 @@ import pyrage
 from keyferry import age_passphrase
 from keyferry.age_passphrase import PassphraseError
 from keyferry.secret import SecretMemory
-from keyferry_agent.keyring import loader, recipients
+from keyferry_agent.keyring import recipients
+from keyferry_agent.keyring.description import KeyDescription
 from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, VersionEntry
-from keyferry_agent.keyring.keyring import build, room_for
+from keyferry_agent.keyring.keyring import build_keyring, required_bytes
 from keyferry_agent.keyring.sealing import Unsealer, count_recipients, seal
 
 from ..memory_bound import frugal
@@ -109,15 +110,16 @@ def _places(content: Any) -> list[tuple[Any, Any]]:
 
 def _built(document: Document) -> None:
     """What the daemon makes of it: the same keys, with the same material."""
-    description = loader.describe(document)
-    assert [json.loads(json.dumps(key)) for key in description] == description
+    described = document.describe()
+    assert [KeyDescription.from_json(json.loads(json.dumps(key.to_json()))) for key in described] == described
     materials = [version.material for key in document.keys for version in key.versions]
     left = iter(materials)
 
     def fill(view: memoryview) -> None:
         view[:] = next(left)
 
-    made = build(description, fill, SecretMemory(room_for(description), backing="mlock", require=False))
+    memory = SecretMemory(required_bytes(described), backing="mlock", require=False)
+    made = build_keyring(described, fill, memory)
     for key, version in made.by_version.values():
         assert key.state()
         with version.material.lend() as view:

@@ -24,7 +24,8 @@ from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
-from keyferry_agent.keyring.keyring import Keyring, build, room_for
+from keyferry_agent.keyring.description import KeyDescription, VersionDescription
+from keyferry_agent.keyring.keyring import Keyring, build_keyring, required_bytes
 from keyferry_agent.peer import Peer
 from keyferry_agent.state import ServerState
 
@@ -59,19 +60,18 @@ def blob(version: int, context: dict[str, str], plaintext: bytes) -> bytes:
 
 
 def _keyring(count: int) -> Keyring:
-    description: list[dict[str, Any]] = [
-        {
-            "KeyId": KEYS[place],
-            "KeySpec": _SPECS[place],
-            "Description": "",
-            "Origin": "EXTERNAL",
-            "CreationDate": _DATE,
-            "DeleteDate": _FAR if _STATES[place] == "PendingDeletion" else "",
-            "KeyState": _STATES[place],
-            "PrimaryKeyVersion": VERSIONS[place],
-            "KeyVersions": [{"KeyVersionId": VERSIONS[place], "CreationDate": _DATE, "Staged": False}],
-            "Aliases": [f"alias/{'abcd'[place]}-{number}" for number in range(2)],
-        }
+    described = [
+        KeyDescription(
+            key_id=KEYS[place],
+            key_spec=_SPECS[place],
+            created=_DATE,
+            primary=VERSIONS[place],
+            versions=(VersionDescription(VERSIONS[place], _DATE),),
+            aliases=tuple(f"alias/{'abcd'[place]}-{number}" for number in range(2)),
+            state=_STATES[place],
+            origin="EXTERNAL",
+            delete_date=_FAR if _STATES[place] == "PendingDeletion" else "",
+        )
         for place in range(count)
     ]
     left = iter([material(place) for place in range(count)])
@@ -79,7 +79,7 @@ def _keyring(count: int) -> Keyring:
     def fill(view: memoryview) -> None:
         view[:] = next(left)
 
-    return build(description, fill, SecretMemory(room_for(description), backing="mlock", require=False))
+    return build_keyring(described, fill, SecretMemory(required_bytes(described), backing="mlock", require=False))
 
 
 @functools.cache

@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--group", action="append", default=[], metavar="NAME", help="a group, by its name")
     parser.add_argument("--listener", default="default", metavar="NAME", help="the listener it connects to")
     for name in ("unit", "pod", "exe", "sha256"):
-        parser.add_argument(f"--{name}", metavar="TEXT", help=f"what `to` calls {name}")
+        parser.add_argument(f"--{name}", metavar="TEXT", help=f"the caller's {name}, as a grant's `to` has it")
     parser.add_argument("--action", metavar="kms:...", choices=sorted(ACTIONS))
     parser.add_argument(
         "--key",
@@ -73,7 +73,9 @@ def add_parser(commands: Any) -> None:
         metavar="KEY",
         help="a key ID, alias or ARN; the key's other names come from the keyring, or may be named by repeating it",
     )
-    parser.add_argument("--recipient", metavar="PIN", help="the pin of the public key that a data key is to go to")
+    parser.add_argument(
+        "--recipient", metavar="FINGERPRINT", help="the fingerprint of the public key that a data key is to go to"
+    )
     parser.add_argument("--context", action="append", default=[], metavar="K=V", help="a pair of the EncryptionContext")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=lambda arguments: _explain(arguments, parser.error))
@@ -155,7 +157,7 @@ def _of_arguments(arguments: argparse.Namespace, settings: Settings) -> _Explana
         action=arguments.action,
         key=keys.shown if keys else "every key",
         names=keys.names if keys else None,
-        pin=arguments.recipient,
+        fingerprint=arguments.recipient,
         context=context,
     )
     return _Explanation([decide(settings.grants, question)], [keys] if keys else [])

@@ -29,7 +29,7 @@ _NO_SUCH_NUMBER: Final = -1
 class Question(NamedTuple):
     """A request to judge: may the caller perform an action on a key?
 
-    `names`: all names of the key, or None if they are unknown. `pin`: the recipient's fingerprint, if one is named.
+    `names`: all names of the key, or None if they are unknown. `fingerprint`: the recipient's fingerprint, if one is named.
     `context_keys`: replaces `context` if only the keys of the EncryptionContext are known, not the values.
     `unknown`: the selectors for which the caller's evidence is unknown. `stays`: whether ReEncrypt keeps the key.
     """
@@ -38,7 +38,7 @@ class Question(NamedTuple):
     action: str
     key: str
     names: tuple[str, ...] | None
-    pin: str | None = None
+    fingerprint: str | None = None
     context: Mapping[str, str] = {}
     context_keys: tuple[str, ...] | None = None
     unknown: frozenset[str] = frozenset()
@@ -49,7 +49,7 @@ class Question(NamedTuple):
         """Return the recipient that the agent judges: `PLAINTEXT` if the caller learns or chooses the data key."""
         if self.action in NEVER_WITH_RECIPIENTS or (self.action in _RE_ENCRYPTS and not self.stays):
             return PLAINTEXT
-        return self.pin if self.action in EXPORTS else None
+        return self.fingerprint if self.action in EXPORTS else None
 
 
 class Verdict(NamedTuple):
@@ -89,7 +89,7 @@ class Decision(NamedTuple):
         """Return the only recipients for which grants allow the request; None if a grant allows any, or if all refuse it."""
         if not self.allowing or any(verdict.recipients is None for verdict in self.allowing):
             return None
-        return tuple(sorted({pin for verdict in self.allowing for pin in verdict.recipients or ()}))
+        return tuple(sorted({fingerprint for verdict in self.allowing for fingerprint in verdict.recipients or ()}))
 
     def __str__(self) -> str:
         about = f"{self.question.action} on {self.question.key}"
@@ -109,7 +109,12 @@ def decide(grants: Iterable[Grant], question: Question) -> Decision:
 
 
 def mismatch(
-    grant: Grant, peer: Peer, action: str, names: Iterable[str], pin: str | None, context: Mapping[str, str] | None
+    grant: Grant,
+    peer: Peer,
+    action: str,
+    names: Iterable[str],
+    fingerprint: str | None,
+    context: Mapping[str, str] | None,
 ) -> str | None:
     """Return a message about the first part of a grant that does not match, or None if the grant allows the request."""
     for selector, value in grant.to.items():
@@ -120,9 +125,9 @@ def mismatch(
     names = list(names)
     if not grant.has_key(names):
         return f"keys: {', '.join(names)} matches none of {', '.join(grant.keys)}"
-    if not grant.has_recipient(pin):
+    if not grant.has_recipient(fingerprint):
         never = f"a grant with recipients never covers {action}: the caller would learn or choose a data key"
-        return f"recipients: {never if pin == PLAINTEXT else f'{pin} is not in the list'}"
+        return f"recipients: {never if fingerprint == PLAINTEXT else f'{fingerprint} is not in the list'}"
     if not grant.has_context(context):
         wanted = {key: value for key, value in grant.encryption_context.items() if (context or {}).get(key) != value}
         return f"encryption_context: it demands {', '.join(f'{key}={value}' for key, value in wanted.items())}"
@@ -150,7 +155,7 @@ def _judge(grant: Grant, question: Question) -> Verdict:
     why = mismatch(grant, peer, question.action, names, question.recipient, context)
     if why is not None:
         return Verdict(grant.name, why)
-    if question.action in EXPORTS and question.pin is None and grant.recipients is not None:
+    if question.action in EXPORTS and question.fingerprint is None and grant.recipients is not None:
         return Verdict(grant.name, "", tuple(sorted(grant.recipients)), tuple(conditions))
     if question.action in _RE_ENCRYPTS and grant.recipients is not None:
         conditions.append("ReEncrypt keeps the key and the EncryptionContext, as the grant has recipients")

@@ -102,7 +102,7 @@ def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple
                 action=action,
                 key=keys.shown if keys else "every key" if action in WITHOUT_KEY else "a key that is not recorded",
                 names=keys.names if keys else None,
-                pin=entry.get("recipient") or None,
+                fingerprint=entry.get("recipient") or None,
                 context_keys=tuple(entry.get("context_keys") or ()),
                 unknown=frozenset(unknown),
                 stays=source == destination or not destination,

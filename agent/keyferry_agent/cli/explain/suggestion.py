@@ -23,8 +23,8 @@ def suggested(questions: Sequence[Question], taken: Collection[str], user: str |
     if any(question.names is None for question in questions):
         lines.append("# the key is not recorded: put its name in the place of alias/NAME")
     exporting = [question for question in questions if question.action in EXPORTS]
-    if exporting and first.pin is not None:
-        lines.append(f"recipients = {_list([first.pin])}")
+    if exporting and first.fingerprint is not None:
+        lines.append(f"recipients = {_list([first.fingerprint])}")
     elif exporting:
         lines.append("# without recipients, data keys go to any public key that the caller names")
     if first.context:

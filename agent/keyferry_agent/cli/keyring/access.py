@@ -103,7 +103,7 @@ def reseal(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if before.unnamed > 0:
         warn(
             f"{arguments.file} was sealed by hand to {before.unnamed} more recipients than it named; "
-            "those that were not named now cannot open it any more"
+            "the recipients that it did not name can no longer open it"
         )
     return None if _was_printed(arguments) else result
 

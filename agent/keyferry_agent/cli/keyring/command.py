@@ -69,7 +69,7 @@ def _add_access_verbs(verb: _Verb) -> None:
     )
     reseal = verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", access.reseal)
     access.add_sealed_to(reseal)
-    verb("recipients", "List what the keyring is sealed to, as --recipients-file takes it.", access.list_recipients)
+    verb("recipients", "List the keyring's recipients, in the form of --recipients-file.", access.list_recipients)
     add = verb("add-recipient", "Seal to further recipients, too.", access.add_recipient)
     remove = verb("remove-recipient", "Seal to all recipients but some.", access.remove_recipient)
     for parser in (add, remove):
@@ -78,7 +78,7 @@ def _add_access_verbs(verb: _Verb) -> None:
         parser.add_argument(
             "--yes",
             action="store_true",
-            help="also where what --unseal names does not open the keyring any more, or one recipient is left",
+            help="also if --unseal could then no longer open the keyring, or if one recipient is left",
         )
 
 
@@ -113,9 +113,9 @@ def _add_key_verbs(verb: _Verb) -> None:
         ("rotate", "Give a key a new version, which is its primary one at once.", _rotate),
         ("promote", "Make a staged version the primary one, once every host has it.", _changing(_promote)),
         ("enable", "Let a key be used again.", _changing(lambda d, a: edits.enable(d, a.key))),
-        ("disable", "Let a key be used for nothing.", _changing(lambda d, a: edits.disable(d, a.key))),
-        ("disable-version", "Let a version decrypt nothing any more.", _changing(_disable_version)),
-        ("enable-version", "Let a version decrypt again.", _changing(_enable_version)),
+        ("disable", "Disable a key.", _changing(lambda d, a: edits.disable(d, a.key))),
+        ("disable-version", "Disable a key version for decryption, too.", _changing(_disable_version)),
+        ("enable-version", "Enable a disabled key version again.", _changing(_enable_version)),
         ("schedule-deletion", "Delete a key, some days from now.", _changing(_schedule_deletion)),
         ("cancel-deletion", "Keep a key after all.", _changing(lambda d, a: edits.cancel_deletion(d, a.key))),
     ):
@@ -128,7 +128,9 @@ def _add_key_verbs(verb: _Verb) -> None:
         elif name.endswith("-version"):
             parser.add_argument("version", metavar="VERSION", help="the version's ID")
             if name == "disable-version":
-                parser.add_argument("--yes", action="store_true", help="what it encrypted was moved, or may be lost")
+                parser.add_argument(
+                    "--yes", action="store_true", help="everything that it encrypted was moved, or may be lost"
+                )
         elif name == "schedule-deletion":
             days = f"{edits.DAYS[0]}..{edits.DAYS[-1]}"
             parser.add_argument(

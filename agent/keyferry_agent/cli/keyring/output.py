@@ -43,18 +43,10 @@ def versions_of(key: KeyEntry) -> dict[str, Any]:
 
 def metadata(key: KeyEntry, aliases: Mapping[str, list[str]]) -> dict[str, Any]:
     """Return a key's metadata, without its versions. `aliases`: the result of `Document.aliases_by_key`."""
-    return {
-        "KeyId": key.key_id,
-        "KeySpec": key.key_spec,
-        "KeyState": key.state,
-        "Description": key.description,
-        "Origin": key.origin,
-        "CreationDate": key.created,
-        "DeleteDate": key.delete_date,
-        "PrimaryKeyVersion": key.primary,
-        "DisabledKeyVersions": [version.version_id for version in key.versions if version.disabled],
-        "Aliases": aliases.get(key.key_id, []),
-    }
+    fields = key.describe(aliases.get(key.key_id, ())).to_json()
+    versions = fields.pop("KeyVersions")
+    fields["DisabledKeyVersions"] = [version["KeyVersionId"] for version in versions if version.get("Disabled")]
+    return fields
 
 
 def _for_people(result: dict[str, Any]) -> Iterator[str]:
