@@ -129,7 +129,7 @@ import sys
 from keyferry_agent.keyring import keyring
 from keyferry_agent.cli.main import main
 
-build, kept = keyring.build, []
+build, kept = keyring.build_keyring, []
 
 def keeping(description, fill, memory):
     def fill_and_keep(view):
@@ -138,7 +138,7 @@ def keeping(description, fill, memory):
     return build(description, fill_and_keep, memory)
 
 from keyferry_agent.keyring import loader
-loader.build = keeping
+loader.build_keyring = keeping
 sys.exit(main())
 """
 

@@ -95,6 +95,8 @@ class Settings:
     sm2_fallback: Literal["none", "gmssl"] = "none"
     keep_keys: bool = False
     """Store the keyring's memory with the service manager, so that a restart does not need the unseal secret."""
+    development_aliases: Mapping[str, str] | None = None
+    """Further aliases of the keyring that `--dev` generates, and their key specs; None without `--dev`."""
     metrics: str = ""
     """The address of metrics: the path of a socket, or ADDRESS:PORT. If it is empty, metrics are not served."""
     limits: Limits = Limits()
