@@ -145,13 +145,13 @@ def test_a_caller_is_a_stranger_until_its_program_is_known() -> None:
     room.enter("program", STRANGER)
     place = room.places["program"]
     assert not place.granted
-    place._caller.know(place._caller.peer._replace(exe="/bin/false"))
+    place.caller.know(place.caller.peer._replace(exe="/bin/false"))
     room.admission.judge(place)
     assert place.granted
     room.enter("g", GRANTED)
     with pytest.raises(NoRoomError):
         room.enter("h", GRANTED)
-    place._caller.know(place._caller.peer._replace(exe="/bin/echo"))
+    place.caller.know(place.caller.peer._replace(exe="/bin/echo"))
     room.admission.judge(place)
     room.enter("h", GRANTED)
     assert room.closed == ["program"]

@@ -191,10 +191,10 @@ def test_a_kept_keyring_keeps_its_disabled_versions(said: Command, keyring: Path
         return True
 
     keeper = KeyringPersister(store, lambda _name: None)
-    loaded = load(keyring, keyring.parent / "identity", backing="auto", require=False, share=keeper.share)
+    loaded = load(keyring, keyring.parent / "identity", backing="auto", require=False, persister=keeper)
     if not stored:
         pytest.skip("needs memfd_secret")
-    assert keeper.keep(loaded, None)
+    assert keeper.commit(loaded, None)
     description = json.loads(os.pread(stored["keyring-1-description"], 1 << 20, 0))
     assert description["Format"] == 2
     restored = KeyringPersister(store, lambda _name: None).restore(stored.items())

@@ -79,7 +79,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "sm2_ciphertext": (sm2_ciphertext, "_integer", lambda coordinate: b"\x02\x21\0" + coordinate),
     "public_key": (public_key, "_RSA_BITS", 4_096),
     "encrypted_file": (stream, "_nonce", lambda counter, **_: counter.to_bytes(12, "big")),
-    "configuration": (table, "shown", lambda value: str(int(repr(value)))),
+    "configuration": (table, "short_repr", lambda value: str(int(repr(value)))),
     "keyring": (document, "encode_base64", lambda data: encode_base64(bytes(data).upper())),
     "identity": (recipients, "_MAX_SHOWN", 4_096),
     "audit": (chain, "link", lambda _: chain.BEGINNING),

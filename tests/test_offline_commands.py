@@ -22,7 +22,7 @@ from test_recipients import SSH
 
 from keyferry import hardening
 from keyferry.hardening import DUMPABLE
-from keyferry_agent.keyring import loader
+from keyferry_agent.keyring import loader_process
 
 AGENT, CLIENT = "keyferry-agent", "keyferry"
 SCRIPTS = Path(sys.executable).parent
@@ -291,7 +291,7 @@ def test_memory_is_locked_under_an_unlimited_limit(monkeypatch: pytest.MonkeyPat
 
 def test_the_loader_is_hardened(place: Path) -> None:
     """The process in which the agent opens a keyring. exec(2) undoes what the agent has done for itself."""
-    with blocked(place, [sys.executable, "-P", "-m", loader.__name__, "keyring.age", "fifo"]) as process:
+    with blocked(place, [sys.executable, "-P", "-m", loader_process.__name__, "keyring.age", "fifo"]) as process:
         assert status_of(process.pid)["NoNewPrivs"] == "1"
         assert status_of(process.pid)["Umask"] == "0077"
         assert core_limit(process.pid) == ["0", "0"]

@@ -13,7 +13,7 @@ from support.calls import ok, refused
 from support.keys import recipient
 from support.secrets import secret_file
 
-from keyferry import age_passphrase, libcrypto
+from keyferry import age_passphrase, libcrypto, openssl_configuration
 from keyferry.module import ModuleError, SoftwareModule
 from keyferry.parameters import encode_base64
 from keyferry.secret import SecretMemory
@@ -196,9 +196,9 @@ def test_the_reason_is_the_build_where_it_is_not_the_configuration() -> None:
 def test_a_configuration_that_is_not_set_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     """The system's file is in effect then."""
     monkeypatch.setenv("OPENSSL_CONF", "/etc/other.cnf")
-    assert libcrypto.configuration() == "OPENSSL_CONF=/etc/other.cnf"
+    assert openssl_configuration.configuration() == "OPENSSL_CONF=/etc/other.cnf"
     monkeypatch.delenv("OPENSSL_CONF")
-    assert libcrypto.configuration().startswith("OPENSSL_CONF is not set: ")
+    assert openssl_configuration.configuration().startswith("OPENSSL_CONF is not set: ")
 
 
 @pytest.mark.parametrize("error", [UnsupportedAlgorithm("no scrypt"), InternalError("Unknown OpenSSL error", [])])
@@ -238,9 +238,11 @@ def test_scrypt_that_is_not_offered_is_not_short_memory(monkeypatch: pytest.Monk
 
 def test_errors_of_other_packages_are_not_openssls() -> None:
     """They keep their tracebacks."""
-    assert libcrypto.cryptography_failure(ImportError("no module named x")) is None
-    assert libcrypto.cryptography_failure(ValueError("OpenSSL")) is None
-    assert "legacy" in str(libcrypto.cryptography_failure(RuntimeError("OpenSSL 3's legacy provider failed to load.")))
+    assert openssl_configuration.cryptography_failure(ImportError("no module named x")) is None
+    assert openssl_configuration.cryptography_failure(ValueError("OpenSSL")) is None
+    assert "legacy" in str(
+        openssl_configuration.cryptography_failure(RuntimeError("OpenSSL 3's legacy provider failed to load."))
+    )
 
 
 def test_a_self_test_without_aes_names_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -348,7 +348,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
 
 def test_unsealing_may_take_longer_than_reading(keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit of reading ends with the loader's first byte, so load does not decide whether a passphrase opens."""
-    monkeypatch.setattr(loader, "_TIMEOUT", 1.0)
+    monkeypatch.setattr(loader, "READ_SECONDS", 1.0)
     pretend(monkeypatch, tmp_path, r"printf '\022'; sleep 2; echo 'the end' >&2; exit 1")
     with pytest.raises(KeyringError, match="the end"):
         load(keyring)
@@ -356,7 +356,7 @@ def test_unsealing_may_take_longer_than_reading(keyring: Path, tmp_path: Path, m
 
 def test_unsealing_has_a_limit_too(keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The error says which."""
-    monkeypatch.setattr(loader, "_UNSEAL_TIMEOUT", 0.5)
+    monkeypatch.setattr(loader, "UNSEAL_SECONDS", 0.5)
     pretend(monkeypatch, tmp_path, r"printf '\022'; exec sleep 60")
     with pytest.raises(KeyringError, match=r"its loader took longer than 0\.5 s"):
         load(keyring)

@@ -95,7 +95,10 @@ def test_a_loader_that_nobody_waits_for_any_more_ends_itself(keyring: Path) -> N
     """The agent may be gone, and the file system may hang for ever."""
     (keyring.parent / "identity").unlink()
     os.mkfifo(keyring.parent / "identity")
-    code = "from keyferry_agent.keyring import loader; import sys; loader._TIMEOUT = 1; loader.main(*sys.argv[1:])"
+    code = (
+        "from keyferry_agent.keyring import loader_process as process; import sys; process.READ_SECONDS = 1; "
+        "process.main(*sys.argv[1:])"
+    )
     ended = subprocess.run([sys.executable, "-c", code, keyring, keyring.parent / "identity"], check=False, timeout=60)
     assert ended.returncode == -signal.SIGALRM
 
@@ -139,7 +142,7 @@ def test_an_identity_on_a_file_system_that_hangs_holds_up_no_sigterm(keyring: Pa
 
 def test_a_loader_that_takes_too_long_is_given_up(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a reason."""
-    monkeypatch.setattr(loader, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(loader, "READ_SECONDS", 0.1)
     (keyring.parent / "identity").unlink()
     os.mkfifo(keyring.parent / "identity")
     with pytest.raises(KeyringError, match="took longer"):

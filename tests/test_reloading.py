@@ -16,11 +16,12 @@ from support.keyring import change, configuration, copied
 from keyferry_agent.audit import AuditLog
 from keyferry_agent.config.options import Options
 from keyferry_agent.config.settings import Settings
-from keyferry_agent.daemon import file_watcher
+from keyferry_agent.daemon import file_watcher, reload
 from keyferry_agent.daemon.file_stats import FileStats, stat_files
 from keyferry_agent.daemon.file_watcher import FileWatcher
 from keyferry_agent.daemon.reload import Reloader
 from keyferry_agent.daemon.systemd import ServiceManager
+from keyferry_agent.keyring.loader import load_keyring
 from keyferry_agent.state import ServerState
 
 
@@ -155,9 +156,10 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
     config.write_text(configuration(keyring))
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
-    agent = ServerState(settings, options.load_keyring(settings))
+    agent = ServerState(settings, load_keyring(settings))
     seen = stat_files([config, keyring])
-    real, is_first = getattr(Options, read), iter([True])
+    owner = Options if read == "settings" else reload
+    real, is_first = getattr(owner, read), iter([True])
 
     def read_and_change(*arguments: Any) -> Any:
         found = real(*arguments)
@@ -168,7 +170,7 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
                 change(keyring, "disable", "alias/a")
         return found
 
-    monkeypatch.setattr(Options, read, read_and_change)
+    monkeypatch.setattr(owner, read, read_and_change)
     monkeypatch.setattr(file_watcher, "CHECK_SECONDS", 0.01)
     with trio.fail_after(PATIENCE):
         async with trio.open_nursery() as nursery:
@@ -192,7 +194,7 @@ async def test_files_that_do_not_change_are_read_once(
     config.write_text(configuration(keyring))
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
     settings = options.settings()
-    agent = ServerState(settings, options.load_keyring(settings))
+    agent = ServerState(settings, load_keyring(settings))
     looks, look, seen_often = 0, stat_files, trio.Event()
 
     def counted(paths: Sequence[Path]) -> FileStats:

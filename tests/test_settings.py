@@ -188,7 +188,7 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest
 
 
 def test_check_of_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 0; a user that this host does not have is a warning, and matches nobody."""
+    """Exit code 0; a user that this host does not have is a warning, and its grant matches no caller."""
     path = written(tmp_path, GRANT.format(to='user = "no-such-user"'))
     assert main(["check", str(path)]) == 0
     captured = capsys.readouterr()

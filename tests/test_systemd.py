@@ -287,8 +287,8 @@ def test_kept_keys_that_are_not_whole_are_not_used(damage: str) -> None:
     keyring = development_keyring(backing="auto", require=False)
     keeper = KeyringPersister(store, lambda _name: None)
     memory = keyring.memory
-    keeper.share(memory_like(memory.size))
-    assert keeper.keep(keyring, None)
+    keeper.store_memory(memory_like(memory.size))
+    assert keeper.commit(keyring, None)
     given = {name: os.dup(descriptor) for name, descriptor in stored.items()}
     if damage == "memory":
         os.close(given.pop("keyring-1-memory"))

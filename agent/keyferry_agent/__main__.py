@@ -45,7 +45,7 @@ def _not_importable(error: Exception) -> int:
 
     Raises any other import error again.
     """
-    from keyferry.libcrypto import cryptography_failure  # noqa: PLC0415 - other commands do without
+    from keyferry.openssl_configuration import cryptography_failure  # noqa: PLC0415 - other commands do without
 
     failure = cryptography_failure(error)
     if failure is None:

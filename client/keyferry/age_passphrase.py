@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.hmac import HMAC
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
-from .libcrypto import configuration, cryptography_failure
+from .openssl_configuration import configuration, cryptography_failure
 
 __all__ = [
     "MAX_WORK_FACTOR",

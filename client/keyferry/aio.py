@@ -130,7 +130,7 @@ class Client(Operations, Awaiting):
             await self._exchange(calls)
         return [call.outcome() for call in calls]
 
-    async def _operate(self, operation: Operation[..., R], request: Any) -> R:
+    async def perform(self, operation: Operation[..., R], request: Any) -> R:
         result: R = await self._call_one(Call.of(operation, request))
         return result
 

@@ -122,7 +122,7 @@ class Client(Operations, Blocking):
             self._exchange(calls)
         return [call.outcome() for call in calls]
 
-    def _operate(self, operation: Operation[..., R], request: Any) -> R:
+    def perform(self, operation: Operation[..., R], request: Any) -> R:
         result: R = self._call_one(Call.of(operation, request))
         return result
 
@@ -263,6 +263,11 @@ class Client(Operations, Blocking):
             # A partial answer in the old session may hold a plaintext.
             self._connection, self._session = None, RpcSession()
 
+    def after_fork(self) -> None:
+        """Drop the parent's connection in a forked child. The parent keeps its own descriptor of the connection."""
+        self._disconnect()
+        self._reset()  # another thread of the parent may have held the lock
+
     def _reset(self) -> None:
         """Reset to the state without a connection: in a new client, and in a forked child, as the parent owns the old one."""
         self._lock = threading.Lock()
@@ -322,8 +327,7 @@ _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for client in _clients:
-        client._disconnect()  # closes the child's descriptor; the parent keeps its own
-        client._reset()  # another thread of the parent may have held the lock
+        client.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -24,7 +24,7 @@ class Blocking(ABC):
     """A client whose methods block and return the result."""
 
     @abstractmethod
-    def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
+    def perform(self, operation: "Operation[..., R]", request: Any) -> R:
         """Send the request and return the result."""
 
 
@@ -32,7 +32,7 @@ class Awaiting(ABC):
     """A client whose methods are coroutines."""
 
     @abstractmethod
-    async def _operate(self, operation: "Operation[..., R]", request: Any) -> R:
+    async def perform(self, operation: "Operation[..., R]", request: Any) -> R:
         """Send the request and return the result."""
 
 
@@ -84,7 +84,7 @@ class Operation(Generic[P, R]):
         """Perform the operation with a client. The client's method calls this."""
         if args:
             raise TypeError(f"{self.name} takes its parameters as keyword arguments only")
-        return caller._operate(self, self.request(*args, **kwargs))
+        return caller.perform(self, self.request(*args, **kwargs))
 
     def check(self, params: Mapping[str, Any]) -> Values:
         """Check a request's parameters and return them in canonical form.

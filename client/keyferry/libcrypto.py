@@ -9,17 +9,15 @@ they load them. Needs OpenSSL 3.0 or newer (Debian 12, Alpine 3.17, Ubuntu 22.04
 
 import ctypes
 import functools
-import os
-import re
 from collections.abc import Callable
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_long, c_size_t, c_void_p
 from typing import Any, Final, NamedTuple, TypeAlias
 
+from .openssl_configuration import configuration
+
 __all__ = [
     "Key",
     "LibcryptoError",
-    "configuration",
-    "cryptography_failure",
     "generate_rsa_2048",
     "generate_sm2",
     "has_oaep",
@@ -37,10 +35,8 @@ Buffer: TypeAlias = bytearray | memoryview
 Options: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 _LIBRARY_NAMES: Final = ("libcrypto.so.3", "libcrypto.so")
-_RSA: Final = b"RSA"
-_SM2: Final = b"SM2"
+_RSA, _SM2 = b"RSA", b"SM2"
 _MIN_VERSION: Final = 0x30000000
-_CONFIGURATION_VARIABLE: Final = "OPENSSL_CONF"
 _NO_PADDING: Final = ((b"rsa_padding_mode", b"none"),)
 _TRIAL_KEY: Final = (
     bytes.fromhex("30820122300d06092a864886f70d01010105000382010f003082010a0282010100")
@@ -64,9 +60,7 @@ def load() -> ctypes.CDLL:
         except OSError:
             continue
     else:
-        raise LibcryptoError(
-            "libcrypto.so.3 was not found; install OpenSSL 3 (Debian and Ubuntu: apt-get install libssl3)"
-        )
+        raise LibcryptoError("libcrypto.so.3 was not found; install OpenSSL 3 (Debian: apt-get install libssl3)")
     prototypes: dict[str, tuple[object, list[object]]] = {
         "OpenSSL_version": (c_char_p, [c_int]),
         "OpenSSL_version_num": (ctypes.c_ulong, []),
@@ -116,16 +110,6 @@ def version() -> str:
     return str(load().OpenSSL_version(0), "ascii")
 
 
-def configuration() -> str:
-    """Return the name of OpenSSL's configuration for a message: the environment variable that chooses the file."""
-    path = os.environ.get(_CONFIGURATION_VARIABLE)
-    return (
-        f"{_CONFIGURATION_VARIABLE}={path}"
-        if path
-        else f"{_CONFIGURATION_VARIABLE} is not set: the system's openssl.cnf"
-    )
-
-
 def offers(algorithm: str) -> bool:
     """Return whether this libcrypto, as it is configured, supports keys of a type or a hash: "RSA", "SM2", "SHA-1"."""
     return _is_offered(algorithm, None)
@@ -159,21 +143,6 @@ def why_missing(algorithm: str) -> str:
     if is_built_in:
         return f"this OpenSSL's configuration does not offer {algorithm}"
     return f"this system's libcrypto was built without {algorithm}"
-
-
-def cryptography_failure(error: BaseException) -> str | None:
-    """Return one line if the `cryptography` package raised this error because its OpenSSL lacks something, else None.
-
-    The package has an OpenSSL of its own, which reads the same configuration. The package may not be importable.
-    """
-    kind = f"{type(error).__module__}.{type(error).__name__}"
-    if kind not in ("cryptography.exceptions.InternalError", "cryptography.exceptions.UnsupportedAlgorithm") and not (
-        isinstance(error, ImportError | RuntimeError) and "OpenSSL" in str(error)
-    ):
-        return None
-    algorithm = re.search(r"Algorithm \(([^ )]+)", str(error))
-    reason = f"it does not offer {algorithm.group(1)}" if algorithm else str(error).partition("\n")[0]
-    return f"the cryptography package does not work with this OpenSSL's configuration ({configuration()}): {reason}"
 
 
 class Key:
@@ -248,8 +217,7 @@ class Key:
         pad, encrypt = library.RSA_padding_add_PKCS1_OAEP_mgf1, self.encryptor(_NO_PADDING)
 
         def oaep_encrypt(plaintext: Buffer, padded: Buffer) -> bytes:
-            message = _reference(plaintext) if plaintext else None
-            if pad(_reference(padded), size, message, len(plaintext), None, 0, algorithm, algorithm) != 1:
+            if pad(_reference(padded), size, _reference(plaintext), len(plaintext), None, 0, algorithm, algorithm) != 1:
                 library.ERR_clear_error()
                 raise LibcryptoError("libcrypto could not encrypt")
             return encrypt(padded)

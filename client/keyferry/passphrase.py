@@ -17,6 +17,7 @@ __all__ = [
     "MIN_CHARACTERS",
     "check",
     "generate",
+    "of_file",
     "of_new_file",
     "taken_for",
     "weakness",
@@ -39,6 +40,17 @@ def generate() -> str:
     """Return a new passphrase of 140 bits from the operating system's generator: seven groups of four characters."""
     groups = ("".join(secrets.choice(_ALPHABET) for _ in range(_GROUP_CHARACTERS)) for _ in range(_GROUPS))
     return "-".join(groups)
+
+
+def of_file(data: bytes) -> str:
+    """Return the passphrase in the content of a file, to open another file with: its first line. Raises ValueError."""
+    try:
+        line = data[:MAX_FILE_BYTES].split(b"\n", 1)[0].decode().rstrip("\r")
+    except UnicodeDecodeError:
+        raise ValueError("not text; a passphrase is expected in the first line") from None
+    if not line:
+        raise ValueError("the first line is empty; a passphrase is expected there")
+    return line
 
 
 def of_new_file(data: bytes) -> str:

@@ -42,13 +42,13 @@ class LoggedNames:
     def __init__(self) -> None:
         self.aliases: dict[str, dict[str, Period]] = {}
         """For each alias, the IDs of the keys that it has named, with the periods."""
-        self._newest: datetime | None = None
+        self.newest: datetime | None = None
 
     def take(self, fields: Mapping[str, Any], time: datetime | None) -> None:
         """Add the names in an entry, if it contains any."""
         names = names_in(fields)
-        if names and time is not None and (self._newest is None or time > self._newest):
-            self._newest = time
+        if names and time is not None and (self.newest is None or time > self.newest):
+            self.newest = time
         for key_id, aliases in names.items():
             for alias in aliases:
                 self._add(alias, key_id, Period(time, time))
@@ -56,8 +56,8 @@ class LoggedNames:
     def merge(self, others: Iterable["LoggedNames"]) -> None:
         """Add the names from other files."""
         for other in others:
-            if other._newest is not None and (self._newest is None or other._newest > self._newest):
-                self._newest = other._newest
+            if other.newest is not None and (self.newest is None or other.newest > self.newest):
+                self.newest = other.newest
             for alias, keys in other.aliases.items():
                 for key_id, period in keys.items():
                     self._add(alias, key_id, period)
@@ -68,7 +68,7 @@ class LoggedNames:
             alias: key_id
             for alias, keys in self.aliases.items()
             for key_id, period in keys.items()
-            if self._newest is not None and period.last == self._newest
+            if self.newest is not None and period.last == self.newest
         }
         key_id = now.get(name, name)
         aliases = [alias for alias, owner in now.items() if owner == key_id]

@@ -118,7 +118,7 @@ class Counted(_Matching):
 
     def add(self, later: "Counted") -> None:
         """Add the groups of a later file."""
-        for group in later._groups.values():
+        for group in later.of(None):
             self._add(group)
 
     def of(self, keys: Collection[str] | None) -> list[dict[str, Any]]:

@@ -54,7 +54,7 @@ def warnings(grants: Sequence[Grant]) -> Iterator[str]:
         for selector, kind, number in _OVERFLOW:
             if grant.to.get(selector) == number:
                 yield (
-                    f"{place}.to: {number} is the overflow {kind}, which stands for any unmapped {kind}; "
+                    f"{place}.to: {number} is the overflow {kind}, which stands for every {kind} that the kernel cannot map; "
                     "the grant matches no caller"
                 )
         excluded = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))

@@ -38,18 +38,18 @@ def find(folder: Path) -> list[Path]:
 
 def read(folder: Path) -> list[File]:
     """Return the folder and its files of grants, with their problems; an empty list if the folder does not exist."""
-    this = File(folder, ConfigTable("", {}, [], []), private_files.folder_problems(folder))
+    entry = File(folder, ConfigTable("", {}, [], []), private_files.folder_problems(folder))
     try:
         paths = find(folder)
         others = [name for name in _names(folder) if not name.endswith(_EXTENSION)]
     except OSError as error:
         if not os.path.lexists(folder):
             return []
-        this.table.problems.append(f"this folder cannot be read: {error.strerror}")
-        return [this]
+        entry.table.problems.append(f"this folder cannot be read: {error.strerror}")
+        return [entry]
     for name in others:
-        this.table.warnings.append(f"{name!r} is not read: the name of a file of grants ends in {_EXTENSION}")
-    return [this, *(_read_file(path, is_folder_safe=not this.open_to_others) for path in paths)]
+        entry.table.warnings.append(f"{name!r} is not read: the name of a file of grants ends in {_EXTENSION}")
+    return [entry, *(_read_file(path, is_folder_safe=not entry.open_to_others) for path in paths)]
 
 
 def _names(folder: Path) -> list[str]:
@@ -65,7 +65,7 @@ def _read_file(path: Path, *, is_folder_safe: bool) -> File:
         table.problems.append(loaded.problem)
     for name in raw:
         if name != _ONLY:
-            table.wrong(
+            table.error(
                 name, "a file of grants has [[grant]] tables only; move this into the configuration, or remove it"
             )
     return File(path, table, loaded.open_to_others if is_folder_safe else [])

@@ -95,6 +95,8 @@ class Settings:
     sm2_fallback: Literal["none", "gmssl"] = "none"
     keep_keys: bool = False
     """Store the keyring's memory with the service manager, so that a restart does not need the unseal secret."""
+    development_aliases: Mapping[str, str] | None = None
+    """Further aliases of the keyring that `--dev` generates, and their key specs; None without `--dev`."""
     metrics: str = ""
     """The address of metrics: the path of a socket, or ADDRESS:PORT. If it is empty, metrics are not served."""
     limits: Limits = Limits()
@@ -130,7 +132,7 @@ def read(path: Path) -> Settings:
     """Return the settings of a configuration file. Raises `SettingsError` with all problems."""
     settings, *problems = examine(path)
     if settings is None or any(problems):
-        raise SettingsError([each for kind in problems for each in kind])
+        raise SettingsError([problem for kind in problems for problem in kind])
     return settings
 
 
@@ -140,20 +142,20 @@ def examine(path: Path) -> Examined:
     if loaded.raw is None:
         return Examined(None, [f"{path}: {loaded.problem}"], loaded.open_to_others, [])
     table = ConfigTable("", loaded.raw, [], [])
-    chosen = table.take("grants_folder", "the path of a folder", validators.path, None)
-    folder = grant_files.beside(path) if chosen is None else chosen
+    setting = table.get("grants_folder", "the path of a folder", validators.path, None)
+    folder = grant_files.beside(path) if setting is None else setting
     files = grant_files.read(folder)
     settings = _settings(table, files)
     sources = [(path, table), *((file.path, file.table) for file in files)]
-    problems = [f"{source}: {problem}" for source, each in sources for problem in each.problems]
+    problems = [f"{source}: {problem}" for source, content in sources for problem in content.problems]
     names = {listener.name for listener in settings.listeners}
     warnings = [f"{file.path}: {warning}" for file in files for warning in file.table.warnings]
     warnings = [*table.warnings, *warnings, *grant_checks.warnings(settings.grants)]
     return Examined(
         replace(settings, grants_folder=folder, warnings=tuple(warnings)),
         [*problems, *grant_checks.problems(settings.grants, path, names, settings.arn(""))],
-        [*loaded.open_to_others, *(each for file in files for each in file.open_to_others)],
-        [f"grants_folder: {folder} does not exist"] if chosen is not None and not os.path.lexists(chosen) else [],
+        [*loaded.open_to_others, *(problem for file in files for problem in file.open_to_others)],
+        [f"grants_folder: {folder} does not exist"] if setting is not None and not os.path.lexists(setting) else [],
     )
 
 
@@ -166,39 +168,39 @@ _AUDIT: Final = Audit()
 
 
 def _settings(table: ConfigTable, files: Sequence[grant_files.File]) -> Settings:
-    single = _listener(table, "socket")
+    only_listener = _listener(table, "socket")
     listeners = tuple(_named_listener(entry) for entry in table.tables("listener"))
     for name in ("socket", "mode"):
         if listeners and table.has(name):
-            table.wrong(name, "either socket and mode, or [[listener]] tables; not both")
+            table.error(name, "either socket and mode, or [[listener]] tables; not both")
     for attribute in ("name", "path"):
         values = [getattr(listener, attribute) for listener in listeners]
         if len(set(values)) != len(values):
-            table.wrong("listener", f"two listeners have the same {attribute}")
+            table.error("listener", f"two listeners have the same {attribute}")
     names: dict[tuple[str, str], int] = {}
-    manual = table.has("unseal") and table.take("unseal", "", lambda value: value, None) == MANUAL
-    unseal_socket = table.take("unseal_socket", "the path of a socket", validators.socket_path, DEFAULT_UNSEAL_SOCKET)
+    manual = table.has("unseal") and table.get("unseal", "", lambda value: value, None) == MANUAL
+    unseal_socket = table.get("unseal_socket", "the path of a socket", validators.socket_path, DEFAULT_UNSEAL_SOCKET)
     if table.has("unseal_socket") and not manual:
-        table.wrong("unseal_socket", 'has no effect without unseal = "manual"')
+        table.error("unseal_socket", 'has no effect without unseal = "manual"')
     limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
     settings = Settings(
-        listeners=listeners or (single,),
-        keyring=table.take("keyring", "the path of a keyring file", validators.path, None),
+        listeners=listeners or (only_listener,),
+        keyring=table.get("keyring", "the path of a keyring file", validators.path, None),
         unseal=None
         if manual
-        else table.take("unseal", "the path of an identity or passphrase file", validators.unseal, None),
+        else table.get("unseal", "the path of an identity or passphrase file", validators.unseal, None),
         unseal_socket=unseal_socket if manual else None,
-        region=table.take("region", "letters, digits, _ and -", validators.arn_part, "local"),
-        account=table.take("account", "letters, digits, _ and -", validators.arn_part, "0"),
-        memory=table.take("memory", "", validators.one_of("require", "prefer"), "require"),
-        memory_backing=table.take("memory_backing", "", validators.one_of("auto", "memfd_secret", "mlock"), "auto"),
-        sm2_fallback=table.take("sm2_fallback", "", validators.one_of("none", "gmssl"), "none"),
-        keep_keys=table.take("keep_keys", "true or false", validators.boolean, False),
+        region=table.get("region", "letters, digits, _ and -", validators.arn_part, "local"),
+        account=table.get("account", "letters, digits, _ and -", validators.arn_part, "0"),
+        memory=table.get("memory", "", validators.one_of("require", "prefer"), "require"),
+        memory_backing=table.get("memory_backing", "", validators.one_of("auto", "memfd_secret", "mlock"), "auto"),
+        sm2_fallback=table.get("sm2_fallback", "", validators.one_of("none", "gmssl"), "none"),
+        keep_keys=table.get("keep_keys", "true or false", validators.boolean, False),
         metrics=_metrics(metrics),
         limits=_limits(limits),
         audit=Audit(
-            path=audit.take("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
-            on_failure=audit.take("on_failure", "", validators.one_of("refuse", "serve"), _AUDIT.on_failure),
+            path=audit.get("path", 'an absolute path, or "stderr"', _audit_path, _AUDIT.path),
+            on_failure=audit.get("on_failure", "", validators.one_of("refuse", "serve"), _AUDIT.on_failure),
         ),
         grants=(
             *(_grant(entry, names, None) for entry in table.tables("grant")),
@@ -206,13 +208,13 @@ def _settings(table: ConfigTable, files: Sequence[grant_files.File]) -> Settings
         ),
         names=names,
     )
-    audit.done()
-    table.done()
+    audit.check_unknown()
+    table.check_unknown()
     paths = {str(listener.path) for listener in settings.listeners}
     if settings.metrics in paths:
-        table.wrong("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
+        table.error("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
     if str(settings.unseal_socket) in paths | {settings.metrics}:
-        table.wrong("unseal_socket", f"another socket has the path {settings.unseal_socket}; name another one")
+        table.error("unseal_socket", f"another socket has the path {settings.unseal_socket}; name another one")
     return settings
 
 
@@ -225,89 +227,95 @@ def _audit_path(value: Any) -> str:
 
 def _metrics(table: ConfigTable) -> str:
     """Return the address of metrics. An address that other hosts can reach needs `remote = true`."""
-    remote = table.take("remote", "true or false", validators.boolean, False)
+    remote = table.get("remote", "true or false", validators.boolean, False)
     check = validators.remote_address if remote else validators.address
-    address: str = table.take("listen", 'an absolute path, or an address like "127.0.0.1:9464"', check, "")
+    address: str = table.get("listen", 'an absolute path, or an address like "127.0.0.1:9464"', check, "")
     if remote and not table.has("listen"):
-        table.wrong("remote", "has no effect without listen")
-    table.done()
+        table.error("remote", "has no effect without listen")
+    table.check_unknown()
     return address
 
 
 def _limits(table: ConfigTable) -> Limits:
     limits = Limits(
-        connections=table.take("connections", "an integer from 1", validators.at_least(1), _LIMITS.connections),
-        connections_per_user=table.take(
+        connections=table.get("connections", "an integer from 1", validators.at_least(1), _LIMITS.connections),
+        connections_per_user=table.get(
             "connections_per_user", "an integer from 1", validators.at_least(1), _LIMITS.connections_per_user
         ),
-        request_timeout=table.take(
+        request_timeout=table.get(
             "request_timeout", "seconds, above 0 to 3600", validators.seconds, _LIMITS.request_timeout
         ),
-        requests_per_second=table.take(
+        requests_per_second=table.get(
             "requests_per_second", "an integer from 0", validators.at_least(0), _LIMITS.requests_per_second
         ),
     )
-    table.done()
+    table.check_unknown()
     return limits
 
 
 def _listener(table: ConfigTable, path: str) -> Listener:
     return Listener(
-        path=table.take(path, "the path of a socket", validators.socket_path, _LISTENER.path),
-        mode=table.take("mode", 'an octal mode as text, like "0660"', validators.mode, _LISTENER.mode),
+        path=table.get(path, "the path of a socket", validators.socket_path, _LISTENER.path),
+        mode=table.get("mode", 'an octal mode as text, like "0660"', validators.mode, _LISTENER.mode),
     )
 
 
 def _named_listener(table: ConfigTable) -> Listener:
     listener = _listener(table, "path")
     if not table.has("path"):
-        table.wrong("path", "missing")
-    made = Listener(
-        name=table.take("name", "a name", validators.string, ""),
+        table.error("path", "missing")
+    named = Listener(
+        name=table.get("name", "a name", validators.string, ""),
         path=listener.path,
         mode=listener.mode,
-        uid=table.take("user", "a user of this host, by name or number", validators.uid, None),
-        gid=table.take("group", "a group of this host, by name or number", validators.gid, None),
+        uid=table.get("user", "a user of this host, by name or number", validators.uid, None),
+        gid=table.get("group", "a group of this host, by name or number", validators.gid, None),
     )
     if not table.has("name"):
-        table.wrong("name", "missing")
-    table.done()
-    return made
+        table.error("name", "missing")
+    table.check_unknown()
+    return named
 
 
 def _grant(table: ConfigTable, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
-    name = table.take("name", "a name", validators.string, "")
-    for needed in ("name", "to", "actions", "keys"):
-        if not table.has(needed):
-            table.wrong(needed, "missing")
+    name = table.get("name", "a name", validators.string, "")
+    for required in ("name", "to", "actions", "keys"):
+        if not table.has(required):
+            table.error(required, "missing")
+    to = table.table("to")
+    if table.has("to") and to.is_empty:
+        table.error("to", "empty; name the caller that the grant is to, for example uid = 1000")
     grant = Grant(
         name=name,
-        to=_to(table.table("to"), table.has("to"), names),
-        actions=table.take("actions", 'a list of actions like "kms:Decrypt"', validators.actions, ()),
-        keys=table.take(
-            "keys", 'a list of keys like "alias/orders-*"', validators.each(validators.KEY, "key ID, alias or ARN"), ()
+        to=_to(to, names),
+        actions=table.get("actions", 'a list of actions like "kms:Decrypt"', validators.actions, ()),
+        keys=table.get(
+            "keys",
+            'a list of keys like "alias/orders-*"',
+            validators.list_of(validators.KEY, "key ID, alias or ARN"),
+            (),
         ),
-        recipients=table.take(
+        recipients=table.get(
             "recipients",
             "a list of fingerprints",
             lambda value: frozenset(
-                validators.each(validators.FINGERPRINT, "fingerprint (keyferry-agent fingerprint FILE prints one)")(
+                validators.list_of(validators.FINGERPRINT, "fingerprint (keyferry-agent fingerprint FILE prints one)")(
                     value
                 )
             ),
             None,
         ),
-        encryption_context=table.take(
+        encryption_context=table.get(
             "encryption_context", "a table of strings", validators.pairs, MappingProxyType({})
         ),
         file=file,
     )
-    table.done()
+    table.check_unknown()
     return grant
 
 
 _LOOKUPS: Final[Mapping[str, Callable[[Any], int]]] = {"user": validators.uid, "group": validators.gid}
-_NOBODY: Final = -1
+_NO_ID: Final = -1
 
 
 def _number_of(selector: str, name: str) -> int:
@@ -315,7 +323,7 @@ def _number_of(selector: str, name: str) -> int:
     try:
         return _LOOKUPS[selector](name)
     except (KeyError, ValueError):  # ValueError: not a possible name; it has a NUL
-        return _NOBODY
+        return _NO_ID
 
 
 def look_up(names: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
@@ -323,7 +331,7 @@ def look_up(names: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], int]:
     return {(selector, name): _number_of(selector, name) for selector, name in names}
 
 
-def _to(table: ConfigTable, present: bool, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
+def _to(table: ConfigTable, names: dict[tuple[str, str], int]) -> Mapping[str, Any]:
     checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "uid": ("a number, 0 to 4294967294", validators.identity),
         "gid": ("a number, 0 to 4294967294", validators.identity),
@@ -338,19 +346,15 @@ def _to(table: ConfigTable, present: bool, names: dict[tuple[str, str], int]) ->
     to: dict[str, Any] = {}
     for selector in SELECTORS:
         expected, check = checks[selector]
+        value = table.get(selector, expected, check, None)
         if table.has(selector):
-            to[selector] = table.take(selector, expected, check, None)
+            to[selector] = value
     for selector in _LOOKUPS:
         name = to.get(selector)
         if isinstance(name, str):
             # A missing user or group is not an error, because several hosts may share a file. The grant matches no caller then.
             to[selector] = names[selector, name] = _number_of(selector, name)
-            if to[selector] == _NOBODY:
-                table.warnings.append(
-                    f"{table._at(selector)}: this host has no {selector} {name!r}; the grant matches no caller"
-                )
-    table._taken += [selector for selector in SELECTORS if selector not in table._taken]
-    if present and not table._raw:
-        table.problems.append(f"{table._path}: empty; say whom the grant is to, for example uid = 1000")
-    table.done()
+            if to[selector] == _NO_ID:
+                table.warn(selector, f"this host has no {selector} {name!r}; the grant matches no caller")
+    table.check_unknown()
     return MappingProxyType(to)

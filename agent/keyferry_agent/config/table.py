@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from keyferry import private_files
 from keyferry.content import byte_order_mark
 
-from .validators import InvalidValue, shown
+from .validators import InvalidValue, short_repr
 
 __all__ = ["ConfigTable", "File", "load"]
 
@@ -59,42 +59,53 @@ class ConfigTable:
     def __init__(self, path: str, raw: Mapping[str, Any], problems: list[str], warnings: list[str]) -> None:
         self._path = path
         self._raw = raw
-        self._taken: list[str] = []
+        self._known: list[str] = []
         self.problems = problems
         self.warnings = warnings
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the table has no names."""
+        return not self._raw
 
     def has(self, name: str) -> bool:
         """Return whether the table has this name."""
         return name in self._raw
 
-    def wrong(self, name: str, why: str) -> None:
+    def error(self, name: str, why: str) -> None:
         """Add a problem with a value."""
         self.problems.append(f"{self._at(name)}: {why}")
 
-    def take(self, name: str, expected: str, check: Callable[[Any], Any], default: Any) -> Any:
+    def warn(self, name: str, why: str) -> None:
+        """Add a warning about a value."""
+        self.warnings.append(f"{self._at(name)}: {why}")
+
+    def get(self, name: str, expected: str, check: Callable[[Any], Any], default: Any) -> Any:
         """Return the value that `check` returns, or the default if the name is absent or the value is invalid.
 
         `check` raises `InvalidValue` with a reason. ValueError and TypeError mean that `expected` describes the valid values.
         """
-        self._taken.append(name)
+        self._known.append(name)
         if name not in self._raw:
             return default
         try:
             return check(self._raw[name])
         except (ValueError, TypeError, KeyError) as error:
             # KeyError: a user or a group that this host does not have.
-            self.wrong(
+            self.error(
                 name,
-                str(error) if isinstance(error, InvalidValue) else f"expected {expected}, not {shown(self._raw[name])}",
+                str(error)
+                if isinstance(error, InvalidValue)
+                else f"expected {expected}, not {short_repr(self._raw[name])}",
             )
             return default
 
     def tables(self, name: str) -> list["ConfigTable"]:
         """Return the tables of an array of tables, `[[name]]`; an empty list if it is absent or invalid."""
-        self._taken.append(name)
+        self._known.append(name)
         values = self._raw.get(name, [])
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-            self.wrong(name, f"expected tables: [[{name}]]")
+            self.error(name, f"expected tables: [[{name}]]")
             return []
         return [
             ConfigTable(f"{self._at(name)}[{i}]", value, self.problems, self.warnings) for i, value in enumerate(values)
@@ -102,22 +113,19 @@ class ConfigTable:
 
     def table(self, name: str) -> "ConfigTable":
         """Return the table `[name]`; an empty one if it is absent or invalid."""
-        self._taken.append(name)
+        self._known.append(name)
         value = self._raw.get(name, {})
         if not isinstance(value, dict):
-            self.wrong(name, f"expected a table: [{name}]")
+            self.error(name, f"expected a table: [{name}]")
             value = {}
         return ConfigTable(self._at(name), value, self.problems, self.warnings)
 
-    def done(self) -> None:
+    def check_unknown(self) -> None:
         """Add a problem for every name that no call has read: it is unknown."""
         for name in self._raw:
-            if name not in self._taken:
-                self.wrong(name, f"unknown; known here are {', '.join(self._taken)}")
+            if name not in self._known:
+                self.error(name, f"unknown; expected one of {', '.join(self._known)}")
 
     def _at(self, name: str) -> str:
-        shown = name if name.isprintable() else ascii(name)[1:-1]  # a problem is one line
-        return f"{self._path}.{shown}" if self._path else shown
-
-
-# --- checks of single values ------------------------------------------------------------------------------------------
+        printable = name if name.isprintable() else ascii(name)[1:-1]  # a problem is one line
+        return f"{self._path}.{printable}" if self._path else printable

@@ -24,9 +24,9 @@ __all__ = [
     "arn_part",
     "at_least",
     "boolean",
-    "each",
     "gid",
     "identity",
+    "list_of",
     "matching",
     "mode",
     "one_of",
@@ -34,7 +34,7 @@ __all__ = [
     "path",
     "remote_address",
     "seconds",
-    "shown",
+    "short_repr",
     "socket_path",
     "string",
     "uid",
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class InvalidValue(ValueError):
-    """A value is invalid. The message replaces the general one of `ConfigTable.take`."""
+    """A value is invalid. The message replaces the general one of `ConfigTable.get`."""
 
 
 _MAX_SOCKET_PATH_BYTES: Final = 107  # sun_path of sockaddr_un, less its NUL
@@ -64,10 +64,10 @@ def string(value: Any) -> str:
 
 def path(value: Any) -> Path:
     """Return an absolute path."""
-    made = Path(string(value))
-    if not made.is_absolute() or "\0" in value:
-        raise InvalidValue(f"expected an absolute path, not {shown(value)}")
-    return made
+    result = Path(string(value))
+    if not result.is_absolute() or "\0" in value:
+        raise InvalidValue(f"expected an absolute path, not {short_repr(value)}")
+    return result
 
 
 def socket_path(value: Any) -> Path:
@@ -95,7 +95,7 @@ def unseal(value: Any) -> Path:
         return path(text)
     name = text.removeprefix("credential:")
     if not name or "/" in name:
-        raise InvalidValue(f"expected credential:NAME, not {shown(value)}")
+        raise InvalidValue(f"expected credential:NAME, not {short_repr(value)}")
     directory = os.environ.get("CREDENTIALS_DIRECTORY", "/run/credentials/keyferry-agent.service")
     return Path(directory, name)
 
@@ -105,7 +105,7 @@ def address(value: Any) -> str:
     text = remote_address(value)
     if not text.startswith("/") and not ip_address(text.rpartition(":")[0].strip("[]")).is_loopback:
         raise InvalidValue(
-            f"{shown(value)} is not a loopback address, and metrics have no authentication; "
+            f"{short_repr(value)} is not a loopback address, and metrics have no authentication; "
             "set remote = true to serve other hosts and pods"
         )
     return text
@@ -132,10 +132,10 @@ def boolean(value: Any) -> bool:
 
 def mode(value: Any) -> int:
     """Return the number of a file mode from its octal text."""
-    made = int(string(value), 8)
-    if not 0 <= made <= 0o777:
+    number = int(string(value), 8)
+    if not 0 <= number <= 0o777:
         raise ValueError
-    return made
+    return number
 
 
 def one_of(*choices: str) -> Callable[[Any], str]:
@@ -143,7 +143,7 @@ def one_of(*choices: str) -> Callable[[Any], str]:
 
     def check(value: Any) -> str:
         if value not in choices:
-            raise InvalidValue(f"expected one of {', '.join(choices)}, not {shown(value)}")
+            raise InvalidValue(f"expected one of {', '.join(choices)}, not {short_repr(value)}")
         return str(value)
 
     return check
@@ -202,7 +202,7 @@ def matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
     return check
 
 
-def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, ...]]:
+def list_of(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, ...]]:
     """Return a check that accepts lists of strings that all match the pattern. `expected`: the noun for its messages."""
 
     def check(value: Any) -> tuple[str, ...]:
@@ -217,10 +217,10 @@ def each(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, 
 
 def actions(value: Any) -> tuple[str, ...]:
     """Return a list of actions. Each must match at least one existing action."""
-    actions = each(_ACTION, "action")(value)
+    actions = list_of(_ACTION, "action")(value)
     for action in actions:
         # A misspelt action would silently allow nothing. `ACTIONS` already has the actions of later versions.
-        if not any(fnmatchcase(known, action) for known in ACTIONS):
+        if not any(fnmatchcase(name, action) for name in ACTIONS):
             raise InvalidValue(f"{action!r} is not an action")
     return actions
 
@@ -249,7 +249,7 @@ def gid(value: Any) -> int:
     return identity(value) if isinstance(value, int) else grp.getgrnam(string(value)).gr_gid
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """Return a value's repr for a message: one line of at most 60 characters."""
     try:
         text = repr(value)

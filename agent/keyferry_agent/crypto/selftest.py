@@ -7,7 +7,7 @@ from base64 import b64decode
 
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 
-from keyferry import libcrypto
+from keyferry import libcrypto, openssl_configuration
 from keyferry.secret import SecretMemory
 from keyferry.sm2_ciphertext import der_to_raw, raw_to_der
 
@@ -105,7 +105,7 @@ def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
         try:
             _check_seal(key_spec, bytes.fromhex(expected), scratch)
         except (InternalError, UnsupportedAlgorithm) as error:
-            failure = f"{key_spec}: {libcrypto.cryptography_failure(error)}"
+            failure = f"{key_spec}: {openssl_configuration.cryptography_failure(error)}"
             if key_spec == "Aliyun_AES_256" or isinstance(error, InternalError):
                 raise SelfTestError(failure) from None
             unavailable.append(failure)
@@ -114,7 +114,9 @@ def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
         if missing is None:
             _check_sm2() if pair[0] == "EC_SM2" else _check_rsa(*pair, scratch)
         elif pair in _NEEDED:
-            raise SelfTestError(f"{way.name}: {libcrypto.why_missing(missing)} ({libcrypto.configuration()})")
+            raise SelfTestError(
+                f"{way.name}: {libcrypto.why_missing(missing)} ({openssl_configuration.configuration()})"
+            )
         elif pair[0] == "EC_SM2" and sm2_fallback:
             _check_sm2_gmssl()
         else:
@@ -124,7 +126,7 @@ def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
 
 def _unavailable(algorithm: str, missing: str) -> str:
     hint = '; sm2_fallback = "gmssl" is the slow way' if missing == "SM2" else ""
-    why = f"{libcrypto.why_missing(missing)} ({libcrypto.version()}; {libcrypto.configuration()})"
+    why = f"{libcrypto.why_missing(missing)} ({libcrypto.version()}; {openssl_configuration.configuration()})"
     return f"{algorithm} is not available without {missing}: {why}{hint}"
 
 
@@ -157,7 +159,7 @@ def _check_rsa(key_spec: str, algorithm: str, scratch: SecretMemory) -> None:
             if opened[:size] != _RSA_MESSAGE:
                 raise SelfTestError(f"{algorithm}: a known ciphertext decrypts to something else")
     except (libcrypto.LibcryptoError, wrapping.WrappingError, PublicKeyError) as error:
-        raise SelfTestError(f"{algorithm}: {error} ({libcrypto.configuration()})") from None
+        raise SelfTestError(f"{algorithm}: {error} ({openssl_configuration.configuration()})") from None
 
 
 def _check_sm2() -> None:

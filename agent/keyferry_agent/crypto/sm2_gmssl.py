@@ -24,7 +24,7 @@ __all__ = ["decrypt", "encrypt"]
 
 _N: Final = int(default_ecc_table["n"], 16)
 _G: Final[str] = default_ecc_table["g"]
-_curve: Final = CryptSM2("", "")
+_multiply: Final = CryptSM2("", "")._kg  # noqa: SLF001 - gmssl has no public name for it
 
 
 def encrypt(point: bytes, plaintext: memoryview | bytearray) -> bytes:
@@ -42,8 +42,8 @@ def encrypt(point: bytes, plaintext: memoryview | bytearray) -> bytes:
 
 def _encrypt(point: bytes, plaintext: memoryview | bytearray, k: int) -> bytes | None:
     """Encrypt under the nonce k in [1, n-1]. Return None if the mask is all zero, so that a new k has to be drawn."""
-    c1 = bytes.fromhex(_curve._kg(k, _G))
-    shared = bytes.fromhex(_curve._kg(k, point.hex()))
+    c1 = bytes.fromhex(_multiply(k, _G))
+    shared = bytes.fromhex(_multiply(k, point.hex()))
     mask = _kdf(shared, len(plaintext))
     if not any(mask):
         return None
@@ -57,7 +57,7 @@ def decrypt(d: int, raw: bytes) -> bytes:
     c1, c3, c2 = raw[1:65], raw[65:RAW_OVERHEAD], raw[RAW_OVERHEAD:]
     if raw[:1] != b"\x04" or not on_sm2_curve(int.from_bytes(c1[:32], "big"), int.from_bytes(c1[32:], "big")):
         raise ValueError("C1 is not a point of the curve")
-    shared = bytes.fromhex(_curve._kg(d, c1.hex()))
+    shared = bytes.fromhex(_multiply(d, c1.hex()))
     mask = _kdf(shared, len(c2))
     if not any(mask):
         raise ValueError("the mask is all zero, or C2 is empty")

@@ -26,6 +26,7 @@ from ..health import MESSAGES, SEALED
 from ..keyring.document import KeyringError
 from ..keyring.fdstore import KeyringPersister
 from ..keyring.keyring import KEPT, sealed_keyring
+from ..keyring.loader import load_keyring
 from ..locking import LockError
 from ..peer import lacking
 from ..server import unix_sockets
@@ -183,7 +184,7 @@ def _agent(
             keyring = sealed_keyring(backing=settings.memory_backing, require=settings.memory == "require")
             current = True
         elif restored is None:
-            keyring = options.load_keyring(settings, keeper if settings.keep_keys else None, status)
+            keyring = load_keyring(settings, keeper if settings.keep_keys else None, status)
             current = True
         else:
             keyring, status_then = restored

@@ -24,6 +24,7 @@ from ..health import KEYRING_STALE, MESSAGES, SEALED, UNSEAL_ABSENT
 from ..keyring.document import KeyringError
 from ..keyring.fdstore import KeyringPersister
 from ..keyring.keyring import Keyring
+from ..keyring.loader import load_keyring
 from ..state import ServerState
 from .file_stats import FileStats, read_settings, stat_files
 from .systemd import ServiceManager
@@ -120,7 +121,7 @@ class Reloader:
         agent, path = self._agent, self._agent.settings.keyring
         try:
             status = None if path is None else (await in_thread(stat_files, [path]))[path]
-            keyring = await in_thread(self._options.load_keyring, agent.settings, self._keeper, status, secret)
+            keyring = await in_thread(load_keyring, agent.settings, self._keeper, status, secret)
         except (*_EXPECTED, RuntimeError) as error:  # RuntimeError: no thread can be started
             log.warning("unseal.failed", why=str(error))
             return str(error)
@@ -177,7 +178,7 @@ class Reloader:
             ):
                 self._note_absence(settings, changed=changed)
                 return None, None
-            return await in_thread(self._options.load_keyring, settings, self._keeper, status), None
+            return await in_thread(load_keyring, settings, self._keeper, status), None
         except Exception as error:
             agent.keyring_stale, agent.unseal_absent, self._absence = changed, False, None
             return None, self._failed(error, "Keyring not reloaded, the old one serves", configuration="adopted")

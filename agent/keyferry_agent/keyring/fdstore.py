@@ -1,8 +1,22 @@
-"""Keys that survive a restart: the service manager stores the descriptors of the keyring's memory and of its description.
+"""Keys that survive a restart: systemd's file descriptor store holds the keyring's memory and the description of its keys.
 
-Each keyring has two descriptors with one number. The first is its secret memory, stored when the memory is allocated. The
-second is a description of its keys in JSON, in a memfd with file seals, stored when the keyring is complete. A starting agent
-maps the complete keyring with the highest number again; it needs no unseal secret for that.
+The store (`FileDescriptorStoreMax=`, sd_pid_notify_with_fds(3)) holds descriptors under names while the service is restarted.
+Each keyring has a number N and two descriptors in the store:
+
+    keyring-N-memory         its secret memory: each version's material, then the SHA-256 of the description and the material
+    keyring-N-description    a memfd with file seals: JSON with Format, LoadedAt, File (the file's status) and Keys
+
+A load stores them in three steps, which begin in `loader`. `SecretMemory` calls `store_memory` when it has mapped fresh memory,
+and closes the descriptor before there is a key in the memory.
+
+1. `store_memory`   FDSTORE=1, FDNAME=keyring-N-memory: N is one more than the highest number in the store
+2. the loader fills the memory
+3. `commit`         writes the digest into the memory; FDSTORE=1, FDNAME=keyring-N-description; then FDSTOREREMOVE=1 for both
+                    names of all other numbers
+
+A crash leaves a memory without a description, or two keyrings; both are found by their numbers. At a start the manager passes
+all descriptors with their names (LISTEN_FDS, LISTEN_FDNAMES). `restore` maps the keyring with the highest number that has both
+descriptors, checks its digest, and removes all others from the store. If none is whole, the agent opens the keyring's file.
 """
 
 import contextlib
@@ -13,14 +27,14 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from keyferry.secret import SecretMemory, SecretMemoryError
 
 from .description import KeyDescription
 from .keyring import KEPT, Keyring, build_keyring, required_bytes
 
-__all__ = ["KeyringPersister"]
+__all__ = ["FileStatus", "KeyringPersister"]
 
 _NAME: Final = re.compile(r"keyring-(\d{1,9})-(memory|description)")
 _FORMAT: Final = 1
@@ -29,10 +43,9 @@ _FORMAT_WITH_DISABLED: Final = 2
 version; it does not accept this format, and opens the keyring's file instead.
 """
 _MAX_DESCRIPTION_BYTES: Final = 1 << 28
-"""Most bytes that are read of a description."""
 
-Look = Sequence[int] | None
-"""The status of the keyring's file when it was read."""
+FileStatus: TypeAlias = Sequence[int] | None
+"""The status of the keyring's file before it was read; None if the file was missing."""
 
 
 class KeyringPersister:
@@ -43,25 +56,25 @@ class KeyringPersister:
         self._store = store
         self._forget = forget
         self._numbers: set[int] = set()
-        self._shared: int | None = None
-        self._kept: int | None = None
+        self._pending: int | None = None
+        self._stored: int | None = None
 
-    def share(self, descriptor: int) -> None:
+    def store_memory(self, descriptor: int) -> None:
         """Store the descriptor of the next keyring's memory with the service manager, before the memory is filled."""
-        self._drop(self._numbers - {self._kept})  # memory that was shared, but whose keyring was never completed
-        self._shared = max(self._numbers, default=0) + 1
-        self._numbers.add(self._shared)
-        self._store(f"keyring-{self._shared}-memory", descriptor)
+        self._discard(self._numbers - {self._stored})  # memory whose keyring was never committed
+        self._pending = max(self._numbers, default=0) + 1
+        self._numbers.add(self._pending)
+        self._store(f"keyring-{self._pending}-memory", descriptor)
 
-    def keep(self, keyring: Keyring, look: Look) -> bool:
-        """Complete the storing of the keyring whose memory was shared last; older keyrings are removed.
+    def commit(self, keyring: Keyring, file_status: FileStatus) -> bool:
+        """Store the description of the keyring whose memory was stored last, and remove older keyrings from the store.
 
-        Return False if its memory was not shared, or the description cannot be stored.
+        Return False if its memory was not stored, or its description cannot be stored.
         """
-        number, self._shared = self._shared, None
+        number, self._pending = self._pending, None
         if number is None:
             return False
-        description = json.dumps(_describe(keyring, look)).encode()
+        description = json.dumps(_describe(keyring, file_status)).encode()
         digest = _digest(keyring, description)
         with keyring.check.lend() as check:
             check[:] = digest
@@ -75,44 +88,44 @@ class KeyringPersister:
         finally:
             os.close(descriptor)
         if stored:
-            self._kept = number
-            self._drop(self._numbers - {number})
+            self._stored = number
+            self._discard(self._numbers - {number})
         return stored
 
-    def restore(self, given: Iterable[tuple[str, int]]) -> tuple[Keyring, Look] | None:
+    def restore(self, inherited: Iterable[tuple[str, int]]) -> tuple[Keyring, FileStatus] | None:
         """Return the newest complete keyring among the manager's descriptors, and the status of its file; None without one.
 
         Closes all the descriptors.
         """
-        found: dict[int, dict[str, int]] = {}
-        for name, descriptor in given:
+        by_number: dict[int, dict[str, int]] = {}
+        for name, descriptor in inherited:
             match = _NAME.fullmatch(name)
-            if match and match[2] not in found.get(int(match[1]), {}):
-                found.setdefault(int(match[1]), {})[match[2]] = descriptor
+            if match and match[2] not in by_number.get(int(match[1]), {}):
+                by_number.setdefault(int(match[1]), {})[match[2]] = descriptor
             else:
                 os.close(descriptor)
-        self._numbers |= found.keys()
+        self._numbers |= by_number.keys()
         restored = None
-        for number in sorted(found, reverse=True):
-            pair = found[number]
+        for number in sorted(by_number, reverse=True):
+            pair = by_number[number]
             if restored is None and len(pair) == 2:
                 restored = _restore(pair["memory"], pair["description"])
-                self._kept = number if restored else None
+                self._stored = number if restored else None
             else:
                 for descriptor in pair.values():
                     os.close(descriptor)
-        self._drop(self._numbers - {self._kept})
+        self._discard(self._numbers - {self._stored})
         return restored
 
-    def _drop(self, numbers: Iterable[int | None]) -> None:
+    def _discard(self, numbers: Iterable[int | None]) -> None:
         for number in list(numbers):
             for part in ("memory", "description"):
                 self._forget(f"keyring-{number}-{part}")
             self._numbers.discard(number)
 
 
-def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
-    with open(described, "rb") as file:
+def _restore(memory: int, description_file: int) -> tuple[Keyring, FileStatus] | None:
+    with open(description_file, "rb") as file:
         file.seek(0)
         description = file.read(_MAX_DESCRIPTION_BYTES)
     with contextlib.ExitStack() as closing:
@@ -127,7 +140,7 @@ def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
             return None
         closing.pop_all()
     try:
-        keyring = build_keyring(keys, _as_it_is, SecretMemory(size, descriptor=memory))
+        keyring = build_keyring(keys, _leave_unchanged, SecretMemory(size, descriptor=memory))
     except (SecretMemoryError, ValueError, KeyError, TypeError):
         return None
     with keyring.check.lend() as check:
@@ -137,7 +150,7 @@ def _restore(memory: int, described: int) -> tuple[Keyring, Look] | None:
     return keyring, content["File"]
 
 
-def _as_it_is(_view: memoryview) -> None:
+def _leave_unchanged(_view: memoryview) -> None:
     """Leave the material unchanged: it is already in the memory."""
 
 
@@ -151,8 +164,13 @@ def _digest(keyring: Keyring, description: bytes) -> bytes:
     return digest.digest()
 
 
-def _describe(keyring: Keyring, look: Look) -> dict[str, Any]:
+def _describe(keyring: Keyring, file_status: FileStatus) -> dict[str, Any]:
     keys = [key.describe() for key in keyring.keys.values()]
     disabled = any(version.disabled for key in keys for version in key.versions)
-    form = _FORMAT_WITH_DISABLED if disabled else _FORMAT
-    return {"Format": form, "LoadedAt": keyring.loaded_at, "File": look, "Keys": [key.to_json() for key in keys]}
+    number = _FORMAT_WITH_DISABLED if disabled else _FORMAT
+    return {
+        "Format": number,
+        "LoadedAt": keyring.loaded_at,
+        "File": file_status,
+        "Keys": [key.to_json() for key in keys],
+    }

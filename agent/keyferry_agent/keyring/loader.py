@@ -1,10 +1,7 @@
-"""From the sealed file to secret memory, through a short-lived process: key bytes never become objects of the daemon.
+"""Load a keyring into secret memory. Key bytes never become objects of the daemon.
 
-The child (`python -m keyferry_agent.keyring.loader KEYRING UNSEAL`) reads both files and writes to its standard output: one
-byte, the passphrase's work factor, or 0 for an identity. Then it opens the keyring and writes the length of the description in
-eight bytes, the description in JSON with one line for each key, and each version's raw material in the same order. The daemon
-reads the JSON as usual, and the material straight into secret memory. Copies that the child's libraries left in memory
-disappear when the child ends.
+`load` reads the pipe of a short-lived process (`loader_process`), in this order: the descriptions of the keys, as usual; then
+secret memory of the size they need, whose descriptor `fdstore` may store; then the material, straight into that memory.
 
 Reading and unsealing have separate time limits. A file system that hangs is detected early. scrypt, whose work is bounded by
 its work factor, can take long on a host with little spare processor time.
@@ -17,40 +14,53 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 import structlog
 
 from keyferry import age_passphrase
-from keyferry.hardening import lock_memory
-from keyferry.private_files import owner_of
 from keyferry.secret import Backing, SecretMemory
 
-from ..process_hardening import harden
+from ..config.settings import Settings
+from . import loader_process
 from .description import KeyDescription
 from .document import KeyringError
-from .file import open_sealed, read_sealed
-from .keyring import Keyring, build_keyring, required_bytes
-from .sealing import Unsealer
+from .fdstore import FileStatus, KeyringPersister
+from .keyring import Keyring, build_keyring, development_keyring, required_bytes
+from .loader_process import LENGTH_BYTES, READ_SECONDS, UNSEAL_SECONDS
 
-__all__ = ["STANDARD_INPUT", "load"]
+__all__ = ["load", "load_keyring"]
 
-STANDARD_INPUT: Final = Path("/dev/stdin")
-"""The path from which the loader reads an unseal secret that is not in a file."""
-
-_LENGTH: Final = 8
-_CHUNK: Final = 65_536
-_MAX_BYTE: Final = 255
-_TIMEOUT: Final = 30.0
-"""Seconds for the child to start and to read both files, which may be on a file system that hangs."""
-_UNSEAL_TIMEOUT: Final = 600.0
-"""Seconds for the child to unseal. The highest work factor takes 16 s of processor time: 90 s on a fifth of one processor."""
-_MAX_MESSAGE_LENGTH: Final = 2_000
-"""Most characters of an error that the child writes. The error must fit into the pipe buffer, because stderr is read last."""
+_STANDARD_INPUT: Final = Path("/dev/stdin")
+"""The path from which the loader's process reads an unseal secret that is not in a file."""
 
 log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
+
+
+def load_keyring(
+    settings: Settings,
+    persister: KeyringPersister | None = None,
+    file_status: FileStatus = None,
+    secret: int | None = None,
+) -> Keyring:
+    """Load the keyring that the settings name; with `--dev`, generate a new one.
+
+    `persister` stores the keyring with the service manager, with the status that its file had before it was read. `secret`: the
+    descriptor of a pipe from which the unseal secret is read, instead of its file. Blocks. Raises `KeyringError`, or
+    `SecretMemoryError` if there is not enough locked memory.
+    """
+    require, backing = settings.memory == "require", settings.memory_backing
+    if settings.development_aliases is not None:
+        return development_keyring(backing=backing, require=require, aliases=settings.development_aliases)
+    unseal = _STANDARD_INPUT if secret is not None else settings.unseal
+    if settings.keyring is None or unseal is None:
+        missing = "keyring" if settings.keyring is None else "unseal"
+        raise KeyringError(f"no {missing} is configured: set {missing} = in the file, give --{missing}, or try --dev")
+    keyring = load(settings.keyring, unseal, backing=backing, require=require, persister=persister, secret=secret)
+    if persister and not persister.commit(keyring, file_status):
+        log.warning("keyring.not_kept", what="it takes memfd_secret, and a service manager that keeps descriptors")
+    return keyring
 
 
 def load(
@@ -59,18 +69,19 @@ def load(
     *,
     backing: Backing,
     require: bool,
-    share: Callable[[int], object] | None = None,
+    persister: KeyringPersister | None = None,
     secret: int | None = None,
 ) -> Keyring:
     """Load a keyring file into secret memory. Blocks until the loader's process has ended, or its time limit is over.
 
-    `share` is called with the memory's descriptor. `secret`: a descriptor that becomes `STANDARD_INPUT`.
+    `persister` stores the memory's descriptor with the service manager; its `commit` has to follow. `secret`: a descriptor that
+    becomes the process's standard input.
 
     Raises `KeyringError`, or `SecretMemoryError` when there is not enough locked memory.
     """
-    arguments = [sys.executable, "-P", "-m", __spec__.name, os.fspath(path), os.fspath(unseal)]
     # -P: nothing is imported from the working directory. stderr is small (one line) and read last.
-    with subprocess.Popen(  # noqa: S603 - this interpreter, this module
+    arguments = [sys.executable, "-P", "-m", loader_process.__name__, os.fspath(path), os.fspath(unseal)]
+    with subprocess.Popen(  # noqa: S603 - this interpreter, a module of this package
         arguments,
         stdin=subprocess.DEVNULL if secret is None else secret,
         stdout=subprocess.PIPE,
@@ -78,27 +89,28 @@ def load(
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
-        deadline = _Deadline(child, _TIMEOUT)
+        deadline = _Deadline(child, READ_SECONDS)
         pipe = child.stdout.fileno()  # read without Python's buffers, which would keep copies of the material
         factor = bytearray(1)
 
         def fill(view: memoryview) -> None:
-            done = 0
-            while done < len(view):
-                got = os.readv(pipe, [view[done:]])
-                if not got:
+            size = 0
+            while size < len(view):
+                count = os.readv(pipe, [view[size:]])
+                if not count:
                     raise EOFError
-                done += got
+                size += count
 
         try:
             fill(memoryview(factor))
-            deadline.restart(_UNSEAL_TIMEOUT)
-            size = bytearray(_LENGTH)
-            fill(memoryview(size))
-            description = bytearray(int.from_bytes(size, "big"))
-            fill(memoryview(description))
+            deadline.restart(UNSEAL_SECONDS)
+            length = bytearray(LENGTH_BYTES)
+            fill(memoryview(length))
+            descriptions = bytearray(int.from_bytes(length, "big"))
+            fill(memoryview(descriptions))
             # A line at a time: to parse one text of megabytes would block every other thread.
-            keys = [KeyDescription.from_json(json.loads(line)) for line in description.splitlines()]
+            keys = [KeyDescription.from_json(json.loads(line)) for line in descriptions.splitlines()]
+            share = persister.store_memory if persister else None
             memory = SecretMemory(required_bytes(keys), backing=backing, require=require, share=share)
             keyring = build_keyring(keys, fill, memory)
         except EOFError:
@@ -152,27 +164,3 @@ class _Deadline:
         self._timer = threading.Timer(seconds, self._child.kill)
         self._timer.daemon = True  # the timer does not delay the exit of an agent
         self._timer.start()
-
-
-def main(path: str, unseal: str) -> None:
-    """Run the child process: open the keyring file and write its content to standard output."""
-    signal.alarm(int(_TIMEOUT))  # ends this process even if the agent, which has its own timer, is gone
-    harden()  # exec undid the hardening of the daemon
-    lock_memory()
-    try:
-        unsealer = Unsealer.read(Path(unseal), owner_of(path))
-        sealed = read_sealed(Path(path))
-        signal.alarm(int(_UNSEAL_TIMEOUT))
-        os.write(1, bytes([min(age_passphrase.work_factor(sealed) or 0, _MAX_BYTE)]))
-        document = open_sealed(sealed, unsealer)
-    except KeyringError as error:
-        sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_MAX_MESSAGE_LENGTH])
-    description = b"".join(json.dumps(key.to_json()).encode() + b"\n" for key in document.describe())
-    with open(1, "wb", buffering=_CHUNK) as out:
-        out.write(len(description).to_bytes(_LENGTH, "big") + description)
-        for key in document.keys:
-            out.writelines(version.material for version in key.versions)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

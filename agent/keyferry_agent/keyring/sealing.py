@@ -71,7 +71,7 @@ class Unsealer:
             return cls(identities, None, taken_for=f"{path} was taken for an age identity")
         return cls(
             [],
-            _passphrase(path, text),
+            _passphrase(path, data),
             taken_for=f"{path} holds no identity known here, so it was taken for a passphrase",
             why=_why_unknown(data),
         )
@@ -258,11 +258,11 @@ def _what_to_do(found: content.Resemblance) -> str:
     return _SUPPORTED
 
 
-def _passphrase(path: Path, content: str) -> str:
-    passphrase = content.split("\n", 1)[0].rstrip("\r")
-    if not passphrase:
-        raise KeyringError(f"{path}: the first line is empty; a passphrase is expected there")
-    return passphrase
+def _passphrase(path: Path, data: bytes) -> str:
+    try:
+        return passphrase.of_file(data)
+    except ValueError as error:
+        raise KeyringError(f"{path}: {error}") from None
 
 
 def _text(path: Path, data: bytes) -> str:

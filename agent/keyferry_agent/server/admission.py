@@ -26,18 +26,18 @@ class NoRoomError(Exception):
 class Place:
     """The place of one connection among all. `close` is called once if another connection needs the place."""
 
-    __slots__ = ("_caller", "_close", "_operator", "granted")
+    __slots__ = ("caller", "close", "granted", "is_operator")
 
     def __init__(self, caller: Caller, *, operator: bool, close: Callable[[], None]) -> None:
-        self._caller = caller
-        self._operator = operator
-        self._close = close
+        self.caller = caller
+        self.is_operator = operator
+        self.close = close
         self.granted = True
 
     @property
     def user(self) -> int | None:
         """The uid of the connection's caller."""
-        return self._caller.peer.uid
+        return self.caller.peer.uid
 
 
 class Admission:
@@ -97,11 +97,11 @@ class Admission:
             self._ungranted.setdefault(place)
 
     def _is_granted(self, place: Place) -> bool:
-        policy, caller = self._agent.policy, place._caller
+        policy, caller = self._agent.policy, place.caller
         caller.refresh(policy)
         # A user named in a grant on a program counts as granted until the program is inspected, which takes a while.
         expected = bool(caller.granted.asks) and place.user in policy.users_by_program
-        return place._operator or expected or bool(caller.granted.grants)
+        return place.is_operator or expected or bool(caller.granted.grants)
 
     def _follow_policy(self) -> None:
         if self._policy is not self._agent.policy:
@@ -117,7 +117,7 @@ class Admission:
         most = max(per_user.values())
         place = next(place for place in self._ungranted if per_user[place.user] == most)
         self.leave(place)
-        place._close()
+        place.close()
         return True
 
     def _count(self) -> None:

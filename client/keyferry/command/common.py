@@ -70,7 +70,7 @@ def extra(name: str) -> Iterator[None]:
             f'this needs {missing}, which is not installed; install the extra "{name}" of keyferry (docs/installing.md)'
         ) from None
     except Exception as error:
-        from ..libcrypto import cryptography_failure  # noqa: PLC0415 - few commands need libcrypto
+        from ..openssl_configuration import cryptography_failure  # noqa: PLC0415 - few commands need OpenSSL
 
         if failure := cryptography_failure(error):
             raise Failed(failure) from None

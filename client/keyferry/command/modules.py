@@ -229,12 +229,9 @@ def _write_passphrase(path: str, phrase: str) -> Path:
 def _first_line(path: str, content: bytes) -> str:
     """Return the passphrase that opens a module. Raises `Failed`."""
     try:
-        line = content[: passphrase.MAX_FILE_BYTES].split(b"\n", 1)[0].decode().rstrip("\r")
-    except UnicodeDecodeError:
-        raise Failed(f"{path}: not text; a passphrase is expected in the first line") from None
-    if not line:
-        raise Failed(f"{path}: the first line is empty; a passphrase is expected there")
-    return line
+        return passphrase.of_file(content)
+    except ValueError as error:
+        raise Failed(f"{path}: {error}") from None
 
 
 def _new_passphrase(path: str) -> str:

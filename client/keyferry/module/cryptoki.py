@@ -115,8 +115,8 @@ class Library:
         self.path = os.fspath(path)
         self._arguments = _Arguments(flags=_OS_LOCKING_OK, library_parameters=parameters and parameters.encode())
         functions = _function_list(self.path)
-        self._address = ctypes.addressof(functions.contents)
-        if self._address != ctypes.addressof(_function_list(self.path).contents):
+        self.address = ctypes.addressof(functions.contents)
+        if self.address != ctypes.addressof(_function_list(self.path).contents):
             # python-pkcs11 and this file would then not see each other's sessions.
             raise OSError(
                 f"{self.path}: gives every caller a PKCS#11 of its own (p11-kit's); name the token's own library"
@@ -161,7 +161,7 @@ class Library:
 
     def is_same(self, other: "Library") -> bool:
         """Return True if both objects are the same library, even if it was loaded by different paths."""
-        return self._address == other._address
+        return self.address == other.address
 
     def login(self, session: int, pin: memoryview | None) -> None:
         """Call C_Login as the user, for all sessions of the process. `pin` is None if the token prompts for the PIN itself."""

@@ -66,7 +66,7 @@ class Pkcs11Module(CryptographicModule):
         self._keys: weakref.WeakKeyDictionary[DataKey, _Held] = weakref.WeakKeyDictionary()
         self._abandoned: deque[_Held] = deque()
         self._refused: str | None = None
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._connection: Connection | None = None
         self._public_numbers: tuple[int, int] | None = None
         with _saying("be opened"):
@@ -119,7 +119,7 @@ class Pkcs11Module(CryptographicModule):
 
     def close(self) -> None:
         """Close the session, which destroys all its data keys. The module cannot be used afterwards."""
-        with self._lock:
+        with self.lock:
             self._keys.clear()
             self._refused = "this module was closed"
             self._disconnect()
@@ -137,7 +137,7 @@ class Pkcs11Module(CryptographicModule):
             raise ModuleError(NOT_OURS) from None
         if len(wrapped) != 256:
             raise ModuleError(NOT_OURS)
-        with _saying("import this", NOT_OURS), self._lock:
+        with _saying("import this", NOT_OURS), self.lock:
             held = self._run(lambda connection: self._unwrap(connection, wrapped))
             key = DataKey()
             self._keys[key] = held
@@ -162,7 +162,7 @@ class Pkcs11Module(CryptographicModule):
             return self._use(key, lambda where, inside: where.decrypt(inside, nonce, ciphertext, bytes(aad)))
 
     def forget(self, key: DataKey) -> None:
-        with _saying("destroy this key"), self._lock:
+        with _saying("destroy this key"), self.lock:
             held = self._keys.pop(key, None)
             if held is None:
                 raise ModuleError(NOT_HELD)
@@ -171,7 +171,7 @@ class Pkcs11Module(CryptographicModule):
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def _use(self, key: DataKey, work: Callable[[Connection, Any], T]) -> T:
-        with self._lock:
+        with self.lock:
             held = self._keys.get(key)
             if held is None:
                 raise ModuleError(NOT_HELD)
@@ -248,7 +248,7 @@ class Pkcs11Module(CryptographicModule):
             if not held.connection.is_lost(error):
                 raise
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         self._connection = None  # it belongs to the parent
 
 
@@ -260,19 +260,19 @@ _stopped: Final[list[Pkcs11Module]] = []
 def _before_fork() -> None:
     _registry.acquire()
     for module in _modules:
-        module._lock.acquire()
+        module.lock.acquire()
         _stopped.append(module)
 
 
 def _go_on() -> None:
     while _stopped:
-        _stopped.pop()._lock.release()
+        _stopped.pop().lock.release()
     _registry.release()
 
 
 def _after_fork() -> None:
     for module in _stopped:
-        module._after_fork()
+        module.after_fork()
     _go_on()
 
 

@@ -18,7 +18,7 @@ from typing import Final, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from .. import age_passphrase, content, libcrypto, new_files, private_files
+from .. import age_passphrase, content, libcrypto, new_files, openssl_configuration, private_files
 from .. import passphrase as passphrases
 from ..parameters import decode_base64, encode_base64
 from ..secret import Secret, SecretMemory, SecretMemoryError
@@ -97,7 +97,7 @@ class SoftwareModule(CryptographicModule):
         if not libcrypto.offers(algorithm):  # libcrypto may have loaded the key, although it cannot use it
             raise ModuleError(
                 f"{os.fspath(path)}: nothing works with its private key: {libcrypto.why_missing(algorithm)} "
-                f"({libcrypto.configuration()})"
+                f"({openssl_configuration.configuration()})"
             )
         return cls(key)
 

@@ -99,7 +99,7 @@ class Connection:
         self._session: Any = self._token.open()
         self._process = os.getpid()
         self.is_overtaken = False
-        self._overtake(everybody=fresh)
+        self._overtake(after_reset=fresh)
         try:
             self._login()
             private = self._find_private(wanted.key_label)
@@ -123,15 +123,18 @@ class Connection:
         if self._process == os.getpid() and not self.is_overtaken:
             self._session.close()
 
-    def _overtake(self, *, everybody: bool) -> None:
+    def _overtake(self, *, after_reset: bool) -> None:
         """Mark older connections whose handles are now invalid: after a reset, tokens count from 1 again.
 
         Such a handle could otherwise be used for another data key.
         """
         with _registry:
             for other in _connections:
-                same = other._session.handle == self._session.handle
-                other.is_overtaken |= (everybody or same) and other._library.is_same(self._library)
+                other.mark_overtaken(self._library, None if after_reset else self._session.handle)
+
+    def mark_overtaken(self, library: Library, handle: int | None) -> None:
+        """Mark this connection if a newer session of the library has its handle; for None, in any case."""
+        self.is_overtaken |= handle in (None, self._session.handle) and self._library.is_same(library)
 
     def is_lost(self, error: pkcs11.PKCS11Error) -> bool:
         """Return True if an error means that this session is unusable, rather than that the call was wrong."""
@@ -222,20 +225,22 @@ class Connection:
         The process is logged in already, so the token would refuse a wrong PIN only after a reset.
         """
         with _registry:
-            others = [other._pin for other in _connections if other._pin and other._is_beside(self)]
-        if self._pin is None or not others:
+            slot = self._token.slot.slot_id
+            pins = [pin for other in _connections if (pin := other.pin_of_slot(self._library, slot))]
+        if self._pin is None or not pins:
             return
         with self._pin.lend() as ours:
-            for pin in others:
+            for pin in pins:
                 with pin.lend() as theirs:
                     if hmac.compare_digest(ours, theirs):
                         return
         raise WrongPinError(f"this process is logged in to the token {self._token.label!r} with another PIN")
 
-    def _is_beside(self, other: "Connection") -> bool:
-        """Return True if this session is on the same token as `other`'s, and still logged in."""
-        same = self._library.is_same(other._library) and self._token.slot.slot_id == other._token.slot.slot_id
-        return same and not self.is_overtaken and self._library.state(self._session.handle) in _LOGGED_IN
+    def pin_of_slot(self, library: Library, slot: int) -> Secret | None:
+        """Return the PIN of this session, if the session is on the token in a library's slot, and still logged in."""
+        same = self._pin is not None and self._library.is_same(library) and self._token.slot.slot_id == slot
+        is_logged_in = same and not self.is_overtaken and self._library.state(self._session.handle) in _LOGGED_IN
+        return self._pin if is_logged_in else None
 
     def _find_private(self, label: str) -> Any:
         objects = self._objects(ObjectClass.PRIVATE_KEY, label)
