@@ -15,7 +15,7 @@ from support import skip_unless, tokens
 from support.secrets import secret_file
 from support.tokens import RealToken
 
-from keyferry.module import ModuleError, Pkcs11Module, trial
+from keyferry.module import ModuleError, Pkcs11Module, probe
 from keyferry.module import token as token_module
 from keyferry.module.token import Connection
 
@@ -60,7 +60,7 @@ def test_nss_without_its_parameters_says_what_was_wrong() -> None:
     """Its library wants to be told where its database is."""
     library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     code = f"""
-from keyferry.module import ModuleError, Pkcs11Module, trial
+from keyferry.module import ModuleError, Pkcs11Module, probe
 try:
     Pkcs11Module.open({str(library)!r}, token_label="x", key_label="x")
 except ModuleError as error:
@@ -187,10 +187,10 @@ def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
     """Nobody else could decrypt what it encrypts."""
     known = os.urandom(32)
     usual: Any = Odd(known, nonce=None)
-    trial._try_key(usual, Key(), known)
+    probe._try_key(usual, Key(), known)
     odd: Any = Odd(known, nonce=bytes(12))
     with pytest.raises(ModuleError, match="does it choose the nonce itself"):
-        trial._try_key(odd, Key(), known)
+        probe._try_key(odd, Key(), known)
 
 
 def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
@@ -198,7 +198,7 @@ def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
     known = os.urandom(32)
     odd: Any = Odd(known, nonce=None)
     with pytest.raises(ModuleError, match="cannot be read, and then shows it"):
-        trial._try_key(odd, Key(VALUE=known), known)
+        probe._try_key(odd, Key(VALUE=known), known)
 
 
 def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:

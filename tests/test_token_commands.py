@@ -157,7 +157,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """With how to install it."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "pkcs11"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("pkcs11", "cryptoki", "token", "trial"):
+    for name in ("pkcs11", "cryptoki", "token", "probe"):
         monkeypatch.delitem(sys.modules, f"keyferry.module.{name}", raising=False)
     monkeypatch.delattr("keyferry.module.Pkcs11Module", raising=False)
     monkeypatch.setitem(sys.modules, "pkcs11", None)

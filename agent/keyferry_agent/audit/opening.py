@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from keyferry.output import complain
+from keyferry.stdout import complain
 
 from ..chained_log import chain
 from ..config.settings import Settings

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from keyferry.operations import OPERATIONS
-from keyferry.output import show_lines
+from keyferry.stdout import show_lines
 
 from ..chained_log.chain import ChainError
 from ..config.settings import Settings

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__, guard
 from ..errors import AgentUnavailable, KeyferryError, KmsError, ProtocolError
-from ..output import complain, complain_json
+from ..stdout import complain, complain_json
 from . import files, modules, operations, records
 from .common import PROGRAM, REFUSED, UNREACHABLE
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TextIO
 
-from .. import output, streams
+from .. import stdout, streams
 from ..arguments import socket, whole_number
 from ..declaration import Operation
 from ..descriptors import open_to_read
@@ -79,18 +79,18 @@ def extra(name: str) -> Iterator[None]:
 
 def usage(message: str) -> NoReturn:
     """Print an error in the arguments on standard error, and exit with code 2."""
-    output.complain(PROGRAM, message)
+    stdout.complain(PROGRAM, message)
     raise SystemExit(USAGE)
 
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    output.complain(PROGRAM, f"warning: {message}")
+    stdout.complain(PROGRAM, f"warning: {message}")
 
 
 def show_json(result: Any) -> int:
     """Print a result as JSON; return the exit code."""
-    return output.show_json(PROGRAM, result)
+    return stdout.show_json(PROGRAM, result)
 
 
 def socket_option() -> argparse.ArgumentParser:
@@ -197,7 +197,7 @@ def _value(parameter: Parameter[Any], text: str) -> Any:
         except ValueError as error:
             usage(f"--{parameter.name} {text}: {error}")
     if parameter is PLAINTEXT:
-        output.complain(PROGRAM, "other users can see --Plaintext in the process list: use --Plaintext @FILE or -")
+        stdout.complain(PROGRAM, "other users can see --Plaintext in the process list: use --Plaintext @FILE or -")
     if parameter.integer:
         try:
             return whole_number(text)

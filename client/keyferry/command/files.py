@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from ..client import Client
 from ..guard import reason
-from ..output import DONE
+from ..stdout import DONE
 from .common import Failed, extra, progress, socket_option, usage, warn
 from .modules import add_module_options, check_module_options, open_module
 from .records import add_store_option, open_store

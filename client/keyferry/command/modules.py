@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from .. import descriptors, new_files, passphrase, private_files
 from ..content import resemblance
 from ..descriptors import open_to_read
-from ..output import DONE
 from ..parameters import decode_base64
+from ..stdout import DONE
 from .common import Failed, extra, show_json, usage, warn
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from ..arguments import seconds
 from ..client import Client
 from ..errors import AgentUnavailable, KmsError
 from ..operations import OPERATIONS
-from ..output import DONE
+from ..stdout import DONE
 from .common import REFUSED, add_parameters, given, show_json, socket_option
 
 __all__ = ["add_parsers"]

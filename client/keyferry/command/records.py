@@ -11,7 +11,7 @@ from urllib.parse import unquote
 
 from ..client import Client
 from ..operations import OPERATIONS
-from ..output import DONE, complain, show, show_lines
+from ..stdout import DONE, complain, show, show_lines
 from .common import PROGRAM, REFUSED, add_parameters, extra, given, progress, show_json, socket_option, usage
 from .modules import add_module_options, check_module_options, open_module
 

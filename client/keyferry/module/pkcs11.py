@@ -25,9 +25,9 @@ from ..parameters import decode_base64, encode_base64
 from .cryptoki import Library
 from .interface import NONCE, NOT_AUTHENTIC, NOT_HELD, NOT_OURS, TAG, CryptographicModule, DataKey, ModuleError
 from .pin import read_pin
+from .probe import try_out
 from .token import Connection, Wanted, WrongPinError, describe
 from .token_choice import TokenChoice
-from .trial import try_out
 
 T = TypeVar("T")
 
