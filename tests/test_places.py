@@ -128,7 +128,7 @@ def test_nothing_reaches_a_descriptor_before_all_was_authentic(place: Place) -> 
         ("decrypt sealed .", "a folder, not a regular file"),
         ("mkdir -p folder; decrypt sealed folder/", "a folder, not a regular file"),
         ("decrypt sealed none/", "ends with a slash"),
-        ("decrypt sealed none/out", "none: No such file"),
+        ("decrypt sealed none/out", "none/out: No such file"),
         ("decrypt sealed /dev/full", "not a regular file"),
         ("decrypt sealed /dev/null", "not a regular file"),
         ("rm -f fifo; mkfifo fifo; decrypt sealed fifo", "not a regular file"),

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 
 from .. import descriptors, streams
 from ..files import Attributes, FileError, replacing
-from ..files.output import check_not_source, check_place
+from ..files.atomic import check_not_source, check_place
 from ..files.sparse import SparseWriter
 from .common import Failed, usage
 
@@ -104,14 +104,14 @@ def _direct(descriptor: int) -> Iterator[BinaryIO]:
 @contextmanager
 def _spooled(descriptor: int) -> Iterator[BinaryIO]:
     """Lend an unnamed file in $TMPDIR, and copy it to the descriptor at the end of the block."""
-    with _naming_tmpdir(), tempfile.TemporaryFile() as file:
-        copy = os.dup(file.fileno())
-    with _Spool(copy) as spool:
+    with _naming_tmpdir():
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - only the errors of opening are about $TMPDIR
+    with file, _Spool(file.fileno()) as spool:
         yield spool
         spool.finish()
-        os.lseek(copy, 0, os.SEEK_SET)
-        with _direct(descriptor) as out, streams.reader(copy) as content:
-            shutil.copyfileobj(content, out)
+        file.seek(0)
+        with _direct(descriptor) as out:
+            shutil.copyfileobj(file, out)
 
 
 class _Spool(SparseWriter):
