@@ -147,9 +147,9 @@ def test_another_program_finds_both_keys_sensitive_and_not_extractable(
 def test_nothing_shows_a_pin_or_a_key(module: Pkcs11Module) -> None:
     """Not a repr, not a pickle, not an attribute that prints."""
     key, _ = tokens.imported(module)
-    shown = f"{module!r} {module._wanted!r} {vars(module)!r} {key!r}"
+    shown = f"{module!r} {module._choice!r} {vars(module)!r} {key!r}"
     assert tokens.PIN not in shown
-    assert repr(module) == f"Pkcs11Module({module._wanted.choice}, 'wrapping')"
+    assert repr(module) == f"Pkcs11Module({module._choice.token}, 'wrapping')"
     with pytest.raises((TypeError, ValueError)):
         pickle.dumps(module)
 

@@ -17,7 +17,7 @@ from support.tokens import RealToken
 
 from keyferry.module import ModuleError, Pkcs11Module, probe
 from keyferry.module import token as token_module
-from keyferry.module.token import Connection
+from keyferry.module.token import Pkcs11Session
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> None:
@@ -187,10 +187,10 @@ def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
     """Nobody else could decrypt what it encrypts."""
     known = os.urandom(32)
     usual: Any = Odd(known, nonce=None)
-    probe._try_key(usual, Key(), known)
+    probe._probe_key(usual, Key(), known)
     odd: Any = Odd(known, nonce=bytes(12))
     with pytest.raises(ModuleError, match="does it choose the nonce itself"):
-        probe._try_key(odd, Key(), known)
+        probe._probe_key(odd, Key(), known)
 
 
 def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
@@ -198,7 +198,7 @@ def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
     known = os.urandom(32)
     odd: Any = Odd(known, nonce=None)
     with pytest.raises(ModuleError, match="cannot be read, and then shows it"):
-        probe._try_key(odd, Key(VALUE=known), known)
+        probe._probe_key(odd, Key(VALUE=known), known)
 
 
 def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_trouble_with_the_token_is_not_taken_for_damaged_data(
         raise DeviceError
 
     with monkeypatch.context() as broken:
-        broken.setattr(Connection, verb, fails)
+        broken.setattr(Pkcs11Session, verb, fails)
         with pytest.raises(ModuleError, match=f"the token could not {verb} .*: CKR_DEVICE_ERROR"):
             getattr(module, verb)(key, sealed)
     assert module.decrypt(key, sealed) == b"x"
