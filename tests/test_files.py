@@ -19,7 +19,7 @@ from vectors import make_files
 
 from keyferry.files import FileError, Header, decrypt, encrypt, header, read_header, stream
 from keyferry.module import DataKey, ModuleError, SoftwareModule
-from keyferry.record import DataKeyRecord
+from keyferry.module.interface import DataKeyRecord
 
 CHUNK, SEALED = stream.CHUNK, stream.CHUNK + 16
 MODULE = SoftwareModule.generate("RSA_2048")
@@ -105,8 +105,8 @@ def test_one_bit_anywhere_of_a_file_is_noticed() -> None:
         messages.add(refused(bytes(changed)))
     assert messages == {
         header.NOT_AUTHENTIC,
-        "it is not a file that keyferry encrypted",
-        "it is of a newer format",
+        "not a file that keyferry encrypted",
+        "encrypted in a newer format; use a newer keyferry",
     }
 
 
@@ -305,7 +305,7 @@ def test_progress_is_told_in_bytes_of_what_is_read() -> None:
 def test_a_file_that_is_too_long_for_its_counter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """256 TiB; here, two chunks."""
     file = encrypted(bytes(3 * CHUNK))
-    monkeypatch.setattr(stream, "_MOST_CHUNKS", 2)
+    monkeypatch.setattr(stream, "_MAX_CHUNKS", 2)
     assert len(encrypted(bytes(2 * CHUNK))) > 2 * CHUNK
     with pytest.raises(FileError, match="at most 2 chunks"):
         encrypted(bytes(2 * CHUNK + 1))
@@ -363,7 +363,7 @@ def _of(size: int, drawn: bytes) -> bytes:
 def test_the_page_has_the_numbers_of_the_code() -> None:
     """docs/files.md."""
     text = (Path(__file__).parents[1] / "docs" / "files.md").read_text()
-    for each in (header.MAGIC[:-1].decode(), header._INFO.decode(), f"{CHUNK:,}", f"{header.MOST_RECORD:,}"):
+    for each in (header.MAGIC[:-1].decode(), header._INFO.decode(), f"{CHUNK:,}", f"{header.MAX_RECORD_BYTES:,}"):
         assert each in text
 
 

@@ -78,7 +78,7 @@ def test_a_file_is_moved_to_a_new_data_key_in_a_token(
     assert run("encrypt-file", plain, sealed, *record).returncode == 0
     before = sealed.read_bytes()
     ended = run("reencrypt-file", sealed, *record)
-    assert (ended.returncode, b"left as it is" in ended.stderr, sealed.read_bytes() == before) == (0, True, True)
+    assert (ended.returncode, b"left unchanged" in ended.stderr, sealed.read_bytes() == before) == (0, True, True)
     assert run("records", "renew", "r", "--store", store, "--socket", agent.socket).returncode == 0
     ended = run("reencrypt-file", sealed, *record)
     assert (ended.returncode, ended.stderr, sealed.read_bytes() == before) == (0, b"", False)

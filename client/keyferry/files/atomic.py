@@ -69,4 +69,4 @@ def check_place(path: str, source: BinaryIO | None = None) -> os.stat_result | N
 def check_not_source(path: str, status: os.stat_result, source: BinaryIO | None) -> None:
     """Check that a result does not replace the file that it is made from. Raises `FileError`."""
     if source is not None and os.path.samestat(status, os.fstat(source.fileno())):
-        raise FileError(f"{path}: that is the file to be read; a file is never replaced by its own result")
+        raise FileError(f"{path}: OUT is the same file as IN; name another OUT")

@@ -45,7 +45,9 @@ def probe_token(session: Pkcs11Session, public: rsa.RSAPublicKey) -> str:
 def _probe_key(session: Pkcs11Session, key: Any, key_bytes: bytes) -> None:
     with contextlib.suppress(pkcs11.PKCS11Error):
         if key[pkcs11.Attribute.VALUE]:
-            raise ModuleError("the token says that an imported key cannot be read, and then shows it")
+            raise ModuleError(
+                "the token reports that an imported key cannot be read, but returns its value; use another token"
+            )
     aes, nonce = AESGCM(key_bytes), os.urandom(NONCE)
     try:
         sealed = session.encrypt(key, nonce, key_bytes, b"aad")
@@ -59,5 +61,5 @@ def _probe_key(session: Pkcs11Session, key: Any, key_bytes: bytes) -> None:
         same = False
     if not same:
         raise ModuleError(
-            "what the token encrypts with AES-GCM is not what others decrypt: does it choose the nonce itself?"
+            "other modules cannot decrypt the token's AES-GCM ciphertexts; the token may choose the nonce itself"
         )

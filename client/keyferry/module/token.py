@@ -24,7 +24,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, To
 from ..secret import Secret
 from . import return_values, token_choice
 from .cryptoki import Library
-from .interface import NO_AES_KEY, NONCE, ModuleError, check_size
+from .interface import INVALID_SIZE, NONCE, ModuleError, check_size
 from .token_choice import FoundToken, TokenChoice
 
 __all__ = ["OAEP", "KeyPairChoice", "Pkcs11Session", "WrongPinError", "describe"]
@@ -52,11 +52,10 @@ _STALE: Final = (
 """Errors in a session that the token still has, but that is unusable: its objects are gone, or a call never ended."""
 
 _LOGIN_REFUSED: Final[dict[type[pkcs11.PKCS11Error], str]] = {
-    pkcs11.PinLocked: "has locked its user PIN after wrong ones: its security officer unlocks it (pkcs11-tool --init-pin)",
-    pkcs11.PinExpired: "takes no user PIN now, because the PIN has expired: change it (pkcs11-tool --login --change-pin)",
-    pkcs11.UserPinNotInitialized: "takes no user PIN now, because it has none yet: its security officer sets one "
-    "(pkcs11-tool --init-pin)",
-    pkcs11.AnotherUserAlreadyLoggedIn: "has its security officer logged in by this process: log out first",
+    pkcs11.PinLocked: "has locked its user PIN after wrong PINs; its security officer can unlock it (pkcs11-tool --init-pin)",
+    pkcs11.PinExpired: "refuses its user PIN, which has expired; change it (pkcs11-tool --login --change-pin)",
+    pkcs11.UserPinNotInitialized: "has no user PIN yet; its security officer can set one (pkcs11-tool --init-pin)",
+    pkcs11.AnotherUserAlreadyLoggedIn: "has its security officer logged in by this process; log out first",
 }
 """The words after the token's name in a message, for refusals of C_Login that are not about the PIN that was sent."""
 _NAMES_BY_TEXT: Final = {
@@ -164,7 +163,7 @@ class Pkcs11Session:
                 template=_TEMPLATE,
             )
         except (pkcs11.KeySizeRange, pkcs11.WrappedKeyLenRange):
-            raise ModuleError(NO_AES_KEY) from None
+            raise ModuleError(INVALID_SIZE) from None
         try:
             self._check_size(key)
             _harden(key, "an imported data key")
@@ -194,7 +193,7 @@ class Pkcs11Session:
         except pkcs11.PKCS11Error as error:
             if self.is_lost(error):
                 raise
-            raise ModuleError(NO_AES_KEY) from None
+            raise ModuleError(INVALID_SIZE) from None
         return None
 
     def _login(self) -> None:
@@ -208,19 +207,19 @@ class Pkcs11Session:
         if flags & TokenFlag.USER_PIN_FINAL_TRY:
             # A service that is restarted repeatedly with a wrong PIN must not lock the token.
             raise ModuleError(
-                f"one more wrong PIN locks the token {label!r}: log in to it once with another program first"
+                f"one more wrong PIN locks the token {label!r}; log in to it once with another program first"
             )
         if self._pin is None:
             if not flags & TokenFlag.PROTECTED_AUTHENTICATION_PATH:
-                raise ModuleError(f"the token {label!r} wants a PIN: give pin_file, or pin to prompt for it")
+                raise ModuleError(f"the token {label!r} requires a PIN; pass pin_file, or pin to prompt for it")
             return self._library.login(self._raw_session.handle, None)
         try:
             with self._pin.lend() as pin:
                 self._library.login(self._raw_session.handle, pin)
         except (pkcs11.PinIncorrect, pkcs11.PinInvalid, pkcs11.PinLenRange) as error:
             raise WrongPinError(
-                f"the token {label!r} refused the PIN. It was tried once: a token locks after a few wrong ones. "
-                f"Correct pin_file, or what pin returns ({describe(error)})"
+                f"the token {label!r} refused the PIN, which was tried once, because wrong PINs lock a token; "
+                f"correct pin_file, or the result of pin ({describe(error)})"
             ) from None
         except tuple(_LOGIN_REFUSED) as error:
             raise WrongPinError(f"the token {label!r} {_LOGIN_REFUSED[type(error)]} ({describe(error)})") from None
@@ -241,7 +240,9 @@ class Pkcs11Session:
                 with pin.lend() as theirs:
                     if hmac.compare_digest(ours, theirs):
                         return
-        raise WrongPinError(f"this process is logged in to the token {self._token.label!r} with another PIN")
+        raise WrongPinError(
+            f"this process is logged in to the token {self._token.label!r} with another PIN; pass the same PIN"
+        )
 
     def _is_beside(self, other: "Pkcs11Session") -> bool:
         """Return True if this session is on the same token as `other`'s, and still logged in."""
@@ -252,7 +253,7 @@ class Pkcs11Session:
         objects = self._objects(ObjectClass.PRIVATE_KEY, label)
         if len(objects) > 1:
             raise ModuleError(
-                f"the token has {len(objects)} RSA private keys {label!r}: a label must say which one is meant"
+                f"the token has {len(objects)} RSA private keys with the label {label!r}; give each its own label"
             )
         return objects[0] if objects else None
 
@@ -274,7 +275,7 @@ class Pkcs11Session:
                 private_template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
             )
             try:
-                _harden(private, "a private key that it made")
+                _harden(private, "a private key that it generated")
             except BaseException:
                 private.destroy()
                 public.destroy()
@@ -289,7 +290,7 @@ class Pkcs11Session:
                 if modulus.bit_length() != _MODULUS_BITS:
                     raise ModuleError(f"the key pair {label!r} has {modulus.bit_length()} bits; RSA_2048 is expected")
                 return modulus, exponent
-        raise ModuleError(f"the token does not tell the public key of {label!r}")
+        raise ModuleError(f"the token does not have the public key of {label!r}; store it in the token")
 
     def _check_private(self, label: str) -> None:
         if not self._private[Attribute.UNWRAP]:
@@ -297,7 +298,7 @@ class Pkcs11Session:
         # One of the two attributes is enough to keep the key in the token. An operator may need an extractable key, to wrap it
         # for a backup.
         if not self._private[Attribute.SENSITIVE] and self._private[Attribute.EXTRACTABLE]:
-            raise ModuleError(f"the private key {label!r} can be read out of the token: generate one that cannot")
+            raise ModuleError(f"the private key {label!r} can be read out of the token; generate one that cannot")
 
 
 def describe(error: pkcs11.PKCS11Error) -> str:
@@ -346,5 +347,5 @@ def _harden(key: Any, what: str) -> None:
         faults = [describe(error)]
     if faults:
         raise ModuleError(
-            f"the token leaves {what} readable ({', '.join(faults)}), and does not let itself be corrected"
+            f"the token keeps {what} readable ({', '.join(faults)}) and rejects changing it; use another token"
         )
