@@ -213,7 +213,7 @@ def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotati
 @pytest.fixture
 def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store in SQLite, with pages so small that there are several."""
-    monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
+    monkeypatch.setattr(store_module, "_PAGE_RECORDS", crashing_rewrap.PAGE)
     with Store(f"sqlite:///{tmp_path / 'records.sqlite'}") as made:
         yield made
 

@@ -16,7 +16,7 @@ from keyferry.module import ModuleError, Pkcs11Module
 from keyferry.module import token as token_module
 from keyferry.module.cryptoki import Library
 from keyferry.module.pin import read_pin
-from keyferry.module.token import Connection, Wanted
+from keyferry.module.token import KeyPairChoice, Pkcs11Session
 from keyferry.module.token_choice import TokenChoice
 
 library, pin_file = map(Path, sys.argv[1:])
@@ -42,10 +42,10 @@ def watched(key: Any, what: str) -> None:
 
 harden, token_module._harden = token_module._harden, watched
 
-connection = Connection(
-    Library(library, None), Wanted(TokenChoice("ock"), KEY, read_pin(pin_file, None)), generate=True
+session = Pkcs11Session(
+    Library(library, None), KeyPairChoice(TokenChoice("ock"), KEY, read_pin(pin_file, None)), generate=True
 )
-public = rsa.RSAPublicNumbers(connection.exponent, connection.modulus).public_key()
+public = rsa.RSAPublicNumbers(session.exponent, session.modulus).public_key()
 
 
 def wrap(data_key: bytes) -> bytes:
@@ -56,10 +56,10 @@ def wrap(data_key: bytes) -> bytes:
 
 known = os.urandom(32)
 said["known"] = known.hex()
-said["after"] = state(connection.unwrap(wrap(known), "RSAES_OAEP_SHA_256"))
+said["after"] = state(session.unwrap(wrap(known), "RSAES_OAEP_SHA_256"))
 for size in (1, 17, 64):
     try:
-        connection.unwrap(wrap(os.urandom(size)), "RSAES_OAEP_SHA_256")
+        session.unwrap(wrap(os.urandom(size)), "RSAES_OAEP_SHA_256")
     except ModuleError as error:
         said["wrong sizes"].append(str(error))
 try:
@@ -67,7 +67,7 @@ try:
     said["opened"] = module.wrapping_algorithm
 except ModuleError as error:
     said["refused"] = str(error)
-connection.close()
+session.close()
 
 said["wrong PINs"] = []
 for _ in range(9):

@@ -106,7 +106,7 @@ def test_only_secret_maps_memory_and_only_serving_opens_nurseries() -> None:
 def test_each_kind_of_module_is_for_itself() -> None:
     """Who installed one extra need not have the other; only the room of tokens speaks PKCS#11."""
     speaking = {name for name in ALL if "pkcs11" in {other.split(".")[0] for other in imports(name)}}
-    assert speaking == {f"keyferry.module.{name}" for name in ("cryptoki", "token", "trial", "pkcs11")}
+    assert speaking == {f"keyferry.module.{name}" for name in ("cryptoki", "token", "probe", "pkcs11")}
     assert "keyferry.module.software" not in {other for name in speaking for other in imports(name)}
     assert not speaking & set(imports("keyferry.module.software"))
 

@@ -113,7 +113,7 @@ def test_a_plaintext_on_the_command_line_is_a_warning(agent: RunningAgent) -> No
     ended = keyferry("call", "Encrypt", "--KeyId", "alias/dev", "--Plaintext", "Y2FyZA==", socket=agent.socket)
     assert ended.returncode == 0
     assert ended.stderr == (
-        "keyferry: other users can see --Plaintext in the process list: use --Plaintext @FILE or -\n"
+        "keyferry: other users can see --Plaintext in the process list; use --Plaintext @FILE or -\n"
     )
 
 

@@ -21,7 +21,7 @@ from keyferry.store.record import context_text
 @pytest.fixture
 def source(tmp_path: Path, agent: RunningAgent, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """A store of 7 records in SQLite, which is several pages here."""
-    monkeypatch.setattr(transfer, "_PAGE", 3)
+    monkeypatch.setattr(transfer, "_PAGE_RECORDS", 3)
     with Store(f"sqlite:///{tmp_path / 'source.sqlite'}") as store, agent.client() as kms:
         fill(store, kms, 7, key_id="alias/dev")
         damage(store, "r1", "created", lambda _: "2020-01-31T12:00:00Z")
@@ -97,8 +97,8 @@ def test_a_damaged_record_is_left_where_it_is(source: Store, target: Store) -> N
         connection.commit()
     reasons: list[str] = []
     assert copy(source, target, refused=reasons.append) == Copied(records=7, copied=4, present=0, refused=3)
-    assert reasons[:2] == ["r0: it is damaged in the source", "r4: it is damaged in the source"]
-    assert "is not a valid record name" in reasons[2]
+    assert reasons[:2] == [f"{name}: damaged in the source; repair the record there" for name in ("r0", "r4")]
+    assert "not a valid record name" in reasons[2]
 
 
 def test_an_empty_store_is_copied_to_none(source: Store, target: Store) -> None:
@@ -171,7 +171,7 @@ def test_the_schema_makes_the_table_that_a_store_makes(
         with pytest.raises(StoreError, match="there is no store"):
             store.count()
         if store._file is not None:
-            store._file.make()
+            store._file.create()
         for _ in range(2):
             with store._engine.begin() as connection:
                 connection.exec_driver_sql(statement)

@@ -11,7 +11,7 @@ import pytest
 from support.keyring import change, new_keyring, opened, run
 
 from keyferry import new_files
-from keyferry.files import output, replacing
+from keyferry.files import replacing
 from keyferry_agent.keyring.changes import log_of
 
 CONTENT = b"content" * 1_000
@@ -53,8 +53,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Return the kind of a file system: with files that have no name, and without."""
     name: str = request.param
     if name == "named":  # O_RDWR of a folder is refused, as O_TMPFILE is on such a file system
-        monkeypatch.setattr(new_files.open_beside, "__kwdefaults__", {"unnamed": os.O_RDWR})
-        monkeypatch.setattr(output, "_UNNAMED", os.O_RDWR)
+        monkeypatch.setattr(new_files, "_UNNAMED", os.O_RDWR)
     return name
 
 

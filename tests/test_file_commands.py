@@ -16,8 +16,8 @@ from support.keyring import configuration
 from support.secrets import secret_file
 from support.skip_unless import ROOT
 
-from keyferry import command
-from keyferry.files import FileError, output, replacing, stream
+from keyferry import command, new_files
+from keyferry.files import FileError, replacing, stream
 from keyferry.module import SoftwareModule
 from keyferry.parameters import decode_base64
 from keyferry_agent.crypto.public_key import fingerprint
@@ -266,7 +266,7 @@ def test_in_is_never_replaced_by_its_own_result(place: Place, capsys: pytest.Cap
     for source in ("plain", "symlink"):
         for target in ("plain", "symlink", "hardlink", "../" + place.folder.name + "/plain"):
             assert command.main(place.encrypt(place.folder / source, place.folder / target)) == 1
-            assert "never replaced by its own result" in capsys.readouterr().err
+            assert "OUT is the same file as IN" in capsys.readouterr().err
     assert plain.read_bytes() == b"plaintext"
 
 
@@ -295,7 +295,7 @@ def test_what_is_no_place_for_a_file_is_refused(place: Place, capsys: pytest.Cap
 def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A file system with files that have no name, and one without."""
     if request.param == "named":
-        monkeypatch.setattr(output, "_UNNAMED", os.O_RDWR)  # of a directory: refused, as such a file system refuses
+        monkeypatch.setattr(new_files, "_UNNAMED", os.O_RDWR)  # of a directory: refused, as such a file system refuses
     name: str = request.param
     return name
 

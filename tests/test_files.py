@@ -19,7 +19,7 @@ from vectors import make_files
 
 from keyferry.files import FileError, Header, decrypt, encrypt, header, read_header, stream
 from keyferry.module import DataKey, ModuleError, SoftwareModule
-from keyferry.record import DataKeyRecord
+from keyferry.module.interface import DataKeyRecord
 
 CHUNK, SEALED = stream.CHUNK, stream.CHUNK + 16
 MODULE = SoftwareModule.generate("RSA_2048")
@@ -105,8 +105,8 @@ def test_one_bit_anywhere_of_a_file_is_noticed() -> None:
         messages.add(refused(bytes(changed)))
     assert messages == {
         header.NOT_AUTHENTIC,
-        "it is not a file that keyferry encrypted",
-        "it is of a newer format",
+        "not a file that keyferry encrypted",
+        "encrypted in a newer format; use a newer keyferry",
     }
 
 

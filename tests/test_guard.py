@@ -15,7 +15,7 @@ from support.skip_unless import root
 from keyferry import command, guard
 from keyferry.arguments import seconds, whole_number
 from keyferry.store import StoreError
-from keyferry.store.location import find
+from keyferry.store.location import resolve_url
 from keyferry.store.sqlite import sqlite_file
 from keyferry_agent.cli.main import main as agent_main
 
@@ -160,10 +160,10 @@ def test_without_a_home_folder_no_store_is_made_up(monkeypatch: pytest.MonkeyPat
             monkeypatch.setenv("HOME", home)
         for store in (None, "sqlite:///~/x.db", "sqlite:///~nobody-of-that-name/x.db"):
             with pytest.raises(StoreError, match=r"set \$KEYFERRY_STORE|no such user"):
-                find(store)
+                resolve_url(store)
     monkeypatch.setenv("HOME", "/home/a")
-    assert str(sqlite_file(find("sqlite:///~/x.db"))) == "/home/a/x.db"
-    assert find(None).database == "/home/a/.local/share/keyferry/records.sqlite"
+    assert str(sqlite_file(resolve_url("sqlite:///~/x.db"))) == "/home/a/x.db"
+    assert resolve_url(None).database == "/home/a/.local/share/keyferry/records.sqlite"
 
 
 def test_an_empty_environment_is_enough(agent: RunningAgent, tmp_path: Path) -> None:

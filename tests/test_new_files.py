@@ -122,7 +122,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """A file system with files that have no name, one without, and one without hard links either."""
     name: str = request.param
     if name != "unnamed":
-        monkeypatch.setattr(new_files.open_beside, "__kwdefaults__", {"unnamed": os.O_RDWR})
+        monkeypatch.setattr(new_files, "_UNNAMED", os.O_RDWR)
     if name == "without links":
 
         def refuse(*_: object, **__: object) -> None:

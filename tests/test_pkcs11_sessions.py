@@ -14,7 +14,7 @@ from support import tokens
 from support.tokens import RealToken
 
 from keyferry.module import ModuleError, Pkcs11Module
-from keyferry.module.token import Connection
+from keyferry.module.token import Pkcs11Session
 
 
 def test_a_key_that_nobody_holds_leaves_the_token_with_the_next_call(module: Pkcs11Module) -> None:
@@ -47,14 +47,14 @@ def test_a_token_that_is_lost_again_at_once_says_so_of_itself_not_of_the_data(
     """Such a data key is as good as before."""
     module = app.open()
     blob = tokens.exported(module, os.urandom(32))
-    unwrap = Connection.unwrap
+    unwrap = Pkcs11Session.unwrap
 
-    def lost(connection: Connection, wrapped: bytes, algorithm: str) -> Any:
+    def lost(connection: Pkcs11Session, wrapped: bytes, algorithm: str) -> Any:
         app.close_all_sessions()
         return unwrap(connection, wrapped, algorithm)
 
     with monkeypatch.context() as pulled:
-        pulled.setattr(Connection, "unwrap", lost)
+        pulled.setattr(Pkcs11Session, "unwrap", lost)
         with pytest.raises(ModuleError, match="the token 'app' was lost twice: CKR_SESSION_HANDLE_INVALID"):
             module.import_data_key(blob)
     module.import_data_key(blob)
@@ -151,7 +151,7 @@ def test_a_fork_waits_for_the_calls_of_other_threads(app: RealToken, monkeypatch
     module = app.open()
     key, _ = tokens.imported(module)
     began, under_way = threading.Event(), [False]
-    encrypt = Connection.encrypt
+    encrypt = Pkcs11Session.encrypt
 
     def watched(*arguments: Any) -> bytes:
         under_way[0] = True
@@ -161,7 +161,7 @@ def test_a_fork_waits_for_the_calls_of_other_threads(app: RealToken, monkeypatch
         return made
 
     with monkeypatch.context() as slowly, ThreadPoolExecutor(1) as pool:
-        slowly.setattr(Connection, "encrypt", watched)
+        slowly.setattr(Pkcs11Session, "encrypt", watched)
         call = pool.submit(module.encrypt, key, bytes(16 * 1024 * 1024))
         began.wait()
         child = os.fork()

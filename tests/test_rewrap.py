@@ -36,7 +36,7 @@ def kms(rotating: Rotating) -> Iterator[Client]:
 @pytest.fixture
 def store(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store, with pages so small that there are several."""
-    monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
+    monkeypatch.setattr(store_module, "_PAGE_RECORDS", crashing_rewrap.PAGE)
     with Store(store_url) as made:
         yield made
 
@@ -175,7 +175,7 @@ def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
     cluster: Cluster, kms: Client, rotating: Rotating, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL, stopped in this very moment: the run ends with an error, the next one does the rest."""
-    monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
+    monkeypatch.setattr(store_module, "_PAGE_RECORDS", crashing_rewrap.PAGE)
     with Store(cluster.new_database()) as store:
         keys = fill(store, kms, COUNT)
         primary = rotating.rotate()

@@ -15,7 +15,7 @@ from support.skip_unless import libpq, postgresql
 
 from keyferry.parameters import encode_base64
 from keyferry.store import Record, Store, StoreError, location, new_record
-from keyferry.store.record import MAX_NAME_LENGTH, context_text
+from keyferry.store.record import MAX_NAME_CHARACTERS, context_text
 
 KEY, OLD, NEW = "a-key", "1" * 36, "2" * 36
 PASSWORD = "hunter2"
@@ -82,14 +82,14 @@ def test_a_store_is_made_only_where_it_may_be(store_url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", " a", "a ", "a\nb", "a\0b", "a\x1b[2J", "\ud800", "x" * (MAX_NAME_LENGTH + 1), "a\u202eb"]
+    "name", ["", " a", "a ", "a\nb", "a\0b", "a\x1b[2J", "\ud800", "x" * (MAX_NAME_CHARACTERS + 1), "a\u202eb"]
 )
 def test_a_name_that_cannot_be_shown_is_refused(store: Store, name: str) -> None:
     """Before anything is asked, and in words that can be shown."""
-    with pytest.raises(StoreError, match="is not a valid record name") as caught:
+    with pytest.raises(StoreError, match="not a valid record name") as caught:
         store.add(record(name))
     assert str(caught.value).isprintable()
-    with pytest.raises(StoreError, match="is not a valid record name"):
+    with pytest.raises(StoreError, match="not a valid record name"):
         store.check_free(name)
     with pytest.raises(StoreError, match="no record"):
         store.get(name)
@@ -97,8 +97,8 @@ def test_a_name_that_cannot_be_shown_is_refused(store: Store, name: str) -> None
 
 def test_a_name_of_the_greatest_length_is_taken(store: Store) -> None:
     """Of any script."""
-    store.add(record("名" * MAX_NAME_LENGTH))
-    assert store.get("名" * MAX_NAME_LENGTH).name == "名" * MAX_NAME_LENGTH
+    store.add(record("名" * MAX_NAME_CHARACTERS))
+    assert store.get("名" * MAX_NAME_CHARACTERS).name == "名" * MAX_NAME_CHARACTERS
 
 
 def test_a_name_that_is_taken_is_refused_with_all_that_came_with_it(store: Store) -> None:
@@ -214,7 +214,7 @@ def test_without_a_url_the_store_is_a_file_of_this_users(tmp_path: Path, monkeyp
         ("", tmp_path / ".local" / "share"),
     ):
         monkeypatch.setenv("XDG_DATA_HOME", home)
-        assert location.find().database == str(expected / "keyferry" / "records.sqlite")
+        assert location.resolve_url().database == str(expected / "keyferry" / "records.sqlite")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "d%41?x=y"))
     with Store() as store:
         store.add(record("a"))
@@ -227,15 +227,15 @@ def test_a_url_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypat
     file = tmp_path / "url"
     file.write_text("  postgresql://u:p@h/db\nmore\n")
     monkeypatch.setenv("KEYFERRY_STORE", f"@{file}")
-    assert location.find() == location.find(f"@{file}") == location.find("postgres://u:p@h/db")
-    assert location.find().drivername == "postgresql+psycopg"
-    assert location.find("sqlite:///x").database == "x"
+    assert location.resolve_url() == location.resolve_url(f"@{file}") == location.resolve_url("postgres://u:p@h/db")
+    assert location.resolve_url().drivername == "postgresql+psycopg"
+    assert location.resolve_url("sqlite:///x").database == "x"
     for content in (b"", b"\n", b"@other", b"\xff"):
         file.write_bytes(content)
         with pytest.raises(StoreError, match=str(file)):
-            location.find()
+            location.resolve_url()
     with pytest.raises(StoreError, match="No such file"):
-        location.find("@/nowhere/url")
+        location.resolve_url("@/nowhere/url")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_url_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypat
         ("sqlite://", "in memory"),
         ("sqlite:///:memory:", "in memory"),
         ("postgresql+psycopg2://h/db", "its driver, psycopg2, is not installed"),
-        (f"postgresql+x{PASSWORD}://h/db", "knows no such driver"),
+        (f"postgresql+x{PASSWORD}://h/db", "does not have the driver"),
         (f"postgresql://u:{PASSWORD}@127.0.0.1:1/db", "PostgreSQL database db at 127.0.0.1: "),
         (f"postgresql://u@/db?host=/nowhere&password={PASSWORD}", "PostgreSQL database db at /nowhere: "),
         pytest.param("postgresql://u@/db?host=/nowhere", "No such file", marks=libpq()),
@@ -274,9 +274,9 @@ def test_a_driver_that_repeats_a_password_is_not_repeated() -> None:
     """Whatever it says then."""
     store = Store(f"postgresql://u:{PASSWORD}@h/db?sslpassword=abc")
     for secret in (PASSWORD, "abc"):
-        assert store._why(RuntimeError(f"no such user u with {secret}")) == "RuntimeError"
-    assert store._why(RuntimeError("")) == "RuntimeError"
-    assert store._why(RuntimeError("no\nsuch")) == "no"
+        assert store._reason(RuntimeError(f"no such user u with {secret}")) == "RuntimeError"
+    assert store._reason(RuntimeError("")) == "RuntimeError"
+    assert store._reason(RuntimeError("no\nsuch")) == "no"
 
 
 def test_a_system_without_libpq_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

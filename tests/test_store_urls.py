@@ -23,7 +23,7 @@ ENCODED = "percent-encoded"
 
 def connecting(url: str) -> dict[str, Any]:
     """The options of libpq that a URL stands for."""
-    found = engine._libpq_options(location.find(url))
+    found = engine._libpq_options(location.resolve_url(url))
     return {name: value for name, value in found.items() if name not in ("client_encoding", "prepare_threshold")}
 
 
@@ -96,7 +96,7 @@ def test_a_postgresql_url_is_read_as_libpq_reads_it(url: str, options: dict[str,
 def test_a_password_that_is_not_encoded_is_refused(url: str) -> None:
     """With how to write it, and without any part of it."""
     with pytest.raises(StoreError, match=ENCODED) as caught:
-        location.find(url)
+        location.resolve_url(url)
     for part in ("MARK", "half", "123456", "99999"):
         assert part not in str(caught.value)
 

@@ -14,7 +14,7 @@ from support.keyring import change, configuration
 from support.keys import rsa_private_key
 from support.secrets import secret_file
 
-from keyferry import command, guard, output, streams
+from keyferry import command, guard, stdout, streams
 from keyferry_agent.keyring.sealing import Identity
 
 AGENT, CLIENT = "keyferry_agent", "keyferry"
@@ -204,8 +204,8 @@ def test_output_without_a_stream_is_a_failure_of_its_own(
 ) -> None:
     """Python's own streams are None where their descriptors are closed."""
     monkeypatch.setattr(sys, "stdout", None)
-    assert output.show("keyferry", "text") == output.FAILED
+    assert stdout.show("keyferry", "text") == stdout.FAILED
     assert capsys.readouterr().err == "keyferry: standard output: it is closed\n"
     monkeypatch.setattr(sys, "stderr", None)
-    output.complain("keyferry", "text")
+    stdout.complain("keyferry", "text")
     assert guard.guarded("keyferry", lambda: 0) == 0

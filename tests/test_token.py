@@ -15,9 +15,9 @@ from support import skip_unless, tokens
 from support.secrets import secret_file
 from support.tokens import RealToken
 
-from keyferry.module import ModuleError, Pkcs11Module, trial
+from keyferry.module import ModuleError, Pkcs11Module, probe
 from keyferry.module import token as token_module
-from keyferry.module.token import Connection
+from keyferry.module.token import Pkcs11Session
 
 
 def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> None:
@@ -60,7 +60,7 @@ def test_nss_without_its_parameters_says_what_was_wrong() -> None:
     """Its library wants to be told where its database is."""
     library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     code = f"""
-from keyferry.module import ModuleError, Pkcs11Module, trial
+from keyferry.module import ModuleError, Pkcs11Module, probe
 try:
     Pkcs11Module.open({str(library)!r}, token_label="x", key_label="x")
 except ModuleError as error:
@@ -107,7 +107,7 @@ def test_a_token_that_leaves_an_imported_key_readable_is_corrected(opencryptoki:
 @beside_opencryptoki
 def test_a_token_without_aes_gcm_is_refused_when_it_is_opened(opencryptoki: dict[str, Any]) -> None:
     """Version 3.8.1, of Debian 12, has none; later ones have it, and work."""
-    assert opencryptoki["wrong sizes"] == ["invalid data key size; an AES key has 16, 24 or 32 bytes"] * 3
+    assert opencryptoki["wrong sizes"] == ["invalid data key size; expected 16, 24 or 32 bytes"] * 3
     if "opened" not in opencryptoki:
         assert "does not encrypt with AES-GCM" in opencryptoki["refused"]
     else:
@@ -187,29 +187,29 @@ def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
     """Nobody else could decrypt what it encrypts."""
     known = os.urandom(32)
     usual: Any = Odd(known, nonce=None)
-    trial._try_key(usual, Key(), known)
+    probe._probe_key(usual, Key(), known)
     odd: Any = Odd(known, nonce=bytes(12))
-    with pytest.raises(ModuleError, match="does it choose the nonce itself"):
-        trial._try_key(odd, Key(), known)
+    with pytest.raises(ModuleError, match="may choose the nonce itself"):
+        probe._probe_key(odd, Key(), known)
 
 
 def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
     """Although its attributes say otherwise."""
     known = os.urandom(32)
     odd: Any = Odd(known, nonce=None)
-    with pytest.raises(ModuleError, match="cannot be read, and then shows it"):
-        trial._try_key(odd, Key(VALUE=known), known)
+    with pytest.raises(ModuleError, match="cannot be read, but returns its value"):
+        probe._probe_key(odd, Key(VALUE=known), known)
 
 
 def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token that makes such keys is left as it was."""
 
     def readable(_key: Any, what: str) -> None:
-        raise ModuleError(f"the token leaves {what} readable")
+        raise ModuleError(f"the token keeps {what} readable")
 
     with monkeypatch.context() as patched:
         patched.setattr(token_module, "_harden", readable)
-        with pytest.raises(ModuleError, match="leaves a private key that it made readable"):
+        with pytest.raises(ModuleError, match="keeps a private key that it generated readable"):
             app.open("never")
     with pytest.raises(ModuleError, match="has no RSA key pair 'never'"):
         app.open("never", generate=False)
@@ -228,7 +228,7 @@ def test_trouble_with_the_token_is_not_taken_for_damaged_data(
         raise DeviceError
 
     with monkeypatch.context() as broken:
-        broken.setattr(Connection, verb, fails)
+        broken.setattr(Pkcs11Session, verb, fails)
         with pytest.raises(ModuleError, match=f"the token could not {verb} .*: CKR_DEVICE_ERROR"):
             getattr(module, verb)(key, sealed)
     assert module.decrypt(key, sealed) == b"x"

@@ -78,7 +78,7 @@ def test_a_file_is_moved_to_a_new_data_key_in_a_token(
     assert run("encrypt-file", plain, sealed, *record).returncode == 0
     before = sealed.read_bytes()
     ended = run("reencrypt-file", sealed, *record)
-    assert (ended.returncode, b"left as it is" in ended.stderr, sealed.read_bytes() == before) == (0, True, True)
+    assert (ended.returncode, b"left unchanged" in ended.stderr, sealed.read_bytes() == before) == (0, True, True)
     assert run("records", "renew", "r", "--store", store, "--socket", agent.socket).returncode == 0
     ended = run("reencrypt-file", sealed, *record)
     assert (ended.returncode, ended.stderr, sealed.read_bytes() == before) == (0, b"", False)
@@ -157,7 +157,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     """With how to install it."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "pkcs11"]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("pkcs11", "cryptoki", "token", "trial"):
+    for name in ("pkcs11", "cryptoki", "token", "probe"):
         monkeypatch.delitem(sys.modules, f"keyferry.module.{name}", raising=False)
     monkeypatch.delattr("keyferry.module.Pkcs11Module", raising=False)
     monkeypatch.setitem(sys.modules, "pkcs11", None)

@@ -61,12 +61,12 @@ def test_an_error_without_a_class_is_described_by_its_text(text: str) -> None:
 
 
 LOGINS = {
-    0xA0: r"refused the PIN\. It was tried once.*Correct pin_file.*CKR_PIN_INCORRECT",
+    0xA0: r"refused the PIN, which was tried once.*correct pin_file.*CKR_PIN_INCORRECT",
     0xA1: r"refused the PIN.*CKR_PIN_INVALID",
     0xA2: r"refused the PIN.*CKR_PIN_LEN_RANGE",
-    0xA3: r"has expired: change it.*CKR_PIN_EXPIRED",
-    0xA4: r"has locked its user PIN.*its security officer unlocks it.*CKR_PIN_LOCKED",
-    0x102: r"has none yet: its security officer sets one.*CKR_USER_PIN_NOT_INITIALIZED",
+    0xA3: r"has expired; change it.*CKR_PIN_EXPIRED",
+    0xA4: r"has locked its user PIN.*its security officer can unlock it.*CKR_PIN_LOCKED",
+    0x102: r"has no user PIN yet; its security officer can set one.*CKR_USER_PIN_NOT_INITIALIZED",
     0x104: r"security officer logged in.*CKR_USER_ANOTHER_ALREADY_LOGGED_IN",
     0x30: "does not open: CKR_DEVICE_ERROR",
     0x103: "does not open: CKR_USER_TYPE_INVALID",
@@ -93,7 +93,7 @@ def test_an_initialisation_that_fails_is_explained(odd: Path, monkeypatch: pytes
     monkeypatch.setenv("ODD_INITIALIZE", str(returned))
     message = refusal(odd)
     assert f"C_Initialize of {odd} returned {return_values.name(returned)}: " in message
-    assert ("library_parameters" if returned == 0x7 else "look at the library's own configuration") in message
+    assert ("library_parameters" if returned == 0x7 else "check the library's own configuration") in message
 
 
 @gcc
@@ -132,7 +132,7 @@ except ModuleError as error:
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     ).stdout
-    assert "CKR_GENERAL_ERROR: look at SOFTHSM2_CONF" in out
+    assert "CKR_GENERAL_ERROR: check SOFTHSM2_CONF" in out
     assert text in out
 
 

@@ -25,7 +25,7 @@ def _run() -> int:
     words = [argument for argument in sys.argv[1:] if argument != "--"]
     if _opens_a_keyring(words):
         from keyferry import hardening  # noqa: PLC0415 - other commands do without
-        from keyferry.output import complain  # noqa: PLC0415
+        from keyferry.stdout import complain  # noqa: PLC0415
 
         hardening.clear_freed_memory()
         if words[0] != "run":  # the daemon hardens itself further, and logs the steps that fail

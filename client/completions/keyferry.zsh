@@ -12,7 +12,7 @@ _shtab_keyferry_commands() {
   local _commands=(
     call:'Call one operation.'
     decrypt-file:'Decrypt IN to OUT. The file itself holds its record. OUT appears only when all of IN was authentic.'
-    encrypt-file:'Encrypt IN to OUT, inside a module, with the data key of a record. OUT appears when it is complete.'
+    encrypt-file:'Encrypt IN to OUT in a module, with the data key of a record. OUT appears when it is complete.'
     module:'cryptographic modules in files'
     records:'data keys in a database, by their names'
     reencrypt-file:'Decrypt IN in memory and encrypt it with the data key of a record, to OUT or in the place of IN. The new file is read back before it appears: it must decrypt to the same content.'
@@ -42,7 +42,7 @@ _shtab_keyferry_call_commands() {
 
 _shtab_keyferry_module_commands() {
   local _commands=(
-    init:'Make a software module: a key pair in a new file, sealed with a passphrase. Prints its public key and its fingerprint.'
+    init:'Make a software module: a new key pair in a new file, sealed with a passphrase. Prints its public key and its fingerprint.'
     show:'Print a module'"'"'s public key and its fingerprint, as `module init` did.'
   )
   _describe 'keyferry module commands' _commands
@@ -50,13 +50,13 @@ _shtab_keyferry_module_commands() {
 
 _shtab_keyferry_records_commands() {
   local _commands=(
-    add:'Generate a data key for the cryptographic module, and store its record.'
+    add:'Generate a data key without plaintext, and store its record.'
     copy:'Copy all records to another store, and overwrite none there.'
     list:'List all records, in the order in which they were added.'
     recover:'Export a record'"'"'s data key to a module'"'"'s public key (ExportDataKey).'
     renew:'Give a record a new data key. The old one stays, under another name.'
     rewrap:'Move every record under its master key'"'"'s primary version (ReEncrypt).'
-    schema:'Print the statement that makes the store'"'"'s table, for an administrator.'
+    schema:'Print the statement that creates the store'"'"'s table, for an administrator.'
     show:'Show a record, as JSON.'
   )
   _describe 'keyferry records commands' _commands
@@ -228,14 +228,14 @@ _shtab_keyferry_call_ReEncrypt_defaults_added=0
 _shtab_keyferry_decrypt_file_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
+  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps the mode, owner and group of a file that it replaces]"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
   "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  "--library-parameters[parameters that the library needs to initialise, as NSS does]:TEXT:"
   ":the file to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic:_files"
 )
@@ -246,7 +246,7 @@ _shtab_keyferry_decrypt_file_defaults_added=0
 _shtab_keyferry_encrypt_file_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
+  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps the mode, owner and group of a file that it replaces]"
   "--record[the record in the store]:NAME:"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
@@ -255,7 +255,7 @@ _shtab_keyferry_encrypt_file_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  "--library-parameters[parameters that the library needs to initialise, as NSS does]:TEXT:"
   ":the file to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output:_files"
 )
@@ -288,7 +288,7 @@ _shtab_keyferry_module_show_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  "--library-parameters[parameters that the library needs to initialise, as NSS does]:TEXT:"
   ":a software module that \`keyferry module init\` made:_files"
 )
 
@@ -319,7 +319,7 @@ _shtab_keyferry_records_add_defaults_added=0
 _shtab_keyferry_records_copy_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
-  "--to[the other store\: a URL or \@FILE, as --store takes it\; made where it does not exist]:URL:"
+  "--to[the other store\: a URL or \@FILE, in the form of --store\; created if it does not exist]:URL:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -329,7 +329,7 @@ _shtab_keyferry_records_list_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   {--header,--no-header}"[begin with a line that names the columns (default\: on a terminal only)]"
-  "--json[one JSON array on stdout, with all there is of each]"
+  "--json[print one JSON array, with all fields of each record]"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -353,7 +353,7 @@ _shtab_keyferry_records_renew_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
-  "--old-name[the new name of the old record (default\: NAME\@ and when it was added)]:NAME:"
+  "--old-name[the new name of the old record (default\: NAME\@ and the time at which it was added)]:NAME:"
   ":NAME:"
 )
 
@@ -364,14 +364,14 @@ _shtab_keyferry_records_rewrap_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
-  "--dry-run[change nothing\; say of each whether it could be moved]"
-  "--module[a software module that \`keyferry module init\` made\; then each data key is proved to be the same as before]:FILE:_files"
+  "--dry-run[change nothing\; check whether each record can be moved]"
+  "--module[a software module that \`keyferry module init\` made\; it then proves that each data key is the same as before]:FILE:_files"
   "--pkcs11[instead, a module in a token of this PKCS\#11 library]:LIBRARY:"
   "--passphrase-file[a file whose first line is the module\'s passphrase]:F:_files"
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  "--library-parameters[parameters that the library needs to initialise, as NSS does]:TEXT:"
 )
 
 # guard to ensure default positional specs are added only once per session
@@ -397,7 +397,7 @@ _shtab_keyferry_records_show_defaults_added=0
 _shtab_keyferry_reencrypt_file_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps those of the file that it replaces, but for the times]"
+  "--preserve[OUT gets IN\'s mode and times, and its owner and group where that is permitted\; without it, OUT keeps the mode, owner and group of a file that it replaces]"
   "--record[the record in the store]:NAME:"
   "--store[an SQLAlchemy URL of SQLite or PostgreSQL, or \@FILE with one in it (default\: \$KEYFERRY_STORE, else an SQLite file under \$XDG_DATA_HOME\/keyferry)]:URL:"
   "--module[a software module that \`keyferry module init\` made]:FILE:_files"
@@ -406,7 +406,7 @@ _shtab_keyferry_reencrypt_file_options=(
   "--token[the token\: its label, or a PKCS\#11 URI (pkcs11\:serial\=...)]:LABEL|URI:"
   "--key-label[the label of the key pair in the token]:LABEL:"
   "--pin-file[a file whose first line is the token\'s PIN\; credential\:NAME is systemd\'s]:F:_files"
-  "--library-parameters[parameters for the library\'s C_Initialize\; NSS needs some]:TEXT:"
+  "--library-parameters[parameters that the library needs to initialise, as NSS does]:TEXT:"
   ":the file to read\; -\: standard input:_files"
   ":the result\; a file of that name is replaced\; -\: standard output, which gets nothing before all of IN was authentic\; without it, IN is replaced:_files"
 )
@@ -417,7 +417,7 @@ _shtab_keyferry_reencrypt_file_defaults_added=0
 _shtab_keyferry_status_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--socket[the agent\'s socket (default\: \$KEYFERRY_SOCKET, else \/run\/keyferry\/agent.sock)]:PATH:_files"
-  "--wait[how long to wait for an agent that is not there yet\; with --ready, also for one that is not ready]:SECONDS:"
+  "--wait[how long to wait for an agent that does not answer yet\; with --ready, also for one that is not ready]:SECONDS:"
   "--live[fail only where the agent does not answer, so that a restart may help\; no audit entry]"
   "--ready[fail (exit code 1) also while the agent refuses calls\; no audit entry]"
 )

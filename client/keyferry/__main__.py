@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from . import guard, streams
-from .output import complain
+from .stdout import complain
 
 
 def main() -> int:

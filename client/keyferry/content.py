@@ -1,4 +1,4 @@
-"""Recognises the kind of a file's content: an identity, a key, an age file, a recipient, or text with a byte order mark.
+"""Reads the first line of a file's content, and recognises the content's kind: an identity, a key, an age file, a recipient.
 
 A passphrase file is checked before a keyring or module is sealed with it. A message about a file that opens nothing names the
 file's kind. The functions recognise files that people confuse. They do not check that a key is valid, and their results contain
@@ -32,6 +32,8 @@ __all__ = [
     "base64_text",
     "byte_order_mark",
     "der_kind",
+    "first_line",
+    "first_line_end",
     "resemblance",
 ]
 
@@ -103,10 +105,10 @@ _SHAPES: Final = (
     (b"\x30\x04", ENCRYPTED_KEY),  # PKCS #8 EncryptedPrivateKeyInfo
     (b"\x30\x30\x03", CERTIFICATE),  # also a request for one
 )
-"""The first tags inside the outer SEQUENCE. The first `_WHOLE` entries list all of the tags."""
-_WHOLE: Final = 2
+"""The first tags inside the outer SEQUENCE. The first `_COMPLETE_SHAPES` entries list all of the tags."""
+_COMPLETE_SHAPES: Final = 2
 _SEQUENCE: Final = 0x30
-_LONG: Final = 0x80
+_LONG_FORM: Final = 0x80
 _MAX_LENGTH_BYTES: Final = 3
 _MAX_TAGS: Final = 16
 
@@ -127,6 +129,29 @@ class Resemblance(NamedTuple):
         return f"{self.kind} ({', '.join(details)})" if details else self.kind
 
 
+def first_line(content: bytes, meaning: str) -> str:
+    """Return the first line of a content, without its line ending. `meaning` is its name in messages, such as "a passphrase".
+
+    Raises ValueError if the line is empty or is not text in UTF-8. The message shows nothing of the content.
+    """
+    try:
+        line = content[: first_line_end(content)].decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"not text in UTF-8; {meaning} is expected in the first line") from None
+    if not line:
+        raise ValueError(f"the first line is empty; {meaning} is expected there")
+    return line
+
+
+def first_line_end(content: bytes | bytearray) -> int:
+    """Return the length of the first line, without its line ending (LF or CRLF). Copies nothing of a secret."""
+    end = content.find(b"\n")
+    end = len(content) if end < 0 else end
+    while end and content[end - 1] == ord("\r"):
+        end -= 1
+    return end
+
+
 def byte_order_mark(content: bytes) -> str | None:
     """Return the encoding of the byte order mark at the beginning of the content, or None if it has no such mark."""
     for mark, encoding in _MARKS:
@@ -137,8 +162,8 @@ def byte_order_mark(content: bytes) -> str | None:
 
 def resemblance(content: bytes) -> Resemblance | None:
     """Return the kind that a content resembles, and None for any other content, such as a passphrase."""
-    if whole := der_kind(content):
-        return Resemblance(whole)
+    if kind := der_kind(content):
+        return Resemblance(kind)
     encoding = byte_order_mark(content)
     if encoding in ("UTF-16", "UTF-32"):
         content = content.decode(encoding, errors="replace").encode(errors="replace")
@@ -147,15 +172,15 @@ def resemblance(content: bytes) -> Resemblance | None:
     for pattern, kind in _PATTERNS:
         if pattern.search(content):
             return _with_details(kind, content)
-    encoded = der_kind(base64_text(content))
-    return Resemblance(encoded) if encoded else None
+    encoded_kind = der_kind(base64_text(content))
+    return Resemblance(encoded_kind) if encoded_kind else None
 
 
 def der_kind(der: bytes) -> str | None:
     """Return the kind of key in a DER encoding by its structure alone, and None for other bytes."""
     tags = _tags(der)
-    for number, (shape, kind) in enumerate(_SHAPES):
-        if tags == shape or (number >= _WHOLE and tags.startswith(shape)):
+    for index, (shape, kind) in enumerate(_SHAPES):
+        if tags == shape or (index >= _COMPLETE_SHAPES and tags.startswith(shape)):
             return kind
     return None
 
@@ -170,30 +195,30 @@ def base64_text(content: bytes) -> bytes:
 
 def _tags(der: bytes) -> bytes:
     """Return the tags inside one SEQUENCE that is as long as the bytes, and no bytes for anything else."""
-    start, end = _content(der, 0)
+    start, end = _content_span(der, 0)
     if not der.startswith(bytes([_SEQUENCE])) or end != len(der):
         return b""
     tags = bytearray()
     while start < end and len(tags) < _MAX_TAGS:
         tags.append(der[start])
-        _, start = _content(der, start)
+        _, start = _content_span(der, start)
     return bytes(tags) if start == end else b""
 
 
-def _content(der: bytes, at: int) -> tuple[int, int]:
+def _content_span(der: bytes, at: int) -> tuple[int, int]:
     """Return the start and the end of the content of the element at `at`. The end may exceed the length of the bytes."""
     length = der[at + 1] if at + 1 < len(der) else len(der)
-    if length < _LONG:
+    if length < _LONG_FORM:
         return at + 2, at + 2 + length
-    size = min(length - _LONG, _MAX_LENGTH_BYTES + 1)
-    begin = at + 2 + size
-    return begin, begin + int.from_bytes(der[at + 2 : begin], "big")
+    size = min(length - _LONG_FORM, _MAX_LENGTH_BYTES + 1)
+    start = at + 2 + size
+    return start, start + int.from_bytes(der[at + 2 : start], "big")
 
 
 def _with_details(kind: str, content: bytes) -> Resemblance:
     if kind == SSH_PUBLIC_KEY:
         match = _SSH_TYPE.search(content)
-        return Resemblance(kind, _known(match.group().decode()) if match else "")
+        return Resemblance(kind, _known_type(match.group().decode()) if match else "")
     if kind != OPENSSH_KEY:
         return Resemblance(kind, encrypted=kind == ENCRYPTED_KEY)
     body = _OPENSSH_BODY.search(content)
@@ -202,9 +227,9 @@ def _with_details(kind: str, content: bytes) -> Resemblance:
         return Resemblance(kind)
     key_type = _OPENSSH_TYPE.search(key)
     encrypted = not key.startswith(_OPENSSH_MAGIC + b"\0\0\0\x04none")
-    return Resemblance(kind, _known(key_type.group(1).decode()) if key_type else "", encrypted)
+    return Resemblance(kind, _known_type(key_type.group(1).decode()) if key_type else "", encrypted)
 
 
-def _known(key_type: str) -> str:
+def _known_type(key_type: str) -> str:
     """Return a key type of OpenSSH unchanged, and an empty text for any other: that is text of a file that may be a secret."""
     return key_type if key_type in _SSH_TYPES else ""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from .errors import KeyferryError
-from .output import FAILED, complain, settle, show
+from .stdout import FAILED, complain, settle, show
 
 __all__ = ["INTERRUPTED", "TRACEBACK", "guarded", "parse", "reason"]
 
@@ -39,7 +39,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
 
 
 def parse(program: str, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
-    """Parse arguments. Print the texts of --help and --version with `output.show`, like every other result."""
+    """Parse arguments. Print the texts of --help and --version with `stdout.show`, like every other result."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

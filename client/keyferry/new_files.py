@@ -1,4 +1,4 @@
-"""Creates new files that appear complete, or not at all, and that never replace a file.
+"""Writes files that appear complete, or not at all: new files, which replace none (`creating`), and replacements (`replacing`).
 
 A partly written key file would block the next attempt. So a file is written without a name (`O_TMPFILE`), is synced to the
 disk, and gets its name last: after a full disk or SIGKILL, no file is left. On a file system without such files, the file is
@@ -12,19 +12,9 @@ import secrets
 from collections.abc import Iterator
 from typing import BinaryIO, Final
 
-__all__ = [
-    "UNNAMED",
-    "beside_name",
-    "create",
-    "creating",
-    "link",
-    "naming",
-    "open_beside",
-    "opened_folder",
-    "sync_folder",
-]
+__all__ = ["create", "creating", "naming", "replacing", "sync_folder"]
 
-UNNAMED: Final = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+_UNNAMED: Final = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
 _NAMED: Final = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
 _FOLDER: Final = os.O_DIRECTORY | os.O_CLOEXEC
 _UNSUPPORTED: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -46,56 +36,73 @@ def creating(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     When the block raises, there is no file. Raises OSError with the path, and FileExistsError for a file that exists.
     """
     path = os.fspath(path)
-    parent, name = os.path.split(path)
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    with _written(path, path, 0o600, replaces=False) as descriptor, open(descriptor, "wb", closefd=False) as file:
+        yield file
+        with naming(path):
+            file.flush()
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str], mode: int = 0o600) -> Iterator[int]:
+    """Lend the descriptor of a new file. At the end of the block it replaces the file at `path`, if there is one.
+
+    The new file and its name are on the disk then. When the block raises, the file at `path` is unchanged. A symlink stays, and
+    the file that it names is replaced. The new file has the `mode`, less the umask. The block can change its mode and owner
+    through the descriptor. Raises OSError with the path.
+    """
+    path = os.fspath(path)
+    with _written(path, os.path.realpath(path), mode, replaces=True) as descriptor:
+        yield descriptor
+
+
+@contextlib.contextmanager
+def _written(path: str, real: str, mode: int, *, replaces: bool) -> Iterator[int]:
+    """Lend the descriptor of a new file, which gets the name `real` at the end of the block. Errors have the `path`."""
+    parent, name = os.path.split(real)
     with contextlib.ExitStack() as stack:
         with naming(path):
-            folder = stack.enter_context(opened_folder(parent or "."))
-            beside = beside_name()
-            unnamed, descriptor = open_beside(beside, 0o600, folder)
+            folder = stack.enter_context(_opened(parent or ".", os.O_PATH | _FOLDER))
+            beside = f".keyferry-{secrets.token_hex(8)}.partial"
+            unnamed, descriptor = _open_beside(beside, mode, folder)
+            stack.callback(os.close, descriptor)
         try:
-            with open(descriptor, "wb") as file:
-                yield file
-                with naming(path):
-                    file.flush()
-                    os.fsync(descriptor)
-                    if unnamed:
-                        link(descriptor, name, folder)
-                    else:
-                        _name(beside, name, folder)
+            yield descriptor
+            with naming(path):
+                os.fsync(descriptor)
+                if unnamed:
+                    _link(descriptor, beside if replaces else name, folder)
+                if replaces:
+                    os.replace(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
+                elif not unnamed:
+                    _name(beside, name, folder)
         finally:
-            if not unnamed:
-                with contextlib.suppress(OSError):
-                    os.unlink(beside, dir_fd=folder)
+            with contextlib.suppress(OSError):
+                os.unlink(beside, dir_fd=folder)
         with naming(path):
             sync_folder(folder)
 
 
 @contextlib.contextmanager
-def opened_folder(path: str) -> Iterator[int]:
-    """Lend a descriptor of a folder, for use as dir_fd. It stays valid when the folder is moved."""
-    folder = os.open(path, os.O_PATH | _FOLDER)
+def _opened(path: str, flags: int, folder: int | None = None) -> Iterator[int]:
+    """Lend a descriptor. That of a folder, as a dir_fd, stays valid when the folder is moved."""
+    descriptor = os.open(path, flags, dir_fd=folder)
     try:
-        yield folder
+        yield descriptor
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def beside_name() -> str:
-    """Return a name for a file that is not complete."""
-    return f".keyferry-{secrets.token_hex(8)}.partial"
-
-
-def open_beside(name: str, mode: int, folder: int, *, unnamed: int = UNNAMED) -> tuple[bool, int]:
+def _open_beside(name: str, mode: int, folder: int) -> tuple[bool, int]:
     """Open a new file in a folder. Returns whether the file has no name, and its descriptor. `name` is for a named file."""
     with contextlib.suppress(OSError):
-        os.stat("/proc/self/fd")  # `link` needs this folder to name the file
-        return True, os.open(".", unnamed, mode, dir_fd=folder)
+        os.stat("/proc/self/fd")  # `_link` needs this folder to name the file
+        return True, os.open(".", _UNNAMED, mode, dir_fd=folder)
     return False, os.open(name, _NAMED, mode, dir_fd=folder)
 
 
-def link(descriptor: int, name: str, folder: int) -> None:
+def _link(descriptor: int, name: str, folder: int) -> None:
     """Name a file that has no name, as open(2) describes. A dir_fd makes Python call linkat(2). Replaces no file."""
     os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
 
@@ -103,11 +110,8 @@ def link(descriptor: int, name: str, folder: int) -> None:
 def sync_folder(folder: int) -> None:
     """Sync a folder's names to the disk, where the file system supports it. Raises OSError for a fault of the disk."""
     try:
-        descriptor = os.open(".", os.O_RDONLY | _FOLDER, dir_fd=folder)
-        try:
+        with _opened(".", os.O_RDONLY | _FOLDER, folder) as descriptor:
             os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         if error.errno not in _NOT_SYNCED:
             raise

@@ -60,35 +60,29 @@ def of_new_file(data: bytes) -> str:
     message shows nothing of the content.
     """
     if len(data) > MAX_FILE_BYTES:
-        raise ValueError("longer than any passphrase")
+        raise ValueError(f"longer than {MAX_FILE_BYTES} bytes; {_ONE_LINE}")
     encoding = content.byte_order_mark(data)
     if encoding is not None:
         raise ValueError(f"begins with a byte order mark ({encoding}); save it as UTF-8 without one")
-    found = content.resemblance(data)
-    if found is not None:
-        raise ValueError(f"looks like {found}, which is not a passphrase; {_advice(found)}")
+    kind = content.resemblance(data)
+    if kind is not None:
+        raise ValueError(f"looks like {kind}, which is not a passphrase; {_advice(kind)}")
     if b"\0" in data:
         raise ValueError(f"contains NUL bytes; {_ONE_LINE}")
-    try:
-        first, *others = data.decode().split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"not text in UTF-8; {_ONE_LINE}") from None
-    first = first.rstrip("\r")
-    if not first:
-        raise ValueError("the first line is empty; a passphrase is expected there")
-    if any(line.strip() for line in others):
+    passphrase = content.first_line(data, "a passphrase")
+    if data.partition(b"\n")[2].strip():
         raise ValueError(f"contains more than one line of text; {_ONE_LINE}")
-    check(first)
-    return first
+    check(passphrase)
+    return passphrase
 
 
 def check(passphrase: str) -> None:
     """Raise ValueError for a passphrase that looks like something else, or of which a part is lost easily."""
     if not passphrase:
         raise ValueError("an empty passphrase protects nothing")
-    found = content.resemblance(passphrase.encode(errors="replace"))
-    if found is not None:
-        raise ValueError(f"the passphrase looks like {found}; choose another one, which no one could guess")
+    kind = content.resemblance(passphrase.encode(errors="replace"))
+    if kind is not None:
+        raise ValueError(f"the passphrase looks like {kind}; choose another one, which is secret")
     if passphrase.startswith("#"):
         raise ValueError("the passphrase begins with #, as a comment does; choose another one")
     if passphrase != passphrase.strip():
@@ -110,10 +104,10 @@ def taken_for(path: str | os.PathLike[str], data: bytes) -> str:
     return ""
 
 
-def _advice(found: content.Resemblance) -> str:
-    if found.kind in content.SECRETS:
+def _advice(resemblance: content.Resemblance) -> str:
+    if resemblance.kind in content.SECRETS:
         return f"and its first line may be public; {_ONE_LINE} (a keyring is sealed to an identity by --recipient)"
-    if found.kind in (content.RECIPIENT, content.SSH_PUBLIC_KEY):
+    if resemblance.kind in (content.RECIPIENT, content.SSH_PUBLIC_KEY):
         return f"and is public; {_ONE_LINE} (a keyring is sealed to a recipient by --recipient)"
     return _ONE_LINE
 

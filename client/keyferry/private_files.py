@@ -45,9 +45,9 @@ def check(descriptor: int, path: _Path, *, secret: bool = False, owners: Collect
 
     The parameters are those of `problems`.
     """
-    found = problems(path, descriptor, secret=secret, owners=owners)
-    if found:
-        raise PrivateFileError("; ".join(found))
+    messages = problems(path, descriptor, secret=secret, owners=owners)
+    if messages:
+        raise PrivateFileError("; ".join(messages))
 
 
 def problems(
@@ -94,11 +94,11 @@ def folder_problems(path: _Path) -> list[str]:
     if allowed() or not os.path.isdir(path):
         return []
     name, trusted = os.fspath(path), {_ROOT, os.geteuid()}
-    found = list(_folder_problems(f"{name}/*", trusted))
+    messages = list(_folder_problems(f"{name}/*", trusted))
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & stat.S_ISVTX and mode & (stat.S_IWGRP | stat.S_IWOTH) and not _is_read_only(name):
-        found.append(f"{name}: mode {mode:04o}: other users can put files into it; chmod go-w {name}")
-    return found
+        messages.append(f"{name}: mode {mode:04o}: other users can put files into it; chmod go-w {name}")
+    return messages
 
 
 def _is_read_only(path: str) -> bool:
@@ -167,7 +167,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
 def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
     """Yield each folder and each symbolic link that the kernel goes through to open an absolute path, once."""
     seen: set[str] = set()
-    ahead, place = [part for part in reversed(path.split("/")) if part], "/"
+    components, place = [part for part in reversed(path.split("/")) if part], "/"
     links = 0
     while True:
         try:
@@ -185,14 +185,14 @@ def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
                 target = os.readlink(place)
             except OSError:
                 return
-            ahead += [part for part in reversed(target.split("/")) if part]
+            components += [part for part in reversed(target.split("/")) if part]
             place = "/" if target.startswith("/") else os.path.dirname(place)
             continue
         if stat.S_ISDIR(status.st_mode) and place not in seen:
             seen.add(place)
             yield place, status
-        if not ahead:
+        if not components:
             return
-        part = ahead.pop()
+        part = components.pop()
         if part != ".":
             place = os.path.dirname(place) if part == ".." else os.path.join(place, part)

@@ -38,6 +38,6 @@ MODULES: Final = {
     f"{CLIENT}/client.py": ("test_deadlines", "test_pipeline", "test_client"),
     f"{CLIENT}/files/stream.py": ("test_files", "test_renewed_keys"),
     f"{CLIENT}/files/header.py": ("test_files",),
-    f"{CLIENT}/files/output.py": ("test_durability", "test_places"),
+    f"{CLIENT}/files/atomic.py": ("test_durability", "test_places"),
 }
 """The paths of modules, and names of test files."""

@@ -33,7 +33,7 @@ class Death:
 def main(url: str, socket: str, point: str, count: str) -> None:
     """Rewrap, with death on the way."""
     death = Death(point, int(count))
-    store._PAGE = PAGE  # type: ignore[misc]
+    store._PAGE_RECORDS = PAGE  # type: ignore[misc]
     asked = Client.pipeline
 
     def pipeline(kms: Client, wanted: Any) -> list[Any]:

@@ -116,15 +116,15 @@ def imported(module: Pkcs11Module) -> tuple[DataKey, bytes]:
 
 def session_number(module: Pkcs11Module) -> int:
     """Return the handle of a module's session."""
-    assert module._connection is not None
-    handle: int = module._connection._session.handle
+    assert module._session is not None
+    handle: int = module._session._raw_session.handle
     return handle
 
 
 def data_keys(module: Pkcs11Module) -> list[object]:
     """The data keys that the token holds for this process, whoever's they are."""
-    assert module._connection is not None
-    return list(module._connection._session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY}))
+    assert module._session is not None
+    return list(module._session._raw_session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY}))
 
 
 def softhsm(folder: Path, *labels: str) -> list[RealToken]:

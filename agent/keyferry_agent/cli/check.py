@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keyferry import age_passphrase, private_files
-from keyferry.output import say, show
+from keyferry.stdout import say, show
 
 from ..authz.grants import numbered
 from ..config.settings import Settings, examine

@@ -9,8 +9,8 @@ from typing import Final
 
 from keyferry import guard
 from keyferry.arguments import socket
-from keyferry.output import complain, say, show
 from keyferry.protocol.rpc import DEFAULT_SOCKET, default_socket, pem_to_der
+from keyferry.stdout import complain, say, show
 
 from .. import __version__
 from ..config.options import Options, StartError

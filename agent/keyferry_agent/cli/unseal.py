@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from keyferry import arguments as reading
 from keyferry import private_files
-from keyferry.output import complain, show
+from keyferry.stdout import complain, show
 
 from ..config import validators
 from ..config.settings import DEFAULT_UNSEAL_SOCKET

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 from .. import __version__, guard
 from ..errors import AgentUnavailable, KeyferryError, KmsError, ProtocolError
-from ..output import complain, complain_json
+from ..stdout import complain, complain_json
 from . import files, modules, operations, records
 from .common import PROGRAM, REFUSED, UNREACHABLE
 
 __all__ = ["main"]
 
-_EPILOG = """exit codes: 0 done; 1 the agent refused (its error is on stderr, as JSON), or it could not be done
-(why is on stderr); 2 usage; 3 the agent cannot be reached; 74 standard output could not be written"""
+_EPILOG = """exit codes: 0 done; 1 the agent refused (its error is on stderr, as JSON), or the command failed
+(the reason is on stderr); 2 usage; 3 the agent cannot be reached; 74 standard output could not be written"""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,8 +33,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"keyferry {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for room in (operations, records, files, modules):
-        room.add_parsers(commands)
+    for group in (operations, records, files, modules):
+        group.add_parsers(commands)
     return parser
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NoReturn, TextIO
 
-from .. import output, streams
+from .. import stdout, streams
 from ..arguments import socket, whole_number
 from ..declaration import Operation
 from ..descriptors import open_to_read
@@ -32,8 +32,8 @@ __all__ = [
     "Failed",
     "add_parameters",
     "extra",
-    "given",
     "progress",
+    "read_parameters",
     "show_json",
     "socket_option",
     "usage",
@@ -79,18 +79,18 @@ def extra(name: str) -> Iterator[None]:
 
 def usage(message: str) -> NoReturn:
     """Print an error in the arguments on standard error, and exit with code 2."""
-    output.complain(PROGRAM, message)
+    stdout.complain(PROGRAM, message)
     raise SystemExit(USAGE)
 
 
 def warn(message: str) -> None:
     """Print a warning on standard error."""
-    output.complain(PROGRAM, f"warning: {message}")
+    stdout.complain(PROGRAM, f"warning: {message}")
 
 
 def show_json(result: Any) -> int:
     """Print a result as JSON; return the exit code."""
-    return output.show_json(PROGRAM, result)
+    return stdout.show_json(PROGRAM, result)
 
 
 def socket_option() -> argparse.ArgumentParser:
@@ -107,7 +107,7 @@ def socket_option() -> argparse.ArgumentParser:
 
 # --- an operation's parameters, by the API's own names ----------------------------------------------------------------
 
-_STANDARD: Final = "-"
+_STANDARD_INPUT: Final = "-"
 _MAX_FILE_BYTES: Final = 1 << 20
 """Most bytes read from a parameter's file: far more than the agent accepts. The limit also stops at endless devices."""
 
@@ -152,7 +152,7 @@ class _Once(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         if getattr(namespace, self.dest) is not None:
-            parser.error(f"{option_string} is given twice")
+            parser.error(f"{option_string}: given twice; give it once")
         setattr(namespace, self.dest, values)
 
 
@@ -174,10 +174,12 @@ def add_parameters(
         parser.add_argument(f"--{name}", action=_Once, metavar="VALUE", required=enforce and required, help=help_text)
 
 
-def given(arguments: argparse.Namespace, operation: Operation[..., Any]) -> dict[str, Any]:
+def read_parameters(arguments: argparse.Namespace, operation: Operation[..., Any]) -> dict[str, Any]:
     """Return the parameters on the command line in the form of a request. Exits with code 2 if a value is not valid."""
     texts = {name: getattr(arguments, name, None) for name in operation.parameters}
-    from_input = [f"--{name}" for name, text in texts.items() if text == _STANDARD and _from_file(operation, name)]
+    from_input = [
+        f"--{name}" for name, text in texts.items() if text == _STANDARD_INPUT and _from_file(operation, name)
+    ]
     if len(from_input) > 1:
         usage(f"{' and '.join(from_input)}: only one parameter can be read from standard input")
     return {name: _value(operation.parameters[name], text) for name, text in texts.items() if text is not None}
@@ -188,7 +190,7 @@ def _from_file(operation: Operation[..., Any], name: str) -> bool:
 
 
 def _value(parameter: Parameter[Any], text: str) -> Any:
-    if parameter in _FROM_FILES and (text == _STANDARD or text.startswith("@")):
+    if parameter in _FROM_FILES and (text == _STANDARD_INPUT or text.startswith("@")):
         convert, _ = _FROM_FILES[parameter]
         try:
             return convert(_content(text))
@@ -197,7 +199,7 @@ def _value(parameter: Parameter[Any], text: str) -> Any:
         except ValueError as error:
             usage(f"--{parameter.name} {text}: {error}")
     if parameter is PLAINTEXT:
-        output.complain(PROGRAM, "other users can see --Plaintext in the process list: use --Plaintext @FILE or -")
+        stdout.complain(PROGRAM, "other users can see --Plaintext in the process list; use --Plaintext @FILE or -")
     if parameter.integer:
         try:
             return whole_number(text)
@@ -208,10 +210,10 @@ def _value(parameter: Parameter[Any], text: str) -> Any:
 
 def _content(text: str) -> bytes:
     """Return the content of @FILE, or of standard input. Raises OSError, or ValueError for a file that is too long."""
-    with streams.reader(0) if text == _STANDARD else open_to_read(text[1:]) as file:
+    with streams.reader(0) if text == _STANDARD_INPUT else open_to_read(text[1:]) as file:
         content = file.read(_MAX_FILE_BYTES + 1)
     if len(content) > _MAX_FILE_BYTES:
-        raise ValueError(f"longer than {_MAX_FILE_BYTES} bytes")
+        raise ValueError(f"longer than {_MAX_FILE_BYTES} bytes, the limit of a parameter")
     return content
 
 
@@ -232,7 +234,7 @@ class _NoBar:
 
 
 @contextmanager
-def progress(what: str, unit: str, *, scale: bool = False, total: int | None = None) -> Iterator[Any]:
+def progress(label: str, unit: str, *, scale: bool = False, total: int | None = None) -> Iterator[Any]:
     """Lend a progress bar, which tqdm shows on a terminal only. Without tqdm, no progress bar is shown."""
     try:
         from tqdm import tqdm  # noqa: PLC0415
@@ -240,7 +242,7 @@ def progress(what: str, unit: str, *, scale: bool = False, total: int | None = N
         yield _NoBar()
         return
     with tqdm(
-        desc=what,
+        desc=label,
         unit=unit,
         unit_scale=scale,
         unit_divisor=1024,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from ..client import Client
 from ..guard import reason
-from ..output import DONE
+from ..stdout import DONE
 from .common import Failed, extra, progress, socket_option, usage, warn
 from .modules import add_module_options, check_module_options, open_module
 from .records import add_store_option, open_store
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parsers"]
 
-_OF_THIS_USER: Final = 0o600
-_AS_THE_UMASK_LETS: Final = 0o666
+_PRIVATE_MODE: Final = 0o600
+_DEFAULT_MODE: Final = 0o666
 """Mode of a new encrypted file, before the umask."""
 _PROBE: Final = b"keyferry reencrypt-file"
 
@@ -30,7 +30,7 @@ def add_parsers(commands: Any) -> None:
     encrypt = commands.add_parser(
         "encrypt-file",
         help="encrypt a file with a record's data key",
-        description="Encrypt IN to OUT, inside a module, with the data key of a record. OUT appears when it is complete.",
+        description="Encrypt IN to OUT in a module, with the data key of a record. OUT appears when it is complete.",
         parents=[socket_option()],
         allow_abbrev=False,
     )
@@ -40,7 +40,7 @@ def add_parsers(commands: Any) -> None:
     encrypt.set_defaults(run=_encrypt)
     decrypt = commands.add_parser(
         "decrypt-file",
-        help="decrypt a file that encrypt-file made; needs no store",
+        help="decrypt a file of encrypt-file; needs no store",
         description="Decrypt IN to OUT. The file itself holds its record. OUT appears only when all of IN was authentic.",
         parents=[socket_option()],
         allow_abbrev=False,
@@ -65,13 +65,15 @@ def add_parsers(commands: Any) -> None:
 
 def _add_places(parser: argparse.ArgumentParser, output: str, *, in_place: bool = False) -> None:
     parser.add_argument("source", metavar="IN", help="the file to read; -: standard input")
-    what = f"the result; a file of that name is replaced; -: {output}" + ("; without it, IN is replaced" * in_place)
-    parser.add_argument("target", metavar="OUT", nargs="?" if in_place else None, help=what)
+    target_help = f"the result; a file of that name is replaced; -: {output}" + (
+        "; without it, IN is replaced" * in_place
+    )
+    parser.add_argument("target", metavar="OUT", nargs="?" if in_place else None, help=target_help)
     parser.add_argument(
         "--preserve",
         action="store_true",
         help="OUT gets IN's mode and times, and its owner and group where that is permitted; "
-        "without it, OUT keeps those of the file that it replaces, but for the times",
+        "without it, OUT keeps the mode, owner and group of a file that it replaces",
     )
 
 
@@ -81,10 +83,10 @@ def _encrypt(arguments: argparse.Namespace) -> int:
         from .. import files  # noqa: PLC0415
     from .places import Target, source  # noqa: PLC0415
 
-    with _failing(arguments):
+    with _translating_errors(arguments):
         target = Target(arguments.target, preserve=arguments.preserve)
         if target.is_terminal():
-            usage("an encrypted file is nothing for a terminal: name a file, or a pipe")
+            usage("an encrypted file is not written to a terminal; name a file, or a pipe")
         with source(arguments.source) as plain:
             with open_store(arguments) as store:
                 record = store.get(arguments.record)
@@ -92,7 +94,7 @@ def _encrypt(arguments: argparse.Namespace) -> int:
             with Client(arguments.socket) as kms:
                 key = module.recover_data_key(kms, record.data_key_record())
             with (
-                target.open(plain, mode=_AS_THE_UMASK_LETS, after_all=False) as out,
+                target.open(plain, mode=_DEFAULT_MODE, after_all=False) as out,
                 progress("encrypting", "B", scale=True, total=_size(plain)) as bar,
             ):
                 files.encrypt(plain, out, module, key, record.data_key_record(), name=record.name, advanced=bar.update)
@@ -105,18 +107,18 @@ def _decrypt(arguments: argparse.Namespace) -> int:
         from .. import files  # noqa: PLC0415
     from .places import Target, source  # noqa: PLC0415
 
-    with _failing(arguments):
+    with _translating_errors(arguments):
         target = Target(arguments.target, preserve=arguments.preserve)
         with source(arguments.source) as sealed:
-            with _naming(arguments.source):
+            with _naming_source(arguments.source):
                 header = files.read_header(sealed)
             module = open_module(arguments)
             with Client(arguments.socket) as kms:
                 key = module.recover_data_key(kms, header.record)
             with (
-                target.open(sealed, mode=_OF_THIS_USER, after_all=True) as out,
+                target.open(sealed, mode=_PRIVATE_MODE, after_all=True) as out,
                 progress("decrypting", "B", scale=True, total=_size(sealed)) as bar,
-                _naming(arguments.source),
+                _naming_source(arguments.source),
             ):
                 files.decrypt(sealed, out, module, key, header, advanced=bar.update)
     return DONE
@@ -129,12 +131,12 @@ def _reencrypt(arguments: argparse.Namespace) -> int:
         from ..files.sparse import SparseWriter  # noqa: PLC0415
     from .places import Target, in_place, source  # noqa: PLC0415
 
-    with _failing(arguments):
+    with _translating_errors(arguments):
         target = None if arguments.target is None else Target(arguments.target, preserve=arguments.preserve)
         if target is not None and target.is_terminal():
-            usage("an encrypted file is nothing for a terminal: name a file, or a pipe")
+            usage("an encrypted file is not written to a terminal; name a file, or a pipe")
         with source(arguments.source) as sealed:
-            with _naming(arguments.source):
+            with _naming_source(arguments.source):
                 header = files.read_header(sealed)
             with open_store(arguments) as store:
                 record = store.get(arguments.record)
@@ -142,9 +144,9 @@ def _reencrypt(arguments: argparse.Namespace) -> int:
             with Client(arguments.socket) as kms:
                 key = module.recover_data_key(kms, header.record)
                 new_key = module.recover_data_key(kms, record.data_key_record())
-            if target is None and _are_one(module, key, new_key):
+            if target is None and _are_same_key(module, key, new_key):
                 warn(
-                    f"{arguments.source}: encrypted with this record's data key already, and left as it is; "
+                    f"{arguments.source}: already encrypted with this record's data key, and left unchanged; "
                     "`keyferry records renew` gives a record a new data key"
                 )
                 return DONE
@@ -152,11 +154,11 @@ def _reencrypt(arguments: argparse.Namespace) -> int:
             if target is None:
                 place = in_place(arguments.source, sealed, preserve=arguments.preserve)
             else:
-                place = target.open(sealed, mode=_AS_THE_UMASK_LETS, after_all=True)
+                place = target.open(sealed, mode=_DEFAULT_MODE, after_all=True)
             with (
                 place as out,
                 progress("encrypting", "B", scale=True, total=_size(sealed)) as bar,
-                _naming(arguments.source),
+                _naming_source(arguments.source),
             ):
                 assert isinstance(out, SparseWriter)
                 new = record.data_key_record()
@@ -165,11 +167,11 @@ def _reencrypt(arguments: argparse.Namespace) -> int:
                 )
                 with out.reading_back() as written:
                     if files.plaintext_hash(written, module, new_key) != digest:
-                        raise files.FileError("the new file does not decrypt to the same content, and was not kept")
+                        raise files.FileError("the new file does not decrypt to the same content, and was removed")
     return DONE
 
 
-def _are_one(module: "CryptographicModule", key: "DataKey", other: "DataKey") -> bool:
+def _are_same_key(module: "CryptographicModule", key: "DataKey", other: "DataKey") -> bool:
     """Return True if both handles hold the same data key. CiphertextBlobs are not compared: a rewrap changes them."""
     from ..module import ModuleError  # noqa: PLC0415
 
@@ -181,7 +183,7 @@ def _are_one(module: "CryptographicModule", key: "DataKey", other: "DataKey") ->
 
 
 @contextmanager
-def _failing(arguments: argparse.Namespace) -> Iterator[None]:
+def _translating_errors(arguments: argparse.Namespace) -> Iterator[None]:
     """Turn errors of the system, such as a full disk, into `Failed`. A reader that closed its pipe stays a BrokenPipeError."""
     try:
         yield
@@ -193,7 +195,7 @@ def _failing(arguments: argparse.Namespace) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
+def _naming_source(source: str) -> Iterator[None]:
     """Add the path of the source to a `FileError`."""
     from ..files import FileError  # noqa: PLC0415
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from .. import descriptors, new_files, passphrase, private_files
-from ..content import resemblance
+from ..content import first_line, resemblance
 from ..descriptors import open_to_read
-from ..output import DONE
 from ..parameters import decode_base64
+from ..stdout import DONE
 from .common import Failed, extra, show_json, usage, warn
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def add_parsers(commands: Any) -> None:
     module = commands.add_parser("module", help="cryptographic modules in files", allow_abbrev=False)
     verbs = module.add_subparsers(dest="verb", required=True, metavar="VERB")
     text = (
-        "Make a software module: a key pair in a new file, sealed with a passphrase. "
+        "Make a software module: a new key pair in a new file, sealed with a passphrase. "
         "Prints its public key and its fingerprint."
     )
     init = verbs.add_parser("init", help="make a software module in a new file", description=text, allow_abbrev=False)
@@ -52,13 +52,13 @@ def add_module_options(
     parser: argparse.ArgumentParser, *, required: bool = True, why: str = "", positional: bool = False
 ) -> None:
     """Add the options that name a module: a file, or a key pair in a token. `check_module_options` checks their combination."""
-    which = parser.add_mutually_exclusive_group(required=required)
+    group = parser.add_mutually_exclusive_group(required=required)
     text = f"a software module that `keyferry module init` made{why}"
     if positional:
-        which.add_argument("module", metavar="FILE", nargs="?", help=text)
+        group.add_argument("module", metavar="FILE", nargs="?", help=text)
     else:
-        which.add_argument("--module", metavar="FILE", help=text)
-    which.add_argument("--pkcs11", metavar="LIBRARY", help="instead, a module in a token of this PKCS#11 library")
+        group.add_argument("--module", metavar="FILE", help=text)
+    group.add_argument("--pkcs11", metavar="LIBRARY", help="instead, a module in a token of this PKCS#11 library")
     _add_passphrase(parser, required=False)
     parser.add_argument(
         "--token", metavar="LABEL|URI", help="the token: its label, or a PKCS#11 URI (pkcs11:serial=...)"
@@ -68,27 +68,27 @@ def add_module_options(
         "--pin-file", metavar="F", help="a file whose first line is the token's PIN; credential:NAME is systemd's"
     )
     parser.add_argument(
-        "--library-parameters", metavar="TEXT", help="parameters for the library's C_Initialize; NSS needs some"
+        "--library-parameters", metavar="TEXT", help="parameters that the library needs to initialise, as NSS does"
     )
 
 
 def check_module_options(arguments: argparse.Namespace) -> bool:
     """Return True if the options name a module. Exits with code 2 if they do not belong together."""
-    of_token = {
+    token_options = {
         "--token": arguments.token,
         "--key-label": arguments.key_label,
         "--pin-file": arguments.pin_file,
         "--library-parameters": arguments.library_parameters,
     }
     if arguments.pkcs11 is None:
-        if others := [option for option, value in of_token.items() if value is not None]:
-            usage(f"{', '.join(others)}: only with --pkcs11")
+        if token_only := [option for option, value in token_options.items() if value is not None]:
+            usage(f"{', '.join(token_only)}: only with --pkcs11")
         if arguments.module is not None and not arguments.passphrase_file:
             usage("a software module needs --passphrase-file")
         return arguments.module is not None
     if arguments.passphrase_file:
         usage("--passphrase-file is for software modules; a token's PIN comes from --pin-file")
-    if missing := [option for option in ("--token", "--key-label") if not of_token[option]]:
+    if missing := [option for option in ("--token", "--key-label") if not token_options[option]]:
         usage(f"--pkcs11 needs {' and '.join(missing)}")
     return True
 
@@ -127,20 +127,18 @@ def _open_file(arguments: argparse.Namespace) -> "CryptographicModule":
         from .. import age_passphrase  # noqa: PLC0415
         from ..module import ModuleError, SoftwareModule  # noqa: PLC0415
     content = _read(arguments.passphrase_file, private_files.owner_of(arguments.module))
-    phrase = _first_line(arguments.passphrase_file, content)
+    phrase = _passphrase_in(arguments.passphrase_file, content)
     try:
         module = SoftwareModule.load(arguments.module, phrase)
         # A pipe has no readable work factor: `load` has consumed its content.
-        regular = stat.S_ISREG(os.stat(arguments.module).st_mode)
-        factor = age_passphrase.work_factor(Path(arguments.module).read_bytes()) if regular else None
+        is_regular = stat.S_ISREG(os.stat(arguments.module).st_mode)
+        factor = age_passphrase.work_factor(Path(arguments.module).read_bytes()) if is_regular else None
     except OSError as error:
         raise Failed(f"{arguments.module}: {error.strerror}") from None
     except ModuleError as error:
         raise ModuleError(f"{error}{passphrase.taken_for(arguments.passphrase_file, content)}") from None
-    if found := resemblance(content):
-        warn(
-            f"{arguments.passphrase_file}: looks like {found}; others may know its first line, which is the passphrase"
-        )
+    if kind := resemblance(content):
+        warn(f"{arguments.passphrase_file}: looks like {kind}; others may know its first line, which is the passphrase")
     if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
         warn(
             f"{arguments.module}: its passphrase is sealed with work factor {factor}, which is low; "
@@ -167,7 +165,7 @@ def _init(arguments: argparse.Namespace) -> int:
             os.fsync(file.fileno())
             # Steps after the passphrase must not fail: a module without its passphrase is useless.
             if prints_passphrase:
-                code = show_json({**_shown(module), "Passphrase": phrase})
+                code = show_json({**_public_fields(module), "Passphrase": phrase})
                 if code != DONE:
                     raise Failed(f"{arguments.file}: no module was made, because the passphrase could not be printed")
             elif arguments.generate_passphrase:
@@ -181,26 +179,26 @@ def _init(arguments: argparse.Namespace) -> int:
         if isinstance(error, FileExistsError):
             raise _exists(arguments) from None
         raise Failed(f"{arguments.file}: {error.strerror if isinstance(error, OSError) else error}") from None
-    return code if prints_passphrase else show_json(_shown(module))
+    return code if prints_passphrase else show_json(_public_fields(module))
 
 
 def _show(arguments: argparse.Namespace) -> int:
     check_module_options(arguments)
-    return show_json(_shown(open_module(arguments)))
+    return show_json(_public_fields(open_module(arguments)))
 
 
 def _exists(arguments: argparse.Namespace) -> Failed:
-    return Failed(f"{arguments.file} exists; a module is never overwritten")
+    return Failed(f"{arguments.file} exists; a module is never overwritten, so name a new file")
 
 
-def _shown(module: "CryptographicModule") -> dict[str, str]:
+def _public_fields(module: "CryptographicModule") -> dict[str, str]:
     """Return the fields that `module init` and `module show` print."""
-    pin = hashlib.sha256(decode_base64(module.public_key_blob)).hexdigest()
+    fingerprint = hashlib.sha256(decode_base64(module.public_key_blob)).hexdigest()
     return {
         "PublicKeyBlob": module.public_key_blob,
         "WrappingKeySpec": module.wrapping_key_spec,
         "WrappingAlgorithm": module.wrapping_algorithm,
-        "Recipient": f"sha256:{pin}",
+        "Recipient": f"sha256:{fingerprint}",
     }
 
 
@@ -226,10 +224,10 @@ def _write_passphrase(path: str, phrase: str) -> Path:
     return Path(path)
 
 
-def _first_line(path: str, content: bytes) -> str:
+def _passphrase_in(path: str, content: bytes) -> str:
     """Return the passphrase that opens a module. Raises `Failed`."""
     try:
-        return passphrase.of_file(content)
+        return first_line(content[: passphrase.MAX_FILE_BYTES], "a passphrase")
     except ValueError as error:
         raise Failed(f"{path}: {error}") from None
 
@@ -255,8 +253,8 @@ def _read(path: str, owners: Collection[int] = ()) -> bytes:
             if descriptors.find(path) is not None:
                 return file.readline(limit)
             content = b""
-            while len(content) < limit and (read := file.read(limit - len(content))):
-                content += read
+            while len(content) < limit and (data := file.read(limit - len(content))):
+                content += data
             return content
     except OSError as error:
         raise Failed(f"{path}: {error.strerror}") from None

@@ -9,15 +9,15 @@ from ..arguments import seconds
 from ..client import Client
 from ..errors import AgentUnavailable, KmsError
 from ..operations import OPERATIONS
-from ..output import DONE
-from .common import REFUSED, add_parameters, given, show_json, socket_option
+from ..stdout import DONE
+from .common import REFUSED, add_parameters, read_parameters, show_json, socket_option
 
 __all__ = ["add_parsers"]
 
-_POLL_SECONDS: Final = 0.1
+_RETRY_SECONDS: Final = 0.1
 """Seconds between two attempts of `status --wait`."""
 
-_PROBE: Final = 5.0
+_PROBE_TIMEOUT_SECONDS: Final = 5.0
 """Seconds within which a running agent must answer `status`; a longer --wait extends them."""
 
 
@@ -46,7 +46,7 @@ def add_parsers(commands: Any) -> None:
         type=seconds,
         default=0.0,
         metavar="SECONDS",
-        help="how long to wait for an agent that is not there yet; with --ready, also for one that is not ready",
+        help="how long to wait for an agent that does not answer yet; with --ready, also for one that is not ready",
     )
     probe = status.add_mutually_exclusive_group()
     probe.add_argument(
@@ -62,26 +62,26 @@ def add_parsers(commands: Any) -> None:
 
 def _call(arguments: argparse.Namespace) -> int:
     operation = OPERATIONS[arguments.operation]
-    params = given(arguments, operation)
+    params = read_parameters(arguments, operation)
     with Client(arguments.socket) as kms:
         return show_json(kms.call(operation.name, params))
 
 
 def _status(arguments: argparse.Namespace) -> int:
     deadline = time.monotonic() + arguments.wait
-    with Client(arguments.socket, timeout=max(arguments.wait, _PROBE)) as kms:
+    with Client(arguments.socket, timeout=max(arguments.wait, _PROBE_TIMEOUT_SECONDS)) as kms:
         while True:
             try:
-                answer = _ask(kms, arguments)
+                answer = _answer(kms, arguments)
                 if not arguments.ready or answer["Ready"] or time.monotonic() >= deadline:
                     return show_json(answer) or (REFUSED if arguments.ready and not answer["Ready"] else DONE)
             except AgentUnavailable:
                 if time.monotonic() >= deadline:
                     raise
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_RETRY_SECONDS)
 
 
-def _ask(kms: Client, arguments: argparse.Namespace) -> Mapping[str, Any]:
+def _answer(kms: Client, arguments: argparse.Namespace) -> Mapping[str, Any]:
     """Return the agent's status, or its health for a probe. For `--live`, a refusal also counts as an answer."""
     if not arguments.live and not arguments.ready:
         return kms.call("GetAgentStatus", {})

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final
 
 from .. import descriptors, streams
 from ..files import Attributes, FileError, replacing
-from ..files.output import check_not_source, check_place
+from ..files.atomic import check_not_source, check_place
 from ..files.sparse import SparseWriter
 from .common import Failed, usage
 
@@ -45,16 +45,17 @@ def in_place(path: str, source: BinaryIO, *, preserve: bool) -> Iterator[SparseW
     """
     status = os.fstat(source.fileno())
     if path == _STANDARD or descriptors.find(path) is not None or not stat.S_ISREG(status.st_mode):
-        raise Failed(f"{path}: not a regular file with a name, and so it is not replaced; name an OUT")
+        raise Failed(f"{path}: not a regular file with a name, and cannot be replaced; name an OUT")
     if status.st_nlink > 1:
         raise Failed(
             f"{path}: has {status.st_nlink} names (hard links), of which only one would be replaced; name an OUT"
         )
     with replacing(path, attributes=Attributes.of_original(status) if preserve else None) as out:
         yield out
-        now = os.stat(path)
-        if not os.path.samestat(now, status) or (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-            raise FileError(f"{path}: another process changed it meanwhile; it was left as it is")
+        current = os.stat(path)
+        size_and_time = current.st_size, current.st_mtime_ns
+        if not os.path.samestat(current, status) or size_and_time != (status.st_size, status.st_mtime_ns):
+            raise FileError(f"{path}: another process changed the file meanwhile; it was left unchanged")
 
 
 class Target:
@@ -83,9 +84,9 @@ class Target:
                 usage("--preserve needs an IN that is a regular file")
             attributes = Attributes.of_original(status) if self._preserve else None
             return replacing(self._path, source=source, mode=mode, attributes=attributes)
-        there = os.fstat(self._descriptor)
-        if stat.S_ISREG(there.st_mode):
-            check_not_source(self._path, there, source)
+        output_status = os.fstat(self._descriptor)
+        if stat.S_ISREG(output_status.st_mode):
+            check_not_source(self._path, output_status, source)
         return _spooled(self._descriptor) if after_all else _direct(self._descriptor)
 
 
@@ -104,14 +105,14 @@ def _direct(descriptor: int) -> Iterator[BinaryIO]:
 @contextmanager
 def _spooled(descriptor: int) -> Iterator[BinaryIO]:
     """Lend an unnamed file in $TMPDIR, and copy it to the descriptor at the end of the block."""
-    with _naming_tmpdir(), tempfile.TemporaryFile() as file:
-        copy = os.dup(file.fileno())
-    with _Spool(copy) as spool:
+    with _naming_tmpdir():
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - only the errors of opening are about $TMPDIR
+    with file, _Spool(file.fileno()) as spool:
         yield spool
         spool.finish()
-        os.lseek(copy, 0, os.SEEK_SET)
-        with _direct(descriptor) as out, streams.reader(copy) as content:
-            shutil.copyfileobj(content, out)
+        file.seek(0)
+        with _direct(descriptor) as out:
+            shutil.copyfileobj(file, out)
 
 
 class _Spool(SparseWriter):
@@ -133,7 +134,7 @@ def _naming_tmpdir() -> Iterator[None]:
     except OSError as error:
         full = " is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise Failed(
-            f"$TMPDIR ({_tmpdir()}){full}: {error.strerror}; the plaintext waits there until all of it is authentic: "
+            f"$TMPDIR ({_tmpdir()}){full}: {error.strerror}; the plaintext is kept there until all of it is authentic; "
             "set TMPDIR to a folder with room for it"
         ) from None
 

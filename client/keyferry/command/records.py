@@ -11,8 +11,8 @@ from urllib.parse import unquote
 
 from ..client import Client
 from ..operations import OPERATIONS
-from ..output import DONE, complain, show, show_lines
-from .common import PROGRAM, REFUSED, add_parameters, extra, given, progress, show_json, socket_option, usage
+from ..stdout import DONE, complain, show, show_lines
+from .common import PROGRAM, REFUSED, add_parameters, extra, progress, read_parameters, show_json, socket_option, usage
 from .modules import add_module_options, check_module_options, open_module
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ __all__ = ["add_parsers", "add_store_option", "open_store"]
 _ADD = OPERATIONS["GenerateDataKeyWithoutPlaintext"]
 _RECOVER = OPERATIONS["ExportDataKey"]
 _COLUMNS: Final = ("Name", "KeyId", "KeyVersionId", "Created", "Rewrapped")
-_OF_THE_RECORD = ("CiphertextBlob", "EncryptionContext")
+_RECORD_PARAMETERS = ("CiphertextBlob", "EncryptionContext")
 _SECRET_OPTION: Final = re.compile(
     r"(?:^|&)(?:(?:ssl)?password|oauth_client_secret|scram_(?:client|server)_key)=[^&]", re.IGNORECASE
 )
@@ -47,7 +47,7 @@ def add_parsers(commands: Any) -> None:
         parser.set_defaults(run=run)
         return parser
 
-    add = verb("add", "Generate a data key for the cryptographic module, and store its record.", _add)
+    add = verb("add", "Generate a data key without plaintext, and store its record.", _add)
     add.add_argument("name", metavar="NAME", help="the record's name")
     add_parameters(add, _ADD, without=["DryRun"], enforce=True)
 
@@ -58,36 +58,36 @@ def add_parsers(commands: Any) -> None:
         default=None,
         help="begin with a line that names the columns (default: on a terminal only)",
     )
-    listing.add_argument("--json", action="store_true", help="one JSON array on stdout, with all there is of each")
+    listing.add_argument("--json", action="store_true", help="print one JSON array, with all fields of each record")
 
     show = verb("show", "Show a record, as JSON.", _show, agent=False)
     show.add_argument("name", metavar="NAME")
 
     recover = verb("recover", "Export a record's data key to a module's public key (ExportDataKey).", _recover)
     recover.add_argument("name", metavar="NAME")
-    add_parameters(recover, _RECOVER, without=_OF_THE_RECORD, enforce=False)
+    add_parameters(recover, _RECOVER, without=_RECORD_PARAMETERS, enforce=False)
 
     renew = verb("renew", "Give a record a new data key. The old one stays, under another name.", _renew)
     renew.add_argument("name", metavar="NAME")
     renew.add_argument(
         "--old-name",
         metavar="NAME",
-        help="the new name of the old record (default: NAME@ and when it was added)",
+        help="the new name of the old record (default: NAME@ and the time at which it was added)",
     )
 
     rewrap = verb("rewrap", "Move every record under its master key's primary version (ReEncrypt).", _rewrap)
-    rewrap.add_argument("--dry-run", action="store_true", help="change nothing; say of each whether it could be moved")
-    add_module_options(rewrap, required=False, why="; then each data key is proved to be the same as before")
+    rewrap.add_argument("--dry-run", action="store_true", help="change nothing; check whether each record can be moved")
+    add_module_options(rewrap, required=False, why="; it then proves that each data key is the same as before")
 
     copy = verb("copy", "Copy all records to another store, and overwrite none there.", _copy, agent=False)
     copy.add_argument(
         "--to",
         metavar="URL",
         required=True,
-        help="the other store: a URL or @FILE, as --store takes it; made where it does not exist",
+        help="the other store: a URL or @FILE, in the form of --store; created if it does not exist",
     )
 
-    verb("schema", "Print the statement that makes the store's table, for an administrator.", _schema, agent=False)
+    verb("schema", "Print the statement that creates the store's table, for an administrator.", _schema, agent=False)
 
 
 def add_store_option(parser: argparse.ArgumentParser) -> None:
@@ -117,7 +117,7 @@ def _warn_of_password(url: str | None) -> None:
     if _may_hold_a_password(url or ""):
         complain(
             PROGRAM,
-            "a password on the command line can be read by every user of this host: "
+            "every user of this host can read a password on the command line; "
             "use @FILE, $KEYFERRY_STORE for --store, or PostgreSQL's own ~/.pgpass",
         )
 
@@ -137,7 +137,7 @@ def _add(arguments: argparse.Namespace) -> int:
         from ..store import new_record  # noqa: PLC0415
 
         store.check_free(arguments.name)
-        params = given(arguments, _ADD)
+        params = read_parameters(arguments, _ADD)
         record = new_record(
             kms,
             arguments.name,
@@ -173,14 +173,14 @@ def _lines(store: "Store", *, header: bool) -> Iterator[str]:
 def _json_lines(store: "Store") -> Iterator[str]:
     """Yield the lines of a JSON array, one record per line, while the records are read."""
     records = iter(store)
-    before = next(records, None)  # before the bracket: an unreadable store must not begin a list
+    previous = next(records, None)  # before the bracket: an unreadable store must not begin a list
     yield "["
     for record in records:
-        if before:
-            yield f"  {json.dumps(before.to_json(), ensure_ascii=False)},"
-        before = record
-    if before:
-        yield f"  {json.dumps(before.to_json(), ensure_ascii=False)}"
+        if previous:
+            yield f"  {json.dumps(previous.to_json(), ensure_ascii=False)},"
+        previous = record
+    if previous:
+        yield f"  {json.dumps(previous.to_json(), ensure_ascii=False)}"
     yield "]"
 
 
@@ -190,17 +190,17 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _recover(arguments: argparse.Namespace) -> int:
-    params = given(arguments, _RECOVER)
+    params = read_parameters(arguments, _RECOVER)
     with open_store(arguments) as store:
         record = store.get(arguments.name).data_key_record()
-    params.update({name: record[name] for name in _OF_THE_RECORD})  # type: ignore[literal-required]
+    params.update({name: record[name] for name in _RECORD_PARAMETERS})  # type: ignore[literal-required]
     with Client(arguments.socket) as kms:
         return show_json(kms.call(_RECOVER.name, params))
 
 
 def _copy(arguments: argparse.Namespace) -> int:
     if not arguments.to:
-        usage("--to names no store")
+        usage("--to: empty; name a store by its URL or @FILE")
     with open_store(arguments) as source, _open(arguments.to, create=True) as target:
         from ..store import copy  # noqa: PLC0415
 
@@ -211,8 +211,8 @@ def _copy(arguments: argparse.Namespace) -> int:
                 refused=lambda why: bar.write(f"keyferry: {why}", file=sys.stderr),
                 advanced=bar.update,
             )
-    done = show_json({name.capitalize(): count for name, count in copied._asdict().items()})
-    return REFUSED if copied.refused and done == DONE else done
+    code = show_json({name.capitalize(): count for name, count in copied._asdict().items()})
+    return REFUSED if copied.refused and code == DONE else code
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -231,7 +231,7 @@ def _renew(arguments: argparse.Namespace) -> int:
 
 
 def _rewrap(arguments: argparse.Namespace) -> int:
-    proves = check_module_options(arguments)
+    has_module = check_module_options(arguments)
     with open_store(arguments) as store, Client(arguments.socket) as kms:
         from ..store import rewrap  # noqa: PLC0415
 
@@ -244,12 +244,12 @@ def _rewrap(arguments: argparse.Namespace) -> int:
                 store,
                 kms,
                 dry_run=arguments.dry_run,
-                module=open_module(arguments) if proves else None,
+                module=open_module(arguments) if has_module else None,
                 failed=lambda why: bar.write(f"keyferry: {why}", file=sys.stderr),
                 found=found,
                 advanced=bar.update,
             )
-    done = show_json(
+    code = show_json(
         {
             "DryRun": arguments.dry_run,
             "Records": outcome.records,
@@ -259,4 +259,4 @@ def _rewrap(arguments: argparse.Namespace) -> int:
             "Failed": outcome.failed,
         }
     )
-    return REFUSED if outcome.failed and done == DONE else done
+    return REFUSED if outcome.failed and code == DONE else code

@@ -10,9 +10,9 @@
 docs/files.md specifies the format and explains it. Needs the extra `module`.
 """
 
+from .atomic import replacing
 from .attributes import Attributes
 from .header import FileError, Header, read_header
-from .output import replacing
 from .stream import decrypt, encrypt, plaintext_hash, reencrypt
 
 __all__ = [

@@ -17,20 +17,19 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ..errors import KeyferryError
-from ..module.interface import CryptographicModule, DataKey, ModuleError
+from ..module.interface import NONCE_SIZE, TAG, CryptographicModule, DataKey, DataKeyRecord, ModuleError
 from ..parameters import unique_pairs
-from ..record import DataKeyRecord
 
 __all__ = ["NOT_AUTHENTIC", "FileError", "Header", "new_header", "payload_key", "read_exactly", "read_header"]
 
 MAGIC: Final = b"keyferry-file/1\n"
 MAX_RECORD_BYTES: Final = 65_536
 """Most bytes of a record: as many as a message to the agent can hold."""
-FILE_KEY: Final = 32
-_SEALED: Final = 12 + FILE_KEY + 16
-_COMMITMENT: Final = 32
+_FILE_KEY_BYTES: Final = 32
+_ENCRYPTED_KEY_BYTES: Final = NONCE_SIZE + _FILE_KEY_BYTES + TAG
+_COMMITMENT_BYTES: Final = 32
 _INFO: Final = b"keyferry file 1 AES-256-GCM STREAM"
-NOT_AUTHENTIC: Final = "it is damaged, was cut off or extended, or was encrypted with another data key"
+NOT_AUTHENTIC: Final = "damaged, cut off or extended, or encrypted with another data key"
 """One message for all causes."""
 
 
@@ -58,8 +57,10 @@ def new_header(module: CryptographicModule, key: DataKey, record: DataKeyRecord,
     """Return the header of a new file, and the key of its chunks. Raises `ModuleError`, and `FileError` for a long record."""
     text = json.dumps({"Name": name, **record}, ensure_ascii=False, separators=(",", ":")).encode()
     if len(text) > MAX_RECORD_BYTES:
-        raise FileError(f"the record has {len(text)} bytes as JSON; a file's header takes at most {MAX_RECORD_BYTES}")
-    file_key = os.urandom(FILE_KEY)
+        raise FileError(
+            f"the data-key record has {len(text)} bytes as JSON; a file header holds at most {MAX_RECORD_BYTES}"
+        )
+    file_key = os.urandom(_FILE_KEY_BYTES)
     sealed = module.encrypt(key, file_key, _aad(text))
     bound = MAGIC + len(text).to_bytes(4, "big") + text + sealed
     chunks, commitment = _derive(file_key, bound)
@@ -70,14 +71,18 @@ def read_header(source: BinaryIO) -> Header:
     """Read the header, and check its form. The header is not authenticated yet. Raises `FileError`, OSError."""
     magic = read_exactly(source, len(MAGIC))
     if magic != MAGIC:
-        known = magic.startswith(MAGIC[:-2])
-        raise FileError("it is of a newer format" if known else "it is not a file that keyferry encrypted")
+        is_newer = magic.startswith(MAGIC[:-2])
+        raise FileError(
+            "encrypted in a newer format; use a newer keyferry" if is_newer else "not a file that keyferry encrypted"
+        )
     length = read_exactly(source, 4)
     size = int.from_bytes(length, "big")
     if size > MAX_RECORD_BYTES:
         raise FileError(NOT_AUTHENTIC)
-    text, sealed, commitment = (read_exactly(source, count) for count in (size, _SEALED, _COMMITMENT))
-    if len(commitment) != _COMMITMENT:
+    text, sealed, commitment = (
+        read_exactly(source, count) for count in (size, _ENCRYPTED_KEY_BYTES, _COMMITMENT_BYTES)
+    )
+    if len(commitment) != _COMMITMENT_BYTES:
         raise FileError(NOT_AUTHENTIC)
     name, record = _record(text)
     return Header(name, record, magic + length + text + sealed, sealed, commitment)
@@ -85,7 +90,7 @@ def read_header(source: BinaryIO) -> Header:
 
 def payload_key(module: CryptographicModule, key: DataKey, header: Header) -> bytes:
     """Return the key of a file's chunks. Raises `FileError` when the header does not belong to the data key."""
-    text = header.bound[len(MAGIC) + 4 : -_SEALED]
+    text = header.bound[len(MAGIC) + 4 : -_ENCRYPTED_KEY_BYTES]
     try:
         file_key = module.decrypt(key, header.sealed, _aad(text))
     except ModuleError:
@@ -98,13 +103,13 @@ def payload_key(module: CryptographicModule, key: DataKey, header: Header) -> by
 
 def read_exactly(source: BinaryIO, size: int) -> bytes:
     """Return `size` bytes, or fewer at the end of the source. Reads repeatedly, because a pipe can return fewer at a time."""
-    first = source.read(size)
-    if len(first) == size or not first:
-        return first
-    got = bytearray(first)
-    while len(got) < size and (more := source.read(size - len(got))):
-        got += more
-    return bytes(got)
+    data = source.read(size)
+    if len(data) == size or not data:
+        return data
+    buffer = bytearray(data)
+    while len(buffer) < size and (data := source.read(size - len(buffer))):
+        buffer += data
+    return bytes(buffer)
 
 
 def _aad(text: bytes) -> bytes:
@@ -114,19 +119,19 @@ def _aad(text: bytes) -> bytes:
 
 def _derive(file_key: bytes, bound: bytes) -> tuple[bytes, bytes]:
     salt = hashlib.sha256(bound).digest()
-    okm = HKDF(SHA256(), FILE_KEY + _COMMITMENT, salt, _INFO).derive(file_key)
-    return okm[:FILE_KEY], okm[FILE_KEY:]
+    okm = HKDF(SHA256(), _FILE_KEY_BYTES + _COMMITMENT_BYTES, salt, _INFO).derive(file_key)
+    return okm[:_FILE_KEY_BYTES], okm[_FILE_KEY_BYTES:]
 
 
-def _record(text: bytes) -> tuple[str, DataKeyRecord]:
+def _record(content: bytes) -> tuple[str, DataKeyRecord]:
     """Return the name and the record in a JSON text. Raises `FileError` for any other text, also for further fields."""
     try:
-        fields: Any = json.loads(text.decode(), object_pairs_hook=unique_pairs)
+        fields: Any = json.loads(content.decode(), object_pairs_hook=unique_pairs)
         name, context = fields.pop("Name"), fields["EncryptionContext"]
-        right = fields.keys() == DataKeyRecord.__annotations__.keys() and isinstance(context, dict)
+        has_all_fields = fields.keys() == DataKeyRecord.__annotations__.keys() and isinstance(context, dict)
         texts = [name, *(fields[field] for field in fields if field != "EncryptionContext"), *context.values()]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise FileError(NOT_AUTHENTIC) from None
-    if not right or not all(isinstance(each, str) for each in texts):
+    if not has_all_fields or not all(isinstance(text, str) for text in texts):
         raise FileError(NOT_AUTHENTIC)
     return name, fields

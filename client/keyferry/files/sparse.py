@@ -14,10 +14,13 @@ _ZEROS: Final = bytes(_BLOCK)
 
 
 class SparseWriter(io.BufferedWriter):
-    """Writes a new, empty file from its beginning. Whole blocks of zeros are skipped; `finish` gives the file its length."""
+    """Writes a new, empty file from its beginning. Whole blocks of zeros are skipped; `finish` gives the file its length.
+
+    Closing the writer leaves the descriptor open.
+    """
 
     def __init__(self, descriptor: int) -> None:
-        super().__init__(_Skipping(descriptor, "wb"))
+        super().__init__(_Skipping(descriptor, "wb", closefd=False))
 
     def finish(self) -> None:
         """Write the buffered bytes, and extend the file over a hole at its end."""

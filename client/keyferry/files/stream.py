@@ -11,8 +11,7 @@ from typing import BinaryIO, Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from ..module.interface import CryptographicModule, DataKey
-from ..record import DataKeyRecord
+from ..module.interface import CryptographicModule, DataKey, DataKeyRecord
 from .header import NOT_AUTHENTIC, FileError, Header, new_header, payload_key, read_exactly, read_header
 
 __all__ = ["CHUNK", "decrypt", "encrypt", "plaintext_hash", "reencrypt"]
@@ -145,5 +144,5 @@ def _chunks(source: BinaryIO, size: int) -> Iterator[tuple[bytes, bool]]:
 
 def _nonce(counter: int, *, final: bool) -> bytes:
     if counter >= _MAX_CHUNKS:
-        raise FileError(f"a file has at most {_MAX_CHUNKS} chunks of {CHUNK} bytes")
+        raise FileError(f"too large; a file has at most {_MAX_CHUNKS} chunks of {CHUNK} bytes")
     return counter.to_bytes(11, "big") + bytes([final])

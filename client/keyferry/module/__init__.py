@@ -25,11 +25,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     file, extra = _EXTRAS[name]
     try:
-        found = getattr(importlib.import_module(f".{file}", __name__), name)
+        module_class = getattr(importlib.import_module(f".{file}", __name__), name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         raise ImportError(
             f'{name} needs {missing}; install the extra "{extra}" of keyferry (docs/installing.md)', name=error.name
         ) from None
-    globals()[name] = found
-    return found
+    globals()[name] = module_class
+    return module_class

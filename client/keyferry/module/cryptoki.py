@@ -119,11 +119,11 @@ class Library:
         if self.address != ctypes.addressof(_function_list(self.path).contents):
             # python-pkcs11 and this file would then not see each other's sessions.
             raise OSError(
-                f"{self.path}: gives every caller a PKCS#11 of its own (p11-kit's); name the token's own library"
+                f"{self.path}: p11-kit, which returns other functions to each caller; name the token's own library"
             )
         self._functions = {
-            name: ctypes.CFUNCTYPE(c_ulong, *arguments)(functions[place])
-            for name, (place, arguments) in _FUNCTIONS.items()
+            name: ctypes.CFUNCTYPE(c_ulong, *arguments)(functions[index])
+            for name, (index, arguments) in _FUNCTIONS.items()
         }
         # Made without its __init__, which would call C_Initialize. __new__ loads the library, and the object finalises the
         # library only if it has initialised it.
@@ -146,18 +146,18 @@ class Library:
     def _advice(self, returned: int) -> str:
         """Return advice for the operator after C_Initialize failed. Libraries fail there if their configuration is missing."""
         if returned == _ARGUMENTS_BAD:
-            return "library_parameters are wrong, or missing"
+            return "library_parameters are wrong or missing"
         name = os.path.basename(self.path).lower()
         if "softhsm" in name:
             path = os.environ.get("SOFTHSM2_CONF")
             state = "not set" if path is None else f"{path!r}, {'a file' if os.path.isfile(path) else 'not a file'}"
             return (
-                f"look at SOFTHSM2_CONF ({state}); it names SoftHSM's configuration, in which directories.tokendir is a folder "
+                f"check SOFTHSM2_CONF ({state}); it names SoftHSM's configuration, in which directories.tokendir is a folder "
                 "that this user can read and write"
             )
         if "opencryptoki" in name:
-            return "is its daemon pkcsslotd running, and this user in the group pkcs11?"
-        return "look at the library's own configuration, environment and log"
+            return "check that its daemon pkcsslotd is running, and that this user is in the group pkcs11"
+        return "check the library's own configuration, environment and log"
 
     def is_same(self, other: "Library") -> bool:
         """Return True if both objects are the same library, even if it was loaded by different paths."""
@@ -193,7 +193,7 @@ class Library:
         size = c_ulong(len(out))
         _check(self._functions[f"C_{verb}"](session, data, len(data), out, ctypes.byref(size)))
         if size.value != expected:
-            raise pkcs11.PKCS11Error(f"C_{verb} gave {size.value} bytes instead of {expected}")
+            raise pkcs11.PKCS11Error(f"C_{verb} returned {size.value} bytes instead of {expected}")
         return bytes(memoryview(out)[:expected])
 
 

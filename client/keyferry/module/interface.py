@@ -2,11 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, TypedDict
 
 from ..client import Client
 from ..errors import KeyferryError
-from ..record import DataKeyRecord
 
 __all__ = ["CryptographicModule", "DataKey", "DataKeyRecord", "ModuleError"]
 
@@ -16,8 +15,8 @@ TAG: Final = 16
 AES_KEYS: Final = (16, 24, 32)
 
 NOT_OURS: Final = "this is not a data key that was exported to this module"
-NO_AES_KEY: Final = "invalid data key size; an AES key has 16, 24 or 32 bytes"
-NOT_HELD: Final = "this module does not hold that key, or no longer"
+INVALID_SIZE: Final = "invalid data key size; expected 16, 24 or 32 bytes"
+NOT_HELD: Final = "this module does not hold that key; recover it from its data-key record"
 NOT_AUTHENTIC: Final = "this was not encrypted with this key and this aad, or it is damaged"
 
 
@@ -28,7 +27,7 @@ class ModuleError(KeyferryError):
 def check_size(size: int) -> None:
     """Raise `ModuleError` unless a data key's size in bytes is the size of an AES key."""
     if size not in AES_KEYS:
-        raise ModuleError(f"invalid data key size: {size} bytes; an AES key has 16, 24 or 32")
+        raise ModuleError(f"invalid data key size: {size} bytes; expected 16, 24 or 32")
 
 
 class DataKey:
@@ -41,6 +40,19 @@ class DataKey:
 
     def __repr__(self) -> str:
         return "DataKey(...)"
+
+
+class DataKeyRecord(TypedDict):
+    """The data-key record, which an application stores to recover a data key: the data key encrypted under its master key.
+
+    It includes the KeyId and the EncryptionContext for decrypting, and can be written as JSON. It is not secret, but without it
+    the data key is lost.
+    """
+
+    KeyId: str
+    KeyVersionId: str
+    CiphertextBlob: str
+    EncryptionContext: dict[str, str]
 
 
 class CryptographicModule(ABC):
@@ -85,19 +97,19 @@ class CryptographicModule(ABC):
 
         Store the data-key record before encrypting anything that must survive. Raises `KeyferryError`.
         """
-        made = kms.generate_and_export_data_key(
+        exported = kms.generate_and_export_data_key(
             key_id=key_id,
             number_of_bytes=number_of_bytes,
             encryption_context=encryption_context,
             **self._recipient(),
         )
         record = DataKeyRecord(
-            KeyId=made.key_id,
-            KeyVersionId=made.key_version_id,
-            CiphertextBlob=made.ciphertext_blob,
+            KeyId=exported.key_id,
+            KeyVersionId=exported.key_version_id,
+            CiphertextBlob=exported.ciphertext_blob,
             EncryptionContext=dict(encryption_context or {}),
         )
-        return self.import_data_key(made.exported_data_key), record
+        return self.import_data_key(exported.exported_data_key), record
 
     def recover_data_key(self, kms: Client, record: DataKeyRecord) -> DataKey:
         """Call ExportDataKey, and import the data key of a data-key record, after a loss or in another module.

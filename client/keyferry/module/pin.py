@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Final
 
 from .. import private_files
+from ..content import first_line_end
 from ..secret import Secret, SecretMemory
 from .interface import ModuleError
 
@@ -26,7 +27,7 @@ def read_pin(pin_file: str | os.PathLike[str] | None, prompt: Callable[[], str] 
     memory = SecretMemory(2 * _MAX_PIN_BYTES, backing="mlock", require=False)
     if pin_file is not None:
         return _from_file(_path(os.fspath(pin_file)), memory)
-    return _keep(bytearray(prompt().encode()), memory, "the typed PIN") if prompt is not None else None
+    return _store(bytearray(prompt().encode()), memory, "the PIN that was typed") if prompt is not None else None
 
 
 def _path(pin_file: str) -> str:
@@ -52,22 +53,19 @@ def _from_file(path: str, memory: SecretMemory) -> Secret:
         raise ModuleError(f"{path}: the PIN cannot be read: {error.strerror}") from None
     except private_files.PrivateFileError as error:
         raise ModuleError(str(error)) from None
-    end = content.find(b"\n", 0, size)
-    del content[end if end >= 0 else size :]
-    if content.endswith(b"\r"):
-        del content[-1]
-    return _keep(content, memory, f"{path}: its first line")
+    del content[size:]
+    del content[first_line_end(content) :]
+    return _store(content, memory, f"{path}: the first line")
 
 
-def _keep(pin: bytearray, memory: SecretMemory, source: str) -> Secret:
+def _store(pin: bytearray, memory: SecretMemory, source: str) -> Secret:
     try:
         if not 1 <= len(pin) <= _MAX_PIN_BYTES:
-            raise ModuleError(
-                f"{source} is {'no PIN: it is empty' if not pin else f'longer than {_MAX_PIN_BYTES} bytes'}"
-            )
+            fault = f"longer than {_MAX_PIN_BYTES} bytes" if pin else "empty"
+            raise ModuleError(f"{source} is {fault}; a PIN of 1 to {_MAX_PIN_BYTES} bytes is expected")
         secret = memory.allocate(len(pin))
-        with secret.lend() as kept:
-            kept[:] = pin
+        with secret.lend() as buffer:
+            buffer[:] = pin
         return secret
     finally:
         pin[:] = bytes(len(pin))

@@ -25,13 +25,13 @@ from ..parameters import decode_base64, encode_base64
 from .cryptoki import Library
 from .interface import NONCE_SIZE, NOT_AUTHENTIC, NOT_HELD, NOT_OURS, TAG, CryptographicModule, DataKey, ModuleError
 from .pin import read_pin
-from .token import Connection, Wanted, WrongPinError, describe
+from .probe import probe_token
+from .token import KeyPairChoice, Pkcs11Session, WrongPinError, describe
 from .token_choice import TokenChoice
-from .trial import try_out
 
 T = TypeVar("T")
 
-_TROUBLE: Final = (
+_TOKEN_ERRORS: Final = (
     pkcs11.DeviceError,
     pkcs11.DeviceMemory,
     pkcs11.DeviceRemoved,
@@ -44,14 +44,14 @@ _modules: "weakref.WeakSet[Pkcs11Module]" = weakref.WeakSet()
 _registry: Final = threading.Lock()
 
 
-class _Held:
+class _ImportedKey:
     """A data key in the token, and the ExportedDataKey from which it is unwrapped again when its session is lost."""
 
-    __slots__ = ("connection", "key", "wrapped")
+    __slots__ = ("key", "session", "wrapped")
 
-    def __init__(self, wrapped: bytes, connection: Connection, key: Any) -> None:
+    def __init__(self, wrapped: bytes, session: Pkcs11Session, key: Any) -> None:
         self.wrapped = wrapped
-        self.connection = connection
+        self.session = session
         self.key = key
 
 
@@ -60,26 +60,26 @@ class Pkcs11Module(CryptographicModule):
 
     wrapping_key_spec = "RSA_2048"
 
-    def __init__(self, library: Library, wanted: Wanted, *, generate: bool) -> None:
+    def __init__(self, library: Library, choice: KeyPairChoice, *, generate: bool) -> None:
         self._library = library
-        self._wanted = wanted
-        self._keys: weakref.WeakKeyDictionary[DataKey, _Held] = weakref.WeakKeyDictionary()
-        self._abandoned: deque[_Held] = deque()
+        self._choice = choice
+        self._keys: weakref.WeakKeyDictionary[DataKey, _ImportedKey] = weakref.WeakKeyDictionary()
+        self._abandoned: deque[_ImportedKey] = deque()
         self._refused: str | None = None
         self.lock = threading.RLock()
-        self._connection: Connection | None = None
+        self._session: Pkcs11Session | None = None
         self._public_numbers: tuple[int, int] | None = None
-        with _saying("be opened"):
-            connection = self._connect(generate=generate)
-            self._public_numbers = connection.modulus, connection.exponent
-            public = rsa.RSAPublicNumbers(connection.exponent, connection.modulus).public_key()
+        with _translated("be opened"):
+            session = self._connect(generate=generate)
+            self._public_numbers = session.modulus, session.exponent
+            public = rsa.RSAPublicNumbers(session.exponent, session.modulus).public_key()
             self._public_key_blob = encode_base64(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
-            self.wrapping_algorithm = try_out(connection, public)
+            self.wrapping_algorithm = probe_token(session, public)
         with _registry:
             _modules.add(self)
 
     def __repr__(self) -> str:
-        return f"Pkcs11Module({self._wanted.choice}, {self._wanted.key_label!r})"
+        return f"Pkcs11Module({self._choice.token}, {self._choice.key_label!r})"
 
     @classmethod
     def open(
@@ -110,12 +110,12 @@ class Pkcs11Module(CryptographicModule):
         """
         if not key_label:
             raise ValueError("key_label must not be empty")
-        choice = TokenChoice.of(label=token_label, serial=token_serial, slot=slot, uri=token_uri)
+        token = TokenChoice.of(label=token_label, serial=token_serial, slot=slot, uri=token_uri)
         try:
             library = Library(path, library_parameters)
         except OSError as error:
             raise ModuleError(f"the PKCS#11 library does not load: {error}") from None
-        return cls(library, Wanted(choice, key_label, read_pin(pin_file, pin)), generate=generate)
+        return cls(library, KeyPairChoice(token, key_label, read_pin(pin_file, pin)), generate=generate)
 
     def close(self) -> None:
         """Close the session, which destroys all its data keys. The module cannot be used afterwards."""
@@ -137,20 +137,20 @@ class Pkcs11Module(CryptographicModule):
             raise ModuleError(NOT_OURS) from None
         if len(wrapped) != 256:
             raise ModuleError(NOT_OURS)
-        with _saying("import this", NOT_OURS), self.lock:
-            held = self._run(lambda connection: self._unwrap(connection, wrapped))
+        with _translated("import this", NOT_OURS), self.lock:
+            imported = self._run(lambda session: self._unwrap(session, wrapped))
             key = DataKey()
-            self._keys[key] = held
+            self._keys[key] = imported
         # The finalizer does not destroy the key: the garbage collector can run in any thread. The next call destroys it, while
         # it holds the lock.
-        weakref.finalize(key, self._abandoned.append, held).atexit = False
+        weakref.finalize(key, self._abandoned.append, imported).atexit = False
         return key
 
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
         nonce = os.urandom(NONCE_SIZE)
-        with _saying(f"encrypt {len(plaintext)} bytes"):
+        with _translated(f"encrypt {len(plaintext)} bytes"):
             return nonce + self._use(
-                key, lambda where, inside: where.encrypt(inside, nonce, bytes(plaintext), bytes(aad))
+                key, lambda session, key_object: session.encrypt(key_object, nonce, bytes(plaintext), bytes(aad))
             )
 
     def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
@@ -158,79 +158,81 @@ class Pkcs11Module(CryptographicModule):
         if len(sealed) < NONCE_SIZE + TAG:
             raise ModuleError(NOT_AUTHENTIC)
         nonce, ciphertext = sealed[:NONCE_SIZE], sealed[NONCE_SIZE:]
-        with _saying("decrypt this", NOT_AUTHENTIC):
-            return self._use(key, lambda where, inside: where.decrypt(inside, nonce, ciphertext, bytes(aad)))
+        with _translated("decrypt this", NOT_AUTHENTIC):
+            return self._use(
+                key, lambda session, key_object: session.decrypt(key_object, nonce, ciphertext, bytes(aad))
+            )
 
     def forget(self, key: DataKey) -> None:
-        with _saying("destroy this key"), self.lock:
-            held = self._keys.pop(key, None)
-            if held is None:
+        with _translated("destroy this key"), self.lock:
+            imported = self._keys.pop(key, None)
+            if imported is None:
                 raise ModuleError(NOT_HELD)
-            self._destroy(held)
+            self._destroy(imported)
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
-    def _use(self, key: DataKey, work: Callable[[Connection, Any], T]) -> T:
+    def _use(self, key: DataKey, work: Callable[[Pkcs11Session, Any], T]) -> T:
         with self.lock:
-            held = self._keys.get(key)
-            if held is None:
+            imported = self._keys.get(key)
+            if imported is None:
                 raise ModuleError(NOT_HELD)
 
-            def with_key(connection: Connection) -> T:
-                if held.connection is not connection:
-                    again = self._unwrap(connection, held.wrapped)
-                    held.connection, held.key = again.connection, again.key
-                return work(connection, held.key)
+            def with_key(session: Pkcs11Session) -> T:
+                if imported.session is not session:
+                    fresh = self._unwrap(session, imported.wrapped)
+                    imported.session, imported.key = fresh.session, fresh.key
+                return work(session, imported.key)
 
             return self._run(with_key)
 
-    def _run(self, work: Callable[[Connection], T]) -> T:
+    def _run(self, work: Callable[[Pkcs11Session], T]) -> T:
         """Return the result of `work`; if the session was lost, repeat `work` once in a new session.
 
         The repetition is safe, because `work` never changes the token permanently.
         """
-        if self._connection is not None and self._connection.is_overtaken:
+        if self._session is not None and self._session.is_stale:
             self._disconnect()
-        connection = self._connection or self._connect(generate=False)
+        session = self._session or self._connect(generate=False)
         self._sweep()
         try:
-            return work(connection)
+            return work(session)
         except pkcs11.PKCS11Error as error:
-            if not connection.is_lost(error):
+            if not session.is_lost(error):
                 raise
         self._disconnect()
-        connection = self._connect(generate=False)
+        session = self._connect(generate=False)
         try:
-            return work(connection)
+            return work(session)
         except pkcs11.PKCS11Error as error:
-            if not connection.is_lost(error):
+            if not session.is_lost(error):
                 raise
-            raise ModuleError(f"the token {self._wanted.choice} was lost twice: {describe(error)}") from None
+            raise ModuleError(f"the token {self._choice.token} was lost twice: {describe(error)}") from None
 
-    def _unwrap(self, connection: Connection, wrapped: bytes) -> _Held:
-        return _Held(wrapped, connection, connection.unwrap(wrapped, self.wrapping_algorithm))
+    def _unwrap(self, session: Pkcs11Session, wrapped: bytes) -> _ImportedKey:
+        return _ImportedKey(wrapped, session, session.unwrap(wrapped, self.wrapping_algorithm))
 
-    def _connect(self, *, generate: bool) -> Connection:
+    def _connect(self, *, generate: bool) -> Pkcs11Session:
         if self._refused:
             raise ModuleError(self._refused)
         try:
-            connection = Connection(self._library, self._wanted, generate=generate)
+            session = Pkcs11Session(self._library, self._choice, generate=generate)
         except WrongPinError as error:
             self._refused = str(error)
             raise
         except pkcs11.PKCS11Error as error:
-            raise ModuleError(f"the token {self._wanted.choice} does not open: {describe(error)}") from None
-        if self._public_numbers not in (None, (connection.modulus, connection.exponent)):
-            connection.close()
-            raise ModuleError(f"the token has another key pair {self._wanted.key_label!r} now")
-        self._connection = connection
-        self._closing = weakref.finalize(self, _close, connection)
+            raise ModuleError(f"the token {self._choice.token} does not open: {describe(error)}") from None
+        if self._public_numbers not in (None, (session.modulus, session.exponent)):
+            session.close()
+            raise ModuleError(f"the token has another key pair {self._choice.key_label!r} now")
+        self._session = session
+        self._closing = weakref.finalize(self, _close, session)
         self._closing.atexit = False  # the token ends a session whose process ends
-        return connection
+        return session
 
     def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection = None
+        if self._session is not None:
+            self._session = None
             self._closing()
 
     def _sweep(self) -> None:
@@ -238,54 +240,54 @@ class Pkcs11Module(CryptographicModule):
             with contextlib.suppress(pkcs11.PKCS11Error):
                 self._destroy(self._abandoned.popleft())
 
-    def _destroy(self, held: _Held) -> None:
-        inside, held.key = held.key, None
-        if inside is None or held.connection is not self._connection or held.connection.is_overtaken:
+    def _destroy(self, imported: _ImportedKey) -> None:
+        key_object, imported.key = imported.key, None
+        if key_object is None or imported.session is not self._session or imported.session.is_stale:
             return  # already destroyed, or lost with its session
         try:
-            inside.destroy()
+            key_object.destroy()
         except pkcs11.PKCS11Error as error:
-            if not held.connection.is_lost(error):
+            if not imported.session.is_lost(error):
                 raise
 
     def after_fork(self) -> None:
-        self._connection = None  # it belongs to the parent
+        self._session = None  # it belongs to the parent
 
 
 # A fork waits for calls in flight. A library that does not notice the fork would otherwise leave the locks of these calls
 # locked in the child for ever.
-_stopped: Final[list[Pkcs11Module]] = []
+_locked_modules: Final[list[Pkcs11Module]] = []
 
 
 def _before_fork() -> None:
     _registry.acquire()
     for module in _modules:
         module.lock.acquire()
-        _stopped.append(module)
+        _locked_modules.append(module)
 
 
-def _go_on() -> None:
-    while _stopped:
-        _stopped.pop().lock.release()
+def _release_locks() -> None:
+    while _locked_modules:
+        _locked_modules.pop().lock.release()
     _registry.release()
 
 
 def _after_fork() -> None:
-    for module in _stopped:
+    for module in _locked_modules:
         module.after_fork()
-    _go_on()
+    _release_locks()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_go_on, after_in_child=_after_fork)
+os.register_at_fork(before=_before_fork, after_in_parent=_release_locks, after_in_child=_after_fork)
 
 
-def _close(connection: Connection) -> None:
+def _close(session: Pkcs11Session) -> None:
     with contextlib.suppress(pkcs11.PKCS11Error):
-        connection.close()
+        session.close()
 
 
 @contextlib.contextmanager
-def _saying(what: str, otherwise: str | None = None) -> Iterator[None]:
+def _translated(what: str, otherwise: str | None = None) -> Iterator[None]:
     """Convert the token's errors into `ModuleError`.
 
     Errors that the data may have caused all get the text `otherwise`, if it is set. Other errors get their own reason.
@@ -293,6 +295,6 @@ def _saying(what: str, otherwise: str | None = None) -> Iterator[None]:
     try:
         yield
     except pkcs11.PKCS11Error as error:
-        if otherwise and not isinstance(error, _TROUBLE):
+        if otherwise and not isinstance(error, _TOKEN_ERRORS):
             raise ModuleError(otherwise) from None
         raise ModuleError(f"the token could not {what}: {describe(error)}") from None

@@ -35,9 +35,9 @@ from .interface import (
     check_size,
 )
 
-_SCRATCH_BYTES: Final = 256
+_BUFFER_BYTES: Final = 256
 """Bytes of the output buffer that libcrypto requires for decryption: the size of an RSA-2048 modulus."""
-_CHUNK: Final = 16 * 1024
+_MEMORY_BYTES: Final = 16 * 1024
 """Bytes of locked memory to allocate at a time: 512 keys of 32 bytes."""
 
 
@@ -88,10 +88,10 @@ class SoftwareModule(CryptographicModule):
             algorithm = "SM2" if key.is_a(b"SM2") else "RSA"
         except libcrypto.LibcryptoError:
             is_key = content.der_kind(bytes(der)) == content.DER_KEY
-            lacking = [name for name in ("RSA", "SM2") if is_key and not libcrypto.offers(name)]
-            if not lacking:
+            missing = [name for name in ("RSA", "SM2") if is_key and not libcrypto.offers(name)]
+            if not missing:
                 raise ModuleError(f"{os.fspath(path)}: not a module file") from None
-            algorithm = lacking[0]
+            algorithm = missing[0]
         finally:
             der[:] = bytes(len(der))
         if not libcrypto.offers(algorithm):  # libcrypto may have loaded the key, although it cannot use it
@@ -131,15 +131,15 @@ class SoftwareModule(CryptographicModule):
             wrapped = decode_base64(exported_data_key) if isinstance(exported_data_key, str) else exported_data_key
             sm2 = self.wrapping_key_spec == "EC_SM2"
             if sm2:
-                if len(wrapped) - RAW_OVERHEAD > _SCRATCH_BYTES:
+                if len(wrapped) - RAW_OVERHEAD > _BUFFER_BYTES:
                     check_size(len(wrapped) - RAW_OVERHEAD)
                 wrapped = raw_to_der(wrapped)
         except ValueError:
             raise ModuleError(NOT_OURS) from None
-        scratch = self._allocate(2 * _SCRATCH_BYTES)
+        scratch = self._allocate(2 * _BUFFER_BYTES)
         try:
-            with scratch.lend() as room:
-                opened, padded = room[:_SCRATCH_BYTES], room[_SCRATCH_BYTES:]
+            with scratch.lend() as buffer:
+                opened, padded = buffer[:_BUFFER_BYTES], buffer[_BUFFER_BYTES:]
                 if sm2:
                     size = self._private_key.decrypt_into(bytearray(wrapped), opened)
                 else:
@@ -162,9 +162,9 @@ class SoftwareModule(CryptographicModule):
         # Encrypted directly into the returned buffer: to prepend the nonce afterwards would copy the ciphertext, and another
         # megabyte of fresh memory takes four times as long as AES.
         out = io.BytesIO(bytes(NONCE_SIZE + len(plaintext) + TAG))
-        with self._lent(key) as data_key, out.getbuffer() as room:
-            room[:NONCE_SIZE] = nonce
-            AESGCM(data_key).encrypt_into(nonce, plaintext, aad, room[NONCE_SIZE:])
+        with self._lent(key) as data_key, out.getbuffer() as buffer:
+            buffer[:NONCE_SIZE] = nonce
+            AESGCM(data_key).encrypt_into(nonce, plaintext, aad, buffer[NONCE_SIZE:])
         return out.getvalue()
 
     def decrypt(self, key: DataKey, sealed: bytes, aad: bytes = b"") -> bytes:
@@ -197,5 +197,5 @@ class SoftwareModule(CryptographicModule):
             with contextlib.suppress(SecretMemoryError):
                 return memory.allocate(size)
         # Not memfd_secret: a forked child shares such memory, and its `forget` would wipe the parent's key too.
-        self._memory.append(SecretMemory(_CHUNK, backing="mlock", require=False))
+        self._memory.append(SecretMemory(_MEMORY_BYTES, backing="mlock", require=False))
         return self._memory[-1].allocate(size)

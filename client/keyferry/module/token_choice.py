@@ -78,7 +78,7 @@ class TokenChoice(NamedTuple):
             if required.setdefault(name, value) != value:
                 raise ValueError(f"token_uri requires the {name} {value!r}, and another argument {required[name]!r}")
         if not required:
-            raise ValueError("no token is chosen: give token_label, token_serial, slot or token_uri")
+            raise ValueError("no token is chosen; pass token_label, token_serial, slot or token_uri")
         return cls(**required)
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ def _nothing_fits(choice: TokenChoice, path: str, tokens: Sequence[FoundToken], 
     if other_slots:
         message += ". Without a token: " + "; ".join(f"slot {slot} ({reason})" for slot, reason in other_slots.items())
     required = list(choice.required())
-    if len(required) > 1 and all(any(_has(found, *each) for found in tokens) for each in required):
+    if len(required) > 1 and all(any(_has(found, *item) for found in tokens) for item in required):
         message += ". The attributes that were required contradict each other: no token has all of them"
     return message
 
@@ -169,12 +169,12 @@ def _read_uri(uri: str) -> dict[str, str | int]:
     for attribute in [*filter(None, path.split(";")), *filter(None, query.split("&"))]:
         name, equals, value = attribute.partition("=")
         if name in _ARGUMENTS_INSTEAD:
-            raise ValueError(f"token_uri has {name}, which is not read: give {_ARGUMENTS_INSTEAD[name]} beside it")
+            raise ValueError(f"token_uri has {name}, which is not read; pass {_ARGUMENTS_INSTEAD[name]} as an argument")
         field = _URI_ATTRIBUTES.get(name)
         if field is None or not equals or field in required:
             expected = ", ".join(_URI_ATTRIBUTES)
             raise ValueError(
-                f"token_uri has an attribute that is unknown, twice or without value; expected: {expected}"
+                f"token_uri has an attribute that is unknown, that occurs twice, or that has no value; expected: {expected}"
             )
         required[field] = _slot(value) if field == "slot" else _text(f"{name} of token_uri", _decode(value))
     return required

@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL
 
 from .record import StoreError
 from .sqlite import SqliteFile
-from .url import naming
+from .url import describe_option
 
 __all__ = ["make_engine"]
 
@@ -27,7 +27,7 @@ def make_engine(url: URL, place: str, file: SqliteFile | None) -> sql.Engine:
     try:
         return _sqlite(url, file) if file is not None else _postgresql(url)
     except (exc.ArgumentError, exc.NoSuchModuleError):
-        raise StoreError(f"{place}: SQLAlchemy knows no such driver") from None
+        raise StoreError(f"{place}: SQLAlchemy does not have the driver; leave it out of the URL") from None
     except ModuleNotFoundError as error:
         raise StoreError(f"{place}: its driver, {error.name}, is not installed") from None
     except ImportError:
@@ -83,12 +83,12 @@ def _libpq_options(url: URL) -> dict[str, Any]:
 
 def _check_options(url: URL) -> None:
     """Raise `StoreError` for options that psycopg would reject without naming the URL, or would use as its own parameters."""
-    from psycopg import pq  # noqa: PLC0415 - only now is it known to start
+    from psycopg import pq  # noqa: PLC0415 - psycopg has started by now
 
-    known = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
+    keywords = {option.keyword.decode() for option in pq.Conninfo.get_defaults()}
     for name in url.query:
-        if name not in known:
-            raise StoreError(f'{naming(name)} is not an option of this system\'s libpq; "&" in a value is %26')
+        if name not in keywords:
+            raise StoreError(f'{describe_option(name)} is not an option of this system\'s libpq; "&" in a value is %26')
 
 
 def _tolerate(connection: Any, _record: object) -> None:

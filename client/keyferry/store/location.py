@@ -9,21 +9,23 @@ from typing import Final
 
 from sqlalchemy.engine import URL
 
+from ..content import first_line
 from .record import StoreError, printable
 from .sqlite import home, sqlite_file
 from .url import MAX_URL, SECRET_OPTIONS, parse
 
-__all__ = ["find", "secrets", "shown"]
+__all__ = ["display_url", "resolve_url", "url_secrets"]
 
 _SQLITE: Final = "sqlite"
+_MAX_LINE_BYTES: Final = 4 * (MAX_URL + 1)
 
 
-def find(given: str | None = None) -> URL:
-    """Return the URL of the store: `given`, else `$KEYFERRY_STORE`, else the default.
+def resolve_url(argument: str | None = None) -> URL:
+    """Return the URL of the store: `argument`, else `$KEYFERRY_STORE`, else the default.
 
     `@FILE` reads the URL from a file's first line. Raises `StoreError`.
     """
-    text = given or os.environ.get("KEYFERRY_STORE")
+    text = argument or os.environ.get("KEYFERRY_STORE")
     if not text:
         return _default()
     if text.startswith("@"):
@@ -34,7 +36,7 @@ def find(given: str | None = None) -> URL:
     return url
 
 
-def shown(url: URL) -> str:
+def display_url(url: URL) -> str:
     """Return a description of the store for messages: its kind, name and host. It contains no secrets, not even the query's."""
     if url.get_backend_name() == _SQLITE:
         return str(sqlite_file(url))
@@ -46,10 +48,10 @@ def shown(url: URL) -> str:
     return printable(f"PostgreSQL database {name} at {where}")
 
 
-def secrets(url: URL) -> list[str]:
+def url_secrets(url: URL) -> list[str]:
     """Return the secrets in a URL."""
-    found = [url.password, *(url.query.get(name) for name in sorted(SECRET_OPTIONS))]
-    return [str(secret) for secret in found if secret]
+    values = [url.password, *(url.query.get(name) for name in sorted(SECRET_OPTIONS))]
+    return [str(value) for value in values if value]
 
 
 def _default() -> URL:
@@ -61,11 +63,14 @@ def _default() -> URL:
 
 def _from_file(path: str) -> str:
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            line = file.readline(MAX_URL + 1).strip()
+        with open(path, "rb") as file:
+            data = file.readline(_MAX_LINE_BYTES)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or ("not text" if isinstance(error, UnicodeError) else "not a file name")
-        raise StoreError(f"the store's URL in {printable(path)}: {why}") from None
+        raise StoreError(f"{printable(path)}: {getattr(error, 'strerror', None) or 'not a file name'}") from None
+    try:
+        line = first_line(data, "the store's URL").removeprefix("\ufeff").strip()
+    except ValueError as error:
+        raise StoreError(f"{printable(path)}: {error}") from None
     if not line or line.startswith("@"):
-        raise StoreError(f"{printable(path)}: the store's URL is expected in its first line")
+        raise StoreError(f"{printable(path)}: the first line is not a URL; the store's URL is expected there")
     return line

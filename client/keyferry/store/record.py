@@ -8,11 +8,11 @@ from typing import Any, Final, NamedTuple
 from ..ciphertext import ciphertext_hash
 from ..client import Client
 from ..errors import KeyferryError
+from ..module.interface import DataKeyRecord
 from ..parameters import encode_base64, unique_pairs
-from ..record import DataKeyRecord
 
 __all__ = [
-    "MAX_NAME_LENGTH",
+    "MAX_NAME_CHARACTERS",
     "VERSION_PREFIX",
     "Record",
     "StoreError",
@@ -24,7 +24,7 @@ __all__ = [
     "version_prefix",
 ]
 
-MAX_NAME_LENGTH: Final = 255
+MAX_NAME_CHARACTERS: Final = 255
 """Most characters in a record's name."""
 
 VERSION_PREFIX: Final = 48
@@ -107,13 +107,15 @@ def new_record(
     Raises `KeyferryError`.
     """
     check_name(name)
-    made = kms.generate_data_key_without_plaintext(
+    generated = kms.generate_data_key_without_plaintext(
         key_id=key_id, encryption_context=encryption_context, key_spec=key_spec, number_of_bytes=number_of_bytes
     )
     context = encryption_context or {}
     if isinstance(context, str):
         context = json.loads(context)  # the agent has checked the JSON text
-    return Record(name, made.key_id, made.key_version_id, made.ciphertext_blob, context_text(context), now())
+    return Record(
+        name, generated.key_id, generated.key_version_id, generated.ciphertext_blob, context_text(context), now()
+    )
 
 
 def context_text(context: Mapping[str, str]) -> str:
@@ -128,10 +130,10 @@ def version_prefix(key_version_id: str) -> str:
 
 def check_name(name: str) -> None:
     """Raise `StoreError` for a record's name that a user could not type or a terminal could not show."""
-    if not 1 <= len(name) <= MAX_NAME_LENGTH or not name.isprintable() or name != name.strip():
+    if not 1 <= len(name) <= MAX_NAME_CHARACTERS or not name.isprintable() or name != name.strip():
         raise StoreError(
-            f"'{printable(name[:40])}' is not a valid record name: expected 1 to {MAX_NAME_LENGTH} printable "
-            "characters, no space at its ends"
+            f"'{printable(name[:40])}': not a valid record name; use 1 to {MAX_NAME_CHARACTERS} printable characters, "
+            "without spaces at the ends"
         )
 
 

@@ -29,10 +29,10 @@ from .store import Store
 __all__ = ["Outcome", "rewrap"]
 
 _WOULD_SUCCEED: Final = "DryRunOperationError"
-_PAUSE: Final = 0.5
+_RETRY_SECONDS: Final = 0.5
 """Seconds to wait before repeating requests that the agent throttled or could not serve."""
-_TIMEOUT_SECONDS: Final = 60
-"""Consecutive pauses without progress on any request, after which the requests fail."""
+_MAX_FRUITLESS_RETRIES: Final = 60
+"""Consecutive retries without progress on any request, after which the requests fail."""
 _PROBE: Final = b"keyferry rewrap"
 
 
@@ -97,26 +97,26 @@ class _Rewrap:
         self._module = module
         self._failed = failed
         self._advanced = advanced
-        self._known: dict[str, str | None] = {}
+        self._primary_versions: dict[str, str | None] = {}
         self.found = self.moved = self.changed = self.failures = 0
 
     def new_primary_versions(self) -> dict[str, str]:
         """Return the primary versions that are new since the last call, by master key; count the records to move."""
         versions = {}
         for key_id in self._store.key_ids():
-            if key_id in self._known and self._known[key_id] is None:
+            if key_id in self._primary_versions and self._primary_versions[key_id] is None:
                 continue
-            (answer,) = self._ask([operations.DescribeKey(key_id=key_id)])
+            (answer,) = self._pipeline([operations.DescribeKey(key_id=key_id)])
             if isinstance(answer, KmsError):
-                count, self._known[key_id] = self._store.count(key_id), None
+                count, self._primary_versions[key_id] = self._store.count(key_id), None
                 self.found += count
                 self.failures += count
                 self._failed(f"{count} records of master key {printable(key_id)}: {answer}")
                 continue
             version = answer.key_metadata.primary_key_version
-            if self._known.get(key_id) == version:
+            if self._primary_versions.get(key_id) == version:
                 continue
-            versions[key_id] = self._known[key_id] = version
+            versions[key_id] = self._primary_versions[key_id] = version
             self.found += self._store.count(key_id, not_under=version)
         return versions
 
@@ -127,43 +127,43 @@ class _Rewrap:
             self._advanced(len(page))
 
     def _move(self, page: Sequence[Record]) -> None:
-        records = [record for record in page if self._sound(record)]
+        records = [record for record in page if self._has_readable_context(record)]
         if self._dry_run:
-            self.moved += len(self._opening([(record, record.ciphertext_blob) for record in records]))
+            self.moved += len(self._decryptable([(record, record.ciphertext_blob) for record in records]))
             return
-        answers = self._ask(_re_encrypt(record, record.ciphertext_blob) for record in records)
+        answers = self._pipeline(_re_encrypt(record, record.ciphertext_blob) for record in records)
         new = [
             (record, answer.ciphertext_blob)
             for record, answer in zip(records, answers, strict=True)
-            if self._agrees(record, answer)
+            if self._fits(record, answer)
         ]
-        good = [(record, blob) for record, blob in self._opening(new) if self._same_key(record, blob)]
+        good = [(record, blob) for record, blob in self._decryptable(new) if self._same_key(record, blob)]
         moved = self._store.replace((record, blob, _version_of(blob)) for record, blob in good)
         self.moved += moved
         self.changed += len(good) - moved
 
-    def _sound(self, record: Record) -> bool:
+    def _has_readable_context(self, record: Record) -> bool:
         """Return True if the record's EncryptionContext can be read; otherwise report a failure."""
         try:
             return record.encryption_context is not None
         except StoreError as error:
             return self._fail(record, error)
 
-    def _agrees(self, record: Record, answer: Any) -> bool:
+    def _fits(self, record: Record, answer: Any) -> bool:
         """Return True if the answer to a ReEncrypt fits the record: its master key, its old version, and a new blob."""
         if isinstance(answer, KmsError):
             return self._fail(record, answer)
         blob, version = answer.ciphertext_blob, answer.destination_key_version_id
-        stayed = answer.key_id == answer.destination_key_id == record.key_id
-        from_it = record.ciphertext_blob.startswith(version_prefix(answer.key_version_id))
-        to_it = blob.startswith(version_prefix(version)) and blob != record.ciphertext_blob
-        return (stayed and from_it and to_it) or self._fail(
-            record, "the agent's answer does not fit it; left as it was"
+        same_key_id = answer.key_id == answer.destination_key_id == record.key_id
+        from_old_version = record.ciphertext_blob.startswith(version_prefix(answer.key_version_id))
+        to_new_version = blob.startswith(version_prefix(version)) and blob != record.ciphertext_blob
+        return (same_key_id and from_old_version and to_new_version) or self._fail(
+            record, "the agent's answer does not match the record, which was left unchanged"
         )
 
-    def _opening(self, blobs: Sequence[tuple[Record, str]]) -> list[tuple[Record, str]]:
+    def _decryptable(self, blobs: Sequence[tuple[Record, str]]) -> list[tuple[Record, str]]:
         """Return the blobs that the agent can decrypt under their records' contexts and encrypt under the primary version."""
-        answers = self._ask(_re_encrypt(record, blob, dry_run=True) for record, blob in blobs)
+        answers = self._pipeline(_re_encrypt(record, blob, dry_run=True) for record, blob in blobs)
         return [
             (record, blob)
             for (record, blob), answer in zip(blobs, answers, strict=True)
@@ -189,18 +189,18 @@ class _Rewrap:
                 module.forget(key)
         return True
 
-    def _ask(self, requests: Iterable[Any]) -> list[Any]:
+    def _pipeline(self, requests: Iterable[Any]) -> list[Any]:
         """Return the outcome of each request, in one pipeline. Throttled or unserved requests are repeated later."""
-        wanted = list(requests)
-        answers = self._kms.pipeline(wanted)
-        patience = _TIMEOUT_SECONDS
-        while patience and (again := [place for place, each in enumerate(answers) if _later(each)]):
-            time.sleep(_PAUSE)
-            answered = self._kms.pipeline(wanted[place] for place in again)
-            for place, answer in zip(again, answered, strict=True):
-                answers[place] = answer
-            stuck = all(_later(answer) for answer in answered)
-            patience = patience - 1 if stuck else _TIMEOUT_SECONDS
+        calls = list(requests)
+        answers = self._kms.pipeline(calls)
+        retries_left = _MAX_FRUITLESS_RETRIES
+        while retries_left and (pending := [index for index, answer in enumerate(answers) if _can_retry(answer)]):
+            time.sleep(_RETRY_SECONDS)
+            new_answers = self._kms.pipeline(calls[index] for index in pending)
+            for index, answer in zip(pending, new_answers, strict=True):
+                answers[index] = answer
+            is_stuck = all(_can_retry(answer) for answer in new_answers)
+            retries_left = retries_left - 1 if is_stuck else _MAX_FRUITLESS_RETRIES
         return answers
 
     def _fail(self, record: Record, why: object) -> bool:
@@ -209,7 +209,7 @@ class _Rewrap:
         return False
 
 
-def _later(answer: Any) -> bool:
+def _can_retry(answer: Any) -> bool:
     """Return True if the agent may serve the same request later."""
     return isinstance(answer, Throttled | ServiceUnavailable)
 
@@ -226,5 +226,5 @@ def _re_encrypt(record: Record, blob: str, *, dry_run: bool = False) -> operatio
 
 
 def _version_of(blob: str) -> str:
-    """Return the KeyVersionId in a CiphertextBlob. `_agrees` has compared the blob's prefix with a version."""
+    """Return the KeyVersionId in a CiphertextBlob. `_fits` has compared the blob's prefix with a version."""
     return decode_base64(blob[:VERSION_PREFIX]).decode()

@@ -14,20 +14,20 @@ from urllib.parse import quote, unquote_to_bytes
 from sqlalchemy.engine import URL
 
 from .record import StoreError, printable
-from .url import naming
+from .url import describe_option
 
 __all__ = ["SqliteFile", "home", "sqlite_file"]
 
-BUSY_TIMEOUT_SECONDS: Final = 60.0
+_LOCK_TIMEOUT_SECONDS: Final = 60.0
 """Seconds to wait for another writer of a file, unless the URL has a timeout."""
-_MAX_TIMEOUT: Final = 1_000_000
+_MAX_TIMEOUT_SECONDS: Final = 1_000_000
 """Seconds that SQLite can count in milliseconds."""
 _URI: Final = "file:"
 _URI_OPTIONS: Final = frozenset({"cache", "immutable", "mode", "nolock", "psow", "vfs"})
 _MODES: Final = ("ro", "rw", "rwc")
 _TRUE: Final = frozenset({"true", "1", "yes", "on", "t", "y"})
 _FALSE: Final = frozenset({"false", "0", "no", "off", "f", "n"})
-_IN_MEMORY: Final = "a store in memory would be forgotten at once: sqlite:///FILE"
+_IN_MEMORY: Final = "a store in memory is lost when the command ends; name a file: sqlite:///FILE"
 _WRITE_AHEAD: Final = 2
 """Value of bytes 18 and 19 of a file in WAL mode: https://www.sqlite.org/fileformat.html."""
 
@@ -45,7 +45,7 @@ class SqliteFile(NamedTuple):
 
     def connect(self) -> sqlite3.Connection:
         """Open the file, which must exist. Raises the errors of sqlite3, which SQLAlchemy, the caller, translates."""
-        mode = "ro" if self.options["mode"] == "ro" else "rw"  # never "rwc": only `make` creates a file
+        mode = "ro" if self.options["mode"] == "ro" else "rw"  # never "rwc": only `create` creates a file
         options = "&".join(f"{name}={quote(value, safe='')}" for name, value in {**self.options, "mode": mode}.items())
         uri = f"file://{quote(os.fsencode(self.path))}?{options}"
         return sqlite3.connect(uri, uri=True, timeout=self.timeout, check_same_thread=False)
@@ -59,12 +59,12 @@ class SqliteFile(NamedTuple):
         except OSError as error:
             raise StoreError(f"{self}: {error.strerror}") from None
         if stat.S_ISDIR(status.st_mode):
-            raise StoreError(f"{self} is a folder: a store is a file in it, such as {self}/records.sqlite")
+            raise StoreError(f"{self}: a folder, not a file; name a file in it, such as {self}/records.sqlite")
         if not stat.S_ISREG(status.st_mode):
-            raise StoreError(f"{self} is not a regular file")
+            raise StoreError(f"{self}: not a regular file; name a file of SQLite's")
         return True
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Create an empty file if it does not exist, and its folder with mode 0700."""
         if self.exists():
             return
@@ -100,7 +100,7 @@ def sqlite_file(url: URL) -> SqliteFile:
     uri, timeout = _flag("uri", options.pop("uri", "false")), _timeout(options.pop("timeout", None))
     for name in options:
         if name not in _URI_OPTIONS:
-            raise StoreError(f"{naming(name)} has no meaning for an SQLite store: remove it")
+            raise StoreError(f"{describe_option(name)} has no meaning for an SQLite store: remove it")
     path = url.database or ""
     if path.startswith(_URI):
         if not uri:
@@ -112,7 +112,7 @@ def sqlite_file(url: URL) -> SqliteFile:
     if path in ("", ":memory:") or options.get("mode") == "memory" or options.get("vfs") == "memdb":
         raise StoreError(_IN_MEMORY)
     if options.setdefault("mode", "rwc") not in _MODES:
-        raise StoreError(f"{naming('mode')} is one of {', '.join(_MODES)}")
+        raise StoreError(f"{describe_option('mode')} is one of {', '.join(_MODES)}")
     try:
         return SqliteFile(os.path.abspath(_expanded(path)), options, timeout)
     except OSError:  # of getcwd(2)
@@ -150,10 +150,10 @@ def _path_of_uri(uri: str) -> str:
     """Return the path of an SQLite URI without its percent-encoding: https://www.sqlite.org/uri.html."""
     path = uri.removeprefix(_URI).partition("#")[0]
     if path.startswith("//"):
-        authority, slash, rest = path[2:].partition("/")
+        authority, slash, remainder = path[2:].partition("/")
         if authority not in ("", "localhost"):
             raise StoreError("the store's URL cannot be read: a file's URI begins with file:/ or file:///")
-        path = slash + rest
+        path = slash + remainder
     decoded = unquote_to_bytes(os.fsencode(path))
     if b"\0" in decoded:
         raise StoreError("the store's URL cannot be read: a path cannot hold a null character")
@@ -162,17 +162,17 @@ def _path_of_uri(uri: str) -> str:
 
 def _flag(name: str, value: str) -> bool:
     if value.lower() not in _TRUE | _FALSE:
-        raise StoreError(f"{naming(name)} is true or false")
+        raise StoreError(f"{describe_option(name)} is true or false")
     return value.lower() in _TRUE
 
 
 def _timeout(value: str | None) -> float:
     if value is None:
-        return BUSY_TIMEOUT_SECONDS
+        return _LOCK_TIMEOUT_SECONDS
     try:
         seconds = float(value)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= _MAX_TIMEOUT:
-        raise StoreError(f"{naming('timeout')} is a number of seconds")
+    if not 0 <= seconds <= _MAX_TIMEOUT_SECONDS:
+        raise StoreError(f"{describe_option('timeout')} is a number of seconds")
     return seconds

@@ -15,13 +15,13 @@ from sqlalchemy import exc
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .engine import make_engine
-from .location import find, secrets, shown
-from .record import MAX_NAME_LENGTH, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
+from .location import display_url, resolve_url, url_secrets
+from .record import MAX_NAME_CHARACTERS, VERSION_PREFIX, Record, StoreError, check_name, now, printable, version_prefix
 from .sqlite import sqlite_file
 
 __all__ = ["Store", "schema"]
 
-_PAGE: Final = 500
+_PAGE_RECORDS: Final = 500
 """Records in memory at a time."""
 
 _records: Final = sql.Table(
@@ -33,7 +33,7 @@ _records: Final = sql.Table(
     # Collation C: an index over text in a language's order breaks when an update of the C library changes that order.
     sql.Column(
         "name",
-        sql.String(MAX_NAME_LENGTH).with_variant(sql.String(MAX_NAME_LENGTH, collation="C"), "postgresql"),
+        sql.String(MAX_NAME_CHARACTERS).with_variant(sql.String(MAX_NAME_CHARACTERS, collation="C"), "postgresql"),
         nullable=False,
         unique=True,
     ),
@@ -83,7 +83,7 @@ def schema(url: str | None = None) -> str:
 
     Raises `StoreError`.
     """
-    dialect = _DIALECTS[find(url).get_backend_name()].dialect()
+    dialect = _DIALECTS[resolve_url(url).get_backend_name()].dialect()
     lines = str(_create_table().compile(dialect=dialect)).strip().splitlines()
     return "\n".join(line.rstrip() for line in lines) + ";"
 
@@ -104,8 +104,8 @@ class Store:
     """
 
     def __init__(self, url: str | None = None, *, create: bool = True) -> None:
-        self._url = find(url)
-        self._place = shown(self._url)
+        self._url = resolve_url(url)
+        self._place = display_url(self._url)
         self._create = create
         self._file = sqlite_file(self._url) if self._url.get_backend_name() == "sqlite" else None
         self._engine = make_engine(self._url, self._place, self._file)
@@ -135,15 +135,15 @@ class Store:
         if not self._create:
             self._require()
         elif self._file is not None:
-            self._file.make()
+            self._file.create()
         try:
-            with self._doing() as connection:
+            with self._transaction() as connection:
                 if self._create:
-                    self._make_table(connection)
+                    self._create_missing_table(connection)
                 connection.execute(sql.insert(_records), rows)
         except exc.IntegrityError:
             names = records[0].name if len(records) == 1 else "one of these names"
-            raise StoreError(f"{names} is taken: a record is never overwritten") from None
+            raise _taken(names) from None
 
     def renew(self, old: Record, new: Record, old_name: str) -> None:
         """Rename `old` to `old_name` and add `new` under its former name, in one transaction. A failure changes neither.
@@ -154,14 +154,14 @@ class Store:
         self._require()
         rename = sql.update(_records).where(_c.row_id == old.row_id, _c.name == old.name).values(name=old_name)
         try:
-            with self._doing() as connection:
+            with self._transaction() as connection:
                 if connection.execute(rename).rowcount != 1:
                     raise StoreError(
                         f"{printable(old.name)}: another process renamed it meanwhile; nothing was changed"
                     )
                 connection.execute(sql.insert(_records), [_row(new)])
         except exc.IntegrityError:
-            raise StoreError(f"{printable(old_name)} is taken: a record is never overwritten") from None
+            raise _taken(printable(old_name)) from None
 
     def check_free(self, name: str) -> None:
         """Raise `StoreError` for a name that is invalid or taken. Callers check it before they have a data key generated."""
@@ -169,7 +169,7 @@ class Store:
         if not self._create:
             self._require()
         if self._exists() and self._one(name) is not None:
-            raise StoreError(f"{name} is taken: a record is never overwritten")
+            raise _taken(name)
 
     def get(self, name: str) -> Record:
         """Return the record with this name. Raises `StoreError` if the name is unknown."""
@@ -190,9 +190,9 @@ class Store:
 
     def count(self, key_id: str | None = None, *, not_under: str | None = None) -> int:
         """Return the number of records; with `key_id`, of one master key; with `not_under`, of those under other versions."""
-        asked = sql.select(sql.func.count()).select_from(_records).where(*_matching(key_id, not_under))
+        query = sql.select(sql.func.count()).select_from(_records).where(*_matching(key_id, not_under))
         self._require()
-        return int(self._rows(asked)[0][0])
+        return int(self._rows(query)[0][0])
 
     def key_ids(self) -> list[str]:
         """Return the IDs of all master keys that have records."""
@@ -226,7 +226,7 @@ class Store:
         ]
         if not rows:
             return 0
-        with self._doing() as connection:
+        with self._transaction() as connection:
             # Every process updates rows in the same order, so two that replace the same rows cannot deadlock.
             return connection.execute(_REPLACE, rows).rowcount
 
@@ -242,18 +242,18 @@ class Store:
             after = page[-1].row_id
 
     def _page(self, after: int, conditions: list[Any]) -> list[Record]:
-        asked = _SELECT.where(_c.row_id > after, *conditions).order_by(_c.row_id).limit(_PAGE)
-        return [Record(*row) for row in self._rows(asked)]
+        query = _SELECT.where(_c.row_id > after, *conditions).order_by(_c.row_id).limit(_PAGE_RECORDS)
+        return [Record(*row) for row in self._rows(query)]
 
-    def _rows(self, asked: Any) -> list[Any]:
-        with self._doing() as connection:
-            return list(connection.execute(asked))
+    def _rows(self, query: Any) -> list[Any]:
+        with self._transaction() as connection:
+            return list(connection.execute(query))
 
     def _exists(self) -> bool:
         """Return True if the table exists. The check does not create a file."""
         if self._file is not None and not self._file.exists():
             return False
-        with self._doing() as connection:
+        with self._transaction() as connection:
             return sql.inspect(connection).has_table(_records.name)
 
     def _require(self, why: str = "") -> None:
@@ -264,14 +264,14 @@ class Store:
                 f"{why}: name another with --store or $KEYFERRY_STORE, or make it with 'keyferry records add'"
             )
 
-    def _make_table(self, connection: sql.Connection) -> None:
+    def _create_missing_table(self, connection: sql.Connection) -> None:
         if not sql.inspect(connection).has_table(_records.name):
             if connection.dialect.name == "postgresql":  # IF NOT EXISTS alone fails if two create the table at once
                 connection.execute(sql.text("SELECT pg_advisory_xact_lock(hashtext('keyferry_records'))"))
             connection.execute(_create_table())
 
     @contextmanager
-    def _doing(self) -> Iterator[sql.Connection]:
+    def _transaction(self) -> Iterator[sql.Connection]:
         """Lend a connection for one transaction. Turns the driver's errors into `StoreError`, except `IntegrityError`."""
         with self._connected() as connection:
             try:
@@ -280,7 +280,7 @@ class Store:
             except exc.IntegrityError:
                 raise
             except (exc.SQLAlchemyError, OSError, TypeError, ValueError) as error:
-                raise StoreError(f"{self._place}: {self._why(error)}") from None
+                raise StoreError(f"{self._place}: {self._reason(error)}") from None
 
     @contextmanager
     def _connected(self) -> Iterator[sql.Connection]:
@@ -292,20 +292,24 @@ class Store:
         try:
             connection = self._engine.connect()
         except Exception as error:
-            raise StoreError(f"{self._place}: {self._why(error)}") from None
+            raise StoreError(f"{self._place}: {self._reason(error)}") from None
         with connection:
             yield connection
 
-    def _why(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> str:
         """Return the first line of the driver's message, without SQLAlchemy's statement and never with a password."""
         cause = getattr(error, "orig", None) or error
         lines = [line.strip() for line in str(cause).strip().splitlines()] or [type(cause).__name__]
         why = " ".join(lines) if lines[0].endswith(":") else lines[0]  # with several hosts, each has a line
-        if any(form in why for secret in secrets(self._url) for form in _forms(secret)):
+        if any(form in why for secret in url_secrets(self._url) for form in _forms(secret)):
             why = type(cause).__name__
         if getattr(cause, "sqlstate", None) == _NOT_PERMITTED:
             why += ". Have a role that may do so run what `keyferry records schema` prints, and grant SELECT, INSERT, UPDATE"
         return why + (self._file.advice() if self._file is not None else "")
+
+
+def _taken(name: str) -> StoreError:
+    return StoreError(f"{name} is taken: a record is never overwritten; choose another name")
 
 
 def _matching(key_id: str | None, not_under: str | None) -> list[Any]:

@@ -14,7 +14,7 @@ from .store import Store
 
 __all__ = ["Copied", "copy"]
 
-_PAGE: Final = 500
+_PAGE_RECORDS: Final = 500
 """Records in one transaction."""
 
 
@@ -44,16 +44,16 @@ def copy(
     """
     counts = {"copied": 0, "present": 0, "refused": 0}
     records = iter(source)
-    while page := list(islice(records, _PAGE)):
-        there = target.named(record.name for record in page)
+    while page := list(islice(records, _PAGE_RECORDS)):
+        stored = target.named(record.name for record in page)
         new = []
         for record in page:
-            found = there.get(record.name)
-            why = _obstacle(record) if found is None else _difference(record, found)
+            existing = stored.get(record.name)
+            why = _obstacle(record) if existing is None else _difference(record, existing)
             if why:
                 counts["refused"] += 1
                 refused(f"{printable(record.name)}: {why}")
-            elif found is None:
+            elif existing is None:
                 new.append(record)
             else:
                 counts["present"] += 1
@@ -72,15 +72,15 @@ def _obstacle(record: Record) -> str:
         return str(error)
     # The driver puts U+FFFD for bytes that are not text. PostgreSQL refuses null characters.
     damaged = any(character in str(field) for field in record for character in "\ufffd\0")
-    return "it is damaged in the source" if damaged else ""
+    return "damaged in the source; repair the record there" if damaged else ""
 
 
-def _difference(record: Record, found: Record) -> str:
+def _difference(record: Record, existing: Record) -> str:
     """Return the difference from the target's record of the same name, or an empty text if they are equal."""
     names = {"context_text": "encryption_context"}
     differing = [
         names.get(field, field)
         for field in Record._fields
-        if field != "row_id" and getattr(record, field) != getattr(found, field)
+        if field != "row_id" and getattr(record, field) != getattr(existing, field)
     ]
     return f"another record has this name in the target, and differs in {', '.join(differing)}" if differing else ""

@@ -14,7 +14,7 @@ from sqlalchemy.engine import URL
 
 from .record import StoreError
 
-__all__ = ["MAX_URL", "PYTHON_OPTIONS", "SECRET_OPTIONS", "naming", "parse"]
+__all__ = ["MAX_URL", "PYTHON_OPTIONS", "SECRET_OPTIONS", "describe_option", "parse"]
 
 MAX_URL: Final = 4_096
 """Most characters in a URL."""
@@ -91,7 +91,7 @@ def _sqlite(drivername: str, location: str) -> URL:
     """Parse a location as SQLAlchemy does: the path is not percent-encoded, unless it is one of SQLite's own URIs."""
     path, question, query = location.partition("?")
     if path and path[0] != "/":
-        raise _unreadable("a store in memory would be forgotten at once" if path == ":memory:" else _SLASHES)
+        raise _unreadable("a store in memory is lost when the command ends" if path == ":memory:" else _SLASHES)
     if "\0" in location:
         raise _unreadable("a path cannot hold a null character")
     return URL.create(drivername, database=path[1:], query=_options(query) if question else {})
@@ -103,7 +103,7 @@ def _sqlite(drivername: str, location: str) -> URL:
 def _postgresql(drivername: str, location: str) -> URL:
     if _UNSAFE.search(location) or any("\ud800" <= character <= "\udfff" for character in location):
         raise _unreadable(f"it holds control characters, or bytes that are not text; {_ENCODE}")
-    end = min(place for place in (location.find("/"), location.find("?"), len(location)) if place >= 0)
+    end = min(index for index in (location.find("/"), location.find("?"), len(location)) if index >= 0)
     authority, remainder = location[:end], location[end:]
     if location.count("@") > 1 or "@" in remainder:
         raise _unreadable(f'"@" may occur once, before the host; {_ENCODE}')
@@ -112,14 +112,14 @@ def _postgresql(drivername: str, location: str) -> URL:
     path, question, query = remainder.partition("?")
     options = _options(query) if question else {}
     for option in sorted(PYTHON_OPTIONS & options.keys()):
-        raise StoreError(f"{naming(option)} is psycopg's, not libpq's: remove it. A store never prepares statements")
+        raise StoreError(f"{describe_option(option)} belongs to psycopg, not to libpq; remove it")
     if options.get("ssl") == "true":  # JDBC's form; libpq maps it to sslmode=require
         del options["ssl"]
         options.setdefault("sslmode", "require")
     host, port = _addresses(address, options)
     for name, value in options.items():
         if not isinstance(value, str):
-            raise _unreadable(f"{naming(name)} occurs twice")
+            raise _unreadable(f"{describe_option(name)} occurs twice")
     url = URL.create(
         drivername,
         username=_decoded(username) or None,
@@ -135,17 +135,17 @@ def _postgresql(drivername: str, location: str) -> URL:
 
 def _addresses(address: str, options: "_Options") -> tuple[str, str]:
     """Remove hosts and ports from the options; return them, else the authority's, separated by commas as libpq writes them."""
-    pairs = [_address(each) for each in address.split(",")]
+    pairs = [_address(part) for part in address.split(",")]
     hosts, ports = [_decoded(host) for host, _ in pairs], [port for _, port in pairs]
-    named, numbered = options.pop("host", ""), options.pop("port", "")
-    if named:  # an option wins over the authority, as with SQLAlchemy
-        texts = ",".join([named] if isinstance(named, str) else named).split(",")
-        pairs = [(each, "") if each.startswith(("/", "@")) or _is_ipv6(each) else _address(each) for each in texts]
+    host_option, port_option = options.pop("host", ""), options.pop("port", "")
+    if host_option:  # an option wins over the authority, as with SQLAlchemy
+        texts = ",".join([host_option] if isinstance(host_option, str) else host_option).split(",")
+        pairs = [(text, "") if text.startswith(("/", "@")) or _is_ipv6(text) else _address(text) for text in texts]
         hosts = [host for host, _ in pairs]
         if any(port for _, port in pairs):
             ports = [port for _, port in pairs]
-    if numbered:
-        ports = ",".join([numbered] if isinstance(numbered, str) else numbered).split(",")
+    if port_option:
+        ports = ",".join([port_option] if isinstance(port_option, str) else port_option).split(",")
     if not all(map(_is_port, ports)):
         raise _unreadable(f"a port is a number from 1 to {_MAX_PORT}; {_ENCODE}")
     if len(ports) not in (1, len(hosts)):
@@ -208,7 +208,7 @@ def _options(query: str) -> _Options:
     return options
 
 
-def naming(option: str) -> str:
+def describe_option(option: str) -> str:
     """Return an option's name for a message. An unknown name can be the end of a password, so it is never repeated."""
     if option in _KNOWN_OPTIONS:
         return f'the option "{option}" of the store\'s URL'

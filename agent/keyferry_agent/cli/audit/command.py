@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Final
 
-from keyferry.output import show_lines
+from keyferry.stdout import show_lines
 
 from ...audit.history import Chain
 from ...chained_log.chain import ChainError

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from keyferry.output import complain
+from keyferry.stdout import complain
 
 from ...audit import rotated
 from ...audit.history import History

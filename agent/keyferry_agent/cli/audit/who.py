@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from keyferry.operations import OPERATIONS
-from keyferry.output import show_lines
+from keyferry.stdout import show_lines
 
 from ...audit.key_names import LoggedNames, open_keyring, plain_name
 from ...audit.query import RELEASES, Counted, Listed, Query, Spool, names_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from keyferry.arguments import whole_number
-from keyferry.output import show
+from keyferry.stdout import show
 
 from ...authz.grants import ACTIONS
 from ...chained_log.chain import ChainError

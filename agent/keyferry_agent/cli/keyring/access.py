@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from keyferry import passphrase
-from keyferry.output import DONE
 from keyferry.private_files import owner_of
+from keyferry.stdout import DONE
 
 from ...keyring import file, recipients, sealing
 from ...keyring.document import Document, KeyringError

@@ -8,7 +8,7 @@ from typing import Any, Final, TypeAlias
 
 from keyferry import age_passphrase
 from keyferry.arguments import whole_number
-from keyferry.output import DONE, complain
+from keyferry.stdout import DONE, complain
 
 from ...crypto.ciphertext_blob import KEY_SIZES
 from ...keyring import changes, edits, file

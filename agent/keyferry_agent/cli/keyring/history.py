@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from keyferry.output import complain, show_json, show_lines
+from keyferry.stdout import complain, show_json, show_lines
 
 from ...chained_log import chain
 from ...keyring.changes import EVENT, file_hash, log_of

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
-from keyferry.output import complain, show, show_json
+from keyferry.stdout import complain, show, show_json
 
 from ...keyring.document import KeyEntry, VersionEntry
 

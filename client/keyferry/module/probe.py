@@ -11,9 +11,9 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from .interface import NONCE_SIZE, ModuleError
-from .token import Connection, describe
+from .token import Pkcs11Session, describe
 
-__all__ = ["try_out"]
+__all__ = ["probe_token"]
 
 _HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
     "RSAES_OAEP_SHA_256": hashes.SHA256(),
@@ -21,36 +21,38 @@ _HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
 }
 
 
-def try_out(connection: Connection, public: rsa.RSAPublicKey) -> str:
+def probe_token(session: Pkcs11Session, public: rsa.RSAPublicKey) -> str:
     """Import a throw-away key, and use it in the token and in this process. Return the first WrappingAlgorithm that works.
 
     Raises `ModuleError`.
     """
-    known, refusals = os.urandom(32), []
+    key_bytes, refusals = os.urandom(32), []
     for algorithm, digest in _HASHES.items():
-        wrapped = public.encrypt(known, padding.OAEP(padding.MGF1(digest), digest, None))
+        wrapped = public.encrypt(key_bytes, padding.OAEP(padding.MGF1(digest), digest, None))
         try:
-            key = connection.unwrap(wrapped, algorithm)
+            key = session.unwrap(wrapped, algorithm)
         except pkcs11.PKCS11Error as error:
             refusals.append(f"{algorithm}: {describe(error)}")
             continue
         try:
-            _try_key(connection, key, known)
+            _probe_key(session, key, key_bytes)
         finally:
             key.destroy()
         return algorithm
     raise ModuleError(f"the token does not unwrap an AES key into an object of its own ({'; '.join(refusals)})")
 
 
-def _try_key(connection: Connection, key: Any, known: bytes) -> None:
+def _probe_key(session: Pkcs11Session, key: Any, key_bytes: bytes) -> None:
     with contextlib.suppress(pkcs11.PKCS11Error):
         if key[pkcs11.Attribute.VALUE]:
-            raise ModuleError("the token says that an imported key cannot be read, and then shows it")
-    aes, nonce = AESGCM(known), os.urandom(NONCE_SIZE)
+            raise ModuleError(
+                "the token reports that an imported key cannot be read, but returns its value; use another token"
+            )
+    aes, nonce = AESGCM(key_bytes), os.urandom(NONCE_SIZE)
     try:
-        sealed = connection.encrypt(key, nonce, known, b"aad")
-        opened = connection.decrypt(key, nonce, aes.encrypt(nonce, b"", b"aad"), b"aad")
-        same = opened == b"" and aes.decrypt(nonce, sealed, b"aad") == known
+        sealed = session.encrypt(key, nonce, key_bytes, b"aad")
+        opened = session.decrypt(key, nonce, aes.encrypt(nonce, b"", b"aad"), b"aad")
+        same = opened == b"" and aes.decrypt(nonce, sealed, b"aad") == key_bytes
     except pkcs11.PKCS11Error as error:
         raise ModuleError(
             f"the token does not encrypt with AES-GCM under a nonce of 12 bytes: {describe(error)}"
@@ -59,5 +61,5 @@ def _try_key(connection: Connection, key: Any, known: bytes) -> None:
         same = False
     if not same:
         raise ModuleError(
-            "other implementations cannot decrypt this token's AES-GCM ciphertexts: does it choose the nonce itself?"
+            "other modules cannot decrypt the token's AES-GCM ciphertexts; the token may choose the nonce itself"
         )

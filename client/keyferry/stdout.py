@@ -1,4 +1,4 @@
-"""The output of both commands: the one place that handles output which cannot be written.
+"""Standard output and standard error of both commands: the one place that handles output which cannot be written.
 
 The exit code reports the outcome of a command. When a result cannot be printed, the code is `FAILED`, which differs from the
 code of a refusal. A reader that closes the pipe early (`| head -1`) is not a fault, so no message is printed. JSON is UTF-8 in
