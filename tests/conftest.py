@@ -1,24 +1,24 @@
 """Fixtures for all tests, and the end of the run: what was skipped for what this machine lacks, and how to provide it."""
 
-import json
 import os
 import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import hypothesis
 import pytest
 from support import crashing_rewrap, skip_unless, tokens
 from support.agent import RunningAgent, dev_agent
 from support.fast import is_fast
-from support.keyring import Command, new_keyring, run, serving
+from support.keyring import Command, new_keyring, printed
 from support.postgres import Cluster
-from support.rotatable_agent import Rotating
+from support.quick_scrypt import set_low_work_factor
+from support.rotatable_agent import Rotating, rotating_agent
 from support.skip_unless import ROOT, postgresql
 from support.tokens import RealToken
 
@@ -140,15 +140,15 @@ def keyring(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
+def quick_scrypt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seal with a low work factor: for tests that are not about scrypt."""
+    set_low_work_factor(monkeypatch)
+
+
+@pytest.fixture
+def said(keyring: Path) -> Command:
     """Run a verb on the keyring with --json; give what it printed."""
-
-    def command(verb: str, *arguments: object) -> Any:
-        capsys.readouterr()
-        run(verb, keyring, *arguments, "--unseal", keyring.parent / "identity", "--json")
-        return json.loads(capsys.readouterr().out)
-
-    return command
+    return partial(printed, keyring)
 
 
 @pytest.fixture(scope="session")
@@ -204,10 +204,10 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotating]:
+def rotating(tmp_path: Path) -> Iterator[Rotating]:
     """An agent with a keyring of its own."""
-    with serving(keyring, socket_path) as agent:
-        yield Rotating(agent, keyring, said)
+    with rotating_agent(tmp_path) as rotating:
+        yield rotating
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import sqlalchemy
 from support.agent import PATIENCE, RunningAgent
-from support.keyring import change, serving
 from support.keys import recipient
 from support.records import fill, opened
+from support.rotatable_agent import Rotating
 from support.secrets import secret_file
 from support.skip_unless import ROOT
 
@@ -140,6 +140,7 @@ def test_a_store_that_does_not_exist_is_no_empty_one(shell: Shell, arguments: li
     assert ("records.sqlite" if shell.store.startswith("sqlite") else "PostgreSQL database test") in err
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 def test_encrypt_file_refuses_a_store_that_does_not_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], store_url: str
 ) -> None:
@@ -163,35 +164,29 @@ def test_a_list_shows_no_control_characters(shell: Shell) -> None:
     assert "\x1b" not in shell("list", "--json")[0]
 
 
-def test_rewrap_says_what_it_did(
-    capsys: pytest.CaptureFixture[str], store_url: str, keyring: Path, socket_path: Path
-) -> None:
+@pytest.mark.usefixtures("quick_scrypt")
+def test_rewrap_says_what_it_did(capsys: pytest.CaptureFixture[str], store_url: str, rotating: Rotating) -> None:
     """A dry run first; a failure is exit code 1, with the record's name. Nothing of a bar where there is no terminal."""
-    shell = Shell(capsys, store_url, socket_path)
-    with serving(keyring, socket_path) as agent, agent.client() as kms, Store(store_url) as store:
+    shell, folder = Shell(capsys, store_url, rotating.agent.socket), rotating.keyring.parent
+    with rotating.agent.client() as kms, Store(store_url) as store:
         keys = fill(store, kms, 30)
-        change(keyring, "rotate", "alias/a")
-        agent.wait_for("reload.done")
-        secret_file(keyring.parent / "passphrase", "x")
-        SoftwareModule.generate("RSA_2048").save(keyring.parent / "module", "x")
+        rotating.rotate()
+        secret_file(folder / "passphrase", "x")
+        SoftwareModule.generate("RSA_2048").save(folder / "module", "x")
         counts = {"Records": 30, "Found": 30, "Moved": 30, "Changed": 0, "Failed": 0}
         out, err = shell("rewrap", "--dry-run")
         assert (json.loads(out), err) == ({"DryRun": True, **counts}, "")
-        proof = ["--module", keyring.parent / "module", "--passphrase-file", keyring.parent / "passphrase"]
+        proof = ["--module", folder / "module", "--passphrase-file", folder / "passphrase"]
         out, err = shell("rewrap", *proof)
         assert (json.loads(out), err) == ({"DryRun": False, **counts}, "")
         out, _ = shell("rewrap")
         assert json.loads(out) == {"DryRun": False, **dict.fromkeys(counts, 0), "Records": 30}
         assert opened(store, kms) == keys
-        change(keyring, "disable", "alias/a")
-        agent.wait_for("reload.done", count=2)
+        rotating.does("disable", "alias/a")
         out, _ = shell("rewrap")
-        change(keyring, "enable", "alias/a")
-        agent.wait_for("reload.done", count=3)
-        change(keyring, "rotate", "alias/a")
-        agent.wait_for("reload.done", count=4)
-        change(keyring, "disable", "alias/a")
-        agent.wait_for("reload.done", count=5)
+        rotating.does("enable", "alias/a")
+        rotating.rotate()
+        rotating.does("disable", "alias/a")
         out, err = shell("rewrap", code=1)
         assert json.loads(out)["Failed"] == 30
         assert err.count("Rejected.Disabled") == 30
@@ -205,16 +200,15 @@ def test_a_module_without_its_passphrase_file_is_wrong_usage(shell: Shell) -> No
     assert ended.value.code == 2
 
 
-def test_progress_is_shown_on_a_terminal(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+def test_progress_is_shown_on_a_terminal(rotating: Rotating, tmp_path: Path) -> None:
     """And only there: on standard error, never between the lines of the result."""
     url = f"sqlite:///{tmp_path / 'records.sqlite'}"
-    with serving(keyring, socket_path) as agent, agent.client() as kms, Store(url) as store:
+    with rotating.agent.client() as kms, Store(url) as store:
         fill(store, kms, 5)
-        change(keyring, "rotate", "alias/a")
-        agent.wait_for("reload.done")
+        rotating.rotate()
         near, far = pty.openpty()
         termios.tcsetwinsize(far, (24, 80))
-        arguments = ["records", "rewrap", "--store", url, "--socket", str(socket_path)]
+        arguments = ["records", "rewrap", "--store", url, "--socket", str(rotating.agent.socket)]
         ended = subprocess.run(
             [sys.executable, "-m", "keyferry", *arguments],
             stdout=subprocess.PIPE,
