@@ -17,7 +17,7 @@ from support.agent import RunningAgent, dev_agent
 from support.fast import is_fast
 from support.keyring import Command, new_keyring, printed
 from support.postgres import Cluster
-from support.quick_scrypt import set_low_work_factor
+from support.quick_scrypt import make_scrypt_quick
 from support.rotatable_agent import Rotating, rotating_agent
 from support.skip_unless import ROOT, postgresql
 from support.tokens import RealToken
@@ -141,8 +141,8 @@ def keyring(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def quick_scrypt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seal with a low work factor: for tests that are not about scrypt."""
-    set_low_work_factor(monkeypatch)
+    """Compute scrypt at almost no cost: for tests that are not about it."""
+    make_scrypt_quick(monkeypatch)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import change, configuration
 from support.keys import rsa_private_key
+from support.quick_scrypt import QUICK_CLIENT
 from support.secrets import secret_file
 
 from keyferry import command, guard, output, streams
@@ -83,7 +84,8 @@ def place(agent: RunningAgent, keyring: Path, monkeypatch: pytest.MonkeyPatch) -
 def shell(words: Sequence[str], redirection: str = "", **environment: str) -> "subprocess.CompletedProcess[bytes]":
     """Run a command in a shell that closes or redirects its streams; return the exit code of the command itself."""
     script = f'set -o pipefail; "$@" {redirection}'
-    arguments = [sys.executable, "-m", *words]
+    program = QUICK_CLIENT if words[0] == CLIENT else (sys.executable, "-m", words[0])
+    arguments = [*program, *words[1:]]
     return subprocess.run(
         ["bash", "-c", script, "bash", *arguments],
         capture_output=True,
