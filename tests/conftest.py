@@ -68,6 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Run one worker more than there are cores: a test often waits for a process, or for a time."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
 @contextmanager
 def _bounded(item: pytest.Item) -> Iterator[None]:
     """Fail what waits too long, with a traceback that ends where it waits, before pytest ends the whole process."""
