@@ -9,6 +9,9 @@ PIN = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate
 	--no-emit-package keyferry --no-emit-package keyferry-agent $(UPGRADE:%=--upgrade) $(PACKAGE:%=--upgrade-package %)
 A_WEEK_OLD = $(UPGRADE:%=--exclude-newer "7 days")
 
+# Where bytecode may not be written, each agent of a test would compile what changed since the installation.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-hsm test test-fast test-bare test-hosts check format suite coverage memory bench bench-check fuzz mutants simulate hostile soak records docs wheels image requirements audit \
 	test-requirements clean help
 

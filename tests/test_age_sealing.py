@@ -146,6 +146,7 @@ def test_a_recipient_that_is_named_twice_is_one(keyring: Path) -> None:
     change(keyring, "create-key")
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 def test_a_keyring_that_names_no_recipients_and_has_no_passphrase_says_reseal(
     keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
