@@ -240,9 +240,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say it at the end of pytest's own report, too."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Say it at the end of pytest's own report, too; after a failure, name the seed of the order."""
     terminalreporter.write(SKIPPED.read_text())
+    if exitstatus and isinstance(seed := config.getoption("randomly_seed", None), int):
+        terminalreporter.write_line(f"To repeat the order of these tests: .venv/bin/pytest -n0 --randomly-seed={seed}")
 
 
 def summary(reasons: Counter[str]) -> str:
