@@ -1,24 +1,24 @@
 """Fixtures for all tests, and the end of the run: what was skipped for what this machine lacks, and how to provide it."""
 
-import json
 import os
 import signal
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import hypothesis
 import pytest
 from support import crashing_rewrap, skip_unless, tokens
 from support.agent import RunningAgent, dev_agent
 from support.fast import is_fast
-from support.keyring import Command, new_keyring, run, serving
+from support.keyring import Command, new_keyring, printed
 from support.postgres import Cluster
-from support.rotatable_agent import Rotating
+from support.quick_scrypt import make_scrypt_quick
+from support.rotatable_agent import Rotating, rotating_agent
 from support.skip_unless import ROOT, postgresql
 from support.tokens import RealToken
 
@@ -66,6 +66,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if not is_fast(item)]
         items[:] = [item for item in items if is_fast(item)]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Run one worker more than there are cores: a test often waits for a process, or for a time."""
+    return len(os.sched_getaffinity(0)) + 1
 
 
 @contextmanager
@@ -140,15 +146,15 @@ def keyring(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
+def quick_scrypt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute scrypt at almost no cost: for tests that are not about it."""
+    make_scrypt_quick(monkeypatch)
+
+
+@pytest.fixture
+def said(keyring: Path) -> Command:
     """Run a verb on the keyring with --json; give what it printed."""
-
-    def command(verb: str, *arguments: object) -> Any:
-        capsys.readouterr()
-        run(verb, keyring, *arguments, "--unseal", keyring.parent / "identity", "--json")
-        return json.loads(capsys.readouterr().out)
-
-    return command
+    return partial(printed, keyring)
 
 
 @pytest.fixture(scope="session")
@@ -204,10 +210,10 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotating]:
+def rotating(tmp_path: Path) -> Iterator[Rotating]:
     """An agent with a keyring of its own."""
-    with serving(keyring, socket_path) as agent:
-        yield Rotating(agent, keyring, said)
+    with rotating_agent(tmp_path) as rotating:
+        yield rotating
 
 
 @pytest.fixture
@@ -234,9 +240,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say it at the end of pytest's own report, too."""
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    """Say it at the end of pytest's own report, too; after a failure, name the seed of the order."""
     terminalreporter.write(SKIPPED.read_text())
+    if exitstatus and isinstance(seed := config.getoption("randomly_seed", None), int):
+        terminalreporter.write_line(f"To repeat the order of these tests: .venv/bin/pytest -n0 --randomly-seed={seed}")
 
 
 def summary(reasons: Counter[str]) -> str:

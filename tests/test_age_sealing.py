@@ -41,6 +41,7 @@ def test_three_hosts_open_one_file_and_reseal_removes_one(tmp_path: Path, capsys
     assert len(file.read(path, Unsealer.read(hosts[0])).keys) == 4
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 def test_reseal_goes_from_recipients_to_a_passphrase_and_back(keyring: Path, tmp_path: Path) -> None:
     """And later changes keep what it was sealed to."""
     secret_file(tmp_path / "pass", "correct horse\n")
@@ -145,6 +146,7 @@ def test_a_recipient_that_is_named_twice_is_one(keyring: Path) -> None:
     change(keyring, "create-key")
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 def test_a_keyring_that_names_no_recipients_and_has_no_passphrase_says_reseal(
     keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from keyferry_agent.keyring import file
 from keyferry_agent.keyring.document import Document
 from keyferry_agent.keyring.sealing import Unsealer
 
+pytestmark = pytest.mark.usefixtures("quick_scrypt")
 GOOD = "correct horse battery"
 IDENTITY = str(pyrage.x25519.Identity.generate())
 RECIPIENT = str(pyrage.x25519.Identity.from_str(IDENTITY).to_public())

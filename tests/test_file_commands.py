@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.interrupting import interrupted
 from support.keyring import configuration
+from support.quick_scrypt import QUICK_CLIENT
 from support.secrets import secret_file
 from support.skip_unless import ROOT
 
@@ -22,6 +22,7 @@ from keyferry.module import SoftwareModule
 from keyferry.parameters import decode_base64
 from keyferry_agent.crypto.public_key import fingerprint
 
+pytestmark = pytest.mark.usefixtures("quick_scrypt")
 PASSPHRASE = "correct horse"
 
 
@@ -75,9 +76,7 @@ def place(tmp_path: Path, agent: RunningAgent, module: SoftwareModule, monkeypat
 
 def run(arguments: list[str], **options: Any) -> "subprocess.CompletedProcess[bytes]":
     """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "keyferry", *arguments], capture_output=True, timeout=PATIENCE, check=False, **options
-    )
+    return subprocess.run([*QUICK_CLIENT, *arguments], capture_output=True, timeout=PATIENCE, check=False, **options)
 
 
 def test_a_file_goes_there_and_comes_back(
@@ -176,7 +175,7 @@ def test_pipes_on_both_sides(tmp_path: Path, agent: RunningAgent) -> None:
     with open("/dev/full", "wb") as full:
         for arguments, given in ((place.encrypt("-", "-"), plaintext), (place.decrypt("-", "-"), sealed.stdout)):
             ended = subprocess.run(
-                [sys.executable, "-m", "keyferry", *arguments],
+                [*QUICK_CLIENT, *arguments],
                 input=given,
                 stdout=full,
                 stderr=subprocess.PIPE,
@@ -349,9 +348,7 @@ def stalled(tmp_path: Path, agent: RunningAgent) -> Iterator[tuple[Path, "subpro
     assert command.main(["records", "add", "a", "--KeyId", "alias/dev", "--store", store, *place.socket]) == 0
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "there").mkdir()
-    running = subprocess.Popen(
-        [sys.executable, "-m", "keyferry", *place.encrypt(tmp_path / "pipe", tmp_path / "there" / "out")]
-    )
+    running = subprocess.Popen([*QUICK_CLIENT, *place.encrypt(tmp_path / "pipe", tmp_path / "there" / "out")])
     pipe = os.open(tmp_path / "pipe", os.O_WRONLY)
     for _ in range(20):  # more than any pipe holds: when the last is taken, chunks have been written
         os.write(pipe, bytes(stream.CHUNK))

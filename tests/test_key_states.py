@@ -153,12 +153,13 @@ def test_lists_come_a_page_at_a_time(many: RawConnection, params: dict[str, int]
         assert [entry["KeyId"] for entry in page[outer][inner]] == expected
 
 
-@pytest.fixture
-def many(keyring: Path, socket_path: Path) -> Iterator[RawConnection]:
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawConnection]:
     """An agent with twelve keys."""
+    keyring = new_keyring(tmp_path_factory.mktemp("many"))
     for number in range(11):
         change(keyring, "create-key", "--alias", f"alias/n{number}")
-    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+    with serving(keyring, keyring.parent / "agent.sock") as agent, RawConnection(agent.socket) as connection:
         yield connection
 
 

@@ -80,6 +80,7 @@ def test_a_change_that_leaves_one_recipient_needs_yes(keyring: Path, capsys: pyt
     assert opened(keyring).recipients == [mine]
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 def test_a_passphrase_in_place_of_recipients_needs_yes(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No identity opens the keyring afterwards. A new passphrase in place of an old one needs none."""
     phrase = secret_file(keyring.parent / "pass", "a passphrase of many words")

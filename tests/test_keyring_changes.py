@@ -187,6 +187,7 @@ def fill(keyring: Path, said: str) -> None:
         ("open", "mode 0666: other users can write it; chmod go-w"),
     ],
 )
+@pytest.mark.usefixtures("quick_scrypt")
 def test_a_change_whose_entry_cannot_be_written_is_refused(
     keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, why: str
 ) -> None:

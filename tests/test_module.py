@@ -150,6 +150,7 @@ def test_nothing_shows_a_key(module: SoftwareModule) -> None:
             pickle.dumps(thing)
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 def test_a_module_is_saved_and_loaded_with_its_passphrase(tmp_path: Path, module: SoftwareModule) -> None:
     """Mode 0600; a data key that was exported to it before is imported after; nothing is overwritten."""
     path = tmp_path / "module"

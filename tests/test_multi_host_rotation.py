@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import RunningAgent
-from support.keyring import Command, serving
+from support.keyring import WATCHFUL, Command, serving
 
 from keyferry import Client, KmsError, NotFound, operations
 from keyferry.parameters import encode_base64
@@ -24,7 +24,7 @@ class Host:
         shutil.copy(master, self.keyring)
         self._master = master
         self._reloads = 0
-        self.agent: RunningAgent = serving(self.keyring, folder / "agent.sock")
+        self.agent: RunningAgent = serving(self.keyring, folder / "agent.sock", command=WATCHFUL)
 
     def distribute(self) -> None:
         """Give it the master copy, as deployment tools do, and wait until it has taken it up."""
@@ -76,11 +76,11 @@ def traffic(hosts: list[Host]) -> Iterator[list[KmsError]]:
                 worker.join()
 
 
-@pytest.mark.parametrize("order", [(0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0)])
+@pytest.mark.parametrize("order", [(0, 1, 0, 1), (0, 1, 1, 0)])
 def test_staged_distributed_promoted_distributed_no_decrypt_fails_at_any_moment(
     hosts: list[Host], said: Command, order: tuple[int, ...]
 ) -> None:
-    """In whichever order the hosts get each copy: what one seals, the other opens."""
+    """In whichever order the hosts, which are alike, get each copy: what one seals, the other opens."""
     with traffic(hosts) as refusals:
         staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
         for number in order[:2]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
+from support.quick_scrypt import QUICK_SCRYPT
 from support.secrets import secret_file
 from support.skip_unless import root
 
@@ -28,7 +29,7 @@ MAKING = {
         *("--passphrase-file", "{}/phrase"),
     ),
 }
-KILLED = """
+KILLED = f"""{QUICK_SCRYPT}
 import os, signal, sys
 from importlib import import_module
 
@@ -48,6 +49,9 @@ def counted(*arguments, **more):
 setattr(os, name, counted)
 sys.exit(import_module(sys.argv[3]).main(sys.argv[4:]))
 """
+
+
+pytestmark = pytest.mark.usefixtures("quick_scrypt")
 
 
 @pytest.fixture

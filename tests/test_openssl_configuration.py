@@ -83,17 +83,26 @@ def test_a_module_is_not_made_without_its_algorithm(broken: dict[str, str], tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["openssl.cnf"]
 
 
-def test_a_module_that_does_not_load_names_the_configuration(broken: dict[str, str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def module_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A module in a file."""
+    path = tmp_path_factory.mktemp("module") / "m"
+    SoftwareModule.generate().save(path, "correct horse battery")
+    return path
+
+
+def test_a_module_that_does_not_load_names_the_configuration(
+    broken: dict[str, str], module_file: Path, tmp_path: Path
+) -> None:
     """It is a module file, and the passphrase is right."""
-    SoftwareModule.generate().save(tmp_path / "m", "correct horse battery")
     secret_file(tmp_path / "p", "correct horse battery\n")
     (tmp_path / "in").write_bytes(b"x")
-    module = ["--module", tmp_path / "m", "--passphrase-file", tmp_path / "p", "--record", "r"]
+    module = ["--module", module_file, "--passphrase-file", tmp_path / "p", "--record", "r"]
     store = ["--store", f"sqlite:///{tmp_path}/s.db"]
     line = only_line(ended(["keyferry", "encrypt-file", tmp_path / "in", tmp_path / "out", *module, *store], broken))
     assert f"OPENSSL_CONF={broken['OPENSSL_CONF']}" in line or "no record" in line
     code = "import sys; from keyferry.module import SoftwareModule; SoftwareModule.load(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(tmp_path / "m"), "correct horse battery"]
+    command = [sys.executable, "-c", code, str(module_file), "correct horse battery"]
     process = subprocess.run(command, env=broken, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert process.stderr.splitlines()[-1].startswith("keyferry.module.interface.ModuleError: ")
     assert f"OPENSSL_CONF={broken['OPENSSL_CONF']}" in process.stderr

@@ -24,6 +24,7 @@ from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.keyring.sealing import Unsealer
 
+quick = pytest.mark.usefixtures("quick_scrypt")
 STRONG = "correct horse battery"
 GENERATED = re.compile(r"[a-km-np-z2-9]{4}(-[a-km-np-z2-9]{4}){6}")
 
@@ -55,6 +56,7 @@ def module_init(*arguments: object) -> int:
 # --- work factors -----------------------------------------------------------------------------------------------------
 
 
+@quick
 def test_every_change_of_a_keyring_writes_work_factor_18(tmp_path: Path) -> None:
     """Also where the file had another one."""
     keyring = passphrase_keyring(tmp_path)
@@ -66,6 +68,7 @@ def test_every_change_of_a_keyring_writes_work_factor_18(tmp_path: Path) -> None
     assert len(opened(keyring).find("alias/a").versions) == 3
 
 
+@quick
 def test_a_low_work_factor_is_a_warning_of_the_keyring_verbs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +113,7 @@ def test_an_ordinary_keyring_is_loaded_without_a_warning(keyring: Path, tmp_path
     assert [entry["event"] for entry in logged] == ["keyring.weak_work_factor"]
 
 
+@quick
 def test_a_keyring_above_the_bound_is_refused_by_its_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In the verbs' message and in the agent's."""
     keyring = passphrase_keyring(tmp_path)
@@ -121,6 +125,7 @@ def test_a_keyring_above_the_bound_is_refused_by_its_factor(tmp_path: Path, caps
         load(keyring)
 
 
+@quick
 def test_saving_a_module_again_raises_a_low_work_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command line warns; the library has no place for a warning."""
     secret_file(tmp_path / "passphrase", STRONG)
@@ -140,6 +145,7 @@ def test_saving_a_module_again_raises_a_low_work_factor(tmp_path: Path, capsys: 
 
 
 @pytest.mark.parametrize(("phrase", "warns"), [("x", True), ("elf letters", True), ("zwölf Zeichen", False)])
+@quick
 def test_a_short_passphrase_is_accepted_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], phrase: str, warns: bool
 ) -> None:
@@ -172,6 +178,7 @@ def test_a_generated_passphrase_has_140_bits() -> None:
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
+@quick
 def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
     """By `init` and by `reseal`, once each, on stdout."""
     path, json_option = tmp_path / "k.age", ["--json"] if form == "json" else []
@@ -193,6 +200,7 @@ def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.C
     assert all(GENERATED.fullmatch(phrase) for phrase in phrases)
 
 
+@quick
 def test_a_generated_passphrase_goes_to_a_new_file_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Mode 0600, for keyrings and for modules."""
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
@@ -211,6 +219,7 @@ def test_a_generated_passphrase_goes_to_a_new_file_instead(tmp_path: Path, capsy
     SoftwareModule.load(tmp_path / "m", third.read_text().strip())
 
 
+@quick
 def test_module_init_prints_a_generated_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As one more field."""
     assert module_init(tmp_path / "m", "--generate-passphrase") == 0
@@ -219,6 +228,7 @@ def test_module_init_prints_a_generated_passphrase(tmp_path: Path, capsys: pytes
     assert SoftwareModule.load(tmp_path / "m", shown["Passphrase"]).public_key_blob == shown["PublicKeyBlob"]
 
 
+@quick
 def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Nothing is sealed, nothing is changed."""
     secret_file(tmp_path / "p", STRONG)
@@ -238,6 +248,7 @@ def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys
     }
 
 
+@quick
 def test_a_refused_command_leaves_no_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither on stdout nor in a file."""
     keyring = passphrase_keyring(tmp_path)
@@ -302,6 +313,7 @@ def test_a_module_without_a_passphrase_is_wrong_usage(tmp_path: Path, capsys: py
     assert "--passphrase-file or --generate-passphrase" in capsys.readouterr().err
 
 
+@quick
 def test_a_full_disk_leaves_no_passphrase_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
+from support.quick_scrypt import QUICK_CLIENT_IN_SHELL, make_scrypt_quick
 from support.secrets import secret_file
 from support.skip_unless import root
 
@@ -32,7 +33,7 @@ class Place(NamedTuple):
 
     def run(self, script: str, **environment: str) -> "subprocess.CompletedProcess[bytes]":
         """Run a shell script in the folder: $decrypt IN OUT and $encrypt IN OUT are the commands."""
-        program = f"{sys.executable} -m keyferry"
+        program = QUICK_CLIENT_IN_SHELL
         options = " ".join(self.options)
         functions = (
             f'decrypt() {{ {program} decrypt-file "$@" {options}; }}\n'
@@ -53,8 +54,9 @@ def place(agent: RunningAgent, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """One for all tests of this file, in processes of their own."""
     folder = tmp_path_factory.mktemp("places")
     secret_file(folder / "passphrase", PASSPHRASE)
-    SoftwareModule.generate("RSA_2048").save(folder / "module", PASSPHRASE)
     with pytest.MonkeyPatch.context() as patch:
+        make_scrypt_quick(patch)
+        SoftwareModule.generate("RSA_2048").save(folder / "module", PASSPHRASE)
         patch.setenv("KEYFERRY_SOCKET", str(agent.socket))
         patch.setenv("KEYFERRY_STORE", f"sqlite:///{folder / 'records.sqlite'}")
         assert command.main(["records", "add", "a", "--KeyId", "alias/dev"]) == 0
@@ -162,7 +164,7 @@ def test_a_passphrase_comes_from_the_line_where_a_descriptor_is(place: Place) ->
     """And the next line is left to others. Memory that was not rewound is read from its beginning."""
     options = "--module module --passphrase-file /dev/stdin"
     lines = f"one\\n{PASSPHRASE}\\nthree"
-    script = f"{{ read -r a; {sys.executable} -m keyferry decrypt-file sealed out2 {options}; read -r b; }}"
+    script = f"{{ read -r a; {QUICK_CLIENT_IN_SHELL} decrypt-file sealed out2 {options}; read -r b; }}"
     ended = place.run(f'printf "{lines}\\n" > lines; chmod 600 lines; {script} < lines; echo $a $b')
     assert (ended.stdout, ended.stderr) == (b"one three\n", b"")
     assert (place.folder / "out2").read_bytes() == PLAINTEXT

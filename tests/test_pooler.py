@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import sqlalchemy
 from support.agent import RunningAgent
-from support.keyring import change
 from support.pgbouncer import Bouncer
 from support.postgres import Cluster
 from support.records import fill, opened
@@ -86,8 +85,7 @@ def test_a_rewrap_runs_behind_a_pooler(bouncer: Bouncer, cluster: Cluster, rotat
     """Every record is moved, and its data key stays the same."""
     with Store(bouncer.url(cluster.new_database())) as store, rotating.agent.client() as kms:
         keys = fill(store, kms, 60)
-        change(rotating.keyring, "rotate", "alias/a")
-        rotating.agent.wait_for("reload.done")
+        rotating.rotate()
         assert rewrap(store, kms).moved == 60
         assert rewrap(store, kms).found == 0
         assert opened(store, kms) == keys

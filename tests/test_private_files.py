@@ -318,6 +318,7 @@ def test_one_variable_switches_the_rule_off(
     assert [line for line in agent.log if ALLOW_OPEN_FILES in line.get("what", "")]
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 @pytest.mark.parametrize("bits", [0o644, 0o640, 0o620, 0o666])
 def test_passphrases_pins_and_modules_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
@@ -325,7 +326,7 @@ def test_passphrases_pins_and_modules_are_refused(
     """In the agent's commands, in the client's, and in the library."""
     passphrase = secret_file(tmp_path / "passphrase", "correct horse battery staple")
     keyring, module = tmp_path / "keyring.age", tmp_path / "module"
-    SoftwareModule.generate().save(module, "x")
+    SoftwareModule.generate("EC_SM2").save(module, "x")
     passphrase.chmod(bits)
     run("init", keyring, "--passphrase-file", passphrase, code=1)
     assert f"{passphrase}: mode {bits:04o}: other users can" in capsys.readouterr().err

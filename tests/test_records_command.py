@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import sqlalchemy
 from support.agent import PATIENCE, RunningAgent
-from support.keyring import change, serving
 from support.keys import recipient
 from support.records import fill, opened
+from support.rotatable_agent import Rotating
 from support.secrets import secret_file
 from support.skip_unless import ROOT
 
@@ -143,6 +143,7 @@ def test_a_store_that_does_not_exist_is_no_empty_one(shell: Shell, arguments: li
     assert ("records.sqlite" if shell.store.startswith("sqlite") else "PostgreSQL database test") in err
 
 
+@pytest.mark.usefixtures("quick_scrypt")
 def test_encrypt_file_refuses_a_store_that_does_not_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], store_url: str
 ) -> None:
@@ -166,35 +167,29 @@ def test_a_list_shows_no_control_characters(shell: Shell) -> None:
     assert "\x1b" not in shell("list", "--json")[0]
 
 
-def test_rewrap_says_what_it_did(
-    capsys: pytest.CaptureFixture[str], store_url: str, keyring: Path, socket_path: Path
-) -> None:
+@pytest.mark.usefixtures("quick_scrypt")
+def test_rewrap_says_what_it_did(capsys: pytest.CaptureFixture[str], store_url: str, rotating: Rotating) -> None:
     """A dry run first; a failure is exit code 1, with the record's name. Nothing of a bar where there is no terminal."""
-    shell = Shell(capsys, store_url, socket_path)
-    with serving(keyring, socket_path) as agent, agent.client() as kms, Store(store_url) as store:
+    shell, folder = Shell(capsys, store_url, rotating.agent.socket), rotating.keyring.parent
+    with rotating.agent.client() as kms, Store(store_url) as store:
         keys = fill(store, kms, 30)
-        change(keyring, "rotate", "alias/a")
-        agent.wait_for("reload.done")
-        secret_file(keyring.parent / "passphrase", "x")
-        SoftwareModule.generate("RSA_2048").save(keyring.parent / "module", "x")
+        rotating.rotate()
+        secret_file(folder / "passphrase", "x")
+        SoftwareModule.generate("RSA_2048").save(folder / "module", "x")
         counts = {"Records": 30, "Found": 30, "Moved": 30, "Changed": 0, "Failed": 0}
         out, err = shell("rewrap", "--dry-run")
         assert (json.loads(out), err) == ({"DryRun": True, **counts}, "")
-        proof = ["--module", keyring.parent / "module", "--passphrase-file", keyring.parent / "passphrase"]
+        proof = ["--module", folder / "module", "--passphrase-file", folder / "passphrase"]
         out, err = shell("rewrap", *proof)
         assert (json.loads(out), err) == ({"DryRun": False, **counts}, "")
         out, _ = shell("rewrap")
         assert json.loads(out) == {"DryRun": False, **dict.fromkeys(counts, 0), "Records": 30}
         assert opened(store, kms) == keys
-        change(keyring, "disable", "alias/a")
-        agent.wait_for("reload.done", count=2)
+        rotating.does("disable", "alias/a")
         out, _ = shell("rewrap")
-        change(keyring, "enable", "alias/a")
-        agent.wait_for("reload.done", count=3)
-        change(keyring, "rotate", "alias/a")
-        agent.wait_for("reload.done", count=4)
-        change(keyring, "disable", "alias/a")
-        agent.wait_for("reload.done", count=5)
+        rotating.does("enable", "alias/a")
+        rotating.rotate()
+        rotating.does("disable", "alias/a")
         out, err = shell("rewrap", code=1)
         assert json.loads(out)["Failed"] == 30
         assert err.count("Rejected.Disabled") == 30
@@ -208,16 +203,15 @@ def test_a_module_without_its_passphrase_file_is_wrong_usage(shell: Shell) -> No
     assert ended.value.code == 2
 
 
-def test_progress_is_shown_on_a_terminal(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+def test_progress_is_shown_on_a_terminal(rotating: Rotating, tmp_path: Path) -> None:
     """And only there: on standard error, never between the lines of the result."""
     url = f"sqlite:///{tmp_path / 'records.sqlite'}"
-    with serving(keyring, socket_path) as agent, agent.client() as kms, Store(url) as store:
+    with rotating.agent.client() as kms, Store(url) as store:
         fill(store, kms, 5)
-        change(keyring, "rotate", "alias/a")
-        agent.wait_for("reload.done")
+        rotating.rotate()
         near, far = pty.openpty()
         termios.tcsetwinsize(far, (24, 80))
-        arguments = ["records", "rewrap", "--store", url, "--socket", str(socket_path)]
+        arguments = ["records", "rewrap", "--store", url, "--socket", str(rotating.agent.socket)]
         ended = subprocess.run(
             [sys.executable, "-m", "keyferry", *arguments],
             stdout=subprocess.PIPE,
@@ -246,29 +240,46 @@ def test_a_password_on_the_command_line_is_warned_of(capsys: pytest.CaptureFixtu
     assert "command line" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("missing", ["", "psycopg", "sqlalchemy"])
-@pytest.mark.parametrize(
-    ("url", "holds"),
-    [
-        ("postgresql://u:hunter2@127.0.0.1:1/db", True),
-        ("postgresql://u:hunter2@half@127.0.0.1:1/db", True),
-        ("postgresql://u:hunter2", True),
-        *((f"postgresql://u@127.0.0.1:1/db?{option}=hunter2", True) for option in sorted(SECRET_OPTIONS)),
-        ("mysql://u:hunter2@h/db", True),
-        ("postgresql://u@127.0.0.1:1/db?password=hunter2", True),
-        ("postgresql://127.0.0.1:1/db?x=1&pass%77ord=hunter2", True),
-        ("postgresql://u@127.0.0.1:1,[::1]:1/db", False),
-        ("postgresql://[::1]:1/db", False),
-        ("sqlite:////none/a:b@c", False),
-    ],
+WITH_PASSWORD = (
+    "postgresql://u:hunter2@127.0.0.1:1/db",
+    "postgresql://u:hunter2@half@127.0.0.1:1/db",
+    "postgresql://u:hunter2",
+    *(f"postgresql://u@127.0.0.1:1/db?{option}=hunter2" for option in sorted(SECRET_OPTIONS)),
+    "mysql://u:hunter2@h/db",
+    "postgresql://u@127.0.0.1:1/db?password=hunter2",
+    "postgresql://127.0.0.1:1/db?x=1&pass%77ord=hunter2",
 )
-def test_the_warning_of_a_password_needs_no_driver(url: str, holds: bool, missing: str) -> None:
+WITHOUT_PASSWORD = (
+    "postgresql://u@127.0.0.1:1,[::1]:1/db",
+    "postgresql://[::1]:1/db",
+    "sqlite:////none/a:b@c",
+)
+LISTING = """
+import contextlib, io, json, sys
+for name in sys.argv[1].split(): sys.modules[name] = None
+from keyferry.command import main
+results = []
+for url in sys.argv[2:]:
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        results.append((main(["records", "list", "--store", url]), error.getvalue()))
+print(json.dumps(results))
+"""
+"""Lists the records of several stores where some packages are not installed; prints each exit code and standard error."""
+
+
+@pytest.mark.parametrize("missing", ["", "psycopg", "sqlalchemy"])
+def test_the_warning_of_a_password_needs_no_driver(missing: str) -> None:
     """The password is in the process list, whatever happens then."""
-    ended = without(missing, "records", "list", "--store", url)
-    assert ended.returncode == 1
-    assert ("a password on the command line" in ended.stderr) is holds
-    assert "hunter2" not in ended.stderr
-    assert "Traceback" not in ended.stderr
+    urls = [*WITH_PASSWORD, *WITHOUT_PASSWORD]
+    ended = subprocess.run(
+        [sys.executable, "-c", LISTING, missing, *urls], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    for url, (code, error) in zip(urls, json.loads(ended.stdout), strict=True):
+        assert code == 1, url
+        assert ("a password on the command line" in error) is (url in WITH_PASSWORD), url
+        assert "hunter2" not in error, url
+        assert "Traceback" not in error, url
+    assert ended.stderr == ""
 
 
 def test_an_agent_that_is_not_there_is_exit_code_3(shell: Shell, tmp_path: Path) -> None:

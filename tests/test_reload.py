@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
-from support.keyring import change, configuration, copied, new_keyring, serving
+from support.keyring import WATCHFUL, change, configuration, copied, new_keyring, serving
 from support.skip_unless import root
 from support.stress import many
 
@@ -24,7 +25,7 @@ from keyferry_agent.keyring import loader
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.keyring.sealing import Unsealer, seal
 
-RELOADS = many(30, 100)
+RELOADS = many(15, 100)
 """Under full load, each takes the time of hundreds of requests."""
 
 
@@ -228,6 +229,14 @@ def of_somebody_else(keyring: Path) -> bytes:
     return new_keyring(keyring.parent / "else").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def watchful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, RunningAgent]]:
+    """A keyring that tests replace and put back, and its agent."""
+    keyring = new_keyring(tmp_path_factory.mktemp("watchful"))
+    with serving(keyring, keyring.parent / "agent.sock", command=WATCHFUL) as agent:
+        yield keyring, agent
+
+
 @pytest.mark.parametrize(
     ("broken", "why"),
     [
@@ -240,20 +249,23 @@ def of_somebody_else(keyring: Path) -> bytes:
     ids=["damaged", "empty", "from the future", "of somebody else", "removed"],
 )
 def test_what_is_wrong_with_a_replaced_keyring_is_reported_once_and_the_old_one_serves(
-    keyring: Path, socket_path: Path, broken: Callable[[Path], bytes] | None, why: str
+    watchful: tuple[Path, RunningAgent], broken: Callable[[Path], bytes] | None, why: str
 ) -> None:
     """Until a good one is there, which is loaded as if nothing had been."""
-    with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
+    keyring, agent = watchful
+    reports = Counter(line["event"] for line in agent.log)
+    failures, reloads = reports["reload.failed"] + 1, reports["reload.done"] + 1
+    with RawConnection(agent.socket) as connection:
         good = keyring.read_bytes()
         if broken is None:
             keyring.unlink()
         else:
             copied(keyring, broken(keyring))
-        assert why in agent.wait_for("reload.failed")["why"]
+        assert why in agent.wait_for("reload.failed", count=failures)["why"]
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
         copied(keyring, good)
-        agent.wait_for("reload.done")
-        assert sum(line["event"] == "reload.failed" for line in agent.log) == 1
+        agent.wait_for("reload.done", count=reloads)
+        assert sum(line["event"] == "reload.failed" for line in agent.log) == failures
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
 
 

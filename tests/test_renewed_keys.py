@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
+from support.quick_scrypt import QUICK_SCRYPT
 from support.records import damage, opened
 from support.secrets import secret_file
 from test_file_commands import PASSPHRASE, Place, run
@@ -21,6 +22,8 @@ from keyferry.parameters import encode_base64
 from keyferry.store import Store, StoreError, renew
 from keyferry.store.record import new_record
 from keyferry_agent.crypto import ciphertext_blob
+
+pytestmark = pytest.mark.usefixtures("quick_scrypt")
 
 
 @pytest.fixture
@@ -296,7 +299,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path, place: Place) 
     """No other file is left, and none had plaintext in it."""
     renewed(place)
     before = (place.folder / "sealed").read_bytes()
-    script = (
+    script = QUICK_SCRYPT + (
         "import os, signal, sys; from keyferry.files import stream; from keyferry import command, module\n"
         "gcm = stream._opened\n"
         "def opened(*arguments):\n"

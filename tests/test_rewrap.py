@@ -14,7 +14,7 @@ from support import crashing_rewrap
 from support.agent import RunningAgent, configured
 from support.postgres import Cluster
 from support.records import damage, fill, flipped, opened
-from support.rotatable_agent import Rotating
+from support.rotatable_agent import Rotating, rotating_agent
 from support.skip_unless import ROOT, postgresql
 
 from keyferry import AgentUnavailable, Client
@@ -24,6 +24,13 @@ from keyferry.store import store as store_module
 from keyferry.store.record import now
 
 COUNT = 50
+
+
+@pytest.fixture(scope="module")
+def rotating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rotating]:
+    """One agent for all tests that leave it running: each has a store of its own."""
+    with rotating_agent(tmp_path_factory.mktemp("rotating")) as rotating:
+        yield rotating
 
 
 @pytest.fixture
@@ -148,7 +155,14 @@ def test_a_record_with_a_damaged_column_is_reported_or_repaired(lite: Store, kms
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("point", crashing_rewrap.POINTS)
+@pytest.mark.parametrize(
+    ("store_url", "point"),
+    [
+        *(("sqlite", point) for point in crashing_rewrap.POINTS),
+        *(pytest.param("postgresql", point, marks=postgresql()) for point in ("replacing", "committed")),
+    ],
+    indirect=["store_url"],
+)
 def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
     store: Store, store_url: str, kms: Client, rotating: Rotating, point: str
 ) -> None:
@@ -205,13 +219,14 @@ def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
         assert opened(store, kms) == keys
 
 
-def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, rotating: Rotating) -> None:
+def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, tmp_path: Path) -> None:
     """And the rest for the next time."""
-    with rotating.agent.client() as kms:
-        fill(lite, kms, COUNT)
-    primary = rotating.rotate()
-    with rotating.agent.client() as kms, pytest.raises(AgentUnavailable):
-        rewrap(lite, kms, advanced=lambda _count: rotating.agent.kill())
+    with rotating_agent(tmp_path) as rotating:
+        with rotating.agent.client() as kms:
+            fill(lite, kms, COUNT)
+        primary = rotating.rotate()
+        with rotating.agent.client() as kms, pytest.raises(AgentUnavailable):
+            rewrap(lite, kms, advanced=lambda _count: rotating.agent.kill())
     assert [record.key_version_id == primary for record in lite] == [True] * crashing_rewrap.PAGE + [False] * (
         COUNT - crashing_rewrap.PAGE
     )

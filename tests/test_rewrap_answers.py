@@ -9,12 +9,19 @@ import pytest
 from support.agent import RunningAgent
 from support.keyring import change, configuration, serving
 from support.records import damage, fill, flipped, opened
-from support.rotatable_agent import Rotating
+from support.rotatable_agent import Rotating, rotating_agent
 
 from keyferry import Client, operations
 from keyferry.errors import kms_error
 from keyferry.module import SoftwareModule
 from keyferry.store import Outcome, Store, rewrap
+
+
+@pytest.fixture(scope="module")
+def rotating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rotating]:
+    """One agent for all tests that only rotate its key: each has a store of its own."""
+    with rotating_agent(tmp_path_factory.mktemp("rotating")) as rotating:
+        yield rotating
 
 
 @pytest.fixture

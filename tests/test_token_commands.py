@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.agent import PATIENCE, RunningAgent
+from support.quick_scrypt import QUICK_CLIENT
 from support.secrets import secret_file
 from support.tokens import RealToken
 
@@ -18,12 +19,13 @@ from keyferry.store import Store, new_record
 from keyferry_agent.cli import main as agent_command
 from keyferry_agent.crypto.public_key import fingerprint
 
+pytestmark = pytest.mark.usefixtures("quick_scrypt")
 KEY = "files"
 
 
 def run(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
     """The command in a process of its own, as it protects its memory."""
-    words = [sys.executable, "-m", "keyferry", *map(str, arguments)]
+    words = [*QUICK_CLIENT, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, timeout=PATIENCE, check=False)
 
 

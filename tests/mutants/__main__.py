@@ -161,7 +161,20 @@ def _run(module: str, patience: float | None) -> int | None:
 
 def _run_tests(module: str, patience: float | None, *options: str) -> int | None:
     tests = [f"tests/{name}.py" for name in MODULES[module]]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *options, *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        *options,
+        *tests,
+    ]
     path = os.pathsep.join(str(COPY / folder) for folder in ("client", "agent", "tests"))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
     with LOG.open("wb") as log:

@@ -1,11 +1,12 @@
 """Sealed keyrings in files, made and changed by the verbs of the command line, and agents that serve them."""
 
+import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from keyferry_agent.cli.main import main
 from keyferry_agent.keyring import file
@@ -15,6 +16,14 @@ from keyferry_agent.keyring.sealing import Unsealer, seal
 from .agent import RawConnection, RunningAgent
 
 Command: TypeAlias = Callable[..., Any]
+WATCHFUL: Final = (
+    "-c",
+    (
+        "import sys; from keyferry_agent.daemon import reload; from keyferry_agent.cli.main import main; "
+        "reload._LOOK_EVERY = 0.05; sys.exit(main())"
+    ),
+)
+"""The command of an agent that looks for replaced files 20 times a second instead of twice, for tests that wait for it."""
 
 
 def run(verb: str, path: Path, *arguments: object, code: int = 0) -> None:
@@ -25,6 +34,13 @@ def run(verb: str, path: Path, *arguments: object, code: int = 0) -> None:
 def change(path: Path, verb: str, *arguments: object) -> None:
     """One verb on a keyring that the identity beside it opens."""
     run(verb, path, *arguments, "--unseal", path.parent / "identity")
+
+
+def printed(path: Path, verb: str, *arguments: object) -> Any:
+    """Return what a verb with --json prints on a keyring that the identity beside it opens."""
+    with redirect_stdout(io.StringIO()) as out:
+        change(path, verb, *arguments, "--json")
+    return json.loads(out.getvalue())
 
 
 def new_keyring(folder: Path) -> Path:
@@ -68,12 +84,13 @@ def serving(
     *,
     preexec: Callable[[], None] | None = None,
     environment: dict[str, str] | None = None,
+    command: Sequence[str] = ("-m", "keyferry_agent"),
     **what: str,
 ) -> RunningAgent:
     """An agent, to be entered, with this keyring and a `configuration` beside it (`agent.toml`)."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring, **what))
-    return RunningAgent(["--config", str(config)], socket, preexec=preexec, environment=environment)
+    return RunningAgent(["--config", str(config)], socket, preexec=preexec, environment=environment, command=command)
 
 
 @contextmanager
