@@ -80,7 +80,7 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
 
 
 def test_a_build_is_installed_and_replaced_by_the_next(builder: Builder) -> None:
-    """Both builds are of the same development version, and pip replaces the code all the same."""
+    """Pip replaces the code of an installed build although both builds have the same development version."""
     first = builder.build()
     commit = builder.run("git rev-parse --short=12 HEAD")
     assert first.endswith(f"+g{commit}")
@@ -102,7 +102,7 @@ def test_a_build_is_installed_and_replaced_by_the_next(builder: Builder) -> None
 
 
 def test_extras_resolve_in_one_command_with_an_old_pip(builder: Builder) -> None:
-    """The command of the page for an application, and for both distributions; pip is the one of /usr/bin/python3 -m venv."""
+    """The pip of `/usr/bin/python3 -m venv` installs the page's command for an application, and both distributions."""
     version = builder.build()
     section = PAGE.read_text().split("## An application")[1]
     (command,) = [line[4:] for line in section.splitlines() if line.startswith("    pip install")]
@@ -115,7 +115,7 @@ def test_extras_resolve_in_one_command_with_an_old_pip(builder: Builder) -> None
 
 
 def test_no_page_and_no_message_names_an_index_for_keyferry() -> None:
-    """A name that is not registered can become another project's."""
+    """Another project can register a name that Keyferry has not registered."""
     for path in [*ROOT.glob("*.md"), *ROOT.glob("*/**/*.md"), *ROOT.glob("*/keyferry*/**/*.py")]:
         if ".venv" not in path.parts:
             for line in path.read_text().splitlines():

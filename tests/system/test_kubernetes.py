@@ -143,16 +143,16 @@ def sidecar(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Pods:
     return pods
 
 
-def test_the_image_holds_nothing_that_builds_and_runs_as_nobody_of_importance(podman: Podman) -> None:
-    """No compiler, no pip of its own, and a numeric user that no other system has a meaning for."""
+def test_image_has_no_build_tools_and_an_unprivileged_user(podman: Podman) -> None:
+    """The image has no compiler and no pip, and its numeric user has no meaning on other systems."""
     tools = ("cc", "gcc", "c++", "make", "pip", "pip3", "keyferry-agent")
     script = f'id -u; id -g; for tool in {" ".join(tools)}; do command -v "$tool"; done; true'
     said = podman.run("run", "--rm", "--network=none", "--entrypoint", "sh", IMAGE, "-c", script).stdout
     assert said.split() == ["10001", "10001", "/opt/keyferry/bin/keyferry-agent"]
 
 
-def test_an_agent_without_any_capability_has_all_its_protection_in_64_kib(podman: Podman, sidecar: Pods) -> None:
-    """memfd_secret under the default seccomp profile, memory that is cleared when it is freed, and SM2."""
+def test_agent_without_capabilities_is_protected_in_64_kib(podman: Podman, sidecar: Pods) -> None:
+    """Without capabilities, an agent has memfd_secret under the default seccomp profile, clears freed memory, and has SM2."""
     log = podman.log("app-keyferry-agent")
     assert [line["memory_protection"] for line in log if line["event"] == "agent.serving"] == ["memfd_secret"]
     assert not [line for line in log if line["event"].startswith("startup.")]
@@ -166,10 +166,10 @@ def test_an_agent_without_any_capability_has_all_its_protection_in_64_kib(podman
 
 
 @pytest.mark.parametrize("wrapping_key_spec", ["RSA_2048", "EC_SM2"])
-def test_an_application_generates_imports_uses_and_recovers_data_keys(
+def test_application_generates_uses_and_recovers_data_keys(
     podman: Podman, sidecar: Pods, wrapping_key_spec: str
 ) -> None:
-    """Through the socket in the volume that it shares with the agent, read-only on its side."""
+    """An application does its main job through a socket in a shared volume that it mounts read-only."""
     with Load(podman, "app-orders", wrapping_key_spec) as application:
         done = application.end()
     assert done["keys"] > 0
@@ -177,8 +177,8 @@ def test_an_application_generates_imports_uses_and_recovers_data_keys(
     assert done["wrong"] == done["refused"] == 0
 
 
-def test_a_container_has_what_its_own_listener_is_granted_and_no_other_one_s(podman: Podman, sidecar: Pods) -> None:
-    """`reports` may recover what `orders` made, and make nothing; and `orders`, too, is given nothing in plaintext."""
+def test_container_has_the_grants_of_its_own_listener_only(podman: Podman, sidecar: Pods) -> None:
+    """`reports` recovers what `orders` generated and generates nothing; neither of them gets a plaintext."""
     module = SoftwareModule.generate("RSA_2048")
     to_module = (
         *("--PublicKeyBlob", module.public_key_blob, "--WrappingKeySpec", module.wrapping_key_spec),
@@ -198,8 +198,8 @@ def test_a_container_has_what_its_own_listener_is_granted_and_no_other_one_s(pod
         assert "Read-only" in podman.run("exec", container, "rm", "/run/keyferry/agent.sock", check=False).stderr
 
 
-def test_the_agent_sees_the_user_and_the_listener_of_a_caller_and_no_process(podman: Podman, sidecar: Pods) -> None:
-    """Containers of one pod are in pid namespaces of their own: why grants of a sidecar are to listeners."""
+def test_agent_sees_user_and_listener_of_a_caller_only(podman: Podman, sidecar: Pods) -> None:
+    """Containers of one pod have separate pid namespaces, so a sidecar's grants name listeners."""
     podman.run("exec", "app-orders", *DESCRIBE)
     (*_, record) = (line for line in podman.log("app-keyferry-agent") if line.get("operation") == "DescribeKey")
     assert {key: record[key] for key in ("listener", "uid", "pid", "unit")} == {
@@ -210,8 +210,8 @@ def test_the_agent_sees_the_user_and_the_listener_of_a_caller_and_no_process(pod
     }
 
 
-def test_a_keyring_s_secret_that_is_rotated_under_load_fails_no_request(podman: Podman, sidecar: Pods) -> None:
-    """Each time the application gets keys under the new version, and what it made under the first one still opens."""
+def test_rotation_of_the_keyring_secret_fails_no_request(podman: Podman, sidecar: Pods) -> None:
+    """Under load, the application gets data keys of each new version, and its first CiphertextBlobs still open."""
     with Load(podman, "app-orders") as application:
         for _ in range(3):
             change(sidecar.keyring, "rotate", "alias/orders")
@@ -222,10 +222,8 @@ def test_a_keyring_s_secret_that_is_rotated_under_load_fails_no_request(podman: 
     assert not application.interrupted()
 
 
-def test_an_agent_that_is_killed_under_load_comes_back_and_nothing_wrong_is_answered(
-    podman: Podman, sidecar: Pods
-) -> None:
-    """The socket that the dead one left behind is replaced; clients find the new one without doing anything."""
+def test_agent_killed_under_load_returns_without_wrong_answers(podman: Podman, sidecar: Pods) -> None:
+    """A restarted agent replaces the socket of the killed one, and clients reconnect by themselves."""
     with Load(podman, "app-orders") as application:
         for _ in range(2):
             os.kill(podman.inspect("app-keyferry-agent", ".State.Pid"), signal.SIGKILL)
@@ -235,16 +233,16 @@ def test_an_agent_that_is_killed_under_load_comes_back_and_nothing_wrong_is_answ
     assert done["wrong"] == done["refused"] == 0
 
 
-def test_every_probe_finds_a_serving_agent_well(podman: Podman, sidecar: Pods) -> None:
-    """As the kubelet runs them: in the agent's container, by its user."""
+def test_every_probe_succeeds_on_a_serving_agent(podman: Podman, sidecar: Pods) -> None:
+    """The probes succeed when they run like the kubelet's: in the agent's container, as its user."""
     agent = containers(pod_of(parsed(rendered(DEPLOY / "sidecar")), "app"))["keyferry-agent"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         said = podman.run("exec", "app-keyferry-agent", *agent[probe]["exec"]["command"])
         assert json.loads(said.stdout)["State"] == "Serving"
 
 
-def test_the_liveness_probe_has_an_agent_restarted_that_hangs(podman: Podman, sidecar: Pods) -> None:
-    """After as many failures as the manifest says, and then the application has its keys again."""
+def test_liveness_probe_restarts_a_hanging_agent(podman: Podman, sidecar: Pods) -> None:
+    """An agent restarts after the manifest's number of failures, and the application has its keys again."""
     hung = podman.inspect("app-keyferry-agent", ".State.Pid")
     os.kill(hung, signal.SIGSTOP)
     for _ in range(3):
@@ -256,7 +254,7 @@ def test_the_liveness_probe_has_an_agent_restarted_that_hangs(podman: Podman, si
 
 
 def test_one_agent_for_a_node_tells_pods_apart_by_their_user(podman: Podman, tmp_path: Path) -> None:
-    """And serves them again, through the folder that they mounted, after it was killed."""
+    """An agent of a node identifies pods by their users, and serves them through the mounted folder after a restart too."""
     pods = Pods(podman, tmp_path, DEPLOY / "daemonset")
     host = tmp_path / "run"
     host.mkdir(mode=0o755)
@@ -279,7 +277,7 @@ def test_one_agent_for_a_node_tells_pods_apart_by_their_user(podman: Podman, tmp
 
 
 def test_metrics_of_the_image_are_served_on_the_pod_s_address(podman: Podman, tmp_path: Path) -> None:
-    """The image has what they need, and the configuration is the one of deploy/README.md."""
+    """The image has the packages for metrics, and serves them with the configuration of deploy/README.md."""
     base = tmp_path / "deploy"
     shutil.copytree(DEPLOY / "sidecar", base)
     page = (DEPLOY / "README.md").read_text().split("## Metrics")[1]

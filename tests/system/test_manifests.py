@@ -40,8 +40,8 @@ def metered(folder: Path, base: str) -> list[Any]:
 
 @installed("kubernetes-validate", "make test-hosts")
 @pytest.mark.parametrize("version", VERSIONS)
-def test_every_manifest_is_as_the_api_has_it(tmp_path: Path, version: str) -> None:
-    """Strictly: a field that the API does not know is an error, and not a protection that is silently missing."""
+def test_every_manifest_is_valid_for_the_api(tmp_path: Path, version: str) -> None:
+    """Validation is strict: an unknown field is an error, so no protection is missing silently."""
     files = [DEPLOY / "daemonset" / "application.yaml"]
     for base in BASES:
         files.append(tmp_path / f"{base}.yaml")
@@ -62,8 +62,8 @@ def test_every_manifest_is_as_the_api_has_it(tmp_path: Path, version: str) -> No
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_no_container_has_more_than_it_needs(base: str) -> None:
-    """All are what Pod Security calls restricted, and read-only; but for the one that makes a folder the agent's."""
+def test_containers_are_restricted_and_read_only(base: str) -> None:
+    """Every container meets Pod Security's level `restricted`, except the one that makes the agent's folder."""
     pod = template(base)
     spec = pod["spec"]
     assert spec["securityContext"]["runAsNonRoot"] is True
@@ -81,8 +81,8 @@ def test_no_container_has_more_than_it_needs(base: str) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_no_two_applications_share_a_socket_volume_and_none_can_replace_a_socket(base: str) -> None:
-    """Each container but the agent's mounts at most one, to read only; and sees neither of the secrets."""
+def test_applications_have_separate_read_only_socket_volumes(base: str) -> None:
+    """Each application's container mounts at most one socket volume, read-only, and neither of the secrets."""
     pod = template(base)
     seen: list[str] = []
     for name, container in containers(pod).items():
@@ -98,7 +98,7 @@ def test_no_two_applications_share_a_socket_volume_and_none_can_replace_a_socket
 
 @pytest.mark.parametrize("base", BASES)
 def test_the_configuration_names_the_files_that_are_mounted(base: str) -> None:
-    """Each path of the configuration is in a volume of the agent's container, and probes ask where it listens."""
+    """Each path of the configuration is in a volume of the agent's container, and probes use the agent's socket."""
     config = settings.read(DEPLOY / base / "agent.toml")
     agent = containers(template(base))["keyferry-agent"]
     mounts = {Path(mount["mountPath"]) for mount in agent["volumeMounts"]}

@@ -67,7 +67,7 @@ def described(lines: list[Any]) -> int:
 
 @pytest.mark.parametrize("settings", ["", TO_A_FILE], ids=["journal", "file"])
 def test_a_burst_of_calls_loses_no_audit_entry(machine: Machine, settings: str) -> None:
-    """The journal's own limit would drop most of them."""
+    """The journal's default rate limit would drop most entries of a burst."""
     configure(machine, settings)
     status(machine)
     burst(machine, CALLS)
@@ -80,7 +80,7 @@ def test_a_burst_of_calls_loses_no_audit_entry(machine: Machine, settings: str) 
 
 
 def test_the_shipped_configuration_audits_to_a_file(machine: Machine) -> None:
-    """The agent's user owns it, and no other user reads it."""
+    """The agent's user owns the audit log, and no other user can read it."""
     machine.run("cp", "/srv/systemd/agent.toml", CONFIGURATION)
     status(machine)
     assert machine.run("stat", "-c", "%U %a", FILE) == "keyferry 600"
@@ -113,7 +113,7 @@ def errors(machine: Machine) -> list[Any]:
 
 
 def test_errors_are_errors_for_the_journal(machine: Machine) -> None:
-    """A failed reload, and an audit log that cannot be written; each line is JSON without a prefix."""
+    """A failed reload and a failed audit entry have the journal's priority for errors; each line is JSON without a prefix."""
     drop_in(machine, "[Service]\nTemporaryFileSystem=/srv/small:size=16k,mode=1777\n")
     configure(machine, '[audit]\npath = "/srv/small/audit.jsonl"\n')
     status(machine)
@@ -128,8 +128,8 @@ def test_errors_are_errors_for_the_journal(machine: Machine) -> None:
     assert {line["event"] for line in errors(machine)} == {"reload.failed", "audit.failed"}
 
 
-def test_why_an_agent_did_not_start_is_an_error_for_the_journal(machine: Machine) -> None:
-    """Every line of the message is."""
+def test_failed_start_is_an_error_for_the_journal(machine: Machine) -> None:
+    """Every line of the message has the journal's priority for errors."""
     machine.write(CONFIGURATION, "nonsense = 1\nrubbish = 2\n")
     machine.run("systemctl", "start", AGENT, check=False)
     said = machine.run("journalctl", "--no-pager", "-o", "cat", "-p", "err", "-u", AGENT)
