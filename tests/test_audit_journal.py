@@ -105,8 +105,8 @@ DAMAGES: dict[str, tuple[Callable[[list[list[bytes]]], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_was_done_to_a_journal_is_found(log: Log, damage: str) -> None:
-    """In any chain, and where a start is missing; the chains that are whole are still named."""
+def test_tampering_with_a_journal_is_found(log: Log, damage: str) -> None:
+    """A change in any chain and a missing start are found, and the whole chains are still named."""
     chains = written(log.folder)
     change, why = DAMAGES[damage]
     change(chains)

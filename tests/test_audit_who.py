@@ -71,8 +71,8 @@ def made(keyring: Path, socket_path: Path, record: Path) -> dict[str, dict[str, 
     return answers
 
 
-def test_every_filter_chooses(made: dict[str, dict[str, Any]], who: Who, record: Path) -> None:
-    """Alone, together, and with a value that no entry has."""
+def test_every_filter_selects_entries(made: dict[str, dict[str, Any]], who: Who, record: Path) -> None:
+    """Filters work alone and together, and a value that no entry has selects none."""
     mine, pins = os.getuid(), {entry["request_id"]: entry["recipient"] for entry in requests(record)}
     rsa, sm2 = (pins[made[name]["RequestId"]] for name in ("rsa", "sm2"))
     all_of_it = ["plain", "rsa", "sm2", "exported", "moved"]
@@ -164,7 +164,7 @@ def test_an_alias_is_found_where_the_keyring_cannot_be_opened(
     assert "name the key's ID" in said
 
 
-def test_an_alias_is_found_as_it_was_then(
+def test_alias_is_resolved_as_of_the_time_of_the_entry(
     keyring: Path, socket_path: Path, record: Path, who: Who, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It names another key now: the keys of both times are searched, and the times are printed."""
@@ -184,7 +184,7 @@ def test_an_alias_is_found_as_it_was_then(
     assert f"alias/a was key {old} at " in said
 
 
-def test_a_cut_off_list_of_context_keys_is_not_a_no(record: Path, who: Who) -> None:
+def test_truncated_context_keys_make_the_answer_incomplete(record: Path, who: Who) -> None:
     """An entry holds 32 keys: where another may have been there, the answer is incomplete."""
     fields = {
         "time": START.isoformat(),
@@ -207,14 +207,14 @@ def test_a_cut_off_list_of_context_keys_is_not_a_no(record: Path, who: Who) -> N
         ("3d", timedelta(3)),
     ],
 )
-def test_a_time_may_be_how_long_ago(text: str, ago: timedelta) -> None:
-    """From now."""
+def test_time_may_be_relative(text: str, ago: timedelta) -> None:
+    """A duration is a time that long before now."""
     for parse in (times.since, times.until):
         assert abs(datetime.now(UTC) - ago - parse(text)) < timedelta(seconds=5)
 
 
-def test_a_day_begins_for_since_and_ends_for_until() -> None:
-    """Of this host's time zone; a weekday is the last one."""
+def test_day_starts_at_since_and_ends_at_until() -> None:
+    """Days are of this host's time zone; a weekday is the last one."""
     today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)  # noqa: DTZ005
     day = timedelta(days=1)
     for text, begins in (
@@ -237,7 +237,7 @@ def test_a_day_begins_for_since_and_ends_for_until() -> None:
 )
 @pytest.mark.parametrize("option", ["--since", "--until"])
 def test_a_bad_time_is_explained(record: Path, capsys: pytest.CaptureFixture[str], text: str, option: str) -> None:
-    """What is expected, in words; not the name of a function."""
+    """The message has the expected forms in words, and no function's name."""
     with pytest.raises(SystemExit) as ended:
         main(["audit", "who", str(record), f"{option}={text}"])
     assert ended.value.code == 2
@@ -245,7 +245,7 @@ def test_a_bad_time_is_explained(record: Path, capsys: pytest.CaptureFixture[str
     assert f"argument {option}: {text!r} is not a time: expected is a time like 2026-01-31" in said
 
 
-def test_what_cannot_be_asked_is_explained(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_impossible_queries_are_explained(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An unknown user, and a time that ends before it begins."""
     line = json.dumps({"event": "audit", "previous": BEGINNING}).encode()
     record.write_bytes(line + b"\n")
