@@ -45,7 +45,7 @@ def siege(agent: Siege) -> Iterator[Siege]:
 
 
 def test_slow_writers_are_answered_when_they_are_done(siege: Siege) -> None:
-    """A byte from each, and another byte from each; somebody else is served between any two."""
+    """Clients that send single bytes are answered in the end, and another client is served between any two bytes."""
     with ExitStack() as stack:
         slow = [stack.enter_context(siege.connect()) for _ in range(many(100, 1_000))]
         for byte in PING:
@@ -58,8 +58,8 @@ def test_slow_writers_are_answered_when_they_are_done(siege: Siege) -> None:
             assert answer.error is None
 
 
-def test_a_request_that_comes_byte_by_byte_has_no_longer_than_any_other(tmp_path: Path) -> None:
-    """Each byte in time does not make the whole of it so."""
+def test_byte_by_byte_request_has_the_usual_deadline(tmp_path: Path) -> None:
+    """Single bytes do not extend the deadline of a request."""
     endless = b"\xda\xff\x00" + bytes(5_000)
     with besieged(tmp_path, "request_timeout = 0.3") as siege, siege.connect() as dribbling:
 
@@ -74,7 +74,7 @@ def test_a_request_that_comes_byte_by_byte_has_no_longer_than_any_other(tmp_path
 
 
 def test_slow_readers_cost_their_own_answers_only(tmp_path: Path) -> None:
-    """Those that ask without end and read nothing, stopped by a signal or not, are hung up on; the same again takes no more."""
+    """The agent closes connections that send requests and read nothing, and a repetition takes no more memory."""
     count = many(12, 1_000)
     tables = "connections = 3000\nconnections_per_user = 3000\nrequest_timeout = 1"
     with besieged(tmp_path, tables) as siege:
@@ -90,8 +90,8 @@ def test_slow_readers_cost_their_own_answers_only(tmp_path: Path) -> None:
             siege.begins_here()
 
 
-def test_a_flood_of_notifications_lets_others_have_their_turns(siege: Siege) -> None:
-    """Nobody is answered, so nothing else would make the agent look at others: the record tells who was first."""
+def test_flood_of_notifications_delays_no_other_client(siege: Siege) -> None:
+    """Notifications have no answers that would make the agent yield; the audit log shows the order of service."""
     flood = wire.encode_notification("x", {}) * 1_000 + PING
     with siege.connect() as loud, siege.connect() as quiet:
         loud.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -109,8 +109,8 @@ def test_a_flood_of_notifications_lets_others_have_their_turns(siege: Siege) -> 
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
-def test_processes_that_connect_say_something_and_end_leave_nothing(siege: Siege) -> None:
-    """A fork bomb of them: some say nothing, some half a thing, some nonsense; nobody reads an answer."""
+def test_short_lived_client_processes_leave_nothing(siege: Siege) -> None:
+    """A fork bomb of clients that send nothing, part of a message or noise and exit leaves no connection behind."""
     with ExitStack() as stack:
         bombs = [stack.enter_context(peers("short", siege.socket, many(200, 5_000))) for _ in range(2)]
         siege.honest.is_served()
@@ -118,8 +118,8 @@ def test_processes_that_connect_say_something_and_end_leave_nothing(siege: Siege
             assert bomb.wait(PATIENCE) == 0
 
 
-def test_greedy_connections_by_the_dozen_keep_nobody_out(siege: Siege) -> None:
-    """Each is full of requests, and reads all answers: an honest request waits for a turn of each, and no longer."""
+def test_greedy_connections_delay_others_by_one_batch(siege: Siege) -> None:
+    """A request waits at most for one batch of each connection that is full of requests."""
     with peers("greedy", siege.socket, many(30, 200)):
         while siege.look()[0] < many(30, 200):
             siege.honest.is_served(1)
@@ -131,8 +131,8 @@ def test_greedy_connections_by_the_dozen_keep_nobody_out(siege: Siege) -> None:
 
 
 @root()
-def test_a_slow_request_waits_for_a_few_of_another_users_and_not_for_all(tmp_path: Path) -> None:
-    """However many connections are full of them: what was answered before it and after one that is not slow is counted."""
+def test_slow_request_waits_for_few_jobs_of_another_user(tmp_path: Path) -> None:
+    """The wait does not grow with the number of another user's full connections; counts of answers show it."""
     other = 12_345
     grant = f'[[grant]]\nname = "o"\nto = {{ uid = {other} }}\nactions = ["kms:*"]\nkeys = ["*"]\n'
     slow = wire.encode_request(1, "GenerateAndExportDataKey", {"KeyId": "alias/dev", **recipient("SM2PKE").params})
@@ -155,8 +155,8 @@ def test_a_slow_request_waits_for_a_few_of_another_users_and_not_for_all(tmp_pat
         assert between.count(f'"uid": {other},') < 64  # of 480 that wait
 
 
-def test_connections_that_are_closed_before_they_are_accepted_are_none(siege: Siege) -> None:
-    """Each of a full queue; the next one is served."""
+def test_connections_closed_before_accept_are_dropped(siege: Siege) -> None:
+    """The agent drops a full queue of closed connections, and serves the next one."""
     siege.agent.signal(signal.SIGSTOP)
     for number in range(200):
         with siege.connect() as connection:
@@ -167,8 +167,8 @@ def test_connections_that_are_closed_before_they_are_accepted_are_none(siege: Si
         assert connection.response() is not None
 
 
-def test_who_died_before_it_was_accepted_is_not_served(siege: Siege) -> None:
-    """What it had asked is neither done nor recorded: nobody is there whom that could be for."""
+def test_requests_of_a_dead_process_are_not_processed(siege: Siege) -> None:
+    """The requests of a process that exited before accept(2) are neither processed nor recorded."""
     siege.agent.signal(signal.SIGSTOP)
     with peers("gone", siege.socket, 50) as parent:
         assert parent.stdout is not None
@@ -184,7 +184,7 @@ def test_who_died_before_it_was_accepted_is_not_served(siege: Siege) -> None:
 
 
 def test_a_peer_may_hang_up_after_any_byte_of_a_request(siege: Siege) -> None:
-    """In any of the ways to hang up."""
+    """A peer may close, reset or shut down its connection after any byte of a request."""
     for length in range(len(PING)):
         for how in (None, socket.SHUT_WR, socket.SHUT_RD, socket.SHUT_RDWR):
             with siege.connect() as connection:
@@ -198,7 +198,7 @@ def test_a_peer_may_hang_up_after_any_byte_of_a_request(siege: Siege) -> None:
 
 
 def test_a_peer_may_hang_up_after_any_byte_of_an_answer(siege: Siege) -> None:
-    """Whatever was answered was recorded before: each has its line."""
+    """The agent records a request before its answer, so each answered request has its entry."""
     with siege.connect() as connection:
         connection.send(PING)
         size = len(connection.socket.recv(65_536))
@@ -217,8 +217,8 @@ def test_a_peer_may_hang_up_after_any_byte_of_an_answer(siege: Siege) -> None:
     )  # who reads nothing may be gone before it is looked at
 
 
-def test_descriptors_that_are_sent_along_are_nobodys(siege: Siege) -> None:
-    """They are closed with the message that they came with, before, in and after requests; or with the connection."""
+def test_descriptors_sent_by_a_peer_are_closed(siege: Siege) -> None:
+    """The kernel closes passed descriptors with the message that they came with, or with the connection."""
     reading, writing = os.pipe()
     with open(reading, "rb") as end, siege.connect() as connection:
         for data in (PING, PING[:10], PING[10:], b"\xc1"):
@@ -230,7 +230,7 @@ def test_descriptors_that_are_sent_along_are_nobodys(siege: Siege) -> None:
 
 
 def test_bytes_out_of_band_harm_their_own_connection_only(siege: Siege) -> None:
-    """The protocol has none."""
+    """The protocol has no out-of-band bytes, so the agent closes a connection with such bytes."""
     with siege.connect() as urgent:
         urgent.socket.send(b"!", socket.MSG_OOB)
         siege.honest.is_served()
@@ -242,8 +242,8 @@ def test_bytes_out_of_band_harm_their_own_connection_only(siege: Siege) -> None:
 
 
 @pytest.mark.parametrize("name", [b"", b"\0keyferry-hostile-\xff\n", b"named-\xff\n"])
-def test_a_peer_may_be_called_anything(siege: Siege, tmp_path: Path, name: bytes) -> None:
-    """Or nothing; also in the abstract namespace."""
+def test_a_peer_may_have_any_socket_address(siege: Siege, tmp_path: Path, name: bytes) -> None:
+    """A peer's socket may have a path, no address or an abstract name."""
     with socket.socket(socket.AF_UNIX) as odd:
         if name:
             odd.bind(name if name.startswith(b"\0") else os.fsencode(tmp_path) + b"/" + name)
@@ -254,7 +254,7 @@ def test_a_peer_may_be_called_anything(siege: Siege, tmp_path: Path, name: bytes
 
 
 def test_a_socket_of_another_kind_does_not_connect(siege: Siege) -> None:
-    """Nor is there an agent in the abstract namespace under its socket's name."""
+    """Datagram sockets do not connect, and the abstract namespace has no agent under the socket's name."""
     for kind in (socket.SOCK_DGRAM, socket.SOCK_SEQPACKET):
         with socket.socket(socket.AF_UNIX, kind) as other, pytest.raises(OSError, match="wrong type"):
             other.connect(str(siege.socket))
@@ -265,8 +265,8 @@ def test_a_socket_of_another_kind_does_not_connect(siege: Siege) -> None:
 # --- an agent that is stopped -----------------------------------------------------------------------------------------
 
 
-def test_what_was_sent_to_an_agent_that_was_stopped_is_answered_when_it_goes_on(tmp_path: Path) -> None:
-    """Half a request, too, whose time was up meanwhile: its rest lay there in time."""
+def test_requests_sent_to_a_stopped_agent_are_answered_later(tmp_path: Path) -> None:
+    """The rest of a half request arrived in time, although its deadline passed while the agent was stopped."""
     with besieged(tmp_path, "request_timeout = 0.3") as siege, siege.connect() as half, siege.connect() as whole:
         half.send(PING[:-1])
         siege.honest.is_served()
@@ -283,8 +283,8 @@ def test_what_was_sent_to_an_agent_that_was_stopped_is_answered_when_it_goes_on(
             assert whole.response() is not None
 
 
-def test_a_drain_ends_while_others_ask_without_end(tmp_path: Path) -> None:
-    """New connections, and full ones: it ends by itself, with every answer recorded, and nothing is left."""
+def test_drain_ends_while_clients_send_without_end(tmp_path: Path) -> None:
+    """New and full connections do not prolong a drain; every answer is recorded."""
     path = tmp_path / "agent.sock"
     with (
         RunningAgent(limits(tmp_path, "request_timeout = 1"), path) as agent,
@@ -307,10 +307,8 @@ def test_a_drain_ends_while_others_ask_without_end(tmp_path: Path) -> None:
 # --- a program that is to be hashed -----------------------------------------------------------------------------------
 
 
-def test_a_program_without_end_holds_up_nobody_elses_hash_and_no_drain(
-    keyring: Path, socket_path: Path, tmp_path: Path
-) -> None:
-    """With a hole of 64 GiB behind it. It has no hash, and its connections take no thread that others need."""
+def test_huge_program_delays_neither_other_hashes_nor_a_drain(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """A program file with a hole of 64 GiB gets no hash, and its connections use no thread that others need."""
     huge = tmp_path / "huge"
     shutil.copy(os.path.realpath(sys.executable), huge)
     this = hashlib.sha256(huge.read_bytes()).hexdigest()
