@@ -79,7 +79,7 @@ def test_a_deadline_passes_behind_the_last_answer(socket_path: Path) -> None:
 
 
 def test_sending_to_a_peer_that_does_not_read_has_a_deadline(socket_path: Path) -> None:
-    """The socket's buffer is full, and no answer comes."""
+    """A send into a full socket buffer ends at the call's deadline."""
 
     def deaf(connection: socket.socket) -> None:
         connection.recv(1)

@@ -37,7 +37,7 @@ def refusal(keyring: Path, capsys: pytest.CaptureFixture[str], verb: str, *argum
 
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_an_agent_opens_nothing_under_a_disabled_version(rotating: Rotating, dry_run: bool) -> None:
-    """Rejected.Disabled, with the version in the message and in the audit entry; enabled again, it opens."""
+    """Decrypt raises Rejected.Disabled with the version in message and audit entry; an enabled version opens again."""
     old = primary(rotating.said)
     with RawConnection(rotating.agent.socket) as connection:
         blob = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
@@ -65,7 +65,7 @@ def test_an_agent_opens_nothing_under_a_disabled_version(rotating: Rotating, dry
 
 
 def test_a_caller_without_a_grant_learns_no_states(keyring: Path, said: Command, socket_path: Path) -> None:
-    """The grant is judged before the version."""
+    """The agent checks the grant before the version's state."""
     old = primary(said)
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         blob = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
@@ -81,7 +81,7 @@ def test_a_caller_without_a_grant_learns_no_states(keyring: Path, said: Command,
 def test_the_primary_version_cannot_be_disabled(
     said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also with --yes: the message says to rotate first. A version that is not there is named."""
+    """The message advises a rotation first, also with --yes; an unknown version is named."""
     version = primary(said)
     assert "is the primary version, which encrypts: `rotate`" in refusal(
         keyring, capsys, "disable-version", version, "--yes"
@@ -91,7 +91,7 @@ def test_the_primary_version_cannot_be_disabled(
 
 
 def test_a_version_is_disabled_with_yes_only(said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The refusal says what breaks, and how to find and move it. Disabling twice changes nothing more."""
+    """The refusal names what would not open and the commands that move it; a repetition changes nothing."""
     version = primary(said)
     said("rotate", "alias/a")
     why = refusal(keyring, capsys, "disable-version", version)
@@ -112,7 +112,7 @@ def test_a_version_is_disabled_with_yes_only(said: Command, keyring: Path, capsy
 def test_list_and_show_display_disabled_versions(
     said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For people and as JSON."""
+    """Disabled versions are in the text and in the JSON."""
     version = primary(said)
     said("rotate", "alias/a")
     said("disable-version", "alias/a", version, "--yes")
@@ -137,10 +137,10 @@ def test_a_staged_version_can_be_disabled_and_not_promoted(
 
 
 @pytest.mark.parametrize(("state", "code"), [("PendingDeletion", "Rejected.StateModifiedFailed"), ("Disabled", "")])
-def test_versions_are_switched_in_the_states_of_the_key(
+def test_versions_can_be_disabled_where_the_key_can_be(
     said: Command, keyring: Path, capsys: pytest.CaptureFixture[str], state: str, code: str
 ) -> None:
-    """As the key itself is."""
+    """A version can be switched wherever its key can be."""
     version = primary(said)
     said("rotate", "alias/a")
     date = "9999-01-01T00:00:00Z" if state == "PendingDeletion" else ""
@@ -154,7 +154,7 @@ def test_versions_are_switched_in_the_states_of_the_key(
 
 
 def test_only_a_disabled_version_changes_the_document(said: Command, keyring: Path) -> None:
-    """A program that does not know the field reads every other keyring, and refuses one that it would open too much of."""
+    """Other keyrings stay readable for programs without the field; those programs refuse a keyring with it."""
     identity = Unsealer.read(keyring.parent / "identity")
     version = primary(said)
     said("rotate", "alias/a")
@@ -169,8 +169,8 @@ def test_only_a_disabled_version_changes_the_document(said: Command, keyring: Pa
 
 
 @pytest.mark.parametrize("value", [None, 1, "true"])
-def test_a_disabled_of_another_type_is_refused(said: Command, keyring: Path, value: object) -> None:
-    """So is a primary version that is disabled."""
+def test_disabled_field_of_another_type_is_refused(said: Command, keyring: Path, value: object) -> None:
+    """A disabled primary version is refused, too."""
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
     entry = raw["Keys"][0]["KeyVersions"][0]
     entry["Disabled"] = value
@@ -182,7 +182,7 @@ def test_a_disabled_of_another_type_is_refused(said: Command, keyring: Path, val
 
 
 def test_a_kept_keyring_keeps_its_disabled_versions(said: Command, keyring: Path) -> None:
-    """In a description of a format that an earlier agent does not take, so that it opens nothing with the version."""
+    """Earlier agents refuse the description's format, so they open nothing with the version."""
     version = primary(said)
     said("rotate", "alias/a")
     said("disable-version", "alias/a", version, "--yes")

@@ -69,10 +69,8 @@ def room_for(descriptors: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("descriptors", [40, 41])
-def test_without_descriptors_nobody_is_taken_for_somebody_else(
-    keyring: Path, socket_path: Path, descriptors: int
-) -> None:
-    """A connection whose process cannot be held is refused as what it is: it is not one that was granted nothing."""
+def test_exhausted_descriptors_do_not_change_an_identity(keyring: Path, socket_path: Path, descriptors: int) -> None:
+    """A connection whose process has no pidfd is refused, and not served as a caller without grants."""
     this = f'uid={os.getuid()}, exe="{os.path.realpath(sys.executable)}"'
     with serving(keyring, socket_path, to=this, preexec=few(descriptors)) as agent, ExitStack() as stack:
         codes: list[str] = []
@@ -86,8 +84,8 @@ def test_without_descriptors_nobody_is_taken_for_somebody_else(
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_evidence_that_no_descriptor_is_left_for_is_an_error_and_leaks_none(left: int) -> None:
-    """Neither a process that is not held, nor one without its control groups."""
+def test_evidence_without_descriptors_is_an_error_without_a_leak(left: int) -> None:
+    """A missing pidfd and an unreadable control group raise an error and leave no descriptor open."""
     here, there = socket.socketpair()
     with here, there:
         before = len(os.listdir("/proc/self/fd"))
@@ -100,8 +98,8 @@ def test_evidence_that_no_descriptor_is_left_for_is_an_error_and_leaks_none(left
     ("number", "raised"),
     [(errno.EINVAL, ProcessLookupError), (errno.ESRCH, ProcessLookupError), (errno.EMFILE, OSError)],
 )
-def test_a_number_is_looked_up_only_where_the_kernel_has_no_handle(number: int, raised: type[OSError]) -> None:
-    """Where it has one, and gives none, the number may be another process's by now."""
+def test_process_number_is_used_only_without_kernel_handles(number: int, raised: type[OSError]) -> None:
+    """If the kernel has handles and returns none, the number may already belong to another process."""
     with pytest.raises(raised) as error:
         Process.of(_Answering(number), os.getpid())
     assert type(error.value) is raised
@@ -126,7 +124,7 @@ class _Answering:
 
 
 def test_a_reload_without_descriptors_leaves_the_old_state_serving(keyring: Path, socket_path: Path) -> None:
-    """It says why; when there are some again, it reloads."""
+    """The log has the reason, and the agent reloads when descriptors are available again."""
     with serving(keyring, socket_path, preexec=few(40)) as agent, RawConnection(agent.socket) as first:
         with ExitStack() as stack:
             error = None
@@ -162,10 +160,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @root()
-def test_a_full_disk_refuses_what_cannot_be_recorded_until_there_is_room(
-    keyring: Path, socket_path: Path, small_disk: Path
-) -> None:
-    """Each answer has its line, and each refusal says why; no line is half there."""
+def test_full_disk_refuses_unrecordable_requests(keyring: Path, socket_path: Path, small_disk: Path) -> None:
+    """Each answer has a whole entry, each refusal a reason, until the disk has room again."""
     record = small_disk / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
@@ -188,8 +184,8 @@ def test_a_full_disk_refuses_what_cannot_be_recorded_until_there_is_room(
         assert chain.verify([record]).lines == AT_START + answered + 20 + 1
 
 
-def test_a_record_that_is_cut_to_nothing_goes_on(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
-    """As some rotate logs; what follows says that there was something before."""
+def test_truncated_audit_log_is_continued(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """Some log rotations truncate the file; the chain of the following entries shows the missing ones."""
     record = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
@@ -204,10 +200,8 @@ def test_a_record_that_is_cut_to_nothing_goes_on(keyring: Path, socket_path: Pat
     assert chain.verify([tmp_path / "before", record]).lines == 3
 
 
-def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
-    keyring: Path, socket_path: Path, tmp_path: Path
-) -> None:
-    """The failure is logged once, not twice a second. Then an entry has the number of requests without one."""
+def test_folder_in_place_of_the_audit_log_refuses_requests(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """The failure is logged once, and an entry has the number of unrecorded requests once the folder is gone."""
     record = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
@@ -225,8 +219,8 @@ def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(keyring: Path, socket_path: Path) -> None:
-    """Whether it is gone, a folder, a link to itself, or no text: until there is a good one again."""
+def test_unreadable_configuration_leaves_the_old_one_serving(keyring: Path, socket_path: Path) -> None:
+    """A missing file, a folder, a link to itself and a binary file change nothing until the file is good again."""
     config = keyring.parent / "agent.toml"
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         good = config.read_bytes()
@@ -252,8 +246,8 @@ def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(keyring:
             ok(connection, *DESCRIBE)
 
 
-def test_two_agents_that_were_made_to_share_a_name_leave_each_other_alone(socket_path: Path) -> None:
-    """The first says that its socket is lost, serves whom it has, and does not take the second's with it when it ends."""
+def test_two_agents_at_one_path_leave_each_other_alone(socket_path: Path) -> None:
+    """The first logs the loss of its socket, serves its clients, and leaves the second's socket when it exits."""
     with dev_agent(socket_path) as first, RawConnection(socket_path) as old:
         socket_path.unlink()
         first.wait_for("socket.lost")
@@ -270,10 +264,10 @@ def test_two_agents_that_were_made_to_share_a_name_leave_each_other_alone(socket
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
+async def test_failed_thread_start_delays_a_reload(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
-    """A host, or a pod, may be full of processes: that is said once, and is not the end of the agent."""
+    """A full host or pod is logged once, and the agent goes on."""
     looked = trio.Event()
     left = 5
 
@@ -301,10 +295,10 @@ async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
-def test_a_clock_that_is_set_back_and_forth_ends_no_connection_and_breaks_no_record(
+def test_clock_changes_affect_neither_connections_nor_the_chain(
     keyring: Path, socket_path: Path, tmp_path: Path
 ) -> None:
-    """Deadlines and rates are of a clock that nobody sets. Deletion dates are of the host's: ahead of one, its key is gone."""
+    """Deadlines and rates use the monotonic clock; deletion dates use the host's, so a clock ahead of one removes its key."""
     change(keyring, "create-key", "--alias", "alias/b")
     change(keyring, "schedule-deletion", "alias/b", "--days", "7")
     doomed = opened(keyring).find("alias/b").key_id

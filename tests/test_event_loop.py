@@ -47,8 +47,8 @@ def blocking_calls(name: str) -> Iterator[tuple[str, str]]:
                     yield function.name, called
 
 
-def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> None:
-    """Only the module of programs does, and only the process that is there for it calls that one."""
+def test_event_loop_touches_no_file_of_a_peers_choice() -> None:
+    """Only the module of programs reads such files, and only the inspector's process calls it."""
     found: dict[tuple[str, str], set[str]] = {}
     for name in ALL:
         if name.startswith(ON_THE_LOOP) and name not in IN_ANOTHER_PROCESS:
@@ -65,7 +65,7 @@ def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> 
 
 
 def test_programs_are_inspected_in_another_process_only() -> None:
-    """`inspect` is called by one function, which is not the agent's."""
+    """Only the inspector's process calls `inspect`."""
     callers = {
         (name, node.lineno)
         for name in ALL

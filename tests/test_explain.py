@@ -66,10 +66,10 @@ def config(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_the_first_thing_that_does_not_match_is_named(
+def test_first_mismatch_of_each_grant_is_named(
     config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], said: str
 ) -> None:
-    """Every grant has its line; the exit code says whether one allows it."""
+    """Every grant has its line, and the exit code is 0 if one allows the request."""
     arguments = [part for pair in {**GOOD, **changed}.items() for part in pair]
     code = main(["explain", "--config", str(config), *arguments])
     out = capsys.readouterr().out
@@ -78,8 +78,8 @@ def test_the_first_thing_that_does_not_match_is_named(
     assert (len(out.splitlines()) == 3) == (code == 0)
 
 
-def test_what_cannot_be_explained_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pair that is none, a configuration that is wrong."""
+def test_unusable_arguments_of_explain_are_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`explain` names a context pair without a value, and an invalid configuration."""
     arguments = [part for pair in GOOD.items() for part in pair]
     assert main(["explain", "--config", str(config), *arguments, "--context", "nonsense"]) == 1
     assert "tenant=acme is expected" in capsys.readouterr().err
@@ -108,7 +108,7 @@ GRANTS = st.builds(
     pin=st.sampled_from([None, PIN, PLAINTEXT, "sha256:other"]),
     context=st.dictionaries(st.sampled_from("ab"), st.sampled_from("12")),
 )
-def test_the_explanation_is_the_decision(
+def test_explanation_agrees_with_the_decision(
     grant: Grant,
     uid: int,
     gids: frozenset[int],
@@ -117,7 +117,7 @@ def test_the_explanation_is_the_decision(
     pin: str | None,
     context: dict[str, str],
 ) -> None:
-    """Whatever grant and request."""
+    """`explain` and the agent agree for any grant and request."""
     peer = Peer(uid=uid, gids=gids, pid=1, listener="default")
     decided = allows([grant] if grant.matches_caller(peer) else [], action, [name], pin=pin, context=context)
     assert (mismatch(grant, peer, action, [name], pin, context) is None) == (decided is grant)

@@ -86,7 +86,7 @@ def test_a_key_is_explained_by_any_name(agent: RunningAgent, keyring: Path, expl
 
 
 def test_a_grant_with_recipients_is_never_plainly_allowed(agent: RunningAgent, explain: Explain) -> None:
-    """Without --recipient, the recipients are printed."""
+    """Without --recipient, `explain` prints the grant's recipients."""
     question = ("--uid", os.getuid(), "--action", "kms:GenerateAndExportDataKey", "--key", "alias/orders")
     code, out, _ = explain(*question)
     assert code == 0
@@ -104,10 +104,10 @@ def test_a_grant_with_recipients_is_never_plainly_allowed(agent: RunningAgent, e
     assert agent.has_logged("agent.serving")
 
 
-def test_a_keyring_that_cannot_be_opened_is_replaced_by_the_audit_log(
+def test_names_of_an_unreadable_keyring_come_from_the_audit_log(
     agent: RunningAgent, keyring: Path, explain: Explain
 ) -> None:
-    """The names in it are those that the keys had last; without it, only the given names are judged."""
+    """The names are those that the keys had last; without an audit log, only the given names are judged."""
     key_id = opened(keyring).find("alias/orders").key_id
     assert agent.stop() == 0
     (keyring.parent / "identity").unlink()
@@ -124,7 +124,7 @@ def test_a_keyring_that_cannot_be_opened_is_replaced_by_the_audit_log(
 
 
 def test_a_key_that_is_missing_or_disabled_is_not_allowed(agent: RunningAgent, keyring: Path, explain: Explain) -> None:
-    """Whatever the grants are; and names of two keys are not one key."""
+    """Grants do not help, and names of two keys are not one key."""
     change(keyring, "create-alias", "alias/second", "alias/a")
     config = keyring.parent / "agent.toml"
     config.write_text(config.read_text() + PINNED.replace("pinned", "all").replace('"alias/orders"', '"*"'))
@@ -281,10 +281,10 @@ def test_the_printed_grant_allows_what_was_refused(
         (("--uid", "orders", "--action", "kms:Decrypt"), "an integer is expected, in the digits 0 to 9, not 'orders'"),
     ],
 )
-def test_what_is_missing_is_named(
+def test_missing_argument_of_explain_is_named(
     explain: Explain, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], why: str
 ) -> None:
-    """With the exit code for usage."""
+    """The exit code is the one for usage."""
     with pytest.raises(SystemExit) as ended:
         explain(*arguments)
     assert ended.value.code == 2

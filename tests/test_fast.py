@@ -26,13 +26,13 @@ def defines_a_function() -> object:
 
 @pytest.mark.parametrize("thing", [RunningAgent, dev_agent, serving, runs_a_program, defines_a_function])
 def test_a_helper_that_starts_a_process_is_found(thing: Callable[..., object]) -> None:
-    """Through functions, classes, context managers and functions inside functions."""
+    """A start is found through functions, classes, context managers and nested functions."""
     assert fast.starts(thing)
 
 
 @pytest.mark.parametrize("thing", [new_keyring, client_of])
 def test_a_helper_that_starts_no_process_is_fast(thing: Callable[..., object]) -> None:
-    """Files and threads are no processes."""
+    """Files and threads are not processes."""
     assert not fast.starts(thing)
 
 
