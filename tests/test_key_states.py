@@ -62,10 +62,10 @@ BY_BLOB: list[tuple[str, dict[str, Any]]] = [
     ("method", "params"), [*BY_KEY, *BY_BLOB], ids=lambda value: value if isinstance(value, str) else ""
 )
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_only_an_enabled_key_is_used_and_dry_run_changes_no_states_code(
+def test_only_enabled_keys_are_used_also_in_a_dry_run(
     made: tuple[RawConnection, dict[str, str]], state: str, method: str, params: dict[str, Any], dry_run: bool
 ) -> None:
-    """The others are rejected by their state; one past its deletion date is not there."""
+    """Other states have their own codes, and a key past its deletion date is not found."""
     connection, blobs = made
     by_key = (method, params) in BY_KEY
     what = {"KeyId": f"alias/{state}"} if by_key else {"CiphertextBlob": blobs[state]}
@@ -83,17 +83,15 @@ def test_only_an_enabled_key_is_used_and_dry_run_changes_no_states_code(
 
 @pytest.mark.parametrize("state", ["Disabled", "PendingDeletion", "PendingImport"])
 def test_re_encrypt_rejects_a_destination_by_its_state(made: tuple[RawConnection, dict[str, str]], state: str) -> None:
-    """A good source does not help."""
+    """An enabled source key does not help."""
     connection, blobs = made
     params = {"CiphertextBlob": blobs["Enabled"], "DestinationKeyId": f"alias/{state}"}
     refused(connection, "ReEncrypt", params, f"Rejected.{state}")
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_key_is_described_and_listed_in_every_state_until_it_is_deleted(
-    made: tuple[RawConnection, dict[str, str]], state: str
-) -> None:
-    """DescribeKey, ListKeys, ListKeyVersions and ListAliases work with all."""
+def test_keys_of_every_state_are_described_and_listed(made: tuple[RawConnection, dict[str, str]], state: str) -> None:
+    """DescribeKey, ListKeys, ListKeyVersions and ListAliases work in all states until the deletion."""
     connection, _ = made
     if state == "Deleted":
         for method in ("DescribeKey", "ListKeyVersions"):
@@ -116,8 +114,8 @@ def test_a_key_is_described_and_listed_in_every_state_until_it_is_deleted(
     assert entry in ok(connection, "ListAliases", {})["Aliases"]["Alias"]
 
 
-def test_a_key_that_passes_its_date_while_it_is_loaded_leaves_the_lists_too(keyring: Path, socket_path: Path) -> None:
-    """Without a reload: what is judged is the time of the request."""
+def test_loaded_key_leaves_the_lists_at_its_date(keyring: Path, socket_path: Path) -> None:
+    """The time of the request counts, without a reload."""
     change(keyring, "create-key", "--alias", "alias/kept")
     soon = iso(datetime.now(UTC) + timedelta(seconds=3))
     rewritten(keyring, lambda raw: raw["Keys"][0].update(KeyState="PendingDeletion", DeleteDate=soon))
@@ -141,8 +139,8 @@ def test_a_key_that_passes_its_date_while_it_is_loaded_leaves_the_lists_too(keyr
         ({"PageNumber": 2**31 - 1, "PageSize": 100}, (2**31 - 1, 100)),
     ],
 )
-def test_lists_come_a_page_at_a_time(many: RawConnection, params: dict[str, int], numbers: tuple[int, int]) -> None:
-    """10 entries without PageSize; a page past the end is empty."""
+def test_lists_are_paged(many: RawConnection, params: dict[str, int], numbers: tuple[int, int]) -> None:
+    """A page has 10 entries by default, and a page past the end is empty."""
     everything = ok(many, "ListKeys", {"PageSize": 100})["Keys"]["Key"]
     assert len(everything) == 12
     number, size = numbers
@@ -174,15 +172,15 @@ def many(keyring: Path, socket_path: Path) -> Iterator[RawConnection]:
         ({"Filters": "[]"}, "Filters"),
     ],
 )
-def test_a_page_that_is_none_is_refused(
+def test_invalid_page_is_refused(
     made: tuple[RawConnection, dict[str, str]], method: str, params: dict[str, Any], name: str
 ) -> None:
-    """By its parameter."""
+    """The message has the parameter's name."""
     refused(made[0], method, params, "InvalidParameter", name)
 
 
 def test_versions_are_listed_oldest_first_and_staged_ones_too(keyring: Path, socket_path: Path) -> None:
-    """The primary one is told by DescribeKey."""
+    """DescribeKey tells which version is primary."""
     for arguments in ((), ("--stage",), ()):
         change(keyring, "rotate", "alias/a", *arguments)
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
@@ -209,10 +207,10 @@ GRANTS = {
         ((), None),
     ],
 )
-def test_a_caller_sees_the_keys_it_has_a_grant_on_and_nothing_else(
+def test_lists_have_only_keys_that_the_caller_has_a_grant_on(
     keyring: Path, granted: tuple[str, ...], seen: set[str] | None
 ) -> None:
-    """And without a grant to list, no list at all."""
+    """Without a grant to list, the call is refused."""
     for alias in ("alias/b-1", "alias/b-2", "alias/c"):
         change(keyring, "create-key", "--alias", alias)
     with two_callers(keyring, [GRANTS[name] for name in granted]) as (admin, app):
@@ -229,7 +227,7 @@ def test_a_caller_sees_the_keys_it_has_a_grant_on_and_nothing_else(
 
 
 def test_a_page_of_the_longest_aliases_fits_a_message(keyring: Path, socket_path: Path) -> None:
-    """A hundred of 255 characters, with the longest region and account."""
+    """The page has a hundred aliases of 255 characters, with the longest region and account."""
     for number in range(25):
         change(keyring, "create-alias", f"alias/{'x' * 250}{number:05}", "alias/a")
     more = f'region = "{"r" * 24}"\naccount = "{"1" * 24}"'
@@ -246,10 +244,8 @@ def test_a_page_of_the_longest_aliases_fits_a_message(keyring: Path, socket_path
         )
 
 
-def test_after_a_rotation_old_ciphertexts_open_and_new_ones_are_the_new_versions(
-    keyring: Path, socket_path: Path
-) -> None:
-    """And ReEncrypt moves an old one to the primary version."""
+def test_rotation_keeps_old_ciphertexts_open(keyring: Path, socket_path: Path) -> None:
+    """New ciphertexts are of the new version, and ReEncrypt moves an old one to it."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         old = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": encode_base64(b"secret")})
     change(keyring, "rotate", "alias/a")

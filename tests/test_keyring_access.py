@@ -67,7 +67,7 @@ def test_a_change_that_locks_out_its_operator_needs_yes(
 
 
 def test_a_change_that_leaves_one_recipient_needs_yes(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Although it is the operator's own."""
+    """The rule holds even if the last recipient is the operator's own."""
     mine = first_recipient(keyring)
     change(keyring, "add-recipient", "--recipient", ONE.recipient)
     for verb, recipient in (("reseal", mine), ("remove-recipient", ONE.recipient)):
@@ -107,7 +107,7 @@ def test_a_passphrase_in_place_of_recipients_needs_yes(keyring: Path, capsys: py
 def test_a_wrong_recipient_changes_nothing(
     keyring: Path, capsys: pytest.CaptureFixture[str], verb: str, recipient: str, why: str
 ) -> None:
-    """Also with --yes."""
+    """An invalid or unknown recipient is refused, also with --yes."""
     before = keyring.read_bytes()
     text = first_recipient(keyring) if recipient == "mine" else recipient
     run(verb, keyring, "--recipient", text, "--yes", "--unseal", keyring.parent / "identity", code=1)
@@ -115,8 +115,8 @@ def test_a_wrong_recipient_changes_nothing(
     assert keyring.read_bytes() == before
 
 
-def test_a_verb_for_recipients_needs_one(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong usage: exit code 2."""
+def test_recipient_verbs_without_a_recipient_are_wrong_usage(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The exit code is 2."""
     for verb in ("add-recipient", "remove-recipient"):
         with pytest.raises(SystemExit) as ended:
             run(verb, keyring, "--unseal", keyring.parent / "identity")
@@ -143,8 +143,8 @@ def test_unnamed_recipients_are_counted_and_not_dropped(keyring: Path, capsys: p
     assert "sealed by hand to 1 more recipients than it named" in capsys.readouterr().err
 
 
-def test_a_keyring_that_names_nobody_says_so(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is not taken for one that is sealed to a passphrase."""
+def test_keyring_without_named_recipients_is_reported(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A keyring without names is not mistaken for one that is sealed to a passphrase."""
     mine = first_recipient(keyring)
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
     keyring.write_bytes(seal(json.dumps({**raw, "Recipients": []}).encode(), [mine], None))
@@ -156,7 +156,7 @@ def test_a_keyring_that_names_nobody_says_so(keyring: Path, capsys: pytest.Captu
 
 
 def test_an_init_with_one_recipient_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On standard error, and the keyring is made. With an offline recipient there is no warning."""
+    """The keyring is made, and standard error has the warning; an offline recipient prevents it."""
     run("init", tmp_path / "a.age", "--new-identity", tmp_path / "a", "--json")
     said = capsys.readouterr()
     assert "warning: " in said.err
@@ -185,7 +185,7 @@ def test_a_new_identity_has_the_recipient_that_is_printed(tmp_path: Path, capsys
 
 
 def test_every_identity_in_a_file_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the file's order."""
+    """Recipients are printed in the order of the file's identities."""
     run("recipient-of", secret_file(tmp_path / "two", f"# first\n{ONE.identity}\n\n{TWO.identity}\n"))
     assert capsys.readouterr().out.split() == [ONE.recipient, TWO.recipient]
 
@@ -197,7 +197,7 @@ def test_every_identity_in_a_file_has_its_line(tmp_path: Path, capsys: pytest.Ca
 def test_an_ssh_identity_has_the_recipient_of_ssh_keygen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    """In both forms of a private key, and a keyring that is sealed to it opens."""
+    """The recipient is the same for both forms of a private key, and a keyring sealed to it opens."""
     subprocess.run(["ssh-keygen", "-q", *options, "-N", "", "-C", "", "-f", tmp_path / "k"], check=True)
     run("recipient-of", tmp_path / "k")
     printed = capsys.readouterr().out.strip()
@@ -240,7 +240,7 @@ def test_two_keys_that_an_earlier_version_named_as_one_are_resealed(
     assert json.loads(capsys.readouterr().out)["Removed"] == [odd]
 
 
-def test_a_keyring_of_an_unknown_section_is_not_changed(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keyring_with_an_unknown_section_is_not_changed(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A verb that does not know a field would drop it."""
     before = keyring.read_bytes()
     rewritten(keyring, lambda raw: raw.update(Hosts=[]))

@@ -49,7 +49,7 @@ def history(keyring: Path, capsys: pytest.CaptureFixture[str], code: int = 0) ->
 
 
 def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_path: Path) -> None:
-    """With what it changed, who ran it, and the hash of the file before and after."""
+    """Entries have the change, the operator, and the hash of the file before and after."""
     (tmp_path / "material").write_bytes(bytes(range(32)))
     other = str(Identity.generate().to_public())
     own = (tmp_path / "identity").read_text().split()[3]
@@ -93,7 +93,7 @@ def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_pa
 
 
 def test_no_entry_has_key_material(keyring: Path, said: Command) -> None:
-    """In no form, whatever was changed."""
+    """Key material is in no entry in any encoding, whatever was changed."""
     said("rotate", "alias/a")
     said("create-key", "--description", "for tests")
     text = log_of(keyring).read_text()
@@ -109,7 +109,7 @@ def test_no_entry_has_key_material(keyring: Path, said: Command) -> None:
 
 
 def test_a_verb_that_only_reads_has_no_entry(keyring: Path, said: Command) -> None:
-    """Nor has a change that was refused for its arguments."""
+    """A change that was refused for its arguments has no entry either."""
     before = log_of(keyring).read_bytes()
     said("list")
     said("show", "alias/a")
@@ -143,7 +143,7 @@ def test_a_key_that_is_past_its_date_is_recorded_when_it_leaves(keyring: Path, s
 
 
 def test_the_log_has_the_mode_and_a_chain_of_its_own(keyring: Path) -> None:
-    """Mode 0600; a change of a line shows."""
+    """The history has mode 0600, and its chain shows a changed line."""
     assert log_of(keyring).stat().st_mode & 0o777 == 0o600
     assert verify(keyring) == 0
     text = log_of(keyring).read_text()
@@ -154,7 +154,7 @@ def test_the_log_has_the_mode_and_a_chain_of_its_own(keyring: Path) -> None:
 
 @root()
 def test_the_log_belongs_to_the_owner_of_the_keyring(shared_folder: Path) -> None:
-    """Also where root makes the first change after an older version."""
+    """The owner is the keyring's even if root makes the first change after an upgrade."""
     path = shared_folder / "keyring.age"
     run("init", path, "--new-identity", shared_folder / "identity")
     log_of(path).unlink()
@@ -190,7 +190,7 @@ def fill(keyring: Path, said: str) -> None:
 def test_a_change_whose_entry_cannot_be_written_is_refused(
     keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, why: str
 ) -> None:
-    """The keyring is as before, nothing is left beside it, and no new passphrase was made."""
+    """The keyring is unchanged, nothing is left beside it, and no new passphrase was made."""
     fill(keyring, kind)
     before = keyring.read_bytes()
     capsys.readouterr()
@@ -204,7 +204,7 @@ def test_a_change_whose_entry_cannot_be_written_is_refused(
 
 
 def test_a_replacement_that_fails_has_an_entry(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the keyring is as before."""
+    """The keyring is unchanged after a failed replacement."""
     before = keyring.read_bytes()
 
     def fail(*_arguments: object) -> None:
@@ -250,7 +250,7 @@ def test_a_crash_leaves_an_entry_whose_hashes_have_the_result(
 
 
 def test_history_names_a_file_that_was_replaced_by_hand(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A backup that was copied back, or a change with the age program."""
+    """A restored backup and a change with the age program are reported."""
     shutil.copy(keyring, keyring.parent / "backup.age")
     change(keyring, "rotate", "alias/a")
     shutil.copy(keyring.parent / "backup.age", keyring)
@@ -260,7 +260,7 @@ def test_history_names_a_file_that_was_replaced_by_hand(keyring: Path, capsys: p
 
 
 def test_history_is_readable(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It needs no identity; a link to the keyring leads to the same log."""
+    """`history` needs no identity, and finds the log through a link to the keyring."""
     change(keyring, "disable", "alias/a")
     (keyring.parent / "link").symlink_to(keyring)
     capsys.readouterr()
@@ -278,7 +278,7 @@ def test_history_without_a_log_is_an_error(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_an_entry_of_many_changes_stays_short(keyring: Path) -> None:
-    """The rest is counted."""
+    """An entry has the first changes and the number of the others."""
     with file.change(keyring, Unsealer.read(keyring.parent / "identity")) as document:
         for _ in range(100):
             create_key(document, key_spec="Aliyun_AES_256")

@@ -207,7 +207,7 @@ print(sum(thread.name == "keyferry-log" for thread in threading.enumerate()))
 
 
 def test_a_full_pipe_that_does_not_block_loses_nothing() -> None:
-    """A descriptor with O_NONBLOCK refuses what does not fit (EAGAIN): the thread waits, as it does for a full pipe."""
+    """A descriptor with O_NONBLOCK returns EAGAIN for a full pipe, and the thread waits until it can write."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     code = """
@@ -226,7 +226,7 @@ settle()
 
 
 def test_the_end_of_a_process_does_not_wait_for_a_full_pipe() -> None:
-    """The last lines have a second; then the process ends without them."""
+    """The last lines have a second; then the process exits without writing them."""
     reading, writing = os.pipe()
     code = """
 for number in range(6_000):

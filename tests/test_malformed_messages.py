@@ -143,8 +143,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_what_can_be_answered_is_and_the_connection_goes_on(siege: Siege, name: str) -> None:
-    """With its msgid, and the documented code."""
+def test_answerable_message_is_refused_and_the_connection_stays(siege: Siege, name: str) -> None:
+    """The refusal has the message's msgid and the documented code."""
     message, code = ANSWERED[name]
     with siege.connect() as connection:
         connection.send(PING + message + PING)
@@ -159,8 +159,8 @@ def test_what_can_be_answered_is_and_the_connection_goes_on(siege: Siege, name: 
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_is_refused_once_with_its_reason(siege: Siege, name: str) -> None:
-    """What came before it is answered before it, and the log has the same reason."""
+def test_unanswerable_message_ends_the_connection_with_a_reason(siege: Siege, name: str) -> None:
+    """Earlier requests are answered first, and the log has the same reason."""
     with siege.connect() as connection:
         connection.send(PING + REFUSED[name] + PING)
         first, refusal = until_closed(connection)
@@ -173,8 +173,8 @@ def test_what_cannot_be_is_refused_once_with_its_reason(siege: Siege, name: str)
     assert siege.agent.has_logged("connection.protocol_error", why=why)
 
 
-def test_ids_that_repeat_are_answered_as_often(siege: Siege) -> None:
-    """They are the client's own affair."""
+def test_repeated_message_ids_are_answered_each_time(siege: Siege) -> None:
+    """Message IDs are chosen by the client."""
     with siege.connect() as connection:
         connection.send(PING * 100)
         answers = [connection.response() for _ in range(100)]
@@ -182,8 +182,8 @@ def test_ids_that_repeat_are_answered_as_often(siege: Siege) -> None:
     assert len({answer.result["RequestId"] for answer in answers if answer and answer.result}) == 100
 
 
-def test_invalid_requests_by_the_thousand_are_each_refused_and_recorded(siege: Siege) -> None:
-    """Nothing piles up: not in memory, not before others."""
+def test_thousands_of_invalid_requests_are_each_recorded(siege: Siege) -> None:
+    """Invalid requests neither use up memory nor delay other clients."""
     mix = [message for message, code in ANSWERED.values() if code and len(message) < 200]
     rounds = many(5_000, 1_000_000) // len(mix)
     before = siege.answered()
@@ -202,15 +202,15 @@ def test_invalid_requests_by_the_thousand_are_each_refused_and_recorded(siege: S
     assert siege.answered() >= before + mine
 
 
-def test_every_message_above_is_what_it_says() -> None:
-    """Those that are answered are well-formed msgpack; no two are the same."""
+def test_cases_of_malformed_messages_are_distinct() -> None:
+    """Messages with an answer are well-formed MessagePack, and no two messages are the same."""
     for message, _ in ANSWERED.values():
         assert isinstance(msgpack.unpackb(message, unicode_errors="surrogateescape"), list)
     assert len({message for message, _ in ANSWERED.values()} | {*REFUSED.values()}) == len(ANSWERED) + len(REFUSED)
 
 
-def test_a_message_in_pieces_of_one_byte_is_cut_off_at_its_limit(siege: Siege) -> None:
-    """However many of them there are to be: a MiB was promised, 64 KiB were looked at, and nothing is kept."""
+def test_message_of_single_bytes_is_refused_at_the_limit(siege: Siege) -> None:
+    """Of an announced MiB, 64 KiB are inspected and nothing is kept."""
     text = b"\xd9\xff" + b"x" * 255
     endless = request(method=DESCRIBE, params=b"\xde\x04\0" + b"".join(b"\xa4%04d" % i + text for i in range(1_024)))
     assert len(endless) > 4 * wire.MAX_MESSAGE

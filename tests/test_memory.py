@@ -98,10 +98,10 @@ def at_rest(
 
 
 @needs_ptrace
-def test_at_rest_nothing_that_the_agent_has_handled_is_in_its_ordinary_memory(
+def test_ordinary_memory_at_rest_has_no_key(
     at_rest: tuple[RunningAgent, Witness],
 ) -> None:
-    """After every operation and wrapping, one at a time, from many connections, pipelined, and across a reload."""
+    """The agent has run every operation and wrapping, singly, from many connections, pipelined, and across a reload."""
     agent, witness = at_rest
     assert witness.secrets > 30 * ROUNDS
     assert len(witness.needles) > 50_000 * ROUNDS
@@ -111,8 +111,8 @@ def test_at_rest_nothing_that_the_agent_has_handled_is_in_its_ordinary_memory(
 
 @needs_ptrace
 @program("gcore", "gdb")
-def test_a_core_dump_holds_nothing_either(at_rest: tuple[RunningAgent, Witness], tmp_path: Path) -> None:
-    """Neither the memory in it nor the registers."""
+def test_core_dump_has_no_key(at_rest: tuple[RunningAgent, Witness], tmp_path: Path) -> None:
+    """Neither the memory in the dump nor the registers hold a key."""
     agent, witness = at_rest
     dump = ["gcore", "-o", str(tmp_path / "core"), str(agent.process.pid)]
     subprocess.run(dump, capture_output=True, check=True, timeout=PATIENCE)
@@ -149,15 +149,15 @@ sys.exit(main())
     [(WITHOUT_CLEARING, "OAEP encoded message"), (KEEPING_KEYS, "master key")],
     ids=["without clearing", "keeping keys"],
 )
-def test_the_search_finds_what_a_naive_agent_leaves_behind(tmp_path: Path, naive: str, what: str) -> None:
-    """One that does not overwrite what it frees, and one that keeps its master keys as bytes."""
+def test_search_finds_keys_of_an_unprotected_agent(tmp_path: Path, naive: str, what: str) -> None:
+    """Such an agent does not overwrite freed memory, or keeps its master keys as bytes."""
     with witnessed(tmp_path, "auto", command=("-c", naive)) as (agent, witness), standing_still(agent) as pid:
         found = scan(pid, witness.needles)
     assert any(name.startswith(what) for name in found), found
 
 
-def test_every_form_of_a_key_is_found_wherever_it_lies(tmp_path: Path) -> None:
-    """At every alignment; and the forms are those of the standard (FIPS 197, A.1 and A.3)."""
+def test_search_finds_every_form_at_every_alignment(tmp_path: Path) -> None:
+    """The forms are those of FIPS 197, A.1 and A.3."""
     needles, key = Needles(), bytes(range(100, 132))
     needles.add_key("key", key)
     digits = key.hex().encode()
@@ -183,8 +183,8 @@ def limited(kib: int) -> Callable[[], None]:
     return prepare
 
 
-def test_64_kib_of_locked_memory_are_enough_for_few_keys_and_a_reload(keyring: Path, socket_path: Path) -> None:
-    """Without CAP_IPC_LOCK; and the keys are protected."""
+def test_few_keys_and_a_reload_fit_64_kib_of_locked_memory(keyring: Path, socket_path: Path) -> None:
+    """The keys are protected without CAP_IPC_LOCK."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring).replace("prefer", "require"))
     with RunningAgent(["--config", str(config)], socket_path, preexec=limited(64)) as agent, agent.client() as kms:
@@ -196,8 +196,8 @@ def test_64_kib_of_locked_memory_are_enough_for_few_keys_and_a_reload(keyring: P
         assert "VmLck:\t      40 kB" in status
 
 
-def test_an_agent_that_cannot_lock_enough_says_how_much_it_needs(keyring: Path, socket_path: Path) -> None:
-    """In all, and what for; it does not start."""
+def test_agent_names_the_locked_memory_that_it_needs(keyring: Path, socket_path: Path) -> None:
+    """The agent does not start, and its message has the total and the purpose."""
     arguments = ["--keyring", str(keyring), "--unseal", str(keyring.parent / "identity")]
     agent = RunningAgent(arguments, socket_path, preexec=limited(32))
     assert agent.wait() == 1
@@ -207,8 +207,8 @@ def test_an_agent_that_cannot_lock_enough_says_how_much_it_needs(keyring: Path, 
         assert words in said
 
 
-def test_an_agent_cannot_be_read_by_its_own_user_unless_a_test_asks_for_it(keyring: Path, socket_path: Path) -> None:
-    """And then it says so."""
+def test_agent_memory_is_readable_only_where_a_test_asks(keyring: Path, socket_path: Path) -> None:
+    """An agent with the tests' environment variable logs that it is not hardened."""
     arguments = ["--keyring", str(keyring), "--unseal", str(keyring.parent / "identity")]
     for environment, owner in (({}, 0), ({DUMPABLE: "1"}, os.getuid())):
         with RunningAgent(arguments, socket_path, environment=environment) as agent:
@@ -236,7 +236,7 @@ for line in sys.stdin:
 @needs_ptrace
 @pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])
 def test_a_software_module_has_no_data_key_in_ordinary_memory(key_spec: str) -> None:
-    """Neither one that it holds nor one that it has forgotten, and no padded message. (Its private key is there.)"""
+    """Held and forgotten data keys and padded messages are absent; only the private key is there."""
     needles = Needles()
     way = wrapping.find(key_spec, "SM2PKE" if key_spec == "EC_SM2" else "RSAES_OAEP_SHA_256")
     assert way is not None

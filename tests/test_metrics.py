@@ -27,8 +27,8 @@ from keyferry_agent.server import metrics_server
 from keyferry_agent.telemetry import metrics
 
 
-def test_a_scrape_tells_of_requests_connections_and_the_keyring(keyring: Path, socket_path: Path) -> None:
-    """By operation and outcome, and how long they took; an operation that does not exist is counted as one."""
+def test_scrape_has_requests_connections_and_the_keyring(keyring: Path, socket_path: Path) -> None:
+    """Requests have operation, outcome and duration; all unknown operations count as one."""
     path = keyring.parent / "metrics"
     with (
         serving(keyring, socket_path, more=f'[metrics]\nlisten = "{path}"\n') as agent,
@@ -56,8 +56,8 @@ def test_a_scrape_tells_of_requests_connections_and_the_keyring(keyring: Path, s
 @pytest.mark.parametrize(
     ("host", "family"), [("127.0.0.1", socket.AF_INET), ("[::1]", socket.AF_INET6)], ids=["IPv4", "IPv6"]
 )
-def test_a_loopback_port_serves_them_too(keyring: Path, socket_path: Path, host: str, family: int) -> None:
-    """For whoever can scrape nothing else."""
+def test_loopback_port_serves_metrics(keyring: Path, socket_path: Path, host: str, family: int) -> None:
+    """A scraper that cannot use a Unix socket uses the port."""
     with socket.create_server((host.strip("[]"), 0), family=family) as free:
         port = free.getsockname()[1]
     with serving(keyring, socket_path, more=f'[metrics]\nlisten = "{host}:{port}"\n'):
@@ -113,7 +113,7 @@ def test_remote_without_an_address_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_port_names_the_setting(keyring: Path, socket_path: Path) -> None:
-    """An address that this host does not have."""
+    """Binding an address that this host does not have fails."""
     config = keyring.parent / "agent.toml"
     config.write_text('[metrics]\nlisten = "192.0.2.1:9464"\nremote = true\n')
     agent = RunningAgent(["--dev", "--config", str(config)], socket_path)
@@ -127,8 +127,8 @@ WITHOUT = (
 )
 
 
-def test_a_missing_library_is_said_with_what_installs_it(tmp_path: Path) -> None:
-    """It is an extra: an agent without metrics does not need it."""
+def test_missing_library_is_named_with_its_extra(tmp_path: Path) -> None:
+    """An agent without metrics does not need the extra."""
     config = tmp_path / "agent.toml"
     config.write_text(f'[metrics]\nlisten = "{tmp_path / "m"}"\n')
     ended = subprocess.run(
@@ -212,7 +212,7 @@ def drip(connection: socket.socket, ended: threading.Event) -> None:
 
 
 def test_a_dripping_client_delays_neither_scrapes_nor_the_end(served: Served) -> None:
-    """The agent ends promptly after SIGTERM, although a scrape is under way."""
+    """The agent exits promptly after SIGTERM, although a scrape is in flight."""
     ended = threading.Event()
     with served.connect() as connection:
         thread = threading.Thread(target=drip, args=(connection, ended))
@@ -228,7 +228,7 @@ def test_a_dripping_client_delays_neither_scrapes_nor_the_end(served: Served) ->
 
 
 def test_a_scrape_has_one_deadline_for_all_its_bytes(served: Served) -> None:
-    """A byte every now and then does not extend it."""
+    """Single bytes do not extend the deadline of a scrape."""
     ended, began = threading.Event(), time.monotonic()
     with served.connect() as connection:
         drip(connection, ended)
@@ -242,7 +242,7 @@ def test_a_scrape_has_one_deadline_for_all_its_bytes(served: Served) -> None:
     ids=["nothing", "half a request", "half a long header"],
 )
 def test_idle_clients_keep_no_scrape_from_being_answered(served: Served, bytes_sent: bytes) -> None:
-    """For one more scrape the oldest is ended: clients that keep their places keep nobody else from being answered."""
+    """The agent closes the oldest of too many scrapes to serve a new one."""
     with ExitStack() as stack:
         idle = [stack.enter_context(served.connect()) for _ in range(metrics_server.MAX_SCRAPES)]
         for client in idle:
@@ -269,8 +269,8 @@ def test_idle_clients_keep_no_scrape_from_being_answered(served: Served, bytes_s
     ],
     ids=["a huge line", "a huge header", "large headers", "many headers", "no HTTP", "another method"],
 )
-def test_a_request_that_is_not_one_harms_only_itself(served: Served, request_bytes: bytes) -> None:
-    """The agent refuses it before it needs memory, logs nothing, and answers the next."""
+def test_invalid_scrape_affects_only_itself(served: Served, request_bytes: bytes) -> None:
+    """The agent refuses the request before it allocates memory, logs nothing, and answers the next."""
     with served.connect() as connection, suppress(OSError):
         connection.sendall(request_bytes)
         while received := connection.recv(65_536):
@@ -314,7 +314,7 @@ def test_an_answer_that_is_not_read_ends_at_the_deadline(monkeypatch: pytest.Mon
 
 
 def test_a_storm_of_connections_leaves_the_agent_serving(served: Served) -> None:
-    """They come and go faster than they are served."""
+    """Connections open and close faster than the agent serves them."""
     for _ in range(100):
         with suppress(OSError):
             served.connect().close()
@@ -347,7 +347,7 @@ class _Metrics:
 
 
 def test_a_metric_that_fails_is_logged_and_answered_with_500() -> None:
-    """It reaches neither the agent nor standard error."""
+    """The exception reaches neither the agent nor standard error."""
     answer = metrics_server._handler(_Metrics())  # type: ignore[arg-type]
     with structlog.testing.capture_logs() as logged, answering(answer) as address:
         for _ in range(2 * metrics_server.MAX_SCRAPES):
@@ -374,8 +374,8 @@ def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.Monkey
     assert [line["event"] for line in logged] == ["metrics.failed"]
 
 
-def test_a_scrape_without_a_thread_is_refused_and_the_next_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The place of the refused scrape is free again."""
+def test_scrape_without_a_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place of the refused scrape is free for the next one."""
 
     def no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

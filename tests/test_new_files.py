@@ -133,7 +133,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_a_new_file_is_whole_private_and_alone(tmp_path: Path, kind: str) -> None:
-    """On every kind of file system."""
+    """The file has its content and mode 0600, and no file beside it, on every kind of file system."""
     path = tmp_path / "new"
     with new_files.creating(path) as file:
         file.write(b"content")
@@ -143,7 +143,7 @@ def test_a_new_file_is_whole_private_and_alone(tmp_path: Path, kind: str) -> Non
 
 
 def test_a_new_file_replaces_nothing(tmp_path: Path, kind: str) -> None:
-    """Neither a file nor a symlink to none, also one that appears while it is written."""
+    """An existing file or dangling symlink stays, also one that appears during the write."""
     (tmp_path / "old").write_bytes(b"old")
     (tmp_path / "link").symlink_to("none")
     for name in ("old", "link"):
@@ -157,7 +157,7 @@ def test_a_new_file_replaces_nothing(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_block_that_raises_leaves_no_file(tmp_path: Path, kind: str) -> None:
-    """Whatever it raises."""
+    """Any exception in the block removes the new file."""
 
     def fail(error: BaseException) -> None:
         with new_files.creating(tmp_path / "new") as file:
@@ -170,8 +170,8 @@ def test_a_block_that_raises_leaves_no_file(tmp_path: Path, kind: str) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_errors_name_the_file_and_not_the_one_beside(tmp_path: Path) -> None:
-    """A folder that is gone, one that is a file."""
+def test_errors_name_the_target_and_not_the_temporary_file(tmp_path: Path) -> None:
+    """A missing folder and a folder that is a file are named."""
     (tmp_path / "file").touch()
     for path in (tmp_path / "none" / "new", tmp_path / "file" / "new", Path("/proc/new")):
         with pytest.raises(OSError, match=r".") as caught:

@@ -174,7 +174,7 @@ def core_limit(pid: int) -> list[str]:
     ("name", "started"), [*((name, "script") for name in COMMANDS), ("list", "module"), ("module init", "module")]
 )
 def test_a_command_that_handles_keys_is_hardened(place: Path, name: str, started: str) -> None:
-    """A process of the same user cannot read its memory; freed memory is cleared; it dumps no core."""
+    """Another process of the user cannot read its memory; freed memory is cleared; it dumps no core."""
     program, *arguments = COMMANDS[name]
     module = [sys.executable, "-m", program.replace("-", "_")]
     command = [str(SCRIPTS / program), *arguments] if started == "script" else [*module, *arguments]
@@ -268,7 +268,7 @@ USER_NAMESPACE = ["unshare", "--user", "--map-root-user"]
 def test_memory_is_locked_where_no_limit_forbids_it(
     keyring: Path, prefix: list[str], preexec: Callable[[], None] | None, *, locks: bool
 ) -> None:
-    """Under a limit, the kernel would refuse memory to the process later; so the command goes on without."""
+    """Under a limit the kernel could refuse memory later, so the command goes on without locking."""
     fifo = keyring.parent / "fifo"
     os.mkfifo(fifo)
     command = [*prefix, *keyring_command("list", keyring)[:-1], str(fifo)]
@@ -281,7 +281,7 @@ def test_memory_is_locked_where_no_limit_forbids_it(
 
 
 def test_memory_is_locked_under_an_unlimited_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No capability is needed then."""
+    """An unlimited RLIMIT_MEMLOCK needs no capability."""
     monkeypatch.setattr(Path, "read_text", lambda _path: "CapEff:\t0\n")
     monkeypatch.setattr(resource, "getrlimit", lambda _which: (8 << 20, 8 << 20))
     assert not hardening.lock_memory()
@@ -290,7 +290,7 @@ def test_memory_is_locked_under_an_unlimited_limit(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_loader_is_hardened(place: Path) -> None:
-    """The process in which the agent opens a keyring. exec(2) undoes what the agent has done for itself."""
+    """exec(2) undoes the agent's own hardening, so the process that opens a keyring hardens itself."""
     with blocked(place, [sys.executable, "-P", "-m", loader.__name__, "keyring.age", "fifo"]) as process:
         assert status_of(process.pid)["NoNewPrivs"] == "1"
         assert status_of(process.pid)["Umask"] == "0077"

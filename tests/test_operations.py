@@ -27,10 +27,10 @@ def connection(agent: RunningAgent) -> Iterator[RawConnection]:
 @pytest.mark.parametrize("key_id", ["alias/dev", "alias/dev-sm4"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", [1, 16, 32, 190])
-def test_a_generated_key_comes_back_by_every_way_there_is(
+def test_generated_key_is_the_same_by_every_operation(
     connection: RawConnection, key_id: str, algorithm: str, size: int
 ) -> None:
-    """The exported key, the one that Decrypt gives and the one exported again are the same key."""
+    """The exported key, the decrypted key and the key that is exported again are equal."""
     to = recipient(algorithm)
     context = {"tenant": "acme", "größe": "1"}
     made = ok(
@@ -65,7 +65,7 @@ def test_a_generated_key_comes_back_by_every_way_there_is(
 def test_the_length_is_number_of_bytes_then_key_spec_then_32(
     connection: RawConnection, spec: dict[str, Any], size: int
 ) -> None:
-    """NumberOfBytes wins over KeySpec."""
+    """NumberOfBytes wins over KeySpec, and 32 is the default."""
     made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, **spec})
     assert len(RSA.unwrap(made["ExportedDataKey"])) == size
 
@@ -73,8 +73,8 @@ def test_the_length_is_number_of_bytes_then_key_spec_then_32(
 @pytest.mark.parametrize(
     ("algorithm", "most"), [("RSAES_OAEP_SHA_256", 190), ("RSAES_OAEP_SHA_1", 214), ("SM2PKE", 1024)]
 )
-def test_a_wrapping_carries_its_most_and_not_a_byte_more(connection: RawConnection, algorithm: str, most: int) -> None:
-    """More is refused before a key is made, with both numbers; SM2PKE carries all 1024."""
+def test_wrapping_is_limited_to_its_capacity(connection: RawConnection, algorithm: str, most: int) -> None:
+    """A longer key is refused before it is generated, with both numbers; SM2PKE wraps all 1024 bytes."""
     to = recipient(algorithm)
     params = {"KeyId": "alias/dev", **to.params}
     made = ok(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most})
@@ -83,8 +83,8 @@ def test_a_wrapping_carries_its_most_and_not_a_byte_more(connection: RawConnecti
     refused(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most + 1}, "InvalidParameter", *words)
 
 
-def test_export_refuses_what_the_wrapping_cannot_carry(connection: RawConnection) -> None:
-    """A long key that was made for one recipient does not fit every other."""
+def test_export_refuses_keys_over_the_capacity(connection: RawConnection) -> None:
+    """A long key for one recipient does not fit every other."""
     to = recipient("SM2PKE")
     made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/dev", "NumberOfBytes": 191, **to.params})
     blob = {"CiphertextBlob": made["CiphertextBlob"]}
@@ -96,14 +96,14 @@ def test_export_refuses_what_the_wrapping_cannot_carry(connection: RawConnection
 
 
 def test_blobs_may_be_binary(connection: RawConnection) -> None:
-    """PublicKeyBlob and CiphertextBlob are taken as msgpack bin too; answers hold strings."""
+    """PublicKeyBlob and CiphertextBlob may be MessagePack bin; answers hold strings."""
     made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "PublicKeyBlob": RSA.der})
     assert isinstance(made["CiphertextBlob"], str)
     ok(connection, "Decrypt", {"CiphertextBlob": decode_base64(made["CiphertextBlob"])})
 
 
 def test_every_form_of_a_key_id_names_the_same_key(connection: RawConnection) -> None:
-    """ID, alias and both ARNs; answers give the plain ID."""
+    """The forms are ID, alias and both ARNs; answers have the plain ID."""
     described = ok(connection, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]
     assert described["Arn"] == f"acs:kms:local:0:key/{described['KeyId']}"
     for form in (described["KeyId"], described["Arn"], "acs:kms:local:0:alias/dev"):
@@ -111,8 +111,8 @@ def test_every_form_of_a_key_id_names_the_same_key(connection: RawConnection) ->
         assert ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": form})["KeyId"] == described["KeyId"]
 
 
-def test_describe_key_says_what_a_key_is(connection: RawConnection) -> None:
-    """The cloud's fields, all of them text."""
+def test_describe_key_returns_the_clouds_fields(connection: RawConnection) -> None:
+    """All fields are text."""
     described = ok(connection, "DescribeKey", {"KeyId": "alias/dev-sm4"})["KeyMetadata"]
     assert all(isinstance(value, str) for value in described.values())
     expected = {
@@ -127,8 +127,8 @@ def test_describe_key_says_what_a_key_is(connection: RawConnection) -> None:
     assert expected.items() <= described.items()
 
 
-def test_the_status_counts_for_whoever_is_granted_it(connection: RawConnection) -> None:
-    """Version, state, how many keys the caller may use, how they are protected."""
+def test_status_has_the_figures_for_granted_callers(connection: RawConnection) -> None:
+    """Figures are the version, the state, the number of keys that the caller may use, and their protection."""
     status = ok(connection, "GetAgentStatus", {})
     assert {"ProtocolVersion": 1, "State": "Serving", "Keys": 2}.items() <= status.items()
     assert status["MemoryProtection"] in ("memfd_secret", "mlock", "none")
@@ -158,8 +158,8 @@ def test_the_status_counts_for_whoever_is_granted_it(connection: RawConnection) 
         (None, "MissingParameter"),
     ],
 )
-def test_a_key_id_that_names_nothing_is_refused(connection: RawConnection, key_id: Any, code: str) -> None:
-    """Unknown keys and aliases are told apart; ARNs must be of this agent."""
+def test_unknown_key_id_is_refused(connection: RawConnection, key_id: Any, code: str) -> None:
+    """Unknown keys and aliases have different codes, and an ARN must be of this agent."""
     if isinstance(key_id, str) and not key_id.isascii():
         connection.send(b"\x94\0\x01\xabDescribeKey\x91\x81\xa5KeyId\xa1\xff")
         response = connection.response()
@@ -172,7 +172,7 @@ def test_a_key_id_that_names_nothing_is_refused(connection: RawConnection, key_i
 
 @pytest.mark.parametrize("missing", ["KeyId", "PublicKeyBlob", "WrappingKeySpec", "WrappingAlgorithm"])
 def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -> None:
-    """Nil counts as absent."""
+    """Nil counts as a missing parameter."""
     for params in ({k: v for k, v in GENERATE.items() if k != missing}, {**GENERATE, missing: None}):
         message = refused(connection, "GenerateAndExportDataKey", params, "MissingParameter")
         assert message == f'The parameter "{missing}" is needed but not provided.'
@@ -225,13 +225,13 @@ def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -
         ({"EncryptionContext": "[" * 8000}, "JSON"),
     ],
 )
-def test_a_parameter_that_is_wrong_is_named(connection: RawConnection, changed: dict[str, Any], word: str) -> None:
-    """InvalidParameter says which parameter, and why."""
+def test_invalid_parameter_is_named(connection: RawConnection, changed: dict[str, Any], word: str) -> None:
+    """InvalidParameter has the parameter's name and the reason."""
     refused(connection, "GenerateAndExportDataKey", {**GENERATE, **changed}, "InvalidParameter", word)
 
 
 def test_contexts_that_look_alike_are_different(connection: RawConnection) -> None:
-    """What naive encodings make equal does not open; order and form do not matter."""
+    """Contexts that are equal in naive encodings do not open each other's ciphertexts; order and form do not matter."""
     pairs = [
         ({"a": "1&b=2"}, {"a": "1", "b": "2"}),
         ({"a": "bc"}, {"ab": "c"}),
@@ -247,8 +247,8 @@ def test_contexts_that_look_alike_are_different(connection: RawConnection) -> No
     ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": '{ "y": "2", "x": "1" }'})
 
 
-def test_an_empty_context_equals_none(connection: RawConnection) -> None:
-    """{} in both forms, nil, and absence."""
+def test_empty_context_equals_a_missing_one(connection: RawConnection) -> None:
+    """{} in both forms, nil and absence are the same."""
     forms: list[dict[str, Any]] = [
         {},
         {"EncryptionContext": {}},
@@ -261,8 +261,8 @@ def test_an_empty_context_equals_none(connection: RawConnection) -> None:
             ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], **opened})
 
 
-def test_the_largest_context_is_taken(connection: RawConnection) -> None:
-    """8,192 characters as JSON, also when their UTF-8 is longer."""
+def test_largest_context_is_accepted(connection: RawConnection) -> None:
+    """The limit is 8,192 characters as JSON, also if their UTF-8 is longer."""
     context = {"k": "ü" * (8192 - 8)}
     assert len(json.dumps(context, ensure_ascii=False, separators=(",", ":"))) == 8192
     made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": context})
@@ -270,7 +270,7 @@ def test_the_largest_context_is_taken(connection: RawConnection) -> None:
 
 
 def test_every_damaged_ciphertext_gets_the_same_answer(connection: RawConnection) -> None:
-    """Whatever was changed, cut, added or mistaken: one error, which does not say what it was."""
+    """Changes, cuts, additions and wrong parameters have one error without a cause."""
     made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"a": "b"}})
     good = decode_base64(made["CiphertextBlob"])
     damaged: list[Any] = [good[:end] for end in (0, 1, 36, 37, 100, 116, 117, len(good) - 1)] + [good + b"\0"]
@@ -290,8 +290,8 @@ def test_every_damaged_ciphertext_gets_the_same_answer(connection: RawConnection
     assert len(messages) == 1
 
 
-def test_a_version_that_is_not_held_is_told_apart(connection: RawConnection) -> None:
-    """The one thing that a ciphertext's error says: which version is missing is in the blob, in the clear."""
+def test_unknown_version_has_its_own_error(connection: RawConnection) -> None:
+    """A blob has its version in the clear, so the error may name the missing version."""
     made = ok(connection, "GenerateAndExportDataKey", GENERATE)
     blob = str(uuid.uuid4()).encode() + decode_base64(made["CiphertextBlob"])[36:]
     refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.KeyVersionNotFound")
@@ -299,7 +299,7 @@ def test_a_version_that_is_not_held_is_told_apart(connection: RawConnection) -> 
 
 
 def test_a_ciphertext_does_not_open_under_another_key(connection: RawConnection) -> None:
-    """The version's ID in a blob is authenticated, not only looked at."""
+    """The version's ID in a blob is authenticated."""
     blobs = [
         decode_base64(ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": key})["CiphertextBlob"])
         for key in ("alias/dev", "alias/dev-sm4")
@@ -310,13 +310,13 @@ def test_a_ciphertext_does_not_open_under_another_key(connection: RawConnection)
 
 @pytest.mark.parametrize("method", ["", "describekey", "DescribeKey ", "CreateKey", "x" * 1000])
 def test_an_unknown_operation_is_not_found(connection: RawConnection, method: str) -> None:
-    """Names are exact."""
+    """Names of operations are exact."""
     refused(connection, method, {}, "InvalidAction.NotFound")
 
 
 @pytest.mark.parametrize("dry_run", [True, "true", "True", "TRUE"])
-def test_a_dry_run_always_fails_and_says_how_the_call_would_have_ended(connection: RawConnection, dry_run: Any) -> None:
-    """412 for success, 400 for bad parameters; what is not found keeps its own code."""
+def test_dry_run_fails_with_the_outcome_of_the_call(connection: RawConnection, dry_run: Any) -> None:
+    """The status is 412 for success and 400 for bad parameters; a missing key keeps its own code."""
     made = ok(connection, "GenerateAndExportDataKey", GENERATE)
     blob = {"CiphertextBlob": made["CiphertextBlob"], "DryRun": dry_run}
     bad_blob = {**blob, "CiphertextBlob": made["CiphertextBlob"][:-8]}
@@ -340,12 +340,12 @@ def test_a_dry_run_always_fails_and_says_how_the_call_would_have_ended(connectio
 
 
 @pytest.mark.parametrize("dry_run", [False, "false", "FALSE", None])
-def test_a_dry_run_that_is_false_is_none(connection: RawConnection, dry_run: Any) -> None:
-    """false, in every form."""
+def test_false_dry_run_is_a_real_call(connection: RawConnection, dry_run: Any) -> None:
+    """DryRun may be false in each form that the API accepts."""
     ok(connection, "GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run})
 
 
-def test_the_same_request_never_gives_the_same_bytes_twice(connection: RawConnection) -> None:
+def test_equal_requests_return_different_bytes(connection: RawConnection) -> None:
     """Data keys, salts and RequestIds are fresh."""
     made = [ok(connection, "GenerateAndExportDataKey", GENERATE) for _ in range(20)]
     for field in ("CiphertextBlob", "ExportedDataKey", "RequestId"):
@@ -354,8 +354,8 @@ def test_the_same_request_never_gives_the_same_bytes_twice(connection: RawConnec
     assert len({encode_base64(decode_base64(answer["CiphertextBlob"])[37:69]) for answer in made}) == 20
 
 
-def test_keys_of_every_size_one_after_the_other(connection: RawConnection) -> None:
-    """1 to 1024 bytes: the agent's secret memory does not wear out."""
+def test_keys_of_all_sizes_do_not_use_up_secret_memory(connection: RawConnection) -> None:
+    """Sizes from 1 to 1024 bytes are generated in sequence."""
     to = recipient("SM2PKE")
     sizes = [*range(1, 1025, 16), 1024]
     for size in sizes:
