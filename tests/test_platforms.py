@@ -49,10 +49,10 @@ def limited(agent: RunningAgent) -> list[tuple[str, tuple[str, ...]]]:
     ],
     ids=str,
 )
-def test_what_a_platform_lacks_costs_the_evidence_and_nothing_else(
+def test_missing_platform_feature_costs_only_its_evidence(
     keyring: Path, socket_path: Path, calls: dict[Call, int], grants: tuple[str, ...] | None
 ) -> None:
-    """A grant to a user holds; which grants can never match is said once, however many callers come."""
+    """Grants to users hold; grants that can never match are logged once for any number of callers."""
     with serving(keyring, socket_path, more=PROCESS_GRANTS, preexec=failing(calls)) as agent:
         for _ in range(5):
             with RawConnection(agent.socket) as connection:
@@ -63,8 +63,8 @@ def test_what_a_platform_lacks_costs_the_evidence_and_nothing_else(
 
 
 @seccomp()
-def test_a_grant_about_a_process_matches_nobody_where_none_can_be_held(keyring: Path, socket_path: Path) -> None:
-    """It is not one that everybody has."""
+def test_process_grant_matches_nothing_without_pidfds(keyring: Path, socket_path: Path) -> None:
+    """Such a grant does not become a grant to every caller."""
     calls = {PEERPIDFD: errno.ENOPROTOOPT, PIDFD_OPEN: errno.EPERM}
     this = os.path.realpath("/proc/self/exe")
     with (
@@ -86,8 +86,8 @@ assert libc.mount(b"proc", b"/proc", b"proc", 0, b"hidepid=2") == 0
 
 
 @root()
-def test_a_proc_that_hides_processes_is_seen() -> None:
-    """Then units and pods of other users match nobody."""
+def test_proc_that_hides_processes_is_detected() -> None:
+    """Grants to units and pods match no process of another user then."""
     show = "print(sorted(set().union(*keyferry_agent.peer.lacking().values())), flush=True)"
     with running_as(f"import keyferry_agent.peer\n{show}", before=IMPORT + HIDDEN) as hidden:
         assert line_of(hidden) == "['exe', 'pod', 'sha256', 'unit']"
@@ -122,10 +122,8 @@ def outcome(path: Path) -> str:
 
 @root()
 @pytest.mark.parametrize("selector", ["user", "group"])
-def test_grants_follow_names_that_appear_and_names_that_are_gone(
-    keyring: Path, socket_path: Path, tmp_path: Path, selector: str
-) -> None:
-    """Whoever is given the number of a user that is gone has no grant of that user's."""
+def test_grants_follow_added_and_removed_names(keyring: Path, socket_path: Path, tmp_path: Path, selector: str) -> None:
+    """A user who gets the number of a removed user has none of that user's grants."""
     with with_own_users(keyring, socket_path, tmp_path, f'{selector}="late"') as (agent, users, groups):
         database = users if selector == "user" else groups
         before = database.read_text()

@@ -49,7 +49,7 @@ def together(count: int, work: Callable[[int], None]) -> list[BaseException]:
 
 @pgbouncer()
 def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, cluster: Cluster) -> None:
-    """More threads than sessions, each long enough for a driver to prepare its statements; the first ones make the table."""
+    """More threads than sessions run long enough for prepared statements; the first ones create the table."""
     url = bouncer.url(cluster.new_database())
     with Store(url) as store:
 
@@ -69,7 +69,7 @@ def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, cluster: Cluste
 
 @pgbouncer()
 def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, cluster: Cluster) -> None:
-    """As separate stores, whose connections are numbered alike."""
+    """The processes' connections have the same numbers."""
     url = bouncer.url(cluster.new_database())
 
     def work(thread: int) -> None:
@@ -83,7 +83,7 @@ def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, cluster: C
 
 @pgbouncer()
 def test_a_rewrap_runs_behind_a_pooler(bouncer: Bouncer, cluster: Cluster, rotating: Rotating) -> None:
-    """Every record is moved, and its data key stays the same."""
+    """A rewrap moves every record, and its data key stays the same."""
     with Store(bouncer.url(cluster.new_database())) as store, rotating.agent.client() as kms:
         keys = fill(store, kms, 60)
         change(rotating.keyring, "rotate", "alias/a")
@@ -95,7 +95,7 @@ def test_a_rewrap_runs_behind_a_pooler(bouncer: Bouncer, cluster: Cluster, rotat
 
 @pgbouncer()
 def test_the_first_call_after_a_restart_behind_a_pooler_works(bouncer: Bouncer, cluster: Cluster) -> None:
-    """Of the pooler, of the server, and of both."""
+    """The pooler, the server or both restart."""
     with Store(bouncer.url(cluster.new_database())) as store:
         store.add(record("a"))
         bouncer.restart()
@@ -111,7 +111,7 @@ def test_the_first_call_after_a_restart_behind_a_pooler_works(bouncer: Bouncer, 
 
 @postgresql()
 def test_the_first_call_after_a_restart_works(cluster: Cluster) -> None:
-    """The server closed the connections that wait in the pool, or an administrator did."""
+    """The server, or an administrator, closed the idle connections of the pool."""
     url = cluster.new_database()
     with Store(url) as store, Store(url) as other:
         store.add(record("a"))
@@ -128,8 +128,8 @@ def test_the_first_call_after_a_restart_works(cluster: Cluster) -> None:
 
 
 @postgresql()
-def test_nothing_stays_on_a_connection(cluster: Cluster, agent: RunningAgent) -> None:
-    """No prepared statement, no lock, no setting of the session, after every kind of call, many times."""
+def test_connection_keeps_no_state_between_calls(cluster: Cluster, agent: RunningAgent) -> None:
+    """Repeated calls of every kind leave no prepared statement, lock or session setting."""
     with Store(cluster.new_database()) as store:
         for number in range(12):
             store.add(record(f"{number}"))
@@ -149,7 +149,7 @@ def test_nothing_stays_on_a_connection(cluster: Cluster, agent: RunningAgent) ->
 
 @postgresql()
 def test_a_child_does_not_use_its_parents_connections(cluster: Cluster) -> None:
-    """After a fork, both go on with the store, each on connections of its own."""
+    """After a fork, parent and child use the store on connections of their own."""
     with Store(cluster.new_database()) as store:
         store.add(record("a"))
         backend = sqlalchemy.text("SELECT pg_backend_pid()")

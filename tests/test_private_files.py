@@ -112,8 +112,8 @@ def test_a_file_that_others_can_change_or_read_is_refused(
     assert f"{place[kind]}: " in capsys.readouterr().err
 
 
-def test_check_reports_every_fault_in_one_go(place: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Files of all kinds, beside what is wrong in the configuration, with what to do about each."""
+def test_check_reports_every_fault_at_once(place: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The report covers files of all kinds and the configuration, with a remedy for each fault."""
     for path in place.values():
         path.chmod(0o666)
     place["config"].write_text(place["config"].read_text() + "bogus = 1\n")
@@ -138,10 +138,10 @@ def test_a_configuration_and_a_keyring_may_be_read(place: dict[str, Path], socke
 
 
 @pytest.mark.parametrize("kind", ["config", "keyring", "identity"])
-def test_a_reload_refuses_such_a_file_and_serves_the_old_state(
+def test_reload_refuses_an_open_file_and_keeps_the_old_state(
     place: dict[str, Path], socket_path: Path, kind: str
 ) -> None:
-    """A file whose mode was changed is noticed, and its repair too."""
+    """The agent notices a changed mode, and its repair too."""
     with RunningAgent(["--config", str(place["config"])], socket_path) as agent, agent.client() as kms:
         before = stat.S_IMODE(place[kind].stat().st_mode)
         place[kind].chmod(0o666)
@@ -255,7 +255,7 @@ def test_links_are_followed_and_their_folders_count(tmp_path: Path) -> None:
 
 @root()
 def test_the_folders_of_a_read_only_mount_are_not_judged(tmp_path: Path) -> None:
-    """The folder of a mounted ConfigMap has mode 0777: nobody can write to it through the mount."""
+    """The folder of a mounted ConfigMap has mode 0777, but no user can write to it through the mount."""
     (tmp_path / "folder").mkdir(mode=0o755)
     secret_file(tmp_path / "folder" / "file", "")
     (tmp_path / "folder").chmod(0o777)
@@ -319,10 +319,10 @@ def test_one_variable_switches_the_rule_off(
 
 
 @pytest.mark.parametrize("bits", [0o644, 0o640, 0o620, 0o666])
-def test_passphrases_pins_and_modules_are_refused(
+def test_passphrases_pins_and_modules_have_to_be_private(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
 ) -> None:
-    """In the agent's commands, in the client's, and in the library."""
+    """The agent's commands, the client's commands and the library refuse files that others can read."""
     passphrase = secret_file(tmp_path / "passphrase", "correct horse battery staple")
     keyring, module = tmp_path / "keyring.age", tmp_path / "module"
     SoftwareModule.generate().save(module, "x")

@@ -41,14 +41,14 @@ ASKED = {
 }
 
 
-def test_every_file_of_requirements_is_looked_at() -> None:
-    """By these tests, and by `make audit`."""
+def test_every_file_of_requirements_is_checked() -> None:
+    """These tests and `make audit` cover all files of requirements."""
     assert {str(path.relative_to(ROOT)) for path in FILES} == ASKED.keys()
 
 
 @pytest.mark.parametrize("file", ASKED)
-def test_what_is_pinned_is_what_is_asked_for(file: str) -> None:
-    """Each dependency is there in a version that is allowed: after a change to a pyproject.toml, `make requirements`."""
+def test_pinned_versions_meet_the_declared_dependencies(file: str) -> None:
+    """After a change to a pyproject.toml, `make requirements` pins each dependency in an allowed version."""
     versions = pinned(ROOT / file)
     for requirement in map(Requirement, ASKED[file]):
         if requirement.name not in ("keyferry", "keyferry-agent"):
@@ -56,8 +56,8 @@ def test_what_is_pinned_is_what_is_asked_for(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ASKED)
-def test_what_is_pinned_is_hashed_and_says_nothing_of_where_it_is_from(file: str) -> None:
-    """Whoever installs it may have an index of their own."""
+def test_pinned_packages_have_hashes_and_no_index(file: str) -> None:
+    """An installation may use an index of its own."""
     text = (ROOT / file).read_text()
     assert "//" not in text
     entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]
@@ -67,7 +67,7 @@ def test_what_is_pinned_is_hashed_and_says_nothing_of_where_it_is_from(file: str
 
 
 def test_a_package_has_one_version_in_all_files() -> None:
-    """What is deployed is what was tested."""
+    """Deployed versions are the tested ones."""
     versions: dict[str, set[str]] = {}
     for file in FILES:
         for name, version in pinned(file).items():
@@ -94,10 +94,10 @@ SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not b
         (None, [GOOD], UNKNOWN, "NOT AUDITED: no database"),
     ],
 )
-def test_nobody_is_told_that_nothing_is_known_by_somebody_who_knows_nothing(
+def test_uninformed_advisory_service_is_not_used(
     capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, said: str
 ) -> None:
-    """A service that does not find what is known to be there is not asked for anything else."""
+    """A service that does not find a known vulnerability is not queried further."""
 
     def ask(service: str, files: Sequence[Path]) -> Report | None:
         assert service == "pypi" or first != [KNOWN_ONE]
@@ -108,8 +108,8 @@ def test_nobody_is_told_that_nothing_is_known_by_somebody_who_knows_nothing(
     assert said in captured.out + captured.err
 
 
-def test_what_answers_no_report_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A program that fails, as pip-audit does without a network."""
+def test_program_without_a_report_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip-audit fails without a network."""
     program = tmp_path / "pip-audit"
     program.write_text("#!/bin/sh\necho oops; exit 1\n")
     program.chmod(0o700)

@@ -74,14 +74,14 @@ def delays(retry: Retry, error: KmsError, *, left: float = 1e9) -> Iterator[floa
         now += delay
 
 
-def test_delays_double_up_to_the_longest() -> None:
+def test_delays_double_up_to_the_maximum() -> None:
     """The sum of the delays stays within the bound."""
     retry = Retry(within=10, first=1, longest=3, random=lambda: 1.0)
     assert list(delays(retry, kms_error(UNAVAILABLE))) == [1, 2, 3, 3]
 
 
-def test_delays_are_chosen_from_zero_on() -> None:
-    """Full jitter: callers that failed together do not come back together."""
+def test_delays_are_random_from_zero() -> None:
+    """Full jitter spreads callers that failed together."""
     numbers = iter([0.0, 0.25, 0.5, 2.0])
     retry = Retry(within=10, first=4, longest=4, random=lambda: next(numbers))
     assert list(delays(retry, kms_error(UNAVAILABLE))) == [0, 1, 2]
@@ -90,7 +90,7 @@ def test_delays_are_chosen_from_zero_on() -> None:
     assert all(0 <= number < 1 for number in drawn)
 
 
-def test_the_delay_after_throttling_is_at_least_its_own() -> None:
+def test_delay_after_throttling_has_a_minimum() -> None:
     """An agent's allowance is per second."""
     retry = Retry(within=10, first=0)
     assert list(delays(retry, kms_error(THROTTLED))) == [1.0] * 10
@@ -98,19 +98,19 @@ def test_the_delay_after_throttling_is_at_least_its_own() -> None:
 
 
 def test_no_repeat_begins_after_the_timeout() -> None:
-    """The timeout is the shorter bound here."""
+    """The timeout is shorter than the policy's bound here."""
     retry = Retry(within=10, first=1, longest=1, random=lambda: 1.0)
     assert list(delays(retry, kms_error(UNAVAILABLE), left=3.5)) == [1, 1, 1]
 
 
-def test_a_failure_that_time_cannot_help_is_final() -> None:
-    """With a policy, and a retryable failure without one."""
+def test_permanent_failure_is_not_retried() -> None:
+    """Without a policy, a retryable failure is final too."""
     assert Attempts(Retry()).after_failure(kms_error("Forbidden.KeyNotFound"), 0, 30) is None
     assert Attempts(None).after_failure(kms_error(UNAVAILABLE), 0, 30) is None
 
 
-def test_only_refused_calls_are_asked_again() -> None:
-    """The others keep their answers."""
+def test_only_refused_calls_are_repeated() -> None:
+    """Other calls keep their answers."""
     asked = [Asked.of(Call("DescribeKey", {})) for _ in range(3)]
     for each, code in zip(asked, ["", UNAVAILABLE, "Forbidden.KeyNotFound"], strict=True):
         error = {"Code": code, "Message": "m"} if code else None
@@ -120,28 +120,28 @@ def test_only_refused_calls_are_asked_again() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"within": -1}, {"first": float("nan")}, {"longest": -0.1}])
-def test_a_policy_of_impossible_numbers_is_refused(wrong: dict[str, float]) -> None:
-    """When it is made, not at the first failure."""
+def test_policy_with_invalid_numbers_is_refused(wrong: dict[str, float]) -> None:
+    """The constructor raises, not the first failure."""
     with pytest.raises(ValueError, match="a number of seconds"):
         Retry(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_client_repeats_refused_calls(socket_path: Path, time: Time) -> None:
-    """Until there is a result."""
+    """The client repeats a call until it has a result."""
     with scripted(socket_path, outcomes(THROTTLED, UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
     assert time.slept == [1.0, 0.0]
 
 
 def test_a_client_without_a_policy_repeats_nothing(socket_path: Path, time: Time) -> None:
-    """The first refusal is the call's."""
+    """The first refusal is raised."""
     with scripted(socket_path, outcomes(UNAVAILABLE)), Client(socket_path) as kms, pytest.raises(ServiceUnavailable):
         kms.call("GetAgentStatus", {})
     assert time.slept == []
 
 
-def test_the_last_failure_is_raised_in_the_end(socket_path: Path, time: Time) -> None:
-    """Nobody listens; the delays are within the bound, and the message is the usual one."""
+def test_last_failure_is_raised(socket_path: Path, time: Time) -> None:
+    """No agent listens; the delays are within the bound, and the message is the usual one."""
     retry = Retry(within=3, first=1, longest=1, random=lambda: 1.0)
     with Client(socket_path, retry=retry) as kms, pytest.raises(AgentUnavailable, match="does not exist"):
         kms.call("GetAgentStatus", {})
@@ -162,7 +162,7 @@ def test_a_client_waits_for_an_agent_that_starts(
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
 
 
-def test_a_pipeline_repeats_what_was_refused(socket_path: Path, time: Time) -> None:
+def test_pipeline_repeats_refused_requests(socket_path: Path, time: Time) -> None:
     """Results stay in their places."""
     codes = ["", UNAVAILABLE, "Forbidden.KeyNotFound", ""]
     calls: list[tuple[str, dict[str, Any]]] = [("A", {}), ("B", {}), ("C", {})]
@@ -197,7 +197,7 @@ def test_other_threads_call_while_a_client_waits(
 
 
 def test_an_awaited_client_repeats_refused_calls(socket_path: Path, run: Run) -> None:
-    """Under trio and asyncio, in a call and in a pipeline."""
+    """Calls and pipelines are repeated under trio and asyncio."""
 
     async def main() -> None:
         async with AsyncClient(socket_path, retry=AT_ONCE) as kms:
@@ -210,7 +210,7 @@ def test_an_awaited_client_repeats_refused_calls(socket_path: Path, run: Run) ->
 
 
 def test_an_awaited_client_raises_the_last_failure(socket_path: Path, run: Run) -> None:
-    """At the end of its bound, and at once for what is not retryable or where there is no policy."""
+    """The failure is raised at the end of the bound, or immediately if it is permanent or the client has no policy."""
 
     async def main() -> None:
         async with AsyncClient(socket_path, retry=Retry(within=0.05, first=0.01)) as kms:
@@ -239,6 +239,6 @@ def test_an_unreachable_agent_is_retryable_where_time_helps(tmp_path: Path) -> N
 
 
 def test_a_policy_is_pickled_with_its_client(tmp_path: Path) -> None:
-    """As the path and the timeout are."""
+    """The policy is pickled like the path and the timeout."""
     with Client(tmp_path / "none", retry=Retry(within=3)) as kms:
         assert repr(pickle.loads(pickle.dumps(kms))._retry) == "Retry(within=3, first=0.05, longest=2)"

@@ -48,10 +48,8 @@ def versions(store: Store) -> set[str]:
     return said
 
 
-def test_every_record_moves_to_the_primary_version_and_keeps_its_data_key(
-    store: Store, kms: Client, rotating: Rotating
-) -> None:
-    """From several versions at once; what is there already is left alone; the second time there is nothing to do."""
+def test_rewrap_moves_every_record_and_keeps_its_data_key(store: Store, kms: Client, rotating: Rotating) -> None:
+    """Records of several versions move, those of the primary version stay, and a second run has nothing to do."""
     keys = fill(store, kms, COUNT)
     rotating.rotate()
     keys |= fill(store, kms, COUNT, start=COUNT)
@@ -74,8 +72,8 @@ def test_every_record_moves_to_the_primary_version_and_keeps_its_data_key(
     assert rewrap(store, kms) == Outcome(records=105, found=0, moved=0, changed=0, failed=0)
 
 
-def test_an_empty_store_is_no_failure(store: Store, kms: Client) -> None:
-    """Nothing to do, once the store was made."""
+def test_rewrap_of_an_empty_store_succeeds(store: Store, kms: Client) -> None:
+    """The store exists and has no record."""
     store.add(Record("a", "no such key", "v", "b", "{}", now()))
     with store._engine.begin() as connection:
         connection.execute(sqlalchemy.text("DELETE FROM keyferry_records"))
@@ -83,14 +81,14 @@ def test_an_empty_store_is_no_failure(store: Store, kms: Client) -> None:
 
 
 def test_a_store_that_does_not_exist_is_a_failure(store: Store, kms: Client) -> None:
-    """With a wrong URL, nothing to do would read as done."""
+    """With a wrong URL, a success without records would be misleading."""
     for dry_run in (False, True):
         with pytest.raises(StoreError, match="there is no store"):
             rewrap(store, kms, dry_run=dry_run)
 
 
-def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, kms: Client, rotating: Rotating) -> None:
-    """A record that would fail is found by it."""
+def test_dry_run_reports_and_changes_nothing(store: Store, kms: Client, rotating: Rotating) -> None:
+    """A dry run finds a record that would fail."""
     fill(store, kms, COUNT)
     rotating.rotate()
     damage(store, "r7", "ciphertext_blob", lambda text: text[:100] + ("A" if text[100] != "A" else "B") + text[101:])
@@ -102,10 +100,8 @@ def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, kms: Cli
     assert list(store) == before
 
 
-def test_a_record_with_one_wrong_bit_stays_as_it_is_and_the_others_move(
-    lite: Store, kms: Client, rotating: Rotating
-) -> None:
-    """Wherever the bit is: version, format, salt, commitment, ciphertext, tag."""
+def test_record_with_one_wrong_bit_is_left_and_others_move(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """The bit is in version, format, salt, commitment, ciphertext or tag."""
     bits = [*range(0, 149 * 8, 9), 149 * 8 - 1]
     keys = fill(lite, kms, len(bits) + 3)
     primary = rotating.rotate()
@@ -125,7 +121,7 @@ def test_a_record_with_one_wrong_bit_stays_as_it_is_and_the_others_move(
 
 
 def test_a_record_with_a_damaged_column_is_reported_or_repaired(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """A context or a key that is not the record's: reported. A version that is not: put right, as the blob says it."""
+    """A wrong context or key is reported; a wrong version is corrected from the blob."""
     keys = fill(lite, kms, 6)
     primary = rotating.rotate()
     damage(lite, "r1", "encryption_context", lambda text: text.replace("t1", "t2"))
@@ -149,10 +145,10 @@ def test_a_record_with_a_damaged_column_is_reported_or_repaired(lite: Store, kms
 
 
 @pytest.mark.parametrize("point", crashing_rewrap.POINTS)
-def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
+def test_killed_rewrap_loses_nothing_and_is_resumed(
     store: Store, store_url: str, kms: Client, rotating: Rotating, point: str
 ) -> None:
-    """By SIGKILL, at every point of its second page: each record opens to its data key then, and the next run moves all."""
+    """After SIGKILL at any point of the second page, each record opens to its data key, and the next run moves all."""
     keys = fill(store, kms, COUNT)
     primary = rotating.rotate()
     arguments = [store_url, str(rotating.agent.socket), point, "2"]
@@ -171,10 +167,10 @@ def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
 
 @postgresql()
 @pytest.mark.parametrize("point", ["between pages", "in a transaction"])
-def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
+def test_killed_database_loses_nothing_and_rewrap_is_resumed(
     cluster: Cluster, kms: Client, rotating: Rotating, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PostgreSQL, stopped in this very moment: the run ends with an error, the next one does the rest."""
+    """PostgreSQL stops during a rewrap: the run ends with an error, and the next one does the rest."""
     monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
     with Store(cluster.new_database()) as store:
         keys = fill(store, kms, COUNT)
@@ -205,8 +201,8 @@ def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
         assert opened(store, kms) == keys
 
 
-def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, rotating: Rotating) -> None:
-    """And the rest for the next time."""
+def test_moved_records_stay_moved_if_the_agent_stops(lite: Store, rotating: Rotating) -> None:
+    """The next run moves the others."""
     with rotating.agent.client() as kms:
         fill(lite, kms, COUNT)
     primary = rotating.rotate()
@@ -220,8 +216,8 @@ def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, rotati
 # --- others at the same time ------------------------------------------------------------------------------------------
 
 
-def test_two_rewraps_at_once_do_no_harm(store: Store, store_url: str, kms: Client, rotating: Rotating) -> None:
-    """Each record is moved by one of them, once."""
+def test_two_simultaneous_rewraps_do_no_harm(store: Store, store_url: str, kms: Client, rotating: Rotating) -> None:
+    """Each record is moved once, by one of them."""
     keys = fill(store, kms, 6 * COUNT)
     primary = rotating.rotate()
     start = threading.Barrier(2)
@@ -246,10 +242,10 @@ def test_two_rewraps_at_once_do_no_harm(store: Store, store_url: str, kms: Clien
     assert opened(store, kms) == keys
 
 
-def test_a_record_that_changes_meanwhile_keeps_the_change(
+def test_concurrent_change_of_a_record_is_kept(
     store: Store, kms: Client, rotating: Rotating, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody gave it another data key between its being read and its being replaced; somebody deleted another."""
+    """Between read and replacement, one record gets another data key and another record is deleted."""
     keys = fill(store, kms, 5)
     rotating.rotate()
     other = kms.generate_data_key(key_id="alias/a")
@@ -268,8 +264,8 @@ def test_a_record_that_changes_meanwhile_keeps_the_change(
     assert opened(store, kms) == {**keys, "r2": other.plaintext}
 
 
-def test_a_key_that_is_rotated_meanwhile_is_followed(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """In the end all are under the version that is primary then."""
+def test_rewrap_follows_a_rotation_during_its_run(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """In the end all records are under the primary version of that time."""
     keys = fill(lite, kms, COUNT)
     rotating.rotate()
     newest: list[str] = []
@@ -283,8 +279,8 @@ def test_a_key_that_is_rotated_meanwhile_is_followed(lite: Store, kms: Client, r
     assert opened(lite, kms) == keys
 
 
-def test_records_of_several_master_keys_each_go_to_their_own(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """SM4 among them; one that is disabled keeps its own, and says so."""
+def test_records_move_under_their_own_master_keys(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """SM4 keys are among them; records of a disabled key stay, and are reported."""
     rotating.does("create-key", "--alias", "alias/b", "--key-spec", "Aliyun_SM4")
     rotating.does("create-key", "--alias", "alias/c")
     aliases = ("alias/a", "alias/b", "alias/c")
@@ -302,8 +298,8 @@ def test_records_of_several_master_keys_each_go_to_their_own(lite: Store, kms: C
     assert opened(lite, kms) == keys
 
 
-def test_a_record_of_none_but_dev_is_left(lite: Store, socket_path: Path) -> None:
-    """A development keyring ends with its agent: its records say that the key is not there."""
+def test_record_of_a_development_keyring_is_left(lite: Store, socket_path: Path) -> None:
+    """A development keyring ends with its agent, so its records are reported as without a key."""
     with RunningAgent(configured(socket_path, ""), socket_path) as agent, agent.client() as kms:
         fill(lite, kms, 3, key_id="alias/dev")
     failures: list[str] = []
@@ -314,7 +310,7 @@ def test_a_record_of_none_but_dev_is_left(lite: Store, socket_path: Path) -> Non
 
 
 def test_a_record_may_be_made_and_read_without_a_database() -> None:
-    """What the documentation calls JSON-able."""
+    """A record converts to and from JSON, as the documentation describes."""
     record = Record("a", "k", "v", "b", '{"x": "y"}', "2026-01-31T12:00:00Z")
     assert record.data_key_record() == {
         "KeyId": "k",

@@ -24,8 +24,8 @@ def kms(rotating: Rotating) -> Iterator[Client]:
         yield client
 
 
-def test_it_needs_no_grant_to_see_a_data_key(lite: Store, keyring: Path, socket_path: Path) -> None:
-    """DescribeKey and both halves of ReEncrypt, also under a grant that pins its recipients."""
+def test_rewrap_needs_no_grant_to_a_plaintext(lite: Store, keyring: Path, socket_path: Path) -> None:
+    """DescribeKey and both halves of ReEncrypt suffice, also under a grant with recipients."""
     with serving(keyring, socket_path) as agent, agent.client() as kms:
         keys = fill(lite, kms, 30)
     change(keyring, "rotate", "alias/a")
@@ -38,8 +38,8 @@ def test_it_needs_no_grant_to_see_a_data_key(lite: Store, keyring: Path, socket_
         assert opened(lite, kms) == keys
 
 
-def test_without_the_grants_nothing_happens_and_why_is_said(lite: Store, keyring: Path, socket_path: Path) -> None:
-    """Each record that stays, or all of a key at once."""
+def test_missing_grant_is_reported_and_nothing_moves(lite: Store, keyring: Path, socket_path: Path) -> None:
+    """A missing grant is reported for each record, or once for all records of a key."""
     with serving(keyring, socket_path) as agent, agent.client() as kms:
         fill(lite, kms, 30)
     change(keyring, "rotate", "alias/a")
@@ -55,8 +55,8 @@ def test_without_the_grants_nothing_happens_and_why_is_said(lite: Store, keyring
     assert list(lite) == before
 
 
-def test_an_agent_with_a_limit_is_waited_for(lite: Store, keyring: Path, socket_path: Path) -> None:
-    """Rejected.Throttling is no failure."""
+def test_rewrap_waits_for_a_throttling_agent(lite: Store, keyring: Path, socket_path: Path) -> None:
+    """Rejected.Throttling is not a failure."""
     with serving(keyring, socket_path) as agent, agent.client() as kms:
         fill(lite, kms, 30)
     change(keyring, "rotate", "alias/a")
@@ -82,10 +82,10 @@ class Lying:
         return self._change(answers) if moving else answers
 
 
-def test_an_agent_that_cannot_now_is_asked_again_and_one_that_never_can_is_a_failure(
+def test_temporary_failure_is_retried_for_a_bounded_time(
     lite: Store, kms: Client, rotating: Rotating, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record of requests that is not taken for a moment, say. Nothing waits for ever."""
+    """A failed audit log, for example, is temporary; the wait for it is bounded."""
     keys = fill(lite, kms, 3)
     rotating.rotate()
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)
@@ -116,10 +116,10 @@ OTHER = "00000000-0000-0000-0000-000000000000"
         lambda answer: answer._replace(destination_key_id=OTHER),
     ],
 )
-def test_an_answer_that_is_not_right_replaces_nothing(
+def test_wrong_answer_replaces_no_record(
     lite: Store, kms: Client, rotating: Rotating, change_of: Callable[[Any], Any]
 ) -> None:
-    """Whatever became of it on its way."""
+    """The answer was changed on its way."""
     fill(lite, kms, 3)
     rotating.rotate()
     before = list(lite)
@@ -130,8 +130,8 @@ def test_an_answer_that_is_not_right_replaces_nothing(
     assert lite.get("r1") == before[1]
 
 
-def test_a_module_proves_that_no_data_key_took_anothers_place(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """Two blobs of the same key and context, exchanged on their way, both open: only who uses them sees it."""
+def test_module_detects_exchanged_data_keys(lite: Store, kms: Client, rotating: Rotating) -> None:
+    """Two exchanged blobs of one key and context both open, so only a use of the data keys shows the exchange."""
     keys = fill(lite, kms, 4)
     for name in keys:
         damage(lite, name, "encryption_context", lambda _text: "{}")
