@@ -61,10 +61,10 @@ def codes_until(connection: RawConnection, count: int) -> Counter[str]:
 
 
 @pytest.mark.parametrize(("params", "most"), [(EXPORT, 3_000), (FAST, 3_000)], ids=["EC_SM2", "RSA_2048"])
-def test_a_grant_that_was_taken_away_does_nothing_after_the_reload(
+def test_removed_grant_is_refused_after_the_reload(
     keyring: Path, socket_path: Path, tmp_path: Path, params: dict[str, Any], most: int
 ) -> None:
-    """Requests behind a client that does not read: what was answered before stays so; all others are refused."""
+    """Requests wait behind a client that does not read: earlier answers stay, and all later requests are refused."""
     audit = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{audit}"\n[limits]\nrequest_timeout = 60\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(socket_path) as connection:
@@ -89,10 +89,10 @@ def refuse(agent: RunningAgent, keyring: Path, more: str) -> None:
 
 
 @pytest.mark.parametrize("params", [EXPORT, FAST], ids=["EC_SM2", "RSA_2048"])
-def test_a_key_that_was_disabled_or_rotated_makes_nothing_after_the_reload(
+def test_disabled_or_rotated_key_is_not_used_after_the_reload(
     keyring: Path, socket_path: Path, tmp_path: Path, params: dict[str, Any]
 ) -> None:
-    """Neither under its old version, nor while it is disabled."""
+    """The old version of a rotated key and a disabled key encrypt nothing."""
     audit = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{audit}"\n[limits]\nrequest_timeout = 60\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(socket_path) as connection:

@@ -95,7 +95,7 @@ def shell(words: Sequence[str], redirection: str = "", **environment: str) -> "s
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_every_command_survives_closed_full_and_ended_streams(place: Path, words: tuple[str, ...]) -> None:
-    """Work that was done is never reported as refused, and an ended pipe gets no message."""
+    """Finished work is never reported as refused, and a closed pipe has no message."""
     program = "keyferry-agent" if words[0] == AGENT else "keyferry"
     for number, (way, code) in enumerate(WAYS.items()):
         ended = shell([word.format(number) for word in words], way)
@@ -108,7 +108,7 @@ def test_every_command_survives_closed_full_and_ended_streams(place: Path, words
 
 
 def test_records_that_could_not_be_printed_were_stored(place: Path) -> None:
-    """The exit code says so, and a second attempt is refused for the right reason."""
+    """The exit code reports the failed print, and a second attempt is refused because the record exists."""
     for name, way in (("b", ">&-"), ("c", ">/dev/full"), ("d", "| true")):
         words = (CLIENT, "records", "add", name, "--KeyId", "alias/dev")
         assert shell(words, way).returncode == 74
@@ -122,7 +122,7 @@ def test_records_that_could_not_be_printed_were_stored(place: Path) -> None:
     ids=str,
 )
 def test_json_is_utf8_and_text_escaped_in_every_encoding(place: Path, environment: dict[str, str]) -> None:
-    """No result is lost because a character cannot be shown."""
+    """A character that the encoding lacks does not lose a result."""
     shown = shell(COMMANDS["records show"], **environment)
     assert (shown.returncode, json.loads(shown.stdout.decode())["EncryptionContext"]) == (0, {"é": "名"})
     (listed,) = json.loads(shell(COMMANDS["records list --json"], **environment).stdout.decode())
@@ -134,14 +134,14 @@ def test_json_is_utf8_and_text_escaped_in_every_encoding(place: Path, environmen
 
 
 def test_refusals_are_json_in_utf8_too(place: Path) -> None:
-    """On standard error, whatever its encoding."""
+    """Standard error may have any encoding."""
     words = (CLIENT, "call", "DescribeKey", "--KeyId", "alias/\udcff")
     ended = shell(words, LC_ALL="C", PYTHONUTF8="0")
     assert (ended.returncode, json.loads(ended.stderr.decode())["Code"]) == (1, "InvalidParameter")
 
 
 def test_names_that_are_not_text_are_printed_with_escapes(place: Path) -> None:
-    """A file's name is bytes; a lone surrogate stands for a byte that is not UTF-8."""
+    """A file's name is bytes, and a lone surrogate stands for a byte that is not UTF-8."""
     words = (AGENT, "keyring", "init", "k\udcff", "--new-identity", "i\udcff")
     ended = shell(words)
     assert (ended.returncode, b"k\\udcff" in ended.stdout) == (0, True)
@@ -149,8 +149,8 @@ def test_names_that_are_not_text_are_printed_with_escapes(place: Path) -> None:
     assert json.loads(made.stdout)["Keyring"] == "l\udcff"
 
 
-def test_a_generated_passphrase_that_cannot_be_printed_makes_nothing(place: Path) -> None:
-    """A module or a keyring whose passphrase is lost would be of no use, and in the way."""
+def test_unprintable_generated_passphrase_creates_no_file(place: Path) -> None:
+    """A module or keyring without its passphrase is useless, and would block the next attempt."""
     for way in (">&-", ">/dev/full", "| true"):
         module = shell((CLIENT, "module", "init", "m", "--generate-passphrase"), way)
         assert (module.returncode, b"no module was made" in module.stderr) == (1, True)
@@ -160,8 +160,8 @@ def test_a_generated_passphrase_that_cannot_be_printed_makes_nothing(place: Path
     assert shell((CLIENT, "module", "init", "m", "--generate-passphrase")).returncode == 0
 
 
-def test_closed_descriptors_are_opened_before_any_file_is(tmp_path: Path) -> None:
-    """No file of a command becomes its standard output; what was closed still cannot be written to."""
+def test_closed_descriptors_are_opened_before_any_file(tmp_path: Path) -> None:
+    """No file of a command becomes its standard output; a closed stream still refuses writes."""
     code = (
         "import os, sys\nfrom keyferry import streams\nstreams.prepare()\n"
         "links = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]\n"
@@ -173,8 +173,8 @@ def test_closed_descriptors_are_opened_before_any_file_is(tmp_path: Path) -> Non
     assert (tmp_path / "out").read_text() == repr(["/dev/null"] * 3 + ["Bad file descriptor"])
 
 
-def test_a_root_directory_without_dev_has_descriptors_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They can be neither read from nor written to."""
+def test_descriptors_are_reserved_without_dev(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reserved descriptors can be neither read nor written."""
     monkeypatch.setattr(os, "devnull", "/no/such/device")
     descriptor = streams._null(os.O_RDONLY)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -183,7 +183,7 @@ def test_a_root_directory_without_dev_has_descriptors_all_the_same(monkeypatch: 
 
 
 def test_non_blocking_pipes_are_read_and_written_whole() -> None:
-    """A parent process that made its end of a pipe non-blocking made the command's end so, too."""
+    """A parent process may have made the shared pipe non-blocking."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     os.set_blocking(writing, False)
@@ -202,7 +202,7 @@ def test_non_blocking_pipes_are_read_and_written_whole() -> None:
 def test_output_without_a_stream_is_a_failure_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Python's own streams are None where their descriptors are closed."""
+    """Python's streams are None where the descriptors are closed."""
     monkeypatch.setattr(sys, "stdout", None)
     assert output.show("keyferry", "text") == output.FAILED
     assert capsys.readouterr().err == "keyferry: standard output: it is closed\n"

@@ -42,10 +42,10 @@ PATTERNS = "".join(
     [("", "DescribeKey"), (PATTERNS, "DescribeKey"), (PATTERNS, "GenerateDataKey"), ("", "Decrypt")],
     ids=["no grant", "30 grants with patterns", "GenerateDataKey", "no grant, a version"],
 )
-def test_a_refusal_takes_as_long_for_a_name_that_exists_as_for_one_that_does_not(
+def test_refusal_time_does_not_depend_on_the_names_existence(
     keyring: Path, socket_path: Path, grants: str, method: str
 ) -> None:
-    """Each round asks for both, in an order left to chance; each has to be the slower one often enough."""
+    """Each round asks for both in random order, and each has to be the slower one often enough."""
     for number in range(4):
         change(keyring, "create-alias", f"alias/secret{number}", "alias/a")
     with serving(keyring, socket_path, to="uid=4207", more="") as agent:

@@ -20,8 +20,8 @@ from keyferry.module import token as token_module
 from keyferry.module.token import Connection
 
 
-def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> None:
-    """Not there, no library, no PKCS#11."""
+def test_invalid_library_is_refused(tmp_path: Path, app: RealToken) -> None:
+    """The path is missing, not a library, or a library without PKCS#11."""
     (tmp_path / "text.so").write_text("text")
     for path in (tmp_path / "missing.so", tmp_path / "text.so", "libc.so.6"):
         with pytest.raises(ModuleError, match="PKCS#11 library does not load"):
@@ -29,21 +29,21 @@ def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> No
 
 
 def test_p11_kits_proxy_is_refused() -> None:
-    """It gives every caller a PKCS#11 of its own; the library behind it is to be named."""
+    """p11-kit's proxy gives each caller a PKCS#11 of its own; the message asks for the library behind it."""
     proxy = skip_unless.library("*/p11-kit-proxy.so", "p11-kit-modules")
     with pytest.raises(ModuleError, match="name the token's own library"):
         Pkcs11Module.open(proxy, token_label="app", key_label="wrapping")
 
 
-def test_a_token_that_is_not_there_is_answered_with_those_that_are(app: RealToken) -> None:
-    """By their labels."""
+def test_missing_token_is_refused_with_the_present_ones(app: RealToken) -> None:
+    """The message has their labels."""
     with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):
         Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
 
 
 @skip_unless.program(*tokens.PROGRAMS["softokn"])
-def test_a_library_that_the_application_initialised_already_is_used_as_it_is(tmp_path: Path) -> None:
-    """NSS, which would not initialise without its parameters."""
+def test_initialised_library_is_used_as_it_is(tmp_path: Path) -> None:
+    """NSS would not initialise without its parameters."""
     token = tokens.softokn(tmp_path)
     code = f"""
 from keyferry.module import Pkcs11Module, cryptoki
@@ -56,8 +56,8 @@ print(module.wrapping_algorithm)
     assert out == "RSAES_OAEP_SHA_256\n"
 
 
-def test_nss_without_its_parameters_says_what_was_wrong() -> None:
-    """Its library wants to be told where its database is."""
+def test_nss_without_its_parameters_is_explained() -> None:
+    """NSS has to get the folder of its database."""
     library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     code = f"""
 from keyferry.module import ModuleError, Pkcs11Module, trial
@@ -98,15 +98,15 @@ def beside_opencryptoki(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @beside_opencryptoki
-def test_a_token_that_leaves_an_imported_key_readable_is_corrected(opencryptoki: dict[str, Any]) -> None:
-    """It ignores what it is asked for when it unwraps, and takes it afterwards."""
+def test_readable_imported_key_is_made_sensitive(opencryptoki: dict[str, Any]) -> None:
+    """The token ignores the attributes when it unwraps, and sets them afterwards."""
     assert opencryptoki["before"] == [False, True, opencryptoki["known"]]
     assert opencryptoki["after"] == [True, False, None]
 
 
 @beside_opencryptoki
 def test_a_token_without_aes_gcm_is_refused_when_it_is_opened(opencryptoki: dict[str, Any]) -> None:
-    """Version 3.8.1, of Debian 12, has none; later ones have it, and work."""
+    """Opencryptoki 3.8.1 of Debian 12 has no AES-GCM and is refused; later versions work."""
     assert opencryptoki["wrong sizes"] == ["this data key is no AES key: 16, 24 or 32 bytes are"] * 3
     if "opened" not in opencryptoki:
         assert "does not encrypt with AES-GCM" in opencryptoki["refused"]
@@ -116,7 +116,7 @@ def test_a_token_without_aes_gcm_is_refused_when_it_is_opened(opencryptoki: dict
 
 @beside_opencryptoki
 def test_wrong_pins_never_lock_a_token(opencryptoki: dict[str, Any]) -> None:
-    """It would lock with the third; it is not asked then. pkcs11-tool, with the right one, still gets in."""
+    """The third wrong PIN would lock the token, so it is not sent; pkcs11-tool still logs in with the right one."""
     refused, kept = opencryptoki["wrong PINs"][:2], opencryptoki["wrong PINs"][2:]
     assert all("refused the PIN" in message for message in refused)
     assert len(kept) == 7
@@ -152,14 +152,14 @@ STUBBORN = {
 
 @pytest.mark.parametrize("case", STUBBORN)
 def test_a_key_that_stays_readable_is_refused(case: str) -> None:
-    """Whatever the reason."""
+    """The token's reason makes no difference."""
     key, reason = STUBBORN[case]
     with pytest.raises(ModuleError, match=f"leaves an imported data key readable .{reason}."):
         token_module._harden(key, "an imported data key")
 
 
-def test_a_key_that_only_seems_to_have_been_changed_is_refused() -> None:
-    """It is read back."""
+def test_key_attributes_are_read_back_after_a_change() -> None:
+    """A change that the token only reports is refused."""
 
     class Liar(Key):
         def __setitem__(self, attribute: Attribute, value: Any) -> None:
@@ -184,7 +184,7 @@ class Odd:
 
 
 def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
-    """Nobody else could decrypt what it encrypts."""
+    """Other implementations could not decrypt such ciphertexts."""
     known = os.urandom(32)
     usual: Any = Odd(known, nonce=None)
     trial._try_key(usual, Key(), known)
@@ -193,8 +193,8 @@ def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
         trial._try_key(odd, Key(), known)
 
 
-def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
-    """Although its attributes say otherwise."""
+def test_token_that_shows_a_key_is_refused() -> None:
+    """The key's attributes claim that it is sensitive."""
     known = os.urandom(32)
     odd: Any = Odd(known, nonce=None)
     with pytest.raises(ModuleError, match="cannot be read, and then shows it"):
@@ -202,7 +202,7 @@ def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
 
 
 def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that makes such keys is left as it was."""
+    """A token that generates readable keys is left without the new pair."""
 
     def readable(_key: Any, what: str) -> None:
         raise ModuleError(f"the token leaves {what} readable")
@@ -216,10 +216,10 @@ def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, m
 
 
 @pytest.mark.parametrize("verb", ["encrypt", "decrypt"])
-def test_trouble_with_the_token_is_not_taken_for_damaged_data(
+def test_token_failure_is_not_reported_as_damaged_data(
     app: RealToken, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """It is named; and what the token says of the data is not."""
+    """A failure of the token is named, and the token's judgement of the data is not."""
     module = app.open()
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"x")
@@ -235,10 +235,8 @@ def test_trouble_with_the_token_is_not_taken_for_damaged_data(
     module.close()
 
 
-def test_two_tokens_with_one_label_are_one_too_many(
-    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which of them is meant is not guessed."""
+def test_two_tokens_with_one_label_are_refused(app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module does not guess which token is meant."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back
         twins = tokens.softhsm(tmp_path, "twin", "twin")

@@ -150,7 +150,7 @@ def by_key(name: str) -> Iterator[tuple[libcrypto.Key, Group, Vector]]:
     ],
 )
 def test_rsa_oaep_with_each_vectors_own_hashes_and_label(name: str, expected: dict[str, int]) -> None:
-    """All of them: libcrypto's options reach every hash and every label."""
+    """Libcrypto's options reach every hash and every label."""
     ran: Counter[str] = Counter()
     for key, group, test in by_key(name):
         message = opened(key, group, test, own_options(group, test))
@@ -172,10 +172,10 @@ def test_rsa_oaep_with_each_vectors_own_hashes_and_label(name: str, expected: di
         ("rsa_oaep_2048_sha256_mgf1sha1_test.json", "SHA-1", {"refused": 31}),
     ],
 )
-def test_rsa_oaep_as_the_software_module_decrypts_opens_its_own_algorithm_only(
+def test_software_modules_rsa_oaep_opens_only_its_algorithm(
     name: str, algorithm: str, expected: dict[str, int]
 ) -> None:
-    """Another hash, another hash of the mask, and any label are refused, and so is every invalid vector."""
+    """Another hash or mask hash, any label, and every invalid vector are refused."""
     ran: Counter[str] = Counter()
     for key, group, test in by_key(name):
         message = opened_as_a_module_does(key, group, test, algorithm.replace("-", "").lower().encode())
