@@ -235,7 +235,7 @@ def test_a_file_that_pyrage_sealed_opens() -> None:
 
 @program("age", "age")
 def test_the_age_program_opens_a_sealed_file(tmp_path: Path) -> None:
-    """In an emergency, nothing of this project is needed."""
+    """An operator can open a sealed file in an emergency without Keyferry."""
     payload = os.urandom(3 * CHUNK + 1)
     (tmp_path / "sealed").write_bytes(seal(payload, PASSPHRASE))
     arguments = ["age", "-d", "-o", tmp_path / "opened", tmp_path / "sealed"]

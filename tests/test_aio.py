@@ -164,7 +164,7 @@ def test_deadline_during_the_arrival_of_an_answer_is_a_timeout(socket_path: Path
 
 
 def test_client_is_reusable_after_close_and_agent_restart(socket_path: Path, run: Run) -> None:
-    """The client reconnects by itself."""
+    """A closed client, and one whose agent restarted, reconnects by itself."""
 
     async def main() -> None:
         async with Client(socket_path) as kms:

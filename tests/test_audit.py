@@ -282,7 +282,7 @@ def test_signal_does_not_end_the_audit_thread(record: Path) -> None:
 
 
 def test_stopped_reader_of_stderr_blocks_no_client(keyring: Path, socket_path: Path) -> None:
-    """With audit log and log on standard error, requests are refused until the reader continues."""
+    """Requests are refused while audit log and log share a blocked standard error, and answered when its reader continues."""
     reading, writing = os.pipe()
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring))

@@ -51,8 +51,8 @@ def test_a_log_may_be_incomplete_before_since(log: Log, since: str, code: int, v
         assert ("No caller" in log.out) == (code == 0)
 
 
-def test_since_does_not_excuse_what_may_be_newer(log: Log) -> None:
-    """The newest file cannot be read, or ends in the middle of a line."""
+def test_since_does_not_excuse_missing_newer_entries(log: Log) -> None:
+    """The newest file cannot be read, or ends in the middle of a line, so newer entries may be missing."""
     lines = entries(5)
     (log.folder / "audit.jsonl.1.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
     (log.folder / "audit.jsonl.2").write_bytes(text(lines))

@@ -74,7 +74,7 @@ def test_the_lock_outlives_a_rotation(tmp_path: Path) -> None:
 
 
 def test_a_killed_agent_does_not_stop_the_next(tmp_path: Path) -> None:
-    """Its lock file stays, and the kernel has released the lock."""
+    """The lock file of a killed agent stays, and the kernel has released the lock."""
     log = tmp_path / "audit.jsonl"
     with agent_of(tmp_path / "first.sock", log) as first:
         first.process.kill()

@@ -150,7 +150,7 @@ def test_single_data_keys_are_listed(
 def test_an_alias_is_found_where_the_keyring_cannot_be_opened(
     made: dict[str, dict[str, Any]], who: Who, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The agent is stopped, and its credential is gone: the audit log has the names."""
+    """The audit log has the names of a stopped agent's keys, whose credential is gone."""
     config = ("--config", keyring.parent / "agent.toml")
     (keyring.parent / "identity").unlink()
     assert len(who("--list", "--key", "alias/b", *config)) == 2
@@ -167,7 +167,7 @@ def test_an_alias_is_found_where_the_keyring_cannot_be_opened(
 def test_alias_is_resolved_as_of_the_time_of_the_entry(
     keyring: Path, socket_path: Path, record: Path, who: Who, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names another key now: the keys of both times are searched, and the times are printed."""
+    """An alias that has moved leads to the keys of both times, and the times are printed."""
     change(keyring, "create-key", "--alias", "alias/b")
     old, new = (opened(keyring).find(name).key_id for name in ("alias/a", "alias/b"))
     more = f'[audit]\npath = "{record}"\n'
@@ -185,7 +185,7 @@ def test_alias_is_resolved_as_of_the_time_of_the_entry(
 
 
 def test_truncated_context_keys_make_the_answer_incomplete(record: Path, who: Who) -> None:
-    """An entry holds 32 keys: where another may have been there, the answer is incomplete."""
+    """An entry holds 32 context keys, so a filter by another key cannot exclude it."""
     fields = {
         "time": START.isoformat(),
         "event": "audit",
@@ -246,7 +246,7 @@ def test_a_bad_time_is_explained(record: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_impossible_queries_are_explained(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An unknown user, and a time that ends before it begins."""
+    """`audit who` explains an unknown user, and a period that ends before it begins."""
     line = json.dumps({"event": "audit", "previous": BEGINNING}).encode()
     record.write_bytes(line + b"\n")
     assert len(link(line)) == 64

@@ -160,7 +160,7 @@ def test_a_forked_child_and_its_parent_both_go_on(agent: RunningAgent) -> None:
 
 
 def test_a_call_after_a_restart_is_sent_to_the_new_agent(socket_path: Path) -> None:
-    """The client reconnects by itself."""
+    """A client whose agent restarted reconnects by itself."""
     with dev_agent(socket_path) as first:
         kms = first.client()
         before = kms.get_agent_status()
@@ -323,7 +323,6 @@ def test_invalid_timeout_is_refused_by_the_constructor(wrong: Any) -> None:
 
 
 def test_two_clients_have_two_connections(agent: RunningAgent) -> None:
-    """Clients do not share a connection."""
     with agent.client() as one, agent.client() as two, RawConnection(agent.socket):
         one.get_agent_status()
         counters = two.get_agent_status().counters

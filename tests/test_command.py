@@ -272,7 +272,7 @@ def test_fingerprint_prints_the_value_for_recipients(
 
 @pytest.mark.parametrize("module", ["keyferry", "keyferry_agent"])
 def test_both_commands_print_their_version(module: str) -> None:
-    """Both versions are the same."""
+    """`keyferry` and `keyferry-agent` have the same version."""
     ended = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert ended.stdout.split()[1] == __version__
 
@@ -317,7 +317,6 @@ def test_the_demo_with_a_token_runs() -> None:
 
 
 def test_token_demo_without_softhsm_names_the_package() -> None:
-    """The demo needs SoftHSM2."""
     command = [sys.executable, str(ROOT / "docs" / "demo" / "hsm.py")]
     environment = {**os.environ, "PATH": "/nowhere"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)

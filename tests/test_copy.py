@@ -78,7 +78,7 @@ def test_a_copy_that_was_interrupted_is_finished_by_the_next(source: Store, targ
 
 @pytest.mark.parametrize("column", ["ciphertext_blob", "encryption_context", "created", "key_version_id", "rewrapped"])
 def test_a_record_that_differs_is_not_overwritten(source: Store, target: Store, column: str) -> None:
-    """It is reported with what differs; all others are copied."""
+    """The difference is reported, and all other records are copied."""
     reasons: list[str] = []
     copy(source, target)
     damage(target, "r3", column, lambda _: "other")

@@ -49,7 +49,7 @@ def answer(request: wire.Request) -> bytes:
     return wire.encode_response(request.msgid, None, {"RequestId": request.method})
 
 
-def test_bytes_of_one_answer_extend_no_deadline(socket_path: Path, ticking: None) -> None:
+def test_bytes_do_not_extend_a_deadline(socket_path: Path, ticking: None) -> None:
     """A peer that sends a byte a second does not keep a call for ever. The answer has more bytes than the timeout has ticks."""
     long = wire.encode_response(1, None, {"RequestId": "r" * 100})
     with (
@@ -59,13 +59,13 @@ def test_bytes_of_one_answer_extend_no_deadline(socket_path: Path, ticking: None
         kms.call("Method", {})
 
 
-def test_answers_extend_a_pipelines_deadline(socket_path: Path, ticking: None) -> None:
+def test_answers_extend_the_deadline_of_a_pipeline(socket_path: Path, ticking: None) -> None:
     """All of them together take longer than the timeout, each takes half of it."""
     with client_of(socket_path, answers(len(CALLS))) as kms:
         assert [each["RequestId"] for each in kms.pipeline(CALLS)] == NAMES
 
 
-def test_a_deadline_passes_behind_the_last_answer(socket_path: Path) -> None:
+def test_pipeline_times_out_after_its_last_answer(socket_path: Path) -> None:
     """A pipeline whose last answer does not come ends, although all others came."""
 
     def all_but_one(connection: socket.socket) -> None:
@@ -122,8 +122,8 @@ async def peer(path: Path, pieces: Pieces) -> AsyncIterator[None]:
             nursery.cancel_scope.cancel()
 
 
-async def test_bytes_extend_no_awaited_deadline(socket_path: Path, autojump_clock: object) -> None:
-    """As for the blocking client; the call ends when its timeout does."""
+async def test_bytes_do_not_extend_a_deadline_of_the_async_client(socket_path: Path, autojump_clock: object) -> None:
+    """A call ends with its timeout, however many bytes of an answer arrive."""
 
     def byte_by_byte(request: wire.Request) -> Iterator[tuple[float, bytes]]:
         return ((1.0, bytes([byte])) for byte in answer(request))
@@ -136,7 +136,7 @@ async def test_bytes_extend_no_awaited_deadline(socket_path: Path, autojump_cloc
 
 
 @pytest.mark.parametrize("size", [0, 60_000], ids=["all sent at once", "each sent after an answer"])
-async def test_answers_extend_an_awaited_pipelines_deadline(
+async def test_answers_extend_the_deadline_of_an_async_pipeline(
     socket_path: Path, autojump_clock: object, size: int
 ) -> None:
     """Ten answers, one every four seconds, under a timeout of five."""
@@ -150,8 +150,8 @@ async def test_answers_extend_an_awaited_pipelines_deadline(
         assert trio.current_time() - before == pytest.approx(4.0 * len(CALLS))
 
 
-async def test_an_awaited_deadline_passes_behind_the_last_answer(socket_path: Path, autojump_clock: object) -> None:
-    """It is a timeout behind the last answer, not behind the first request."""
+async def test_async_pipeline_times_out_after_its_last_answer(socket_path: Path, autojump_clock: object) -> None:
+    """The timeout counts from the last answer, not from the first request."""
 
     def all_but_one(request: wire.Request) -> Iterator[tuple[float, bytes]]:
         return iter([] if request.method == NAMES[-1] else [(4.0, answer(request))])

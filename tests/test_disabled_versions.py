@@ -128,7 +128,7 @@ def test_list_and_show_display_disabled_versions(
 def test_a_staged_version_can_be_disabled_and_not_promoted(
     said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It may have leaked too; once it is enabled it can be promoted."""
+    """A staged version may have leaked, and can be promoted once it is enabled again."""
     staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
     said("disable-version", "alias/a", staged, "--yes")
     assert "Rejected.Disabled" in refusal(keyring, capsys, "promote", staged)

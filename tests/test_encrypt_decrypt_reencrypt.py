@@ -62,7 +62,7 @@ def test_generate_data_key_without_plaintext_returns_only_a_blob(connection: Raw
 @pytest.mark.parametrize("key_id", KEYS)
 @pytest.mark.parametrize("size", [1, 6_144])
 def test_decrypt_opens_blobs_of_encrypt(connection: RawConnection, key_id: str, size: int) -> None:
-    """Encrypt accepts 1 to 6,144 bytes."""
+    """Plaintexts have 1 to 6,144 bytes."""
     plaintext = bytes(range(256)) * 24
     made = encrypted(connection, plaintext[:size], key_id)
     assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "RequestId"}

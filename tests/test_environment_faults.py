@@ -123,7 +123,7 @@ class _Answering:
         raise OSError(self._number, os.strerror(self._number))
 
 
-def test_a_reload_without_descriptors_leaves_the_old_state_serving(keyring: Path, socket_path: Path) -> None:
+def test_reload_without_descriptors_keeps_the_old_state(keyring: Path, socket_path: Path) -> None:
     """The log has the reason, and the agent reloads when descriptors are available again."""
     with serving(keyring, socket_path, preexec=few(40)) as agent, RawConnection(agent.socket) as first:
         with ExitStack() as stack:

@@ -212,7 +212,7 @@ def test_a_request_is_explained_by_its_id(agent: RunningAgent, keyring: Path, ex
 
 
 def test_a_request_is_found_in_a_journal(keyring: Path, config: Path, socket_path: Path, explain: Explain) -> None:
-    """Where the audit log goes to standard error, its files are named."""
+    """The journal's files are named if the audit log goes to standard error."""
     with serving(keyring, socket_path) as agent:
         asked = request_id(agent.socket, "DescribeKey", {"KeyId": "alias/orders"})
         assert agent.stop() == 0
@@ -255,10 +255,10 @@ def test_a_request_is_found_in_a_journal(keyring: Path, config: Path, socket_pat
         ("--user", getpass.getuser(), "--action", "kms:Encrypt", "--key", "alias/a"),
     ],
 )
-def test_the_printed_grant_allows_what_was_refused(
+def test_suggested_grant_allows_the_refused_request(
     agent: RunningAgent, config: Path, explain: Explain, question: tuple[str, ...]
 ) -> None:
-    """Put into the configuration as it is printed, however often."""
+    """The request is allowed after the printed grant was appended to the configuration."""
     code, out, _ = explain(*question, "--json")
     answer = json.loads(out)
     assert (code, answer["allowed"]) == (1, False)

@@ -36,8 +36,8 @@ def test_a_helper_that_starts_no_process_is_fast(thing: Callable[..., object]) -
     assert not fast.starts(thing)
 
 
-def test_tests_are_selected_by_what_they_use(request: pytest.FixtureRequest) -> None:
-    """This one uses no process; a test with the fixture of an agent does."""
+def test_tests_are_selected_by_the_processes_they_start(request: pytest.FixtureRequest) -> None:
+    """This test starts no process; a test with the fixture of an agent does."""
     assert fast.is_fast(request.node)
     definitions = request._fixturemanager.getfixturedefs("agent", request.node)
     assert definitions is not None

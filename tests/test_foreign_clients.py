@@ -162,7 +162,6 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_status_is_the_same_for_every_client(ask: Ask) -> None:
-    """Every client reads the agent's status."""
     status = call(ask, "GetAgentStatus")
     assert (status["ProtocolVersion"], status["State"]) == (1, "Serving")
     assert status["Keys"] >= 2

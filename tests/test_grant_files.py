@@ -55,7 +55,7 @@ def test_files_of_grants_are_read_in_the_order_of_their_names(config: Path) -> N
 
 
 def test_a_setting_names_another_folder(config: Path) -> None:
-    """Then the folder beside the configuration is not read."""
+    """The folder beside the configuration is not read if the setting names another."""
     other = config.parent / "elsewhere"
     other.mkdir()
     (other / "a.toml").write_text(grant("other"))

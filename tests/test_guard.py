@@ -271,7 +271,6 @@ def test_common_numbers_are_read() -> None:
 
 
 def test_invalid_time_is_explained_by_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """The message has a valid example."""
     for text in ("soon", "0001-01-01", "2026-13-01"):
         with pytest.raises(SystemExit):
             agent_main(["audit", "who", "file", "--key", "k", "--since", text])

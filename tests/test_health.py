@@ -209,7 +209,7 @@ def test_a_failed_reload_is_counted_and_in_the_status(keyring: Path, socket_path
 
 
 def test_the_commit_of_a_build_is_known_where_pip_noted_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installation from files has none."""
+    """Pip notes the commit of an installation from a repository, and none for local files."""
 
     class Noted:
         def __init__(self, text: str | None) -> None:

@@ -204,7 +204,7 @@ def test_exec_of_another_program_ends_the_connection(keyring: Path, socket_path:
 
 
 def test_exited_process_has_no_evidence(tmp_path: Path) -> None:
-    """Its number may already belong to another process."""
+    """The number of an exited process may already belong to another one."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "s"))
         listening.listen()

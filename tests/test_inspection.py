@@ -206,10 +206,10 @@ async def test_late_inspection_is_waited_for_only_once(
             standing.answer_all()
 
 
-async def test_late_inspections_of_strangers_leave_room_for_granted(
+async def test_late_inspections_of_strangers_spare_granted_users(
     standing: Standing, process: Process, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One person can have 65,536 users."""
+    """One person can have 65,536 users, so late inspections have a limit, which users with a grant are exempt from."""
     async with inspecting() as inspector:
         async with trio.open_nursery() as nursery:
             monkeypatch.setattr(inspection, "_MOST_LATE", 64)

@@ -104,7 +104,6 @@ def test_refused_change_leaves_the_file_unchanged(
 
 
 def test_text_output_has_tables_and_no_key_material(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """No verb prints key material."""
     identity = keyring.parent / "identity"
     document = file.read(keyring, Unsealer.read(identity))
     (material,) = (version.material for key in document.keys for version in key.versions)
@@ -119,7 +118,7 @@ def test_text_output_has_tables_and_no_key_material(keyring: Path, capsys: pytes
 
 
 def test_ten_concurrent_commands_lose_no_change(keyring: Path) -> None:
-    """Writers lock the keyring."""
+    """Writers wait for each other's lock on the keyring."""
     identity = keyring.parent / "identity"
     create_key = [
         sys.executable,
@@ -145,7 +144,6 @@ def test_ten_concurrent_commands_lose_no_change(keyring: Path) -> None:
 
 
 def test_a_change_through_a_symlink_changes_the_file_it_names(keyring: Path, tmp_path: Path) -> None:
-    """The symlink stays a symlink."""
     link = tmp_path / "link.age"
     link.symlink_to(keyring)
     run("create-key", link, "--unseal", tmp_path / "identity", "--alias", "alias/z")
@@ -184,7 +182,6 @@ def test_damaged_keyring_is_named_and_left_alone(
 def test_wrong_identity_or_passphrase_does_not_open_a_keyring(
     keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each error has its reason."""
     run("init", tmp_path / "other.age", "--new-identity", tmp_path / "other")
     secret_file(tmp_path / "pass", "secret\n")
     for wrong, why in (("other", "does not open"), ("pass", "does not open"), ("nothing", "No such file")):

@@ -116,7 +116,6 @@ def test_a_wrong_recipient_changes_nothing(
 
 
 def test_recipient_verbs_without_a_recipient_are_wrong_usage(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The exit code is 2."""
     for verb in ("add-recipient", "remove-recipient"):
         with pytest.raises(SystemExit) as ended:
             run(verb, keyring, "--unseal", keyring.parent / "identity")
@@ -172,7 +171,7 @@ def test_an_init_with_one_recipient_warns(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_new_identity_has_the_recipient_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both verbs print it; the file has mode 0600 and is never overwritten."""
+    """`new-identity` and `recipient-of` print the recipient; the file has mode 0600 and is never overwritten."""
     run("new-identity", tmp_path / "i")
     (printed,) = capsys.readouterr().out.split()
     run("recipient-of", tmp_path / "i")
@@ -219,17 +218,15 @@ def test_an_ssh_identity_has_the_recipient_of_ssh_keygen(
 def test_a_file_without_an_identity_has_no_recipient(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, why: str
 ) -> None:
-    """The content is not shown."""
+    """The error does not show the file's content."""
     run("recipient-of", secret_file(tmp_path / "f", content), code=1)
     said = capsys.readouterr()
     assert why in said.err
     assert (said.out, "correct horse" in said.err, ONE.identity in said.err) == ("", False, False)
 
 
-def test_two_keys_that_an_earlier_version_named_as_one_are_resealed(
-    keyring: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The reseal prints that line as removed."""
+def test_reseal_repairs_two_keys_that_were_named_as_one(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier version wrote such a keyring; the reseal prints its line as removed."""
     mine = first_recipient(keyring)
     odd = f"{mine}\n{ONE.recipient}"
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))

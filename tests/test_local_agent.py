@@ -176,7 +176,6 @@ def test_disabled_key_is_refused_as_by_a_real_agent(local: LocalAgent, kms: Clie
 
 
 def test_unknown_fault_is_refused_with_the_choices(local: LocalAgent) -> None:
-    """The error lists the supported faults."""
     with pytest.raises(ValueError, match=r"'Throttled' is not a code .* Rejected\.Throttling"):
         local.fail("Throttled")
     with pytest.raises(ValueError, match=r"'decrypt' is not an operation; .* Decrypt"):
@@ -307,7 +306,7 @@ def test_a_test_without_the_fixture_has_no_agent():
 
 
 def test_the_fixture_is_an_agent_for_the_session(tmp_path: Path) -> None:
-    """Without faults at the start of each test, and with the aliases of conftest.py."""
+    """The fixture has no faults at the start of each test, and the aliases of conftest.py."""
     ended = pytest_of(tmp_path, conftest=CONFTEST, test_application=APPLICATION)
     assert "3 passed" in ended.stdout, ended.stdout + ended.stderr
     assert "warning" not in ended.stdout

@@ -57,7 +57,7 @@ def test_another_user_cannot_keep_a_keyring_from_changing(shared_folder: Path, k
 
 @root()
 def test_a_lock_file_of_another_user_is_named_and_not_used(shared_folder: Path) -> None:
-    """In a folder with the sticky bit another user can make any file first."""
+    """Another user can create any file first in a folder with the sticky bit."""
     shared_folder.chmod(0o1777)
     made = lock_file_of(shared_folder / "agent.sock")
     with running_as(f"open({str(made)!r}, 'w'); print('made', flush=True)") as other:

@@ -174,7 +174,7 @@ logger.info("written")
 
 
 def test_a_closed_descriptor_that_comes_back_is_used_again(tmp_path: Path) -> None:
-    """The kernel itself refuses here: EBADF."""
+    """The kernel refuses each write with EBADF meanwhile."""
     code = """
 kept = os.dup(2)
 os.close(2)
@@ -311,7 +311,7 @@ def test_lines_have_a_priority_only_for_the_journal(stream: str | None) -> None:
 
 
 def test_the_report_of_lost_lines_is_an_error_for_the_journal() -> None:
-    """It is written past the queue."""
+    """The thread writes the report itself, past the queue, with the journal's priority."""
     code = """
 status = os.fstat(2)
 os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"

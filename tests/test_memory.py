@@ -150,7 +150,7 @@ sys.exit(main())
     ids=["without clearing", "keeping keys"],
 )
 def test_search_finds_keys_of_an_unprotected_agent(tmp_path: Path, naive: str, what: str) -> None:
-    """Such an agent does not overwrite freed memory, or keeps its master keys as bytes."""
+    """An unprotected agent does not overwrite freed memory, or keeps its master keys as bytes."""
     with witnessed(tmp_path, "auto", command=("-c", naive)) as (agent, witness), standing_still(agent) as pid:
         found = scan(pid, witness.needles)
     assert any(name.startswith(what) for name in found), found

@@ -89,7 +89,7 @@ def test_loopback_port_serves_metrics(keyring: Path, socket_path: Path, host: st
 def test_an_address_of_other_hosts_takes_a_second_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], listen: str, why: str
 ) -> None:
-    """Without `remote = true`, only a socket's path and a loopback port are accepted."""
+    """An address that other hosts reach needs `remote = true`; a path and a loopback port do not."""
     config = tmp_path / "agent.toml"
     config.write_text(f"[metrics]\nlisten = {listen}\n")
     assert main(["check", str(config)]) == 1
@@ -98,14 +98,14 @@ def test_an_address_of_other_hosts_takes_a_second_setting(
 
 @pytest.mark.parametrize("address", ["0.0.0.0:9464", "10.1.2.3:9464", "[::]:9464", "127.0.0.1:9464", "/run/m.sock"])
 def test_remote_accepts_every_address_of_this_host(tmp_path: Path, address: str) -> None:
-    """Whether the host has the address shows at the start."""
+    """The bind at the start shows whether the host has the address."""
     config = tmp_path / "agent.toml"
     config.write_text(f'[metrics]\nlisten = "{address}"\nremote = true\n')
     assert settings.read(config).metrics == address
 
 
 def test_remote_without_an_address_is_an_error(tmp_path: Path) -> None:
-    """The setting would have no effect."""
+    """The setting would have no effect without an address."""
     config = tmp_path / "agent.toml"
     config.write_text("[metrics]\nremote = true\n")
     with pytest.raises(settings.SettingsError, match=r"metrics\.remote: has no effect without listen"):
@@ -360,7 +360,7 @@ def test_a_metric_that_fails_is_logged_and_answered_with_500() -> None:
 
 
 def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault is logged once."""
+    """A failing counter is logged once."""
 
     def fails(*_: object) -> None:
         raise RuntimeError

@@ -69,7 +69,7 @@ def test_changed_ciphertext_does_not_decrypt(module: SoftwareModule) -> None:
 
 @pytest.mark.parametrize("size", [1, 15, 17, 31, 33, 64])
 def test_data_key_of_an_invalid_size_is_refused(module: SoftwareModule, size: int) -> None:
-    """The message has the size."""
+    """The error has the size of the data key."""
     with pytest.raises(ModuleError, match=f"{size} bytes"):
         module.import_data_key(exported(module, os.urandom(size)))
 

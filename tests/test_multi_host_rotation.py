@@ -93,7 +93,7 @@ def test_staged_rotation_never_fails_a_decrypt(hosts: list[Host], said: Command,
 
 
 def test_staged_version_decrypts_and_does_not_encrypt(hosts: list[Host], said: Command) -> None:
-    """So the time of its distribution does not matter."""
+    """A staged version may therefore reach the hosts at any time before its promotion."""
     before = said("show", "alias/a")["KeyMetadata"]["PrimaryKeyVersion"]
     staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
     hosts[0].distribute()

@@ -76,7 +76,7 @@ command_main = command.main
 def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(
     folder: Path, making: tuple[str, ...], killed_at: str
 ) -> None:
-    """The second attempt succeeds."""
+    """A second attempt after the kill succeeds."""
     killing = [sys.executable, "-c", KILLED, killed_at, "0", *words(making, folder)]
     ended = subprocess.run(killing, capture_output=True, timeout=PATIENCE, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -90,7 +90,7 @@ def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(
 def test_a_full_disk_leaves_nothing_in_the_way(
     folder: Path, making: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With room again, the second attempt succeeds."""
+    """A second attempt with free space succeeds."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=True)
     try:
         (folder / "fill").write_bytes(bytes(64 << 10))
@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_nothing_in_the_way(
 
 @root()
 def test_a_store_on_a_full_disk_is_made_when_there_is_room(folder: Path, agent: RunningAgent) -> None:
-    """Also where its folder was made already."""
+    """The folder of the store may already exist from the failed attempt."""
     store = ["--store", f"sqlite:///{folder}/new/records.sqlite", "--socket", str(agent.socket)]
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=True)
     try:
@@ -180,7 +180,7 @@ def test_errors_name_the_target_and_not_the_temporary_file(tmp_path: Path) -> No
 
 
 def test_a_module_is_saved_whole_by_the_library_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`SoftwareModule.save` is what the command uses."""
+    """The command saves with `SoftwareModule.save`."""
     module = SoftwareModule.generate("EC_SM2")
 
     def full(_descriptor: int) -> None:

@@ -189,7 +189,7 @@ def test_a_command_that_handles_keys_is_hardened(place: Path, name: str, started
 
 
 def test_the_memory_of_a_command_can_be_read_where_a_test_asks(place: Path) -> None:
-    """So the test above fails for a command that is not hardened. The command warns."""
+    """The tests' environment variable keeps a command readable, with a warning, so the search can succeed."""
     if not reads_siblings():
         pytest.skip("needs to read the memory of its user's processes: sysctl kernel.yama.ptrace_scope=0")
     program, *arguments = COMMANDS["list"]

@@ -172,7 +172,7 @@ def test_unknown_key_id_is_refused(connection: RawConnection, key_id: Any, code:
 
 @pytest.mark.parametrize("missing", ["KeyId", "PublicKeyBlob", "WrappingKeySpec", "WrappingAlgorithm"])
 def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -> None:
-    """Nil counts as a missing parameter."""
+    """A nil parameter counts as missing."""
     for params in ({k: v for k, v in GENERATE.items() if k != missing}, {**GENERATE, missing: None}):
         message = refused(connection, "GenerateAndExportDataKey", params, "MissingParameter")
         assert message == f'The parameter "{missing}" is needed but not provided.'

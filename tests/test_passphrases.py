@@ -87,7 +87,7 @@ def test_a_low_work_factor_is_a_warning_of_the_keyring_verbs(
 
 
 def test_an_agent_warns_about_a_low_work_factor_and_serves(tmp_path: Path, socket_path: Path) -> None:
-    """Its log names the file, the work factor, and what to do."""
+    """The agent's log names the file, the work factor and the remedy."""
     keyring = passphrase_keyring(tmp_path)
     weaken(keyring, STRONG, 10)
     with serving(keyring, socket_path) as agent, agent.client() as kms:
@@ -111,7 +111,7 @@ def test_an_ordinary_keyring_is_loaded_without_a_warning(keyring: Path, tmp_path
 
 
 def test_a_keyring_above_the_bound_is_refused_by_its_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the verbs' message and in the agent's."""
+    """The messages of the verbs and of the agent have the work factor."""
     keyring = passphrase_keyring(tmp_path)
     keyring.write_bytes(keyring.read_bytes().replace(b" 18\n", b" 24\n", 1))
     run("list", keyring, "--unseal", tmp_path / "identity", code=1)
@@ -173,7 +173,7 @@ def test_a_generated_passphrase_has_140_bits() -> None:
 
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
-    """By `init` and by `reseal`, once each, on stdout."""
+    """`init` and `reseal` print the passphrase once on stdout."""
     path, json_option = tmp_path / "k.age", ["--json"] if form == "json" else []
     secret_file(tmp_path / "p", "")
     phrases = []
@@ -220,7 +220,7 @@ def test_module_init_prints_a_generated_passphrase(tmp_path: Path, capsys: pytes
 
 
 def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is sealed, nothing is changed."""
+    """A refused command seals and changes no file."""
     secret_file(tmp_path / "p", STRONG)
     generated = ["--generate-passphrase", "--passphrase-file", tmp_path / "p"]
     run("init", tmp_path / "k.age", *generated, code=1)
@@ -305,7 +305,7 @@ def test_a_module_without_a_passphrase_is_wrong_usage(tmp_path: Path, capsys: py
 def test_a_full_disk_leaves_no_passphrase_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The next attempt succeeds."""
+    """A second attempt with free space succeeds."""
 
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -373,7 +373,7 @@ def test_a_killed_loader_is_explained_by_memory(
 
 
 def test_a_loader_without_a_message_is_reported(keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error has the keyring's name."""
+    """The error names the keyring."""
     pretend(monkeypatch, tmp_path, "exit 3")
     with pytest.raises(KeyringError, match=r"keyring\.age: its loader ended without a message"):
         load(keyring)

@@ -197,7 +197,7 @@ def test_token_with_a_pin_pad_is_logged_in_by_the_pad(
 
 
 @skip_unless.program(*tokens.PROGRAMS["softokn"])
-def test_token_without_a_pin_needs_none(tmp_path: Path) -> None:
+def test_token_without_a_pin_opens_without_one(tmp_path: Path) -> None:
     """An NSS database without a password is opened in a process of its own."""
     library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     command = ["certutil", "-N", "-d", f"sql:{tmp_path}", "--empty-password"]

@@ -56,7 +56,7 @@ def test_empty_pipeline_opens_no_connection() -> None:
 
 
 def test_invalid_request_is_refused_before_a_send() -> None:
-    """The error has the argument's type."""
+    """The error names the type of the invalid argument."""
     with Client("/nowhere") as kms:
         for wrong in (5, "DescribeKey", ("DescribeKey", 5), operations.DecryptResult("", "", ""), object()):
             with pytest.raises(TypeError, match="request"):
@@ -134,7 +134,7 @@ def test_unanswered_requests_are_repeated_after_a_disconnect(socket_path: Path) 
 
 
 def test_connection_without_an_answer_ends_the_pipeline(socket_path: Path) -> None:
-    """Otherwise the client would reconnect endlessly."""
+    """A client that went on would reconnect endlessly."""
     with client_of(socket_path, answers(1), *[says(b"")] * LOST_MOST) as kms, pytest.raises(AgentUnavailable):
         kms.pipeline((f"Method{n}", {}) for n in range(8))
 

@@ -190,7 +190,7 @@ WRONG_PAIRS = {
 
 @pytest.mark.parametrize("case", WRONG_PAIRS)
 def test_unsuitable_key_pair_is_refused_with_the_reason(app: RealToken, case: str) -> None:
-    """Another program made the key pair."""
+    """Another program may have generated the key pair."""
     count, bits, template, reason = WRONG_PAIRS[case]
     library = cryptoki.Library(app.library, None)
     library.initialize()

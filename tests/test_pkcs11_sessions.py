@@ -42,7 +42,7 @@ def test_unreferenced_module_closes_its_session(token: RealToken) -> None:
 
 
 def test_second_loss_of_the_token_is_not_blamed_on_the_data(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The data key is still good."""
+    """The error names the token, because the data key is still good."""
     module = app.open()
     blob = tokens.exported(module, os.urandom(32))
     unwrap = Connection.unwrap

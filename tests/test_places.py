@@ -96,7 +96,6 @@ def test_out_that_leads_to_standard_output_is_written_to(place: Place, out: str)
 
 @pytest.mark.parametrize(("out", "number"), [("/dev/stderr", 2), ("/dev/fd/7", 7), ("/proc/self/fd/7", 7)])
 def test_out_that_leads_to_another_descriptor_is_written_to(place: Place, out: str, number: int) -> None:
-    """The descriptor may have any number."""
     log = place.folder / "other.txt"
     log.write_bytes(b"first\n")
     assert place.run(f"{{ decrypt sealed {out}; echo later >&{number}; }} {number}>>other.txt").returncode == 0
@@ -189,7 +188,7 @@ def test_a_symlink_to_a_file_in_a_folder_called_fd_is_a_file(tmp_path: Path) -> 
 
 
 def test_the_library_never_replaces_the_file_behind_a_descriptor(tmp_path: Path) -> None:
-    """The error has the remedy."""
+    """The library's error advises another target."""
     with (
         (tmp_path / "log").open("wb") as log,
         pytest.raises(FileError, match="leads to an open descriptor"),

@@ -152,8 +152,8 @@ def test_reload_refuses_an_open_file_and_keeps_the_old_state(
 
 
 @root()
-def test_root_uses_the_keyring_and_the_identity_of_the_agents_user(place: dict[str, Path]) -> None:
-    """systemd/README.md gives both to that user. An identity of a third user is refused."""
+def test_root_may_use_the_files_of_the_agents_user(place: dict[str, Path]) -> None:
+    """systemd/README.md gives keyring and identity to that user. An identity of a third user is refused."""
     verb = ["keyring", "rotate", str(place["keyring"]), "alias/a", "--unseal", str(place["identity"])]
     for kind in ("keyring", "identity"):
         for path in (place[kind], place[kind].parent):
@@ -186,7 +186,7 @@ def found_as(user: int, groups: list[int], path: Path, *, secret: bool) -> list[
 
 
 @root()
-def test_a_secret_of_a_kubernetes_group_may_be_read_by_that_group(tmp_path: Path) -> None:
+def test_kubernetes_secret_may_be_readable_by_its_group(tmp_path: Path) -> None:
     """A kubelet mounts a Secret with defaultMode 0440 as root's, readable by the pod's fsGroup."""
     folder = tmp_path / "..2026"
     folder.mkdir(mode=0o755)
@@ -212,7 +212,7 @@ def test_a_secret_of_a_kubernetes_group_may_be_read_by_that_group(tmp_path: Path
 
 @root()
 def test_a_file_of_a_third_user_is_refused(tmp_path: Path) -> None:
-    """Its owner can change it at any time."""
+    """The owner of a file can change it at any time."""
     path = secret_file(tmp_path / "config", "")
     path.chmod(0o644)
     assert found_as(OTHER_USER, [], path, secret=False) == []
@@ -271,7 +271,7 @@ def test_the_folders_of_a_read_only_mount_are_not_judged(tmp_path: Path) -> None
 
 
 def test_pipes_and_process_substitution_are_accepted(place: dict[str, Path]) -> None:
-    """Only regular files are judged. A regular file on standard input is one."""
+    """Only regular files are judged, one on standard input included."""
     list_keys = f"{sys.executable} -m keyferry_agent keyring list {place['keyring']} --unseal"
     identity = place["identity"]
 
@@ -304,7 +304,7 @@ def test_a_file_without_a_name_is_accepted(tmp_path: Path) -> None:
 def test_one_variable_switches_the_rule_off(
     place: dict[str, Path], socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For platforms that cannot do better. The agent warns."""
+    """The variable is for platforms that cannot protect files better, and the agent warns."""
     for path in place.values():
         path.chmod(0o666)
         path.parent.chmod(0o777)

@@ -139,7 +139,7 @@ def test_a_text_argument_is_base64_or_pem(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "AAAA", "not base64!", "a-b_c", "ü", "\udcff", "AAAA-"])
 def test_any_other_text_is_sent_as_it_is(text: str) -> None:
-    """The agent validates other texts."""
+    """The agent, not the client, validates other texts."""
     assert Call.of(OPERATIONS["GenerateAndExportDataKey"], request(text)).params["PublicKeyBlob"] == text
 
 

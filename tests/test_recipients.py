@@ -172,7 +172,6 @@ def test_a_recipients_file_that_others_can_write_is_refused(tmp_path: Path, caps
 def test_recipients_file_is_combined_with_recipients_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    """Any other combination is wrong usage."""
     with pytest.raises(SystemExit) as ended:
         run("init", tmp_path / "k.age", "-R", "r", *arguments)
     assert ended.value.code == 2

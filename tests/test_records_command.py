@@ -340,7 +340,7 @@ def test_module_commands_need_only_their_own_extra(tmp_path: Path) -> None:
 
 
 def test_broken_package_is_not_reported_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The message reports a bug."""
+    """An import error inside an installed package is reported as a bug."""
     from keyferry.command.common import extra  # noqa: PLC0415
 
     with pytest.raises(ModuleNotFoundError), extra("store"):
@@ -356,7 +356,6 @@ def test_calls_to_an_agent_import_no_database(agent: RunningAgent) -> None:
 
 
 def test_extra_installs_the_packages_of_the_message() -> None:
-    """The extra is in client/pyproject.toml."""
     import tomllib  # noqa: PLC0415
 
     from packaging.requirements import Requirement  # noqa: PLC0415

@@ -134,7 +134,6 @@ def test_hanging_identity_file_does_not_delay_sigterm(keyring: Path, socket_path
 
 
 def test_slow_loader_is_terminated(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error has the reason."""
     monkeypatch.setattr(loader, "_TIMEOUT", 0.1)
     (keyring.parent / "identity").unlink()
     os.mkfifo(keyring.parent / "identity")

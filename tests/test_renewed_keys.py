@@ -148,7 +148,7 @@ def test_the_size_of_a_data_key_is_that_of_the_format() -> None:
 
 
 def test_a_file_is_moved_in_place_and_keeps_its_mode(place: Place) -> None:
-    """Its header has the new record, and nothing else is in the folder."""
+    """The file's header has the new record, and no other file is left in the folder."""
     sealed = place.folder / "sealed"
     sealed.chmod(0o640)
     before = sealed.read_bytes()

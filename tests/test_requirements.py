@@ -48,7 +48,7 @@ def test_every_file_of_requirements_is_checked() -> None:
 
 @pytest.mark.parametrize("file", ASKED)
 def test_pinned_versions_meet_the_declared_dependencies(file: str) -> None:
-    """After a change to a pyproject.toml, `make requirements` pins each dependency in an allowed version."""
+    """Each dependency is pinned in an allowed version; after a change to a pyproject.toml, run `make requirements`."""
     versions = pinned(ROOT / file)
     for requirement in map(Requirement, ASKED[file]):
         if requirement.name not in ("keyferry", "keyferry-agent"):
@@ -109,7 +109,7 @@ def test_uninformed_advisory_service_is_not_used(
 
 
 def test_program_without_a_report_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """pip-audit fails without a network."""
+    """pip-audit prints no report without a network."""
     program = tmp_path / "pip-audit"
     program.write_text("#!/bin/sh\necho oops; exit 1\n")
     program.chmod(0o700)

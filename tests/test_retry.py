@@ -91,7 +91,7 @@ def test_delays_are_random_from_zero() -> None:
 
 
 def test_delay_after_throttling_has_a_minimum() -> None:
-    """An agent's allowance is per second."""
+    """An agent's allowance is per second, so a shorter delay would be refused again."""
     retry = Retry(within=10, first=0)
     assert list(delays(retry, kms_error(THROTTLED))) == [1.0] * 10
     assert Throttled.retry_after == 1.0
@@ -134,7 +134,7 @@ def test_a_client_repeats_refused_calls(socket_path: Path, time: Time) -> None:
 
 
 def test_a_client_without_a_policy_repeats_nothing(socket_path: Path, time: Time) -> None:
-    """The first refusal is raised."""
+    """A client without a policy raises the first refusal."""
     with scripted(socket_path, outcomes(UNAVAILABLE)), Client(socket_path) as kms, pytest.raises(ServiceUnavailable):
         kms.call("GetAgentStatus", {})
     assert time.slept == []
@@ -196,7 +196,7 @@ def test_other_threads_call_while_a_client_waits(
     assert free == [True]
 
 
-def test_an_awaited_client_repeats_refused_calls(socket_path: Path, run: Run) -> None:
+def test_async_client_repeats_refused_calls(socket_path: Path, run: Run) -> None:
     """Calls and pipelines are repeated under trio and asyncio."""
 
     async def main() -> None:
@@ -209,7 +209,7 @@ def test_an_awaited_client_repeats_refused_calls(socket_path: Path, run: Run) ->
         run(main)
 
 
-def test_an_awaited_client_raises_the_last_failure(socket_path: Path, run: Run) -> None:
+def test_async_client_raises_the_last_failure(socket_path: Path, run: Run) -> None:
     """The failure is raised at the end of the bound, or immediately if it is permanent or the client has no policy."""
 
     async def main() -> None:

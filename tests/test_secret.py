@@ -168,8 +168,8 @@ def test_secret_appears_in_no_repr_or_pickle() -> None:
         pickle.dumps(kept)
 
 
-def test_closing_wipes_and_may_happen_twice() -> None:
-    """A closed memory has no loans."""
+def test_close_wipes_the_memory_and_may_be_repeated() -> None:
+    """A closed memory refuses loans."""
     memory = SecretMemory(4096, require=False)
     kept = memory.allocate(32)
     memory.close()
@@ -213,7 +213,7 @@ def test_limit_of_64_kib_holds_scratch_and_a_small_keyring() -> None:
 
 
 def test_memory_is_locked_without_memfd_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A requirement of memfd_secret is refused."""
+    """A kernel without memfd_secret has locked memory; a requirement of memfd_secret is refused."""
     monkeypatch.setattr(secret, "_SYS_MEMFD_SECRET", 100_000)
     assert SecretMemory(4096).protection == "mlock"
     with pytest.raises(SecretMemoryError, match="memfd_secret: Function not implemented"):

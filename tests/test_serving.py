@@ -135,8 +135,7 @@ def test_invalid_request_is_answered_on_an_open_connection(agent: RunningAgent, 
         assert is_alive(connection)
 
 
-def test_a_notification_gets_no_answer(agent: RunningAgent) -> None:
-    """A notification has no effect."""
+def test_notification_has_no_answer_and_no_effect(agent: RunningAgent) -> None:
     with RawConnection(agent.socket) as connection:
         connection.send(wire.encode_notification("Decrypt", {}) + wire.encode_request(9, "GetAgentStatus", {}))
         response = connection.response()

@@ -85,7 +85,7 @@ def test_each_listener_has_its_own_settings(tmp_path: Path) -> None:
 
 
 def test_credential_is_read_from_systemds_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The setting is unseal = "credential:NAME"."""
+    """The setting unseal = "credential:NAME" names a file in $CREDENTIALS_DIRECTORY."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x.service")
     assert read(written(tmp_path, 'unseal = "credential:host"')).unseal == Path("/run/credentials/x.service/host")
 
@@ -255,6 +255,5 @@ def test_invalid_toml_is_named_with_its_line(tmp_path: Path, content: bytes, why
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    """The message has the path."""
     with pytest.raises(SettingsError, match="No such file"):
         read(tmp_path / "none.toml")

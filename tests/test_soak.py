@@ -28,7 +28,7 @@ def notes(tmp_path: Path) -> Path:
 
 
 def test_journal_keeps_all_whole_lines(notes: Path) -> None:
-    """Its writer may be killed at any moment, so the last line may be partial."""
+    """The writer of a journal may be killed at any moment, so the last line may be partial."""
     entries: list[Answer | Made | Wrong] = [
         Answer("id", "Decrypt", 1.5, 0.25, "OK"),
         Made("b", {"k": "v"}, "d", "key", "version"),

@@ -114,7 +114,6 @@ def test_existing_name_is_refused_with_its_whole_batch(store: Store) -> None:
 
 
 def test_records_are_read_in_the_order_of_their_addition(store: Store) -> None:
-    """The records fill several pages."""
     names = [f"n{number * 7_919 % 1_201}" for number in range(1_201)]
     store.add(*(record(name, number=number) for number, name in enumerate(names)))
     assert [each.name for each in store] == names

@@ -36,7 +36,7 @@ def test_p11_kits_proxy_is_refused() -> None:
 
 
 def test_missing_token_is_refused_with_the_present_ones(app: RealToken) -> None:
-    """The message has their labels."""
+    """The message has the labels of the tokens that are there."""
     with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):
         Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
 
@@ -152,7 +152,7 @@ STUBBORN = {
 
 @pytest.mark.parametrize("case", STUBBORN)
 def test_a_key_that_stays_readable_is_refused(case: str) -> None:
-    """The token's reason makes no difference."""
+    """The token may refuse the change of attributes with any error."""
     key, reason = STUBBORN[case]
     with pytest.raises(ModuleError, match=f"leaves an imported data key readable .{reason}."):
         token_module._harden(key, "an imported data key")

@@ -119,7 +119,6 @@ def test_a_passphrase_unseals_a_keyring(keyring: Path, socket_path: Path) -> Non
     ("given", "why"), [(b"", "empty"), (b"x" * 70_000, "longer than any identity")], ids=["empty", "long"]
 )
 def test_invalid_secret_is_not_sent(keyring: Path, socket_path: Path, given: bytes, why: str) -> None:
-    """The command's message has the reason."""
     with RunningAgent(manual(keyring), socket_path) as agent:
         ended = unseal(keyring, given=given)
         assert ended.returncode == 1

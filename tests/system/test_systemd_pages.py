@@ -210,8 +210,8 @@ def test_an_operator_is_added_and_recorded(machine: Machine) -> None:
     machine.run("keyferry-agent", "audit", "verify", "/etc/keyferry/keyring.age.changes.jsonl")
 
 
-def test_check_finds_what_the_service_would_not_start_with(machine: Machine) -> None:
-    """A socket without a listener, a folder that the service may not write to, and a credential that the unit does not load."""
+def test_check_finds_faults_that_stop_the_service(machine: Machine) -> None:
+    """`check` names a socket without a listener, a folder that is not writable for the service, and a missing credential."""
     assert machine.run("sh", "-c", CHECK) == f"{CONFIGURATION}: good; grants: 1"
     configure(machine, '[audit]\npath = "/var/tmp/audit.jsonl"\n[[listener]]\nname = "a"\npath = "/run/keyferry/a.sock"\n'
               '[[listener]]\nname = "b"\npath = "/run/keyferry/b.sock"\n')  # fmt: skip
