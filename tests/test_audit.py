@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.audit_log import AT_START, requests
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import configuration, serving
 from support.keys import recipient
 
@@ -61,9 +61,9 @@ def test_every_request_has_an_entry_in_a_whole_chain(
 ) -> None:
     """Refused requests have entries too, with the requested key."""
     _, connection = recording
-    made = ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "secret"}})
-    refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]}, "InvalidParameter")
-    refused(connection, "Explode", {}, "InvalidAction.NotFound")
+    made = call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "secret"}})
+    call_refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]}, "InvalidParameter")
+    call_refused(connection, "Explode", {}, "InvalidAction.NotFound")
     lines = requests(record)
     assert [line["outcome"] for line in lines] == ["OK", "InvalidParameter", "InvalidAction.NotFound"]
     assert [line["key_id"] for line in lines] == [made["KeyId"], made["KeyId"], ""]
@@ -145,10 +145,10 @@ def test_chain_continues_in_a_new_file_after_rotation(
 ) -> None:
     """The chain covers both files, as logrotate leaves them, in their order only."""
     agent, connection = recording
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     record.rename(tmp_path / "audit.1")
     agent.wait_for("audit.reopened")
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     assert record.stat().st_mode & 0o777 == 0o600
     assert chain.verify([tmp_path / "audit.1", record]).lines == AT_START + 2
     assert chain.verify([record]).lines == 1
@@ -159,10 +159,10 @@ def test_chain_continues_in_a_new_file_after_rotation(
 def test_deleted_audit_log_is_created_again(recording: tuple[RunningAgent, RawConnection], record: Path) -> None:
     """Later requests are recorded; if the folder is gone too, requests are refused."""
     agent, connection = recording
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     record.unlink()
     agent.wait_for("audit.reopened")
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     assert len(record.read_text().splitlines()) == 1
 
 
@@ -218,9 +218,9 @@ def test_unrecordable_requests_follow_the_on_failure_setting(
     more = f'[audit]\npath = "/dev/full"\non_failure = "{on_failure}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         if code:
-            refused(connection, "DescribeKey", {"KeyId": "alias/a"}, code)
+            call_refused(connection, "DescribeKey", {"KeyId": "alias/a"}, code)
         else:
-            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+            call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
         agent.wait_for("audit.failed")
 
 
@@ -314,12 +314,12 @@ def test_data_key_accesses_are_listed_from_the_audit_log(
 ) -> None:
     """Accesses are listed by key, version and time, with their number, callers and recipients."""
     _, connection = recording
-    made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params})
+    made = call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params})
     for _ in range(3):
-        ok(connection, "ExportDataKey", {"CiphertextBlob": made["CiphertextBlob"], **RSA.params})
-    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
-    refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"][:-4] + "AAAA"}, "InvalidParameter")
+        call_ok(connection, "ExportDataKey", {"CiphertextBlob": made["CiphertextBlob"], **RSA.params})
+    call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"][:-4] + "AAAA"}, "InvalidParameter")
 
     def who(*more: str) -> Any:
         capsys.readouterr()
@@ -346,8 +346,8 @@ def test_audit_files_and_aliases_come_from_the_configuration(
     """Rotated files are read oldest first; without a configuration, files and key IDs or ARNs are named by the operator."""
     agent, connection = recording
     for count, name in enumerate(("audit.jsonl.10", "audit.jsonl.9", "audit.jsonl.bak"), 1):
-        made = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"})
-        ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
+        made = call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"})
+        call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
         if name.endswith("bak"):
             shutil.copy(record, record.with_name(name))
         else:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection
 from support.audit_log import requests
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import change, serving
 from support.keys import recipient
 
@@ -53,23 +53,23 @@ def test_an_entry_has_the_hash_of_its_ciphertext(keyring: Path, socket_path: Pat
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         made = [
-            ok(connection, "GenerateDataKey", {"KeyId": "alias/a"}),
-            ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}),
-            ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
-            ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}),
+            call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"}),
+            call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}),
+            call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
+            call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}),
         ]
         blob = made[0]["CiphertextBlob"]
-        ok(connection, "Decrypt", {"CiphertextBlob": blob})
-        ok(connection, "Decrypt", {"CiphertextBlob": base64.b64decode(blob)})
-        ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params})
-        refused(connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": OTHER}, "InvalidParameter")
-        again = ok(
+        call_ok(connection, "Decrypt", {"CiphertextBlob": blob})
+        call_ok(connection, "Decrypt", {"CiphertextBlob": base64.b64decode(blob)})
+        call_ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params})
+        call_refused(connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": OTHER}, "InvalidParameter")
+        again = call_ok(
             connection,
             "ReEncrypt",
             {"CiphertextBlob": blob, "DestinationKeyId": "alias/a", "DestinationEncryptionContext": OTHER},
         )
-        ok(connection, "DescribeKey", {"KeyId": "alias/a"})
-        refused(connection, "Decrypt", {"CiphertextBlob": "AAAA"}, "InvalidParameter")
+        call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        call_refused(connection, "Decrypt", {"CiphertextBlob": "AAAA"}, "InvalidParameter")
     *first, decrypted, binary, exported, denied, moved, described, nonsense = requests(record)
     assert [entry["ciphertext"] for entry in first] == [sha256sum(each["CiphertextBlob"]) for each in made]
     for entry in (decrypted, binary, exported, denied, moved):
@@ -127,8 +127,8 @@ def test_agent_records_its_start_and_its_keys_first(keyring: Path, socket_path: 
     change(keyring, "create-key", "--alias", "alias/b")
     for _ in range(2):
         with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-            status = ok(connection, "GetAgentStatus", {})
-            ids = {name: ok(connection, "DescribeKey", {"KeyId": name}) for name in ("alias/a", "alias/b")}
+            status = call_ok(connection, "GetAgentStatus", {})
+            ids = {name: call_ok(connection, "DescribeKey", {"KeyId": name}) for name in ("alias/a", "alias/b")}
             assert agent.stop() == 0
     found = entries(record)
     assert [entry["event"] for entry in found] == ["audit.start", "audit.keys", *["audit"] * 3] * 2
@@ -151,7 +151,7 @@ def test_reload_records_keys_whose_names_changed(keyring: Path, socket_path: Pat
         agent.wait_for("reload.done", 2)
         change(keyring, "create-key", "--alias", "alias/new")
         agent.wait_for("reload.done", 3)
-        ok(connection, "DescribeKey", {"KeyId": "alias/new"})
+        call_ok(connection, "DescribeKey", {"KeyId": "alias/new"})
     found = entries(record)
     assert [entry["event"] for entry in found] == ["audit.start", "audit.keys", "audit.keys", "audit"]
     assert found[2]["keys"][found[3]["key_id"]] == ["alias/new"]

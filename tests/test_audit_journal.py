@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection
 from support.audit_log import Log
-from support.calls import ok
+from support.calls import call_ok
 from support.keyring import serving
 
 from keyferry_agent.audit import AuditLog
@@ -164,7 +164,7 @@ def test_restarts_on_standard_error_are_verified(keyring: Path, socket_path: Pat
     for _ in range(2):
         with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
             for _ in range(3):
-                made: dict[str, Any] = ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+                made: dict[str, Any] = call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
             assert agent.stop() == 0
         output += ["Started keyferry-agent.service.\n", *agent.output]
     path = log.folder / "journal"

@@ -11,7 +11,7 @@ import pytest
 import structlog
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.audit_log import AT_START
-from support.calls import ok
+from support.calls import call_ok
 from support.other_user import OTHER_USER
 from support.skip_unless import root
 
@@ -49,12 +49,12 @@ def test_a_second_agent_does_not_write_to_the_same_log(tmp_path: Path, name: str
     (tmp_path / "folder link").symlink_to(folder)
     named = {"audit.jsonl": log, "a link to it": tmp_path / "file link"}.get(name, tmp_path / "folder link/audit.jsonl")
     with agent_of(tmp_path / "first.sock", log) as first, RawConnection(first.socket) as connection:
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         message = refusal(agent_of(tmp_path / "second.sock", named))
         assert str(named) in message
         assert "another agent" in message
         assert not (tmp_path / "second.sock").exists()
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         assert lock_file_of(log).stat().st_mode & 0o777 == 0o600
         assert first.stop() == 0
     assert chain.verify([log]).lines == AT_START + 2
@@ -66,7 +66,7 @@ def test_the_lock_outlives_a_rotation(tmp_path: Path) -> None:
     log = tmp_path / "audit.jsonl"
     with agent_of(tmp_path / "first.sock", log) as first, RawConnection(first.socket) as connection:
         for count in (1, 2):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
             log.rename(tmp_path / f"audit.jsonl.{count}")
             first.signal(signal.SIGHUP)
             first.wait_for("audit.reopened", count)

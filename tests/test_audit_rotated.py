@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RawConnection
 from support.audit_log import START, Log, entries, line, text
-from support.calls import ok
+from support.calls import call_ok
 from support.keyring import serving
 
 from keyferry_agent.audit import rotated
@@ -190,9 +190,9 @@ def test_real_audit_log_is_whole_after_rotations(log: Log, keyring: Path, socket
     """The chain of a real agent is whole over four rotations and an empty file at the end."""
     more = f'[audit]\npath = "{log.current}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-        key = ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})["KeyId"]
+        key = call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})["KeyId"]
         for number in range(1, 5):
-            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+            call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
             to = log.folder / (
                 f"audit.jsonl.{number}" if how != "dateext and compress" else f"audit.jsonl-2026112{number}"
             )

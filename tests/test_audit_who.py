@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import pytest
 from support.agent import RawConnection
 from support.audit_log import START, requests
-from support.calls import ok
+from support.calls import call_ok
 from support.keyring import change, opened, serving
 from support.keys import recipient
 
@@ -58,15 +58,17 @@ def made(keyring: Path, socket_path: Path, record: Path) -> dict[str, dict[str, 
     change(keyring, "create-key", "--alias", "alias/b")
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         answers = {
-            "plain": ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme"}}),
-            "rsa": ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
-            "sm2": ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/b", **SM2.params}),
+            "plain": call_ok(
+                connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme"}}
+            ),
+            "rsa": call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
+            "sm2": call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/b", **SM2.params}),
         }
         blob = answers["rsa"]["CiphertextBlob"]
-        answers["exported"] = ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **SM2.params})
-        answers["moved"] = ok(connection, "ReEncrypt", {"CiphertextBlob": blob, "DestinationKeyId": "alias/b"})
-        answers["unseen"] = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/b"})
-        ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        answers["exported"] = call_ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **SM2.params})
+        answers["moved"] = call_ok(connection, "ReEncrypt", {"CiphertextBlob": blob, "DestinationKeyId": "alias/b"})
+        answers["unseen"] = call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/b"})
+        call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
         assert agent.stop() == 0
     return answers
 
@@ -172,10 +174,10 @@ def test_alias_is_resolved_as_of_the_time_of_the_entry(
     old, new = (opened(keyring).find(name).key_id for name in ("alias/a", "alias/b"))
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-        ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
         change(keyring, "update-alias", "alias/a", "alias/b")
         agent.wait_for("reload.done")
-        ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
         assert agent.stop() == 0
     assert [entry["key_id"] for entry in who("--list", "--key", "alias/a")] == [old, new]
     assert main(["audit", "who", str(record), "--key", "alias/a", "--config", str(keyring.parent / "agent.toml")]) == 0

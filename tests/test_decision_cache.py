@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection
 from support.audit_log import requests
+from support.calls import result
 from support.keyring import change, configuration, serving
 from support.keys import recipient
 
@@ -108,13 +109,11 @@ def test_disabled_and_rotated_keys_take_effect_at_reload(
     """Remembered decisions about the key end with the reload."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         assert set(codes(connection, params=params)) == {"OK"}
-        before = connection.call("GenerateAndExportDataKey", params).result
+        before = result(connection.call("GenerateAndExportDataKey", params))
         change(keyring, "rotate", "alias/a")
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
-        after = connection.call("GenerateAndExportDataKey", params).result
-        assert before is not None
-        assert after is not None
+        after = result(connection.call("GenerateAndExportDataKey", params))
         assert before["KeyVersionId"] != after["KeyVersionId"]
         change(keyring, "disable", "alias/a")
         agent.signal(signal.SIGHUP)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import Command, change, opened, rewritten, run, serving
 from support.keys import recipient
 from support.rotatable_agent import Rotating
@@ -40,9 +40,9 @@ def test_an_agent_opens_nothing_under_a_disabled_version(rotating: Rotating, dry
     """Decrypt raises Rejected.Disabled with the version in message and audit entry; an enabled version opens again."""
     old = primary(rotating.said)
     with RawConnection(rotating.agent.socket) as connection:
-        blob = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
+        blob = call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
         new = rotating.rotate()
-        fresh = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
+        fresh = call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
         calls: list[tuple[str, dict[str, Any]]] = [
             ("Decrypt", {}),
             ("ReEncrypt", {"DestinationKeyId": "alias/a"}),
@@ -50,32 +50,32 @@ def test_an_agent_opens_nothing_under_a_disabled_version(rotating: Rotating, dry
         ]
         rotating.does("disable-version", "alias/a", old, "--yes")
         for method, params in calls:
-            message = refused(
+            message = call_refused(
                 connection, method, {**params, "CiphertextBlob": blob, "DryRun": dry_run}, "Rejected.Disabled"
             )
             assert old in message
             entry = [line for line in rotating.agent.log if line.get("event") == "audit"][-1]
             assert (entry["operation"], entry["outcome"]) == (method, "Rejected.Disabled")
             assert old in json.dumps(entry)
-        ok(connection, "Decrypt", {"CiphertextBlob": fresh})
-        listed = ok(connection, "ListKeyVersions", {"KeyId": "alias/a"})["KeyVersions"]["KeyVersion"]
+        call_ok(connection, "Decrypt", {"CiphertextBlob": fresh})
+        listed = call_ok(connection, "ListKeyVersions", {"KeyId": "alias/a"})["KeyVersions"]["KeyVersion"]
         assert [version["KeyVersionId"] for version in listed] == [old, new]
         rotating.does("enable-version", "alias/a", old)
-        ok(connection, "Decrypt", {"CiphertextBlob": blob})
+        call_ok(connection, "Decrypt", {"CiphertextBlob": blob})
 
 
 def test_a_caller_without_a_grant_learns_no_states(keyring: Path, said: Command, socket_path: Path) -> None:
     """The agent checks the grant before the version's state."""
     old = primary(said)
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
-        blob = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
+        blob = call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
     said("rotate", "alias/a")
     said("disable-version", "alias/a", old, "--yes")
     with (
         serving(keyring, socket_path, actions="kms:Encrypt") as agent,
         RawConnection(agent.socket) as connection,
     ):
-        refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.NoPermission")
+        call_refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.NoPermission")
 
 
 def test_the_primary_version_cannot_be_disabled(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.agent import RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import change, two_callers
 
 from keyferry.parameters import decode_base64, encode_base64
@@ -26,20 +26,22 @@ def connection(agent: RunningAgent) -> Iterator[RawConnection]:
 
 def encrypted(connection: RawConnection, plaintext: bytes, key_id: str = KEYS[0], **more: Any) -> dict[str, Any]:
     """What Encrypt answers."""
-    return ok(connection, "Encrypt", {"KeyId": key_id, "Plaintext": encode_base64(plaintext), **more})
+    return call_ok(connection, "Encrypt", {"KeyId": key_id, "Plaintext": encode_base64(plaintext), **more})
 
 
 def decrypted(connection: RawConnection, blob: str, context: dict[str, str] | None = None) -> bytes:
     """What Decrypt opens."""
     params = {"CiphertextBlob": blob, "EncryptionContext": context}
-    return decode_base64(ok(connection, "Decrypt", params)["Plaintext"])
+    return decode_base64(call_ok(connection, "Decrypt", params)["Plaintext"])
 
 
 @pytest.mark.parametrize("key_id", KEYS)
 @pytest.mark.parametrize("size", [1, 16, 190, 191, 214, 215, 1024])
 def test_generate_data_key_returns_plaintext_and_blob(connection: RawConnection, key_id: str, size: int) -> None:
     """The blob opens to Plaintext, and no wrapping limits its length."""
-    made = ok(connection, "GenerateDataKey", {"KeyId": key_id, "NumberOfBytes": size, "EncryptionContext": {"a": "b"}})
+    made = call_ok(
+        connection, "GenerateDataKey", {"KeyId": key_id, "NumberOfBytes": size, "EncryptionContext": {"a": "b"}}
+    )
     assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "Plaintext", "RequestId"}
     key = decode_base64(made["Plaintext"])
     assert len(key) == size
@@ -54,7 +56,7 @@ def test_generate_data_key_without_plaintext_returns_only_a_blob(connection: Raw
         ({"KeySpec": "AES_256"}, 32),
         ({}, 32),
     ):
-        made = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": KEYS[0], **spec})
+        made = call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": KEYS[0], **spec})
         assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "RequestId"}
         assert len(decrypted(connection, made["CiphertextBlob"])) == size
 
@@ -77,13 +79,15 @@ def test_decrypt_opens_blobs_of_encrypt(connection: RawConnection, key_id: str, 
 )
 def test_encrypt_takes_base64_of_1_to_6144_bytes(connection: RawConnection, plaintext: Any, word: str) -> None:
     """The message names the fault of any other Plaintext."""
-    refused(connection, "Encrypt", {"KeyId": KEYS[0], "Plaintext": plaintext}, "InvalidParameter", "Plaintext", word)
+    call_refused(
+        connection, "Encrypt", {"KeyId": KEYS[0], "Plaintext": plaintext}, "InvalidParameter", "Plaintext", word
+    )
 
 
 def test_re_encrypt_moves_a_secret_to_another_key_and_context(connection: RawConnection) -> None:
     """The answer names the source key and the destination key, and the old blob still opens."""
     made = encrypted(connection, b"secret", KEYS[0], EncryptionContext={"a": "1"})
-    moved = ok(
+    moved = call_ok(
         connection,
         "ReEncrypt",
         {
@@ -94,7 +98,7 @@ def test_re_encrypt_moves_a_secret_to_another_key_and_context(connection: RawCon
         },
     )
     assert (moved["KeyId"], moved["KeyVersionId"]) == (made["KeyId"], made["KeyVersionId"])
-    described = ok(connection, "DescribeKey", {"KeyId": KEYS[1]})["KeyMetadata"]
+    described = call_ok(connection, "DescribeKey", {"KeyId": KEYS[1]})["KeyMetadata"]
     assert (moved["DestinationKeyId"], moved["DestinationKeyVersionId"]) == (
         described["KeyId"],
         described["PrimaryKeyVersion"],
@@ -107,7 +111,7 @@ def test_re_encrypt_checks_parameters_like_decrypt_and_encrypt(connection: RawCo
     """Each parameter is refused by its own name."""
     blob = encrypted(connection, b"x", EncryptionContext={"a": "1"})["CiphertextBlob"]
     good = {"CiphertextBlob": blob, "DestinationKeyId": KEYS[0], "SourceEncryptionContext": {"a": "1"}}
-    ok(connection, "ReEncrypt", good)
+    call_ok(connection, "ReEncrypt", good)
     for changed, code, word in (
         ({"SourceEncryptionContext": {"a": "2"}}, "InvalidParameter", "CiphertextBlob"),
         ({"SourceEncryptionContext": None}, "InvalidParameter", "CiphertextBlob"),
@@ -121,7 +125,7 @@ def test_re_encrypt_checks_parameters_like_decrypt_and_encrypt(connection: RawCo
         ({"DryRun": True}, "DryRunOperationError", ""),
         ({"DryRun": "TRUE", "SourceEncryptionContext": {"a": "2"}}, "ValidationError", "CiphertextBlob"),
     ):
-        refused(connection, "ReEncrypt", {**good, **changed}, code, word)
+        call_refused(connection, "ReEncrypt", {**good, **changed}, code, word)
 
 
 @pytest.mark.parametrize(
@@ -136,10 +140,10 @@ def test_dry_run_fails_with_the_code_of_the_outcome(
     connection: RawConnection, method: str, params: dict[str, Any]
 ) -> None:
     """Three codes are a dry run's own; all others are those of the call."""
-    refused(connection, method, {**params, "DryRun": True}, "DryRunOperationError")
-    refused(connection, method, {**params, "DryRun": "true", "EncryptionContext": "["}, "ValidationError")
-    refused(connection, method, {"DryRun": "true"}, "ValidationError")
-    refused(connection, method, {**params, "KeyId": "alias/none", "DryRun": True}, "Forbidden.AliasNotFound")
+    call_refused(connection, method, {**params, "DryRun": True}, "DryRunOperationError")
+    call_refused(connection, method, {**params, "DryRun": "true", "EncryptionContext": "["}, "ValidationError")
+    call_refused(connection, method, {"DryRun": "true"}, "ValidationError")
+    call_refused(connection, method, {**params, "KeyId": "alias/none", "DryRun": True}, "Forbidden.AliasNotFound")
 
 
 CONTEXTS = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=4)
@@ -155,7 +159,7 @@ def test_secret_opens_under_its_last_context_only(
     """A secret survives any chain of ReEncrypt calls over keys and contexts."""
     blob = encrypted(connection, plaintext, EncryptionContext=contexts[0])["CiphertextBlob"]
     for old, new in itertools.pairwise(contexts):
-        blob = ok(
+        blob = call_ok(
             connection,
             "ReEncrypt",
             {
@@ -168,7 +172,9 @@ def test_secret_opens_under_its_last_context_only(
     assert decrypted(connection, blob, contexts[-1]) == plaintext
     for other in (*contexts[:-1], {}):
         if other != contexts[-1]:
-            refused(connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": other}, "InvalidParameter")
+            call_refused(
+                connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": other}, "InvalidParameter"
+            )
 
 
 PIN = "sha256:" + "0" * 64
@@ -196,8 +202,8 @@ def test_re_encrypt_to_another_context_respects_recipients(keyring: Path) -> Non
             "DestinationKeyId": "alias/dev",
         }
         moved = {**opening, "DestinationEncryptionContext": {"purpose": "cache"}}
-        refused(app, "ReEncrypt", moved, "Forbidden.NoPermission")
-        ok(app, "ReEncrypt", {**opening, "DestinationEncryptionContext": {"tenant": "acme"}})
+        call_refused(app, "ReEncrypt", moved, "Forbidden.NoPermission")
+        call_ok(app, "ReEncrypt", {**opening, "DestinationEncryptionContext": {"tenant": "acme"}})
 
 
 @pytest.mark.parametrize(
@@ -222,6 +228,6 @@ def test_re_encrypt_needs_grants_at_both_ends(
         blob = encrypted(admin, b"x")["CiphertextBlob"]
         params = {"CiphertextBlob": blob, "DestinationKeyId": destination}
         if code:
-            refused(app, "ReEncrypt", params, code)
+            call_refused(app, "ReEncrypt", params, code)
         else:
-            ok(app, "ReEncrypt", params)
+            call_ok(app, "ReEncrypt", params)

@@ -19,7 +19,7 @@ import trio
 import trio.testing
 from support.agent import RawConnection, RunningAgent, dev_agent
 from support.audit_log import AT_START
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused, error, result
 from support.keyring import change, opened, serving
 from support.skip_unless import library, root
 from support.waiting import wait_until
@@ -132,12 +132,12 @@ def test_reload_without_descriptors_keeps_the_old_state(keyring: Path, socket_pa
                 error = stack.enter_context(RawConnection(agent.socket)).call(*DESCRIBE).error
             agent.signal(signal.SIGHUP)
             assert os.strerror(errno.EMFILE) in agent.wait_for("reload.failed")["why"]
-            ok(first, *DESCRIBE)
+            call_ok(first, *DESCRIBE)
         wait_until("the agent has descriptors again", lambda: not agent_is_short_of_descriptors(agent))
-        ok(first, *DESCRIBE)
+        call_ok(first, *DESCRIBE)
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
-        ok(first, *DESCRIBE)
+        call_ok(first, *DESCRIBE)
 
 
 def agent_is_short_of_descriptors(agent: RunningAgent) -> bool:
@@ -178,7 +178,7 @@ def test_full_disk_refuses_unrecordable_requests(keyring: Path, socket_path: Pat
         assert chain.verify([record]).lines == AT_START + answered
         subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
         for _ in range(20):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
         agent.wait_for("audit.resumed")  # an entry of its own
         assert agent.stop() == 0
         assert chain.verify([record]).lines == AT_START + answered + 20 + 1
@@ -190,11 +190,11 @@ def test_truncated_audit_log_is_continued(keyring: Path, socket_path: Path, tmp_
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         for _ in range(3):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
             copy = record.read_bytes()
             os.truncate(record, 0)
         for _ in range(2):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
     assert chain.verify([record])[::2] == (2, False)
     (tmp_path / "before").write_bytes(copy)
     assert chain.verify([tmp_path / "before", record]).lines == 3
@@ -205,14 +205,14 @@ def test_folder_in_place_of_the_audit_log_refuses_requests(keyring: Path, socket
     record = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         record.rename(tmp_path / "before")
         record.mkdir()
         assert agent.wait_for("audit.failed")["error"] == os.strerror(errno.EISDIR)
-        refused(connection, *DESCRIBE, "ServiceUnavailableTemporary", "audit record")
+        call_refused(connection, *DESCRIBE, "ServiceUnavailableTemporary", "audit record")
         record.rmdir()
         assert agent.wait_for("audit.resumed")["unrecorded"] == 1
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
     assert chain.verify([tmp_path / "before", record]).lines == AT_START + 3
 
 
@@ -235,7 +235,7 @@ def test_unreadable_configuration_leaves_the_old_one_serving(keyring: Path, sock
             spoil()
             agent.signal(signal.SIGHUP)
             assert str(config) in agent.wait_for("reload.failed", count)["why"]
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
             if config.is_dir():
                 config.rmdir()
             else:
@@ -243,7 +243,7 @@ def test_unreadable_configuration_leaves_the_old_one_serving(keyring: Path, sock
             config.write_bytes(good)
             agent.signal(signal.SIGHUP)
             agent.wait_for("reload.done", count)
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
 
 
 def test_two_agents_at_one_path_leave_each_other_alone(socket_path: Path) -> None:
@@ -252,11 +252,11 @@ def test_two_agents_at_one_path_leave_each_other_alone(socket_path: Path) -> Non
         socket_path.unlink()
         first.wait_for("socket.lost")
         with dev_agent(socket_path) as second, RawConnection(socket_path) as new:
-            ids = {ok(each, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]["KeyId"] for each in (old, new)}
+            ids = {call_ok(each, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]["KeyId"] for each in (old, new)}
             assert len(ids) == 2
             assert first.stop() == 0
             with RawConnection(socket_path) as another:
-                ok(another, "GetAgentStatus", {})
+                call_ok(another, "GetAgentStatus", {})
             assert second.stop() == 0
     assert not socket_path.exists()
 
@@ -317,7 +317,7 @@ def test_clock_changes_affect_neither_connections_nor_the_chain(
         RawConnection(agent.socket) as half,
     ):
         half.send(wire.encode_request(1, *DESCRIBE)[:-1])
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         for ahead, code in (
             ("+0", "Rejected"),
             ("+10y", "Forbidden.KeyNotFound"),
@@ -325,14 +325,11 @@ def test_clock_changes_affect_neither_connections_nor_the_chain(
             ("+0", "Rejected"),
         ):
             clock.write_text(ahead)
-            ok(connection, *DESCRIBE)
-            error = connection.call("GenerateDataKey", {"KeyId": doomed}).error
-            assert error is not None
-            assert error["Code"].startswith(code), ahead
+            call_ok(connection, *DESCRIBE)
+            refusal = error(connection.call("GenerateDataKey", {"KeyId": doomed}))
+            assert refusal["Code"].startswith(code), ahead
         half.send(wire.encode_request(1, *DESCRIBE)[-1:])
-        answer = half.response()
-        assert answer is not None
-        assert answer.error is None
+        result(half.response())
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
     years = [int(json.loads(line)["time"][:4]) for line in record.read_text().splitlines()]

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.agent import RawConnection, RunningAgent
 from support.authorization import allows, may_name
+from support.calls import error, result
 from support.keyring import change, two_callers
 from support.keys import recipient
 from support.skip_unless import root
@@ -286,11 +287,8 @@ def test_without_grants_every_caller_is_refused(socket_path: Path, tmp_path: Pat
         agent.wait_for("startup.no_grants")
         with RawConnection(agent.socket) as connection:
             for name in ("alias/a", "alias/b"):
-                error = connection.call("DescribeKey", {"KeyId": name}).error
-                assert error is not None
-                assert error["Code"] == "Forbidden.NoPermission"
-            status = connection.call("GetAgentStatus", {}).result
-            assert status is not None
+                assert error(connection.call("DescribeKey", {"KeyId": name}))["Code"] == "Forbidden.NoPermission"
+            status = result(connection.call("GetAgentStatus", {}))
             assert status["Keys"] == 0
             assert "Counters" not in status
 
@@ -355,18 +353,13 @@ def test_grant_with_recipients_neither_shows_nor_sets_a_data_key(keyring: Path) 
     own = 'actions=["kms:*"]\nkeys=["alias/own"]'
     with two_callers(keyring, [pinned, own]) as (admin, app):
         for name, params in PLANTED.items():
-            error = app.call(name.split(",")[0], params).error
-            assert error is not None, name
-            assert error["Code"] in ("Forbidden.NoPermission", "AccessDeniedError"), name
-        chosen = app.call("Encrypt", {"KeyId": "alias/own", "Plaintext": "A" * 43 + "="}).result
-        assert chosen is not None
+            refusal = error(app.call(name.split(",")[0], params))
+            assert refusal["Code"] in ("Forbidden.NoPermission", "AccessDeniedError"), name
+        chosen = result(app.call("Encrypt", {"KeyId": "alias/own", "Plaintext": "A" * 43 + "="}))
         move = {"CiphertextBlob": chosen["CiphertextBlob"], "DestinationKeyId": "alias/a"}
-        refused = app.call("ReEncrypt", move).error
-        assert refused is not None
-        assert refused["Code"] == "Forbidden.NoPermission"
+        assert error(app.call("ReEncrypt", move))["Code"] == "Forbidden.NoPermission"
         assert admin.call("ReEncrypt", move).error is None
-        drawn = app.call("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}).result
-        assert drawn is not None
+        drawn = result(app.call("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}))
         assert app.call("ExportDataKey", {"CiphertextBlob": drawn["CiphertextBlob"], **RSA.params}).error is None
         stays = {"CiphertextBlob": drawn["CiphertextBlob"], "DestinationKeyId": "alias/a"}
         assert app.call("ReEncrypt", stays).error is None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import msgpack
 import pytest
+from support.calls import error, result
 from support.stress import PING, Siege, besieged, many, until_closed
 
 from keyferry.protocol import wire
@@ -148,14 +149,11 @@ def test_answerable_message_is_refused_and_the_connection_stays(siege: Siege, na
     message, code = ANSWERED[name]
     with siege.connect() as connection:
         connection.send(PING + message + PING)
-        first, answer, last = (connection.response() for _ in range(3))
-    assert first is not None
-    assert first.error is None
-    assert answer is not None
+        first, answer, last = (connection.answer() for _ in range(3))
+    result(first)
     assert answer.msgid in (0, 5, MOST)
     assert (answer.error["Code"] if answer.error else "") == code
-    assert last is not None
-    assert last.error is None
+    result(last)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -166,9 +164,8 @@ def test_unanswerable_message_ends_the_connection_with_a_reason(siege: Siege, na
         first, refusal = until_closed(connection)
     assert first.error is None
     assert refusal.msgid is None
-    assert refusal.error is not None
-    assert refusal.error["Code"] == "ProtocolError"
-    why = refusal.error["Message"].removesuffix(".")
+    assert error(refusal)["Code"] == "ProtocolError"
+    why = error(refusal)["Message"].removesuffix(".")
     assert len(why) > 10
     assert siege.agent.has_logged("connection.protocol_error", why=why)
 
@@ -192,9 +189,7 @@ def test_thousands_of_invalid_requests_are_each_recorded(siege: Siege) -> None:
         for done in range(0, rounds, 20):
             connection.send(b"".join(mix) * 20)
             for _ in range(20 * len(mix)):
-                answer = connection.response()
-                assert answer is not None
-                assert answer.error is not None
+                error(connection.response())
                 mine += 1
             if done % 1_000 == 0:
                 siege.honest.is_served(1)

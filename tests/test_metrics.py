@@ -17,7 +17,7 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry, Gauge, MetricsHandler
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import serving
 from support.scrape import UnixHTTP, scraped
 
@@ -35,8 +35,8 @@ def test_scrape_has_requests_connections_and_the_keyring(keyring: Path, socket_p
         RawConnection(agent.socket) as connection,
     ):
         for _ in range(3):
-            ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme-secret"}})
-        refused(connection, "Explode-123", {}, "InvalidAction.NotFound")
+            call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme-secret"}})
+        call_refused(connection, "Explode-123", {}, "InvalidAction.NotFound")
         samples = scraped(path)
         assert path.stat().st_mode & 0o777 == 0o660
         assert samples['keyferry_requests_total{operation="GenerateDataKey",outcome="OK"}'] == 3
@@ -254,7 +254,7 @@ def test_idle_clients_keep_no_scrape_from_being_answered(served: Served, bytes_s
             assert idle[0].recv(1) == b""
         assert time.monotonic() - began < PROMPTLY
         with RawConnection(served.agent.socket) as connection:
-            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+            call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
 
 
 @pytest.mark.parametrize(

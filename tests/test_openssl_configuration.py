@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keys import recipient
 from support.secrets import secret_file
 
@@ -111,7 +111,7 @@ def test_a_configuration_that_offers_all_serves(text: str, tmp_path: Path, socke
     """The agent logs no warning about an algorithm."""
     with RunningAgent(["--dev"], socket_path, environment=environment(tmp_path, text)) as agent:
         with RawConnection(agent.socket) as connection:
-            ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
+            call_ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
         assert not [line for line in agent.output if "RSAES" in line or "Aliyun" in line]
 
 
@@ -160,16 +160,16 @@ def test_an_algorithm_that_is_not_offered_is_unsupported(lacking: str, algorithm
         )
         assert "OPENSSL_CONF" in event["what"]
         why = f"{algorithm} is not available without {lacking}: this OpenSSL's configuration offers no {lacking}."
-        refused(connection, "GenerateAndExportDataKey", exporting(algorithm), "UnsupportedOperation", why)
-        ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
+        call_refused(connection, "GenerateAndExportDataKey", exporting(algorithm), "UnsupportedOperation", why)
+        call_ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
 
 
 def test_algorithm_of_a_key_spec_may_be_unsupported(socket_path: Path) -> None:
     """Keys of the other KeySpec are served."""
     with without("SM4", socket_path) as agent, RawConnection(agent.socket) as connection:
         assert agent.wait_for("startup.limited")["what"].startswith("Aliyun_SM4: ")
-        refused(connection, "GenerateDataKey", {"KeyId": "alias/dev-sm4"}, "UnsupportedOperation", "KeySpec")
-        ok(connection, "GenerateDataKey", {"KeyId": "alias/dev"})
+        call_refused(connection, "GenerateDataKey", {"KeyId": "alias/dev-sm4"}, "UnsupportedOperation", "KeySpec")
+        call_ok(connection, "GenerateDataKey", {"KeyId": "alias/dev"})
 
 
 def test_failure_of_libcrypto_is_not_the_callers_fault(socket_path: Path) -> None:
@@ -181,8 +181,8 @@ def test_failure_of_libcrypto_is_not_the_callers_fault(socket_path: Path) -> Non
     der = prefix + (2**2047 + 1).to_bytes(256, "big") + suffix
     request = {**exporting("RSAES_OAEP_SHA_256"), "PublicKeyBlob": encode_base64(der)}
     with without("keys", socket_path) as agent, RawConnection(agent.socket) as connection:
-        refused(connection, "GenerateAndExportDataKey", request, "InternalFailure")
-        ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
+        call_refused(connection, "GenerateAndExportDataKey", request, "InternalFailure")
+        call_ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
 
 
 def test_build_is_named_if_the_configuration_is_complete() -> None:

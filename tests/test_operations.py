@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from support.agent import RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused, error
 from support.keys import ALGORITHMS, recipient, spki
 
 from keyferry.parameters import decode_base64, encode_base64
@@ -33,7 +33,7 @@ def test_generated_key_is_the_same_by_every_operation(
     """The exported key, the decrypted key and the key that is exported again are equal."""
     to = recipient(algorithm)
     context = {"tenant": "acme", "größe": "1"}
-    made = ok(
+    made = call_ok(
         connection,
         "GenerateAndExportDataKey",
         {"KeyId": key_id, "NumberOfBytes": size, "EncryptionContext": context, **to.params},
@@ -41,9 +41,9 @@ def test_generated_key_is_the_same_by_every_operation(
     key = to.unwrap(made["ExportedDataKey"])
     assert len(key) == size
     blob = {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context}
-    opened = ok(connection, "Decrypt", blob)
+    opened = call_ok(connection, "Decrypt", blob)
     assert decode_base64(opened["Plaintext"]) == key
-    exported = ok(connection, "ExportDataKey", {**blob, **to.params})
+    exported = call_ok(connection, "ExportDataKey", {**blob, **to.params})
     assert to.unwrap(exported["ExportedDataKey"]) == key
     assert exported["ExportedDataKey"] != made["ExportedDataKey"]
     ids = {(a["KeyId"], a["KeyVersionId"]) for a in (made, opened, exported)}
@@ -66,7 +66,7 @@ def test_the_length_is_number_of_bytes_then_key_spec_then_32(
     connection: RawConnection, spec: dict[str, Any], size: int
 ) -> None:
     """NumberOfBytes wins over KeySpec, and 32 is the default."""
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, **spec})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, **spec})
     assert len(RSA.unwrap(made["ExportedDataKey"])) == size
 
 
@@ -77,43 +77,47 @@ def test_wrapping_is_limited_to_its_capacity(connection: RawConnection, algorith
     """A longer key is refused before it is generated, with both numbers; SM2PKE wraps all 1024 bytes."""
     to = recipient(algorithm)
     params = {"KeyId": "alias/dev", **to.params}
-    made = ok(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most})
     assert len(to.unwrap(made["ExportedDataKey"])) == most
     words = [] if most == 1024 else [str(most), str(most + 1)]
-    refused(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most + 1}, "InvalidParameter", *words)
+    call_refused(
+        connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most + 1}, "InvalidParameter", *words
+    )
 
 
 def test_export_refuses_keys_over_the_capacity(connection: RawConnection) -> None:
     """A long key for one recipient does not fit every other."""
     to = recipient("SM2PKE")
-    made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/dev", "NumberOfBytes": 191, **to.params})
+    made = call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/dev", "NumberOfBytes": 191, **to.params})
     blob = {"CiphertextBlob": made["CiphertextBlob"]}
-    refused(connection, "ExportDataKey", {**blob, **RSA.params}, "InvalidParameter", "190", "191")
+    call_refused(connection, "ExportDataKey", {**blob, **RSA.params}, "InvalidParameter", "190", "191")
     *rest, last = decode_base64(made["CiphertextBlob"])
     damaged = {"CiphertextBlob": bytes([*rest, last ^ 1])}
-    refused(connection, "ExportDataKey", {**damaged, **RSA.params}, "InvalidParameter", "damaged")
-    ok(connection, "ExportDataKey", {**blob, **recipient("RSAES_OAEP_SHA_1").params})
+    call_refused(connection, "ExportDataKey", {**damaged, **RSA.params}, "InvalidParameter", "damaged")
+    call_ok(connection, "ExportDataKey", {**blob, **recipient("RSAES_OAEP_SHA_1").params})
 
 
 def test_blobs_may_be_binary(connection: RawConnection) -> None:
     """PublicKeyBlob and CiphertextBlob may be MessagePack bin; answers hold strings."""
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "PublicKeyBlob": RSA.der})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "PublicKeyBlob": RSA.der})
     assert isinstance(made["CiphertextBlob"], str)
-    ok(connection, "Decrypt", {"CiphertextBlob": decode_base64(made["CiphertextBlob"])})
+    call_ok(connection, "Decrypt", {"CiphertextBlob": decode_base64(made["CiphertextBlob"])})
 
 
 def test_every_form_of_a_key_id_names_the_same_key(connection: RawConnection) -> None:
     """The forms are ID, alias and both ARNs; answers have the plain ID."""
-    described = ok(connection, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]
+    described = call_ok(connection, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]
     assert described["Arn"] == f"acs:kms:local:0:key/{described['KeyId']}"
     for form in (described["KeyId"], described["Arn"], "acs:kms:local:0:alias/dev"):
-        assert ok(connection, "DescribeKey", {"KeyId": form})["KeyMetadata"] == described
-        assert ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": form})["KeyId"] == described["KeyId"]
+        assert call_ok(connection, "DescribeKey", {"KeyId": form})["KeyMetadata"] == described
+        assert (
+            call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": form})["KeyId"] == described["KeyId"]
+        )
 
 
 def test_describe_key_returns_the_clouds_fields(connection: RawConnection) -> None:
     """All fields are text."""
-    described = ok(connection, "DescribeKey", {"KeyId": "alias/dev-sm4"})["KeyMetadata"]
+    described = call_ok(connection, "DescribeKey", {"KeyId": "alias/dev-sm4"})["KeyMetadata"]
     assert all(isinstance(value, str) for value in described.values())
     expected = {
         "KeySpec": "Aliyun_SM4",
@@ -129,7 +133,7 @@ def test_describe_key_returns_the_clouds_fields(connection: RawConnection) -> No
 
 def test_status_has_the_figures_for_granted_callers(connection: RawConnection) -> None:
     """Figures are the version, the state, the number of keys that the caller may use, and their protection."""
-    status = ok(connection, "GetAgentStatus", {})
+    status = call_ok(connection, "GetAgentStatus", {})
     assert {"ProtocolVersion": 1, "State": "Serving", "Keys": 2}.items() <= status.items()
     assert status["MemoryProtection"] in ("memfd_secret", "mlock", "none")
     assert status["Counters"]["Connections"] >= 1
@@ -162,19 +166,16 @@ def test_unknown_key_id_is_refused(connection: RawConnection, key_id: Any, code:
     """Unknown keys and aliases have different codes, and an ARN must be of this agent."""
     if isinstance(key_id, str) and not key_id.isascii():
         connection.send(b"\x94\0\x01\xabDescribeKey\x91\x81\xa5KeyId\xa1\xff")
-        response = connection.response()
-        assert response is not None
-        assert response.error is not None
-        assert response.error["Code"] == code
+        assert error(connection.response())["Code"] == code
         return
-    refused(connection, "DescribeKey", {"KeyId": key_id}, code, "KeyId" if code.endswith("Parameter") else "")
+    call_refused(connection, "DescribeKey", {"KeyId": key_id}, code, "KeyId" if code.endswith("Parameter") else "")
 
 
 @pytest.mark.parametrize("missing", ["KeyId", "PublicKeyBlob", "WrappingKeySpec", "WrappingAlgorithm"])
 def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -> None:
     """A nil parameter counts as missing."""
     for params in ({k: v for k, v in GENERATE.items() if k != missing}, {**GENERATE, missing: None}):
-        message = refused(connection, "GenerateAndExportDataKey", params, "MissingParameter")
+        message = call_refused(connection, "GenerateAndExportDataKey", params, "MissingParameter")
         assert message == f'The parameter "{missing}" is needed but not provided.'
 
 
@@ -227,7 +228,7 @@ def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -
 )
 def test_invalid_parameter_is_named(connection: RawConnection, changed: dict[str, Any], word: str) -> None:
     """InvalidParameter has the parameter's name and the reason."""
-    refused(connection, "GenerateAndExportDataKey", {**GENERATE, **changed}, "InvalidParameter", word)
+    call_refused(connection, "GenerateAndExportDataKey", {**GENERATE, **changed}, "InvalidParameter", word)
 
 
 def test_contexts_that_look_alike_are_different(connection: RawConnection) -> None:
@@ -239,12 +240,14 @@ def test_contexts_that_look_alike_are_different(connection: RawConnection) -> No
         ({"": "a"}, {"a": ""}),
     ]
     for one, other in [*pairs, *((b, a) for a, b in pairs)]:
-        made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": one})
+        made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": one})
         blob = {"CiphertextBlob": made["CiphertextBlob"]}
-        refused(connection, "Decrypt", {**blob, "EncryptionContext": other}, "InvalidParameter", "CiphertextBlob")
-        ok(connection, "Decrypt", {**blob, "EncryptionContext": json.dumps(one)})
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"x": "1", "y": "2"}})
-    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": '{ "y": "2", "x": "1" }'})
+        call_refused(connection, "Decrypt", {**blob, "EncryptionContext": other}, "InvalidParameter", "CiphertextBlob")
+        call_ok(connection, "Decrypt", {**blob, "EncryptionContext": json.dumps(one)})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"x": "1", "y": "2"}})
+    call_ok(
+        connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": '{ "y": "2", "x": "1" }'}
+    )
 
 
 def test_empty_context_equals_a_missing_one(connection: RawConnection) -> None:
@@ -256,22 +259,22 @@ def test_empty_context_equals_a_missing_one(connection: RawConnection) -> None:
         {"EncryptionContext": None},
     ]
     for sealed in forms:
-        made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, **sealed})
+        made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, **sealed})
         for opened in forms:
-            ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], **opened})
+            call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], **opened})
 
 
 def test_largest_context_is_accepted(connection: RawConnection) -> None:
     """The limit is 8,192 characters as JSON, also if their UTF-8 is longer."""
     context = {"k": "ü" * (8192 - 8)}
     assert len(json.dumps(context, ensure_ascii=False, separators=(",", ":"))) == 8192
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": context})
-    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": context})
+    call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context})
 
 
 def test_every_damaged_ciphertext_gets_the_same_answer(connection: RawConnection) -> None:
     """Changes, cuts, additions and wrong parameters have one error without a cause."""
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"a": "b"}})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"a": "b"}})
     good = decode_base64(made["CiphertextBlob"])
     damaged: list[Any] = [good[:end] for end in (0, 1, 36, 37, 100, 116, 117, len(good) - 1)] + [good + b"\0"]
     for position in range(36, len(good)):
@@ -284,40 +287,40 @@ def test_every_damaged_ciphertext_gets_the_same_answer(connection: RawConnection
     messages = set()
     for blob in damaged:
         params = {"CiphertextBlob": blob, "EncryptionContext": {"a": "b"}}
-        messages.add(refused(connection, "Decrypt", params, "InvalidParameter"))
-    messages.add(refused(connection, "Decrypt", {"CiphertextBlob": good}, "InvalidParameter"))
-    messages.add(refused(connection, "ExportDataKey", {"CiphertextBlob": good, **RSA.params}, "InvalidParameter"))
+        messages.add(call_refused(connection, "Decrypt", params, "InvalidParameter"))
+    messages.add(call_refused(connection, "Decrypt", {"CiphertextBlob": good}, "InvalidParameter"))
+    messages.add(call_refused(connection, "ExportDataKey", {"CiphertextBlob": good, **RSA.params}, "InvalidParameter"))
     assert len(messages) == 1
 
 
 def test_unknown_version_has_its_own_error(connection: RawConnection) -> None:
     """A blob has its version in the clear, so the error may name the missing version."""
-    made = ok(connection, "GenerateAndExportDataKey", GENERATE)
+    made = call_ok(connection, "GenerateAndExportDataKey", GENERATE)
     blob = str(uuid.uuid4()).encode() + decode_base64(made["CiphertextBlob"])[36:]
-    refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.KeyVersionNotFound")
-    refused(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params}, "Forbidden.KeyVersionNotFound")
+    call_refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.KeyVersionNotFound")
+    call_refused(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params}, "Forbidden.KeyVersionNotFound")
 
 
 def test_a_ciphertext_does_not_open_under_another_key(connection: RawConnection) -> None:
     """The version's ID in a blob is authenticated."""
     blobs = [
-        decode_base64(ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": key})["CiphertextBlob"])
+        decode_base64(call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": key})["CiphertextBlob"])
         for key in ("alias/dev", "alias/dev-sm4")
     ]
     for one, other in (blobs, reversed(blobs)):
-        refused(connection, "Decrypt", {"CiphertextBlob": one[:36] + other[36:]}, "InvalidParameter")
+        call_refused(connection, "Decrypt", {"CiphertextBlob": one[:36] + other[36:]}, "InvalidParameter")
 
 
 @pytest.mark.parametrize("method", ["", "describekey", "DescribeKey ", "CreateKey", "x" * 1000])
 def test_an_unknown_operation_is_not_found(connection: RawConnection, method: str) -> None:
     """Names of operations are exact."""
-    refused(connection, method, {}, "InvalidAction.NotFound")
+    call_refused(connection, method, {}, "InvalidAction.NotFound")
 
 
 @pytest.mark.parametrize("dry_run", [True, "true", "True", "TRUE"])
 def test_dry_run_fails_with_the_outcome_of_the_call(connection: RawConnection, dry_run: Any) -> None:
     """The status is 412 for success and 400 for bad parameters; a missing key keeps its own code."""
-    made = ok(connection, "GenerateAndExportDataKey", GENERATE)
+    made = call_ok(connection, "GenerateAndExportDataKey", GENERATE)
     blob = {"CiphertextBlob": made["CiphertextBlob"], "DryRun": dry_run}
     bad_blob = {**blob, "CiphertextBlob": made["CiphertextBlob"][:-8]}
     for method, params, code in (
@@ -336,18 +339,18 @@ def test_dry_run_fails_with_the_outcome_of_the_call(connection: RawConnection, d
             "Forbidden.KeyVersionNotFound",
         ),
     ):
-        refused(connection, method, params, code)
+        call_refused(connection, method, params, code)
 
 
 @pytest.mark.parametrize("dry_run", [False, "false", "FALSE", None])
 def test_false_dry_run_is_a_real_call(connection: RawConnection, dry_run: Any) -> None:
     """DryRun may be false in each form that the API accepts."""
-    ok(connection, "GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run})
+    call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run})
 
 
 def test_equal_requests_return_different_bytes(connection: RawConnection) -> None:
     """Data keys, salts and RequestIds are fresh."""
-    made = [ok(connection, "GenerateAndExportDataKey", GENERATE) for _ in range(20)]
+    made = [call_ok(connection, "GenerateAndExportDataKey", GENERATE) for _ in range(20)]
     for field in ("CiphertextBlob", "ExportedDataKey", "RequestId"):
         assert len({answer[field] for answer in made}) == 20
     assert len({RSA.unwrap(answer["ExportedDataKey"]) for answer in made}) == 20
@@ -360,5 +363,5 @@ def test_keys_of_all_sizes_do_not_use_up_secret_memory(connection: RawConnection
     sizes = [*range(1, 1025, 16), 1024]
     for size in sizes:
         params = {"KeyId": "alias/dev", "NumberOfBytes": size, **(RSA if size <= 190 else to).params}
-        blob = ok(connection, "GenerateAndExportDataKey", params)["CiphertextBlob"]
-        assert len(decode_base64(ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"])) == size
+        blob = call_ok(connection, "GenerateAndExportDataKey", params)["CiphertextBlob"]
+        assert len(decode_base64(call_ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"])) == size

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
+from support.calls import error
 from support.keyring import configuration, serving
 from support.other_user import line_of, running_as
 from support.seccomp import MEMFD_SECRET, PEERGROUPS, PEERPIDFD, PIDFD_OPEN, Call, failing, seccomp
@@ -71,9 +72,7 @@ def test_process_grant_matches_nothing_without_pidfds(keyring: Path, socket_path
         serving(keyring, socket_path, to=f'uid={os.getuid()}, exe="{this}"', preexec=failing(calls)) as agent,
         RawConnection(agent.socket) as connection,
     ):
-        error = connection.call(*DESCRIBE).error
-        assert error is not None
-        assert error["Code"] == "Forbidden.NoPermission"
+        assert error(connection.call(*DESCRIBE))["Code"] == "Forbidden.NoPermission"
 
 
 IMPORT = f"sys.path[:] = {sys.path}\nimport keyferry_agent.peer\n"

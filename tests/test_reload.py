@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
+from support.calls import error
 from support.keyring import change, configuration, copied, new_keyring, serving
 from support.skip_unless import root
 from support.stress import many
@@ -60,8 +61,7 @@ def test_reload_changes_grants_on_open_connections(keyring: Path, socket_path: P
             reload(agent, count)
             assert "limits" in agent.wait_for("reload.limited", count=count)["what"]
         refused = connection.call("DescribeKey", {"KeyId": "alias/a"})
-        assert refused.error is not None
-        assert refused.error["Code"] == "Forbidden.NoPermission"
+        assert error(refused)["Code"] == "Forbidden.NoPermission"
         with RawConnection(agent.socket) as second:  # one connection more than the new limit
             assert second.call("GetAgentStatus", {}).error is None
 
@@ -203,9 +203,7 @@ def test_replaced_configuration_is_read_without_a_signal(keyring: Path, socket_p
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
         copied(config, configuration(keyring, actions="kms:Decrypt").encode())
         agent.wait_for("reload.done")
-        refused = connection.call("DescribeKey", {"KeyId": "alias/a"}).error
-        assert refused is not None
-        assert refused["Code"] == "Forbidden.NoPermission"
+        assert error(connection.call("DescribeKey", {"KeyId": "alias/a"}))["Code"] == "Forbidden.NoPermission"
 
 
 def from_the_future(keyring: Path) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, configured, dev_agent
+from support.calls import error, result
 from support.keyring import serving
 from support.keys import recipient
 from support.scrape import scraped
@@ -26,8 +27,7 @@ def answers(connection: RawConnection, count: int) -> dict[int | None, wire.Resp
     """The next answers, by msgid."""
     made: dict[int | None, wire.Response] = {}
     for _ in range(count):
-        response = connection.response()
-        assert response is not None
+        response = connection.answer()
         made[response.msgid] = response
     return made
 
@@ -48,8 +48,7 @@ def test_long_pipeline_is_answered_by_msgid(agent: RunningAgent) -> None:
         received = answers(connection, 300)
     assert set(received) == set(range(300))
     for msgid, response in received.items():
-        assert response.result is not None
-        assert len(response.result["ExportedDataKey"]) == (172 if (msgid or 0) % 10 == 0 else 344)
+        assert len(result(response)["ExportedDataKey"]) == (172 if (msgid or 0) % 10 == 0 else 344)
 
 
 def test_requests_may_arrive_in_any_pieces(agent: RunningAgent) -> None:
@@ -88,9 +87,7 @@ def test_an_answer_that_is_ready_overtakes_a_slow_one(agent: RunningAgent) -> No
             wire.encode_request(1, "GenerateAndExportDataKey", GENERATE_SM2)
             + wire.encode_request(2, "GetAgentStatus", {})
         )
-        first = connection.response()
-        assert first is not None
-        assert first.msgid == 2
+        assert connection.answer().msgid == 2
         assert answers(connection, 1).keys() == {1}
 
 
@@ -102,14 +99,10 @@ def test_protocol_error_ends_only_its_connection(agent: RunningAgent, garbage: b
     """Earlier requests are answered, then the error with msgid nil, and the connection is closed. Others go on."""
     with RawConnection(agent.socket) as other, RawConnection(agent.socket) as connection:
         connection.send(PING + garbage + PING)
-        first, last, end = connection.response(), connection.response(), connection.response()
-        assert first is not None
-        assert first.error is None
-        assert last is not None
-        assert last.msgid is None
-        assert last.error is not None
-        assert (last.error["Code"], last.error["HttpStatus"]) == ("ProtocolError", 400)
-        assert end is None
+        result(connection.response())
+        last = connection.answer()
+        assert (last.msgid, error(last)["Code"], error(last)["HttpStatus"]) == (None, "ProtocolError", 400)
+        assert connection.response() is None
         assert is_alive(other)
 
 
@@ -127,20 +120,15 @@ def test_invalid_request_is_answered_on_an_open_connection(agent: RunningAgent, 
     """Well-formed MessagePack with a msgid never closes a connection."""
     with RawConnection(agent.socket) as connection:
         connection.send(body)
-        response = connection.response()
-        assert response is not None
-        assert response.msgid == 5
-        assert response.error is not None
-        assert response.error["Code"] == code
+        response = connection.answer()
+        assert (response.msgid, error(response)["Code"]) == (5, code)
         assert is_alive(connection)
 
 
 def test_notification_has_no_answer_and_no_effect(agent: RunningAgent) -> None:
     with RawConnection(agent.socket) as connection:
         connection.send(wire.encode_notification("Decrypt", {}) + wire.encode_request(9, "GetAgentStatus", {}))
-        response = connection.response()
-        assert response is not None
-        assert response.msgid == 9
+        assert connection.answer().msgid == 9
 
 
 def test_a_client_that_stops_sending_still_gets_its_answers(agent: RunningAgent) -> None:
@@ -186,11 +174,8 @@ def test_refused_client_can_finish_its_write_and_read_the_error(agent: RunningAg
         with RawConnection(agent.socket) as connection:
             connection.send(PING + b"\xc6\x00\x05\x00\x00" + bytes(300_000))
             first, last = connection.response(), connection.response()
-            assert first is not None
-            assert first.error is None
-            assert last is not None
-            assert last.error is not None
-            assert last.error["Code"] == "ProtocolError"
+            result(first)
+            assert error(last)["Code"] == "ProtocolError"
             assert connection.response() is None
 
 
@@ -202,10 +187,7 @@ def test_connections_over_the_limit_are_refused(socket_path: Path) -> None:
             assert is_alive(one)
             assert is_alive(two)
             with RawConnection(agent.socket) as three:
-                refusal = three.response()
-                assert refusal is not None
-                assert refusal.error is not None
-                assert refusal.error["Code"] == "Rejected.Throttling"
+                assert error(three.response())["Code"] == "Rejected.Throttling"
                 assert three.response() is None
         agent.wait_for("connection.refused")
         with agent.client() as client:
@@ -224,9 +206,7 @@ def test_refused_user_does_not_block_other_users(socket_path: Path) -> None:
         assert is_alive(two)
         refused = [RawConnection(agent.socket) for _ in range(40)]
         assert is_alive(one)
-        status = two.call("GetAgentStatus", {}).result
-        assert status is not None
-        assert status["Counters"]["Connections"] == 2
+        assert result(two.call("GetAgentStatus", {}))["Counters"]["Connections"] == 2
         for connection in refused:
             connection.socket.close()
         agent.stop()
@@ -274,10 +254,7 @@ def test_a_request_half_sent_at_the_drain_may_be_finished(socket_path: Path) -> 
         agent.signal(signal.SIGTERM)
         agent.wait_for("agent.draining")
         connection.send(status[-1:])
-        response = connection.response()
-        assert response is not None
-        assert response.result is not None
-        assert response.result["State"] == "Draining"
+        assert result(connection.response())["State"] == "Draining"
         assert agent.wait() == 0
 
 
@@ -287,9 +264,7 @@ def test_slow_requests_are_answered_before_a_protocol_error(agent: RunningAgent)
         requests = [wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2) for i in range(20)]
         connection.send(b"".join(requests) + b"\xc1")
         assert answers(connection, 20).keys() == set(range(20))
-        last = connection.response()
-        assert last is not None
-        assert last.msgid is None
+        assert connection.answer().msgid is None
 
 
 PATIENT = """
@@ -369,12 +344,9 @@ def test_notifications_count_as_requests_of_the_rate(keyring: Path, socket_path:
     with serving(keyring, socket_path, more="[limits]\nrequests_per_second = 5\n") as agent:
         with RawConnection(agent.socket) as connection:
             connection.send(notification * 1_000)
-            last = connection.response()
-            assert last is not None
-            assert last.msgid is None
-            assert last.error is not None
-            assert last.error["Code"] == "Rejected.Throttling"
-            assert "notifications" in last.error["Message"]
+            last = connection.answer()
+            assert (last.msgid, error(last)["Code"]) == (None, "Rejected.Throttling")
+            assert "notifications" in error(last)["Message"]
             assert connection.response() is None
         agent.has_logged("connection.protocol_error", why="more notifications than this user may send")
 
@@ -385,9 +357,7 @@ def test_notifications_are_limited_without_a_rate(keyring: Path, socket_path: Pa
     with serving(keyring, socket_path, more=f'[metrics]\nlisten = "{metrics}"\n'), RawConnection(socket_path) as loud:
         notification = wire.encode_notification("x", {})
         loud.send(notification * 500 + wire.encode_request(1, "GetAgentStatus", {}))
-        answer = loud.response()
-        assert answer is not None
-        assert answer.error is None
+        result(loud.response())
         # The thread that answers scrapes may be faster than the count behind the answer.
         wait_until("500 notifications are counted", lambda: scraped(metrics)["keyferry_notifications_total"] == 500)
         with suppress(BrokenPipeError, ConnectionResetError):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent, configured, dev_agent
 from support.audit_log import requests
+from support.calls import error
 from support.waiting import is_served, wait_until
 
 from keyferry import hardening
@@ -146,9 +147,7 @@ def test_several_listeners_have_separate_grants(tmp_path: Path) -> None:
     with RunningAgent(arguments, None) as agent:
         with RawConnection(tmp_path / "a") as a, RawConnection(tmp_path / "b") as b:
             assert is_alive(a)
-            error = b.call(*PING).error
-            assert error is not None
-            assert error["Code"] == "Forbidden.NoPermission"
+            assert error(b.call(*PING))["Code"] == "Forbidden.NoPermission"
         assert agent.stop() == 0
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
@@ -250,9 +249,7 @@ def test_agent_without_descriptors_refuses_with_a_reason(socket_path: Path) -> N
             while refused is None:
                 connection = stack.enter_context(RawConnection(socket_path))
                 connection.send(wire.encode_request(1, "GetAgentStatus", {}))
-                answer = connection.response()
-                assert answer is not None
-                refused = answer.error
+                refused = connection.answer().error
             assert refused["Code"] == "Rejected.Throttling"
             assert "descriptor" in refused["Message"]
             agent.wait_for("accept.failed")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 from support.agent import RawConnection
-from support.calls import ok
+from support.calls import call_ok
 from support.fake_service_manager import Manager
 from support.keyring import change, configuration
 
@@ -341,7 +341,7 @@ def test_restart_under_load_fails_no_request(keyring: Path, socket_path: Path, m
             agent = manager.start(what, [("default", listening)])
             while not failures and any(now <= then for now, then in zip(counts, before, strict=True)):
                 with RawConnection(socket_path) as connection:
-                    ok(connection, "GetAgentStatus", {})
+                    call_ok(connection, "GetAgentStatus", {})
     finally:
         done.set()
         for thread in threads:

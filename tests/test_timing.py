@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import RawConnection
+from support.calls import error
 from support.keyring import change, opened, serving
 
 from keyferry.parameters import encode_base64
@@ -23,10 +24,7 @@ def taken(connection: RawConnection, request: bytes) -> float:
     before = time.perf_counter()
     connection.send(data)
     for _ in range(PIPELINE):
-        answer = connection.response()
-        assert answer is not None
-        assert answer.error is not None
-        assert answer.error["Code"] == "Forbidden.NoPermission"
+        assert error(connection.response())["Code"] == "Forbidden.NoPermission"
     return time.perf_counter() - before
 
 

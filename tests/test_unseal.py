@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.calls import ok
+from support.calls import call_ok, error
 from support.fake_service_manager import Manager
 from support.keyring import change, configuration, opened
 from support.other_user import OTHER_USER, line_of, running_as
@@ -217,19 +217,17 @@ def test_a_grant_is_revoked_while_the_secret_is_absent(keyring: Path, socket_pat
     with RunningAgent(["--config", str(config)], socket_path) as agent, RawConnection(agent.socket) as connection:
         request = ("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"})
         for _ in range(3):
-            ok(connection, *request)
+            call_ok(connection, *request)
         (keyring.parent / "identity").unlink()
         agent.wait_for("unseal.absent")
-        names = [each["Name"] for each in ok(connection, "GetAgentStatus", {})["Conditions"]]
+        names = [each["Name"] for each in call_ok(connection, "GetAgentStatus", {})["Conditions"]]
         assert names == ["UnsealAbsent"]
-        ok(connection, *request)
+        call_ok(connection, *request)
         done = sum(line["event"] == "reload.done" for line in agent.log)
         config.write_text(configuration(keyring, actions="kms:DescribeKey"))
         agent.wait_for("reload.done", count=done + 1)
-        error = connection.call(*request).error
-        assert error is not None
-        assert error["Code"] == "Forbidden.NoPermission"
-        ok(connection, *DESCRIBE)
+        assert error(connection.call(*request))["Code"] == "Forbidden.NoPermission"
+        call_ok(connection, *DESCRIBE)
         events = [line["event"] for line in agent.log]
         assert (events.count("unseal.absent"), events.count("reload.failed")) == (1, 0)
 
@@ -244,16 +242,14 @@ def test_a_grant_is_revoked_while_a_changed_keyring_is_broken(keyring: Path, soc
         config.write_text(configuration(keyring, actions="kms:Decrypt"))
         failed = agent.wait_for("reload.failed")
         assert failed["configuration"] == "taken up"
-        error = connection.call(*DESCRIBE).error
-        assert error is not None
-        assert error["Code"] == "Forbidden.NoPermission"
-        names = [each["Name"] for each in ok(connection, "GetAgentStatus", {})["Conditions"]]
+        assert error(connection.call(*DESCRIBE))["Code"] == "Forbidden.NoPermission"
+        names = [each["Name"] for each in call_ok(connection, "GetAgentStatus", {})["Conditions"]]
         assert names == ["ReloadFailed", "KeyringStale"]
         keyring.write_bytes(whole)
         config.write_text(configuration(keyring))
         agent.wait_for("reload.done")
-        ok(connection, *DESCRIBE)
-        assert ok(connection, "GetAgentStatus", {})["Conditions"] == []
+        call_ok(connection, *DESCRIBE)
+        assert call_ok(connection, "GetAgentStatus", {})["Conditions"] == []
 
 
 def test_check_accepts_a_manual_secret(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
