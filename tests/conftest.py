@@ -18,7 +18,7 @@ from support.agent import RunningAgent, dev_agent
 from support.fast import is_fast
 from support.keyring import Command, new_keyring, run, serving
 from support.postgres import Cluster
-from support.rotatable_agent import Rotating
+from support.rotatable_agent import RotatableAgent
 from support.skip_unless import ROOT, postgresql
 from support.tokens import RealToken
 
@@ -140,7 +140,7 @@ def keyring(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
+def keyring_json(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
     """Run a verb on the keyring with --json; give what it printed."""
 
     def command(verb: str, *arguments: object) -> Any:
@@ -158,13 +158,13 @@ def softhsm(tmp_path_factory: pytest.TempPathFactory) -> list[RealToken]:
 
 
 @pytest.fixture(scope="session")
-def app(softhsm: list[RealToken]) -> RealToken:
+def softhsm_token(softhsm: list[RealToken]) -> RealToken:
     """The SoftHSM2 token that most tests share."""
     return softhsm[0]
 
 
 @pytest.fixture(scope="session")
-def softokn(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
+def nss_token(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
     """The token of one NSS database: once it is initialised, the library stays with it, whatever tests come in between."""
     return tokens.softokn(tmp_path_factory.mktemp("nss"))
 
@@ -175,7 +175,7 @@ def softokn(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
 )
 def token(request: pytest.FixtureRequest) -> RealToken:
     """A PKCS#11 token of each kind."""
-    token: RealToken = request.getfixturevalue("softokn" if request.param == "softokn" else "app")
+    token: RealToken = request.getfixturevalue("nss_token" if request.param == "softokn" else "softhsm_token")
     return token
 
 
@@ -188,7 +188,7 @@ def module(token: RealToken) -> Iterator[Pkcs11Module]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def postgres() -> Iterator[Cluster]:
     """One PostgreSQL server for all tests: whoever stops it starts it again."""
     with Cluster() as running:
         yield running
@@ -199,19 +199,19 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a test's own records go: to each kind of database in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'records.sqlite'}"
-    cluster: Cluster = request.getfixturevalue("cluster")
-    return cluster.new_database()
+    postgres: Cluster = request.getfixturevalue("postgres")
+    return postgres.new_database()
 
 
 @pytest.fixture
-def rotating(keyring: Path, socket_path: Path, said: Command) -> Iterator[Rotating]:
+def rotatable_agent(keyring: Path, socket_path: Path, keyring_json: Command) -> Iterator[RotatableAgent]:
     """An agent with a keyring of its own."""
     with serving(keyring, socket_path) as agent:
-        yield Rotating(agent, keyring, said)
+        yield RotatableAgent(agent, keyring, keyring_json)
 
 
 @pytest.fixture
-def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def sqlite_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store in SQLite, with pages so small that there are several."""
     monkeypatch.setattr(store_module, "_PAGE", crashing_rewrap.PAGE)
     with Store(f"sqlite:///{tmp_path / 'records.sqlite'}") as made:

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE, RunningAgent, dev_agent
-from support.fake_server import Part, answers, says, scripted
+from support.fake_server import Part, respond_in_reverse, scripted_server, send_bytes
 from support.keys import recipient
 
 from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, Throttled, operations
@@ -159,7 +159,7 @@ def test_deadline_during_the_arrival_of_an_answer_is_a_timeout(socket_path: Path
         connection.sendall(wire.encode_response(1, None, {"RequestId": "A"}))
         connection.recv(65_536)
 
-    with scripted(socket_path, part):
+    with scripted_server(socket_path, part):
         run(main)
 
 
@@ -259,7 +259,7 @@ def test_call_cancelled_while_sending_costs_no_other_answer(socket_path: Path, r
                 given_up.set()
             assert answered == [{"RequestId": "Status"}]
 
-    with scripted(socket_path, deaf, answers(1)):
+    with scripted_server(socket_path, deaf, respond_in_reverse(1)):
         run(main)
 
 
@@ -283,19 +283,19 @@ def test_closing_ends_the_calls_that_are_under_way(socket_path: Path, run: Run) 
                 await anyio.wait_all_tasks_blocked()
                 await kms.aclose()
 
-    with scripted(socket_path, silent):
+    with scripted_server(socket_path, silent):
         run(main)
 
 
 @pytest.mark.parametrize(
     ("script", "error"),
     [
-        ((says(b"\xc1"),), ProtocolError),
-        ((says(b""),) * LOST_MOST, AgentUnavailable),
-        ((says(wire.encode_response(99, None, {})),), ProtocolError),
+        ((send_bytes(b"\xc1"),), ProtocolError),
+        ((send_bytes(b""),) * LOST_MOST, AgentUnavailable),
+        ((send_bytes(wire.encode_response(99, None, {})),), ProtocolError),
         (
             (
-                says(
+                send_bytes(
                     wire.encode_response(None, {"Code": "Rejected.Throttling", "Message": "m", "HttpStatus": 429}, None)
                 ),
             ),
@@ -314,7 +314,7 @@ def test_errors_are_those_of_the_blocking_client(
                 await kms.call("First", {})
             assert await kms.call("Second", {}) == {"RequestId": "Second"}
 
-    with scripted(socket_path, *script, answers(1)):
+    with scripted_server(socket_path, *script, respond_in_reverse(1)):
         run(main)
 
 

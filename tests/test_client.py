@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, dev_agent
-from support.fake_server import answers, client_of, says
+from support.fake_server import client_of, respond_in_reverse, send_bytes
 from support.keys import ALGORITHMS, recipient
 
 import keyferry
@@ -252,13 +252,13 @@ def test_signals_do_not_extend_a_timeout(socket_path: Path) -> None:
 
 def test_broken_new_connections_are_retried_a_few_times(socket_path: Path) -> None:
     """A stopping agent breaks one connection and a crash another; more broken connections are a fault."""
-    with client_of(socket_path, *[says(b"")] * LOST_MOST) as client, pytest.raises(AgentUnavailable):
+    with client_of(socket_path, *[send_bytes(b"")] * LOST_MOST) as client, pytest.raises(AgentUnavailable):
         client.call("GetAgentStatus", {})
 
 
 def test_broken_new_connection_is_retried(socket_path: Path) -> None:
     """The next connection reaches an agent that answers."""
-    with client_of(socket_path, *[says(b"")] * (LOST_MOST - 1), answers(1)) as client:
+    with client_of(socket_path, *[send_bytes(b"")] * (LOST_MOST - 1), respond_in_reverse(1)) as client:
         assert client.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
 
 
@@ -274,21 +274,24 @@ def test_broken_new_connection_is_retried(socket_path: Path) -> None:
 )
 def test_peer_that_is_not_an_agent_is_a_protocol_error(socket_path: Path, data: bytes, why: str) -> None:
     """Any bytes that are not the expected answer raise ProtocolError."""
-    with client_of(socket_path, says(data)) as client, pytest.raises(ProtocolError, match=why):
+    with client_of(socket_path, send_bytes(data)) as client, pytest.raises(ProtocolError, match=why):
         client.call("GetAgentStatus", {})
 
 
 def test_an_answer_without_its_fields_is_a_protocol_error(socket_path: Path) -> None:
     """A missing field raises ProtocolError instead of leaving the result incomplete."""
     empty = wire.encode_response(1, None, {"RequestId": "r"})
-    with client_of(socket_path, says(empty)) as client, pytest.raises(ProtocolError, match="KeyMetadata"):
+    with client_of(socket_path, send_bytes(empty)) as client, pytest.raises(ProtocolError, match="KeyMetadata"):
         client.describe_key(key_id="alias/dev")
 
 
 def test_agent_at_its_connection_limit_raises_throttling(socket_path: Path) -> None:
     """The agent's refusal of a connection has no msgid, and is accepted as the answer."""
     refusal = {"Code": "Rejected.Throttling", "Message": "QPS Limit Exceeded", "RequestId": "r", "HttpStatus": 429}
-    with client_of(socket_path, says(wire.encode_response(None, refusal, None))) as client, pytest.raises(Throttled):
+    with (
+        client_of(socket_path, send_bytes(wire.encode_response(None, refusal, None))) as client,
+        pytest.raises(Throttled),
+    ):
         client.call("GetAgentStatus", {})
 
 

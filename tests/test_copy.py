@@ -183,10 +183,10 @@ def test_the_schema_makes_the_table_that_a_store_makes(
 
 @postgresql()
 def test_a_role_without_create_uses_the_administrators_table(
-    cluster: Cluster, source: Store, capsys: pytest.CaptureFixture[str]
+    postgres: Cluster, source: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The grants of docs/records.md are enough; without the table, the message names the command that prints it."""
-    admin_url = cluster.new_database()
+    admin_url = postgres.new_database()
     role_url = admin_url.replace("keyferry@", "orders@")
     with Store(admin_url) as admin:
 

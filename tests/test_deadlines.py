@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 import trio
 from support.agent import PATIENCE
-from support.fake_server import answers, client_of, says
+from support.fake_server import client_of, respond_in_reverse, send_bytes
 
 from keyferry import AgentUnavailable, aio, client
 from keyferry.protocol import wire
@@ -53,7 +53,7 @@ def test_bytes_do_not_extend_a_deadline(socket_path: Path, ticking: None) -> Non
     """A peer that sends a byte a second does not keep a call for ever. The answer has more bytes than the timeout has ticks."""
     long = wire.encode_response(1, None, {"RequestId": "r" * 100})
     with (
-        client_of(socket_path, says(long)) as kms,
+        client_of(socket_path, send_bytes(long)) as kms,
         pytest.raises(AgentUnavailable, match="within 5 s"),
     ):
         kms.call("Method", {})
@@ -61,7 +61,7 @@ def test_bytes_do_not_extend_a_deadline(socket_path: Path, ticking: None) -> Non
 
 def test_answers_extend_the_deadline_of_a_pipeline(socket_path: Path, ticking: None) -> None:
     """All of them together take longer than the timeout, each takes half of it."""
-    with client_of(socket_path, answers(len(CALLS))) as kms:
+    with client_of(socket_path, respond_in_reverse(len(CALLS))) as kms:
         assert [each["RequestId"] for each in kms.pipeline(CALLS)] == NAMES
 
 
@@ -69,7 +69,7 @@ def test_pipeline_times_out_after_its_last_answer(socket_path: Path) -> None:
     """A pipeline whose last answer does not come ends, although all others came."""
 
     def all_but_one(connection: socket.socket) -> None:
-        answers(len(CALLS) - 1)(connection)
+        respond_in_reverse(len(CALLS) - 1)(connection)
         assert not connection.recv(65_536)  # until the client hangs up
 
     with client_of(socket_path, all_but_one) as kms:

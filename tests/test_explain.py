@@ -67,13 +67,13 @@ def config(tmp_path: Path) -> Path:
     ],
 )
 def test_first_mismatch_of_each_grant_is_named(
-    config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], said: str
+    config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], keyring_json: str
 ) -> None:
     """Every grant has its line, and the exit code is 0 if one allows the request."""
     arguments = [part for pair in {**GOOD, **changed}.items() for part in pair]
     code = main(["explain", "--config", str(config), *arguments])
     out = capsys.readouterr().out
-    assert said in out
+    assert keyring_json in out
     assert (code == 0) == ("allows it" in out) == out.splitlines()[2].startswith("Allowed: ")
     assert (len(out.splitlines()) == 3) == (code == 0)
 

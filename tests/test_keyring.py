@@ -47,16 +47,16 @@ def test_neither_a_keyring_nor_an_identity_is_ever_overwritten(keyring: Path, tm
     assert (keyring.read_bytes(), (tmp_path / "identity").read_bytes()) == before
 
 
-def test_create_key_list_and_show_agree(said: Command) -> None:
+def test_create_key_list_and_show_agree(keyring_json: Command) -> None:
     """The verbs use the API's names, and find a key by ID and by alias."""
-    made = said("create-key", "--key-spec", "Aliyun_SM4", "--alias", "alias/b/c", "--description", "für Tests")[
+    made = keyring_json("create-key", "--key-spec", "Aliyun_SM4", "--alias", "alias/b/c", "--description", "für Tests")[
         "KeyMetadata"
     ]
-    listed = said("list")
+    listed = keyring_json("list")
     assert listed["TotalCount"] == 2
     assert made in listed["Keys"]["Key"]
-    shown = said("show", "alias/b/c")
-    assert shown == said("show", made["KeyId"])
+    shown = keyring_json("show", "alias/b/c")
+    assert shown == keyring_json("show", made["KeyId"])
     assert shown["KeyMetadata"] == made
     assert made["Aliases"] == ["alias/b/c"]
     assert (made["KeySpec"], made["KeyState"], made["Description"]) == ("Aliyun_SM4", "Enabled", "für Tests")
@@ -65,15 +65,15 @@ def test_create_key_list_and_show_agree(said: Command) -> None:
     assert version["Staged"] is False
 
 
-def test_aliases_are_created_moved_and_deleted(said: Command) -> None:
+def test_aliases_are_created_moved_and_deleted(keyring_json: Command) -> None:
     """An alias leads to one key, and a key outlives its aliases."""
-    first = said("show", "alias/a")["KeyMetadata"]["KeyId"]
-    second = said("create-key")["KeyMetadata"]["KeyId"]
-    assert said("create-alias", "alias/x", second)["KeyMetadata"]["Aliases"] == ["alias/x"]
-    assert said("update-alias", "alias/x", "alias/a")["KeyMetadata"]["KeyId"] == first
-    assert said("delete-alias", "alias/a")["KeyMetadata"]["Aliases"] == ["alias/x"]
-    assert said("show", "alias/x")["KeyMetadata"]["KeyId"] == first
-    assert said("show", second)["KeyMetadata"]["Aliases"] == []
+    first = keyring_json("show", "alias/a")["KeyMetadata"]["KeyId"]
+    second = keyring_json("create-key")["KeyMetadata"]["KeyId"]
+    assert keyring_json("create-alias", "alias/x", second)["KeyMetadata"]["Aliases"] == ["alias/x"]
+    assert keyring_json("update-alias", "alias/x", "alias/a")["KeyMetadata"]["KeyId"] == first
+    assert keyring_json("delete-alias", "alias/a")["KeyMetadata"]["Aliases"] == ["alias/x"]
+    assert keyring_json("show", "alias/x")["KeyMetadata"]["KeyId"] == first
+    assert keyring_json("show", second)["KeyMetadata"]["Aliases"] == []
 
 
 @pytest.mark.parametrize(

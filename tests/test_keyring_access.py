@@ -18,30 +18,30 @@ def first_recipient(keyring: Path) -> str:
     return opened(keyring).recipients[0]
 
 
-def test_recipients_are_added_listed_and_removed(said: Command, keyring: Path) -> None:
+def test_recipients_are_added_listed_and_removed(keyring_json: Command, keyring: Path) -> None:
     """Every change prints what was added and removed, and the file is sealed to what is listed."""
     mine = first_recipient(keyring)
-    added = said("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
+    added = keyring_json("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
     assert added["Added"] == [ONE.recipient, f"{SSH} offline"]
     assert (added["Removed"], added["Recipients"]) == ([], [mine, ONE.recipient, f"{SSH} offline"])
-    listed = said("recipients")
+    listed = keyring_json("recipients")
     assert (listed["Recipients"], listed["SealedTo"]) == (added["Recipients"], "Recipients")
     assert count_recipients(keyring.read_bytes()) == 3
-    removed = said("remove-recipient", "--recipient", SSH)
+    removed = keyring_json("remove-recipient", "--recipient", SSH)
     assert (removed["Removed"], removed["Recipients"]) == ([f"{SSH} offline"], [mine, ONE.recipient])
     assert count_recipients(keyring.read_bytes()) == 2
     run("list", keyring, "--unseal", secret_file(keyring.parent / "one", ONE.identity))
 
 
 def test_the_list_of_recipients_is_a_recipients_file(
-    said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What `recipients` prints is what -R reads."""
-    said("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
+    keyring_json("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
     run("recipients", keyring, "--unseal", keyring.parent / "identity")
     lines = capsys.readouterr().out
     path = secret_file(keyring.parent / "r", lines)
-    assert said("reseal", "-R", path)["Recipients"] == lines.splitlines()
+    assert keyring_json("reseal", "-R", path)["Recipients"] == lines.splitlines()
 
 
 @pytest.mark.parametrize("verb", ["reseal", "remove-recipient"])

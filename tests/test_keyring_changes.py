@@ -48,15 +48,15 @@ def history(keyring: Path, capsys: pytest.CaptureFixture[str], code: int = 0) ->
     return changes
 
 
-def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_path: Path) -> None:
+def test_every_verb_that_writes_has_entries(keyring: Path, keyring_json: Command, tmp_path: Path) -> None:
     """Entries have the change, the operator, and the hash of the file before and after."""
     (tmp_path / "material").write_bytes(bytes(range(32)))
     other = str(Identity.generate().to_public())
     own = (tmp_path / "identity").read_text().split()[3]
-    key = said("show", "alias/a")["KeyMetadata"]["KeyId"]
-    staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
+    key = keyring_json("show", "alias/a")["KeyMetadata"]["KeyId"]
+    staged = keyring_json("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
     assert last(keyring)["changes"] == [{"key_id": key, "key_version_id": staged, "change": "added"}]
-    old = said("show", "alias/a")["KeyMetadata"]["PrimaryKeyVersion"]
+    old = keyring_json("show", "alias/a")["KeyMetadata"]["PrimaryKeyVersion"]
     changed = {
         ("promote", "alias/a", staged): [
             {"key_id": key, "change": "primary", "before": old, "after": staged},
@@ -69,17 +69,17 @@ def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_pa
     }
     for (verb, *arguments), changes in changed.items():
         before = file_hash(keyring.read_bytes())
-        said(verb, *arguments)
+        keyring_json(verb, *arguments)
         entry = last(keyring)
         assert (entry["verb"], entry["result"], entry["changes"]) == (verb, "done", changes)
         assert (entry["before"], entry["after"]) == (before, file_hash(keyring.read_bytes()))
         assert (entry["uid"], entry["recipients"]) == (os.getuid(), 1)
-    said("schedule-deletion", key, "--days", "7")
+    keyring_json("schedule-deletion", key, "--days", "7")
     assert [each["change"] for each in last(keyring)["changes"]] == ["delete_date", "state"]
-    said("cancel-deletion", key)
-    made = said("import-key", "--material", tmp_path / "material", "--alias", "alias/m")["KeyMetadata"]["KeyId"]
+    keyring_json("cancel-deletion", key)
+    made = keyring_json("import-key", "--material", tmp_path / "material", "--alias", "alias/m")["KeyMetadata"]["KeyId"]
     assert {"key_id": made, "change": "added"} in last(keyring)["changes"]
-    said("update-alias", "alias/m", key)
+    keyring_json("update-alias", "alias/m", key)
     assert last(keyring)["changes"] == [{"alias": "alias/m", "change": "key_id", "before": made, "after": key}]
     run("reseal", keyring, "--recipient", own, "--recipient", other, "--unseal", tmp_path / "identity")
     entry = last(keyring)
@@ -92,10 +92,10 @@ def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_pa
     assert verify(keyring) == 0
 
 
-def test_no_entry_has_key_material(keyring: Path, said: Command) -> None:
+def test_no_entry_has_key_material(keyring: Path, keyring_json: Command) -> None:
     """Key material is in no entry in any encoding, whatever was changed."""
-    said("rotate", "alias/a")
-    said("create-key", "--description", "for tests")
+    keyring_json("rotate", "alias/a")
+    keyring_json("create-key", "--description", "for tests")
     text = log_of(keyring).read_text()
     for key in opened(keyring).keys:
         for version in key.versions:
@@ -108,11 +108,11 @@ def test_no_entry_has_key_material(keyring: Path, said: Command) -> None:
     assert (keyring.parent / "identity").read_text().split()[-1] not in text
 
 
-def test_a_verb_that_only_reads_has_no_entry(keyring: Path, said: Command) -> None:
+def test_a_verb_that_only_reads_has_no_entry(keyring: Path, keyring_json: Command) -> None:
     """A change that was refused for its arguments has no entry either."""
     before = log_of(keyring).read_bytes()
-    said("list")
-    said("show", "alias/a")
+    keyring_json("list")
+    keyring_json("show", "alias/a")
     run("create-alias", keyring, "alias/a", "alias/a", "--unseal", keyring.parent / "identity", code=1)
     assert log_of(keyring).read_bytes() == before
 
@@ -131,12 +131,12 @@ def test_the_operator_is_named_as_far_as_it_is_known(keyring: Path, monkeypatch:
     assert last(keyring)["claimed_sudo_uid"] is None
 
 
-def test_a_key_that_is_past_its_date_is_recorded_when_it_leaves(keyring: Path, said: Command) -> None:
+def test_a_key_that_is_past_its_date_is_recorded_when_it_leaves(keyring: Path, keyring_json: Command) -> None:
     """The next change takes it out of the file, whatever that change is for."""
-    key = said("show", "alias/a")["KeyMetadata"]["KeyId"]
-    said("schedule-deletion", key, "--days", "7")
+    key = keyring_json("show", "alias/a")["KeyMetadata"]["KeyId"]
+    keyring_json("schedule-deletion", key, "--days", "7")
     rewritten(keyring, lambda raw: raw["Keys"][0].update(DeleteDate="2020-01-01T00:00:00Z"))
-    said("create-key")
+    keyring_json("create-key")
     changes = last(keyring)["changes"]
     assert {"key_id": key, "change": "removed"} in changes
     assert {"alias": "alias/a", "key_id": key, "change": "removed"} in changes

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.fake_server import client_of, outcomes, scripted
+from support.fake_server import client_of, respond_with, scripted_server
 
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, Retry, operations
 from keyferry.aio import Client as AsyncClient
@@ -86,7 +86,7 @@ def test_a_failure_and_a_repeat_are_logged(socket_path: Path, caplog: pytest.Log
     with Client(socket_path) as kms, pytest.raises(AgentUnavailable):
         kms.call("GetAgentStatus", {})
     with (
-        scripted(socket_path, outcomes("ServiceUnavailableTemporary", "")),
+        scripted_server(socket_path, respond_with("ServiceUnavailableTemporary", "")),
         Client(socket_path, retry=Retry(first=0)) as kms,
     ):
         kms.call("GetAgentStatus", {})
@@ -98,7 +98,10 @@ def test_a_failure_and_a_repeat_are_logged(socket_path: Path, caplog: pytest.Log
 def test_a_line_of_the_log_stays_one_line(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A code or an operation with control characters is escaped and cut off."""
     caplog.set_level(logging.INFO, "keyferry")
-    with client_of(socket_path, outcomes("Bad\nINFO forged" + "x" * 100)) as kms, pytest.raises(Exception, match="Bad"):
+    with (
+        client_of(socket_path, respond_with("Bad\nINFO forged" + "x" * 100)) as kms,
+        pytest.raises(Exception, match="Bad"),
+    ):
         kms.call("Get\x1b[2J", {})
     (line,) = lines(caplog)
     assert line.isprintable()

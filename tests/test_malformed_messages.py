@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import msgpack
 import pytest
 from support.calls import error, result
-from support.stress import PING, Siege, besieged, many, until_closed
+from support.stress import PING, AgentUnderTest, agent_under_stress, scale, until_closed
 
 from keyferry.protocol import wire
 
@@ -15,17 +15,17 @@ MOST = 2**32 - 1
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentUnderTest]:
     """One agent for all of them, which has to be as it was after the last."""
-    with besieged(tmp_path_factory.mktemp("messages")) as siege:
-        yield siege
+    with agent_under_stress(tmp_path_factory.mktemp("messages")) as target:
+        yield target
 
 
 @pytest.fixture
-def siege(agent: Siege) -> Iterator[Siege]:
+def target(agent: AgentUnderTest) -> Iterator[AgentUnderTest]:
     """The same; somebody else is served after each."""
     yield agent
-    agent.honest.is_served(2)
+    agent.background.wait_served(2)
 
 
 def request(msgid: bytes = b"\x05", method: bytes = STATUS, params: bytes = b"\x80") -> bytes:
@@ -144,10 +144,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_answerable_message_is_refused_and_the_connection_stays(siege: Siege, name: str) -> None:
+def test_answerable_message_is_refused_and_the_connection_stays(target: AgentUnderTest, name: str) -> None:
     """The refusal has the message's msgid and the documented code."""
     message, code = ANSWERED[name]
-    with siege.connect() as connection:
+    with target.connect() as connection:
         connection.send(PING + message + PING)
         first, answer, last = (connection.answer() for _ in range(3))
     result(first)
@@ -157,9 +157,9 @@ def test_answerable_message_is_refused_and_the_connection_stays(siege: Siege, na
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_unanswerable_message_ends_the_connection_with_a_reason(siege: Siege, name: str) -> None:
+def test_unanswerable_message_ends_the_connection_with_a_reason(target: AgentUnderTest, name: str) -> None:
     """Earlier requests are answered first, and the log has the same reason."""
-    with siege.connect() as connection:
+    with target.connect() as connection:
         connection.send(PING + REFUSED[name] + PING)
         first, refusal = until_closed(connection)
     assert first.error is None
@@ -167,34 +167,34 @@ def test_unanswerable_message_ends_the_connection_with_a_reason(siege: Siege, na
     assert error(refusal)["Code"] == "ProtocolError"
     why = error(refusal)["Message"].removesuffix(".")
     assert len(why) > 10
-    assert siege.agent.has_logged("connection.protocol_error", why=why)
+    assert target.agent.has_logged("connection.protocol_error", why=why)
 
 
-def test_repeated_message_ids_are_answered_each_time(siege: Siege) -> None:
+def test_repeated_message_ids_are_answered_each_time(target: AgentUnderTest) -> None:
     """Message IDs are chosen by the client."""
-    with siege.connect() as connection:
+    with target.connect() as connection:
         connection.send(PING * 100)
         answers = [connection.response() for _ in range(100)]
     assert {answer.msgid for answer in answers if answer} == {1}
     assert len({answer.result["RequestId"] for answer in answers if answer and answer.result}) == 100
 
 
-def test_thousands_of_invalid_requests_are_each_recorded(siege: Siege) -> None:
+def test_thousands_of_invalid_requests_are_each_recorded(target: AgentUnderTest) -> None:
     """Invalid requests neither use up memory nor delay other clients."""
     mix = [message for message, code in ANSWERED.values() if code and len(message) < 200]
-    rounds = many(5_000, 1_000_000) // len(mix)
-    before = siege.answered()
+    rounds = scale(5_000, 1_000_000) // len(mix)
+    before = target.count_audited()
     mine = 0
-    with siege.connect() as connection:
+    with target.connect() as connection:
         for done in range(0, rounds, 20):
             connection.send(b"".join(mix) * 20)
             for _ in range(20 * len(mix)):
                 error(connection.response())
                 mine += 1
             if done % 1_000 == 0:
-                siege.honest.is_served(1)
+                target.background.wait_served(1)
     assert mine >= rounds * len(mix)
-    assert siege.answered() >= before + mine
+    assert target.count_audited() >= before + mine
 
 
 def test_cases_of_malformed_messages_are_distinct() -> None:
@@ -204,12 +204,12 @@ def test_cases_of_malformed_messages_are_distinct() -> None:
     assert len({message for message, _ in ANSWERED.values()} | {*REFUSED.values()}) == len(ANSWERED) + len(REFUSED)
 
 
-def test_message_of_single_bytes_is_refused_at_the_limit(siege: Siege) -> None:
+def test_message_of_single_bytes_is_refused_at_the_limit(target: AgentUnderTest) -> None:
     """Of an announced MiB, 64 KiB are inspected and nothing is kept."""
     text = b"\xd9\xff" + b"x" * 255
     endless = request(method=DESCRIBE, params=b"\xde\x04\0" + b"".join(b"\xa4%04d" % i + text for i in range(1_024)))
     assert len(endless) > 4 * wire.MAX_MESSAGE
-    with siege.connect() as connection:
+    with target.connect() as connection:
         for place in range(wire.MAX_MESSAGE + 300):
             connection.send(endless[place : place + 1])
         refusals = until_closed(connection)

@@ -77,13 +77,15 @@ def traffic(hosts: list[Host]) -> Iterator[list[KmsError]]:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 0, 1), (0, 1, 1, 0), (1, 0, 0, 1), (1, 0, 1, 0)])
-def test_staged_rotation_never_fails_a_decrypt(hosts: list[Host], said: Command, order: tuple[int, ...]) -> None:
+def test_staged_rotation_never_fails_a_decrypt(
+    hosts: list[Host], keyring_json: Command, order: tuple[int, ...]
+) -> None:
     """Each host opens the ciphertexts of the other, in whichever order they get each copy."""
     with traffic(hosts) as refusals:
-        staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
+        staged = keyring_json("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
         for number in order[:2]:
             hosts[number].distribute()
-        said("promote", "alias/a", staged)
+        keyring_json("promote", "alias/a", staged)
         for number in order[2:]:
             hosts[number].distribute()
     assert not refusals
@@ -92,15 +94,15 @@ def test_staged_rotation_never_fails_a_decrypt(hosts: list[Host], said: Command,
             assert kms.describe_key(key_id="alias/a").key_metadata.primary_key_version == staged
 
 
-def test_staged_version_decrypts_and_does_not_encrypt(hosts: list[Host], said: Command) -> None:
+def test_staged_version_decrypts_and_does_not_encrypt(hosts: list[Host], keyring_json: Command) -> None:
     """A staged version may therefore reach the hosts at any time before its promotion."""
-    before = said("show", "alias/a")["KeyMetadata"]["PrimaryKeyVersion"]
-    staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
+    before = keyring_json("show", "alias/a")["KeyMetadata"]["PrimaryKeyVersion"]
+    staged = keyring_json("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
     hosts[0].distribute()
     hosts[1].distribute()
     with hosts[0].agent.client() as here, hosts[1].agent.client() as there:
         assert here.generate_data_key(key_id="alias/a").key_version_id == before
-        said("promote", "alias/a", staged)
+        keyring_json("promote", "alias/a", staged)
         hosts[0].distribute()
         made = here.generate_data_key(key_id="alias/a")
         assert made.key_version_id == staged
@@ -108,9 +110,9 @@ def test_staged_version_decrypts_and_does_not_encrypt(hosts: list[Host], said: C
         assert there.decrypt(ciphertext_blob=made.ciphertext_blob).plaintext == made.plaintext
 
 
-def test_unstaged_rotation_fails_on_the_slower_host(hosts: list[Host], said: Command) -> None:
+def test_unstaged_rotation_fails_on_the_slower_host(hosts: list[Host], keyring_json: Command) -> None:
     """Ciphertexts of the host that rotated first do not open on the other, which is the reason for staging."""
-    said("rotate", "alias/a")
+    keyring_json("rotate", "alias/a")
     hosts[0].distribute()
     with hosts[0].agent.client() as here, hosts[1].agent.client() as there:
         made = here.generate_data_key(key_id="alias/a")

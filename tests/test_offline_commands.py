@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration, opened
-from support.memory_scan import Needles, scan
+from support.memory_scan import SearchPatterns, scan
 from support.skip_unless import root
 from support.waiting import wait_until
 from test_memory import PR_CAPBSET_DROP, limited, needs_ptrace
@@ -229,9 +229,9 @@ def test_a_keyring_command_leaves_no_core_file(place: Path, *, dumpable: bool) -
 @needs_ptrace
 def test_a_keyring_command_keeps_no_key_in_freed_memory(keyring: Path) -> None:
     """When the command prints its result, no copy of a master key is left."""
-    needles = Needles()
+    patterns = SearchPatterns()
     for version in opened(keyring).find("alias/a").versions:
-        needles.add_key("master key", bytes(version.material))
+        patterns.add_key("master key", bytes(version.material))
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     try:
@@ -246,7 +246,7 @@ def test_a_keyring_command_keeps_no_key_in_freed_memory(keyring: Path) -> None:
         os.close(writer)
         wchan = Path(f"/proc/{process.pid}/wchan")
         wait_until("the command blocks on its output", lambda: "pipe_w" in wchan.read_text())
-        found = scan(process.pid, needles)
+        found = scan(process.pid, patterns)
         process.kill()
     os.close(reader)
     assert not found

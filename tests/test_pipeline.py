@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.agent import RunningAgent
-from support.fake_server import answers, client_of, says
+from support.fake_server import client_of, respond_in_reverse, send_bytes
 from support.keys import recipient
 
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations
@@ -85,7 +85,7 @@ def test_pipeline_chunks_over_the_socket_buffer_do_not_stall(agent: RunningAgent
 def test_field_of_another_type_is_a_protocol_error(socket_path: Path) -> None:
     """The client never returns a result with a number in place of a name."""
     wrong = {"KeyId": 5, "KeyVersionId": None, "Plaintext": [1], "RequestId": "r"}
-    with client_of(socket_path, says(wire.encode_response(1, None, wrong))) as kms, pytest.raises(ProtocolError):
+    with client_of(socket_path, send_bytes(wire.encode_response(1, None, wrong))) as kms, pytest.raises(ProtocolError):
         kms.decrypt(ciphertext_blob="AAAA")
 
 
@@ -121,27 +121,30 @@ def test_a_plaintext_may_be_bytes(agent: RunningAgent) -> None:
 
 def test_answers_in_any_order_find_their_calls(socket_path: Path) -> None:
     """Answers are matched to calls by msgid."""
-    with client_of(socket_path, answers(5)) as kms:
+    with client_of(socket_path, respond_in_reverse(5)) as kms:
         got = kms.pipeline((f"Method{n}", {}) for n in range(5))
     assert [each["RequestId"] for each in got] == [f"Method{n}" for n in range(5)]
 
 
 def test_unanswered_requests_are_repeated_after_a_disconnect(socket_path: Path) -> None:
     """The client repeats them as long as each connection brings an answer."""
-    with client_of(socket_path, answers(3), answers(3), answers(2)) as kms:
+    with client_of(socket_path, respond_in_reverse(3), respond_in_reverse(3), respond_in_reverse(2)) as kms:
         got = kms.pipeline((f"Method{n}", {}) for n in range(8))
     assert [each["RequestId"] for each in got] == [f"Method{n}" for n in range(8)]
 
 
 def test_connection_without_an_answer_ends_the_pipeline(socket_path: Path) -> None:
     """A client that went on would reconnect endlessly."""
-    with client_of(socket_path, answers(1), *[says(b"")] * LOST_MOST) as kms, pytest.raises(AgentUnavailable):
+    with (
+        client_of(socket_path, respond_in_reverse(1), *[send_bytes(b"")] * LOST_MOST) as kms,
+        pytest.raises(AgentUnavailable),
+    ):
         kms.pipeline((f"Method{n}", {}) for n in range(8))
 
 
 def test_invalid_answer_ends_the_pipeline(socket_path: Path) -> None:
     """A peer that sends invalid messages is not an agent."""
-    with client_of(socket_path, says(b"\xc1")) as kms, pytest.raises(ProtocolError):
+    with client_of(socket_path, send_bytes(b"\xc1")) as kms, pytest.raises(ProtocolError):
         kms.pipeline([("A", {}), ("B", {})])
 
 

@@ -122,23 +122,23 @@ def test_a_data_key_cannot_be_read_out(module: Pkcs11Module) -> None:
 
 
 @skip_unless.program("pkcs11-tool", "opensc")
-def test_another_program_cannot_extract_the_keys(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_program_cannot_extract_the_keys(softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
     """The data key is a token object here, so that a second process sees it: sensitive and not extractable."""
     monkeypatch.setitem(token_module._TEMPLATE, Attribute.TOKEN, True)
     monkeypatch.setattr(token_module, "_find_token", lambda *wanted: tokens.ReadWrite(FIND_TOKEN(*wanted)))
-    module = app.open("seen from outside")
+    module = softhsm_token.open("seen from outside")
     key, data_key = tokens.imported(module)
-    private = app.tool("--list-objects", "--type", "privkey").split("Private Key Object")
+    private = softhsm_token.tool("--list-objects", "--type", "privkey").split("Private Key Object")
     (found,) = [entry for entry in private if "seen from outside" in entry]
     assert "Usage:      unwrap\n" in found
     assert "Access:     sensitive, always sensitive, never extractable, local\n" in found
-    secret = app.tool("--list-objects", "--type", "secrkey")
+    secret = softhsm_token.tool("--list-objects", "--type", "secrkey")
     assert "keyferry data key" in secret
     assert "Usage:      encrypt, decrypt\n" in secret
     assert "Access:     sensitive\n" in secret
     assert data_key.hex() not in secret.lower()
     module.forget(key)
-    assert "keyferry data key" not in app.tool("--list-objects", "--type", "secrkey")
+    assert "keyferry data key" not in softhsm_token.tool("--list-objects", "--type", "secrkey")
     module.close()
 
 
@@ -189,29 +189,29 @@ WRONG_PAIRS = {
 
 
 @pytest.mark.parametrize("case", WRONG_PAIRS)
-def test_unsuitable_key_pair_is_refused_with_the_reason(app: RealToken, case: str) -> None:
+def test_unsuitable_key_pair_is_refused_with_the_reason(softhsm_token: RealToken, case: str) -> None:
     """Another program may have generated the key pair."""
     count, bits, template, reason = WRONG_PAIRS[case]
-    library = cryptoki.Library(app.library, None)
+    library = cryptoki.Library(softhsm_token.library, None)
     library.initialize()
-    with library.pkcs11.get_token(token_label=app.label).open(rw=True, user_pin=tokens.PIN) as session:
+    with library.pkcs11.get_token(token_label=softhsm_token.label).open(rw=True, user_pin=tokens.PIN) as session:
         for _ in range(count):
             session.generate_keypair(KeyType.RSA, bits, label=case, store=True, private_template=template)
     with pytest.raises(ModuleError, match=reason):
-        app.open(case)
+        softhsm_token.open(case)
 
 
 @skip_unless.program("pkcs11-tool", "opensc")
-def test_a_key_pair_made_by_another_program_is_used(app: RealToken) -> None:
+def test_a_key_pair_made_by_another_program_is_used(softhsm_token: RealToken) -> None:
     """The key pair may have further permissions, as long as it cannot leave the token."""
-    app.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--usage-decrypt", "--label", "theirs")
-    module = app.open("theirs", generate=False)
+    softhsm_token.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--usage-decrypt", "--label", "theirs")
+    module = softhsm_token.open("theirs", generate=False)
     key, _ = tokens.imported(module)
     assert module.decrypt(key, module.encrypt(key, b"x")) == b"x"
-    app.tool("--delete-object", "--type", "privkey", "--label", "theirs")
-    app.tool("--delete-object", "--type", "pubkey", "--label", "theirs")
-    app.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--label", "theirs")
-    app.finalize()
+    softhsm_token.tool("--delete-object", "--type", "privkey", "--label", "theirs")
+    softhsm_token.tool("--delete-object", "--type", "pubkey", "--label", "theirs")
+    softhsm_token.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--label", "theirs")
+    softhsm_token.finalize()
     with pytest.raises(ModuleError, match="has another key pair 'theirs' now"):
         module.encrypt(key, b"x")
     module.close()

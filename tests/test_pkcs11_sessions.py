@@ -41,14 +41,16 @@ def test_unreferenced_module_closes_its_session(token: RealToken) -> None:
     beside.close()
 
 
-def test_second_loss_of_the_token_is_not_blamed_on_the_data(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_loss_of_the_token_is_not_blamed_on_the_data(
+    softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The error names the token, because the data key is still good."""
-    module = app.open()
+    module = softhsm_token.open()
     blob = tokens.exported(module, os.urandom(32))
     unwrap = Connection.unwrap
 
     def lost(connection: Connection, wrapped: bytes, algorithm: str) -> Any:
-        app.close_all_sessions()
+        softhsm_token.close_all_sessions()
         return unwrap(connection, wrapped, algorithm)
 
     with monkeypatch.context() as pulled:
@@ -102,20 +104,20 @@ def test_destroyed_data_key_is_imported_again(module: Pkcs11Module) -> None:
 
 
 def test_absent_token_is_named_and_works_after_its_return(
-    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    softhsm_token: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No data key is lost meanwhile."""
-    module = app.open()
+    module = softhsm_token.open()
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"plaintext")
     (tmp_path / "conf").write_text(f"directories.tokendir = {tmp_path}\n")
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", str(tmp_path / "conf"))
-        app.finalize()
+        softhsm_token.finalize()
         for _ in range(2):
             with pytest.raises(ModuleError, match="has no token 'app'"):
                 module.decrypt(key, sealed)
-    app.finalize()
+    softhsm_token.finalize()
     assert module.decrypt(key, sealed) == b"plaintext"
     module.close()
 
@@ -144,9 +146,9 @@ def test_forked_child_opens_its_own_session(token: RealToken) -> None:
     module.close()
 
 
-def test_a_fork_waits_for_the_calls_of_other_threads(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_waits_for_the_calls_of_other_threads(softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that does not notice a fork would block forever in the child."""
-    module = app.open()
+    module = softhsm_token.open()
     key, _ = tokens.imported(module)
     began, under_way = threading.Event(), [False]
     encrypt = Connection.encrypt
@@ -191,15 +193,15 @@ def test_threads_share_a_token_safely(token: RealToken) -> None:
         module.close()
 
 
-def test_handle_of_another_key_after_a_reset_is_not_used(app: RealToken) -> None:
+def test_handle_of_another_key_after_a_reset_is_not_used(softhsm_token: RealToken) -> None:
     """SoftHSM2 restarts its numbers at 1, so the first module back gets those of the second."""
-    app.open().close()
-    app.finalize()  # else the count has passed, in other tests, all numbers that this test reaches
-    second = app.open()
+    softhsm_token.open().close()
+    softhsm_token.finalize()  # else the count has passed, in other tests, all numbers that this test reaches
+    second = softhsm_token.open()
     key, data_key = tokens.imported(second)
     numbers = tokens.session_number(second), second._keys[key].key.handle
-    first = app.open()
-    app.finalize()
+    first = softhsm_token.open()
+    softhsm_token.finalize()
     others = [tokens.imported(first)[0] for _ in range(60)]
     assert numbers[0] == tokens.session_number(first)
     assert numbers[1] in {first._keys[other].key.handle for other in others}

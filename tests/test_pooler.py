@@ -11,7 +11,7 @@ from support.keyring import change
 from support.pgbouncer import Bouncer
 from support.postgres import Cluster
 from support.records import fill, opened
-from support.rotatable_agent import Rotating
+from support.rotatable_agent import RotatableAgent
 from support.skip_unless import pgbouncer, postgresql
 from test_store import NEW, blob, record
 
@@ -21,9 +21,9 @@ THREADS, ADDED = 6, 20
 
 
 @pytest.fixture
-def bouncer(cluster: Cluster) -> Iterator[Bouncer]:
+def bouncer(postgres: Cluster) -> Iterator[Bouncer]:
     """A PgBouncer of a test's own."""
-    with Bouncer(cluster) as running:
+    with Bouncer(postgres) as running:
         yield running
 
 
@@ -48,9 +48,9 @@ def together(count: int, work: Callable[[int], None]) -> list[BaseException]:
 
 
 @pgbouncer()
-def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, cluster: Cluster) -> None:
+def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, postgres: Cluster) -> None:
     """More threads than sessions run long enough for prepared statements; the first ones create the table."""
-    url = bouncer.url(cluster.new_database())
+    url = bouncer.url(postgres.new_database())
     with Store(url) as store:
 
         def work(thread: int) -> None:
@@ -68,9 +68,9 @@ def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, cluster: Cluste
 
 
 @pgbouncer()
-def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, cluster: Cluster) -> None:
+def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, postgres: Cluster) -> None:
     """The processes' connections have the same numbers."""
-    url = bouncer.url(cluster.new_database())
+    url = bouncer.url(postgres.new_database())
 
     def work(thread: int) -> None:
         with Store(url) as store:
@@ -82,42 +82,42 @@ def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, cluster: C
 
 
 @pgbouncer()
-def test_a_rewrap_runs_behind_a_pooler(bouncer: Bouncer, cluster: Cluster, rotating: Rotating) -> None:
+def test_a_rewrap_runs_behind_a_pooler(bouncer: Bouncer, postgres: Cluster, rotatable_agent: RotatableAgent) -> None:
     """A rewrap moves every record, and its data key stays the same."""
-    with Store(bouncer.url(cluster.new_database())) as store, rotating.agent.client() as kms:
+    with Store(bouncer.url(postgres.new_database())) as store, rotatable_agent.agent.client() as kms:
         keys = fill(store, kms, 60)
-        change(rotating.keyring, "rotate", "alias/a")
-        rotating.agent.wait_for("reload.done")
+        change(rotatable_agent.keyring, "rotate", "alias/a")
+        rotatable_agent.agent.wait_for("reload.done")
         assert rewrap(store, kms).moved == 60
         assert rewrap(store, kms).found == 0
         assert opened(store, kms) == keys
 
 
 @pgbouncer()
-def test_the_first_call_after_a_restart_behind_a_pooler_works(bouncer: Bouncer, cluster: Cluster) -> None:
+def test_the_first_call_after_a_restart_behind_a_pooler_works(bouncer: Bouncer, postgres: Cluster) -> None:
     """The pooler, the server or both restart."""
-    with Store(bouncer.url(cluster.new_database())) as store:
+    with Store(bouncer.url(postgres.new_database())) as store:
         store.add(record("a"))
         bouncer.restart()
         assert store.get("a").name == "a"
-        cluster.stop()
-        cluster.start()
+        postgres.stop()
+        postgres.start()
         store.add(record("b"))
-        cluster.stop()
-        cluster.start()
+        postgres.stop()
+        postgres.start()
         bouncer.restart()
         assert [each.name for each in store] == ["a", "b"]
 
 
 @postgresql()
-def test_the_first_call_after_a_restart_works(cluster: Cluster) -> None:
+def test_the_first_call_after_a_restart_works(postgres: Cluster) -> None:
     """The server, or an administrator, closed the idle connections of the pool."""
-    url = cluster.new_database()
+    url = postgres.new_database()
     with Store(url) as store, Store(url) as other:
         store.add(record("a"))
         assert other.get("a").name == "a"
-        cluster.stop()
-        cluster.start()
+        postgres.stop()
+        postgres.start()
         store.add(record("b"))
         assert other.count() == 2
         with store._engine.begin() as connection:
@@ -128,9 +128,9 @@ def test_the_first_call_after_a_restart_works(cluster: Cluster) -> None:
 
 
 @postgresql()
-def test_connection_keeps_no_state_between_calls(cluster: Cluster, agent: RunningAgent) -> None:
+def test_connection_keeps_no_state_between_calls(postgres: Cluster, agent: RunningAgent) -> None:
     """Repeated calls of every kind leave no prepared statement, lock or session setting."""
-    with Store(cluster.new_database()) as store:
+    with Store(postgres.new_database()) as store:
         for number in range(12):
             store.add(record(f"{number}"))
             store.replace([(each, blob(NEW), NEW) for each in store])
@@ -148,9 +148,9 @@ def test_connection_keeps_no_state_between_calls(cluster: Cluster, agent: Runnin
 
 
 @postgresql()
-def test_a_child_does_not_use_its_parents_connections(cluster: Cluster) -> None:
+def test_a_child_does_not_use_its_parents_connections(postgres: Cluster) -> None:
     """After a fork, parent and child use the store on connections of their own."""
-    with Store(cluster.new_database()) as store:
+    with Store(postgres.new_database()) as store:
         store.add(record("a"))
         backend = sqlalchemy.text("SELECT pg_backend_pid()")
         with store._engine.connect() as connection:

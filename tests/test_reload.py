@@ -17,7 +17,7 @@ from support.agent import RawConnection, RunningAgent
 from support.calls import error
 from support.keyring import change, configuration, copied, new_keyring, serving
 from support.skip_unless import root
-from support.stress import many
+from support.stress import scale
 
 from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64
@@ -25,7 +25,7 @@ from keyferry_agent.keyring import loader
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.keyring.sealing import Unsealer, seal
 
-RELOADS = many(30, 100)
+RELOADS = scale(30, 100)
 """Under full load, each takes the time of hundreds of requests."""
 
 

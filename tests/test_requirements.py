@@ -95,7 +95,7 @@ SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not b
     ],
 )
 def test_uninformed_advisory_service_is_not_used(
-    capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, said: str
+    capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, keyring_json: str
 ) -> None:
     """A service that does not find a known vulnerability is not queried further."""
 
@@ -105,7 +105,7 @@ def test_uninformed_advisory_service_is_not_used(
 
     assert advisories.main(ask) == code
     captured = capsys.readouterr()
-    assert said in captured.out + captured.err
+    assert keyring_json in captured.out + captured.err
 
 
 def test_program_without_a_report_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

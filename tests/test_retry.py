@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE
-from support.fake_server import outcomes, scripted
+from support.fake_server import respond_with, scripted_server
 
 from keyferry import (
     AgentUnavailable,
@@ -128,14 +128,21 @@ def test_policy_with_invalid_numbers_is_refused(wrong: dict[str, float]) -> None
 
 def test_a_client_repeats_refused_calls(socket_path: Path, time: Time) -> None:
     """The client repeats a call until it has a result."""
-    with scripted(socket_path, outcomes(THROTTLED, UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
+    with (
+        scripted_server(socket_path, respond_with(THROTTLED, UNAVAILABLE, "")),
+        Client(socket_path, retry=AT_ONCE) as kms,
+    ):
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
     assert time.slept == [1.0, 0.0]
 
 
 def test_a_client_without_a_policy_repeats_nothing(socket_path: Path, time: Time) -> None:
     """A client without a policy raises the first refusal."""
-    with scripted(socket_path, outcomes(UNAVAILABLE)), Client(socket_path) as kms, pytest.raises(ServiceUnavailable):
+    with (
+        scripted_server(socket_path, respond_with(UNAVAILABLE)),
+        Client(socket_path) as kms,
+        pytest.raises(ServiceUnavailable),
+    ):
         kms.call("GetAgentStatus", {})
     assert time.slept == []
 
@@ -157,7 +164,7 @@ def test_a_client_waits_for_an_agent_that_starts(
 ) -> None:
     """A connection that is refused is repeated."""
     with ExitStack() as started, Client(socket_path, retry=AT_ONCE) as kms:
-        agent = scripted(socket_path, outcomes(""))
+        agent = scripted_server(socket_path, respond_with(""))
         monkeypatch.setattr(time, "sleep", lambda _seconds: started.enter_context(agent))
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
 
@@ -166,7 +173,7 @@ def test_pipeline_repeats_refused_requests(socket_path: Path, time: Time) -> Non
     """Results stay in their places."""
     codes = ["", UNAVAILABLE, "Forbidden.KeyNotFound", ""]
     calls: list[tuple[str, dict[str, Any]]] = [("A", {}), ("B", {}), ("C", {})]
-    with scripted(socket_path, outcomes(*codes)), Client(socket_path, retry=AT_ONCE) as kms:
+    with scripted_server(socket_path, respond_with(*codes)), Client(socket_path, retry=AT_ONCE) as kms:
         first, second, third = kms.pipeline(calls)
     assert (first, second) == ({"RequestId": "A"}, {"RequestId": "B"})
     assert isinstance(third, NotFound)
@@ -180,7 +187,7 @@ def test_a_refused_connection_is_repeated(socket_path: Path, time: Time) -> None
         connection.recv(65_536)
         connection.sendall(wire.encode_response(None, {"Code": THROTTLED, "Message": "m", "RequestId": "r"}, None))
 
-    with scripted(socket_path, full, outcomes("")), Client(socket_path, retry=AT_ONCE) as kms:
+    with scripted_server(socket_path, full, respond_with("")), Client(socket_path, retry=AT_ONCE) as kms:
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
     assert time.slept == [1.0]
 
@@ -190,7 +197,7 @@ def test_other_threads_call_while_a_client_waits(
 ) -> None:
     """The client's lock is free during a delay."""
     free = []
-    with scripted(socket_path, outcomes(UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
+    with scripted_server(socket_path, respond_with(UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
         monkeypatch.setattr(time, "sleep", lambda _seconds: free.append(not kms._lock.locked()))
         kms.call("GetAgentStatus", {})
     assert free == [True]
@@ -205,7 +212,7 @@ def test_async_client_repeats_refused_calls(socket_path: Path, run: Run) -> None
             first, second = await kms.pipeline([("A", {}), ("B", {})])
             assert (first, second) == ({"RequestId": "A"}, {"RequestId": "B"})
 
-    with scripted(socket_path, outcomes(UNAVAILABLE, "InternalFailure", "", UNAVAILABLE, "", "")):
+    with scripted_server(socket_path, respond_with(UNAVAILABLE, "InternalFailure", "", UNAVAILABLE, "", "")):
         run(main)
 
 
@@ -216,7 +223,7 @@ def test_async_client_raises_the_last_failure(socket_path: Path, run: Run) -> No
         async with AsyncClient(socket_path, retry=Retry(within=0.05, first=0.01)) as kms:
             with pytest.raises(AgentUnavailable, match="does not exist"):
                 await kms.describe_key(key_id="alias/a")
-        with scripted(socket_path, outcomes("InvalidParameter")):
+        with scripted_server(socket_path, respond_with("InvalidParameter")):
             async with AsyncClient(socket_path, retry=AT_ONCE, timeout=PATIENCE) as kms:
                 with pytest.raises(InvalidRequest):
                     await kms.describe_key(key_id="alias/a")

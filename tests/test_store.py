@@ -290,24 +290,24 @@ def test_missing_libpq_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch
 
 
 @postgresql()
-def test_store_works_again_after_a_server_outage(cluster: Cluster) -> None:
+def test_store_works_again_after_a_server_outage(postgres: Cluster) -> None:
     """During the outage an error names the reason."""
-    with Store(cluster.new_database()) as store:
+    with Store(postgres.new_database()) as store:
         store.add(record("a"))
-        cluster.stop()
+        postgres.stop()
         try:
             for _ in range(2):
                 with pytest.raises(StoreError, match="PostgreSQL database test"):
                     store.get("a")
         finally:
-            cluster.start()
+            postgres.start()
         assert store.get("a")._replace(row_id=0) == record("a")
 
 
 @postgresql()
-def test_missing_create_privilege_is_explained(cluster: Cluster) -> None:
+def test_missing_create_privilege_is_explained(postgres: Cluster) -> None:
     """The reason is PostgreSQL's own, and a user needs no such privilege for an existing table."""
-    url = cluster.new_database()
+    url = postgres.new_database()
     admin = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with admin.begin() as connection:
         connection.execute(sqlalchemy.text(f"CREATE ROLE app{os.getpid()} LOGIN"))

@@ -165,17 +165,17 @@ def test_several_hosts_that_fail_are_all_named() -> None:
 
 
 @postgresql()
-def test_records_are_utf8_whatever_the_url_says(cluster: Cluster) -> None:
+def test_records_are_utf8_whatever_the_url_says(postgres: Cluster) -> None:
     """The store sets the encoding of its connections, not the URL or the environment."""
-    with Store(f"{cluster.new_database()}&client_encoding=LATIN1") as store:
+    with Store(f"{postgres.new_database()}&client_encoding=LATIN1") as store:
         store.add(record("名"))
         assert store.get("名").name == "名"
 
 
 @postgresql()
-def test_text_that_a_database_refuses_is_an_error(cluster: Cluster) -> None:
+def test_text_that_a_database_refuses_is_an_error(postgres: Cluster) -> None:
     """The error has no traceback of a driver's."""
-    with Store(cluster.new_database()) as store:
+    with Store(postgres.new_database()) as store:
         for text in ("\ud800", "a\0b"):
             with pytest.raises(StoreError):
                 store.add(record("a")._replace(key_id=text))

@@ -20,7 +20,7 @@ from keyferry.module import token as token_module
 from keyferry.module.token import Connection
 
 
-def test_invalid_library_is_refused(tmp_path: Path, app: RealToken) -> None:
+def test_invalid_library_is_refused(tmp_path: Path, softhsm_token: RealToken) -> None:
     """The path is missing, not a library, or a library without PKCS#11."""
     (tmp_path / "text.so").write_text("text")
     for path in (tmp_path / "missing.so", tmp_path / "text.so", "libc.so.6"):
@@ -35,10 +35,12 @@ def test_p11_kits_proxy_is_refused() -> None:
         Pkcs11Module.open(proxy, token_label="app", key_label="wrapping")
 
 
-def test_missing_token_is_refused_with_the_present_ones(app: RealToken) -> None:
+def test_missing_token_is_refused_with_the_present_ones(softhsm_token: RealToken) -> None:
     """The message has the labels of the tokens that are there."""
-    with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):
-        Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
+    with pytest.raises(ModuleError, match=r"has no token 'missing'; it has: .*'app'"):
+        Pkcs11Module.open(
+            softhsm_token.library, token_label="missing", key_label="wrapping", pin_file=softhsm_token.pin_file
+        )
 
 
 @skip_unless.program(*tokens.PROGRAMS["softokn"])
@@ -201,7 +203,9 @@ def test_token_that_shows_a_key_is_refused() -> None:
         trial._try_key(odd, Key(VALUE=known), known)
 
 
-def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_pair_that_comes_out_readable_is_destroyed_again(
+    softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A token that generates readable keys is left without the new pair."""
 
     def readable(_key: Any, what: str) -> None:
@@ -210,17 +214,17 @@ def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, m
     with monkeypatch.context() as patched:
         patched.setattr(token_module, "_harden", readable)
         with pytest.raises(ModuleError, match="leaves a private key that it made readable"):
-            app.open("never")
+            softhsm_token.open("never")
     with pytest.raises(ModuleError, match="has no RSA key pair 'never'"):
-        app.open("never", generate=False)
+        softhsm_token.open("never", generate=False)
 
 
 @pytest.mark.parametrize("verb", ["encrypt", "decrypt"])
 def test_token_failure_is_not_reported_as_damaged_data(
-    app: RealToken, monkeypatch: pytest.MonkeyPatch, verb: str
+    softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     """A failure of the token is named, and the token's judgement of the data is not."""
-    module = app.open()
+    module = softhsm_token.open()
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"x")
 
@@ -235,13 +239,15 @@ def test_token_failure_is_not_reported_as_damaged_data(
     module.close()
 
 
-def test_two_tokens_with_one_label_are_refused(app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_tokens_with_one_label_are_refused(
+    softhsm_token: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The module does not guess which token is meant."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back
         twins = tokens.softhsm(tmp_path, "twin", "twin")
-        app.finalize()
+        softhsm_token.finalize()
         with pytest.raises(ModuleError, match="has 2 tokens 'twin'"):
             twins[0].open()
-    app.finalize()
-    app.open().close()
+    softhsm_token.finalize()
+    softhsm_token.open().close()

@@ -176,14 +176,14 @@ def test_the_one_token_that_has_all_attributes_is_chosen(
 
 
 def test_real_tokens_of_one_label_open_by_serial_slot_and_uri(
-    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    softhsm_token: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two SoftHSM2 tokens: the message has what opens each, and each keeps its own key pair, also after a reset."""
-    app.open().close()  # so that there is something to finalise
+    softhsm_token.open().close()  # so that there is something to finalise
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back
         twin = tokens.softhsm(tmp_path, "twin", "twin")[0]
-        app.finalize()
+        softhsm_token.finalize()
         with pytest.raises(ModuleError, match="has 2 tokens 'twin'") as caught:
             twin.open()
         listed = re.findall(r"slot (\d+), serial number '(\w+)'", str(caught.value))
@@ -202,5 +202,5 @@ def test_real_tokens_of_one_label_open_by_serial_slot_and_uri(
                 again.close()
             module.close()
         assert len(keys) == 2
-    app.finalize()
-    app.open().close()
+    softhsm_token.finalize()
+    softhsm_token.open().close()

@@ -98,11 +98,11 @@ def test_a_rewrap_is_proved_in_a_token(
     assert b"none" in ended.stderr
 
 
-def test_a_token_is_named_by_a_uri(app: RealToken, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_is_named_by_a_uri(softhsm_token: RealToken, capsys: pytest.CaptureFixture[str]) -> None:
     """`module show` prints its public key and its fingerprint."""
-    module = app.open(KEY)
-    arguments = options(app)
-    arguments[arguments.index(app.label)] = f"pkcs11:token={app.label}"
+    module = softhsm_token.open(KEY)
+    arguments = options(softhsm_token)
+    arguments[arguments.index(softhsm_token.label)] = f"pkcs11:token={softhsm_token.label}"
     assert command.main(["module", "show", *arguments]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == {
@@ -120,10 +120,10 @@ def test_a_token_is_named_by_a_uri(app: RealToken, capsys: pytest.CaptureFixture
     assert "1234" not in err
 
 
-def test_wrong_pin_is_named(app: RealToken, tmp_path: Path) -> None:
+def test_wrong_pin_is_named(softhsm_token: RealToken, tmp_path: Path) -> None:
     """The exit code is 1, and the message has no part of the PIN."""
-    app.open(KEY).close()
-    wrong = [*options(app), "--pin-file", str(secret_file(tmp_path / "pin", "wrong-pin-99"))]
+    softhsm_token.open(KEY).close()
+    wrong = [*options(softhsm_token), "--pin-file", str(secret_file(tmp_path / "pin", "wrong-pin-99"))]
     ended = run("module", "show", *wrong)
     assert ended.returncode == 1
     assert b"refused the PIN" in ended.stderr

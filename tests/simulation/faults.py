@@ -5,7 +5,7 @@ import random
 from collections import Counter
 from typing import Final
 
-__all__ = ["DIES", "HANGS", "NO_THREAD", "POINTS", "SHORT", "STOPS", "Plan"]
+__all__ = ["DIES", "HANGS", "NO_THREAD", "POINTS", "SHORT", "STOPS", "FaultPlan"]
 
 SHORT: Final = -1
 """Only a part is taken."""
@@ -65,7 +65,7 @@ _WHILE_IT_SERVES: Final = [
 _OFTEN: Final = ["receive", "send", "send", "send the rest", "write the record", "write the record", "write the record"]
 
 
-class Plan:
+class FaultPlan:
     """What goes wrong in one simulation: nothing; one thing, or two, in an exact place; or anything, now and then."""
 
     def __init__(self, rng: random.Random) -> None:
@@ -73,7 +73,7 @@ class Plan:
         self._crossed: Counter[str] = Counter()
         self._planned: dict[tuple[str, int], int] = {}
         self._rate = 0.0
-        self.struck: Counter[str] = Counter()
+        self.injected: Counter[str] = Counter()
         """What has gone wrong so far, by point."""
         self.started = rng.random() < 0.15
         """Whether the agent serves; in some simulations things go wrong before, too."""
@@ -95,7 +95,7 @@ class Plan:
         self.hangs = HANGS in self._planned.values() or (self._rate > 0 and rng.random() < 0.25)
         """Whether anything can hang."""
 
-    def strike(self, point: str) -> int:
+    def next_fault(self, point: str) -> int:
         """What goes wrong at this point, this time; 0 for nothing."""
         if self.over or not self.started:
             return 0
@@ -106,5 +106,5 @@ class Plan:
             if fault == HANGS and not self.hangs:
                 fault = 0
         if fault:
-            self.struck[point] += 1
+            self.injected[point] += 1
         return fault

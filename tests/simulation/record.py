@@ -17,9 +17,9 @@ LONGEST = 4_096
 class Record:
     """The files of the record. `violate` is told what is wrong with them."""
 
-    def __init__(self, path: Path, violate: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, report_violation: Callable[[str], None]) -> None:
         self.path = path
-        self._violate = violate
+        self._violate = report_violation
         self.rotated: list[Path] = []
         self.descriptors: set[int] = set()
         """The agent's, of the record."""

@@ -1,8 +1,8 @@
 """Looks for key bytes in the memory of another process, in core dumps and in swap files.
 
-What is sought is given as secrets with names; every form that a library may keep one in becomes needles: windows of eight
-bytes. A haystack is read as words of eight bytes at aligned addresses. So every copy of fifteen bytes or more is found
-wherever it lies, and every aligned fragment of eight.
+Each form in which a library may keep a named secret becomes search patterns: windows of eight bytes. Memory is read as
+aligned words of eight bytes. So every copy of fifteen bytes or more is found at any address, and every aligned fragment of
+eight.
 
 Eight hexadecimal digits are 32 bits only, and memory is full of others' digits: RequestIds, hashes. Of 100,000 windows, some
 would be found by chance. So digits are found where two words follow each other: in every copy of 23 digits or more.
@@ -27,11 +27,11 @@ from keyferry.parameters import decode_base64
 _WORD = 8
 _CHUNK = 1 << 22
 _BYTES_IN_DIGITS = 100
-"""The beginning of a long secret that is sought in digits."""
+"""Bytes at the beginning of a long secret that are searched for in digits."""
 
 
-class Needles:
-    """What is sought, by its eight-byte windows."""
+class SearchPatterns:
+    """The secrets to search for, by their eight-byte windows."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
@@ -44,15 +44,15 @@ class Needles:
         return len(self._names) + len(self._pairs)
 
     def add(self, name: str, secret: bytes) -> None:
-        """Seek one form of a secret, eight bytes or longer, in either byte order."""
+        """Add one form of a secret, eight bytes or longer, in either byte order."""
         for form, text in _forms(name, secret):
             for at in range(len(text) - _WORD + 1):
                 window = text[at : at + _WORD]
-                if len(set(window)) > 3:  # what is all alike is found everywhere
+                if len(set(window)) > 3:  # uniform bytes occur everywhere
                     self._names[_number(window)] = form
 
     def add_digits(self, name: str, digits: str) -> None:
-        """Seek a secret that is written in hexadecimal digits, 16 or more, in either byte order."""
+        """Add a secret that is written in hexadecimal digits, 16 or more, in either byte order."""
         for form, text in _forms(name, digits.encode()):
             for at in range(len(text) - 2 * _WORD + 1):
                 window = text[at : at + 2 * _WORD]
@@ -148,26 +148,26 @@ def snapshot(pid: int) -> list[tuple[str, bytes]]:
     return pieces
 
 
-def search(pieces: list[tuple[str, bytes]], needles: Needles) -> Counter[str]:
+def search(pieces: list[tuple[str, bytes]], patterns: SearchPatterns) -> Counter[str]:
     """What is in a snapshot, by its name and where it is, and how many words of it."""
     found: Counter[str] = Counter()
     for where, data in pieces:
-        for name, count in needles.in_words(data).items():
+        for name, count in patterns.in_words(data).items():
             found[f"{name} in {where}"] += count
     return found
 
 
-def scan(pid: int, needles: Needles) -> Counter[str]:
+def scan(pid: int, patterns: SearchPatterns) -> Counter[str]:
     """What is in the memory of a process that stands still, outside its secret memory."""
-    return search(snapshot(pid), needles)
+    return search(snapshot(pid), patterns)
 
 
-def scan_file(path: Path, needles: Needles) -> Counter[str]:
+def scan_file(path: Path, patterns: SearchPatterns) -> Counter[str]:
     """What is in a file: a core dump, or a swap file. Notes of registers are not aligned to eight bytes there, but to four."""
     found: Counter[str] = Counter()
     data = path.read_bytes()
     for offset in (0, 4):
-        found += needles.in_words(data[offset:])
+        found += patterns.in_words(data[offset:])
     return found
 
 

@@ -6,24 +6,24 @@ from typing import Any, NamedTuple
 from .agent import RunningAgent
 from .keyring import Command
 
-__all__ = ["Rotating"]
+__all__ = ["RotatableAgent"]
 
 
-class Rotating(NamedTuple):
+class RotatableAgent(NamedTuple):
     """An agent whose master key, alias/a, gets new versions."""
 
     agent: RunningAgent
     keyring: Path
-    said: Command
+    keyring_json: Command
 
-    def does(self, verb: str, *arguments: str) -> Any:
-        """Change the keyring, and wait until the agent has taken that up; give what the verb printed."""
+    def change(self, verb: str, *arguments: str) -> Any:
+        """Change the keyring, wait for the reload, and return the verb's JSON."""
         reloads = sum(line.get("event") == "reload.done" for line in self.agent.log)
-        printed = self.said(verb, *arguments)
+        printed = self.keyring_json(verb, *arguments)
         self.agent.wait_for("reload.done", count=reloads + 1)
         return printed
 
     def rotate(self) -> str:
-        """Give the key a new version; give its ID."""
-        version: str = self.does("rotate", "alias/a")["KeyVersion"]["KeyVersionId"]
+        """Rotate the key, and return the new version's ID."""
+        version: str = self.change("rotate", "alias/a")["KeyVersion"]["KeyVersionId"]
         return version
