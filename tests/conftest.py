@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and the end of the run: what was skipped for what this machine lacks, and how to provide it."""
+"""Fixtures for all tests, and the end of the run: tests that this machine skips, and how to provide their needs."""
 
 import json
 import os
@@ -35,9 +35,9 @@ COUNTS = ROOT / ".cache" / "counts"
 _SHARE_OF_TIMEOUT = 0.75
 """Of pytest's faulthandler_timeout, which ends the whole process."""
 _FAIL_AGAIN_SECONDS = 5.0
-"""After which a test that waits for the end of what it began, which waits too, fails there as well."""
+"""Seconds after which a test fails in its teardown too, where it waits for its own processes."""
 
-# How long an input takes is no matter: on a busy machine it takes as long as the others let it.
+# The time of an input has no limit: on a busy machine it depends on other processes.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not fast, where that is asked for."""
+    """Leave out tests that are not fast with `--fast`."""
     if config.getoption("fast"):
         left_out = [item for item in items if not is_fast(item)]
         items[:] = [item for item in items if is_fast(item)]
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @contextmanager
 def _bounded(item: pytest.Item) -> Iterator[None]:
-    """Fail what waits too long, with a traceback that ends where it waits, before pytest ends the whole process."""
+    """Fail a test at its time limit, with a traceback of the place, before pytest ends the whole process."""
     seconds = _SHARE_OF_TIMEOUT * float(item.config.getini("faulthandler_timeout"))
 
     def fail(_number: int, _frame: FrameType | None) -> None:
@@ -141,7 +141,7 @@ def keyring(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def keyring_json(capsys: pytest.CaptureFixture[str], keyring: Path) -> Command:
-    """Run a verb on the keyring with --json; give what it printed."""
+    """Return a function that runs a verb on the keyring with --json, and returns its JSON."""
 
     def command(verb: str, *arguments: object) -> Any:
         capsys.readouterr()
@@ -165,7 +165,7 @@ def softhsm_token(softhsm: list[RealToken]) -> RealToken:
 
 @pytest.fixture(scope="session")
 def nss_token(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
-    """The token of one NSS database: once it is initialised, the library stays with it, whatever tests come in between."""
+    """The token of one NSS database, which its library keeps after the initialisation, for all tests."""
     return tokens.softokn(tmp_path_factory.mktemp("nss"))
 
 
@@ -189,7 +189,7 @@ def module(token: RealToken) -> Iterator[Pkcs11Module]:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Cluster]:
-    """One PostgreSQL server for all tests: whoever stops it starts it again."""
+    """One PostgreSQL server for all tests: a test that stops it starts it again."""
     with Cluster() as running:
         yield running
 
@@ -220,7 +220,7 @@ def sqlite_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[St
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write down what was skipped, for `make test` to end with; where no skip is allowed, one is a failure."""
+    """Write the list of skipped tests, which `make test` ends with; fail if no skip is allowed."""
     if hasattr(session.config, "workerinput"):
         return  # one of several processes that run tests: the one that started them knows all
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

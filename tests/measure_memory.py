@@ -1,7 +1,7 @@
-"""Measures what is in an agent's memory *while* it works: `make memory`. docs/memory.md has the results.
+"""Measures secrets in an agent's memory *while* it works: `make memory`. docs/memory.md has the results.
 
 An agent under full load is stopped at random moments and its memory copied. When everything has been answered, and so every
-key is known, the copies are searched. At rest there is nothing (tests/test_memory.py); here is what there is on the way.
+key is known, the copies are searched. At rest there are none (tests/test_memory.py); these are the copies in use.
 """
 
 import contextlib
@@ -81,7 +81,7 @@ def measure(name: str, command: tuple[str, ...], *, exports_only: bool) -> None:
 
 
 def main() -> None:
-    """Measure the agent, and for comparison one that does not clear what it frees."""
+    """Measure the agent, and for comparison one that does not clear freed memory."""
     if os.geteuid() != 0:
         print("Not root: this works where a process may read the memory of its children.", file=sys.stderr)
     for kind, exports_only in (("exports only", True), ("with answers and requests in plaintext", False)):

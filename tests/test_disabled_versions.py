@@ -54,6 +54,7 @@ def test_an_agent_opens_nothing_under_a_disabled_version(rotatable_agent: Rotata
                 connection, method, {**params, "CiphertextBlob": blob, "DryRun": dry_run}, "Rejected.Disabled"
             )
             assert old in message
+            rotatable_agent.agent.has_logged("audit", operation=method, outcome="Rejected.Disabled")
             entry = [line for line in rotatable_agent.agent.log if line.get("event") == "audit"][-1]
             assert (entry["operation"], entry["outcome"]) == (method, "Rejected.Disabled")
             assert old in json.dumps(entry)

@@ -1,7 +1,7 @@
 """The benchmark: `make bench`. Everything is measured beside the bare loop, on the same core, in the same run.
 
     __main__.py     the command
-    figures.py      percentiles, ratios, medians and spreads: what a figure is
+    figures.py      figures: percentiles, ratios, medians and spreads
     table.py        figures as a table for a terminal, and for docs/performance.md
     plots.py        curves as pictures
     limits.py       what a figure must not fall below: the targets, and the check against an earlier run
@@ -15,5 +15,5 @@
     measure/        what is measured: a module for each part of the table
     peers/          other programs that do the same job
 
-`docs/performance.md` says how to read what it says.
+`docs/performance.md` explains how to read the results.
 """

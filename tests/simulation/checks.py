@@ -1,4 +1,4 @@
-"""What has to be true at the end of a simulation: of every request, of every answer, of the record, and of what is left."""
+"""The checks at the end of a simulation: of every request and answer, the audit log, and leaked resources."""
 
 import base64
 from collections import Counter
@@ -26,11 +26,11 @@ __all__ = ["check_clients", "check_record"]
 
 _DRAIN: Final = 10.0
 _GRACE_AND_MORE: Final = 10.0 + 4.0
-"""Seconds that a drain may take: its grace, and what a thread that was begun in it may take to its end."""
+"""Seconds that a drain may take: its grace, and the end of a thread that started in it."""
 _LONGEST_GARBAGE: Final = 16
 _AT_ONCE: Final = 2.5
 _A_ROUND: Final = 0.01
-"""Seconds of the round that is being served when a connection is closed, without what a hanging file system takes."""
+"""Seconds of the round that is served when a connection is closed, without the delay of a hanging file system."""
 
 
 def check_clients(world: World) -> None:
@@ -117,7 +117,7 @@ def _made_room(world: World, line: AgentConnection) -> bool:
 
 
 def _check_answer(world: World, line: AgentConnection, sent: Sent, answer: Answer, fresh: Counter[bytes]) -> None:
-    """The outcome is one that the judge gives for some moment of the request's time; and what is in it is right."""
+    """Check an answer: the oracle has its outcome for some moment of the request's time, and its content is right."""
     ask, arrived = sent.ask, line.arrived(sent.end)
     if answer.outcome in _ALWAYS and _may_happen(world, answer):
         _check_error(world, line, answer)
@@ -209,7 +209,7 @@ def _check_result(ask: GeneratedRequest, result: Mapping[str, Any], fresh: Count
 
 
 def _check_key(ask: GeneratedRequest, result: Mapping[str, Any], rings: list[Ring]) -> None:
-    """What was sealed is under the primary version of the key that was named, in one of the keyrings of the time."""
+    """Check that the ciphertext is under the primary version of the named key in one of the keyrings of the time."""
     if "CiphertextBlob" not in result:
         return
     prefix = "Destination" if ask.method == "ReEncrypt" else ""
@@ -250,7 +250,7 @@ def check_record(world: World) -> None:
     for request_id, fields in world.record.lines.items():
         line = lines.get(fields["pid"])
         if line is None:
-            world.report_violation(f"recorded of nobody: {fields}")
+            world.report_violation(f"recorded of an unknown caller: {fields}")
             continue
         recorded[line.client.pid] += 1
         if request_id not in answers and not (

@@ -49,7 +49,7 @@ class Client:
         self.line: AgentConnection | None = None
         self.received = bytearray()
         self.fault = ""
-        """What it does that may cost it answers."""
+        """The client's own fault, which may cost it answers."""
         self.sent = 0
         """Bytes that it could send."""
         self.connected: float | None = None

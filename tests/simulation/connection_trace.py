@@ -1,4 +1,4 @@
-"""One connection as the agent's system calls show it: what it has received, what it has sent, and whether that was in order."""
+"""One connection by the agent's system calls: received and sent bytes, and whether they were in order."""
 
 import os
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class AgentConnection:
         self._arrivals: list[tuple[int, float]] = []
         self.sent = bytearray()
         self.fault = ""
-        """What went wrong with it that is not the agent's doing."""
+        """The connection's fault that the agent did not cause."""
         self.refused = self.silenced = False
         self.last_words = False
         self.answers: dict[int, Answer] = {}
@@ -125,7 +125,7 @@ class AgentConnection:
             for message in self._unpacker:
                 self._answered(message)
         except Exception as error:  # the agent must not catch it
-            self._world.report_violation(f"{self} was sent what is no answer: {error!r}")
+            self._world.report_violation(f"{self} was sent an invalid answer: {error!r}")
 
     def _answered(self, message: Any) -> None:
         kind, msgid, error, result = message
@@ -175,7 +175,7 @@ class AgentConnection:
             world.report_violation(f"{self}: refused with {outcome}, beside {len(others)} others")
 
     def _recorded(self, method: str, answer: Answer) -> None:
-        """An answer leaves: its request is in the record, as what it was; or the log says that it could not be."""
+        """Check at an answer that its request is recorded with the same outcome, or logged as not recorded."""
         world = self._world
         fields = world.record.lines.get(answer.request_id)
         failed = answer.request_id in world.record.failed

@@ -1,7 +1,7 @@
-"""What the agent calls when it touches the outside world, replaced for one simulation: by the same, with faults, and noted.
+"""The agent's system calls in a simulation: the same calls, with faults, and traced.
 
 Sockets, files and epoll are the kernel's own; time, chance, threads, the loader's process and who is calling are not. The agent
-is unchanged: what is replaced are names of the standard library and of trio, and one function that starts a process.
+is unchanged: names of the standard library and of trio are replaced, and one function that starts a process.
 """
 
 import errno
@@ -40,7 +40,7 @@ SLOW: Final = "a thread at a slow job"
 
 
 class _Real:
-    """What the world itself uses."""
+    """The real system calls, for the world's own use."""
 
     open, close, read, write = os.open, os.close, os.read, os.write
     pread, ftruncate, fstat = os.pread, os.ftruncate, os.fstat
@@ -347,7 +347,7 @@ class FakeSyscalls:
         trio.lowlevel.spawn_system_task(work, name=SLOW)
 
     def load(self, path: Path, _unseal: Path, **_: Any) -> keyring.Keyring:
-        """What a loader's process gives."""
+        """Return the keyring of a loader's process."""
         world = self.world
         fault = world.plan.next_fault("load the keyring")
         number = -1 if fault == DAMAGED else world.on_disk[0]
@@ -373,7 +373,7 @@ class FakeSyscalls:
         return keyring.build(keys, fill, memory)
 
     def adopt(self, itself: ServerState, settings: Settings, keyring: Keyring) -> None:
-        """Note what the agent goes by from now on."""
+        """Trace the state that the agent adopts."""
         self.world.record_adoption(keyring=keyring is not itself.keyring)
         self._adopt(itself, settings, keyring)
 

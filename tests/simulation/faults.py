@@ -1,4 +1,4 @@
-"""Where the agent touches the outside world, and what can go wrong there. A seed says what does, and when."""
+"""The points where the agent calls the outside world, and their possible faults. A seed chooses faults and times."""
 
 import errno
 import random
@@ -10,7 +10,7 @@ __all__ = ["DIES", "HANGS", "NO_THREAD", "POINTS", "SHORT", "STOPS", "FaultPlan"
 SHORT: Final = -1
 """Only a part is taken."""
 HANGS: Final = -2
-"""It does not return, until somebody sees to it."""
+"""The call hangs until the simulated operator releases it."""
 NO_THREAD: Final = -3
 """A thread cannot be started."""
 DIES: Final = -4
@@ -66,7 +66,7 @@ _OFTEN: Final = ["receive", "send", "send", "send the rest", "write the record",
 
 
 class FaultPlan:
-    """What goes wrong in one simulation: nothing; one thing, or two, in an exact place; or anything, now and then."""
+    """The faults of one simulation: none; one or a few in exact places; or random ones at a rate."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -74,7 +74,7 @@ class FaultPlan:
         self._planned: dict[tuple[str, int], int] = {}
         self._rate = 0.0
         self.injected: Counter[str] = Counter()
-        """What has gone wrong so far, by point."""
+        """The number of injected faults, by point."""
         self.started = rng.random() < 0.15
         """Whether the agent serves; in some simulations things go wrong before, too."""
         kind = rng.random()
@@ -96,7 +96,7 @@ class FaultPlan:
         """Whether anything can hang."""
 
     def next_fault(self, point: str) -> int:
-        """What goes wrong at this point, this time; 0 for nothing."""
+        """Return the fault of this call at this point; 0 for none."""
         if self.over or not self.started:
             return 0
         self._crossed[point] += 1

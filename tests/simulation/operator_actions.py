@@ -1,4 +1,4 @@
-"""What a simulated operator, and the system, do to an agent while it serves: files, signals, shortages, and its end."""
+"""The actions of a simulated operator and system on a serving agent: files, signals, shortages, and its end."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ _DAMAGED: Final = "this = is = no configuration"
 
 
 def write_files(world: World) -> None:
-    """What is there before the agent starts; in some worlds the record was begun before, and cut off."""
+    """Write the files of the start; in some worlds the audit log exists already, with a partial last line."""
     _configure(world, 0)
     _replace(world.directory / "keyring", "0")
     (world.directory / "identity").write_text("")
@@ -41,7 +41,7 @@ def _configure(world: World, number: int) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    # What was there stays, under another name: the number of a file is not given to another one, or not every time.
+    # The old file stays under another name, so that its inode number is not reused in some runs only.
     new = path.with_suffix(".new")
     new.write_text(text)
     if _is_there(path):
@@ -97,14 +97,14 @@ def _rotate(world: World) -> None:
 
 
 async def release_hangs(world: World) -> None:
-    """Have whatever hangs go on after a while."""
+    """Release hanging calls after a while."""
     while True:
         await trio.sleep(world.faults_rng.choice((0.2, 1, 5)))
         world.stepwise_threads.release()
 
 
 async def end_faults(world: World) -> None:
-    """Nothing fails any more, and all files are good. Give the agent the time that it may take to see it."""
+    """End all faults, make all files good, and give the agent the time to notice."""
     world.add_event("calm")
     world.plan.over = True
     world.starved, world.spare = False, 0

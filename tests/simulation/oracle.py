@@ -1,6 +1,6 @@
 """A second judge of every request, much simpler than the agent, with which it shares no code.
 
-It knows what the documentation says of operations, grants and states; keyring and configuration are plain data to it.
+It implements the documentation of operations, grants and states; keyring and configuration are plain data to it.
 """
 
 from collections.abc import Callable, Mapping

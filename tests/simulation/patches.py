@@ -38,7 +38,7 @@ _DATED: Final = [
     for name, module in [*sys.modules.items()]
     if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is dt.datetime
 ]
-"""The agent's modules that ask what time it is."""
+"""The agent's modules that read the time."""
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
             return dt.datetime.fromtimestamp(world.wall, tz)
 
     def method(function: Callable[..., Any]) -> Any:
-        # A function, which becomes a method of the class that it is put into; what is bound already would not.
+        # A function becomes a method of the class that it is put into; a bound method would not.
         def call(itself: Any, *arguments: Any, **more: Any) -> Any:
             return function(itself, *arguments, **more)
 
@@ -82,7 +82,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (selftest, "run", outside.self_test),
         (ServerState, "adopt", method(outside.adopt)),
         (process_hardening, "harden", lambda **_: []),
-        (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
+        (gc, "freeze", lambda: None),  # this process continues, and has to release the resources of the agent
         (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         *((module, "datetime", Datetime) for module in _DATED),
     ]
@@ -92,7 +92,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
     state = trio_run._r.getstate()
     trio_run._r.seed(f"{world.seed}: who goes first")
     logging[:] = [lambda logger, name, event: world.capture_log(logger, name, event, structlog.DropEvent())]
-    # A signal in the agent's last moment, when it takes none any more, is not to end this process.
+    # A signal after the agent has removed its handlers must not end this process.
     handlers = {number: signal.signal(number, _nobody) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for owner, name, value in names:
         setattr(owner, name, value)

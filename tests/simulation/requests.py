@@ -1,4 +1,4 @@
-"""What a simulated client asks for: any operation, of any key, rightly and wrongly."""
+"""The requests of a simulated client: any operation, of any key, valid and invalid."""
 
 import random
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ __all__ = ["GeneratedRequest", "random_request"]
 
 
 class GeneratedRequest(NamedTuple):
-    """One request. What is not part of its operation is as it is by default."""
+    """One request. Fields that its operation does not use have their defaults."""
 
     method: str
     params: Mapping[str, Any]

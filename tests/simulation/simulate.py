@@ -1,4 +1,4 @@
-"""One simulation, from its seed to what is wrong with it: the whole daemon, its clients, its operator, its end."""
+"""One simulation, from its seed to its violations: the whole daemon, its clients, its operator, its end."""
 
 import fcntl
 import gc
@@ -28,7 +28,7 @@ from .world import World
 __all__ = ["Result", "simulate"]
 
 _TOO_LONG: Final = 60
-"""Seconds of real time, for what takes milliseconds: a turn without end in the agent is ended there."""
+"""Seconds of real time for a simulation that takes milliseconds: the limit ends an endless loop of the agent."""
 _FOLDER: Final = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where files are in memory: on a disk, removing them takes as long as all the rest."""
 _EVERY: Final = 200
@@ -39,7 +39,7 @@ _real_run: Final = trio.run
 
 
 class Result(NamedTuple):
-    """What happened, line by line, and what should not have."""
+    """The trace of a simulation, line by line, and its violations."""
 
     seed: int
     trace: list[str]
@@ -52,7 +52,7 @@ class Result(NamedTuple):
         return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
 
     def report(self) -> str:
-        """For a person: what is wrong, what led to it, and how to see it again."""
+        """Return the violations, their trace, and the command that repeats it."""
         last = "\n".join(self.trace[-25:])
         wrong = "\n".join(f"  {violation}" for violation in self.violations)
         return f"seed {self.seed}:\n{wrong}\n\nwhat happened last:\n{last}\n\nto see it again: make simulate SEED={self.seed}"
@@ -63,7 +63,7 @@ class _Stuck(BaseException):
 
 
 def simulate(seed: int) -> Result:
-    """Live through one seed's world. Raises nothing: what is wrong is in the result."""
+    """Run one seed's world. Raises nothing: violations are in the result."""
     directory = Path(tempfile.mkdtemp(prefix="keyferry-simulation-", dir=_FOLDER))
     world = World(seed, directory)
     gc.disable()
@@ -136,9 +136,9 @@ def _live_with(world: World, manager: str) -> None:
 
 
 def _kept(world: World, before: set[int]) -> list[str]:
-    """What descriptors were left behind, but for the two that an agent has until its process ends. They are closed here."""
+    """Return the leaked descriptors, except the two that an agent keeps until its process ends, and close them."""
     left = _descriptors() - before
-    if len(left) > _ONCE:  # an exception that ended a start may hold on to what it came through
+    if len(left) > _ONCE:  # an exception that ended a start may hold on to frames
         gc.collect()
         left = _descriptors() - before
     names = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in sorted(left)]

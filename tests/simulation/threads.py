@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class _ProcessExit(BaseException):
-    """What ends a thread that has no end of its own."""
+    """Ends a thread that never returns by itself."""
 
 
 class _Idle(BaseException):
-    """What brings a thread that has nothing to do back to whoever let it work."""
+    """Returns from an idle thread to the one that let it run."""
 
 
 class StepwiseThreads:
@@ -74,7 +74,7 @@ class StepwiseThreads:
         return self._inside or threading.current_thread() is self._thread
 
     def let_work(self) -> None:
-        """Have the thread do what it can."""
+        """Let the thread run until it is idle."""
         if self._thread is not None:
             if not self._parked:
                 self._go.release()

@@ -1,4 +1,4 @@
-"""What one simulation knows: its seed, its time, what has happened so far, and what should not have."""
+"""The world of one simulation: its seed, its time, its trace, and its violations."""
 
 import errno
 import os
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Adopted", "World"]
 
 MONOTONIC: Final = 1_000.0
-"""What the steady clock says at the beginning."""
+"""The monotonic clock at the beginning."""
 _TICK: Final = 0.001
-"""Seconds: what the record's times are told in."""
+"""Seconds: the resolution of the times in audit entries."""
 _MAX_TRACE_LINES: Final = 20_000
 """Lines of a trace: an agent that does more than that turns in a circle."""
 
@@ -39,7 +39,7 @@ class Adopted(NamedTuple):
 
     @property
     def state(self) -> tuple[Ring, tuple[Grant, ...]]:
-        """What is in them."""
+        """The keyring and the grants."""
         return RINGS[self.ring], CONFIGURATIONS[self.grants]
 
 
@@ -151,7 +151,7 @@ class World:
             raise OSError(fault, os.strerror(fault))
 
     def allocate_descriptor(self) -> None:
-        """Raise EMFILE, if there is none left."""
+        """Raise EMFILE if no descriptor is left."""
         if self.starved:
             if not self.spare:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -187,10 +187,10 @@ class World:
         raise drop
 
     def _check_grace(self) -> None:
-        """Until the end of the grace somebody was waited for, and each for something."""
+        """Check that connections were open until the end of the grace period, and each for a reason."""
         until_then = [line for line in self.all_connections if line.closed == self.now]
         if not until_then:
-            self.report_violation("the grace was over, and there was nobody to wait for")
+            self.report_violation("the grace period ended without a connection to wait for")
         for line in until_then:
             if line.quiet and not (line.client.fault or line.fault or line.half_received):
                 self.report_violation(f"{line} had nothing to wait for, and was there until the grace was over")

@@ -43,7 +43,7 @@ def scripted_server(path: Path, *script: Part) -> Iterator[None]:
         try:
             yield
         finally:
-            listening.shutdown(socket.SHUT_RDWR)  # `accept` takes what is in the queue, and then fails
+            listening.shutdown(socket.SHUT_RDWR)  # `accept` returns queued connections, and then fails
             thread.join(PATIENCE)
         assert not thread.is_alive(), f"the peer did not finish part {played} of its script in {PATIENCE} s"
         assert played == len(script), f"the client made {played} connections of {len(script)}"

@@ -74,7 +74,7 @@ class SearchPatterns:
             self.add(f"{name} as SM4 round keys", sm4_round_keys(key))
 
     def add_blob(self, key_spec: str, cmk: bytes, blob: str, plaintext: bytes) -> None:
-        """Seek what a CiphertextBlob was sealed with: the one-time key, and the keystream."""
+        """Add the secrets that sealed a CiphertextBlob: the one-time key and the keystream."""
         raw = decode_base64(blob)
         suite, salt, sealed = SUITES[key_spec], raw[37:69], raw[101:-16]
         self.add("HKDF's pseudorandom key", suite.hmac(salt, cmk))
@@ -82,11 +82,11 @@ class SearchPatterns:
         self.add("keystream", bytes(a ^ b for a, b in zip(sealed, plaintext, strict=True)))
 
     def add_oaep(self, encoded: bytes) -> None:
-        """Seek an OAEP encoded message: whoever has it has the data key."""
+        """Add an OAEP encoded message, which contains the data key."""
         self.add("OAEP encoded message", encoded)
 
     def in_words(self, data: bytes) -> Counter[str]:
-        """What is in some memory that begins at an aligned address."""
+        """Return the names of patterns in memory that begins at an aligned address, with their counts."""
         words = memoryview(data[: len(data) // _WORD * _WORD]).cast("Q")
         there = set(words)
         found = Counter(self._names[word] for word in self._names.keys() & there)
@@ -112,7 +112,7 @@ def _swapped(text: bytes) -> bytes:
 
 
 class Mapping(NamedTuple):
-    """A mapping of a process: where it is, what the kernel calls it, and its flags."""
+    """A mapping of a process: its addresses, the kernel's name of it, and its flags."""
 
     start: int
     end: int
@@ -136,7 +136,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
 
 
 def snapshot(pid: int) -> list[tuple[str, bytes]]:
-    """The memory of a process that stands still, but for its secret memory: what the kernel calls it, and what is in it."""
+    """Return the ordinary memory of a stopped process: the kernel's name of each mapping, and its bytes."""
     pieces = []
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for mapping in mappings(pid):
@@ -149,7 +149,7 @@ def snapshot(pid: int) -> list[tuple[str, bytes]]:
 
 
 def search(pieces: list[tuple[str, bytes]], patterns: SearchPatterns) -> Counter[str]:
-    """What is in a snapshot, by its name and where it is, and how many words of it."""
+    """Return the patterns in a snapshot, by their names and mappings, with their counts of words."""
     found: Counter[str] = Counter()
     for where, data in pieces:
         for name, count in patterns.in_words(data).items():
@@ -158,12 +158,12 @@ def search(pieces: list[tuple[str, bytes]], patterns: SearchPatterns) -> Counter
 
 
 def scan(pid: int, patterns: SearchPatterns) -> Counter[str]:
-    """What is in the memory of a process that stands still, outside its secret memory."""
+    """Return the patterns in the memory of a stopped process, outside its secret memory."""
     return search(snapshot(pid), patterns)
 
 
 def scan_file(path: Path, patterns: SearchPatterns) -> Counter[str]:
-    """What is in a file: a core dump, or a swap file. Notes of registers are not aligned to eight bytes there, but to four."""
+    """Return the patterns in a core dump or a swap file. Notes of registers there are aligned to four bytes, not to eight."""
     found: Counter[str] = Counter()
     data = path.read_bytes()
     for offset in (0, 4):
@@ -171,7 +171,7 @@ def scan_file(path: Path, patterns: SearchPatterns) -> Counter[str]:
     return found
 
 
-# --- what libraries make of keys --------------------------------------------------------------------------------------
+# --- key schedules of libraries ---------------------------------------------------------------------------------------
 
 
 def sm4_round_keys(key: bytes) -> bytes:

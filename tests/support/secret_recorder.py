@@ -1,6 +1,6 @@
 """A client that asks an agent for everything it can do, and learns every key that the agent has handled on the way.
 
-It has the private keys that data keys are exported to, and it may read the keyring: so it knows what nobody else should find.
+It has the private keys of the recipients, and may read the keyring: so it knows every secret that must not be found.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The steps of systemd/README.md after a leak: afterwards the leaked secret, and what was made with it, open nothing."""
+"""The steps of systemd/README.md after a leak: afterwards the leaked secret and its ciphertexts open nothing."""
 
 import json
 from collections.abc import Iterator

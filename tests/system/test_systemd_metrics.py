@@ -48,7 +48,7 @@ def afresh(machine: Machine) -> Iterator[None]:
 
 
 def scraped(machine: Machine, address: str) -> str:
-    """Return what a scrape answers."""
+    """Return the answer to a scrape."""
     return machine.run("/usr/bin/python3", "/srv/scrape.py", address)
 
 

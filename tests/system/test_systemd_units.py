@@ -96,7 +96,7 @@ def drop_in(machine: Machine, text: str) -> None:
 
 
 def call(machine: Machine, *arguments: str, user: str = "orders") -> Any:
-    """What `keyferry` answers a user."""
+    """Return the output of `keyferry` for a user."""
     return json.loads(machine.run("keyferry", *arguments, user=user))
 
 
