@@ -81,7 +81,7 @@ def test_slow_readers_cost_their_own_answers_only(tmp_path: Path) -> None:
         for stop in (None, signal.SIGSTOP):
             with peers("deaf", target.socket, count) as deaf:
                 assert deaf.stdout is not None
-                deaf.stdout.readline()  # nobody takes any more
+                deaf.stdout.readline()  # the buffers are full
                 if stop is not None:
                     deaf.send_signal(stop)
                 target.background.wait_served()
@@ -221,7 +221,7 @@ def test_descriptors_sent_by_a_peer_are_closed(target: AgentUnderTest) -> None:
             socket.send_fds(connection.socket, [data], [writing] * 100)
             target.background.wait_served(1)
         os.close(writing)
-        assert end.read() == b""  # nobody has the other end
+        assert end.read() == b""  # the other end is closed
         assert len(until_closed(connection)) == 3
 
 

@@ -1,4 +1,4 @@
-"""Who gets a connection when there is no room for all."""
+"""The admission of connections at the limits."""
 
 import functools
 import os
@@ -155,7 +155,7 @@ def test_a_caller_is_a_stranger_until_its_program_is_known() -> None:
     room.admission.judge(place)
     room.enter("h", GRANTED)
     assert room.closed == ["program"]
-    room.admission.judge(place)  # which has no place any more
+    room.admission.judge(place)  # which has lost its place
     room.leave("program")
     assert room.agent.counters.connections == 2
 

@@ -56,7 +56,7 @@ def test_sealing_uses_work_factor_18() -> None:
 
 @requires_cpu_quota()
 def test_a_cpu_quota_does_not_change_the_work_factor(tmp_path: Path) -> None:
-    """A measurement chose 14 under such a quota, and opening refused what it estimated to be slow."""
+    """A measurement chose 14 under such a quota, and opening refused a file that it estimated to be slow."""
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     keyring = tmp_path / "keyring.age"
     command = [sys.executable, "-m", "keyferry_agent", "keyring"]

@@ -1,4 +1,4 @@
-"""Who can open a keyring, and what is left of a change that was interrupted."""
+"""The recipients of a keyring, and the remains of an interrupted change."""
 
 import json
 import os

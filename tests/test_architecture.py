@@ -1,4 +1,4 @@
-"""The arrows between rooms: what may import what, who maps memory, who opens nurseries. docs/architecture.md draws them."""
+"""The direction of imports, and the modules that map memory and open nurseries. docs/architecture.md draws them."""
 
 import ast
 import subprocess
@@ -163,9 +163,9 @@ def test_files_stay_short() -> None:
 
 
 def test_client_import_loads_only_stdlib_and_msgpack() -> None:
-    """An application imports only what it uses."""
+    """An application imports only the modules that it uses."""
     code = "import sys; before = set(sys.modules); import keyferry; print(*(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = {name.split(".")[0] for name in out.split()}
-    of_msgpack = {name for name in loaded if "cython" in name}  # what its compiled half registers
+    of_msgpack = {name for name in loaded if "cython" in name}  # types that its compiled half registers
     assert loaded - of_msgpack - sys.stdlib_module_names == {"keyferry", "msgpack"}

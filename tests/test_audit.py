@@ -1,4 +1,4 @@
-"""The record of requests: a chain that shows what was done to it, over rotated files, and when it cannot be written."""
+"""The audit log: a chain that shows tampering, over rotated files, and after failed writes."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What audit entries identify: data keys, severities, the start of an agent, and the names of its keys."""
+"""The content of audit entries: data keys, severities, the start of an agent, and the names of its keys."""
 
 import base64
 import hashlib

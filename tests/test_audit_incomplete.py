@@ -1,4 +1,4 @@
-"""An incomplete audit log is never called complete: what is missing, damaged or forked is named, and the exit code is 1."""
+"""An incomplete audit log is never called complete: missing, damaged and forked parts are named, and the exit code is 1."""
 
 import bz2
 import gzip

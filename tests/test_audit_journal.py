@@ -120,7 +120,7 @@ def test_tampering_with_a_journal_is_found(log: Log, damage: str) -> None:
 
 
 def rechained(lines: list[bytes]) -> list[bytes]:
-    """The lines with new hashes, as whoever can write them makes them."""
+    """Return the lines with new hashes, as an attacker with write access could compute them."""
     from keyferry_agent.chained_log.chain import BEGINNING, link  # noqa: PLC0415
 
     previous, found = BEGINNING, []

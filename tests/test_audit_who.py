@@ -53,7 +53,7 @@ def who(record: Path, capsys: pytest.CaptureFixture[str]) -> Who:
 
 @pytest.fixture
 def made(keyring: Path, socket_path: Path, record: Path) -> dict[str, dict[str, Any]]:
-    """What an agent answered to some requests, by their names; it has ended."""
+    """The answers of an agent to some requests, by their names; it has exited."""
     more = f'[audit]\npath = "{record}"\n'
     change(keyring, "create-key", "--alias", "alias/b")
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:

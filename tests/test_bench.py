@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic and tables, and that what it calls the bare loop is what the agent computes. Nothing is timed."""
+"""The benchmark's arithmetic and tables, and that its bare loop does the agent's computation. Nothing is timed."""
 
 import json
 from collections.abc import Iterator

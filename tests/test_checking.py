@@ -1,4 +1,4 @@
-"""`keyferry-agent check`: what would stop an agent on this host, and what can never match. Nothing is written."""
+"""`keyferry-agent check`: faults that would stop an agent on this host, and grants that never match. Nothing is written."""
 
 import os
 import subprocess
@@ -171,7 +171,7 @@ def test_faults_that_stop_the_service_are_errors(
     variables: dict[str, str],
     problem: str | None,
 ) -> None:
-    """A sole socket belongs to a sole listener, whatever its name."""
+    """A sole socket belongs to a sole listener of any name."""
     for name, value in variables.items():
         systemctl.setenv(name, value)
     code, _, err = check(capsys, "--systemd", config)

@@ -1,4 +1,4 @@
-"""CiphertextBlob: the agent's code against the frozen vectors and against a second implementation, and what it must refuse."""
+"""CiphertextBlob: the agent's code against frozen vectors and a second implementation, and its refusals."""
 
 import ast
 import contextlib
@@ -52,7 +52,7 @@ def view(data: bytes) -> memoryview:
 
 
 def seal_with(case: Case, scratch: SecretMemory) -> bytes:
-    """What the agent makes of a case's values, its salt among them."""
+    """Return the agent's blob of a case's values, its salt among them."""
     cmk, plaintext = view(bytes.fromhex(case["cmk"])), view(bytes.fromhex(case["plaintext"]))
     context = case["encryption_context"] or {}
     salt = bytes.fromhex(case["salt"])
@@ -64,7 +64,7 @@ def seal_with(case: Case, scratch: SecretMemory) -> bytes:
 def open_blob(
     scratch: SecretMemory, key_spec: str, cmk: bytes, key_id: str, context: dict[str, str] | None, blob: bytes
 ) -> bytes:
-    """What the agent does with a blob, when the KeyVersionId in it is one that has this master key."""
+    """Return the plaintext that the agent decrypts from a blob whose KeyVersionId has this master key."""
     ciphertext_blob.key_version_id(blob)
     out = bytearray(ciphertext_blob.plaintext_size(blob))
     ciphertext_blob.open_into(key_spec, view(cmk), blob, key_id, context or {}, memoryview(out), scratch)
@@ -207,7 +207,7 @@ def test_the_order_of_a_context_does_not_matter(context: dict[str, str]) -> None
     assert associated_data(b"", KEY_ID, turned) == associated_data(b"", KEY_ID, context)
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))

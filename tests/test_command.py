@@ -206,7 +206,7 @@ def test_unwritable_answer_has_its_own_exit_code(agent: RunningAgent) -> None:
 
 
 def test_missing_agent_is_exit_code_3(tmp_path: Path) -> None:
-    """The message advises the user on what to check."""
+    """The message asks whether the agent is running."""
     for arguments in (["status"], ["status", "--wait", "0.2"], ["call", "GetAgentStatus"]):
         ended = keyferry(*arguments, socket=tmp_path / "none.sock")
         assert (ended.returncode, ended.stdout) == (3, "")

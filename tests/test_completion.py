@@ -1,4 +1,4 @@
-"""What a shell offers when somebody presses the tab key."""
+"""The completions of both commands in shells."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ AGENT = ROOT / "agent" / "completions" / "keyferry-agent"
 
 
 def offered(script: str, function: str, *words: str) -> set[str]:
-    """What bash would offer after these words, the last of which is being written."""
+    """Return bash's completions after these words, the last of which is incomplete."""
     asked = f"""
         source {script}.bash
         COMP_WORDS=({" ".join(f"'{word}'" for word in words)})

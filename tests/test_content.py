@@ -1,4 +1,4 @@
-"""A file's content is judged before something is sealed with it. A file that opens nothing is named by what it looks like."""
+"""Files are checked before they seal anything. A file that opens nothing is named by its apparent kind."""
 
 import re
 import subprocess

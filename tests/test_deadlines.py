@@ -1,4 +1,4 @@
-"""Deadlines of both clients: what extends them, and what does not. Time is simulated; sockets are real."""
+"""Deadlines of both clients, and the events that extend them. Time is simulated; sockets are real."""
 
 import socket
 import threading
@@ -20,7 +20,7 @@ TIMEOUT = 5.0
 CALLS = [(f"Method{number}", dict[str, Any]()) for number in range(10)]
 NAMES = [name for name, _ in CALLS]
 Pieces: TypeAlias = Callable[[wire.Request], Iterator[tuple[float, bytes]]]
-"""What a peer answers a request: seconds to wait, and then bytes."""
+"""A peer's answer to a request: seconds to wait, and then bytes."""
 
 
 class TickingTime:

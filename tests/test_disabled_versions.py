@@ -1,4 +1,4 @@
-"""A disabled version of a key: what it encrypted opens nowhere, until it is enabled again."""
+"""A disabled version of a key: its ciphertexts do not open until it is enabled again."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_the_primary_version_cannot_be_disabled(
 def test_a_version_is_disabled_with_yes_only(
     keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The refusal names what would not open and the commands that move it; a repetition changes nothing."""
+    """The refusal names the affected ciphertexts and the commands that move them; a repetition changes nothing."""
     version = primary(keyring_json)
     keyring_json("rotate", "alias/a")
     why = refusal(keyring, capsys, "disable-version", version)

@@ -1,4 +1,4 @@
-"""What is written agrees with what is there: tables, links, versions, and the commands that are shown."""
+"""The documentation agrees with the code: tables, links, versions, and the commands that it shows."""
 
 import re
 import tomllib

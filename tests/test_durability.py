@@ -19,7 +19,7 @@ Write: TypeAlias = Callable[[Path], None]
 
 
 class Disk:
-    """Records what reaches the disk, and names files; fails where a test asks for it."""
+    """Records the syncs and renames of files; fails on request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[str, object]] = []

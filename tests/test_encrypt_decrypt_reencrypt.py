@@ -25,12 +25,12 @@ def connection(agent: RunningAgent) -> Iterator[RawConnection]:
 
 
 def encrypted(connection: RawConnection, plaintext: bytes, key_id: str = KEYS[0], **more: Any) -> dict[str, Any]:
-    """What Encrypt answers."""
+    """Return the result of Encrypt."""
     return call_ok(connection, "Encrypt", {"KeyId": key_id, "Plaintext": encode_base64(plaintext), **more})
 
 
 def decrypted(connection: RawConnection, blob: str, context: dict[str, str] | None = None) -> bytes:
-    """What Decrypt opens."""
+    """Return the plaintext of Decrypt."""
     params = {"CiphertextBlob": blob, "EncryptionContext": context}
     return decode_base64(call_ok(connection, "Decrypt", params)["Plaintext"])
 

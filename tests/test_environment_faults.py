@@ -1,4 +1,4 @@
-"""Surroundings that fail a running agent: descriptors, disks, files, clocks. It says so, refuses what it must, and recovers."""
+"""Faults of a running agent's surroundings: descriptors, disks, files, clocks. It reports, refuses, and recovers."""
 
 import errno
 import json
@@ -115,7 +115,7 @@ class _Answering:
         self._number = number
 
     def fileno(self) -> int:
-        """There is none."""
+        """Return no process."""
         return -1
 
     def getsockopt(self, _level: int, _name: int, _length: int, /) -> bytes:

@@ -1,4 +1,4 @@
-"""`keyferry-agent explain`: what an operator is told of each grant, and that it agrees with what an agent decides."""
+"""`keyferry-agent explain`: the explanation of each grant, and its agreement with the agent's decision."""
 
 from pathlib import Path
 

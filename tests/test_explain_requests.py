@@ -1,4 +1,4 @@
-"""`keyferry-agent explain` with what an operator has in hand: a RequestId, a key ID, names; and the grant that is missing."""
+"""`keyferry-agent explain` with an operator's data: a RequestId, a key ID, names; and the missing grant."""
 
 import getpass
 import grp
@@ -55,7 +55,7 @@ def agent(config: Path, keyring: Path, socket_path: Path) -> Iterator[RunningAge
 
 @pytest.fixture
 def explain(config: Path, capsys: pytest.CaptureFixture[str]) -> Explain:
-    """The command: its exit code, and what it printed."""
+    """Return a function that runs the command, and returns its exit code and output."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -67,7 +67,7 @@ def explain(config: Path, capsys: pytest.CaptureFixture[str]) -> Explain:
 
 
 def request_id(socket: Path, method: str, params: dict[str, Any]) -> str:
-    """The RequestId of the answer to a request, whatever the answer is."""
+    """Return the RequestId of the answer to a request, a result or an error."""
     with RawConnection(socket) as connection:
         response = connection.call(method, params)
         found: str = (response.error or response.result or {})["RequestId"]

@@ -1,4 +1,4 @@
-"""What `make test-fast` leaves out: tests that start processes, found by the names that they use."""
+"""The tests that `make test-fast` leaves out: those that start processes, found by the names that they use."""
 
 import subprocess
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Faults inside the agent: what a handler, the audit log or the system does wrong stays where it is."""
+"""Faults inside the agent: a failing handler, audit log or system call does not spread."""
 
 import errno
 import gc
@@ -169,7 +169,7 @@ async def test_nothing_follows_a_truncated_answer(
         assert go_on.wait(10)
 
     def cut_off(descriptor: int, data: bytes) -> int:
-        return real(descriptor, data[:5] if bytes(data[:2]) == b"\x94\x01" else data)  # not what is recorded
+        return real(descriptor, data[:5] if bytes(data[:2]) == b"\x94\x01" else data)  # audit entries are written whole
 
     async def no_memory(_stream: trio.SocketStream, _data: bytes) -> None:
         await trio.lowlevel.checkpoint()

@@ -49,7 +49,7 @@ class Place(NamedTuple):
         return ["decrypt-file", str(source), str(target), *self.module, *self.socket]
 
     def files(self) -> set[str]:
-        """What is in the folder besides what was there from the beginning."""
+        """Return the new files in the folder."""
         return set(os.listdir(self.folder)) - {"records.sqlite", "module", "passphrase"}
 
 

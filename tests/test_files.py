@@ -1,4 +1,4 @@
-"""Encrypted files: what is written is read, by a second implementation too; what was changed, anywhere, is not."""
+"""Encrypted files: a second implementation reads them too, and any change is noticed."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ def encrypted(plaintext: bytes, key: DataKey = KEY, record: DataKeyRecord = RECO
 
 
 def decrypted(file: bytes, key: DataKey = KEY) -> bytes:
-    """What is in it. Raises `FileError`."""
+    """Return the plaintext. Raises `FileError`."""
     source, target = io.BytesIO(file), io.BytesIO()
     decrypt(source, target, MODULE, key, read_header(source))
     return target.getvalue()
@@ -92,7 +92,7 @@ def test_two_files_have_nothing_in_common() -> None:
     assert not pieces & {second[at : at + 16] for at in range(start, len(second) - 16)}
 
 
-# --- what was changed -------------------------------------------------------------------------------------------------
+# --- changed files ----------------------------------------------------------------------------------------------------
 
 
 def test_one_bit_anywhere_of_a_file_is_noticed() -> None:
@@ -246,7 +246,7 @@ class Dripping(io.RawIOBase):
 
 
 def test_short_reads_of_a_pipe_fill_whole_chunks() -> None:
-    """Chunks have their usual length, whatever a read returns."""
+    """Chunks have their usual length, however short the reads of a pipe are."""
     plaintext = os.urandom(2 * CHUNK + 5)
     target = io.BytesIO()
     source: Any = Dripping(plaintext)

@@ -26,7 +26,7 @@ Ask = Callable[[list[Message]], list[Message]]
 
 
 def _run(*arguments: str, data: bytes = b"", folder: Path | None = None, **environment: object) -> tuple[bytes, str]:
-    """What a program that ends well prints, and its complaints."""
+    """Return the output of a program that succeeds, and its messages."""
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     done = subprocess.run(
         arguments, input=data, capture_output=True, timeout=PATIENCE, cwd=folder, env=variables, check=False
@@ -110,7 +110,7 @@ class Module:
         return {"PublicKeyBlob": public_key, **self.wrapping}
 
     def unwrap(self, exported: str) -> bytes:
-        """What an ExportedDataKey carries."""
+        """Return the data key of an ExportedDataKey."""
         wrapped = base64.b64decode(exported, validate=True)
         if self.wrapping["WrappingAlgorithm"] == "SM2PKE":
             wrapped = der_of_sm2(wrapped)
@@ -262,7 +262,7 @@ def test_neovim_shows_that_there_was_an_error(ask: Ask) -> None:
 @pytest.mark.parametrize("ask", WHOLE_MESSAGES, indirect=True)
 @pytest.mark.parametrize("module", [SM2], indirect=True)
 def test_each_of_200_requests_at_once_gets_its_own_answer(ask: Ask, module: Module) -> None:
-    """The answer with msgid n has a data key of n bytes, whatever the order of the answers."""
+    """The answer with msgid n has a data key of n bytes, in any order of the answers."""
     asked = {"KeyId": module.master_key, **module.request()}
     numbers = range(1, 201)
     answers = ask([[0, number, "GenerateAndExportDataKey", [{**asked, "NumberOfBytes": number}]] for number in numbers])

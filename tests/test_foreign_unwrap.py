@@ -44,7 +44,7 @@ class Exported(NamedTuple):
 
 
 def run(arguments: list[str], environment: dict[str, str], exported: str) -> str:
-    """What a program that ends well prints."""
+    """Return the output of a program that succeeds."""
     done = subprocess.run(
         arguments,
         input=exported,

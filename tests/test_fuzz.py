@@ -84,7 +84,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "identity": (recipients, "_MAX_SHOWN", 4_096),
     "audit": (chain, "link", lambda _: chain.BEGINNING),
 }
-"""One for each target: a module, a name in it, and what it is replaced by."""
+"""A planted fault for each target: a module, a name in it, and its replacement."""
 
 
 @pytest.mark.parametrize("target", FAULTS)

@@ -1,4 +1,4 @@
-"""Grants in files of their own: which files are read, what is refused, and what a running agent does with a change."""
+"""Grants in files of their own: the files that are read or refused, and changes under a running agent."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def problems(config: Path) -> list[str]:
-    """What is wrong with a configuration and its grants."""
+    """Return the faults of a configuration and its grants."""
     with pytest.raises(SettingsError) as caught:
         read(config)
     return caught.value.problems

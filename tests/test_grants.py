@@ -1,4 +1,4 @@
-"""Grants: what matches, what does not, what a caller without any may learn; then with real other users."""
+"""Grants: matches, mismatches, and the knowledge of callers without one; then with real other users."""
 
 import os
 import re

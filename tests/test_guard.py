@@ -1,4 +1,4 @@
-"""The last net under both commands: one line and an exit code, whatever happens, and never a traceback."""
+"""The outermost exception handler of both commands: one line and an exit code, and never a traceback."""
 
 import os
 import pwd

@@ -1,4 +1,4 @@
-"""Health: what an agent tells of itself while it refuses calls, without audit entries; probes; alert rules."""
+"""Health: the state that an agent reports while it refuses calls, without audit entries; probes; alert rules."""
 
 import json
 import re
@@ -28,7 +28,7 @@ FULL = '[audit]\npath = "/dev/full"\n'
 
 
 def probe(agent: RunningAgent, *arguments: str) -> tuple[int, Any]:
-    """Return the exit code of `keyferry status`, and what it printed."""
+    """Return the exit code and output of `keyferry status`."""
     ended = subprocess.run(
         [sys.executable, "-m", "keyferry", "status", "--socket", str(agent.socket), *arguments],
         capture_output=True,

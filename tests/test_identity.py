@@ -1,4 +1,4 @@
-"""Who is calling: evidence about processes, and real processes that try to be somebody else."""
+"""The identity of callers: evidence about processes, and real processes that impersonate others."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ POD_ = POD.replace("-", "_")
         ("0::/system.slice/system-getty.slice/getty@tty1.service\n", "getty@tty1.service"),
         ("0::/system.slice/orders.service/worker/1\n", "orders.service"),
         ("0::/user.slice/user-1000.slice/session-3.scope\n", "session-3.scope"),
-        # A user's own manager may call a unit of its own what it likes.
+        # A user's own manager may give its unit any name.
         ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/orders.service\n", "user@1000.service"),
         ("5:devices:/x\n1:name=systemd:/system.slice/orders.service\n0::/\n", "orders.service"),
         ("5:devices:/system.slice/orders.service\n0::/\n", None),
@@ -86,7 +86,7 @@ def test_grants_of_every_selector_are_found_in_order() -> None:
 
 
 def evidence_of_this_process() -> Peer:
-    """What an agent would see of this process."""
+    """Return the evidence that an agent would have of this process."""
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:
         peer, process = evidence(here, "default")
@@ -111,7 +111,7 @@ def granting(keyring: Path, socket_path: Path, to: str) -> Iterator[RunningAgent
 
 
 def outcome(path: Path) -> str:
-    """What DescribeKey gives this process: OK, or a code."""
+    """Return the outcome of this process's DescribeKey: OK, or a code."""
     with RawConnection(path) as connection:
         error = connection.call("DescribeKey", {"KeyId": "alias/a"}).error
         return error["Code"] if error else "OK"

@@ -1,4 +1,4 @@
-"""Every operation against every state of a key, and lists of what there is."""
+"""Every operation with every state of a key, and the lists."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta

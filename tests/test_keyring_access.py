@@ -1,4 +1,4 @@
-"""The recipients of a keyring: listed, added, removed; and changes that would lock somebody out."""
+"""The recipients of a keyring: listed, added, removed; and changes that would lock an operator out."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def first_recipient(keyring: Path) -> str:
 
 
 def test_recipients_are_added_listed_and_removed(keyring_json: Command, keyring: Path) -> None:
-    """Every change prints what was added and removed, and the file is sealed to what is listed."""
+    """Every change prints the added and removed recipients, and the file is sealed to the listed ones."""
     mine = first_recipient(keyring)
     added = keyring_json("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
     assert added["Added"] == [ONE.recipient, f"{SSH} offline"]
@@ -36,7 +36,7 @@ def test_recipients_are_added_listed_and_removed(keyring_json: Command, keyring:
 def test_the_list_of_recipients_is_a_recipients_file(
     keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What `recipients` prints is what -R reads."""
+    """The option -R reads the output of `recipients`."""
     keyring_json("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
     run("recipients", keyring, "--unseal", keyring.parent / "identity")
     lines = capsys.readouterr().out
@@ -48,7 +48,7 @@ def test_the_list_of_recipients_is_a_recipients_file(
 def test_a_change_that_locks_out_its_operator_needs_yes(
     keyring: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    """The refusal names what would be removed, and changes nothing."""
+    """The refusal names the recipients that would be removed, and changes nothing."""
     mine = first_recipient(keyring)
     change(keyring, "add-recipient", "--recipient", ONE.recipient, "--recipient", TWO.recipient)
     others = [ONE.recipient, TWO.recipient]

@@ -41,7 +41,7 @@ def verify(keyring: Path) -> int:
 
 
 def history(keyring: Path, capsys: pytest.CaptureFixture[str], code: int = 0) -> list[dict[str, Any]]:
-    """What `history` prints."""
+    """Return the output of `history`."""
     capsys.readouterr()
     assert main(["keyring", "history", str(keyring), "--json"]) == code
     changes: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["Changes"]
@@ -93,7 +93,7 @@ def test_every_verb_that_writes_has_entries(keyring: Path, keyring_json: Command
 
 
 def test_no_entry_has_key_material(keyring: Path, keyring_json: Command) -> None:
-    """Key material is in no entry in any encoding, whatever was changed."""
+    """No change leaves key material in an entry, in any encoding."""
     keyring_json("rotate", "alias/a")
     keyring_json("create-key", "--description", "for tests")
     text = log_of(keyring).read_text()
@@ -118,7 +118,7 @@ def test_a_verb_that_only_reads_has_no_entry(keyring: Path, keyring_json: Comman
 
 
 def test_the_operator_is_named_as_far_as_it_is_known(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SUDO_UID is what a program claims, so its field says that; a text that is not a number is left out."""
+    """A program can set SUDO_UID, so its field is called a claim; a text that is not a number is left out."""
     monkeypatch.setenv("SUDO_UID", "1000")
     change(keyring, "rotate", "alias/a")
     entry = last(keyring)
@@ -132,7 +132,7 @@ def test_the_operator_is_named_as_far_as_it_is_known(keyring: Path, monkeypatch:
 
 
 def test_a_key_that_is_past_its_date_is_recorded_when_it_leaves(keyring: Path, keyring_json: Command) -> None:
-    """The next change takes it out of the file, whatever that change is for."""
+    """The next change of any kind removes the key from the file."""
     key = keyring_json("show", "alias/a")["KeyMetadata"]["KeyId"]
     keyring_json("schedule-deletion", key, "--days", "7")
     rewritten(keyring, lambda raw: raw["Keys"][0].update(DeleteDate="2020-01-01T00:00:00Z"))

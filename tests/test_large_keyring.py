@@ -86,7 +86,7 @@ def work(agent: ServerState, caller: Caller, name: str, params: dict[str, Any]) 
     def ask() -> None:
         handlers.prepare(agent, caller, name, params, AuditEntry("id", time.monotonic())).run()
 
-    ask()  # what is remembered is remembered now
+    ask()  # the decision cache is filled now
     sys.setprofile(profile)
     try:
         ask()

@@ -1,4 +1,4 @@
-"""Locks between processes: only the user who owns the files can take one, and nobody waits without a bound."""
+"""Locks between processes: only the owner of the files can take one, and every wait has a bound."""
 
 import fcntl
 import os
@@ -31,7 +31,7 @@ for path in sys.argv[1:]:
         print(error.strerror, path, flush=True)
 sys.stdin.read()
 """
-"""Lock what is named, as far as the kernel lets this user, and keep it."""
+"""Lock the named files, as far as the kernel lets this user, and keep them locked."""
 
 
 @root()

@@ -23,7 +23,7 @@ def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentUnderTest]:
 
 @pytest.fixture
 def target(agent: AgentUnderTest) -> Iterator[AgentUnderTest]:
-    """The same; somebody else is served after each."""
+    """Yield the agent, and serve another client after each test."""
     yield agent
     agent.background.wait_served(2)
 

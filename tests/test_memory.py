@@ -165,7 +165,7 @@ def test_search_finds_every_form_at_every_alignment(tmp_path: Path) -> None:
         for offset in range(8):
             (tmp_path / "haystack").write_bytes(bytes(64 + offset) + copy + bytes(64))
             assert scan_file(tmp_path / "haystack", patterns), (copy, offset)
-    for other in (bytes(4096), digits[:8] + bytes(64), digits[8:16] + digits[:8]):  # eight digits are anybody's
+    for other in (bytes(4096), digits[:8] + bytes(64), digits[8:16] + digits[:8]):  # eight digits occur by chance
         (tmp_path / "haystack").write_bytes(other)
         assert not scan_file(tmp_path / "haystack", patterns)
     assert aes_round_keys(bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c"))[-4:].hex() == "b6630ca6"
@@ -174,7 +174,7 @@ def test_search_finds_every_form_at_every_alignment(tmp_path: Path) -> None:
 
 
 def limited(kib: int) -> Callable[[], None]:
-    """What makes a process lock no more than so much, whoever runs it."""
+    """Return a function that limits the locked memory of a process of any user."""
 
     def prepare() -> None:
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0)

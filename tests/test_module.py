@@ -1,4 +1,4 @@
-"""The software module: what it imports, what it refuses, that it cannot be asked for a key."""
+"""The software module: imports, refusals, and that no key can be read from it."""
 
 import base64
 import os

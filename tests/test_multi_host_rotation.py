@@ -1,4 +1,4 @@
-"""Rotation over several hosts that get their copy of the keyring at different times: what opens where, and when."""
+"""Rotation over several hosts that get their copies of the keyring at different times."""
 
 import shutil
 import threading
@@ -15,7 +15,7 @@ from keyferry.parameters import encode_base64
 
 
 class Host:
-    """An agent with its own copy of the keyring, which somebody distributes."""
+    """An agent with its own copy of the keyring, which the test distributes."""
 
     def __init__(self, folder: Path, master: Path) -> None:
         self.keyring = folder / "keyring.age"

@@ -44,7 +44,7 @@ REFUSED = "Forbidden.NoPermission"
 
 @contextmanager
 def agent_in(namespaces: Sequence[str], keyring: Path, to: str) -> Iterator[Path]:
-    """An agent in namespaces of its own (`unshare`), with one grant of everything; gives its socket, which anybody may use."""
+    """Run an agent in namespaces of its own (`unshare`), with one grant of everything; yield its open socket."""
     config = keyring.parent / "agent.toml"
     text = configuration(keyring, more='mode = "0666"').replace(f"to={{uid={os.getuid()}}}", f"to={{{to}}}")
     assert to in text
@@ -57,7 +57,7 @@ def agent_in(namespaces: Sequence[str], keyring: Path, to: str) -> Iterator[Path
 
 
 def outcome(path: Path, *more: str, prefix: Sequence[str] = (), uid: int = 0) -> str:
-    """What DescribeKey gives a process that is started behind `prefix`, and becomes that user: OK, or a code."""
+    """Return the outcome of DescribeKey for a process that starts behind `prefix` as a user: OK, or a code."""
     command = [*prefix, INTERPRETER, "-c", ASKING, str(path), str(uid), ":".join(sys.path), *more]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 0, ended.stderr

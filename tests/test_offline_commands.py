@@ -132,7 +132,7 @@ def keyring_command(verb: str, keyring: Path, *arguments: str) -> list[str]:
 
 
 def reads(pid: int) -> str:
-    """What another process of the same user finds when it opens the memory of a process."""
+    """Return the result of another process of the same user that opens the memory of a process."""
     return subprocess.run(
         [sys.executable, "-c", READING, str(pid)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""OpenSSL configurations that offer less than the agent needs: what is missing is named, and no caller is blamed for it."""
+"""OpenSSL configurations without some algorithms: the lack is named, and no caller is blamed for it."""
 
 import os
 import subprocess
@@ -56,7 +56,7 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
 
 
 def only_line(process: "subprocess.CompletedProcess[str]") -> str:
-    """What a failed command says."""
+    """Return the message of a failed command."""
     assert process.returncode == 1
     assert process.stdout == ""
     (line,) = [line for line in process.stderr.splitlines() if not line.startswith("{")]
@@ -64,7 +64,7 @@ def only_line(process: "subprocess.CompletedProcess[str]") -> str:
 
 
 def test_an_agent_without_rsa_does_not_start(broken: dict[str, str], tmp_path: Path) -> None:
-    """One line names the configuration and what it lacks."""
+    """One line names the configuration and the missing algorithm."""
     arguments = ["keyferry_agent", "run", "--dev", "--socket", tmp_path / "agent.sock"]
     line = only_line(ended(arguments, broken))
     assert f"OPENSSL_CONF={broken['OPENSSL_CONF']}" in line
@@ -115,7 +115,7 @@ def test_a_configuration_that_offers_all_serves(text: str, tmp_path: Path, socke
         assert not [line for line in agent.output if "RSAES" in line or "Aliyun" in line]
 
 
-# What OpenSSL's own providers can only offer together, a process without one of them shows.
+# OpenSSL's own providers offer these together only, so a process without one of them shows the case.
 WITHOUT = """
 import sys
 from keyferry import libcrypto

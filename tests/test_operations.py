@@ -1,4 +1,4 @@
-"""The operations, asked of a real agent over its socket: what they answer, and every way in which they refuse."""
+"""The operations of a real agent over its socket: results, and every way in which they refuse."""
 
 import json
 import uuid

@@ -19,7 +19,7 @@ from keyferry.module import token as token_module
 
 @pytest.fixture
 def spare(softhsm: list[RealToken]) -> RealToken:
-    """A token in which nobody is logged in, since each test closes its modules."""
+    """A token without a logged in session, since each test closes its modules."""
     gc.collect()
     return softhsm[1]
 

@@ -1,4 +1,4 @@
-"""Cryptographic modules in real tokens, SoftHSM2 and NSS softokn: what they do, and that keys stay in the token."""
+"""Cryptographic modules in real tokens, SoftHSM2 and NSS softokn: their operations, and that keys stay in the token."""
 
 import base64
 import os
@@ -18,7 +18,7 @@ from support.tokens import FIND_TOKEN, RealToken
 from keyferry.module import DataKey, ModuleError, Pkcs11Module, SoftwareModule, cryptoki
 from keyferry.module import token as token_module
 
-# What a module does
+# Operations of a module
 
 
 def test_token_module_does_the_main_job(agent: RunningAgent, module: Pkcs11Module) -> None:

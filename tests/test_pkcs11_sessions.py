@@ -1,4 +1,4 @@
-"""Modules in real tokens over time: keys that nobody holds, tokens that are reset, processes that fork, threads."""
+"""Modules in real tokens over time: unreferenced keys, reset tokens, forked processes, threads."""
 
 import gc
 import os

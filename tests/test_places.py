@@ -1,4 +1,4 @@
-"""Where the result of a file command goes: descriptors are written to, files are replaced, and keep what they were."""
+"""The targets of a file command's result: descriptors are written to, and replaced files keep their attributes."""
 
 import base64
 import io

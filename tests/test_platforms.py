@@ -1,4 +1,4 @@
-"""Platforms that lack something: the agent serves what can be served, and says once what cannot be had."""
+"""Platforms without some features: the agent serves all other grants, and logs each missing feature once."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ PROCESS_GRANTS = "".join(
 
 
 def limited(agent: RunningAgent) -> list[tuple[str, tuple[str, ...]]]:
-    """What the agent says it cannot have, and the grants that suffer from it; but for a capability, which is the test's own."""
+    """Return the missing features that the agent logs, and the affected grants; without a capability of the test itself."""
     return [
         (line["what"], tuple(line["grants"]))
         for line in agent.log
@@ -113,7 +113,7 @@ def with_own_users(
 
 
 def outcome(path: Path) -> str:
-    """What DescribeKey gives this process: OK, or a code."""
+    """Return the outcome of this process's DescribeKey: OK, or a code."""
     with RawConnection(path) as connection:
         error = connection.call(*DESCRIBE).error
         return error["Code"] if error else "OK"

@@ -28,7 +28,7 @@ def bouncer(postgres: Cluster) -> Iterator[Bouncer]:
 
 
 def together(count: int, work: Callable[[int], None]) -> list[BaseException]:
-    """Run a function in several threads at once, with the number of each; return what they raised."""
+    """Run a function in several threads, with the number of each; return the exceptions."""
     failures: list[BaseException] = []
     start = threading.Barrier(count)
 

@@ -32,12 +32,12 @@ def chown(path: Path) -> None:
 
 
 def mode(bits: int) -> Callable[[Path], None]:
-    """What gives a file a mode."""
+    """Return a function that gives a file a mode."""
     return lambda path: path.chmod(bits)
 
 
 def in_folder(change: Callable[[Path], None]) -> Callable[[Path], None]:
-    """What changes the folder of a file."""
+    """Return a function that changes the folder of a file."""
     return lambda path: change(path.parent)
 
 
@@ -235,7 +235,7 @@ def test_a_systemd_credential_is_accepted(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_links_are_followed_and_their_folders_count(tmp_path: Path) -> None:
-    """The folder of a link decides what the link leads to; a sticky folder keeps other users' hands off."""
+    """The folder of a link decides its target; a sticky folder protects the link from other users."""
     (tmp_path / "real").mkdir()
     (tmp_path / "open").mkdir()
     file, link = secret_file(tmp_path / "real" / "file", ""), tmp_path / "open" / "link"

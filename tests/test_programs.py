@@ -1,4 +1,4 @@
-"""Programs that take another one's place in the middle of its requests, and what the audit log says of programs."""
+"""Processes that exec another program in the middle of their requests, and programs in the audit log."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def test_exec_of_another_program_gets_no_new_decision(
             before = -1
             while before != (now := recorded(audit)) or not now:  # until the agent waits for a reader
                 before = now
-                for _ in range(20):  # each is inspected after what was asked before: the thread is the same user's
+                for _ in range(20):  # inspections of one user are sequential, so each follows the earlier ones
                     with RawConnection(socket_path) as looking:
                         assert looking.call("GetAgentStatus", {}).error is None
             other.stdin.write(b"x")

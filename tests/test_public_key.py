@@ -33,7 +33,7 @@ P_256 = bytes.fromhex("06082A8648CE3D030107")
 NULL = bytes.fromhex("0500")
 
 N = 2**2048 - 159
-"""An odd number of 2048 bits. Nobody knows its factors, and no check looks for them."""
+"""An odd number of 2048 bits. Its factors are unknown, and no check looks for them."""
 N_BYTES = N.to_bytes(256, "big")
 SM2_D = 0x6D6F64756C65206B65792C20666F72207465737473206F6E6C79
 SM2_P = 0xFFFFFFFEFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF00000000FFFFFFFFFFFFFFFF
@@ -287,7 +287,7 @@ def test_libcrypto_refusing_a_good_key_is_not_the_callers_fault(monkeypatch: pyt
     def refuse(_der: bytes) -> None:
         raise libcrypto.LibcryptoError("libcrypto does not take this public key")
 
-    assert libcrypto.has_oaep(b"sha1")  # remembered: what libcrypto offers is not in question here
+    assert libcrypto.has_oaep(b"sha1")  # cached: libcrypto's algorithms are not tested here
     monkeypatch.setattr(libcrypto, "public_key", refuse)
     with pytest.raises(libcrypto.LibcryptoError):
         recipient("RSA_2048", "RSAES_OAEP_SHA_1", rsa_der(N + 2))

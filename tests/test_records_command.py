@@ -1,4 +1,4 @@
-"""`keyferry records`, as a shell sees it, and what the command does without the packages that it needs."""
+"""`keyferry records` from a shell, and the command without its optional packages."""
 
 import json
 import os
@@ -35,7 +35,7 @@ class Shell:
         self.store = store
 
     def __call__(self, verb: str, *arguments: object, code: int = 0) -> tuple[str, str]:
-        """What it printed, on both."""
+        """Return the output on both streams."""
         self._capsys.readouterr()
         socket = [] if verb in ("list", "show") else self._where["socket"]
         assert command.main(["records", verb, *map(str, arguments), *self._where["store"], *socket]) == code
@@ -285,11 +285,11 @@ def test_unwritable_list_has_no_traceback(agent: RunningAgent, tmp_path: Path) -
     assert (ended.returncode, ended.stderr) == (74, "keyferry: standard output: No space left on device\n")
 
 
-# --- what is not installed --------------------------------------------------------------------------------------------
+# --- missing packages -------------------------------------------------------------------------------------------------
 
 
 def without(packages: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command where some packages are not installed; it prints what it has imported in the end."""
+    """Run the command without some packages; it prints its imports at the end."""
     code = (
         "import sys\n"
         f"for name in {packages.split()!r}: sys.modules[name] = None\n"

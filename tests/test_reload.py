@@ -1,4 +1,4 @@
-"""What a running agent does when its keyring or its configuration is read again."""
+"""Reloads of a running agent's keyring and configuration."""
 
 import json
 import os

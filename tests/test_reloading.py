@@ -1,4 +1,4 @@
-"""The reloader, in this process: when it reads, when it tries again, and what it takes for seen. Time is simulated."""
+"""The reloader, in this process: when it reads and when it retries. Time is simulated."""
 
 from collections.abc import Sequence
 from itertools import pairwise

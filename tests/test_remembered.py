@@ -1,4 +1,4 @@
-"""What an agent remembers of a request holds until something changes: a key's date, its state, the evidence, the settings.
+"""A remembered decision holds until a change of a key's date, its state, the evidence, or the settings.
 
 The agent's state is in this process; the tests set its clock.
 """
@@ -76,7 +76,7 @@ class Asking:
         self._decoder = wire.Decoder()
 
     def decide(self, method: str, params: dict[str, Any]) -> tuple[Message, Any]:
-        """Return the message that a request came as, and what was decided."""
+        """Return the received message and its decision."""
         self._decoder.feed(wire.encode_request(1, method, params))
         self.dispatcher.take(self.exchange, self._decoder.packed_messages(), 1)
         (message,) = self.exchange.asked
@@ -84,12 +84,12 @@ class Asking:
         return message, self.outcome_of(message)
 
     def outcome_of(self, message: Message) -> Any:
-        """Return what is decided of a message: a completed request, or an offloaded job."""
+        """Return the decision on a message: a completed request, or an offloaded job."""
         self.dispatcher._begin(self.exchange, message)
         return self._decided()
 
     def decide_anew(self, job: OffloadedJob) -> Any:
-        """Return what becomes of a job that comes back from its thread, and does not hold."""
+        """Return the outcome of a job that returns from its thread, and is not valid any longer."""
         self.exchange.under_way = 1
         self.exchange.done = [(job, None)]
         self.dispatcher._complete(self.exchange)

@@ -1,4 +1,4 @@
-"""What is pinned is what the projects ask for, hashed, in one version everywhere; and an audit never pretends."""
+"""Pinned packages meet the declared dependencies, with hashes, in one version everywhere; audits are honest."""
 
 import re
 import tomllib
@@ -26,7 +26,7 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 def asked(path: str, *, extras: bool) -> list[str]:
-    """What a distribution depends on."""
+    """Return the dependencies of a distribution."""
     of_project = project(path)["project"]
     optional = of_project["optional-dependencies"].values() if extras else ()
     return [*of_project["dependencies"], *(each for extra in optional for each in extra)]

@@ -1,4 +1,4 @@
-"""What a rewrap asks an agent, and which of its answers it believes: none that is not right replaces a record."""
+"""A rewrap's requests to an agent, and its checks of the answers: a wrong answer replaces no record."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -75,7 +75,7 @@ class Lying:
         return getattr(self._kms, name)
 
     def pipeline(self, wanted: Any) -> list[Any]:
-        """Ask; change what came of it, if it is no check."""
+        """Send requests; change the answers of all but checks."""
         requests = list(wanted)
         answers = self._kms.pipeline(requests)
         moving = requests and isinstance(requests[0], operations.ReEncrypt) and not requests[0].dry_run

@@ -1,4 +1,4 @@
-"""Rounds: who is served when, what is recorded together, and what a round leaves to a connection's own task."""
+"""Rounds: the order of service, the entries of a batch, and the work of a connection's own task."""
 
 import dataclasses
 import os
@@ -30,7 +30,7 @@ STATUS = "GetAgentStatus"
 
 
 class Batches:
-    """An audit log in memory: what was handed over together."""
+    """An audit log in memory, which keeps its batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []

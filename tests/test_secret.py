@@ -1,4 +1,4 @@
-"""Secret memory: what kind the system gives, what it refuses, that loans end, and that it really is locked."""
+"""Secret memory: its kinds, its refusals, the end of loans, and that it is really locked."""
 
 import ctypes
 import os
@@ -61,7 +61,7 @@ def test_a_loan_ends_with_its_block() -> None:
     with pytest.raises(ValueError, match="released"):
         view[0]
     assert ctypes.string_at(address, 32) == bytes(32)
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117 - what is inside is what is tested
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117 - the test is about the whole block
         with memory.borrow(32) as view:
             fill_random(view)
             raise ZeroDivisionError

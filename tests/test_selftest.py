@@ -1,4 +1,4 @@
-"""What the agent computes before it serves, and libcryptos that are not what it needs."""
+"""The self-test before an agent serves, and libcryptos that lack something."""
 
 from typing import Any
 

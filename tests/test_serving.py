@@ -70,7 +70,7 @@ def test_sm2_jobs_delay_no_other_connection(agent: RunningAgent) -> None:
         slow.send(b"".join(wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2) for i in range(400)))
         assert slow.response() is not None
         assert quick.call("GenerateAndExportDataKey", GENERATE).error is None
-        slow.socket.setblocking(False)  # what has come by now is not everything
+        slow.socket.setblocking(False)  # so far only a part has arrived
         received = bytearray()
         try:
             while chunk := slow.socket.recv(65_536):

@@ -1,4 +1,4 @@
-"""The soak's own judgement: what it would say of a lost ciphertext, a lost or an invented line, and of what grows."""
+"""The soak's verification: lost ciphertexts, lost and invented entries, and growing figures are found."""
 
 from pathlib import Path
 from typing import Any

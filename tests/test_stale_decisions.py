@@ -1,4 +1,4 @@
-"""What was decided before a reload is not done after it: not recalled, not queued, not half answered."""
+"""Decisions from before a reload are not used after it: neither remembered, nor queued, nor half sent."""
 
 import itertools
 import os
@@ -25,7 +25,7 @@ def stalled(
 ) -> tuple[int, bytes]:
     """Send so many equal requests, and read no answer until the agent waits for that.
 
-    Returns how many were sent whole, and what is missing of the one behind them.
+    Returns the number of whole requests, and the missing part of the last one.
 
     The agent waits when two looks at the audit log, with its own turns of the event loop between them, see the same.
     """

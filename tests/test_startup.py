@@ -1,4 +1,4 @@
-"""Before the first request: socket files, and what the process does to itself. All with real agents."""
+"""The start before the first request: socket files, and the hardening of the process. All with real agents."""
 
 import ctypes
 import errno
@@ -78,7 +78,7 @@ def test_world_writable_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_socket_has_the_configured_mode(socket_path: Path) -> None:
-    """The default is 0660, whatever the umask."""
+    """The default is 0660 under any umask."""
     with dev_agent(socket_path):
         assert socket_path.stat().st_mode & 0o777 == 0o660
     arguments = configured(socket_path, 'mode = "0600"\n')
@@ -262,7 +262,7 @@ def test_inherited_descriptors_are_closed(socket_path: Path) -> None:
     reading, writing = os.pipe()
     with open(reading, "rb") as end, RunningAgent(["--dev"], socket_path, pass_fds=[writing]):
         os.close(writing)
-        assert end.read() == b""  # nobody has the other end
+        assert end.read() == b""  # the other end is closed
 
 
 def test_agent_restarts_once_in_its_own_process(agent: RunningAgent) -> None:

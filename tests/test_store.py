@@ -1,4 +1,4 @@
-"""The table of records, in SQLite and in PostgreSQL: what goes in comes out, and what is refused changes nothing."""
+"""The table of records, in SQLite and in PostgreSQL: records are read back, and refusals change nothing."""
 
 import os
 import sqlite3
@@ -22,12 +22,12 @@ PASSWORD = "hunter2"
 
 
 def blob(version: str, number: int = 0) -> str:
-    """What looks like a CiphertextBlob under a version."""
+    """Return bytes with the form of a CiphertextBlob under a version."""
     return encode_base64(version.encode() + b"\x01" + number.to_bytes(4, "big") * 28)
 
 
 def record(name: str, version: str = OLD, number: int = 0, key_id: str = KEY) -> Record:
-    """A record that nobody can open."""
+    """Return a record that no key opens."""
     return Record(name, key_id, version, blob(version, number), context_text({"n": name}), "2026-01-31T12:00:00Z")
 
 

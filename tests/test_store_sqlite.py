@@ -257,7 +257,7 @@ def shared(folder: Path) -> Path:
 
 
 def as_nobody(work: Callable[[], str]) -> str:
-    """What a function returns, or the error of the store's that it raises, in a process of another user's."""
+    """Return a function's result, or the store's error, in a process of another user."""
     near, far = os.pipe()
     child = os.fork()
     if child == 0:

@@ -214,7 +214,7 @@ _FORMS = st.sampled_from(
 
 
 def everything_about(url: str) -> str:
-    """What can be seen of a store that cannot be used: in Python, in logs, and from a shell."""
+    """Return every visible trace of an unusable store: in Python, in logs, and from a shell."""
     seen = io.StringIO()
     handler = logging.StreamHandler(seen)
     logging.getLogger().addHandler(handler)

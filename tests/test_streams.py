@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, ended, or of another encoding: both commands say by exit code what was done."""
+"""Standard streams that are closed, full, ended, or of another encoding: exit codes report the finished work."""
 
 import json
 import os
@@ -60,7 +60,7 @@ WAYS = {
     "| true": 74,
     "2>&1 | true": 74,
 }
-"""What a shell does with the streams of a command that does its work, and the exit code that follows."""
+"""A shell's redirections of a command that does its work, and the exit code that follows."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The service manager: its sockets, what it is told, its watchdog, and the keys that it keeps over a restart."""
+"""The service manager: its sockets, notifications, watchdog, and the keys that it keeps over a restart."""
 
 import mmap
 import os
@@ -110,7 +110,7 @@ def test_descriptors_for_another_process_are_left_alone(monkeypatch: pytest.Monk
     assert "LISTEN_FDS" not in os.environ
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- notifications ----------------------------------------------------------------------------------------------------
 
 
 def test_manager_is_notified_of_every_state(keyring: Path, socket_path: Path, manager: Manager) -> None:
@@ -155,7 +155,7 @@ def test_watchdog_is_notified_while_requests_are_answered(keyring: Path, socket_
         assert not [line for line in agent.log if line["event"] == "audit.failed"]
         agent.signal(signal.SIGSTOP)
         manager._notify.settimeout(1.5)
-        with suppress(BlockingIOError):  # what was told before it stood still
+        with suppress(BlockingIOError):  # notifications from before it was stopped
             manager._notify.setblocking(False)
             while True:
                 manager.wait_for("WATCHDOG=1")

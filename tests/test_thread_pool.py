@@ -1,4 +1,4 @@
-"""Threads for slow jobs: what comes back, and in which order users are served."""
+"""Threads for offloaded jobs: their results, and the order in which users are served."""
 
 import threading
 
@@ -9,7 +9,7 @@ from keyferry_agent.server.thread_pool import FairThreadPool
 
 
 async def results(made: FairThreadPool, jobs: int) -> list[object]:
-    """What so many jobs gave, in the order in which they came back."""
+    """Return the results of jobs, in the order in which they arrived."""
     got: list[object] = []
     every = trio.Event()
 

@@ -1,4 +1,4 @@
-"""What a refusal takes says nothing of which keys exist: paired rounds of one run, whatever the machine's speed."""
+"""The time of a refusal does not show which keys exist: paired rounds of one run, at any speed of the machine."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""Libraries and tokens that are not what they should be: corrected where that is possible, else refused with the reason."""
+"""Unusual libraries and tokens: corrected where that is possible, else refused with the reason."""
 
 import json
 import os
@@ -75,7 +75,7 @@ except ModuleError as error:
 
 @pytest.fixture(scope="module")
 def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What opencryptoki_token.py says of opencryptoki's soft token, a fresh one."""
+    """The output of opencryptoki_token.py for a fresh soft token of opencryptoki."""
     library = skip_unless.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
     folder, here = tmp_path_factory.mktemp("opencryptoki"), Path(__file__).parent
     secret_file(folder / "pin", "11223344")
@@ -89,7 +89,7 @@ def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def beside_opencryptoki(test: Callable[..., None]) -> Callable[..., None]:
-    """What these tests need."""
+    """Skip without the needs of these tests."""
     for mark in (
         skip_unless.program("pkcs11-tool", "opensc"),
         skip_unless.program("pkcsslotd", "opencryptoki"),
@@ -125,7 +125,7 @@ def test_wrong_pins_never_lock_a_token(opencryptoki: dict[str, Any]) -> None:
     assert all("one more wrong PIN locks the token" in message for message in kept)
 
 
-# Tokens that no machine has: what the product asks of one, answered
+# Simulated tokens, which no machine has
 
 
 class Key(dict[Attribute, Any]):
@@ -172,7 +172,7 @@ def test_key_attributes_are_read_back_after_a_change() -> None:
 
 
 class Odd:
-    """A connection to a token whose AES-GCM is not everybody's."""
+    """A connection to a token with an unusual AES-GCM."""
 
     def __init__(self, data_key: bytes, *, nonce: bytes | None) -> None:
         self._aes = AESGCM(data_key)

@@ -178,7 +178,7 @@ def test_the_one_token_that_has_all_attributes_is_chosen(
 def test_real_tokens_of_one_label_open_by_serial_slot_and_uri(
     softhsm_token: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two SoftHSM2 tokens: the message has what opens each, and each keeps its own key pair, also after a reset."""
+    """The message has the arguments that open each of two tokens, and each keeps its key pair, also after a reset."""
     softhsm_token.open().close()  # so that there is something to finalise
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back

@@ -54,7 +54,7 @@ def store(tmp_path: Path, agent: RunningAgent) -> str:
 def test_a_file_is_encrypted_and_decrypted_with_a_token(
     token: RealToken, public_key: str, store: str, agent: RunningAgent, tmp_path: Path
 ) -> None:
-    """A software module with the same record decrypts what the token encrypted."""
+    """A software module with the same record decrypts the token's ciphertext."""
     plain, sealed, again = (tmp_path / name for name in ("plain", "sealed", "again"))
     plain.write_bytes(b"report" * 50_000)
     socket = ["--socket", agent.socket]
@@ -165,7 +165,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert 'this needs pkcs11, which is not installed; install the extra "pkcs11"' in capsys.readouterr().err
 
 
-# --- what `keyferry module` prints is a public key for every command ------------------------------------------------------
+# --- every command accepts the output of `keyferry module` ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])

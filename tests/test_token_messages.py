@@ -1,4 +1,4 @@
-"""What an operator reads when a library or a token does not open: what was wrong, by Cryptoki's own name, and what to do."""
+"""Messages when a library or a token does not open: the reason, by Cryptoki's own name, and the remedy."""
 
 import os
 import re
@@ -21,7 +21,7 @@ LOGIN = 0x400 | 0x4
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that answers what the environment says."""
+    """A library whose answers the environment sets."""
     return tokens.odd_library(tmp_path_factory.mktemp("odd"))
 
 

@@ -27,7 +27,7 @@ Encrypt: TypeAlias = Callable[[memoryview, memoryview], object]
 
 
 class Buffers:
-    """Keeps every bytearray that a module gives to the functions of a library, with what was in it."""
+    """Keeps every bytearray that a module passes to the functions of a library, with its content."""
 
     def __init__(self) -> None:
         self.kept: list[bytearray] = []
@@ -69,7 +69,7 @@ class _Watching:
 
 @pytest.fixture
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Buffers:
-    """Watch what the passphrase encryption gives to its library."""
+    """Watch the buffers that the passphrase encryption passes to its library."""
     kept = Buffers()
     kept.watch(monkeypatch, age_passphrase, "Scrypt", "HKDF", "ChaCha20Poly1305")
     return kept
@@ -209,7 +209,7 @@ def test_a_decoded_message_is_zeros_in_the_buffer(walk: HeaderScanner | None) ->
 
 @pytest.fixture(scope="session")
 def registers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], bytes]:
-    """Return a function that returns what is in this thread's vector registers."""
+    """Return a function that returns the content of this thread's vector registers."""
     library, source = tmp_path_factory.mktemp("registers") / "libregisters.so", Path(__file__).parent / "support"
     command = ["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(library), str(source / "registers.c")]
     subprocess.run(command, check=True)

@@ -1,4 +1,4 @@
-"""The codec: any bytes give messages or ProtocolError, in whatever pieces they come."""
+"""The codec: any bytes are messages or ProtocolError, in any pieces."""
 
 import sys
 import tracemalloc

@@ -29,7 +29,7 @@ NONCE_SIZES = range(8, 129)
 
 
 def vectors(name: str) -> Iterator[tuple[Group, Vector]]:
-    """Every vector of a file with its group; what is hexadecimal is bytes."""
+    """Return every vector of a file with its group; hexadecimal fields become bytes."""
     with skip_unless.wycheproof(name).open(encoding="utf-8") as file:
         document = json.load(file)
     assert document["numberOfTests"] == sum(len(group["tests"]) for group in document["testGroups"])
@@ -107,7 +107,7 @@ def test_hmac_sm3() -> None:
 
 
 def own_options(group: Group, test: Vector) -> tuple[tuple[bytes, bytes], ...]:
-    """What libcrypto has to be told for this vector's hashes and label."""
+    """Set libcrypto's options for this vector's hashes and label."""
     names = {name: group[name].replace("SHA-", "sha").lower().encode() for name in ("sha", "mgfSha")}
     options = ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", names["sha"]), (b"rsa_mgf1_md", names["mgfSha"]))
     return (*options, (b"rsa_oaep_label", test["label"].hex().encode())) if test["label"] else options
@@ -167,7 +167,7 @@ def test_rsa_oaep_with_each_vectors_own_hashes_and_label(name: str, expected: di
         ("rsa_oaep_2048_sha256_mgf1sha256_test.json", "SHA-1", {"refused": 37}),
         ("rsa_oaep_2048_sha1_mgf1sha1_test.json", "SHA-1", {"opened": 10, "refused": 26}),
         ("rsa_oaep_2048_sha1_mgf1sha1_test.json", "SHA-256", {"refused": 36}),
-        # One hash for the label, the other for the mask: what a library does that is told of one hash only.
+        # One hash for the label, the other for the mask: libraries with a single setting use such a pair.
         ("rsa_oaep_2048_sha256_mgf1sha1_test.json", "SHA-256", {"refused": 31}),
         ("rsa_oaep_2048_sha256_mgf1sha1_test.json", "SHA-1", {"refused": 31}),
     ],
