@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and the end of the run: what was skipped for what this machine lacks, and how to provide it."""
+"""Fixtures for all tests, and the end of the run: tests that this machine skips, and how to provide their needs."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from support.fast import is_fast
 from support.keyring import Command, new_keyring, printed
 from support.postgres import Cluster
 from support.quick_scrypt import make_scrypt_quick
-from support.rotatable_agent import Rotating, rotating_agent
+from support.rotatable_agent import RotatableAgent, rotating_agent
 from support.skip_unless import ROOT, postgresql
 from support.tokens import RealToken
 
@@ -35,9 +35,9 @@ COUNTS = ROOT / ".cache" / "counts"
 _SHARE_OF_TIMEOUT = 0.75
 """Of pytest's faulthandler_timeout, which ends the whole process."""
 _FAIL_AGAIN_SECONDS = 5.0
-"""After which a test that waits for the end of what it began, which waits too, fails there as well."""
+"""Seconds after which a test fails in its teardown too, where it waits for its own processes."""
 
-# How long an input takes is no matter: on a busy machine it takes as long as the others let it.
+# The time of an input has no limit: on a busy machine it depends on other processes.
 hypothesis.settings.register_profile("untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("untimed")
 
@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is not fast, where that is asked for."""
+    """Leave out tests that are not fast with `--fast`."""
     if config.getoption("fast"):
         left_out = [item for item in items if not is_fast(item)]
         items[:] = [item for item in items if is_fast(item)]
@@ -76,7 +76,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @contextmanager
 def _bounded(item: pytest.Item) -> Iterator[None]:
-    """Fail what waits too long, with a traceback that ends where it waits, before pytest ends the whole process."""
+    """Fail a test at its time limit, with a traceback of the place, before pytest ends the whole process."""
     seconds = _SHARE_OF_TIMEOUT * float(item.config.getini("faulthandler_timeout"))
 
     def fail(_number: int, _frame: FrameType | None) -> None:
@@ -152,7 +152,7 @@ def quick_scrypt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def said(keyring: Path) -> Command:
+def keyring_json(keyring: Path) -> Command:
     """Run a verb on the keyring with --json; give what it printed."""
     return partial(printed, keyring)
 
@@ -164,14 +164,14 @@ def softhsm(tmp_path_factory: pytest.TempPathFactory) -> list[RealToken]:
 
 
 @pytest.fixture(scope="session")
-def app(softhsm: list[RealToken]) -> RealToken:
+def softhsm_token(softhsm: list[RealToken]) -> RealToken:
     """The SoftHSM2 token that most tests share."""
     return softhsm[0]
 
 
 @pytest.fixture(scope="session")
-def softokn(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
-    """The token of one NSS database: once it is initialised, the library stays with it, whatever tests come in between."""
+def nss_token(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
+    """The token of one NSS database, which its library keeps after the initialisation, for all tests."""
     return tokens.softokn(tmp_path_factory.mktemp("nss"))
 
 
@@ -181,7 +181,7 @@ def softokn(tmp_path_factory: pytest.TempPathFactory) -> RealToken:
 )
 def token(request: pytest.FixtureRequest) -> RealToken:
     """A PKCS#11 token of each kind."""
-    token: RealToken = request.getfixturevalue("softokn" if request.param == "softokn" else "app")
+    token: RealToken = request.getfixturevalue("nss_token" if request.param == "softokn" else "softhsm_token")
     return token
 
 
@@ -194,8 +194,8 @@ def module(token: RealToken) -> Iterator[Pkcs11Module]:
 
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """One PostgreSQL server for all tests: whoever stops it starts it again."""
+def postgres() -> Iterator[Cluster]:
+    """One PostgreSQL server for all tests: a test that stops it starts it again."""
     with Cluster() as running:
         yield running
 
@@ -205,19 +205,19 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Where a test's own records go: to each kind of database in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'records.sqlite'}"
-    cluster: Cluster = request.getfixturevalue("cluster")
-    return cluster.new_database()
+    postgres: Cluster = request.getfixturevalue("postgres")
+    return postgres.new_database()
 
 
 @pytest.fixture
-def rotating(tmp_path: Path) -> Iterator[Rotating]:
+def rotatable_agent(tmp_path: Path) -> Iterator[RotatableAgent]:
     """An agent with a keyring of its own."""
-    with rotating_agent(tmp_path) as rotating:
-        yield rotating
+    with rotating_agent(tmp_path) as rotatable_agent:
+        yield rotatable_agent
 
 
 @pytest.fixture
-def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def sqlite_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     """An empty store in SQLite, with pages so small that there are several."""
     monkeypatch.setattr(store_module, "_PAGE_RECORDS", crashing_rewrap.PAGE)
     with Store(f"sqlite:///{tmp_path / 'records.sqlite'}") as made:
@@ -226,7 +226,7 @@ def lite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Write down what was skipped, for `make test` to end with; where no skip is allowed, one is a failure."""
+    """Write the list of skipped tests, which `make test` ends with; fail if no skip is allowed."""
     if hasattr(session.config, "workerinput"):
         return  # one of several processes that run tests: the one that started them knows all
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")

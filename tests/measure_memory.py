@@ -1,7 +1,7 @@
-"""Measures what is in an agent's memory *while* it works: `make memory`. docs/memory.md has the results.
+"""Measures secrets in an agent's memory *while* it works: `make memory`. docs/memory.md has the results.
 
 An agent under full load is stopped at random moments and its memory copied. When everything has been answered, and so every
-key is known, the copies are searched. At rest there is nothing (tests/test_memory.py); here is what there is on the way.
+key is known, the copies are searched. At rest there are none (tests/test_memory.py); these are the copies in use.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from support.agent import RunningAgent
 from support.keyring import change, configuration, new_keyring
 from support.keys import recipient
 from support.memory_scan import search, snapshot
-from support.secret_recorder import KEYS, Witness
+from support.secret_recorder import KEYS, SecretRecorder
 
 from keyferry import operations
 from keyferry.hardening import DUMPABLE
@@ -46,7 +46,7 @@ def measure(name: str, command: tuple[str, ...], *, exports_only: bool) -> None:
         arguments = ["--config", str(config)]
         socket = Path(folder) / "agent.sock"
         agent = stack.enter_context(RunningAgent(arguments, socket, environment={DUMPABLE: "1"}, command=command))
-        witness, done, taken = Witness(keyring), threading.Event(), []
+        recorder, done, taken = SecretRecorder(keyring), threading.Event(), []
         wanted = EXPORTS if exports_only else [*EXPORTS, *IN_PLAINTEXT]
         answers: list[Any] = []
 
@@ -67,11 +67,13 @@ def measure(name: str, command: tuple[str, ...], *, exports_only: bool) -> None:
         for worker in workers:
             worker.join()
         for answer in answers:
-            witness.learn(RSA, answer)
+            recorder.learn(RSA, answer)
         seen: Counter[str] = Counter()
         for pieces in taken:
-            seen.update({re.split(" (?:in|as|reversed|words)", found)[0] for found in search(pieces, witness.needles)})
-        print(f"{name}: {witness.secrets} keys, {SNAPSHOTS} snapshots")
+            seen.update(
+                {re.split(" (?:in|as|reversed|words)", found)[0] for found in search(pieces, recorder.patterns)}
+            )
+        print(f"{name}: {recorder.secrets} keys, {SNAPSHOTS} snapshots")
         for what, count in seen.most_common():
             print(f"    {what}: in {count}")
         if not seen:
@@ -79,7 +81,7 @@ def measure(name: str, command: tuple[str, ...], *, exports_only: bool) -> None:
 
 
 def main() -> None:
-    """Measure the agent, and for comparison one that does not clear what it frees."""
+    """Measure the agent, and for comparison one that does not clear freed memory."""
     if os.geteuid() != 0:
         print("Not root: this works where a process may read the memory of its children.", file=sys.stderr)
     for kind, exports_only in (("exports only", True), ("with answers and requests in plaintext", False)):

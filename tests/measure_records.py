@@ -34,7 +34,7 @@ sys.exit(code)"""
 
 
 def command(*arguments: object) -> tuple[float, int, str]:
-    """Run `keyferry records`: seconds, MiB at most, and what it printed."""
+    """Run `keyferry records`; return seconds, the maximum of MiB, and its output."""
     start = time.monotonic()
     ended = subprocess.run(
         [sys.executable, "-c", RUN, *map(str, arguments)], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""What opencryptoki's soft token does with a data key, as JSON. Runs beside its daemon: see support/opencryptoki.sh."""
+"""Prints how opencryptoki's soft token treats a data key, as JSON. Runs beside its daemon: support/opencryptoki.sh."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def state(key: Any) -> list[Any]:
 
 
 def watched(key: Any, what: str) -> None:
-    """Harden a key, and note down what it was before."""
+    """Harden a key, and keep its attributes from before."""
     if "data key" in what:
         said.setdefault("before", state(key))
     harden(key, what)

@@ -1,4 +1,4 @@
-"""Who gets a connection when there is no room for all."""
+"""The admission of connections at the limits."""
 
 import functools
 import os
@@ -43,8 +43,8 @@ print(connection.recv(65536), flush=True)
 
 
 @root()
-def test_one_person_with_many_users_takes_no_place_that_others_need(keyring: Path, shared_socket: Path) -> None:
-    """Subordinate uids, each with all the connections that one user may have: who is granted something gets in, and probes."""
+def test_subordinate_users_take_no_place_that_others_need(keyring: Path, shared_socket: Path) -> None:
+    """Subordinate uids with their maximum of connections each do not keep out callers with grants, or probes."""
     more = 'mode = "0666"\n[limits]\nconnections = 400\nconnections_per_user = 100\n'
     with serving(keyring, shared_socket, more=more, to="uid=4300") as agent, ExitStack() as stack:
         for user in range(4_207, 4_215):
@@ -90,8 +90,8 @@ class Room:
         self.admission.leave(self.places.pop(name))
 
 
-def test_strangers_share_half_of_a_small_agent_and_the_oldest_of_them_goes_first() -> None:
-    """Whoever has a grant takes their places, one after the other."""
+def test_strangers_share_half_of_the_places_oldest_closed_first() -> None:
+    """Callers with a grant take the places of strangers, one after the other."""
     room = Room(connections=4, per_user=4)
     room.enter("s1", STRANGER)
     room.enter("s2", STRANGER + 1)
@@ -112,7 +112,7 @@ def test_strangers_share_half_of_a_small_agent_and_the_oldest_of_them_goes_first
 
 
 def test_the_user_with_most_connections_makes_room() -> None:
-    """A stranger who is alone keeps its place."""
+    """The agent closes a connection of the stranger with the most; a stranger with one keeps it."""
     room = Room(connections=8, per_user=8)
     room.enter("quiet", STRANGER)
     for number in range(20):
@@ -121,8 +121,8 @@ def test_the_user_with_most_connections_makes_room() -> None:
     assert room.closed == [f"loud{number}" for number in range(17)]
 
 
-def test_operators_and_named_users_are_no_strangers() -> None:
-    """Root, the agent's own user, and whom a grant names beside a program; but not a root whose process is not seen."""
+def test_operators_and_granted_users_are_not_strangers() -> None:
+    """Root, the agent's user and users whom a grant names are not strangers; a root whose process is hidden is one."""
     room = Room(connections=2, per_user=2)
     room.enter("root", 0)
     room.enter("own", os.geteuid())
@@ -140,7 +140,7 @@ def test_operators_and_named_users_are_no_strangers() -> None:
 
 
 def test_a_caller_is_a_stranger_until_its_program_is_known() -> None:
-    """A grant to whoever runs a program is to nobody before that was seen."""
+    """A grant to a program matches only after the agent has identified the caller's program."""
     room = Room(connections=2, per_user=2)
     room.enter("program", STRANGER)
     place = room.places["program"]
@@ -155,13 +155,13 @@ def test_a_caller_is_a_stranger_until_its_program_is_known() -> None:
     room.admission.judge(place)
     room.enter("h", GRANTED)
     assert room.closed == ["program"]
-    room.admission.judge(place)  # which has no place any more
+    room.admission.judge(place)  # which has lost its place
     room.leave("program")
     assert room.agent.counters.connections == 2
 
 
-def test_a_reload_makes_strangers_of_callers_and_callers_of_strangers() -> None:
-    """As soon as there is too little room."""
+def test_reload_changes_which_callers_are_strangers() -> None:
+    """The change counts as soon as there are too few places."""
     room = Room(connections=2, per_user=2)
     room.enter("before", GRANTED)
     room.enter("after", STRANGER)
@@ -170,8 +170,8 @@ def test_a_reload_makes_strangers_of_callers_and_callers_of_strangers() -> None:
     assert room.closed == ["before"]
 
 
-def test_a_caller_over_its_quota_leaves_all_others_where_they_are(agent: RunningAgent) -> None:
-    """Being refused closes nobody's connection."""
+def test_caller_over_its_quota_displaces_no_other(agent: RunningAgent) -> None:
+    """The refusal of a connection closes no other connection."""
     with ExitStack() as stack:
         first = stack.enter_context(RawConnection(agent.socket))
         assert first.call("GetAgentStatus", {}).error is None

@@ -47,7 +47,7 @@ def with_factor(sealed: bytes, factor: str) -> bytes:
 
 
 def test_sealing_uses_work_factor_18() -> None:
-    """2^18 is age's own choice."""
+    """The age program seals with 2^18, too."""
     sealed = seal(b"payload", PASSPHRASE)
     assert re.match(rb"age-encryption\.org/v1\n-> scrypt \S{22} 18\n", sealed)
     assert work_factor(sealed) == 18
@@ -56,7 +56,7 @@ def test_sealing_uses_work_factor_18() -> None:
 
 @requires_cpu_quota()
 def test_a_cpu_quota_does_not_change_the_work_factor(tmp_path: Path) -> None:
-    """A measurement chose 14 under such a quota, and opening refused what it estimated to be slow."""
+    """A measurement chose 14 under such a quota, and opening refused a file that it estimated to be slow."""
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     keyring = tmp_path / "keyring.age"
     command = [sys.executable, "-m", "keyferry_agent", "keyring"]
@@ -69,7 +69,7 @@ def test_a_cpu_quota_does_not_change_the_work_factor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("factor", range(1, 18))
 def test_every_lower_work_factor_opens(factor: int) -> None:
-    """Other programs may have chosen it."""
+    """Other programs may have chosen a lower work factor."""
     sealed = _seal(b"payload", PASSPHRASE, factor)
     assert work_factor(sealed) == factor
     assert unseal(sealed, PASSPHRASE) == b"payload"
@@ -173,7 +173,7 @@ def test_a_header_in_another_form_is_refused(sealed: bytes, case: str) -> None:
 
 
 def test_every_bit_of_the_header_counts() -> None:
-    """A changed bit is an error, and never another payload."""
+    """A changed bit of the header is an error, and never leads to another payload."""
     sealed = _seal(b"payload", PASSPHRASE, 1)
     for place in range(len(sealed)):
         for bit in range(8):
@@ -185,7 +185,7 @@ def test_every_bit_of_the_header_counts() -> None:
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK, CHUNK + 1])
 def test_a_payload_that_is_cut_off_or_longer_is_refused(size: int) -> None:
-    """At the borders of chunks too."""
+    """A payload that ends early or late is refused, also at the borders of chunks."""
     sealed = _seal(bytes(size), PASSPHRASE, 1)
     start = sealed.index(b"\n--- ") + 49
     chunk = CHUNK + 16
@@ -196,7 +196,7 @@ def test_a_payload_that_is_cut_off_or_longer_is_refused(size: int) -> None:
 
 
 def test_chunks_in_another_order_are_refused() -> None:
-    """Each chunk's nonce has its number."""
+    """The nonce of each chunk has its number."""
     sealed = _seal(os.urandom(3 * CHUNK), PASSPHRASE, 1)
     start, chunk = sealed.index(b"\n--- ") + 49 + 16, CHUNK + 16
     first, second, third = (sealed[start + i * chunk : start + (i + 1) * chunk] for i in range(3))
@@ -206,7 +206,7 @@ def test_chunks_in_another_order_are_refused() -> None:
 
 
 def test_errors_show_no_passphrase(sealed: bytes) -> None:
-    """An exception and its cause can be logged."""
+    """An application may log an exception and its cause."""
     for passphrase in ("wrong but secret", "wrong but secret\udcff"):
         with pytest.raises(PassphraseError) as caught:
             unseal(sealed, passphrase)
@@ -235,7 +235,7 @@ def test_a_file_that_pyrage_sealed_opens() -> None:
 
 @program("age", "age")
 def test_the_age_program_opens_a_sealed_file(tmp_path: Path) -> None:
-    """In an emergency, nothing of this project is needed."""
+    """An operator can open a sealed file in an emergency without Keyferry."""
     payload = os.urandom(3 * CHUNK + 1)
     (tmp_path / "sealed").write_bytes(seal(payload, PASSPHRASE))
     arguments = ["age", "-d", "-o", tmp_path / "opened", tmp_path / "sealed"]
@@ -246,7 +246,7 @@ def test_the_age_program_opens_a_sealed_file(tmp_path: Path) -> None:
 @program("age", "age")
 @pytest.mark.parametrize("armor", [[], ["-a"]])
 def test_a_file_of_the_age_program_opens(tmp_path: Path, armor: list[str]) -> None:
-    """Also armored."""
+    """A file of the age program opens, binary or armored."""
     payload = os.urandom(3 * CHUNK + 1)
     (tmp_path / "plain").write_bytes(payload)
     arguments = ["age", "-p", *armor, "-o", tmp_path / "sealed", tmp_path / "plain"]
@@ -267,7 +267,7 @@ def armored(sealed: bytes) -> bytes:
 
 
 def test_armor_may_have_either_line_end_and_whitespace_around(sealed: bytes) -> None:
-    """As the format allows."""
+    """The format allows CRLF and whitespace around the armor."""
     text = armored(sealed)
     for variant in (text, text.replace(b"\n", b"\r\n"), text.rstrip(b"\n"), b" \r\n\t" + text + b"\n \n"):
         assert unseal(variant, PASSPHRASE) == b"payload"
@@ -303,7 +303,7 @@ if VECTORS:
 
     @pytest.mark.parametrize("path", sorted(Path(VECTORS).iterdir()), ids=lambda path: path.name)
     def test_a_published_vector(path: Path) -> None:
-        """Whole files where a passphrase seals them; of the others the payload, under the file key that the vector names."""
+        """A vector with a passphrase is opened as a file; the payload of any other is opened with its file key."""
         text, _, file = path.read_bytes().partition(b"\n\n")
         fields = dict(line.split(": ", 1) for line in text.decode().splitlines())
         assert fields.keys() <= {

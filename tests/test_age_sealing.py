@@ -1,4 +1,4 @@
-"""Who can open a keyring, and what is left of a change that was interrupted."""
+"""The recipients of a keyring, and the remains of an interrupted change."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from keyferry_agent.keyring.sealing import Unsealer, seal
 
 @program("ssh-keygen", "openssh-client")
 def test_three_hosts_open_one_file_and_reseal_removes_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two age identities and an SSH key; each can change it for all."""
+    """Two age identities and an SSH key open one keyring, and a change by each is for all."""
     path = tmp_path / "k.age"
     recipients = []
     for name in ("one", "two"):
@@ -43,7 +43,7 @@ def test_three_hosts_open_one_file_and_reseal_removes_one(tmp_path: Path, capsys
 
 @pytest.mark.usefixtures("quick_scrypt")
 def test_reseal_goes_from_recipients_to_a_passphrase_and_back(keyring: Path, tmp_path: Path) -> None:
-    """And later changes keep what it was sealed to."""
+    """Changes after a reseal keep its recipients or its passphrase."""
     secret_file(tmp_path / "pass", "correct horse\n")
     recipient = (tmp_path / "identity").read_text().split()[3]
     run("reseal", keyring, "--passphrase-file", tmp_path / "pass", "--unseal", tmp_path / "identity", "--yes")
@@ -54,10 +54,10 @@ def test_reseal_goes_from_recipients_to_a_passphrase_and_back(keyring: Path, tmp
 
 
 @program("age", "age")
-def test_a_file_that_the_age_program_sealed_anew_opens_and_is_not_sealed_away_from_whoever_has_it(
+def test_file_sealed_by_the_age_program_is_not_changed_silently(
     keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A change would seal to the recipients that the content names: it says so, and reseal is the way on."""
+    """A change would seal to the recipients in the content, so it is refused, and its message advises reseal."""
     run("init", tmp_path / "other.age", "--new-identity", tmp_path / "other")
     recipient = (tmp_path / "other").read_text().split()[3]
     plain = subprocess.run(["age", "-d", "-i", tmp_path / "identity", keyring], capture_output=True, check=True).stdout
@@ -72,10 +72,10 @@ def test_a_file_that_the_age_program_sealed_anew_opens_and_is_not_sealed_away_fr
 
 
 @program("age", "age")
-def test_a_host_that_was_added_by_hand_is_not_shut_out_by_the_next_change(
+def test_host_added_by_hand_is_not_locked_out_by_a_change(
     keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file is sealed to one more than its content names: the change is refused, and reseal is the way on."""
+    """A keyring with one recipient more than its content names is not changed; the message advises reseal."""
     run("init", tmp_path / "other.age", "--new-identity", tmp_path / "other")
     both = [(tmp_path / name).read_text().split()[3] for name in ("identity", "other")]
     plain = subprocess.run(["age", "-d", "-i", tmp_path / "identity", keyring], capture_output=True, check=True).stdout
@@ -88,10 +88,10 @@ def test_a_host_that_was_added_by_hand_is_not_shut_out_by_the_next_change(
 
 
 @pytest.mark.parametrize("secret", ["AGE-SECRET-KEY-1QQQQ", "-----BEGIN OPENSSH PRIVATE KEY-----\nabc"])
-def test_an_identity_that_is_given_as_a_recipient_is_not_shown(
+def test_identity_in_place_of_a_recipient_is_not_shown(
     keyring: Path, capsys: pytest.CaptureFixture[str], secret: str
 ) -> None:
-    """It opens everything; what is printed may be logged."""
+    """An identity opens everything, and printed messages may be logged."""
     run("reseal", keyring, "--recipient", secret, "--unseal", keyring.parent / "identity", code=1)
     said = capsys.readouterr().err
     assert "identity" in said
@@ -100,13 +100,13 @@ def test_an_identity_that_is_given_as_a_recipient_is_not_shown(
 
 
 def test_a_recipient_that_is_not_text_is_refused(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As any other that is none."""
+    """A recipient in bytes that are not UTF-8 is refused like any invalid recipient."""
     run("reseal", keyring, "--recipient", "age1\udcff", "--unseal", keyring.parent / "identity", code=1)
     assert "is not a recipient" in capsys.readouterr().err
 
 
-def test_what_is_no_file_is_not_read(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pipe that nobody writes would be waited for, and a device has no end."""
+def test_paths_that_are_not_files_are_not_read(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reading a pipe without a writer would block, and a device has no end."""
     fifo, identity = keyring.parent / "fifo", keyring.parent / "identity"
     os.mkfifo(fifo)
     for path, unseal, why in (
@@ -120,8 +120,8 @@ def test_what_is_no_file_is_not_read(keyring: Path, capsys: pytest.CaptureFixtur
     assert "more than 64 bytes" in capsys.readouterr().err
 
 
-def test_a_change_that_cannot_be_printed_is_made_all_the_same(keyring: Path) -> None:
-    """Its exit code is another than that of a change that was not made."""
+def test_change_is_kept_if_its_result_cannot_be_printed(keyring: Path) -> None:
+    """The exit code differs from the one of a change that failed."""
     command = [sys.executable, "-m", "keyferry_agent", "keyring", "rotate", str(keyring), "alias/a"]
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
@@ -137,8 +137,8 @@ def test_a_change_that_cannot_be_printed_is_made_all_the_same(keyring: Path) -> 
     assert len(opened(keyring).find("alias/a").versions) == 2
 
 
-def test_a_recipient_that_is_named_twice_is_one(keyring: Path) -> None:
-    """So that the number of them is that of the file."""
+def test_recipient_named_twice_counts_once(keyring: Path) -> None:
+    """Duplicates are removed, so the number of recipients is that of the file."""
     recipient = (keyring.parent / "identity").read_text().split()[3]
     twice = ["--recipient", recipient, "--recipient", recipient]
     run("reseal", keyring, *twice, "--unseal", keyring.parent / "identity", "--yes")
@@ -191,8 +191,8 @@ for request in sys.stdin:
 """
 
 
-def test_killed_at_any_step_the_file_is_the_old_one_or_the_new_one(keyring: Path) -> None:
-    """At every line of the code that changes it; and the next change finds nothing in its way."""
+def test_kill_at_any_step_leaves_the_old_file_or_the_new_one(keyring: Path) -> None:
+    """A command that is killed at any line of the change leaves a whole file, and the next change succeeds."""
     identity = keyring.parent / "identity"
     arguments = ["keyring", "create-key", str(keyring), "--unseal", str(identity), "--alias"]
     killed = old = new = 0

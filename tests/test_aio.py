@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE, RunningAgent, dev_agent
-from support.fake_server import Part, answers, says, scripted
+from support.fake_server import Part, respond_in_reverse, scripted_server, send_bytes
 from support.keys import recipient
 
 from keyferry import AgentUnavailable, InvalidRequest, NotFound, ProtocolError, Throttled, operations
@@ -34,8 +34,8 @@ def run(request: pytest.FixtureRequest) -> Callable[[Callable[[], Awaitable[Any]
 Run = Callable[[Callable[[], Awaitable[Any]]], Any]
 
 
-def test_the_methods_are_those_of_the_blocking_client_awaited(agent: RunningAgent, run: Run) -> None:
-    """Typed, with keyword arguments; `call` by the API's names."""
+def test_methods_match_the_blocking_client(agent: RunningAgent, run: Run) -> None:
+    """The asynchronous methods are typed and take keyword arguments; `call` takes the API's names."""
 
     async def main() -> None:
         async with Client(agent.socket) as kms:
@@ -52,8 +52,8 @@ def test_the_methods_are_those_of_the_blocking_client_awaited(agent: RunningAgen
     run(main)
 
 
-def test_tasks_share_one_connection_with_their_calls_under_way_at_the_same_time(agent: RunningAgent, run: Run) -> None:
-    """Each gets its own answer, slow ones among fast ones; the agent sees one connection more."""
+def test_tasks_share_one_connection_concurrently(agent: RunningAgent, run: Run) -> None:
+    """Each task gets its own answer, slow and fast ones mixed, over one connection."""
     sizes: dict[int, int] = {}
 
     async def main() -> int:
@@ -77,8 +77,8 @@ def test_tasks_share_one_connection_with_their_calls_under_way_at_the_same_time(
     assert sizes == {size: size for size in range(1, 101)}
 
 
-def test_one_tasks_wrong_parameter_costs_no_other_task_its_answer(agent: RunningAgent, run: Run) -> None:
-    """What would end the connection is never sent."""
+def test_wrong_parameter_of_one_task_affects_no_other(agent: RunningAgent, run: Run) -> None:
+    """The client does not send a request that would end the connection."""
     states: list[str] = []
 
     async def main() -> None:
@@ -100,8 +100,8 @@ def test_one_tasks_wrong_parameter_costs_no_other_task_its_answer(agent: Running
     assert states == ["Serving"] * 10
 
 
-def test_a_pipeline_gives_results_and_refusals_in_order(agent: RunningAgent, run: Run) -> None:
-    """Also one larger than every buffer on the way."""
+def test_pipeline_returns_results_and_refusals_in_order(agent: RunningAgent, run: Run) -> None:
+    """Results keep the order of the calls, also in a pipeline larger than every buffer on the way."""
     texts = [encode_base64(bytes([n % 256]) * 6_144) for n in range(100)]
 
     async def main() -> None:
@@ -118,7 +118,7 @@ def test_a_pipeline_gives_results_and_refusals_in_order(agent: RunningAgent, run
 
 
 def test_many_tasks_with_pipelines_do_not_stall_their_connection(agent: RunningAgent, run: Run) -> None:
-    """However much each wants to send: somebody always reads."""
+    """One task always reads, however much the others send."""
 
     async def main() -> list[int]:
         lengths: list[int] = []
@@ -135,8 +135,8 @@ def test_many_tasks_with_pipelines_do_not_stall_their_connection(agent: RunningA
     assert run(main) == [1_500] * 12
 
 
-def test_a_deadline_that_passes_while_the_answer_arrives_is_a_timeout(socket_path: Path, run: Run) -> None:
-    """Something else kept the event loop busy: an error of this library's own, nothing strange."""
+def test_deadline_during_the_arrival_of_an_answer_is_a_timeout(socket_path: Path, run: Run) -> None:
+    """A call raises the library's own error if other work blocked the event loop past its deadline."""
 
     async def main() -> None:
         async with Client(socket_path, timeout=0.3) as kms:
@@ -159,12 +159,12 @@ def test_a_deadline_that_passes_while_the_answer_arrives_is_a_timeout(socket_pat
         connection.sendall(wire.encode_response(1, None, {"RequestId": "A"}))
         connection.recv(65_536)
 
-    with scripted(socket_path, part):
+    with scripted_server(socket_path, part):
         run(main)
 
 
-def test_a_client_can_be_closed_and_used_again_and_survives_a_restart(socket_path: Path, run: Run) -> None:
-    """Reconnecting is the client's business."""
+def test_client_is_reusable_after_close_and_agent_restart(socket_path: Path, run: Run) -> None:
+    """A closed client, and one whose agent restarted, reconnects by itself."""
 
     async def main() -> None:
         async with Client(socket_path) as kms:
@@ -181,7 +181,7 @@ def test_a_client_can_be_closed_and_used_again_and_survives_a_restart(socket_pat
 
 
 def test_an_agent_that_does_not_answer_in_time_is_unavailable(socket_path: Path, run: Run) -> None:
-    """And the next call finds it again."""
+    """A call without an answer in time raises AgentUnavailable, and the next call succeeds."""
 
     async def main() -> None:
         with dev_agent(socket_path) as stopped:
@@ -197,7 +197,7 @@ def test_an_agent_that_does_not_answer_in_time_is_unavailable(socket_path: Path,
 
 
 def test_a_cancelled_call_leaves_the_others_their_answers(socket_path: Path, run: Run) -> None:
-    """Also when it was the one that read for all."""
+    """Other calls get their answers, even if the cancelled task was the one that read."""
 
     async def main() -> None:
         with dev_agent(socket_path) as agent:
@@ -225,8 +225,8 @@ def test_a_cancelled_call_leaves_the_others_their_answers(socket_path: Path, run
     run(main)
 
 
-def test_a_call_that_is_cut_off_while_it_is_sent_costs_nobody_else_an_answer(socket_path: Path, run: Run) -> None:
-    """Half a request on the wire: the others ask again on a new connection."""
+def test_call_cancelled_while_sending_costs_no_other_answer(socket_path: Path, run: Run) -> None:
+    """After half a request was sent, the other tasks repeat their requests on a new connection."""
     given_up = threading.Event()
 
     def deaf(_connection: socket.socket) -> None:
@@ -259,12 +259,12 @@ def test_a_call_that_is_cut_off_while_it_is_sent_costs_nobody_else_an_answer(soc
                 given_up.set()
             assert answered == [{"RequestId": "Status"}]
 
-    with scripted(socket_path, deaf, answers(1)):
+    with scripted_server(socket_path, deaf, respond_in_reverse(1)):
         run(main)
 
 
 def test_closing_ends_the_calls_that_are_under_way(socket_path: Path, run: Run) -> None:
-    """With a word; nothing is asked again."""
+    """Calls in flight raise an error that names the close, and are not repeated."""
 
     def silent(connection: socket.socket) -> None:
         while connection.recv(65_536):
@@ -283,19 +283,19 @@ def test_closing_ends_the_calls_that_are_under_way(socket_path: Path, run: Run) 
                 await anyio.wait_all_tasks_blocked()
                 await kms.aclose()
 
-    with scripted(socket_path, silent):
+    with scripted_server(socket_path, silent):
         run(main)
 
 
 @pytest.mark.parametrize(
     ("script", "error"),
     [
-        ((says(b"\xc1"),), ProtocolError),
-        ((says(b""),) * MAX_LOST_CONNECTIONS, AgentUnavailable),
-        ((says(wire.encode_response(99, None, {})),), ProtocolError),
+        ((send_bytes(b"\xc1"),), ProtocolError),
+        ((send_bytes(b""),) * MAX_LOST_CONNECTIONS, AgentUnavailable),
+        ((send_bytes(wire.encode_response(99, None, {})),), ProtocolError),
         (
             (
-                says(
+                send_bytes(
                     wire.encode_response(None, {"Code": "Rejected.Throttling", "Message": "m", "HttpStatus": 429}, None)
                 ),
             ),
@@ -303,10 +303,10 @@ def test_closing_ends_the_calls_that_are_under_way(socket_path: Path, run: Run) 
         ),
     ],
 )
-def test_what_goes_wrong_has_the_blocking_clients_exceptions(
+def test_errors_are_those_of_the_blocking_client(
     socket_path: Path, run: Run, script: tuple[Part, ...], error: type[Exception]
 ) -> None:
-    """Plain ones; and the next call is not harmed by it."""
+    """Exceptions are plain ones, not groups, and the next call succeeds."""
 
     async def main() -> None:
         async with Client(socket_path, timeout=5) as kms:
@@ -314,12 +314,12 @@ def test_what_goes_wrong_has_the_blocking_clients_exceptions(
                 await kms.call("First", {})
             assert await kms.call("Second", {}) == {"RequestId": "Second"}
 
-    with scripted(socket_path, *script, answers(1)):
+    with scripted_server(socket_path, *script, respond_in_reverse(1)):
         run(main)
 
 
-def test_a_full_queue_of_connections_is_waited_for(socket_path: Path, run: Run) -> None:
-    """An agent that is busy accepting is not an agent that is not there."""
+def test_client_waits_for_a_full_connection_queue(socket_path: Path, run: Run) -> None:
+    """An agent with a full queue is busy, not absent."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(socket_path))
         listening.listen(0)

@@ -1,4 +1,4 @@
-"""The arrows between rooms: what may import what, who maps memory, who opens nurseries. docs/architecture.md draws them."""
+"""The direction of imports, and the modules that map memory and open nurseries. docs/architecture.md draws them."""
 
 import ast
 import subprocess
@@ -39,7 +39,7 @@ def imports(name: str) -> Iterator[str]:
 
 
 def test_the_client_never_imports_the_agent() -> None:
-    """It is installed without it."""
+    """The client is installed without the agent."""
     for name in modules(CLIENT):
         assert not [other for other in imports(name) if other.startswith("keyferry_agent")], name
 
@@ -59,8 +59,8 @@ def test_the_client_never_imports_the_agent() -> None:
         "keyferry_agent.crypto",
     ],
 )
-def test_pure_rooms_import_no_trio_and_no_sockets(room: str) -> None:
-    """What decides and what computes can be tested without a loop."""
+def test_pure_modules_import_neither_trio_nor_sockets(room: str) -> None:
+    """Modules that decide and compute can be tested without an event loop."""
     for name in ALL:
         if name == room or name.startswith(f"{room}."):
             assert not {"trio", "socket", "subprocess"} & {other.split(".")[0] for other in imports(name)}, name
@@ -81,8 +81,8 @@ def test_crypto_knows_no_operations_no_keyring_and_no_policy() -> None:
             assert all(other.startswith(allowed) for other in inside), (name, inside)
 
 
-def test_only_secret_maps_memory_and_only_serving_opens_nurseries() -> None:
-    """Each has one place."""
+def test_memory_is_mapped_and_nurseries_opened_in_one_module() -> None:
+    """Only `secret` maps memory, and only the serving modules open nurseries."""
     texts = {name: path.read_text() for name, path in ALL.items()}
     assert [name for name, text in texts.items() if "mmap" in text] == ["keyferry.secret"]
     nurseries = {name for name, text in texts.items() if "open_nursery" in text}
@@ -103,8 +103,8 @@ def test_only_secret_maps_memory_and_only_serving_opens_nurseries() -> None:
     }
 
 
-def test_each_kind_of_module_is_for_itself() -> None:
-    """Who installed one extra need not have the other; only the room of tokens speaks PKCS#11."""
+def test_kinds_of_cryptographic_modules_are_independent() -> None:
+    """An installation with one extra does not need the other; only the token package imports PKCS#11."""
     speaking = {name for name in ALL if "pkcs11" in {other.split(".")[0] for other in imports(name)}}
     assert speaking == {f"keyferry.module.{name}" for name in ("cryptoki", "token", "probe", "pkcs11")}
     assert "keyferry.module.software" not in {other for name in speaking for other in imports(name)}
@@ -112,14 +112,14 @@ def test_each_kind_of_module_is_for_itself() -> None:
 
 
 def test_gmssl_encrypts_and_decrypts_nothing() -> None:
-    """Only its curve arithmetic is used: its own nonce is predictable."""
+    """Only gmssl's curve arithmetic is used, because its own nonce is predictable."""
     for name, path in ALL.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and node.attr in ("encrypt", "decrypt") and name.endswith("sm2_gmssl"):
                 assert not (isinstance(node.value, ast.Name) and node.value.id == "_curve"), name
 
 
-def test_there_are_no_cycles() -> None:
+def test_modules_have_no_import_cycles() -> None:
     """Modules depend on each other in one direction."""
     graph = {name: {other for other in imports(name) if other in ALL and other != name} for name in ALL}
     while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
@@ -144,8 +144,8 @@ def test_packages_of_the_agent_depend_in_one_direction() -> None:
     assert not graph, f"in a cycle: {sorted(graph)}"
 
 
-def test_only_the_store_knows_databases_and_only_the_command_uses_it() -> None:
-    """A library's user has a database of their own."""
+def test_databases_are_used_by_the_store_and_its_command_only() -> None:
+    """Users of the library have databases of their own."""
     for name in ALL:
         roots = {other.split(".")[0] for other in imports(name)}
         assert not roots & {"sqlalchemy", "psycopg"} or name.startswith("keyferry.store."), name
@@ -155,7 +155,7 @@ def test_only_the_store_knows_databases_and_only_the_command_uses_it() -> None:
 
 
 def test_files_are_encrypted_over_the_interface_of_modules() -> None:
-    """Whichever module it is: none by its name."""
+    """File encryption names no kind of cryptographic module."""
     for name in modules(CLIENT):
         if name.startswith("keyferry.files"):
             known = [other for other in imports(name) if other.startswith("keyferry.module")]
@@ -163,15 +163,15 @@ def test_files_are_encrypted_over_the_interface_of_modules() -> None:
 
 
 def test_files_stay_short() -> None:
-    """A longer one is a question whether two ideas live in it."""
+    """A file over the limit probably holds two ideas."""
     long = {str(path): n for path in ALL.values() if (n := len(path.read_text().splitlines())) > LONGEST}
     assert not long
 
 
-def test_importing_the_client_loads_the_standard_library_and_msgpack_only() -> None:
-    """An application pays for what it uses."""
+def test_client_import_loads_only_stdlib_and_msgpack() -> None:
+    """An application imports only the modules that it uses."""
     code = "import sys; before = set(sys.modules); import keyferry; print(*(set(sys.modules) - before))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = {name.split(".")[0] for name in out.split()}
-    of_msgpack = {name for name in loaded if "cython" in name}  # what its compiled half registers
+    of_msgpack = {name for name in loaded if "cython" in name}  # types that its compiled half registers
     assert loaded - of_msgpack - sys.stdlib_module_names == {"keyferry", "msgpack"}

@@ -1,4 +1,4 @@
-"""The record of requests: a chain that shows what was done to it, over rotated files, and when it cannot be written."""
+"""The audit log: a chain that shows tampering, over rotated files, and after failed writes."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.audit_log import AT_START, requests
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import configuration, serving
 from support.keys import recipient
 
@@ -56,14 +56,14 @@ def recording(keyring: Path, socket_path: Path, record: Path) -> Iterator[tuple[
         yield agent, connection
 
 
-def test_every_request_has_its_line_and_the_chain_is_whole(
+def test_every_request_has_an_entry_in_a_whole_chain(
     recording: tuple[RunningAgent, RawConnection], record: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also the refused ones, with the key that was asked for."""
+    """Refused requests have entries too, with the requested key."""
     _, connection = recording
-    made = ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "secret"}})
-    refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]}, "InvalidParameter")
-    refused(connection, "Explode", {}, "InvalidAction.NotFound")
+    made = call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "secret"}})
+    call_refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]}, "InvalidParameter")
+    call_refused(connection, "Explode", {}, "InvalidAction.NotFound")
     lines = requests(record)
     assert [line["outcome"] for line in lines] == ["OK", "InvalidParameter", "InvalidAction.NotFound"]
     assert [line["key_id"] for line in lines] == [made["KeyId"], made["KeyId"], ""]
@@ -74,8 +74,8 @@ def test_every_request_has_its_line_and_the_chain_is_whole(
 
 
 @pytest.mark.parametrize("letter", ["a", "密", "\N{GRINNING FACE}", "\x01"])
-def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> None:
-    """Whatever the keys of a context are: what is too long is left out."""
+def test_line_fits_an_atomic_pipe_write(record: Path, letter: str) -> None:
+    """An entry leaves out context keys that would make it longer than PIPE_BUF."""
     peer = Peer(4294967294, frozenset(range(2**32 - 100, 2**32)), 2**22, "default", unit="u" * 255 + ".service")
     keys = tuple(f"{letter * 39}{number}" for number in range(40))
     audited = AuditEntry(
@@ -119,10 +119,10 @@ def test_a_line_is_one_that_a_pipe_takes_whole(record: Path, letter: str) -> Non
         "empty",
     ],
 )
-def test_what_was_done_to_a_record_is_found(
+def test_tampering_with_an_entry_is_found(
     record: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[list[bytes]], list[bytes]], why: str
 ) -> None:
-    """By the line after it."""
+    """The hash in the following entry shows a change."""
     lines = written(record)
     assert main(["audit", "verify", str(record)]) == 0
     record.write_bytes(b"".join(damage(lines)))
@@ -130,8 +130,8 @@ def test_what_was_done_to_a_record_is_found(
     assert why in capsys.readouterr().err
 
 
-def test_each_changed_byte_is_found(record: Path) -> None:
-    """By the chain, or in the last line by its hash, which somebody keeps elsewhere."""
+def test_every_changed_byte_is_found(record: Path) -> None:
+    """The chain shows a changed byte; in the last line, a hash that is kept elsewhere shows it."""
     whole = b"".join(written(record, 3))
     before = chain.verify([record])
     for at in range(len(whole)):
@@ -140,15 +140,15 @@ def test_each_changed_byte_is_found(record: Path) -> None:
             assert chain.verify([record]) != before, at
 
 
-def test_a_record_that_is_moved_away_goes_on_in_a_new_file(
+def test_chain_continues_in_a_new_file_after_rotation(
     recording: tuple[RunningAgent, RawConnection], record: Path, tmp_path: Path
 ) -> None:
-    """As logrotate does it; the chain goes over both, in their order only."""
+    """The chain covers both files, as logrotate leaves them, in their order only."""
     agent, connection = recording
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     record.rename(tmp_path / "audit.1")
     agent.wait_for("audit.reopened")
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     assert record.stat().st_mode & 0o777 == 0o600
     assert chain.verify([tmp_path / "audit.1", record]).lines == AT_START + 2
     assert chain.verify([record]).lines == 1
@@ -156,20 +156,18 @@ def test_a_record_that_is_moved_away_goes_on_in_a_new_file(
         chain.verify([record, tmp_path / "audit.1"])
 
 
-def test_a_record_that_is_deleted_is_begun_again(recording: tuple[RunningAgent, RawConnection], record: Path) -> None:
-    """What follows is recorded; where the folder is gone too, nothing is answered that cannot be recorded."""
+def test_deleted_audit_log_is_created_again(recording: tuple[RunningAgent, RawConnection], record: Path) -> None:
+    """Later requests are recorded; if the folder is gone too, requests are refused."""
     agent, connection = recording
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     record.unlink()
     agent.wait_for("audit.reopened")
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
     assert len(record.read_text().splitlines()) == 1
 
 
-def test_what_a_full_disk_cut_off_does_not_run_into_the_next_line(
-    record: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where it cannot be taken back at once: nothing is recorded until it is."""
+def test_line_cut_off_by_a_full_disk_is_removed(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is recorded until a partial line is truncated, also where truncating fails at first."""
     audit = AuditLog(Audit(str(record)))
     request = [(PEER, AuditEntry("id", 0.0, "Decrypt"), "OK")]
     assert audit.record(request).lines == 1
@@ -184,10 +182,8 @@ def test_what_a_full_disk_cut_off_does_not_run_into_the_next_line(
     assert chain.verify([record]).lines == 2
 
 
-def test_a_record_that_was_moved_away_is_opened_anew_although_closing_it_fails(
-    record: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a file system may report what it could not write: the descriptor is gone all the same."""
+def test_rotation_is_noticed_although_close_fails(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """close(2) may report a delayed write error; the descriptor is closed all the same."""
     audit = AuditLog(Audit(str(record)))
     request = [(PEER, AuditEntry("id", 0.0, "Decrypt"), "OK")]
     record.rename(record.with_suffix(".1"))
@@ -205,8 +201,8 @@ def test_a_record_that_was_moved_away_is_opened_anew_although_closing_it_fails(
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"time": "cut o'])
-def test_a_restart_goes_on_with_the_chain(record: Path, tail: bytes) -> None:
-    """A line that a crash has cut off is taken back: no answer left after it."""
+def test_restart_continues_the_chain(record: Path, tail: bytes) -> None:
+    """A line that a crash cut off is truncated: its answer was not sent."""
     written(record)
     with open(record, "ab") as file:
         file.write(tail)
@@ -215,21 +211,21 @@ def test_a_restart_goes_on_with_the_chain(record: Path, tail: bytes) -> None:
 
 
 @pytest.mark.parametrize(("on_failure", "code"), [("refuse", "ServiceUnavailableTemporary"), ("serve", "")])
-def test_what_cannot_be_recorded_is_refused_unless_the_operator_says_otherwise(
+def test_unrecordable_requests_follow_the_on_failure_setting(
     keyring: Path, socket_path: Path, on_failure: str, code: str
 ) -> None:
-    """A full disk; the log says so in either case."""
+    """On a full disk, requests are refused or served by the setting, and the log reports the failure in both cases."""
     more = f'[audit]\npath = "/dev/full"\non_failure = "{on_failure}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         if code:
-            refused(connection, "DescribeKey", {"KeyId": "alias/a"}, code)
+            call_refused(connection, "DescribeKey", {"KeyId": "alias/a"}, code)
         else:
-            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+            call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
         agent.wait_for("audit.failed")
 
 
-def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> None:
-    """After a moment, once, the record could not be written; and when it is read again, lines are whole."""
+def test_full_pipe_blocks_the_audit_log_for_a_bounded_time(tmp_path: Path) -> None:
+    """The first failed write is given up after a moment; when the pipe is read again, lines are whole."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     audit = AuditLog(Audit(str(fifo)))
@@ -247,8 +243,8 @@ def test_a_pipe_that_nobody_reads_is_not_waited_for_for_ever(tmp_path: Path) -> 
     assert chain.verify([tmp_path / "taken"]).lines == lines + 3
 
 
-def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(record: Path) -> None:
-    """What is under way is done some time; when it is, the chain goes on behind it."""
+def test_hanging_audit_file_delays_requests_only_once(record: Path) -> None:
+    """A write that hangs ends at some time, and the chain then continues behind it."""
     audit = AuditLog(Audit(str(record)))
     one = [(PEER, AuditEntry("id", 0.0), "OK")]
     hanging, begun = threading.Event(), threading.Event()
@@ -272,8 +268,8 @@ def test_a_file_that_does_not_answer_is_waited_for_once_and_then_by_nobody(recor
     assert chain.verify([record]).lines == 2
 
 
-def test_a_signal_does_not_end_the_records_thread(record: Path) -> None:
-    """The kernel gives a signal of the process to any thread."""
+def test_signal_does_not_end_the_audit_thread(record: Path) -> None:
+    """The kernel delivers a signal of the process to any of its threads."""
     before = signal.signal(signal.SIGHUP, lambda _number, _frame: None)
     try:
         audit = AuditLog(Audit(str(record)))
@@ -285,8 +281,8 @@ def test_a_signal_does_not_end_the_records_thread(record: Path) -> None:
     assert chain.verify([record]).lines == 20
 
 
-def test_a_reader_of_standard_error_that_stops_stops_nobody_else(keyring: Path, socket_path: Path) -> None:
-    """Record and log both go there: requests are refused while nothing can be recorded, and answered when it can be again."""
+def test_stopped_reader_of_stderr_blocks_no_client(keyring: Path, socket_path: Path) -> None:
+    """Requests are refused while audit log and log share a blocked standard error, and answered when its reader continues."""
     reading, writing = os.pipe()
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring))
@@ -313,17 +309,17 @@ def test_a_reader_of_standard_error_that_stops_stops_nobody_else(keyring: Path, 
             reads_again.join(PATIENCE)
 
 
-def test_who_was_given_data_keys_is_answered_from_the_record(
+def test_data_key_accesses_are_listed_from_the_audit_log(
     recording: tuple[RunningAgent, RawConnection], record: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By key, version and time: how often, for whom, and to which recipients."""
+    """Accesses are listed by key, version and time, with their number, callers and recipients."""
     _, connection = recording
-    made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params})
+    made = call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params})
     for _ in range(3):
-        ok(connection, "ExportDataKey", {"CiphertextBlob": made["CiphertextBlob"], **RSA.params})
-    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
-    ok(connection, "DescribeKey", {"KeyId": "alias/a"})
-    refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"][:-4] + "AAAA"}, "InvalidParameter")
+        call_ok(connection, "ExportDataKey", {"CiphertextBlob": made["CiphertextBlob"], **RSA.params})
+    call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
+    call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+    call_refused(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"][:-4] + "AAAA"}, "InvalidParameter")
 
     def who(*more: str) -> Any:
         capsys.readouterr()
@@ -344,14 +340,14 @@ def test_who_was_given_data_keys_is_answered_from_the_record(
     assert main(["audit", "who", str(record.with_name("none")), "--key", "x"]) == 1
 
 
-def test_the_configuration_leads_to_the_record_its_rotated_files_and_a_keys_alias(
+def test_audit_files_and_aliases_come_from_the_configuration(
     recording: tuple[RunningAgent, RawConnection], record: Path, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Oldest first, as logrotate numbers them; without it, files have to be named, and keys by their ID or ARN."""
+    """Rotated files are read oldest first; without a configuration, files and key IDs or ARNs are named by the operator."""
     agent, connection = recording
     for count, name in enumerate(("audit.jsonl.10", "audit.jsonl.9", "audit.jsonl.bak"), 1):
-        made = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"})
-        ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
+        made = call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"})
+        call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"]})
         if name.endswith("bak"):
             shutil.copy(record, record.with_name(name))
         else:

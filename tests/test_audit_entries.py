@@ -1,4 +1,4 @@
-"""What audit entries identify: data keys, severities, the start of an agent, and the names of its keys."""
+"""The content of audit entries: data keys, severities, the start of an agent, and the names of its keys."""
 
 import base64
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection
 from support.audit_log import requests
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import change, serving
 from support.keys import recipient
 
@@ -49,27 +49,27 @@ def entries(path: Path) -> list[dict[str, Any]]:
 
 
 def test_an_entry_has_the_hash_of_its_ciphertext(keyring: Path, socket_path: Path, record: Path) -> None:
-    """Of what was made, exported, decrypted, and re-encrypted from and to; also of what was refused."""
+    """Generated, exported, decrypted and re-encrypted ciphertexts are hashed, those of refused requests included."""
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         made = [
-            ok(connection, "GenerateDataKey", {"KeyId": "alias/a"}),
-            ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}),
-            ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
-            ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}),
+            call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"}),
+            call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}),
+            call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
+            call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"}),
         ]
         blob = made[0]["CiphertextBlob"]
-        ok(connection, "Decrypt", {"CiphertextBlob": blob})
-        ok(connection, "Decrypt", {"CiphertextBlob": base64.b64decode(blob)})
-        ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params})
-        refused(connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": OTHER}, "InvalidParameter")
-        again = ok(
+        call_ok(connection, "Decrypt", {"CiphertextBlob": blob})
+        call_ok(connection, "Decrypt", {"CiphertextBlob": base64.b64decode(blob)})
+        call_ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params})
+        call_refused(connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": OTHER}, "InvalidParameter")
+        again = call_ok(
             connection,
             "ReEncrypt",
             {"CiphertextBlob": blob, "DestinationKeyId": "alias/a", "DestinationEncryptionContext": OTHER},
         )
-        ok(connection, "DescribeKey", {"KeyId": "alias/a"})
-        refused(connection, "Decrypt", {"CiphertextBlob": "AAAA"}, "InvalidParameter")
+        call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        call_refused(connection, "Decrypt", {"CiphertextBlob": "AAAA"}, "InvalidParameter")
     *first, decrypted, binary, exported, denied, moved, described, nonsense = requests(record)
     assert [entry["ciphertext"] for entry in first] == [sha256sum(each["CiphertextBlob"]) for each in made]
     for entry in (decrypted, binary, exported, denied, moved):
@@ -81,8 +81,8 @@ def test_an_entry_has_the_hash_of_its_ciphertext(keyring: Path, socket_path: Pat
     assert not any(each["CiphertextBlob"][20:60] in text for each in made)
 
 
-def test_a_level_tells_what_was_refused_from_what_failed() -> None:
-    """info, warning, and error for what the agent could not do."""
+def test_level_separates_refusals_from_failures() -> None:
+    """The level is info for success, warning for a refusal, and error for a failure of the agent."""
     expected = {
         "OK": "info",
         "DryRunOperationError": "info",
@@ -100,8 +100,8 @@ def test_a_level_tells_what_was_refused_from_what_failed() -> None:
         assert (fields["outcome"], fields["level"]) == (outcome, level)
 
 
-def test_a_line_is_shorter_than_a_pipe_takes_whole(record: Path) -> None:
-    """With everything in it at its longest, a program and two hashes too."""
+def test_longest_entry_fits_an_atomic_pipe_write(record: Path) -> None:
+    """An entry with its longest fields, a program and two hashes has at most PIPE_BUF bytes."""
     peer = Peer(
         4294967294,
         frozenset(range(2**32 - 100, 2**32)),
@@ -121,14 +121,14 @@ def test_a_line_is_shorter_than_a_pipe_takes_whole(record: Path) -> None:
     assert requests(record)[0]["sha256"] == "sha256:" + "0" * 64
 
 
-def test_an_agent_begins_with_its_start_and_its_keys(keyring: Path, socket_path: Path, record: Path) -> None:
-    """In a file the chain goes on behind the agent before; a reload names the keys only if their names changed."""
+def test_agent_records_its_start_and_its_keys_first(keyring: Path, socket_path: Path, record: Path) -> None:
+    """The chain continues in a file of an earlier agent; a reload records names only if they changed."""
     more = f'[audit]\npath = "{record}"\n'
     change(keyring, "create-key", "--alias", "alias/b")
     for _ in range(2):
         with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-            status = ok(connection, "GetAgentStatus", {})
-            ids = {name: ok(connection, "DescribeKey", {"KeyId": name}) for name in ("alias/a", "alias/b")}
+            status = call_ok(connection, "GetAgentStatus", {})
+            ids = {name: call_ok(connection, "DescribeKey", {"KeyId": name}) for name in ("alias/a", "alias/b")}
             assert agent.stop() == 0
     found = entries(record)
     assert [entry["event"] for entry in found] == ["audit.start", "audit.keys", *["audit"] * 3] * 2
@@ -141,8 +141,8 @@ def test_an_agent_begins_with_its_start_and_its_keys(keyring: Path, socket_path:
     assert chain.verify([record]) == (10, hashlib.sha256(record.read_bytes().splitlines()[-1]).hexdigest(), True)
 
 
-def test_a_reload_names_keys_that_changed_their_names(keyring: Path, socket_path: Path, record: Path) -> None:
-    """A rotation changes no name, and writes none."""
+def test_reload_records_keys_whose_names_changed(keyring: Path, socket_path: Path, record: Path) -> None:
+    """A rotation changes no name, so it records none."""
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         agent.signal(signal.SIGHUP)
@@ -151,7 +151,7 @@ def test_a_reload_names_keys_that_changed_their_names(keyring: Path, socket_path
         agent.wait_for("reload.done", 2)
         change(keyring, "create-key", "--alias", "alias/new")
         agent.wait_for("reload.done", 3)
-        ok(connection, "DescribeKey", {"KeyId": "alias/new"})
+        call_ok(connection, "DescribeKey", {"KeyId": "alias/new"})
     found = entries(record)
     assert [entry["event"] for entry in found] == ["audit.start", "audit.keys", "audit.keys", "audit"]
     assert found[2]["keys"][found[3]["key_id"]] == ["alias/new"]
@@ -159,8 +159,8 @@ def test_a_reload_names_keys_that_changed_their_names(keyring: Path, socket_path
 
 
 @pytest.mark.parametrize(("keys", "aliases"), [(0, 0), (1, 0), (1, 1_000), (3_000, 1), (200, 3)])
-def test_the_names_of_any_keyring_are_in_short_lines(keys: int, aliases: int) -> None:
-    """In several entries, which say how many there are; together they have every name once."""
+def test_names_of_a_large_keyring_are_split_over_entries(keys: int, aliases: int) -> None:
+    """Each entry has the total, and all entries together have every name once."""
     named = [
         (f"{key:036}", tuple(f"alias/{key}/{number}/{'x' * 230}"[:255] for number in range(aliases)))
         for key in range(keys)
@@ -177,10 +177,8 @@ def test_the_names_of_any_keyring_are_in_short_lines(keys: int, aliases: int) ->
     assert found == {key_id: [*its] for key_id, its in named}
 
 
-def test_a_start_that_cannot_be_written_comes_before_the_first_request(
-    record: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk was full at the start: no entry is there without it, and it is there once."""
+def test_delayed_start_entry_precedes_the_first_request(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a start on a full disk, the start has one entry before those of all requests."""
     real, full = os.write, True
     monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:7] if full else data))
     audit = AuditLog(Audit(str(record)))

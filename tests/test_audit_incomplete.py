@@ -1,4 +1,4 @@
-"""An incomplete audit log is never called complete: what is missing, damaged or forked is named, and the exit code is 1."""
+"""An incomplete audit log is never called complete: missing, damaged and forked parts are named, and the exit code is 1."""
 
 import bz2
 import gzip
@@ -51,8 +51,8 @@ def test_a_log_may_be_incomplete_before_since(log: Log, since: str, code: int, v
         assert ("No caller" in log.out) == (code == 0)
 
 
-def test_since_does_not_excuse_what_may_be_newer(log: Log) -> None:
-    """The newest file cannot be read, or ends in the middle of a line."""
+def test_since_does_not_excuse_missing_newer_entries(log: Log) -> None:
+    """The newest file cannot be read, or ends in the middle of a line, so newer entries may be missing."""
     lines = entries(5)
     (log.folder / "audit.jsonl.1.zst").write_bytes(b"\x28\xb5\x2f\xfd" + bytes(20))
     (log.folder / "audit.jsonl.2").write_bytes(text(lines))
@@ -96,8 +96,8 @@ def test_a_rotated_file_that_cannot_be_read_is_named(log: Log, name: str, data: 
     assert "Traceback" not in log.err
 
 
-def test_real_zstd_is_named(log: Log) -> None:
-    """Python's standard library cannot read it; its output can be named instead."""
+def test_zstd_file_is_named(log: Log) -> None:
+    """Python's standard library cannot decompress zstd; its output can be passed instead."""
     if shutil.which("zstd") is None:
         pytest.skip("needs the program zstd (Debian package zstd)")
     lines = entries(4)
@@ -119,7 +119,7 @@ def test_a_rotated_name_that_is_not_a_file_is_named(log: Log) -> None:
     log.is_not_whole("audit.jsonl.1: No such file")
 
 
-def test_rotated_files_that_were_not_named_are(log: Log) -> None:
+def test_rotated_files_missing_from_the_arguments_are_named(log: Log) -> None:
     """Naming only the newest file is an incomplete answer; with --since it may be complete."""
     (log.folder / "audit.jsonl-20261129").write_bytes(text(entries(3)))
     log.current.write_bytes(text([line(chain.BEGINNING, 7)]))  # restarted after the rotation: a chain of its own
@@ -128,13 +128,13 @@ def test_rotated_files_that_were_not_named_are(log: Log) -> None:
 
 
 def test_a_log_without_entries_is_not_complete(log: Log) -> None:
-    """It may have been emptied."""
+    """An empty audit log may have been truncated."""
     log.current.touch()
     log.is_not_whole("no entry")
 
 
 def test_a_log_that_is_not_a_file_has_to_be_named(log: Log) -> None:
-    """Nothing blocks on it."""
+    """`audit` does not open a pipe by itself, as that would block."""
     os.mkfifo(log.current)
     assert log.run("who") == 1
     assert "not a file" in log.err
@@ -144,8 +144,8 @@ def test_a_log_that_is_not_a_file_has_to_be_named(log: Log) -> None:
 
 
 @pytest.mark.parametrize("where", ["one file", "two files"])
-def test_each_break_is_told_apart(log: Log, where: str) -> None:
-    """A fork, a change, a missing line, a moved line, a new beginning, a line that was cut off."""
+def test_each_kind_of_break_is_distinguished(log: Log, where: str) -> None:
+    """The report names a fork, a change, a missing line, a moved line, a new beginning and a cut off line."""
     lines = entries(6)
     fork = [*lines, line(chain.link(lines[2]), 9)]
     breaks: list[tuple[list[bytes], str]] = [
@@ -171,8 +171,8 @@ def test_each_break_is_told_apart(log: Log, where: str) -> None:
     log.is_not_whole("line 2: does not follow the line before it, but", "line was moved")
 
 
-def test_two_agents_that_took_turns_are_a_fork(log: Log) -> None:
-    """Each continued its own last line."""
+def test_two_writing_agents_are_reported_as_a_fork(log: Log) -> None:
+    """Each agent continued its own last line."""
     first = line(chain.BEGINNING, 0, key=LOST)
     lasts, lines = [first, first], [first]
     for number in range(1, 200):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection
 from support.audit_log import Log
-from support.calls import ok
+from support.calls import call_ok
 from support.keyring import serving
 
 from keyferry_agent.audit import AuditLog
@@ -105,8 +105,8 @@ DAMAGES: dict[str, tuple[Callable[[list[list[bytes]]], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_was_done_to_a_journal_is_found(log: Log, damage: str) -> None:
-    """In any chain, and where a start is missing; the chains that are whole are still named."""
+def test_tampering_with_a_journal_is_found(log: Log, damage: str) -> None:
+    """A change in any chain and a missing start are found, and the whole chains are still named."""
     chains = written(log.folder)
     change, why = DAMAGES[damage]
     change(chains)
@@ -120,7 +120,7 @@ def test_what_was_done_to_a_journal_is_found(log: Log, damage: str) -> None:
 
 
 def rechained(lines: list[bytes]) -> list[bytes]:
-    """The lines with new hashes, as whoever can write them makes them."""
+    """Return the lines with new hashes, as an attacker with write access could compute them."""
     from keyferry_agent.chained_log.chain import BEGINNING, link  # noqa: PLC0415
 
     previous, found = BEGINNING, []
@@ -164,7 +164,7 @@ def test_restarts_on_standard_error_are_verified(keyring: Path, socket_path: Pat
     for _ in range(2):
         with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
             for _ in range(3):
-                made: dict[str, Any] = ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+                made: dict[str, Any] = call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
             assert agent.stop() == 0
         output += ["Started keyferry-agent.service.\n", *agent.output]
     path = log.folder / "journal"

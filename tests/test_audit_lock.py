@@ -11,7 +11,7 @@ import pytest
 import structlog
 from support.agent import PATIENCE, RawConnection, RunningAgent
 from support.audit_log import AT_START
-from support.calls import ok
+from support.calls import call_ok
 from support.other_user import OTHER_USER
 from support.skip_unless import root
 
@@ -41,7 +41,7 @@ def refusal(agent: RunningAgent) -> str:
 
 @pytest.mark.parametrize("name", ["audit.jsonl", "a link to it", "a link to its folder"])
 def test_a_second_agent_does_not_write_to_the_same_log(tmp_path: Path, name: str) -> None:
-    """The message names the file; the first agent goes on, and the chain is whole."""
+    """The message names the file; the first agent serves on, and the chain is whole."""
     folder = tmp_path / "folder"
     folder.mkdir()
     log = folder / "audit.jsonl"
@@ -49,12 +49,12 @@ def test_a_second_agent_does_not_write_to_the_same_log(tmp_path: Path, name: str
     (tmp_path / "folder link").symlink_to(folder)
     named = {"audit.jsonl": log, "a link to it": tmp_path / "file link"}.get(name, tmp_path / "folder link/audit.jsonl")
     with agent_of(tmp_path / "first.sock", log) as first, RawConnection(first.socket) as connection:
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         message = refusal(agent_of(tmp_path / "second.sock", named))
         assert str(named) in message
         assert "another agent" in message
         assert not (tmp_path / "second.sock").exists()
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         assert lock_file_of(log).stat().st_mode & 0o777 == 0o600
         assert first.stop() == 0
     assert chain.verify([log]).lines == AT_START + 2
@@ -62,11 +62,11 @@ def test_a_second_agent_does_not_write_to_the_same_log(tmp_path: Path, name: str
 
 
 def test_the_lock_outlives_a_rotation(tmp_path: Path) -> None:
-    """Also while the new file does not exist yet."""
+    """The lock holds also while the new file does not exist yet."""
     log = tmp_path / "audit.jsonl"
     with agent_of(tmp_path / "first.sock", log) as first, RawConnection(first.socket) as connection:
         for count in (1, 2):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
             log.rename(tmp_path / f"audit.jsonl.{count}")
             first.signal(signal.SIGHUP)
             first.wait_for("audit.reopened", count)
@@ -74,7 +74,7 @@ def test_the_lock_outlives_a_rotation(tmp_path: Path) -> None:
 
 
 def test_a_killed_agent_does_not_stop_the_next(tmp_path: Path) -> None:
-    """Its lock file stays, and the kernel has released the lock."""
+    """The lock file of a killed agent stays, and the kernel has released the lock."""
     log = tmp_path / "audit.jsonl"
     with agent_of(tmp_path / "first.sock", log) as first:
         first.process.kill()
@@ -86,7 +86,7 @@ def test_a_killed_agent_does_not_stop_the_next(tmp_path: Path) -> None:
 
 
 def test_a_restart_waits_for_its_predecessor(tmp_path: Path) -> None:
-    """The predecessor may still be ending."""
+    """The previous agent may still be exiting."""
     log = tmp_path / "audit.jsonl"
     lock = Lock(log, seconds=0)
     threading.Timer(1.0, lock.release).start()
@@ -95,7 +95,7 @@ def test_a_restart_waits_for_its_predecessor(tmp_path: Path) -> None:
 
 
 def test_two_agents_with_logs_of_their_own_share_a_folder(tmp_path: Path) -> None:
-    """The lock is on the file."""
+    """The lock is on the file, not on its folder."""
     with (
         agent_of(tmp_path / "first.sock", tmp_path / "a.jsonl"),
         agent_of(tmp_path / "second.sock", tmp_path / "b.jsonl"),
@@ -105,7 +105,7 @@ def test_two_agents_with_logs_of_their_own_share_a_folder(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("path", ["stderr", "/dev/null", "/dev/stderr"])
 def test_devices_and_standard_error_are_not_locked(tmp_path: Path, path: str) -> None:
-    """Any number of agents may write there."""
+    """Any number of agents may write to a device or to standard error."""
     with agent_of(tmp_path / "first.sock", path), agent_of(tmp_path / "second.sock", path):
         pass
     assert not list(tmp_path.glob(".*.lock"))
@@ -131,7 +131,7 @@ def test_a_start_that_fails_leaves_no_lock(tmp_path: Path) -> None:
 
 @root()
 def test_a_folder_that_takes_no_lock_file_is_a_warning(tmp_path: Path) -> None:
-    """Such as one in which root makes the audit log for the agent's user."""
+    """The agent's user cannot create a lock file in a folder where only root creates the audit log."""
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
             folder.chmod(folder.stat().st_mode | 0o055)
@@ -158,7 +158,7 @@ def test_a_folder_that_takes_no_lock_file_is_a_warning(tmp_path: Path) -> None:
 
 @root()
 def test_an_agent_starts_on_a_full_disk(tmp_path: Path) -> None:
-    """With on_failure = "serve" it would answer requests there; the lock file is not worth more than that."""
+    """A lock file that cannot be written does not stop an agent which on_failure = "serve" lets serve on a full disk."""
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k,nr_inodes=3", "none", disk], check=True)

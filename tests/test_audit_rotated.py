@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RawConnection
 from support.audit_log import START, Log, entries, line, text
-from support.calls import ok
+from support.calls import call_ok
 from support.keyring import serving
 
 from keyferry_agent.audit import rotated
@@ -65,7 +65,7 @@ def log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Log:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rotated_file_is_found_by_any_name(log: Log, name: str) -> None:
-    """The lost key is in the rotated file only."""
+    """An access to the key in question is in the rotated file only."""
     lines = entries(5)
     compress = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz"}.get(Path(name).suffix, "plain")
     (log.folder / name).write_bytes(COMPRESS[compress](text(lines[:3])))
@@ -75,8 +75,8 @@ def test_a_rotated_file_is_found_by_any_name(log: Log, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["audit", "audit [1].jsonl", "audit*.log", "a.b.c", "密 钥.jsonl"])
-def test_the_name_of_the_log_may_be_any(log: Log, name: str) -> None:
-    """Patterns of a shell mean nothing in it."""
+def test_log_name_may_have_shell_patterns(log: Log, name: str) -> None:
+    """Shell patterns in a name have no meaning."""
     lines = entries(5)
     log.current = log.folder / name
     (log.folder / "agent.toml").write_text(f'[audit]\npath = "{log.current}"\n')
@@ -87,8 +87,8 @@ def test_the_name_of_the_log_may_be_any(log: Log, name: str) -> None:
 
 @pytest.mark.parametrize("form", COMPRESS)
 @pytest.mark.parametrize("name", ["audit.jsonl.1", "audit.jsonl.1.gz", "audit.jsonl.1.xz", "audit.jsonl.1.zst"])
-def test_the_content_says_how_a_file_is_compressed(log: Log, form: str, name: str) -> None:
-    """Its name may say anything; members of a compressed file are read one after another."""
+def test_compression_is_detected_by_content(log: Log, form: str, name: str) -> None:
+    """A name does not decide the compression; all members of a compressed file are read."""
     lines = entries(6)
     compress = COMPRESS[form]
     data = compress(text(lines[:4])) if form == "lzma" else compress(text(lines[:2])) + compress(text(lines[2:4]))
@@ -98,7 +98,7 @@ def test_the_content_says_how_a_file_is_compressed(log: Log, form: str, name: st
 
 
 def test_the_chain_decides_the_order(log: Log) -> None:
-    """Names that are in any order, and files that are named in any order, make no difference."""
+    """Neither the names of files nor the order of arguments makes a difference."""
     lines, names = entries(40), [name for name in NAMES if Path(name).suffix not in (".gz", ".bz2", ".xz")]
     for seed in range(5):
         random.Random(seed).shuffle(names)
@@ -134,7 +134,7 @@ def test_empty_files_and_lines_of_the_log_are_skipped(log: Log) -> None:
 
 
 def test_copies_count_once(log: Log) -> None:
-    """A copy, an older copy, a copy of the end, a compressed one beside its source, and a link."""
+    """An entry is counted once over copies, older copies, a copied end, a compressed copy and a link."""
     lines = entries(8)
     log.current.write_bytes(text(lines[4:]))
     (log.folder / "audit.jsonl.1").write_bytes(text(lines[:4]))
@@ -172,7 +172,7 @@ def test_the_files_of_olddir_are_named(log: Log) -> None:
 
 
 def test_a_pipe_can_be_named(log: Log, tmp_path: Path) -> None:
-    """Such as the output of zstdcat."""
+    """A pipe such as the output of zstdcat may be an argument."""
     lines, fifo = entries(4), tmp_path / "fifo"
     os.mkfifo(fifo)
     log.current.write_bytes(text(lines[2:]))
@@ -186,15 +186,13 @@ def test_a_pipe_can_be_named(log: Log, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["rename", "copytruncate", "dateext and compress"])
-def test_what_an_agent_wrote_is_whole_however_it_was_rotated(
-    log: Log, keyring: Path, socket_path: Path, how: str
-) -> None:
-    """A real agent, four rotations, and an empty file at the end."""
+def test_real_audit_log_is_whole_after_rotations(log: Log, keyring: Path, socket_path: Path, how: str) -> None:
+    """The chain of a real agent is whole over four rotations and an empty file at the end."""
     more = f'[audit]\npath = "{log.current}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-        key = ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})["KeyId"]
+        key = call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})["KeyId"]
         for number in range(1, 5):
-            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+            call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
             to = log.folder / (
                 f"audit.jsonl.{number}" if how != "dateext and compress" else f"audit.jsonl-2026112{number}"
             )
@@ -215,7 +213,7 @@ def test_what_an_agent_wrote_is_whole_however_it_was_rotated(
 
 
 def test_a_rotation_while_the_files_are_read_is_noticed(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files are found and read again."""
+    """After a rotation, the files are listed and read again."""
     lines = entries(6)
     (log.folder / "audit.jsonl.1").write_bytes(text(lines[:2]))
     log.current.write_bytes(text(lines[2:4]))

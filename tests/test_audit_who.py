@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import pytest
 from support.agent import RawConnection
 from support.audit_log import START, requests
-from support.calls import ok
+from support.calls import call_ok
 from support.keyring import change, opened, serving
 from support.keys import recipient
 
@@ -53,26 +53,28 @@ def who(record: Path, capsys: pytest.CaptureFixture[str]) -> Who:
 
 @pytest.fixture
 def made(keyring: Path, socket_path: Path, record: Path) -> dict[str, dict[str, Any]]:
-    """What an agent answered to some requests, by their names; it has ended."""
+    """The answers of an agent to some requests, by their names; it has exited."""
     more = f'[audit]\npath = "{record}"\n'
     change(keyring, "create-key", "--alias", "alias/b")
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         answers = {
-            "plain": ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme"}}),
-            "rsa": ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
-            "sm2": ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/b", **SM2.params}),
+            "plain": call_ok(
+                connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme"}}
+            ),
+            "rsa": call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/a", **RSA.params}),
+            "sm2": call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/b", **SM2.params}),
         }
         blob = answers["rsa"]["CiphertextBlob"]
-        answers["exported"] = ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **SM2.params})
-        answers["moved"] = ok(connection, "ReEncrypt", {"CiphertextBlob": blob, "DestinationKeyId": "alias/b"})
-        answers["unseen"] = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/b"})
-        ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+        answers["exported"] = call_ok(connection, "ExportDataKey", {"CiphertextBlob": blob, **SM2.params})
+        answers["moved"] = call_ok(connection, "ReEncrypt", {"CiphertextBlob": blob, "DestinationKeyId": "alias/b"})
+        answers["unseen"] = call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/b"})
+        call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
         assert agent.stop() == 0
     return answers
 
 
-def test_every_filter_chooses(made: dict[str, dict[str, Any]], who: Who, record: Path) -> None:
-    """Alone, together, and with a value that no entry has."""
+def test_every_filter_selects_entries(made: dict[str, dict[str, Any]], who: Who, record: Path) -> None:
+    """Filters work alone and together, and a value that no entry has selects none."""
     mine, pins = os.getuid(), {entry["request_id"]: entry["recipient"] for entry in requests(record)}
     rsa, sm2 = (pins[made[name]["RequestId"]] for name in ("rsa", "sm2"))
     all_of_it = ["plain", "rsa", "sm2", "exported", "moved"]
@@ -150,7 +152,7 @@ def test_single_data_keys_are_listed(
 def test_an_alias_is_found_where_the_keyring_cannot_be_opened(
     made: dict[str, dict[str, Any]], who: Who, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The agent is stopped, and its credential is gone: the audit log has the names."""
+    """The audit log has the names of a stopped agent's keys, whose credential is gone."""
     config = ("--config", keyring.parent / "agent.toml")
     (keyring.parent / "identity").unlink()
     assert len(who("--list", "--key", "alias/b", *config)) == 2
@@ -164,18 +166,18 @@ def test_an_alias_is_found_where_the_keyring_cannot_be_opened(
     assert "name the key by its ID" in said
 
 
-def test_an_alias_is_found_as_it_was_then(
+def test_alias_is_resolved_as_of_the_time_of_the_entry(
     keyring: Path, socket_path: Path, record: Path, who: Who, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It names another key now: the keys of both times are searched, and the times are printed."""
+    """An alias that has moved leads to the keys of both times, and the times are printed."""
     change(keyring, "create-key", "--alias", "alias/b")
     old, new = (opened(keyring).find(name).key_id for name in ("alias/a", "alias/b"))
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-        ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
         change(keyring, "update-alias", "alias/a", "alias/b")
         agent.wait_for("reload.done")
-        ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
         assert agent.stop() == 0
     assert [entry["key_id"] for entry in who("--list", "--key", "alias/a")] == [old, new]
     assert main(["audit", "who", str(record), "--key", "alias/a", "--config", str(keyring.parent / "agent.toml")]) == 0
@@ -184,8 +186,8 @@ def test_an_alias_is_found_as_it_was_then(
     assert f"alias/a was key {old} at " in said
 
 
-def test_a_cut_off_list_of_context_keys_is_not_a_no(record: Path, who: Who) -> None:
-    """An entry holds 32 keys: where another may have been there, the answer is incomplete."""
+def test_truncated_context_keys_make_the_answer_incomplete(record: Path, who: Who) -> None:
+    """An entry holds 32 context keys, so a filter by another key cannot exclude it."""
     fields = {
         "time": START.isoformat(),
         "event": "audit",
@@ -207,14 +209,14 @@ def test_a_cut_off_list_of_context_keys_is_not_a_no(record: Path, who: Who) -> N
         ("3d", timedelta(3)),
     ],
 )
-def test_a_time_may_be_how_long_ago(text: str, ago: timedelta) -> None:
-    """From now."""
+def test_time_may_be_relative(text: str, ago: timedelta) -> None:
+    """A duration is a time that long before now."""
     for parse in (times.since, times.until):
         assert abs(datetime.now(UTC) - ago - parse(text)) < timedelta(seconds=5)
 
 
-def test_a_day_begins_for_since_and_ends_for_until() -> None:
-    """Of this host's time zone; a weekday is the last one."""
+def test_day_starts_at_since_and_ends_at_until() -> None:
+    """Days are of this host's time zone; a weekday is the last one."""
     today = datetime.now().replace(hour=0, minute=0, second=0, microsecond=0)  # noqa: DTZ005
     day = timedelta(days=1)
     for text, begins in (
@@ -237,7 +239,7 @@ def test_a_day_begins_for_since_and_ends_for_until() -> None:
 )
 @pytest.mark.parametrize("option", ["--since", "--until"])
 def test_a_bad_time_is_explained(record: Path, capsys: pytest.CaptureFixture[str], text: str, option: str) -> None:
-    """What is expected, in words; not the name of a function."""
+    """The message has the expected forms in words, and no function's name."""
     with pytest.raises(SystemExit) as ended:
         main(["audit", "who", str(record), f"{option}={text}"])
     assert ended.value.code == 2
@@ -245,8 +247,8 @@ def test_a_bad_time_is_explained(record: Path, capsys: pytest.CaptureFixture[str
     assert f"argument {option}: {text!r} is not a time: expected a time like 2026-01-31" in said
 
 
-def test_what_cannot_be_asked_is_explained(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An unknown user, and a time that ends before it begins."""
+def test_impossible_queries_are_explained(record: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`audit who` explains an unknown user, and a period that ends before it begins."""
     line = json.dumps({"event": "audit", "previous": BEGINNING}).encode()
     record.write_bytes(line + b"\n")
     assert len(link(line)) == 64

@@ -1,4 +1,4 @@
-"""The benchmark's arithmetic and tables, and that what it calls the bare loop is what the agent computes. Nothing is timed."""
+"""The benchmark's arithmetic and tables, and that its bare loop does the agent's computation. Nothing is timed."""
 
 import json
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @given(st.lists(st.floats(0, 1e6), min_size=1), st.floats(0.1, 100))
-def test_a_percentile_is_the_smallest_value_that_enough_are_not_above(values: list[float], percent: float) -> None:
-    """Nearest rank: always one of the values."""
+def test_percentile_is_the_nearest_rank(values: list[float], percent: float) -> None:
+    """A percentile is always one of the values."""
     found = percentile(values, percent)
     enough = percent / 100 * len(values)
     assert found in values
@@ -33,15 +33,15 @@ def test_a_percentile_is_the_smallest_value_that_enough_are_not_above(values: li
 
 
 def test_percentiles_of_a_hundred_values_are_those_values() -> None:
-    """The 50th is the 50th, the 99th the 99th."""
+    """Of the values 1 to 100, the 50th percentile is 50 and the 99th is 99."""
     values = list(range(100, 0, -1))
     assert [percentile(values, percent) for percent in (1, 50, 99, 100)] == [1, 50, 99, 100]
     with pytest.raises(ValueError, match="no values"):
         percentile([], 50)
 
 
-def test_ratios_are_made_round_by_round() -> None:
-    """Each over its own base, and rounds that do not pair are refused."""
+def test_ratios_are_computed_per_round() -> None:
+    """Each round is divided by its own base, and rounds that do not pair are refused."""
     assert ratios([2.0, 9.0], [4.0, 3.0]) == [0.5, 3.0]
     with pytest.raises(ValueError, match="shorter"):
         ratios([1.0, 2.0], [1.0])
@@ -56,14 +56,14 @@ def figure(*samples: float, target: Target | None = None, note: str = "") -> Fig
     ("target", "met"),
     [(Target("at least", 0.4), True), (Target("at least", 0.5), False), (Target("at most", 0.4), True), (None, None)],
 )
-def test_the_median_of_the_rounds_is_held_against_the_target(target: Target | None, met: bool | None) -> None:
-    """Neither the best round nor the mean; the bound itself is met."""
+def test_median_of_the_rounds_is_compared_with_the_target(target: Target | None, met: bool | None) -> None:
+    """Neither the best round nor the mean counts; a median equal to the target meets it."""
     assert figure(0.9, 0.4, 0.1, target=target).met is met
     assert figure(0.9, 0.4, 0.1).spread == (0.1, 0.9)
 
 
 def test_figures_and_curves_survive_their_json() -> None:
-    """What is kept can be compared with."""
+    """Figures and curves read from JSON are equal to those written."""
     for each in (figure(1.0, 2.0, target=Target("at least", 3)), figure()):
         assert Figure.from_json(json.loads(json.dumps(each.to_json()))) == each
     kept = {"plot": "p", "name": "n", "x": "x", "y": "y", "points": [{"x": 1, "samples": [2.0]}]}
@@ -72,8 +72,8 @@ def test_figures_and_curves_survive_their_json() -> None:
     assert Curve.from_json(kept) == curve
 
 
-def test_a_table_says_median_spread_target_and_what_was_not_measured() -> None:
-    """In a terminal, and between the marks of a page; the rest of the page stays."""
+def test_table_has_median_spread_target_and_gaps() -> None:
+    """The table is printed in a terminal, or replaces the text between a page's marks and nothing else."""
     lines = [figure(0.25, 0.5, 1000.0, target=Target("at least", 0.6), note="a note"), figure(note="not there")]
     shown = table.text(lines)
     page = table.between_marks(
@@ -91,7 +91,7 @@ def test_a_table_says_median_spread_target_and_what_was_not_measured() -> None:
 
 
 def test_the_page_has_a_place_for_the_table() -> None:
-    """`make bench` finds it."""
+    """docs/performance.md has the marks that `make bench` looks for."""
     assert table.between_marks((ROOT / "docs" / "performance.md").read_text(), "a table").count("a table") == 1
 
 
@@ -106,13 +106,13 @@ def test_the_page_has_a_place_for_the_table() -> None:
         (figure(target=Target("at most", 4)), figure(3.0), 0),
     ],
 )
-def test_only_what_misses_its_target_and_became_much_worse_is_reported(now: Figure, kept: Figure, found: int) -> None:
-    """In either direction of better."""
+def test_only_large_regressions_past_the_target_are_reported(now: Figure, kept: Figure, found: int) -> None:
+    """The direction of better depends on the figure."""
     assert len(check.worse([now], [kept])) == found
 
 
-def test_the_bare_loop_computes_what_the_agent_computes() -> None:
-    """Its blob opens as a CiphertextBlob, and what is wrapped is what is in it."""
+def test_bare_loop_does_the_agents_computation() -> None:
+    """The baseline's blob opens as a CiphertextBlob, and its wrapped key is the blob's."""
     wrapped: list[bytes] = []
 
     def wrap(data_key: bytes) -> bytes:
@@ -132,7 +132,7 @@ def test_the_bare_loop_computes_what_the_agent_computes() -> None:
 
 @pytest.mark.parametrize("loop", sorted(baselines.LOOPS))
 def test_every_loop_can_be_repeated(loop: str) -> None:
-    """Twice in a row."""
+    """Each baseline runs twice in a row."""
     step = baselines.LOOPS[loop](32)
     step()
     step()
@@ -140,7 +140,7 @@ def test_every_loop_can_be_repeated(loop: str) -> None:
 
 @pytest.mark.parametrize("msgid", [0, 0x7F, 0x80, 0xFFFF, 1 << 16, wire.MAX_MSGID])
 def test_the_canned_answer_has_the_request_s_message_id(msgid: int) -> None:
-    """However many bytes that takes."""
+    """The answer has the request's message ID in any of its encoded lengths."""
     answer = answer_to(wire.encode_request(msgid, "X", {}), wire.encode_response(1 << 20, None, {"KeyId": "k"}))
     decoder = wire.Decoder()
     decoder.feed(answer)
@@ -154,8 +154,8 @@ def measured() -> Iterator[Subject]:
         yield agent
 
 
-def test_load_generators_leave_a_connection_as_they_found_it(measured: Subject) -> None:
-    """No answer is left over, so that one can follow the other."""
+def test_load_generators_leave_no_answer_unread(measured: Subject) -> None:
+    """A generator can follow another on one connection."""
     with (
         Connection(measured.path, requests(measured.aliases)) as line,
         Connection(measured.path, line.requests) as other,
@@ -169,6 +169,6 @@ def test_load_generators_leave_a_connection_as_they_found_it(measured: Subject) 
 
 
 def test_a_load_generator_notices_errors(measured: Subject) -> None:
-    """A refusal is no answer."""
+    """A refusal does not count as an answer."""
     with pytest.raises(ValueError, match="not the answer"):
         Connection(measured.path, requests(["alias/nothing"]))

@@ -1,4 +1,4 @@
-"""`keyferry-agent check`: what would stop an agent on this host, and what can never match. Nothing is written."""
+"""`keyferry-agent check`: faults that would stop an agent on this host, and grants that never match. Nothing is written."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 def test_a_configuration_without_fault_has_no_warning(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No file appears beside it."""
+    """`check` prints no warning for a good configuration, and makes no file beside it."""
     with config.open("a") as file:
         file.write(GRANT.format(keys='"alias/a", "alias/*", "*", "acs:kms:local:0:alias/a"'))
     before = sorted(tmp_path.rglob("*"))
@@ -62,7 +62,7 @@ def test_a_configuration_without_fault_has_no_warning(
         ('[metrics]\nlisten = "/nowhere/m.sock"\n', "metrics.listen: /nowhere: No such file or directory"),
     ],
 )
-def test_what_cannot_work_here_is_a_warning(
+def test_faults_of_this_host_are_warnings(
     config: Path, capsys: pytest.CaptureFixture[str], more: str, warning: str
 ) -> None:
     """The configuration may be for another host, so the exit code is 0."""
@@ -84,7 +84,7 @@ def test_a_socket_folder_that_is_missing_is_a_warning(config: Path, capsys: pyte
 def test_a_keyring_that_does_not_open_is_a_warning(
     config: Path, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its content is damaged."""
+    """`check` warns of a keyring whose content is damaged."""
     keyring.write_bytes(keyring.read_bytes()[:-1])
     (warning,) = check(capsys, config)[2]
     assert f"{config}: warning: keyring: " in warning
@@ -137,7 +137,7 @@ def systemctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyP
 def test_a_service_that_gets_all_it_needs_is_good(
     config: Path, systemctl: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The socket is handed over, and systemd makes the folders at the start."""
+    """Systemd passes the socket, and makes the folders at the start."""
     config.write_text(
         f"{config.read_text().replace(str(config.parent / 'agent.sock'), '/run/keyferry/agent.sock')}"
         '[audit]\npath = "/var/log/keyferry/audit.jsonl"\n[metrics]\nlisten = "/run/keyferry-agent/m.sock"\n'
@@ -164,14 +164,14 @@ def test_a_service_that_gets_all_it_needs_is_good(
     ],
     ids=["sole socket", "stranger", "no socket", "no unit", "no systemctl"],
 )
-def test_what_would_stop_the_service_is_an_error(
+def test_faults_that_stop_the_service_are_errors(
     config: Path,
     systemctl: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     variables: dict[str, str],
     problem: str | None,
 ) -> None:
-    """A sole socket belongs to a sole listener, whatever its name."""
+    """A sole socket belongs to a sole listener of any name."""
     for name, value in variables.items():
         systemctl.setenv(name, value)
     code, _, err = check(capsys, "--systemd", config)
@@ -183,7 +183,7 @@ def test_what_would_stop_the_service_is_an_error(
 def test_a_credential_has_to_be_loaded_by_the_unit(
     config: Path, systemctl: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """It is not there before the start."""
+    """A credential is absent before the service starts, so `check` reads the unit."""
     lines = [line for line in config.read_text().splitlines() if not line.startswith("unseal")]
     config.write_text("\n".join([*lines, f'unseal = "credential:{name}"', ""]))
     code, _, err = check(capsys, "--systemd", config)

@@ -1,4 +1,4 @@
-"""CiphertextBlob: the agent's code against the frozen vectors and against a second implementation, and what it must refuse."""
+"""CiphertextBlob: the agent's code against frozen vectors and a second implementation, and its refusals."""
 
 import ast
 import contextlib
@@ -52,7 +52,7 @@ def view(data: bytes) -> memoryview:
 
 
 def seal_with(case: Case, scratch: SecretMemory) -> bytes:
-    """What the agent makes of a case's values, its salt among them."""
+    """Return the agent's blob of a case's values, its salt among them."""
     cmk, plaintext = view(bytes.fromhex(case["cmk"])), view(bytes.fromhex(case["plaintext"]))
     context = case["encryption_context"] or {}
     salt = bytes.fromhex(case["salt"])
@@ -64,7 +64,7 @@ def seal_with(case: Case, scratch: SecretMemory) -> bytes:
 def open_blob(
     scratch: SecretMemory, key_spec: str, cmk: bytes, key_id: str, context: dict[str, str] | None, blob: bytes
 ) -> bytes:
-    """What the agent does with a blob, when the KeyVersionId in it is one that has this master key."""
+    """Return the plaintext that the agent decrypts from a blob whose KeyVersionId has this master key."""
     ciphertext_blob.key_version_id(blob)
     out = bytearray(ciphertext_blob.plaintext_size(blob))
     ciphertext_blob.decrypt_into(key_spec, view(cmk), blob, key_id, context or {}, memoryview(out), scratch)
@@ -96,7 +96,7 @@ def test_the_file_holds_all_its_cases() -> None:
     assert (len(VALID), len(INVALID)) == (46, 92)
 
 
-def test_the_second_implementation_imports_nothing_of_the_product() -> None:
+def test_reference_decoder_imports_nothing_of_the_product() -> None:
     tree = ast.parse(Path(blob_decoder.__file__).read_text(encoding="utf-8"))
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
@@ -111,7 +111,7 @@ def test_the_second_implementation_imports_nothing_of_the_product() -> None:
 
 
 @pytest.mark.parametrize("case", VALID, ids=name_of)
-def test_sealing_with_a_vectors_salt_gives_its_blob(scratch: SecretMemory, case: Case) -> None:
+def test_encryption_with_a_vectors_salt_returns_its_blob(scratch: SecretMemory, case: Case) -> None:
     assert seal_with(case, scratch).hex() == case["blob"]
 
 
@@ -129,8 +129,8 @@ def test_an_invalid_blob_does_not_open(scratch: SecretMemory, case: Case) -> Non
         blob_decoder.open_blob(*values_to_open(case))
 
 
-def test_contexts_give_different_blobs_unless_they_are_both_empty() -> None:
-    """With one key, one salt and one plaintext, only the absent context and {} bind alike."""
+def test_only_empty_contexts_share_a_blob() -> None:
+    """With one key, salt and plaintext, only the absent context and {} have the same blob."""
     for key_spec in ciphertext_blob.KEY_SIZES:
         salt = make_ciphertext.value(f"{key_spec} salt", 32).hex()
         blobs: dict[str, list[Any]] = {}
@@ -153,7 +153,7 @@ def test_the_agents_self_test_holds_the_frozen_blobs() -> None:
 @given(key_specs, st.binary(min_size=1, max_size=100), contexts, st.uuids(), st.binary(min_size=32, max_size=32))
 @example("Aliyun_AES_256", bytes(6_144), {}, make_ciphertext.KEY_ID, b"k" * 32)
 @example("Aliyun_SM4", bytes(6_144), {}, make_ciphertext.KEY_ID, b"k" * 32)
-def test_what_the_agent_seals_the_second_implementation_opens(
+def test_reference_decoder_opens_blobs_of_the_agent(
     scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], key_id: object, key: bytes
 ) -> None:
     cmk = key[: ciphertext_blob.KEY_SIZES[key_spec]]
@@ -164,7 +164,7 @@ def test_what_the_agent_seals_the_second_implementation_opens(
 
 @SLOW
 @given(key_specs, st.binary(min_size=1, max_size=100), contexts, st.binary(min_size=64, max_size=64))
-def test_what_the_second_implementation_seals_the_agent_opens(
+def test_agent_opens_blobs_of_the_reference_implementation(
     scratch: SecretMemory, key_spec: str, plaintext: bytes, context: dict[str, str], random: bytes
 ) -> None:
     cmk, salt = random[: ciphertext_blob.KEY_SIZES[key_spec]], random[32:]
@@ -194,7 +194,7 @@ near_contexts = st.dictionaries(near, near, max_size=3)
 
 @settings(PATIENT, max_examples=500)
 @given(near, near_contexts, near, near_contexts)
-def test_two_key_ids_or_contexts_never_encode_alike(
+def test_associated_data_is_unique_per_key_id_and_context(
     key_id: str, context: dict[str, str], other_id: str, other: dict[str, str]
 ) -> None:
     assume((key_id, context) != (other_id, other))
@@ -209,7 +209,7 @@ def test_the_order_of_a_context_does_not_matter(context: dict[str, str]) -> None
     assert associated_data(b"", KEY_ID, turned) == associated_data(b"", KEY_ID, context)
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
@@ -231,8 +231,8 @@ def test_a_blob_cut_off_anywhere_does_not_open(scratch: SecretMemory, key_spec: 
             open_blob(scratch, key_spec, cmk, KEY_ID, {"a": "1"}, blob[:size])
 
 
-def test_every_cause_of_a_refusal_reads_the_same(scratch: SecretMemory) -> None:
-    """Who sends blobs learns nothing from the exception: not from its text, and not from a cause."""
+def test_all_refusals_have_the_same_exception(scratch: SecretMemory) -> None:
+    """A sender of blobs learns nothing from the exception's text or cause."""
     seen = set()
     for case in INVALID:
         with pytest.raises(ciphertext_blob.BlobError) as caught:
@@ -252,7 +252,7 @@ def test_a_blob_of_another_form_names_no_version(blob: bytes) -> None:
 
 
 @pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
-def test_another_master_key_is_refused_before_anything_is_decrypted(scratch: SecretMemory, key_spec: str) -> None:
+def test_another_master_key_is_refused_before_decryption(scratch: SecretMemory, key_spec: str) -> None:
     cmk, blob = sample(key_spec, scratch)
     out = bytearray(32)
     with pytest.raises(ciphertext_blob.BlobError):
@@ -277,7 +277,7 @@ def test_a_version_id_beyond_ascii_is_not_sealed(scratch: SecretMemory) -> None:
 
 
 @pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
-def test_sealing_the_same_twice_differs_in_everything_but_the_header(scratch: SecretMemory, key_spec: str) -> None:
+def test_equal_plaintexts_have_blobs_that_share_only_the_header(scratch: SecretMemory, key_spec: str) -> None:
     (_, one), (_, two) = sample(key_spec, scratch), sample(key_spec, scratch)
     assert one[:37] == two[:37]
     for field in (slice(37, 69), slice(69, 101), slice(101, -16), slice(-16, None)):
@@ -285,7 +285,7 @@ def test_sealing_the_same_twice_differs_in_everything_but_the_header(scratch: Se
 
 
 @pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
-def test_sealing_and_opening_leave_the_callers_buffers_as_they_were(scratch: SecretMemory, key_spec: str) -> None:
+def test_callers_buffers_are_not_changed(scratch: SecretMemory, key_spec: str) -> None:
     cmk, plaintext = bytes(range(ciphertext_blob.KEY_SIZES[key_spec])), b"the caller wipes this"
     lent, data = view(cmk), view(plaintext)
     blob = ciphertext_blob.bind(key_spec, VERSION_ID, KEY_ID, {}).encrypt(lent, data, scratch)
@@ -297,7 +297,7 @@ def test_sealing_and_opening_leave_the_callers_buffers_as_they_were(scratch: Sec
 @pytest.mark.parametrize("damage", [0, 1])
 @pytest.mark.parametrize("key_spec", sorted(ciphertext_blob.KEY_SIZES))
 def test_one_time_keys_are_wiped_whether_a_blob_opens_or_not(key_spec: str, damage: int) -> None:
-    """In a memory that serves nobody else, some room was used, and all of it holds zeros."""
+    """A secret memory for this test alone was used, and holds only zeros afterwards."""
     with contextlib.closing(SecretMemory(4096, require=False)) as scratch:
         cmk, blob = sample(key_spec, scratch)
         offered = blob[:-1] + bytes([blob[-1] ^ damage])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, dev_agent
-from support.fake_server import answers, client_of, says
+from support.fake_server import client_of, respond_in_reverse, send_bytes
 from support.keys import ALGORITHMS, recipient
 
 import keyferry
@@ -42,7 +42,7 @@ RSA = recipient("RSAES_OAEP_SHA_256")
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_operation_has_a_method_with_the_same_names(agent: RunningAgent, algorithm: str) -> None:
-    """The main job, by the client's own methods; results are frozen."""
+    """The client's methods do the main job, and results are frozen."""
     to = recipient(algorithm)
     with agent.client() as kms:
         made = kms.generate_and_export_data_key(
@@ -66,8 +66,8 @@ def test_every_operation_has_a_method_with_the_same_names(agent: RunningAgent, a
         made.key_id = "x"  # type: ignore[misc]
 
 
-def test_methods_are_what_the_declarations_say() -> None:
-    """One for each operation, keyword arguments only, with its documentation."""
+def test_methods_match_the_declarations() -> None:
+    """Each operation has one documented method with keyword arguments only."""
     client = Client("/nowhere")
     for operation in operations.OPERATIONS.values():
         name = "".join("_" + c.lower() if c.isupper() else c for c in operation.name).removeprefix("_")
@@ -83,7 +83,7 @@ def test_methods_are_what_the_declarations_say() -> None:
 
 
 def test_a_public_key_is_taken_as_base64_der_and_pem(agent: RunningAgent) -> None:
-    """All three name the same recipient."""
+    """Base64, DER and PEM of one key name the same recipient."""
     text = encode_base64(RSA.der)
     pem = f"-----BEGIN PUBLIC KEY-----\n{text[:64]}\n{text[64:]}\n-----END PUBLIC KEY-----\n".encode()
     with agent.client() as kms:
@@ -104,7 +104,7 @@ def test_a_public_key_is_taken_as_base64_der_and_pem(agent: RunningAgent) -> Non
 
 
 def test_refusals_are_exceptions_with_all_four_fields(agent: RunningAgent) -> None:
-    """And children that say who can do something about it."""
+    """Subclasses of the exception name the side that can act."""
     with agent.client() as kms:
         with pytest.raises(NotFound) as caught:
             kms.describe_key(key_id="alias/none")
@@ -120,7 +120,7 @@ def test_refusals_are_exceptions_with_all_four_fields(agent: RunningAgent) -> No
 
 
 def test_every_code_has_its_exception() -> None:
-    """One that this version does not know is a plain KmsError."""
+    """A code that this version does not know raises a plain KmsError."""
     retryable: set[type[KmsError]] = {Throttled, ServiceUnavailable, InternalFailure}
     children: set[type[KmsError]] = {AccessDenied, NotFound, InvalidRequest, KeyUnusable, DryRun, *retryable}
     assert {type(kms_error(code)) for code in CODES} == children
@@ -133,7 +133,7 @@ def test_every_code_has_its_exception() -> None:
 
 
 def test_threads_share_a_client(agent: RunningAgent) -> None:
-    """Each gets its own answers."""
+    """Threads that share a client get their own answers."""
     with agent.client() as kms, ThreadPoolExecutor(8) as pool:
 
         def size(number: int) -> int:
@@ -144,7 +144,7 @@ def test_threads_share_a_client(agent: RunningAgent) -> None:
 
 
 def test_a_forked_child_and_its_parent_both_go_on(agent: RunningAgent) -> None:
-    """The child connects anew, even when a thread of the parent was in the middle of a call."""
+    """The child reconnects, even if a thread of the parent was in a call during the fork."""
     with agent.client() as kms:
         kms.get_agent_status()
         with kms._lock:  # as if another thread were calling
@@ -160,7 +160,7 @@ def test_a_forked_child_and_its_parent_both_go_on(agent: RunningAgent) -> None:
 
 
 def test_a_call_after_a_restart_is_sent_to_the_new_agent(socket_path: Path) -> None:
-    """Reconnecting is nobody's business but the client's."""
+    """A client whose agent restarted reconnects by itself."""
     with dev_agent(socket_path) as first:
         kms = first.client()
         before = kms.get_agent_status()
@@ -172,8 +172,8 @@ def test_a_call_after_a_restart_is_sent_to_the_new_agent(socket_path: Path) -> N
     kms.close()
 
 
-def test_a_call_waits_no_longer_than_its_timeout_for_other_threads(agent: RunningAgent) -> None:
-    """Turns are part of the whole call."""
+def test_timeout_includes_the_wait_for_other_threads(agent: RunningAgent) -> None:
+    """Waiting for the connection is a part of the call."""
     with (
         Client(agent.socket, timeout=0.05) as kms,
         kms._lock,
@@ -183,8 +183,8 @@ def test_a_call_waits_no_longer_than_its_timeout_for_other_threads(agent: Runnin
         pool.submit(kms.get_agent_status).result()
 
 
-def test_a_full_queue_of_connections_is_waited_for(socket_path: Path) -> None:
-    """An agent that is busy accepting is not an agent that is not there."""
+def test_client_waits_for_a_full_connection_queue(socket_path: Path) -> None:
+    """An agent with a full queue is busy, not absent."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(socket_path))
         listening.listen(0)
@@ -201,15 +201,15 @@ def test_a_full_queue_of_connections_is_waited_for(socket_path: Path) -> None:
                 connection.close()
 
 
-def test_false_and_zero_are_not_the_same() -> None:
-    """A length of nothing is the agent's to refuse, not the client's to forget."""
+def test_zero_is_sent_and_false_is_not() -> None:
+    """The agent has to refuse a length of 0, so the client sends it; DryRun=False is the default, and left out."""
     request = operations.GenerateAndExportDataKey("k", "p", "s", "a", number_of_bytes=0, dry_run=False)
     assert declaration.request_to_wire(request)["NumberOfBytes"] == 0
     assert "DryRun" not in declaration.request_to_wire(request)
 
 
 def test_a_client_can_be_closed_and_used_again(agent: RunningAgent) -> None:
-    """Closing is about the connection."""
+    """A closed client reconnects at its next call."""
     kms = agent.client()
     for _ in range(2):
         assert kms.get_agent_status()
@@ -217,7 +217,7 @@ def test_a_client_can_be_closed_and_used_again(agent: RunningAgent) -> None:
 
 
 def test_an_agent_that_does_not_answer_in_time_is_unavailable(agent: RunningAgent, socket_path: Path) -> None:
-    """The timeout is for the whole call; the next one starts afresh."""
+    """The timeout bounds the whole call, and the next call starts a new one."""
     with dev_agent(socket_path) as stopped, Client(socket_path, timeout=0.1) as kms:
         stopped.signal(signal.SIGSTOP)
         with pytest.raises(AgentUnavailable, match=r"within 0\.1 s"):
@@ -227,8 +227,8 @@ def test_an_agent_that_does_not_answer_in_time_is_unavailable(agent: RunningAgen
         late.get_agent_status()
 
 
-def test_signals_make_no_timeout_longer(socket_path: Path) -> None:
-    """However many: each interrupts the wait, and none begins it anew."""
+def test_signals_do_not_extend_a_timeout(socket_path: Path) -> None:
+    """Each signal interrupts the wait, which continues with the remaining time."""
     signals: list[int] = []
 
     def counted(number: int, _frame: object) -> None:
@@ -252,13 +252,13 @@ def test_signals_make_no_timeout_longer(socket_path: Path) -> None:
 
 def test_fresh_connections_that_break_are_tried_again_a_few_times(socket_path: Path) -> None:
     """One can meet an agent that goes, another its crash; more of them are a fault."""
-    with client_of(socket_path, *[says(b"")] * MAX_LOST_CONNECTIONS) as client, pytest.raises(AgentUnavailable):
+    with client_of(socket_path, *[send_bytes(b"")] * MAX_LOST_CONNECTIONS) as client, pytest.raises(AgentUnavailable):
         client.call("GetAgentStatus", {})
 
 
 def test_a_fresh_connection_that_breaks_is_not_the_end(socket_path: Path) -> None:
     """The next one meets an agent that answers."""
-    with client_of(socket_path, *[says(b"")] * (MAX_LOST_CONNECTIONS - 1), answers(1)) as client:
+    with client_of(socket_path, *[send_bytes(b"")] * (MAX_LOST_CONNECTIONS - 1), respond_in_reverse(1)) as client:
         assert client.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
 
 
@@ -272,34 +272,37 @@ def test_a_fresh_connection_that_breaks_is_not_the_end(socket_path: Path) -> Non
         (wire.encode_response(None, {"Code": "ProtocolError", "Message": "floats"}, None), "floats"),
     ],
 )
-def test_what_is_no_agent_is_a_protocol_error(socket_path: Path, data: bytes, why: str) -> None:
-    """Whatever it says."""
-    with client_of(socket_path, says(data)) as client, pytest.raises(ProtocolError, match=why):
+def test_peer_that_is_not_an_agent_is_a_protocol_error(socket_path: Path, data: bytes, why: str) -> None:
+    """Any bytes that are not the expected answer raise ProtocolError."""
+    with client_of(socket_path, send_bytes(data)) as client, pytest.raises(ProtocolError, match=why):
         client.call("GetAgentStatus", {})
 
 
 def test_an_answer_without_its_fields_is_a_protocol_error(socket_path: Path) -> None:
-    """Rather than a result with holes."""
+    """A missing field raises ProtocolError instead of leaving the result incomplete."""
     empty = wire.encode_response(1, None, {"RequestId": "r"})
-    with client_of(socket_path, says(empty)) as client, pytest.raises(ProtocolError, match="KeyMetadata"):
+    with client_of(socket_path, send_bytes(empty)) as client, pytest.raises(ProtocolError, match="KeyMetadata"):
         client.describe_key(key_id="alias/dev")
 
 
-def test_an_agent_without_room_is_throttling(socket_path: Path) -> None:
-    """Its refusal has no msgid, and is the agent's word all the same."""
+def test_agent_at_its_connection_limit_raises_throttling(socket_path: Path) -> None:
+    """The agent's refusal of a connection has no msgid, and is accepted as the answer."""
     refusal = {"Code": "Rejected.Throttling", "Message": "QPS Limit Exceeded", "RequestId": "r", "HttpStatus": 429}
-    with client_of(socket_path, says(wire.encode_response(None, refusal, None))) as client, pytest.raises(Throttled):
+    with (
+        client_of(socket_path, send_bytes(wire.encode_response(None, refusal, None))) as client,
+        pytest.raises(Throttled),
+    ):
         client.call("GetAgentStatus", {})
 
 
 def test_a_request_that_is_too_long_is_not_sent(agent: RunningAgent) -> None:
-    """The limit is known at both ends."""
+    """The client knows the agent's limit on messages."""
     with agent.client() as kms, pytest.raises(InvalidRequest, match="longer"):
         kms.decrypt(ciphertext_blob="A" * 70_000)
 
 
-def test_a_socket_of_others_is_said_to_be_one(tmp_path: Path) -> None:
-    """And a path too long for a socket is said, too."""
+def test_unusable_socket_is_named(tmp_path: Path) -> None:
+    """The error names a socket that the user may not open, and a path that is too long for a socket."""
     with pytest.raises(AgentUnavailable, match="too long"):
         Client("/" + "x" * 200).get_agent_status()
 
@@ -307,7 +310,7 @@ def test_a_socket_of_others_is_said_to_be_one(tmp_path: Path) -> None:
 
 
 def test_the_socket_comes_from_the_environment_or_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An argument wins over both."""
+    """An argument wins over the environment and the default."""
     monkeypatch.delenv("KEYFERRY_SOCKET", raising=False)
     assert default_socket() == "/run/keyferry/agent.sock"
     monkeypatch.setenv("KEYFERRY_SOCKET", "/tmp/x.sock")
@@ -316,14 +319,13 @@ def test_the_socket_comes_from_the_environment_or_is_the_default(monkeypatch: py
 
 
 @pytest.mark.parametrize("wrong", [-1.0, float("nan"), None, "soon"])
-def test_a_timeout_that_is_none_is_refused_at_once(wrong: Any) -> None:
-    """Not at the first call."""
+def test_invalid_timeout_is_refused_by_the_constructor(wrong: Any) -> None:
+    """A wrong timeout does not wait for the first call."""
     with pytest.raises((ValueError, TypeError)):
         Client("/nowhere", timeout=wrong)
 
 
 def test_two_clients_have_two_connections(agent: RunningAgent) -> None:
-    """As many as an application likes."""
     with agent.client() as one, agent.client() as two, RawConnection(agent.socket):
         one.get_agent_status()
         counters = two.get_agent_status().counters
@@ -332,7 +334,7 @@ def test_two_clients_have_two_connections(agent: RunningAgent) -> None:
 
 
 def test_the_package_has_one_version() -> None:
-    """The distributions release together."""
+    """The client and the agent are released together."""
     import keyferry_agent  # noqa: PLC0415
 
     assert keyferry.__version__ == keyferry_agent.__version__

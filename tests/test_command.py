@@ -44,7 +44,7 @@ def pem(tmp_path: Path) -> Path:
 
 
 def test_call_takes_the_apis_own_names_and_prints_the_answer(agent: RunningAgent, pem: Path) -> None:
-    """The main job, from a shell; a public key from a PEM or a DER file."""
+    """`keyferry call` does the main job from a shell, with a public key from a PEM or a DER file."""
     der = pem.with_suffix(".der")
     der.write_bytes(spki(rsa_private_key()))
     wrapping = ["--WrappingKeySpec", "RSA_2048", "--WrappingAlgorithm", "RSAES_OAEP_SHA_256"]
@@ -80,7 +80,7 @@ def asked(*arguments: object, socket: Path, given: bytes | None = None) -> "subp
 def test_a_plaintext_and_a_ciphertext_come_from_files(
     agent: RunningAgent, tmp_path: Path, plaintext: bytes, form: str
 ) -> None:
-    """Or from standard input: the process list shows neither, and there is no warning."""
+    """Values from files or standard input stay out of the process list, so no warning is printed."""
     where, (plain, context, sealed) = agent.socket, (tmp_path / name for name in ("plain", "context", "sealed"))
     plain.write_bytes(plaintext)
     context.write_text('{"tenant": "acme"}\n')
@@ -99,7 +99,7 @@ def test_a_plaintext_and_a_ciphertext_come_from_files(
 
 
 def test_every_context_comes_from_a_file_or_standard_input(agent: RunningAgent, tmp_path: Path) -> None:
-    """Also those of ReEncrypt; a ciphertext on the command line is no secret, and there is no warning."""
+    """ReEncrypt's contexts are included; a ciphertext on the command line is not secret, so no warning is printed."""
     (tmp_path / "old").write_text('{"a": "1"}')
     ended = asked("GenerateDataKeyWithoutPlaintext", "--KeyId", "alias/dev", "--EncryptionContext", "-",
                   socket=agent.socket, given=b'{"a": "1"}')  # fmt: skip
@@ -114,7 +114,7 @@ def test_every_context_comes_from_a_file_or_standard_input(agent: RunningAgent, 
 
 
 def test_a_plaintext_on_the_command_line_is_a_warning(agent: RunningAgent) -> None:
-    """It works, and says who can see it."""
+    """The call succeeds, and the warning names the processes that can see the plaintext."""
     ended = keyferry("call", "Encrypt", "--KeyId", "alias/dev", "--Plaintext", "Y2FyZA==", socket=agent.socket)
     assert ended.returncode == 0
     assert ended.stderr == (
@@ -136,27 +136,27 @@ def test_a_plaintext_on_the_command_line_is_a_warning(agent: RunningAgent) -> No
 def test_a_value_that_cannot_be_read_is_wrong_usage(
     agent: RunningAgent, arguments: list[str], given: bytes, why: str
 ) -> None:
-    """With the parameter's name."""
+    """The message has the parameter's name."""
     ended = asked(*arguments, socket=agent.socket, given=given)
     assert (ended.returncode, why in ended.stderr.decode()) == (2, True), ended.stderr
 
 
 def test_other_values_may_begin_with_an_at_sign(agent: RunningAgent) -> None:
-    """And may be a hyphen: only the parameters whose help names @FILE read files."""
+    """Only parameters whose help names @FILE read files; other values may be @ or a hyphen."""
     for value in ("@x", "-"):
         ended = asked("DescribeKey", "--KeyId", value, socket=agent.socket)
         assert (ended.returncode, b'"Code"' in ended.stderr) == (1, True)
 
 
 def test_a_public_key_comes_from_standard_input(agent: RunningAgent, pem: Path) -> None:
-    """As from a file: PEM or DER."""
+    """Standard input may hold PEM or DER."""
     wrapping = ["--WrappingKeySpec", "RSA_2048", "--WrappingAlgorithm", "RSAES_OAEP_SHA_256"]
     made = ["GenerateAndExportDataKey", "--KeyId", "alias/dev", *wrapping, "--PublicKeyBlob", "-"]
     assert asked(*made, socket=agent.socket, given=pem.read_bytes()).returncode == 0
 
 
 def test_a_refusal_is_json_on_stderr_and_exit_code_1(agent: RunningAgent) -> None:
-    """Code, Message and RequestId."""
+    """The JSON has Code, Message and RequestId."""
     ended = keyferry("call", "DescribeKey", "--KeyId", "alias/none", socket=agent.socket)
     assert (ended.returncode, ended.stdout) == (1, "")
     error = json.loads(ended.stderr)
@@ -186,7 +186,7 @@ def test_a_refusal_is_json_on_stderr_and_exit_code_1(agent: RunningAgent) -> Non
     ],
 )
 def test_wrong_usage_is_exit_code_2(agent: RunningAgent, arguments: list[str], why: str | None) -> None:
-    """With a reason; a file that is no key is the agent's to refuse."""
+    """The message has a reason; a file without a key is sent, and refused by the agent."""
     ended = keyferry(*arguments, socket=agent.socket if arguments else None)
     if why is None:
         assert ended.returncode == 1
@@ -196,8 +196,8 @@ def test_wrong_usage_is_exit_code_2(agent: RunningAgent, arguments: list[str], w
     assert why in ended.stderr
 
 
-def test_an_answer_that_cannot_be_written_is_no_refusal(agent: RunningAgent) -> None:
-    """A full disk, a reader that left: an exit code of its own, and no traceback."""
+def test_unwritable_answer_has_its_own_exit_code(agent: RunningAgent) -> None:
+    """A full disk and a closed pipe have an exit code of their own, and no traceback."""
     with open("/dev/full", "w") as full:
         ended = subprocess.run(
             [sys.executable, "-m", "keyferry", "status", "--socket", str(agent.socket)],
@@ -210,8 +210,8 @@ def test_an_answer_that_cannot_be_written_is_no_refusal(agent: RunningAgent) -> 
     assert ended.stderr == "keyferry: standard output: No space left on device\n"
 
 
-def test_nobody_there_is_exit_code_3(tmp_path: Path) -> None:
-    """With what to look at."""
+def test_missing_agent_is_exit_code_3(tmp_path: Path) -> None:
+    """The message asks whether the agent is running."""
     for arguments in (["status"], ["status", "--wait", "0.2"], ["call", "GetAgentStatus"]):
         ended = keyferry(*arguments, socket=tmp_path / "none.sock")
         assert (ended.returncode, ended.stdout) == (3, "")
@@ -219,7 +219,7 @@ def test_nobody_there_is_exit_code_3(tmp_path: Path) -> None:
 
 
 def test_status_waits_for_an_agent_that_is_starting(socket_path: Path) -> None:
-    """For as long as it is told to."""
+    """`status --wait` waits for as many seconds as its argument."""
     waiting = subprocess.Popen(
         [sys.executable, "-m", "keyferry", "status", "--wait", "60", "--socket", str(socket_path)],
         stdout=subprocess.PIPE,
@@ -234,7 +234,7 @@ def test_status_waits_for_an_agent_that_is_starting(socket_path: Path) -> None:
 def test_the_socket_may_come_from_the_environment(
     agent: RunningAgent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For both commands alike."""
+    """Both commands read $KEYFERRY_SOCKET."""
     monkeypatch.setenv("KEYFERRY_SOCKET", str(agent.socket))
     assert keyferry_command.main(["status"]) == 0
     assert json.loads(capsys.readouterr().out)["Keys"] == 2
@@ -245,7 +245,7 @@ def test_the_socket_may_come_from_the_environment(
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=lambda operation: operation.name)
 def test_help_explains_every_operation(operation: object, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each parameter, and whether it is needed."""
+    """The help marks each parameter as required or optional."""
     known = OPERATIONS[operation.name]  # type: ignore[attr-defined]
     with pytest.raises(SystemExit) as ended:
         keyferry_command.main(["call", known.name, "--help"])
@@ -256,10 +256,10 @@ def test_help_explains_every_operation(operation: object, capsys: pytest.Capture
     assert out.count("(required)") == len(known.required)
 
 
-def test_fingerprint_prints_the_pin_that_recipients_takes(
+def test_fingerprint_prints_the_value_for_recipients(
     pem: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of PEM and DER, RSA and SM2; what nothing can be exported to is refused."""
+    """PEM and DER of RSA and SM2 keys are accepted; keys that no export can use are refused."""
     assert agent_command.main(["fingerprint", str(pem)]) == 0
     pin = capsys.readouterr().out
     assert pin.startswith("sha256:")
@@ -276,22 +276,22 @@ def test_fingerprint_prints_the_pin_that_recipients_takes(
 
 
 @pytest.mark.parametrize("module", ["keyferry", "keyferry_agent"])
-def test_both_commands_say_their_version(module: str) -> None:
-    """And it is the same."""
+def test_both_commands_print_their_version(module: str) -> None:
+    """`keyferry` and `keyferry-agent` have the same version."""
     ended = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
     assert ended.stdout.split()[1] == __version__
 
 
-def test_an_agent_without_a_keyring_says_what_to_do(socket_path: Path) -> None:
-    """Three ways out."""
+def test_agent_without_a_keyring_offers_three_remedies(socket_path: Path) -> None:
+    """The message has three ways to get a keyring."""
     agent = RunningAgent([], socket_path)
     assert agent.wait() == 1
     agent.kill()
     assert "try --dev" in "".join(agent.output)
 
 
-def test_an_agent_whose_socket_has_no_directory_says_so(tmp_path: Path) -> None:
-    """And does not make one: whose would it be?"""
+def test_missing_socket_directory_is_an_error(tmp_path: Path) -> None:
+    """The agent does not create the directory, because its owner would be unclear."""
     agent = RunningAgent(["--dev"], tmp_path / "none" / "agent.sock")
     assert agent.wait() == 1
     agent.kill()
@@ -299,7 +299,7 @@ def test_an_agent_whose_socket_has_no_directory_says_so(tmp_path: Path) -> None:
 
 
 def test_the_demo_runs(tmp_path: Path) -> None:
-    """What a newcomer sees first."""
+    """`make demo` is the first command that a newcomer runs."""
     ended = subprocess.run(
         [sys.executable, ROOT / "docs" / "demo" / "main_job.py"],
         capture_output=True,
@@ -314,15 +314,14 @@ def test_the_demo_runs(tmp_path: Path) -> None:
 
 @skip_unless.program("softhsm2-util", "softhsm2")
 def test_the_demo_with_a_token_runs() -> None:
-    """And leaves nothing behind."""
+    """The demo with a token leaves no files behind."""
     command = [sys.executable, str(ROOT / "docs" / "demo" / "hsm.py")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("the same file again") == 2
 
 
-def test_the_demo_with_a_token_says_what_to_install() -> None:
-    """Where SoftHSM2 is missing."""
+def test_token_demo_without_softhsm_names_the_package() -> None:
     command = [sys.executable, str(ROOT / "docs" / "demo" / "hsm.py")]
     environment = {**os.environ, "PATH": "/nowhere"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=environment)

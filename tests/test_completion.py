@@ -1,4 +1,4 @@
-"""What a shell offers when somebody presses the tab key."""
+"""The completions of both commands in shells."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ AGENT = ROOT / "agent" / "completions" / "keyferry-agent"
 
 
 def offered(script: str, function: str, *words: str) -> set[str]:
-    """What bash would offer after these words, the last of which is being written."""
+    """Return bash's completions after these words, the last of which is incomplete."""
     asked = f"""
         source {script}.bash
         COMP_WORDS=({" ".join(f"'{word}'" for word in words)})
@@ -42,12 +42,12 @@ def offered(script: str, function: str, *words: str) -> set[str]:
     ],
 )
 def test_bash_offers_operations_parameters_and_their_values(words: tuple[str, ...], expected: set[str]) -> None:
-    """From the declarations."""
+    """The completion of `keyferry` comes from the declarations."""
     assert offered(str(CLIENT), "_shtab_keyferry", *words) == expected
 
 
 def test_bash_offers_the_agents_verbs_too() -> None:
-    """And their options."""
+    """Verbs of `keyferry-agent` and their options are completed."""
     verbs = offered(str(AGENT), "_shtab_keyferry_agent", "keyferry-agent", "keyring", "re")
     assert verbs == {"reseal", "recipients", "recipient-of", "remove-recipient"}
     options = offered(str(AGENT), "_shtab_keyferry_agent", "keyferry-agent", "keyring", "rotate", "--st")
@@ -57,7 +57,7 @@ def test_bash_offers_the_agents_verbs_too() -> None:
 @program("zsh", "zsh")
 @pytest.mark.parametrize("script", [CLIENT, AGENT])
 def test_zsh_finds_the_completion_where_it_is_installed(script: Path, tmp_path: Path) -> None:
-    """Under the command's name, in a folder of its function path."""
+    """Zsh loads the completion by the command's name from a folder of its function path."""
     shutil.copy(f"{script}.zsh", tmp_path / f"_{script.name}")
     asked = f"fpath=({tmp_path} $fpath); autoload -U compinit && compinit -D -u && print $_comps[{script.name}]"
     for arguments in (["-fc", asked], ["-n", f"{script}.zsh"]):

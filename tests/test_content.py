@@ -1,4 +1,4 @@
-"""A file's content is judged before something is sealed with it. A file that opens nothing is named by what it looks like."""
+"""Files are checked before they seal anything. A file that opens nothing is named by its apparent kind."""
 
 import re
 import subprocess
@@ -112,10 +112,10 @@ AS_TEXT = {
 
 
 @pytest.mark.parametrize(("content", "why"), REFUSED.values(), ids=REFUSED)
-def test_a_file_that_is_not_a_passphrase_seals_nothing(
+def test_file_without_a_passphrase_seals_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, why: str
 ) -> None:
-    """`init`, `reseal` and `module init` name the file and what it looks like, show nothing of it, and write nothing."""
+    """`init`, `reseal` and `module init` name the file and its apparent kind, show no content, and write nothing."""
     wrong = ["--passphrase-file", secret_file(tmp_path / "wrong", content)]
     run("init", tmp_path / "new.age", *wrong, code=1)
     run("init", tmp_path / "k.age", "--new-identity", tmp_path / "identity")
@@ -141,14 +141,14 @@ def test_one_line_of_text_is_a_passphrase(content: str) -> None:
 
 
 def test_a_generated_passphrase_is_accepted() -> None:
-    """Each of them."""
+    """No generated passphrase looks like something else."""
     for _ in range(200):
         phrase = passphrase.generate()
         assert passphrase.of_new_file(f"{phrase}\n".encode()) == phrase
 
 
 @pytest.mark.parametrize("content", AS_TEXT.values(), ids=AS_TEXT)
-def test_a_module_is_not_saved_with_what_is_not_a_passphrase(tmp_path: Path, content: bytes) -> None:
+def test_module_is_not_saved_with_an_identity_as_passphrase(tmp_path: Path, content: bytes) -> None:
     """The library refuses the obvious cases before it writes."""
     with pytest.raises(ValueError, match="passphrase") as caught:
         SoftwareModule.generate().save(tmp_path / "m", content.decode())
@@ -184,7 +184,7 @@ def test_a_file_that_sealed_a_keyring_once_still_opens_it(tmp_path: Path, conten
 
 
 def test_a_module_sealed_by_a_pem_file_opens_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Everybody knows the first line of a PEM file."""
+    """The first line of every PEM file is public."""
     module = SoftwareModule.generate("EC_SM2")
     der = module._private_key.private_der()
     secret_file(tmp_path / "m", age_passphrase._seal(der, PKCS8.decode().splitlines()[0], 10))
@@ -224,10 +224,10 @@ UNKNOWN: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("content", "why"), UNKNOWN.values(), ids=UNKNOWN)
-def test_a_file_without_a_known_identity_is_said_to_be_one(
+def test_file_without_a_known_identity_is_explained(
     keyring: Path, capsys: pytest.CaptureFixture[str], content: bytes, why: str
 ) -> None:
-    """It was taken for a passphrase, and this keyring is sealed to recipients."""
+    """The file was read as a passphrase, and this keyring is sealed to recipients."""
     path = secret_file(keyring.parent / "pq.key", content)
     run("list", keyring, "--unseal", path, code=1)
     said = capsys.readouterr().err
@@ -262,7 +262,7 @@ NOT_READ: dict[str, tuple[bytes, str]] = {
 def test_an_identity_that_is_not_read_is_named(
     keyring: Path, capsys: pytest.CaptureFixture[str], content: bytes, why: str
 ) -> None:
-    """With its line, where it has lines."""
+    """The message has the line number of an unsupported identity in a text file."""
     run("list", keyring, "--unseal", secret_file(keyring.parent / "x", content), code=1)
     said = capsys.readouterr().err
     assert re.search(why, said), said
@@ -285,7 +285,7 @@ def test_an_identity_that_is_not_read_is_named(
 def test_an_ssh_key_that_does_not_open_is_named(
     keyring: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], why: str
 ) -> None:
-    """By its type, or its passphrase."""
+    """The message has the unsupported type of the SSH key, or says that it has a passphrase."""
     subprocess.run(["ssh-keygen", "-q", *arguments, "-f", keyring.parent / "ssh"], check=True)
     run("list", keyring, "--unseal", keyring.parent / "ssh", code=1)
     assert re.search(why, capsys.readouterr().err)
@@ -302,7 +302,7 @@ def test_the_advice_for_an_encrypted_ssh_key_works(tmp_path: Path) -> None:
 
 
 def test_an_identity_for_a_passphrase_keyring_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each kind of identity."""
+    """The message for each kind of identity says that a passphrase seals the keyring."""
     file.create(tmp_path / "k.age", Document([]), GOOD)
     secret_file(tmp_path / "i", IDENTITY)
     run("list", tmp_path / "k.age", "--unseal", tmp_path / "i", code=1)
@@ -322,7 +322,7 @@ def test_an_identity_for_a_passphrase_keyring_says_so(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     "data", [b"", b"\xff", b"0", b"\x30\x80", b"\x30\xff\xff", b"-----BEGIN", b"\0" * 9, b"\xff\xfe\0"]
 )
-def test_any_bytes_have_a_resemblance_or_none(data: bytes) -> None:
-    """And raise nothing."""
+def test_resemblance_of_any_bytes_raises_nothing(data: bytes) -> None:
+    """Any bytes resemble a known kind of file, or none."""
     assert resemblance(data) is None or str(resemblance(data))
     assert byte_order_mark(data) in (None, "UTF-16")

@@ -64,10 +64,10 @@ def delegated() -> Iterator[Path]:
     ],
 )
 @root()
-def test_a_caller_in_an_oddly_named_control_group_is_served_as_what_it_is(
+def test_caller_in_an_oddly_named_control_group_has_no_unit(
     delegated: Path, keyring: Path, shared_socket: Path, name: bytes
 ) -> None:
-    """The agent goes on, with the honest client's connection, and the caller is neither a unit nor a pod of its choice."""
+    """The caller becomes neither a unit nor a pod of its choice, and other connections go on."""
     grants = "".join(
         f'[[grant]]\nname="{kind}"\nto={{{to}}}\nactions=["kms:*"]\nkeys=["*"]\n'
         for kind, to in (("pod", f'pod="{POD}"'), ("unit", 'unit="orders.service"'))

@@ -45,7 +45,7 @@ def fields(store: Store) -> list[Record]:
 
 
 def test_a_copy_keeps_every_field_and_the_order(source: Store, target: Store, agent: RunningAgent) -> None:
-    """Dates too; the data keys open. A second copy finds all of them."""
+    """Dates are kept and the data keys open; a second copy finds all records present."""
     pages: list[int] = []
     assert copy(source, target, advanced=pages.append) == Copied(records=7, copied=7, present=0, refused=0)
     assert pages == [3, 3, 1]
@@ -55,8 +55,8 @@ def test_a_copy_keeps_every_field_and_the_order(source: Store, target: Store, ag
     assert copy(source, target) == Copied(records=7, copied=0, present=7, refused=0)
 
 
-def test_a_copy_comes_back(source: Store, target: Store, tmp_path: Path) -> None:
-    """From PostgreSQL to SQLite as well."""
+def test_copy_works_from_postgresql_to_sqlite(source: Store, target: Store, tmp_path: Path) -> None:
+    """Records that were copied to PostgreSQL are copied back to SQLite."""
     copy(source, target)
     with Store(f"sqlite:///{tmp_path / 'third.sqlite'}") as third:
         assert copy(target, third).copied == 7
@@ -64,7 +64,7 @@ def test_a_copy_comes_back(source: Store, target: Store, tmp_path: Path) -> None
 
 
 def test_a_copy_that_was_interrupted_is_finished_by_the_next(source: Store, target: Store) -> None:
-    """What a page has brought stays."""
+    """Pages that an interrupted copy has written stay."""
 
     def interrupt(_count: int) -> None:
         raise KeyboardInterrupt
@@ -78,7 +78,7 @@ def test_a_copy_that_was_interrupted_is_finished_by_the_next(source: Store, targ
 
 @pytest.mark.parametrize("column", ["ciphertext_blob", "encryption_context", "created", "key_version_id", "rewrapped"])
 def test_a_record_that_differs_is_not_overwritten(source: Store, target: Store, column: str) -> None:
-    """It is reported with what differs; all others are copied."""
+    """The difference is reported, and all other records are copied."""
     reasons: list[str] = []
     copy(source, target)
     damage(target, "r3", column, lambda _: "other")
@@ -101,8 +101,8 @@ def test_a_damaged_record_is_left_where_it_is(source: Store, target: Store) -> N
     assert "not a valid record name" in reasons[2]
 
 
-def test_an_empty_store_is_copied_to_none(source: Store, target: Store) -> None:
-    """The target is made with its first record."""
+def test_empty_store_creates_no_target(source: Store, target: Store) -> None:
+    """The target is created with its first record."""
     with source._engine.begin() as connection:
         connection.execute(sqlalchemy.delete(store_module._records))
     assert copy(source, target) == Copied(0, 0, 0, 0)
@@ -113,10 +113,10 @@ def test_an_empty_store_is_copied_to_none(source: Store, target: Store) -> None:
 # --- the commands -------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_counts_and_names_what_it_left(
+def test_command_counts_and_names_skipped_records(
     source: Store, store_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 1 where a record was left."""
+    """The exit code is 1 if a record was skipped."""
     arguments = ["records", "copy", "--store", f"sqlite:///{tmp_path / 'source.sqlite'}", "--to", store_url]
     assert command.main(arguments) == 0
     ended = capsys.readouterr()
@@ -130,7 +130,7 @@ def test_the_command_counts_and_names_what_it_left(
 
 @pytest.mark.parametrize("option", ["--store", "--to"])
 def test_a_copy_repeats_no_password(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of neither URL; one on the command line is warned of, one in a file is not."""
+    """Neither URL's password is printed; a password on the command line is a warning, and one in a file is not."""
     with Store(f"sqlite:///{tmp_path / 'a.sqlite'}") as store:
         store.add(Record("a", "k", "v", "b", context_text({}), "2020-01-31T12:00:00Z"))
     secret = "postgresql://u:hunter2@127.0.0.1:1/db"
@@ -145,7 +145,7 @@ def test_a_copy_repeats_no_password(option: str, tmp_path: Path, capsys: pytest.
 
 
 def test_a_copy_to_nowhere_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """An empty text is not the default store."""
+    """An empty target is not the default store."""
     for arguments in (["--to", ""], []):
         with pytest.raises(SystemExit) as ended:
             command.main(["records", "copy", *arguments])
@@ -164,7 +164,7 @@ def _statement(url: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_the_schema_makes_the_table_that_a_store_makes(
     source: Store, store_url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In both dialects, and once only; printing it touches no store."""
+    """The printed schema has both dialects, may run twice, and needs no store."""
     statement = _statement(store_url, capsys)
     assert statement == f"{schema(store_url)}\n"
     with Store(store_url, create=False) as store:
@@ -183,10 +183,10 @@ def test_the_schema_makes_the_table_that_a_store_makes(
 
 @postgresql()
 def test_a_role_without_create_uses_the_administrators_table(
-    cluster: Cluster, source: Store, capsys: pytest.CaptureFixture[str]
+    postgres: Cluster, source: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The grants of docs/records.md are enough; without the table, the message names the command that prints it."""
-    admin_url = cluster.new_database()
+    admin_url = postgres.new_database()
     role_url = admin_url.replace("keyferry@", "orders@")
     with Store(admin_url) as admin:
 

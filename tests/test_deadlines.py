@@ -1,4 +1,4 @@
-"""Deadlines of both clients: what extends them, and what does not. Time is simulated; sockets are real."""
+"""Deadlines of both clients, and the events that extend them. Time is simulated; sockets are real."""
 
 import socket
 import threading
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pytest
 import trio
 from support.agent import PATIENCE
-from support.fake_server import answers, client_of, says
+from support.fake_server import client_of, respond_in_reverse, send_bytes
 
 from keyferry import AgentUnavailable, aio, client
 from keyferry.protocol import wire
@@ -20,7 +20,7 @@ TIMEOUT = 5.0
 CALLS = [(f"Method{number}", dict[str, Any]()) for number in range(10)]
 NAMES = [name for name, _ in CALLS]
 Pieces: TypeAlias = Callable[[wire.Request], Iterator[tuple[float, bytes]]]
-"""What a peer answers a request: seconds to wait, and then bytes."""
+"""A peer's answer to a request: seconds to wait, and then bytes."""
 
 
 class TickingTime:
@@ -49,27 +49,27 @@ def answer(request: wire.Request) -> bytes:
     return wire.encode_response(request.msgid, None, {"RequestId": request.method})
 
 
-def test_bytes_of_one_answer_extend_no_deadline(socket_path: Path, ticking: None) -> None:
+def test_bytes_do_not_extend_a_deadline(socket_path: Path, ticking: None) -> None:
     """A peer that sends a byte a second does not keep a call for ever. The answer has more bytes than the timeout has ticks."""
     long = wire.encode_response(1, None, {"RequestId": "r" * 100})
     with (
-        client_of(socket_path, says(long)) as kms,
+        client_of(socket_path, send_bytes(long)) as kms,
         pytest.raises(AgentUnavailable, match="within 5 s"),
     ):
         kms.call("Method", {})
 
 
-def test_answers_extend_a_pipelines_deadline(socket_path: Path, ticking: None) -> None:
+def test_answers_extend_the_deadline_of_a_pipeline(socket_path: Path, ticking: None) -> None:
     """All of them together take longer than the timeout, each takes half of it."""
-    with client_of(socket_path, answers(len(CALLS))) as kms:
+    with client_of(socket_path, respond_in_reverse(len(CALLS))) as kms:
         assert [each["RequestId"] for each in kms.pipeline(CALLS)] == NAMES
 
 
-def test_a_deadline_passes_behind_the_last_answer(socket_path: Path) -> None:
+def test_pipeline_times_out_after_its_last_answer(socket_path: Path) -> None:
     """A pipeline whose last answer does not come ends, although all others came."""
 
     def all_but_one(connection: socket.socket) -> None:
-        answers(len(CALLS) - 1)(connection)
+        respond_in_reverse(len(CALLS) - 1)(connection)
         assert not connection.recv(65_536)  # until the client hangs up
 
     with client_of(socket_path, all_but_one) as kms:
@@ -79,7 +79,7 @@ def test_a_deadline_passes_behind_the_last_answer(socket_path: Path) -> None:
 
 
 def test_sending_to_a_peer_that_does_not_read_has_a_deadline(socket_path: Path) -> None:
-    """The socket's buffer is full, and no answer comes."""
+    """A send into a full socket buffer ends at the call's deadline."""
 
     def deaf(connection: socket.socket) -> None:
         connection.recv(1)
@@ -122,8 +122,8 @@ async def peer(path: Path, pieces: Pieces) -> AsyncIterator[None]:
             nursery.cancel_scope.cancel()
 
 
-async def test_bytes_extend_no_awaited_deadline(socket_path: Path, autojump_clock: object) -> None:
-    """As for the blocking client; the call ends when its timeout does."""
+async def test_bytes_do_not_extend_a_deadline_of_the_async_client(socket_path: Path, autojump_clock: object) -> None:
+    """A call ends with its timeout, however many bytes of an answer arrive."""
 
     def byte_by_byte(request: wire.Request) -> Iterator[tuple[float, bytes]]:
         return ((1.0, bytes([byte])) for byte in answer(request))
@@ -136,7 +136,7 @@ async def test_bytes_extend_no_awaited_deadline(socket_path: Path, autojump_cloc
 
 
 @pytest.mark.parametrize("size", [0, 60_000], ids=["all sent at once", "each sent after an answer"])
-async def test_answers_extend_an_awaited_pipelines_deadline(
+async def test_answers_extend_the_deadline_of_an_async_pipeline(
     socket_path: Path, autojump_clock: object, size: int
 ) -> None:
     """Ten answers, one every four seconds, under a timeout of five."""
@@ -150,8 +150,8 @@ async def test_answers_extend_an_awaited_pipelines_deadline(
         assert trio.current_time() - before == pytest.approx(4.0 * len(CALLS))
 
 
-async def test_an_awaited_deadline_passes_behind_the_last_answer(socket_path: Path, autojump_clock: object) -> None:
-    """It is a timeout behind the last answer, not behind the first request."""
+async def test_async_pipeline_times_out_after_its_last_answer(socket_path: Path, autojump_clock: object) -> None:
+    """The timeout counts from the last answer, not from the first request."""
 
     def all_but_one(request: wire.Request) -> Iterator[tuple[float, bytes]]:
         return iter([] if request.method == NAMES[-1] else [(4.0, answer(request))])

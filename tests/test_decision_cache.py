@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection
 from support.audit_log import requests
+from support.calls import result
 from support.keyring import change, configuration, serving
 from support.keys import recipient
 
@@ -78,10 +79,10 @@ def codes(connection: RawConnection, operation: str = "GenerateAndExportDataKey"
 
 
 @pytest.mark.parametrize("params", [GENERATE, SM2], ids=["RSA_2048", "EC_SM2"])
-def test_each_answer_to_the_same_request_is_another_one_and_each_line_of_the_record_is_whole(
+def test_equal_requests_have_distinct_answers_and_entries(
     keyring: Path, socket_path: Path, tmp_path: Path, params: dict[str, Any]
 ) -> None:
-    """Another data key, another RequestId; and all but the hash of the ciphertext is recorded alike."""
+    """Each answer has its own data key and RequestId; the entries differ in the ciphertext's hash."""
     record = tmp_path / "audit.jsonl"
     with (
         serving(keyring, socket_path, more=f'[audit]\npath = "{record}"\n') as agent,
@@ -111,8 +112,8 @@ def test_each_answer_to_the_same_request_is_another_one_and_each_line_of_the_rec
     assert lines[-1]["recipient"].startswith("sha256:")
 
 
-def test_a_reload_that_takes_a_grant_away_takes_what_was_decided_by_it(keyring: Path, socket_path: Path) -> None:
-    """On a connection that has asked the same often."""
+def test_reload_without_a_grant_drops_its_decisions(keyring: Path, socket_path: Path) -> None:
+    """The request is refused on a connection that has sent it often before."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         assert set(codes(connection)) == {"OK"}
         (keyring.parent / "agent.toml").write_text(configuration(keyring, actions="kms:Decrypt"))
@@ -122,19 +123,17 @@ def test_a_reload_that_takes_a_grant_away_takes_what_was_decided_by_it(keyring: 
 
 
 @pytest.mark.parametrize("params", [GENERATE, SM2], ids=["RSA_2048", "EC_SM2"])
-def test_a_key_that_is_disabled_or_rotated_is_so_at_once(
+def test_disabled_and_rotated_keys_take_effect_at_reload(
     keyring: Path, socket_path: Path, params: dict[str, Any]
 ) -> None:
-    """As a reload says."""
+    """Remembered decisions about the key end with the reload."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         assert set(codes(connection, params=params)) == {"OK"}
-        before = connection.call("GenerateAndExportDataKey", params).result
+        before = result(connection.call("GenerateAndExportDataKey", params))
         change(keyring, "rotate", "alias/a")
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
-        after = connection.call("GenerateAndExportDataKey", params).result
-        assert before is not None
-        assert after is not None
+        after = result(connection.call("GenerateAndExportDataKey", params))
         assert before["KeyVersionId"] != after["KeyVersionId"]
         change(keyring, "disable", "alias/a")
         agent.signal(signal.SIGHUP)
@@ -142,8 +141,8 @@ def test_a_key_that_is_disabled_or_rotated_is_so_at_once(
         assert set(codes(connection, params=params)) == {"Rejected.Disabled"}
 
 
-def test_what_is_recalled_counts_as_a_request_of_the_rate(keyring: Path, socket_path: Path) -> None:
-    """Ten a second, and as many again in the second that the test may take."""
+def test_remembered_requests_count_against_the_rate(keyring: Path, socket_path: Path) -> None:
+    """Ten requests a second are allowed, and as many again in the second that the test may take."""
     with (
         serving(keyring, socket_path, more="[limits]\nrequests_per_second = 10\n") as agent,
         RawConnection(agent.socket) as connection,
@@ -153,8 +152,8 @@ def test_what_is_recalled_counts_as_a_request_of_the_rate(keyring: Path, socket_
     assert ended.count("Rejected.Throttling") > 500
 
 
-def test_a_dry_run_is_never_taken_for_what_it_tried(keyring: Path, socket_path: Path) -> None:
-    """And the other way round."""
+def test_dry_run_is_not_mistaken_for_its_call(keyring: Path, socket_path: Path) -> None:
+    """A remembered call is not mistaken for its dry run either."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         assert set(codes(connection)) == {"OK"}
         assert set(codes(connection, params=GENERATE | {"DryRun": True})) == {"DryRunOperationError"}

@@ -10,7 +10,7 @@ from keyferry_agent.cli import main
 
 
 def test_dev_has_a_key_for_each_alias(socket_path: Path) -> None:
-    """Beside its own two, each of the key spec that was asked for; one of its own can be of another key spec."""
+    """`dev` has its two keys, and one for each alias on the command line with its key spec."""
     options = ["alias/orders", "alias/a/b_c=Aliyun_SM4", "alias/dev=Aliyun_SM4"]
     arguments = [word for option in options for word in ("--alias", option)]
     with RunningAgent(["--dev", *arguments], socket_path) as agent, agent.client() as kms:
@@ -33,10 +33,8 @@ def test_dev_has_a_key_for_each_alias(socket_path: Path) -> None:
         (["--dev", "--alias", "alias/a="], "'' is not a key spec"),
     ],
 )
-def test_an_alias_that_cannot_be_is_wrong_usage(
-    arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Exit code 2, before anything starts."""
+def test_invalid_alias_is_wrong_usage(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command exits with 2 before it starts an agent."""
     with pytest.raises(SystemExit) as ended:
         main.main(["run", *arguments])
     assert ended.value.code == 2
@@ -44,8 +42,8 @@ def test_an_alias_that_cannot_be_is_wrong_usage(
 
 
 @pytest.mark.parametrize("table", ["", 'socket = "{}"', '[[listener]]\nname = "a"\npath = "{}"'])
-def test_dev_listens_where_clients_of_the_shell_look(table: str, tmp_path: Path) -> None:
-    """$KEYFERRY_SOCKET wins over the configuration, as --socket does."""
+def test_dev_listens_on_the_socket_of_the_environment(table: str, tmp_path: Path) -> None:
+    """$KEYFERRY_SOCKET and --socket win over the configuration."""
     path = tmp_path / "environment.sock"
     arguments = configured(tmp_path / "agent", table.format(tmp_path / "configuration.sock"))
     with (

@@ -1,4 +1,4 @@
-"""A disabled version of a key: what it encrypted opens nowhere, until it is enabled again."""
+"""A disabled version of a key: its ciphertexts do not open until it is enabled again."""
 
 import json
 import os
@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import Command, change, opened, rewritten, run, serving
 from support.keys import recipient
-from support.rotatable_agent import Rotating
+from support.rotatable_agent import RotatableAgent
 
 from keyferry_agent.keyring.document import Document, KeyringError
 from keyferry_agent.keyring.fdstore import KeyringPersister
@@ -36,51 +36,53 @@ def refusal(keyring: Path, capsys: pytest.CaptureFixture[str], verb: str, *argum
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_an_agent_opens_nothing_under_a_disabled_version(rotating: Rotating, dry_run: bool) -> None:
-    """Rejected.Disabled, with the version in the message and in the audit entry; enabled again, it opens."""
-    old = primary(rotating.said)
-    with RawConnection(rotating.agent.socket) as connection:
-        blob = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
-        new = rotating.rotate()
-        fresh = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
+def test_an_agent_opens_nothing_under_a_disabled_version(rotatable_agent: RotatableAgent, dry_run: bool) -> None:
+    """Decrypt raises Rejected.Disabled with the version in message and audit entry; an enabled version opens again."""
+    old = primary(rotatable_agent.keyring_json)
+    with RawConnection(rotatable_agent.agent.socket) as connection:
+        blob = call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
+        new = rotatable_agent.rotate()
+        fresh = call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
         calls: list[tuple[str, dict[str, Any]]] = [
             ("Decrypt", {}),
             ("ReEncrypt", {"DestinationKeyId": "alias/a"}),
             ("ExportDataKey", RSA.params),
         ]
-        rotating.does("disable-version", "alias/a", old, "--yes")
+        rotatable_agent.change("disable-version", "alias/a", old, "--yes")
         for method, params in calls:
-            message = refused(
+            message = call_refused(
                 connection, method, {**params, "CiphertextBlob": blob, "DryRun": dry_run}, "Rejected.Disabled"
             )
             assert old in message
-            assert rotating.agent.has_logged("audit", operation=method, outcome="Rejected.Disabled", key_version_id=old)
-        ok(connection, "Decrypt", {"CiphertextBlob": fresh})
-        listed = ok(connection, "ListKeyVersions", {"KeyId": "alias/a"})["KeyVersions"]["KeyVersion"]
+            assert rotatable_agent.agent.has_logged(
+                "audit", operation=method, outcome="Rejected.Disabled", key_version_id=old
+            )
+        call_ok(connection, "Decrypt", {"CiphertextBlob": fresh})
+        listed = call_ok(connection, "ListKeyVersions", {"KeyId": "alias/a"})["KeyVersions"]["KeyVersion"]
         assert [version["KeyVersionId"] for version in listed] == [old, new]
-        rotating.does("enable-version", "alias/a", old)
-        ok(connection, "Decrypt", {"CiphertextBlob": blob})
+        rotatable_agent.change("enable-version", "alias/a", old)
+        call_ok(connection, "Decrypt", {"CiphertextBlob": blob})
 
 
-def test_a_caller_without_a_grant_learns_no_states(keyring: Path, said: Command, socket_path: Path) -> None:
-    """The grant is judged before the version."""
-    old = primary(said)
+def test_a_caller_without_a_grant_learns_no_states(keyring: Path, keyring_json: Command, socket_path: Path) -> None:
+    """The agent checks the grant before the version's state."""
+    old = primary(keyring_json)
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
-        blob = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
-    said("rotate", "alias/a")
-    said("disable-version", "alias/a", old, "--yes")
+        blob = call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": "AAAA"})["CiphertextBlob"]
+    keyring_json("rotate", "alias/a")
+    keyring_json("disable-version", "alias/a", old, "--yes")
     with (
         serving(keyring, socket_path, actions="kms:Encrypt") as agent,
         RawConnection(agent.socket) as connection,
     ):
-        refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.NoPermission")
+        call_refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.NoPermission")
 
 
 def test_the_primary_version_cannot_be_disabled(
-    said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also with --yes: the message says to rotate first. A version that is not there is named."""
-    version = primary(said)
+    """The message advises a rotation first, also with --yes; an unknown version is named."""
+    version = primary(keyring_json)
     assert "is the primary version, which encrypts: `rotate`" in refusal(
         keyring, capsys, "disable-version", version, "--yes"
     )
@@ -88,10 +90,12 @@ def test_the_primary_version_cannot_be_disabled(
         assert "Forbidden.KeyVersionNotFound" in refusal(keyring, capsys, verb, "nonsense")
 
 
-def test_a_version_is_disabled_with_yes_only(said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The refusal says what breaks, and how to find and move it. Disabling twice changes nothing more."""
-    version = primary(said)
-    said("rotate", "alias/a")
+def test_a_version_is_disabled_with_yes_only(
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The refusal names the affected ciphertexts and the commands that move them; a repetition changes nothing."""
+    version = primary(keyring_json)
+    keyring_json("rotate", "alias/a")
     why = refusal(keyring, capsys, "disable-version", version)
     for part in (
         "Rejected.Disabled",
@@ -102,20 +106,20 @@ def test_a_version_is_disabled_with_yes_only(said: Command, keyring: Path, capsy
         "--yes",
     ):
         assert part in why
-    shown = said("disable-version", "alias/a", version, "--yes")
-    assert said("disable-version", "alias/a", version) == shown
+    shown = keyring_json("disable-version", "alias/a", version, "--yes")
+    assert keyring_json("disable-version", "alias/a", version) == shown
     assert shown["KeyMetadata"]["DisabledKeyVersions"] == [version]
 
 
 def test_list_and_show_display_disabled_versions(
-    said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For people and as JSON."""
-    version = primary(said)
-    said("rotate", "alias/a")
-    said("disable-version", "alias/a", version, "--yes")
-    assert said("list")["Keys"]["Key"][0]["DisabledKeyVersions"] == [version]
-    assert [each["Disabled"] for each in said("show", "alias/a")["KeyVersions"]["KeyVersion"]] == [True, False]
+    """Disabled versions are in the text and in the JSON."""
+    version = primary(keyring_json)
+    keyring_json("rotate", "alias/a")
+    keyring_json("disable-version", "alias/a", version, "--yes")
+    assert keyring_json("list")["Keys"]["Key"][0]["DisabledKeyVersions"] == [version]
+    assert [each["Disabled"] for each in keyring_json("show", "alias/a")["KeyVersions"]["KeyVersion"]] == [True, False]
     for verb in (["list", keyring], ["show", keyring, "alias/a"]):
         run(str(verb[0]), keyring, *verb[2:], "--unseal", keyring.parent / "identity")
     printed = capsys.readouterr().out
@@ -124,51 +128,51 @@ def test_list_and_show_display_disabled_versions(
 
 
 def test_a_staged_version_can_be_disabled_and_not_promoted(
-    said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It may have leaked too; once it is enabled it can be promoted."""
-    staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
-    said("disable-version", "alias/a", staged, "--yes")
+    """A staged version may have leaked, and can be promoted once it is enabled again."""
+    staged = keyring_json("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
+    keyring_json("disable-version", "alias/a", staged, "--yes")
     assert "Rejected.Disabled" in refusal(keyring, capsys, "promote", staged)
-    said("enable-version", "alias/a", staged)
-    said("promote", "alias/a", staged)
+    keyring_json("enable-version", "alias/a", staged)
+    keyring_json("promote", "alias/a", staged)
 
 
 @pytest.mark.parametrize(("state", "code"), [("PendingDeletion", "Rejected.StateModifiedFailed"), ("Disabled", "")])
-def test_versions_are_switched_in_the_states_of_the_key(
-    said: Command, keyring: Path, capsys: pytest.CaptureFixture[str], state: str, code: str
+def test_versions_can_be_disabled_where_the_key_can_be(
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str], state: str, code: str
 ) -> None:
-    """As the key itself is."""
-    version = primary(said)
-    said("rotate", "alias/a")
+    """A version can be switched wherever its key can be."""
+    version = primary(keyring_json)
+    keyring_json("rotate", "alias/a")
     date = "9999-01-01T00:00:00Z" if state == "PendingDeletion" else ""
     rewritten(keyring, lambda raw: raw["Keys"][0].update(KeyState=state, DeleteDate=date))
     if code:
         for verb in ("disable-version", "enable-version"):
             assert code in refusal(keyring, capsys, verb, version)
     else:
-        said("disable-version", "alias/a", version, "--yes")
+        keyring_json("disable-version", "alias/a", version, "--yes")
         assert opened(keyring).find("alias/a").versions[0].disabled
 
 
-def test_only_a_disabled_version_changes_the_document(said: Command, keyring: Path) -> None:
-    """A program that does not know the field reads every other keyring, and refuses one that it would open too much of."""
+def test_only_a_disabled_version_changes_the_document(keyring_json: Command, keyring: Path) -> None:
+    """Other keyrings stay readable for programs without the field; those programs refuse a keyring with it."""
     identity = Unsealer.read(keyring.parent / "identity")
-    version = primary(said)
-    said("rotate", "alias/a")
+    version = primary(keyring_json)
+    keyring_json("rotate", "alias/a")
     assert b"Disabled" not in identity.unseal(keyring.read_bytes())
-    said("disable-version", "alias/a", version, "--yes")
+    keyring_json("disable-version", "alias/a", version, "--yes")
     raw = json.loads(identity.unseal(keyring.read_bytes()))
     assert [entry.get("Disabled") for entry in raw["Keys"][0]["KeyVersions"]] == [True, None]
     change(keyring, "create-key")
     assert opened(keyring).find("alias/a").versions[0].disabled
-    said("enable-version", "alias/a", version)
+    keyring_json("enable-version", "alias/a", version)
     assert b"Disabled" not in identity.unseal(keyring.read_bytes())
 
 
 @pytest.mark.parametrize("value", [None, 1, "true"])
-def test_a_disabled_of_another_type_is_refused(said: Command, keyring: Path, value: object) -> None:
-    """So is a primary version that is disabled."""
+def test_disabled_field_of_another_type_is_refused(keyring_json: Command, keyring: Path, value: object) -> None:
+    """A disabled primary version is refused, too."""
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
     entry = raw["Keys"][0]["KeyVersions"][0]
     entry["Disabled"] = value
@@ -179,11 +183,11 @@ def test_a_disabled_of_another_type_is_refused(said: Command, keyring: Path, val
         Document.from_json(json.dumps(raw).encode())
 
 
-def test_a_kept_keyring_keeps_its_disabled_versions(said: Command, keyring: Path) -> None:
-    """In a description of a format that an earlier agent does not take, so that it opens nothing with the version."""
-    version = primary(said)
-    said("rotate", "alias/a")
-    said("disable-version", "alias/a", version, "--yes")
+def test_a_kept_keyring_keeps_its_disabled_versions(keyring_json: Command, keyring: Path) -> None:
+    """Earlier agents refuse the description's format, so they open nothing with the version."""
+    version = primary(keyring_json)
+    keyring_json("rotate", "alias/a")
+    keyring_json("disable-version", "alias/a", version, "--yes")
     stored: dict[str, int] = {}
 
     def store(name: str, descriptor: int) -> bool:

@@ -1,4 +1,4 @@
-"""What is written agrees with what is there: tables, links, versions, and the commands that are shown."""
+"""The documentation agrees with the code: tables, links, versions, and the commands that it shows."""
 
 import re
 import tomllib
@@ -16,22 +16,22 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 
 
-def test_the_protocol_page_has_the_tables_that_the_declarations_give() -> None:
-    """`make docs` writes them."""
+def test_protocol_page_has_the_tables_of_the_declarations() -> None:
+    """`make docs` writes the tables."""
     text = generate_docs.PROTOCOL.read_text()
     assert generate_docs.generated(text) == text, "run make docs"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page: Path) -> None:
-    """Every relative link names a file that is there."""
+def test_relative_links_lead_to_files(page: Path) -> None:
+    """Every relative link in the documentation names an existing file."""
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
 def test_the_distributions_have_one_version() -> None:
-    """And the agent asks for exactly the client it was released with."""
+    """The agent requires exactly the client of its own release."""
     agent = tomllib.loads((ROOT / "agent" / "pyproject.toml").read_text())["project"]
     assert keyferry_agent.__version__ == keyferry.__version__
     assert f"keyferry=={keyferry.__version__}" in agent["dependencies"]
@@ -39,8 +39,8 @@ def test_the_distributions_have_one_version() -> None:
     assert f"## [{heading}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_shell_completion_is_what_the_declarations_give() -> None:
-    """`make docs` writes it."""
+def test_shell_completion_matches_the_declarations() -> None:
+    """`make docs` writes the completion."""
     for path, text in generate_docs.completions():
         assert path.read_text() == text, "run make docs"
 
@@ -58,14 +58,14 @@ def test_the_example_configurations_are_good(tmp_path: Path) -> None:
 
 
 def test_the_ciphertext_page_has_the_sizes_of_the_code() -> None:
-    """117 bytes longer."""
+    """A CiphertextBlob is 117 bytes longer than its parts on the page and in the code."""
     text = (ROOT / "docs" / "ciphertext.md").read_text()
     assert f"a blob is {ciphertext_blob.OVERHEAD} bytes longer" in text
     assert all(suite.info.decode() in text for suite in ciphertext_blob._SUITES.values())
 
 
 def test_every_setting_is_explained() -> None:
-    """docs/configuration.md names each."""
+    """docs/configuration.md names each setting."""
     text = (ROOT / "docs" / "configuration.md").read_text()
     names = [*settings.Limits.__dataclass_fields__, *settings.Settings.__dataclass_fields__]
     for name in set(names) - {"listeners", "grants", "names", "warnings", "development_aliases"}:
@@ -73,15 +73,15 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_every_event_of_the_log_is_explained() -> None:
-    """agent/README.md names each, and none that there is not."""
+    """agent/README.md names exactly the events that the agent logs."""
     code = "".join(path.read_text() for path in (ROOT / "agent" / "keyferry_agent").rglob("*.py"))
     logged = set(re.findall(r'log\.(?:info|warning|error)\(\s*"([a-z_]+\.[a-z_]+)"', code))
     table = (ROOT / "agent" / "README.md").read_text().split("## The log")[1].split("With `[audit]` unset")[0]
     assert logged == set(re.findall(r"`([a-z_]+\.[a-z_]+)`", table))
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
-    """Each that it names is one of the agent's."""
+def test_dashboard_uses_existing_metrics() -> None:
+    """Each metric of the dashboard is one of the agent's."""
     asked = set(re.findall(r"keyferry_[a-z_]+", (ROOT / "deploy" / "grafana-dashboard.json").read_text()))
     text = (ROOT / "agent" / "README.md").read_text()
     for name in asked:

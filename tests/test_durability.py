@@ -19,7 +19,7 @@ Write: TypeAlias = Callable[[Path], None]
 
 
 class Disk:
-    """Records what reaches the disk, and names files; fails where a test asks for it."""
+    """Records the syncs and renames of files; fails on request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[tuple[str, object]] = []
@@ -93,8 +93,8 @@ def test_a_disk_that_does_not_sync_leaves_the_old_file(tmp_path: Path, disk: Dis
     assert not path.exists() or path.read_bytes() == b"old"
 
 
-def test_a_keyring_is_synced_then_named_then_its_folder(tmp_path: Path, disk: Disk) -> None:
-    """Between its content and its name the first entry about the change is on the disk, and after both the second one."""
+def test_keyring_is_synced_renamed_and_its_folder_synced(tmp_path: Path, disk: Disk) -> None:
+    """The first history entry is on the disk before the rename, and the second one after the folder's sync."""
     keyring = new_keyring(tmp_path)
     disk.steps.clear()
     change(keyring, "create-key", "--alias", "alias/b")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.agent import RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import change, two_callers
 
 from keyferry.parameters import decode_base64, encode_base64
@@ -25,44 +25,46 @@ def connection(agent: RunningAgent) -> Iterator[RawConnection]:
 
 
 def encrypted(connection: RawConnection, plaintext: bytes, key_id: str = KEYS[0], **more: Any) -> dict[str, Any]:
-    """What Encrypt answers."""
-    return ok(connection, "Encrypt", {"KeyId": key_id, "Plaintext": encode_base64(plaintext), **more})
+    """Return the result of Encrypt."""
+    return call_ok(connection, "Encrypt", {"KeyId": key_id, "Plaintext": encode_base64(plaintext), **more})
 
 
 def decrypted(connection: RawConnection, blob: str, context: dict[str, str] | None = None) -> bytes:
-    """What Decrypt opens."""
+    """Return the plaintext of Decrypt."""
     params = {"CiphertextBlob": blob, "EncryptionContext": context}
-    return decode_base64(ok(connection, "Decrypt", params)["Plaintext"])
+    return decode_base64(call_ok(connection, "Decrypt", params)["Plaintext"])
 
 
 @pytest.mark.parametrize("key_id", KEYS)
 @pytest.mark.parametrize("size", [1, 16, 190, 191, 214, 215, 1024])
-def test_generate_data_key_gives_the_key_in_both_forms(connection: RawConnection, key_id: str, size: int) -> None:
-    """What is in the blob is what is in Plaintext; no wrapping limits its length."""
-    made = ok(connection, "GenerateDataKey", {"KeyId": key_id, "NumberOfBytes": size, "EncryptionContext": {"a": "b"}})
+def test_generate_data_key_returns_plaintext_and_blob(connection: RawConnection, key_id: str, size: int) -> None:
+    """The blob opens to Plaintext, and no wrapping limits its length."""
+    made = call_ok(
+        connection, "GenerateDataKey", {"KeyId": key_id, "NumberOfBytes": size, "EncryptionContext": {"a": "b"}}
+    )
     assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "Plaintext", "RequestId"}
     key = decode_base64(made["Plaintext"])
     assert len(key) == size
     assert decrypted(connection, made["CiphertextBlob"], {"a": "b"}) == key
 
 
-def test_generate_data_key_without_plaintext_gives_only_the_blob(connection: RawConnection) -> None:
-    """KeySpec says how long; 32 bytes without."""
+def test_generate_data_key_without_plaintext_returns_only_a_blob(connection: RawConnection) -> None:
+    """KeySpec sets the length, which is 32 bytes by default."""
     for spec, size in (
         ({"KeySpec": "AES_128"}, 16),
         ({"KeySpec": "SM4_128"}, 16),
         ({"KeySpec": "AES_256"}, 32),
         ({}, 32),
     ):
-        made = ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": KEYS[0], **spec})
+        made = call_ok(connection, "GenerateDataKeyWithoutPlaintext", {"KeyId": KEYS[0], **spec})
         assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "RequestId"}
         assert len(decrypted(connection, made["CiphertextBlob"])) == size
 
 
 @pytest.mark.parametrize("key_id", KEYS)
 @pytest.mark.parametrize("size", [1, 6_144])
-def test_what_encrypt_seals_decrypt_opens(connection: RawConnection, key_id: str, size: int) -> None:
-    """From 1 to 6,144 bytes."""
+def test_decrypt_opens_blobs_of_encrypt(connection: RawConnection, key_id: str, size: int) -> None:
+    """Plaintexts have 1 to 6,144 bytes."""
     plaintext = bytes(range(256)) * 24
     made = encrypted(connection, plaintext[:size], key_id)
     assert made.keys() == {"KeyId", "KeyVersionId", "CiphertextBlob", "RequestId"}
@@ -76,14 +78,16 @@ def test_what_encrypt_seals_decrypt_opens(connection: RawConnection, key_id: str
     [("", "0 bytes"), (encode_base64(bytes(6_145)), "6145"), ("*", "Base64"), (b"raw", "binary"), (5, "integer")],
 )
 def test_encrypt_takes_base64_of_1_to_6144_bytes(connection: RawConnection, plaintext: Any, word: str) -> None:
-    """And says what is wrong with anything else."""
-    refused(connection, "Encrypt", {"KeyId": KEYS[0], "Plaintext": plaintext}, "InvalidParameter", "Plaintext", word)
+    """The message names the fault of any other Plaintext."""
+    call_refused(
+        connection, "Encrypt", {"KeyId": KEYS[0], "Plaintext": plaintext}, "InvalidParameter", "Plaintext", word
+    )
 
 
 def test_re_encrypt_moves_a_secret_to_another_key_and_context(connection: RawConnection) -> None:
-    """The answer names the key that opened and the one that sealed; the old blob stays good."""
+    """The answer names the source key and the destination key, and the old blob still opens."""
     made = encrypted(connection, b"secret", KEYS[0], EncryptionContext={"a": "1"})
-    moved = ok(
+    moved = call_ok(
         connection,
         "ReEncrypt",
         {
@@ -94,7 +98,7 @@ def test_re_encrypt_moves_a_secret_to_another_key_and_context(connection: RawCon
         },
     )
     assert (moved["KeyId"], moved["KeyVersionId"]) == (made["KeyId"], made["KeyVersionId"])
-    described = ok(connection, "DescribeKey", {"KeyId": KEYS[1]})["KeyMetadata"]
+    described = call_ok(connection, "DescribeKey", {"KeyId": KEYS[1]})["KeyMetadata"]
     assert (moved["DestinationKeyId"], moved["DestinationKeyVersionId"]) == (
         described["KeyId"],
         described["PrimaryKeyVersion"],
@@ -103,11 +107,11 @@ def test_re_encrypt_moves_a_secret_to_another_key_and_context(connection: RawCon
     assert decrypted(connection, made["CiphertextBlob"], {"a": "1"}) == b"secret"
 
 
-def test_re_encrypt_refuses_what_decrypt_and_encrypt_refuse(connection: RawConnection) -> None:
-    """Each parameter by its own name."""
+def test_re_encrypt_checks_parameters_like_decrypt_and_encrypt(connection: RawConnection) -> None:
+    """Each parameter is refused by its own name."""
     blob = encrypted(connection, b"x", EncryptionContext={"a": "1"})["CiphertextBlob"]
     good = {"CiphertextBlob": blob, "DestinationKeyId": KEYS[0], "SourceEncryptionContext": {"a": "1"}}
-    ok(connection, "ReEncrypt", good)
+    call_ok(connection, "ReEncrypt", good)
     for changed, code, word in (
         ({"SourceEncryptionContext": {"a": "2"}}, "InvalidParameter", "CiphertextBlob"),
         ({"SourceEncryptionContext": None}, "InvalidParameter", "CiphertextBlob"),
@@ -121,7 +125,7 @@ def test_re_encrypt_refuses_what_decrypt_and_encrypt_refuse(connection: RawConne
         ({"DryRun": True}, "DryRunOperationError", ""),
         ({"DryRun": "TRUE", "SourceEncryptionContext": {"a": "2"}}, "ValidationError", "CiphertextBlob"),
     ):
-        refused(connection, "ReEncrypt", {**good, **changed}, code, word)
+        call_refused(connection, "ReEncrypt", {**good, **changed}, code, word)
 
 
 @pytest.mark.parametrize(
@@ -132,14 +136,14 @@ def test_re_encrypt_refuses_what_decrypt_and_encrypt_refuse(connection: RawConne
         ("Encrypt", {"KeyId": KEYS[0], "Plaintext": "AAAA"}),
     ],
 )
-def test_dry_run_of_an_operation_always_fails_and_says_how_it_would_have_ended(
+def test_dry_run_fails_with_the_code_of_the_outcome(
     connection: RawConnection, method: str, params: dict[str, Any]
 ) -> None:
-    """With the three codes of its own, and all others as they are."""
-    refused(connection, method, {**params, "DryRun": True}, "DryRunOperationError")
-    refused(connection, method, {**params, "DryRun": "true", "EncryptionContext": "["}, "ValidationError")
-    refused(connection, method, {"DryRun": "true"}, "ValidationError")
-    refused(connection, method, {**params, "KeyId": "alias/none", "DryRun": True}, "Forbidden.AliasNotFound")
+    """Three codes are a dry run's own; all others are those of the call."""
+    call_refused(connection, method, {**params, "DryRun": True}, "DryRunOperationError")
+    call_refused(connection, method, {**params, "DryRun": "true", "EncryptionContext": "["}, "ValidationError")
+    call_refused(connection, method, {"DryRun": "true"}, "ValidationError")
+    call_refused(connection, method, {**params, "KeyId": "alias/none", "DryRun": True}, "Forbidden.AliasNotFound")
 
 
 CONTEXTS = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=4)
@@ -149,13 +153,13 @@ CONTEXTS = st.dictionaries(st.text(max_size=8), st.text(max_size=8), max_size=4)
 @given(
     plaintext=st.binary(min_size=1, max_size=200), contexts=st.lists(CONTEXTS, min_size=2, max_size=4), data=st.data()
 )
-def test_a_secret_survives_any_chain_of_re_encryptions_and_opens_under_its_last_context_only(
+def test_secret_opens_under_its_last_context_only(
     connection: RawConnection, plaintext: bytes, contexts: list[dict[str, str]], data: st.DataObject
 ) -> None:
-    """Whatever the keys and the contexts on the way."""
+    """A secret survives any chain of ReEncrypt calls over keys and contexts."""
     blob = encrypted(connection, plaintext, EncryptionContext=contexts[0])["CiphertextBlob"]
     for old, new in itertools.pairwise(contexts):
-        blob = ok(
+        blob = call_ok(
             connection,
             "ReEncrypt",
             {
@@ -168,7 +172,9 @@ def test_a_secret_survives_any_chain_of_re_encryptions_and_opens_under_its_last_
     assert decrypted(connection, blob, contexts[-1]) == plaintext
     for other in (*contexts[:-1], {}):
         if other != contexts[-1]:
-            refused(connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": other}, "InvalidParameter")
+            call_refused(
+                connection, "Decrypt", {"CiphertextBlob": blob, "EncryptionContext": other}, "InvalidParameter"
+            )
 
 
 PIN = "sha256:" + "0" * 64
@@ -184,8 +190,8 @@ GRANTS = {
 }
 
 
-def test_re_encrypt_to_another_context_is_no_way_round_recipients(keyring: Path) -> None:
-    """Under the same key, too, other grants can hold for another context."""
+def test_re_encrypt_to_another_context_respects_recipients(keyring: Path) -> None:
+    """Other grants can apply to another context, even under the same key."""
     change(keyring, "create-alias", "alias/dev", "alias/a")
     granted = [GRANTS["pinned"], GRANTS["decrypt under another context"]]
     with two_callers(keyring, granted) as (admin, app):
@@ -196,8 +202,8 @@ def test_re_encrypt_to_another_context_is_no_way_round_recipients(keyring: Path)
             "DestinationKeyId": "alias/dev",
         }
         moved = {**opening, "DestinationEncryptionContext": {"purpose": "cache"}}
-        refused(app, "ReEncrypt", moved, "Forbidden.NoPermission")
-        ok(app, "ReEncrypt", {**opening, "DestinationEncryptionContext": {"tenant": "acme"}})
+        call_refused(app, "ReEncrypt", moved, "Forbidden.NoPermission")
+        call_ok(app, "ReEncrypt", {**opening, "DestinationEncryptionContext": {"tenant": "acme"}})
 
 
 @pytest.mark.parametrize(
@@ -212,16 +218,16 @@ def test_re_encrypt_to_another_context_is_no_way_round_recipients(keyring: Path)
         (("pinned", "everything on sm4"), "alias/dev-sm4", "Forbidden.NoPermission"),
     ],
 )
-def test_re_encrypt_needs_a_grant_at_both_ends_and_is_no_way_round_recipients(
+def test_re_encrypt_needs_grants_at_both_ends(
     keyring: Path, granted: tuple[str, ...], destination: str, code: str
 ) -> None:
-    """A grant with recipients lets a secret be rewrapped under its own key, and carried to no other."""
+    """A grant with recipients lets a secret be re-encrypted under its own key, and moved to no other."""
     change(keyring, "create-alias", "alias/dev", "alias/a")
     change(keyring, "create-key", "--alias", "alias/dev-sm4", "--key-spec", "Aliyun_SM4")
     with two_callers(keyring, [GRANTS[name] for name in granted]) as (admin, app):
         blob = encrypted(admin, b"x")["CiphertextBlob"]
         params = {"CiphertextBlob": blob, "DestinationKeyId": destination}
         if code:
-            refused(app, "ReEncrypt", params, code)
+            call_refused(app, "ReEncrypt", params, code)
         else:
-            ok(app, "ReEncrypt", params)
+            call_ok(app, "ReEncrypt", params)

@@ -1,4 +1,4 @@
-"""Surroundings that fail a running agent: descriptors, disks, files, clocks. It says so, refuses what it must, and recovers."""
+"""Faults of a running agent's surroundings: descriptors, disks, files, clocks. It reports, refuses, and recovers."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ import trio
 import trio.testing
 from support.agent import RawConnection, RunningAgent, dev_agent
 from support.audit_log import AT_START
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused, error, result
 from support.keyring import change, opened, serving
 from support.skip_unless import library, root
 from support.waiting import wait_until
@@ -70,10 +70,8 @@ def room_for(descriptors: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("descriptors", [40, 41])
-def test_without_descriptors_nobody_is_taken_for_somebody_else(
-    keyring: Path, socket_path: Path, descriptors: int
-) -> None:
-    """A connection whose process cannot be held is refused as what it is: it is not one that was granted nothing."""
+def test_exhausted_descriptors_do_not_change_an_identity(keyring: Path, socket_path: Path, descriptors: int) -> None:
+    """A connection whose process has no pidfd is refused, and not served as a caller without grants."""
     this = f'uid={os.getuid()}, exe="{os.path.realpath(sys.executable)}"'
     with serving(keyring, socket_path, to=this, preexec=few(descriptors)) as agent, ExitStack() as stack:
         codes: list[str] = []
@@ -87,8 +85,8 @@ def test_without_descriptors_nobody_is_taken_for_somebody_else(
 
 
 @pytest.mark.parametrize("left", [0, 1])
-def test_evidence_that_no_descriptor_is_left_for_is_an_error_and_leaks_none(left: int) -> None:
-    """Neither a process that is not held, nor one without its control groups."""
+def test_evidence_without_descriptors_is_an_error_without_a_leak(left: int) -> None:
+    """A missing pidfd and an unreadable control group raise an error and leave no descriptor open."""
     here, there = socket.socketpair()
     with here, there:
         before = len(os.listdir("/proc/self/fd"))
@@ -101,8 +99,8 @@ def test_evidence_that_no_descriptor_is_left_for_is_an_error_and_leaks_none(left
     ("number", "raised"),
     [(errno.EINVAL, ProcessLookupError), (errno.ESRCH, ProcessLookupError), (errno.EMFILE, OSError)],
 )
-def test_a_number_is_looked_up_only_where_the_kernel_has_no_handle(number: int, raised: type[OSError]) -> None:
-    """Where it has one, and gives none, the number may be another process's by now."""
+def test_process_number_is_used_only_without_kernel_handles(number: int, raised: type[OSError]) -> None:
+    """If the kernel has handles and returns none, the number may already belong to another process."""
     with pytest.raises(raised) as error:
         Process.of(_Answering(number), os.getpid())
     assert type(error.value) is raised
@@ -118,7 +116,7 @@ class _Answering:
         self._number = number
 
     def fileno(self) -> int:
-        """There is none."""
+        """Return no process."""
         return -1
 
     def getsockopt(self, _level: int, _name: int, _length: int, /) -> bytes:
@@ -126,8 +124,8 @@ class _Answering:
         raise OSError(self._number, os.strerror(self._number))
 
 
-def test_a_reload_without_descriptors_leaves_the_old_state_serving(keyring: Path, socket_path: Path) -> None:
-    """It says why; when there are some again, it reloads."""
+def test_reload_without_descriptors_keeps_the_old_state(keyring: Path, socket_path: Path) -> None:
+    """The log has the reason, and the agent reloads when descriptors are available again."""
     with serving(keyring, socket_path, preexec=few(40)) as agent, RawConnection(agent.socket) as first:
         with ExitStack() as stack:
             error = None
@@ -135,12 +133,12 @@ def test_a_reload_without_descriptors_leaves_the_old_state_serving(keyring: Path
                 error = stack.enter_context(RawConnection(agent.socket)).call(*DESCRIBE).error
             agent.signal(signal.SIGHUP)
             assert os.strerror(errno.EMFILE) in agent.wait_for("reload.failed")["why"]
-            ok(first, *DESCRIBE)
+            call_ok(first, *DESCRIBE)
         wait_until("the agent has descriptors again", lambda: not agent_is_short_of_descriptors(agent))
-        ok(first, *DESCRIBE)
+        call_ok(first, *DESCRIBE)
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
-        ok(first, *DESCRIBE)
+        call_ok(first, *DESCRIBE)
 
 
 def agent_is_short_of_descriptors(agent: RunningAgent) -> bool:
@@ -163,10 +161,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @root()
-def test_a_full_disk_refuses_what_cannot_be_recorded_until_there_is_room(
-    keyring: Path, socket_path: Path, small_disk: Path
-) -> None:
-    """Each answer has its line, and each refusal says why; no line is half there."""
+def test_full_disk_refuses_unrecordable_requests(keyring: Path, socket_path: Path, small_disk: Path) -> None:
+    """Each answer has a whole entry, each refusal a reason, until the disk has room again."""
     record = small_disk / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
@@ -183,51 +179,49 @@ def test_a_full_disk_refuses_what_cannot_be_recorded_until_there_is_room(
         assert chain.verify([record]).lines == AT_START + answered
         subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
         for _ in range(20):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
         agent.wait_for("audit.resumed")  # an entry of its own
         assert agent.stop() == 0
         assert chain.verify([record]).lines == AT_START + answered + 20 + 1
 
 
-def test_a_record_that_is_cut_to_nothing_goes_on(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
-    """As some rotate logs; what follows says that there was something before."""
+def test_truncated_audit_log_is_continued(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """Some log rotations truncate the file; the chain of the following entries shows the missing ones."""
     record = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
         for _ in range(3):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
             copy = record.read_bytes()
             os.truncate(record, 0)
         for _ in range(2):
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
     assert chain.verify([record])[::2] == (2, False)
     (tmp_path / "before").write_bytes(copy)
     assert chain.verify([tmp_path / "before", record]).lines == 3
 
 
-def test_a_folder_where_the_record_was_refuses_everything_until_it_is_gone(
-    keyring: Path, socket_path: Path, tmp_path: Path
-) -> None:
-    """The failure is logged once, not twice a second. Then an entry has the number of requests without one."""
+def test_folder_in_place_of_the_audit_log_refuses_requests(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """The failure is logged once, and an entry has the number of unrecorded requests once the folder is gone."""
     record = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{record}"\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(agent.socket) as connection:
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         record.rename(tmp_path / "before")
         record.mkdir()
         assert agent.wait_for("audit.failed")["error"] == os.strerror(errno.EISDIR)
-        refused(connection, *DESCRIBE, "ServiceUnavailableTemporary", "audit record")
+        call_refused(connection, *DESCRIBE, "ServiceUnavailableTemporary", "audit record")
         record.rmdir()
         assert agent.wait_for("audit.resumed")["unrecorded"] == 1
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
     assert chain.verify([tmp_path / "before", record]).lines == AT_START + 3
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(keyring: Path, socket_path: Path) -> None:
-    """Whether it is gone, a folder, a link to itself, or no text: until there is a good one again."""
+def test_unreadable_configuration_leaves_the_old_one_serving(keyring: Path, socket_path: Path) -> None:
+    """A missing file, a folder, a link to itself and a binary file change nothing until the file is good again."""
     config = keyring.parent / "agent.toml"
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         good = config.read_bytes()
@@ -242,7 +236,7 @@ def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(keyring:
             spoil()
             agent.signal(signal.SIGHUP)
             assert str(config) in agent.wait_for("reload.failed", count)["why"]
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
             if config.is_dir():
                 config.rmdir()
             else:
@@ -250,20 +244,20 @@ def test_a_configuration_that_cannot_be_read_leaves_the_old_one_serving(keyring:
             config.write_bytes(good)
             agent.signal(signal.SIGHUP)
             agent.wait_for("reload.done", count)
-            ok(connection, *DESCRIBE)
+            call_ok(connection, *DESCRIBE)
 
 
-def test_two_agents_that_were_made_to_share_a_name_leave_each_other_alone(socket_path: Path) -> None:
-    """The first says that its socket is lost, serves whom it has, and does not take the second's with it when it ends."""
+def test_two_agents_at_one_path_leave_each_other_alone(socket_path: Path) -> None:
+    """The first logs the loss of its socket, serves its clients, and leaves the second's socket when it exits."""
     with dev_agent(socket_path) as first, RawConnection(socket_path) as old:
         socket_path.unlink()
         first.wait_for("socket.lost")
         with dev_agent(socket_path) as second, RawConnection(socket_path) as new:
-            ids = {ok(each, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]["KeyId"] for each in (old, new)}
+            ids = {call_ok(each, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]["KeyId"] for each in (old, new)}
             assert len(ids) == 2
             assert first.stop() == 0
             with RawConnection(socket_path) as another:
-                ok(another, "GetAgentStatus", {})
+                call_ok(another, "GetAgentStatus", {})
             assert second.stop() == 0
     assert not socket_path.exists()
 
@@ -271,10 +265,10 @@ def test_two_agents_that_were_made_to_share_a_name_leave_each_other_alone(socket
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
+async def test_failed_thread_start_delays_a_reload(
     monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock, tmp_path: Path
 ) -> None:
-    """A host, or a pod, may be full of processes: that is said once, and is not the end of the agent."""
+    """A full host or pod is logged once, and the agent goes on."""
     looked = trio.Event()
     left = 5
 
@@ -303,10 +297,10 @@ async def test_an_agent_for_which_there_is_no_thread_looks_at_its_files_later(
 # --- the clock --------------------------------------------------------------------------------------------------------
 
 
-def test_a_clock_that_is_set_back_and_forth_ends_no_connection_and_breaks_no_record(
+def test_clock_changes_affect_neither_connections_nor_the_chain(
     keyring: Path, socket_path: Path, tmp_path: Path
 ) -> None:
-    """Deadlines and rates are of a clock that nobody sets. Deletion dates are of the host's: ahead of one, its key is gone."""
+    """Deadlines and rates use the monotonic clock; deletion dates use the host's, so a clock ahead of one removes its key."""
     change(keyring, "create-key", "--alias", "alias/b")
     change(keyring, "schedule-deletion", "alias/b", "--days", "7")
     doomed = opened(keyring).find("alias/b").key_id
@@ -325,7 +319,7 @@ def test_a_clock_that_is_set_back_and_forth_ends_no_connection_and_breaks_no_rec
         RawConnection(agent.socket) as half,
     ):
         half.send(wire.encode_request(1, *DESCRIBE)[:-1])
-        ok(connection, *DESCRIBE)
+        call_ok(connection, *DESCRIBE)
         for ahead, code in (
             ("+0", "Rejected"),
             ("+10y", "Forbidden.KeyNotFound"),
@@ -333,14 +327,11 @@ def test_a_clock_that_is_set_back_and_forth_ends_no_connection_and_breaks_no_rec
             ("+0", "Rejected"),
         ):
             clock.write_text(ahead)
-            ok(connection, *DESCRIBE)
-            error = connection.call("GenerateDataKey", {"KeyId": doomed}).error
-            assert error is not None
-            assert error["Code"].startswith(code), ahead
+            call_ok(connection, *DESCRIBE)
+            refusal = error(connection.call("GenerateDataKey", {"KeyId": doomed}))
+            assert refusal["Code"].startswith(code), ahead
         half.send(wire.encode_request(1, *DESCRIBE)[-1:])
-        answer = half.response()
-        assert answer is not None
-        assert answer.error is None
+        result(half.response())
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
     years = [int(json.loads(line)["time"][:4]) for line in record.read_text().splitlines()]

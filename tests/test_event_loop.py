@@ -1,4 +1,4 @@
-"""No function that runs on the event loop calls what a caller's file system could block."""
+"""No function on the event loop calls a function that a caller's file system could block."""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from test_architecture import ALL, imports
 BLOCKING = {"open", "stat", "lstat", "readlink", "realpath", "exists", "read_text", "read_bytes", "listdir", "scandir"}
 """Calls that a file system may keep from returning."""
 MAY_BLOCK = {
-    # What each reads is the kernel's or the agent's own; its name is not a peer's.
+    # Each reads files of the kernel or of the agent, whose names no peer chooses.
     ("keyferry_agent.peer.process", "cgroups"): {"open"},
     ("keyferry_agent.peer.credentials", "_overflow"): {"read_text"},
     ("keyferry_agent.peer.platform", "_control_groups_visible"): {"open"},
@@ -36,7 +36,7 @@ ON_THE_LOOP = (
 
 
 def blocking_calls(name: str) -> Iterator[tuple[str, str]]:
-    """The functions of a module that call what may block, and what they call."""
+    """Yield the functions of a module that call blocking functions, with those."""
     for function in ast.walk(ast.parse(ALL[name].read_text())):
         if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -47,8 +47,8 @@ def blocking_calls(name: str) -> Iterator[tuple[str, str]]:
                     yield function.name, called
 
 
-def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> None:
-    """Only the module of programs does, and only the process that is there for it calls that one."""
+def test_event_loop_touches_no_file_of_a_peers_choice() -> None:
+    """Only the module of programs reads such files, and only the inspector's process calls it."""
     found: dict[tuple[str, str], set[str]] = {}
     for name in ALL:
         if name.startswith(ON_THE_LOOP) and name not in IN_ANOTHER_PROCESS:
@@ -65,7 +65,7 @@ def test_nothing_on_the_event_loop_touches_a_file_that_a_peer_could_choose() -> 
 
 
 def test_programs_are_inspected_in_another_process_only() -> None:
-    """`inspect` is called by one function, which is not the agent's."""
+    """Only the inspector's process calls `inspect`."""
     callers = {
         (name, node.lineno)
         for name in ALL

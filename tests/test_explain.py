@@ -1,4 +1,4 @@
-"""`keyferry-agent explain`: what an operator is told of each grant, and that it agrees with what an agent decides."""
+"""`keyferry-agent explain`: the explanation of each grant, and its agreement with the agent's decision."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "line"),
     [
         ({}, "export: allows it"),
         ({"--uid": "1001"}, "export: to.uid: the grant is to 1000; the caller's is 1001"),
@@ -66,20 +66,20 @@ def config(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_the_first_thing_that_does_not_match_is_named(
-    config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], said: str
+def test_first_mismatch_of_each_grant_is_named(
+    config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], line: str
 ) -> None:
-    """Every grant has its line; the exit code says whether one allows it."""
+    """Every grant has its line, and the exit code is 0 if one allows the request."""
     arguments = [part for pair in {**GOOD, **changed}.items() for part in pair]
     code = main(["explain", "--config", str(config), *arguments])
     out = capsys.readouterr().out
-    assert said in out
+    assert line in out
     assert (code == 0) == ("allows it" in out) == out.splitlines()[2].startswith("Allowed: ")
     assert (len(out.splitlines()) == 3) == (code == 0)
 
 
-def test_what_cannot_be_explained_is_said(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pair that is none, a configuration that is wrong."""
+def test_unusable_arguments_of_explain_are_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`explain` names a context pair without a value, and an invalid configuration."""
     arguments = [part for pair in GOOD.items() for part in pair]
     assert main(["explain", "--config", str(config), *arguments, "--context", "nonsense"]) == 1
     assert "expected a pair like tenant=acme" in capsys.readouterr().err
@@ -108,7 +108,7 @@ GRANTS = st.builds(
     fingerprint=st.sampled_from([None, PIN, PLAINTEXT, "sha256:other"]),
     context=st.dictionaries(st.sampled_from("ab"), st.sampled_from("12")),
 )
-def test_the_explanation_is_the_decision(
+def test_explanation_agrees_with_the_decision(
     grant: Grant,
     uid: int,
     gids: frozenset[int],
@@ -117,7 +117,7 @@ def test_the_explanation_is_the_decision(
     fingerprint: str | None,
     context: dict[str, str],
 ) -> None:
-    """Whatever grant and request."""
+    """`explain` and the agent agree for any grant and request."""
     peer = Peer(uid=uid, gids=gids, pid=1, listener="default")
     decided = allows(
         [grant] if grant.matches_caller(peer) else [], action, [name], fingerprint=fingerprint, context=context

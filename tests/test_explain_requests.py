@@ -1,4 +1,4 @@
-"""`keyferry-agent explain` with what an operator has in hand: a RequestId, a key ID, names; and the grant that is missing."""
+"""`keyferry-agent explain` with an operator's data: a RequestId, a key ID, names; and the missing grant."""
 
 import getpass
 import grp
@@ -55,7 +55,7 @@ def agent(config: Path, keyring: Path, socket_path: Path) -> Iterator[RunningAge
 
 @pytest.fixture
 def explain(config: Path, capsys: pytest.CaptureFixture[str]) -> Explain:
-    """The command: its exit code, and what it printed."""
+    """Return a function that runs the command, and returns its exit code and output."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -67,7 +67,7 @@ def explain(config: Path, capsys: pytest.CaptureFixture[str]) -> Explain:
 
 
 def request_id(socket: Path, method: str, params: dict[str, Any]) -> str:
-    """The RequestId of the answer to a request, whatever the answer is."""
+    """Return the RequestId of the answer to a request, a result or an error."""
     with RawConnection(socket) as connection:
         response = connection.call(method, params)
         found: str = (response.error or response.result or {})["RequestId"]
@@ -86,7 +86,7 @@ def test_a_key_is_explained_by_any_name(agent: RunningAgent, keyring: Path, expl
 
 
 def test_a_grant_with_recipients_is_never_plainly_allowed(agent: RunningAgent, explain: Explain) -> None:
-    """Without --recipient, the recipients are printed."""
+    """Without --recipient, `explain` prints the grant's recipients."""
     question = ("--uid", os.getuid(), "--action", "kms:GenerateAndExportDataKey", "--key", "alias/orders")
     code, out, _ = explain(*question)
     assert code == 0
@@ -104,10 +104,10 @@ def test_a_grant_with_recipients_is_never_plainly_allowed(agent: RunningAgent, e
     assert agent.has_logged("agent.serving")
 
 
-def test_a_keyring_that_cannot_be_opened_is_replaced_by_the_audit_log(
+def test_names_of_an_unreadable_keyring_come_from_the_audit_log(
     agent: RunningAgent, keyring: Path, explain: Explain
 ) -> None:
-    """The names in it are those that the keys had last; without it, only the given names are judged."""
+    """The names are those that the keys had last; without an audit log, only the given names are judged."""
     key_id = opened(keyring).find("alias/orders").key_id
     assert agent.stop() == 0
     (keyring.parent / "identity").unlink()
@@ -124,7 +124,7 @@ def test_a_keyring_that_cannot_be_opened_is_replaced_by_the_audit_log(
 
 
 def test_a_key_that_is_missing_or_disabled_is_not_allowed(agent: RunningAgent, keyring: Path, explain: Explain) -> None:
-    """Whatever the grants are; and names of two keys are not one key."""
+    """Grants do not help, and names of two keys are not one key."""
     change(keyring, "create-alias", "alias/second", "alias/a")
     config = keyring.parent / "agent.toml"
     config.write_text(config.read_text() + PINNED.replace("pinned", "all").replace('"alias/orders"', '"*"'))
@@ -212,7 +212,7 @@ def test_a_request_is_explained_by_its_id(agent: RunningAgent, keyring: Path, ex
 
 
 def test_a_request_is_found_in_a_journal(keyring: Path, config: Path, socket_path: Path, explain: Explain) -> None:
-    """Where the audit log goes to standard error, its files are named."""
+    """The journal's files are named if the audit log goes to standard error."""
     with serving(keyring, socket_path) as agent:
         asked = request_id(agent.socket, "DescribeKey", {"KeyId": "alias/orders"})
         assert agent.stop() == 0
@@ -255,10 +255,10 @@ def test_a_request_is_found_in_a_journal(keyring: Path, config: Path, socket_pat
         ("--user", getpass.getuser(), "--action", "kms:Encrypt", "--key", "alias/a"),
     ],
 )
-def test_the_printed_grant_allows_what_was_refused(
+def test_suggested_grant_allows_the_refused_request(
     agent: RunningAgent, config: Path, explain: Explain, question: tuple[str, ...]
 ) -> None:
-    """Put into the configuration as it is printed, however often."""
+    """The request is allowed after the printed grant was appended to the configuration."""
     code, out, _ = explain(*question, "--json")
     answer = json.loads(out)
     assert (code, answer["allowed"]) == (1, False)
@@ -281,10 +281,10 @@ def test_the_printed_grant_allows_what_was_refused(
         (("--uid", "orders", "--action", "kms:Decrypt"), "an integer is expected, in the digits 0 to 9, not 'orders'"),
     ],
 )
-def test_what_is_missing_is_named(
+def test_missing_argument_of_explain_is_named(
     explain: Explain, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], why: str
 ) -> None:
-    """With the exit code for usage."""
+    """The exit code is the one for usage."""
     with pytest.raises(SystemExit) as ended:
         explain(*arguments)
     assert ended.value.code == 2

@@ -1,4 +1,4 @@
-"""What `make test-fast` leaves out: tests that start processes, found by the names that they use."""
+"""The tests that `make test-fast` leaves out: those that start processes, found by the names that they use."""
 
 import subprocess
 from collections.abc import Callable
@@ -26,18 +26,18 @@ def defines_a_function() -> object:
 
 @pytest.mark.parametrize("thing", [RunningAgent, dev_agent, serving, runs_a_program, defines_a_function])
 def test_a_helper_that_starts_a_process_is_found(thing: Callable[..., object]) -> None:
-    """Through functions, classes, context managers and functions inside functions."""
+    """A start is found through functions, classes, context managers and nested functions."""
     assert fast.starts(thing)
 
 
 @pytest.mark.parametrize("thing", [new_keyring, client_of])
 def test_a_helper_that_starts_no_process_is_fast(thing: Callable[..., object]) -> None:
-    """Files and threads are no processes."""
+    """Files and threads are not processes."""
     assert not fast.starts(thing)
 
 
-def test_tests_are_selected_by_what_they_use(request: pytest.FixtureRequest) -> None:
-    """This one uses no process; a test with the fixture of an agent does."""
+def test_tests_are_selected_by_the_processes_they_start(request: pytest.FixtureRequest) -> None:
+    """This test starts no process; a test with the fixture of an agent does."""
     assert fast.is_fast(request.node)
     definitions = request._fixturemanager.getfixturedefs("agent", request.node)
     assert definitions is not None

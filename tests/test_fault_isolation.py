@@ -1,4 +1,4 @@
-"""Faults inside the agent: what a handler, the audit log or the system does wrong stays where it is."""
+"""Faults inside the agent: a failing handler, audit log or system call does not spread."""
 
 import errno
 import gc
@@ -15,6 +15,7 @@ import pytest
 import structlog
 import trio
 import trio.testing
+from support.calls import error
 from support.inside import new_agent, new_audit_log
 
 from keyferry.errors import KmsError
@@ -69,10 +70,10 @@ async def ask(stream: trio.SocketStream, method: str, params: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("slow", [False, True])
-async def test_a_handler_that_fails_harms_nobody_and_tells_nobody_why(
+async def test_failing_handler_affects_only_its_request(
     agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, *, slow: bool
 ) -> None:
-    """InternalFailure to the caller, the traceback to the log; both connections go on. On the loop and in a thread."""
+    """The caller gets InternalFailure and the log the traceback, for work on the loop and in a thread."""
 
     def fails() -> None:
         raise RuntimeError("key material in an exception's text")
@@ -92,14 +93,14 @@ async def test_a_handler_that_fails_harms_nobody_and_tells_nobody_why(
                 assert (await ask(stream, *STATUS)).error is None
 
 
-async def test_the_time_that_the_agent_takes_is_not_counted_as_the_clients(
+async def test_agents_time_does_not_count_against_a_request(
     agent: ServerState,
     audit: AuditLog,
     socket_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     mock_clock: trio.testing.MockClock,
 ) -> None:
-    """A request whose rest lies in the socket while the one before it is answered is not late."""
+    """A request is not late if its rest waits in the socket while the agent answers the one before it."""
 
     def takes_long(request: Any) -> handlers.Job:
         mock_clock.jump(2 * agent.settings.limits.request_timeout)
@@ -122,7 +123,7 @@ async def test_the_time_that_the_agent_takes_is_not_counted_as_the_clients(
 async def test_a_refusal_keeps_nothing_of_its_request_alive(
     agent: ServerState, audit: AuditLog, socket_path: Path
 ) -> None:
-    """Not until the next garbage collection either: an exception holds on to the frames that it came through."""
+    """No exception keeps the frames of a request alive until the next garbage collection."""
     gc.collect()
     gc.disable()
     before = {id(each) for each in gc.get_objects() if isinstance(each, KmsError)}  # of other tests
@@ -147,21 +148,20 @@ async def test_a_refusal_keeps_nothing_of_its_request_alive(
 async def test_a_request_that_cannot_be_recorded_is_refused(
     agent: ServerState, audit: AuditLog, socket_path: Path
 ) -> None:
-    """Its answer never leaves; when there is room again, requests are answered again."""
+    """The answer is not sent; requests are answered again when the disk has room."""
     full = AuditLog(Audit("/dev/full"))
     async with served(agent, full, socket_path) as server, await trio.open_unix_socket(str(socket_path)) as stream:
         response = await ask(stream, "DescribeKey", {"KeyId": "alias/dev"})
-        assert response.error is not None
-        assert response.error["Code"] == "ServiceUnavailableTemporary"
+        assert error(response)["Code"] == "ServiceUnavailableTemporary"
         assert response.result is None
         server._context.audit = audit
         assert (await ask(stream, *STATUS)).error is None
 
 
-async def test_nothing_follows_an_answer_that_was_cut_off(
+async def test_nothing_follows_a_truncated_answer(
     agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even the answer of a slow job that was under way: it would be read as the rest of the other."""
+    """A client would read the answer of an offloaded job as the rest of the truncated one."""
     begun, go_on = threading.Event(), threading.Event()
 
     def takes_long() -> None:
@@ -169,7 +169,7 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
         assert go_on.wait(10)
 
     def cut_off(descriptor: int, data: bytes) -> int:
-        return real(descriptor, data[:5] if bytes(data[:2]) == b"\x94\x01" else data)  # not what is recorded
+        return real(descriptor, data[:5] if bytes(data[:2]) == b"\x94\x01" else data)  # audit entries are written whole
 
     async def no_memory(_stream: trio.SocketStream, _data: bytes) -> None:
         await trio.lowlevel.checkpoint()
@@ -191,10 +191,10 @@ async def test_nothing_follows_an_answer_that_was_cut_off(
         assert len(received) == 5
 
 
-async def test_accepting_goes_on_after_the_system_had_no_memory(
+async def test_accepting_continues_after_a_lack_of_memory(
     agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
-    """It says so, waits, and tries again."""
+    """The agent logs the failure, waits, and accepts again."""
     real = trio.SocketListener.accept
     failures = [OSError(errno.ENOMEM, "Cannot allocate memory")]
 
@@ -211,10 +211,10 @@ async def test_accepting_goes_on_after_the_system_had_no_memory(
     assert [entry["error"] for entry in logged if entry["event"] == "accept.failed"] == ["Cannot allocate memory"]
 
 
-async def test_who_ended_before_the_kernel_was_asked_is_hung_up_on(
+async def test_process_that_exited_before_identification_is_refused(
     agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not served without a process that could be held; that is nobody's fault."""
+    """A connection without a process to hold is closed, and is not a fault."""
 
     def gone(*_: Any) -> None:
         raise ProcessLookupError
@@ -230,10 +230,10 @@ async def test_who_ended_before_the_kernel_was_asked_is_hung_up_on(
             assert (await ask(stream, *STATUS)).error is None
 
 
-async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
+async def test_unexpected_failure_ends_only_its_connection(
     agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The outermost line of a connection catches everything."""
+    """The outermost function of a connection catches every exception."""
     async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as other:
         assert (await ask(other, *STATUS)).error is None
         with monkeypatch.context() as patch, structlog.testing.capture_logs() as logged:
@@ -245,7 +245,7 @@ async def test_a_connection_that_fails_in_a_way_nobody_thought_of_ends_alone(
         assert (await ask(other, *STATUS)).error is None
 
 
-async def test_behind_half_an_answer_comes_no_other(
+async def test_partly_sent_answer_is_finished_before_the_next(
     agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the rest of an answer is sent, the answer of an offloaded job waits; when sending ends, it is sent behind it."""

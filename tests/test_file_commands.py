@@ -50,7 +50,7 @@ class Place(NamedTuple):
         return ["decrypt-file", str(source), str(target), *self.module, *self.socket]
 
     def files(self) -> set[str]:
-        """What is in the folder besides what was there from the beginning."""
+        """Return the new files in the folder."""
         return set(os.listdir(self.folder)) - {"records.sqlite", "module", "passphrase"}
 
 
@@ -79,10 +79,10 @@ def run(arguments: list[str], **options: Any) -> "subprocess.CompletedProcess[by
     return subprocess.run([*QUICK_CLIENT, *arguments], capture_output=True, timeout=PATIENCE, check=False, **options)
 
 
-def test_a_file_goes_there_and_comes_back(
+def test_file_is_encrypted_and_decrypted_by_commands(
     tmp_path: Path, agent: RunningAgent, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From making the module to the last byte, in processes of their own; decrypting needs no store."""
+    """Commands make a module, encrypt a file and decrypt it; decrypting needs no store."""
     place = Place(tmp_path, agent)
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     file = str(tmp_path / "module")
@@ -109,10 +109,10 @@ def test_a_file_goes_there_and_comes_back(
 
 
 @pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])
-def test_module_init_says_the_pin_that_a_grant_takes(
+def test_module_init_prints_the_fingerprint_for_a_grant(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], key_spec: str
 ) -> None:
-    """The same as keyferry-agent fingerprint. A module is never overwritten."""
+    """`keyferry-agent fingerprint` prints the same, and a module file is never overwritten."""
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     arguments = ["module", "init", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "passphrase")]
     assert command.main([*arguments, "--key-spec", key_spec]) == 0
@@ -128,10 +128,10 @@ def test_module_init_says_the_pin_that_a_grant_takes(
     ("content", "why"),
     [(b"", "is empty"), (b"\nx", "is empty"), (b"\xff", "not text"), (None, "No such file")],
 )
-def test_a_passphrase_file_without_a_passphrase_says_so(
+def test_empty_passphrase_file_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, why: str
 ) -> None:
-    """And nothing is made."""
+    """No module file is made."""
     if content is not None:
         secret_file(tmp_path / "passphrase", content)
     arguments = ["module", "init", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "passphrase")]
@@ -140,10 +140,8 @@ def test_a_passphrase_file_without_a_passphrase_says_so(
     assert not (tmp_path / "m").exists()
 
 
-def test_a_module_that_cannot_be_had_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], agent: RunningAgent
-) -> None:
-    """By its path: where it is to be made, and where it is to be read."""
+def test_unusable_module_path_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], agent: RunningAgent) -> None:
+    """The message has the path that cannot be created or read."""
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     (tmp_path / "in").write_bytes(b"keyferry-file/1\n" + bytes(4 + 92))
     passphrase = ["--passphrase-file", str(tmp_path / "passphrase")]
@@ -157,8 +155,8 @@ def test_a_module_that_cannot_be_had_says_so(
     assert not (tmp_path / "out").exists()
 
 
-def test_pipes_on_both_sides(tmp_path: Path, agent: RunningAgent) -> None:
-    """`-` is standard input and output."""
+def test_commands_read_and_write_pipes(tmp_path: Path, agent: RunningAgent) -> None:
+    """`-` is standard input or output."""
     place = Place(tmp_path, agent)
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     SoftwareModule.generate("RSA_2048").save(tmp_path / "module", PASSPHRASE)
@@ -186,10 +184,8 @@ def test_pipes_on_both_sides(tmp_path: Path, agent: RunningAgent) -> None:
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "more", "nothing"])
-def test_a_damaged_file_gives_no_out_and_keeps_an_old_one(
-    place: Place, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    """Nothing is left beside it either."""
+def test_damaged_file_leaves_out_unchanged(place: Place, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+    """An old OUT stays, and no other file is left beside it."""
     plain, sealed, opened = (place.folder / name for name in ("plain", "sealed", "opened"))
     plain.write_bytes(os.urandom(2 * stream.CHUNK))
     assert command.main(place.encrypt(plain, sealed)) == 0
@@ -208,7 +204,7 @@ def test_a_damaged_file_gives_no_out_and_keeps_an_old_one(
 
 
 def test_another_record_in_the_header_opens_nothing(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """The agent gives its data key, and that does not fit; a damaged one the agent refuses."""
+    """The data key of another record does not fit, and the agent refuses a damaged record."""
     plain = place.folder / "plain"
     plain.write_bytes(b"plaintext")
     headers = []
@@ -229,10 +225,10 @@ def test_another_record_in_the_header_opens_nothing(place: Place, capsys: pytest
     assert not (place.folder / "out").exists()
 
 
-def test_any_module_decrypts_that_the_agent_exports_to_and_no_other(
+def test_modules_with_a_pinned_fingerprint_decrypt(
     place: Place, keyring: Path, socket_path: Path, module: SoftwareModule, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the grant's pins; a refusal leaves no OUT."""
+    """A module without a fingerprint in the grant is refused, and OUT is not written."""
     (place.folder / "plain").write_bytes(b"plaintext")
     second, third = SoftwareModule.generate("RSA_2048"), SoftwareModule.generate("RSA_2048")
     pins = [f'"{fingerprint(decode_base64(each.public_key_blob))}"' for each in (module, second)]
@@ -257,7 +253,7 @@ def test_any_module_decrypts_that_the_agent_exports_to_and_no_other(
 
 
 def test_in_is_never_replaced_by_its_own_result(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """By whichever of its names."""
+    """IN and OUT may not be one file under any of its names."""
     plain = place.folder / "plain"
     plain.write_bytes(b"plaintext")
     (place.folder / "symlink").symlink_to(plain)
@@ -269,8 +265,8 @@ def test_in_is_never_replaced_by_its_own_result(place: Place, capsys: pytest.Cap
     assert plain.read_bytes() == b"plaintext"
 
 
-def test_what_is_no_place_for_a_file_is_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """A device is not replaced, nor a directory; one that is not there is not made."""
+def test_unusable_out_paths_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """A device or directory is not replaced, and a missing directory is not created."""
     (place.folder / "plain").write_bytes(b"plaintext")
     (place.folder / "null").symlink_to("/dev/null")
     for target, why in (
@@ -299,8 +295,8 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return name
 
 
-def test_out_replaces_what_a_symlink_names_and_has_its_own_mode(tmp_path: Path, kind: str) -> None:
-    """Not the symlink; while it is written, the old file is there."""
+def test_out_replaces_the_target_of_a_symlink(tmp_path: Path, kind: str) -> None:
+    """The symlink stays, and the old file is there until the new one is complete."""
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real")
     mask = os.umask(0o022)
@@ -320,7 +316,7 @@ def test_out_replaces_what_a_symlink_names_and_has_its_own_mode(tmp_path: Path, 
 
 @pytest.mark.parametrize("error", [FileError("x"), OSError("x"), KeyboardInterrupt()])
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path, kind: str, error: BaseException) -> None:
-    """However it fails."""
+    """Any exception in the block removes the new file."""
 
     def fail() -> None:
         with replacing(str(tmp_path / "out")) as file:
@@ -332,8 +328,8 @@ def test_a_block_that_fails_leaves_nothing(tmp_path: Path, kind: str, error: Bas
     assert os.listdir(tmp_path) == []
 
 
-def test_a_directory_that_may_not_be_written_says_so(tmp_path: Path, kind: str) -> None:
-    """/proc takes no files, from nobody."""
+def test_unwritable_directory_is_named(tmp_path: Path, kind: str) -> None:
+    """No user can create a file in /proc."""
     with pytest.raises(OSError, match=r"."), replacing("/proc/out"):
         pass
 
@@ -361,17 +357,17 @@ def stalled(tmp_path: Path, agent: RunningAgent) -> Iterator[tuple[Path, "subpro
 def test_a_kill_in_the_middle_leaves_nothing_at_all(
     stalled: tuple[Path, "subprocess.Popen[bytes]", int],
 ) -> None:
-    """Not even a file with another name."""
+    """A killed command leaves no temporary file either."""
     folder, running, _pipe = stalled
     running.kill()
     assert running.wait(PATIENCE) == -signal.SIGKILL
     assert os.listdir(folder) == []
 
 
-def test_an_interrupt_in_the_middle_leaves_nothing_and_no_traceback(
+def test_interrupt_leaves_no_file_and_no_traceback(
     stalled: tuple[Path, "subprocess.Popen[bytes]", int],
 ) -> None:
-    """Control-C is no error of the program."""
+    """Control-C is not an error of the program."""
     folder, running, _pipe = stalled
     assert interrupted(running)[0] == 130
     assert os.listdir(folder) == []
@@ -380,7 +376,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing_and_no_traceback(
 def test_the_library_works_as_its_documentation_shows(
     place: Place, agent: RunningAgent, module: SoftwareModule
 ) -> None:
-    """The package's own example."""
+    """The example in the package's docstring runs."""
     from keyferry.files import decrypt, encrypt, read_header  # noqa: PLC0415
 
     with agent.client() as kms:

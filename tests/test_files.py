@@ -1,4 +1,4 @@
-"""Encrypted files: what is written is read, by a second implementation too; what was changed, anywhere, is not."""
+"""Encrypted files: a second implementation reads them too, and any change is noticed."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ def encrypted(plaintext: bytes, key: DataKey = KEY, record: DataKeyRecord = RECO
 
 
 def decrypted(file: bytes, key: DataKey = KEY) -> bytes:
-    """What is in it. Raises `FileError`."""
+    """Return the plaintext. Raises `FileError`."""
     source, target = io.BytesIO(file), io.BytesIO()
     decrypt(source, target, MODULE, key, read_header(source))
     return target.getvalue()
@@ -62,8 +62,8 @@ SIZES = [0, 1, 100, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK - 1, 2 * CHUNK, 2 * C
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_what_is_encrypted_is_decrypted_by_both_implementations(size: int) -> None:
-    """Around the ends of chunks; every 65,536 bytes cost 16, and the header what it has."""
+def test_both_implementations_decrypt_encrypted_files(size: int) -> None:
+    """Sizes are around the ends of chunks; every 65,536 bytes add 16, besides the header."""
     plaintext = os.urandom(size)
     file = encrypted(plaintext)
     assert decrypted(file) == plaintext
@@ -75,7 +75,7 @@ def test_what_is_encrypted_is_decrypted_by_both_implementations(size: int) -> No
 
 
 def test_the_header_brings_the_record_back() -> None:
-    """With its name; of every script, and of a context of the greatest length."""
+    """A name in any script and a context of the greatest length are read back."""
     context = {"é" * 1_000: "名" * 7_000, '"\\\n': "\0"}
     file = encrypted(b"x", record={**RECORD, "EncryptionContext": context}, name="名")
     read = read_header(io.BytesIO(file))
@@ -84,7 +84,7 @@ def test_the_header_brings_the_record_back() -> None:
 
 
 def test_two_files_have_nothing_in_common() -> None:
-    """A fresh key for each."""
+    """Each file has a fresh key."""
     first, second = encrypted(b"x" * 1_000), encrypted(b"x" * 1_000)
     start = len(header.MAGIC) + 4 + int.from_bytes(first[16:20], "big")
     assert first[:start] == second[:start]
@@ -92,11 +92,11 @@ def test_two_files_have_nothing_in_common() -> None:
     assert not pieces & {second[at : at + 16] for at in range(start, len(second) - 16)}
 
 
-# --- what was changed -------------------------------------------------------------------------------------------------
+# --- changed files ----------------------------------------------------------------------------------------------------
 
 
 def test_one_bit_anywhere_of_a_file_is_noticed() -> None:
-    """Every single bit of header and chunk."""
+    """A flip of any single bit of the header or of a chunk is noticed."""
     file = encrypted(b"plaintext")
     messages = set()
     for bit in range(8 * len(file)):
@@ -115,15 +115,15 @@ LARGE = encrypted(os.urandom(3 * CHUNK + 100))
 
 @given(st.integers(0, 8 * len(LARGE) - 1))
 def test_one_bit_anywhere_of_a_large_file_is_noticed(bit: int) -> None:
-    """In whichever chunk."""
+    """A flipped bit is noticed in any chunk."""
     changed = bytearray(LARGE)
     changed[bit // 8] ^= 1 << bit % 8
     refused(bytes(changed))
 
 
 @given(st.integers(0, len(LARGE) - 1))
-def test_a_file_that_was_cut_off_is_noticed(length: int) -> None:
-    """Anywhere."""
+def test_truncated_file_is_noticed(length: int) -> None:
+    """A file that ends at any other byte raises an error."""
     refused(LARGE[:length])
 
 
@@ -133,8 +133,8 @@ def parts(file: bytes) -> tuple[bytes, list[bytes]]:
     return file[:bound], [file[at : at + SEALED] for at in range(bound, len(file), SEALED)]
 
 
-def test_chunks_open_only_in_their_places_of_their_file() -> None:
-    """Cut off between two, extended, reordered, doubled, left out, exchanged with another file's of the same data key."""
+def test_chunks_open_only_in_place_and_in_their_file() -> None:
+    """Truncated, extended, reordered, doubled, missing and exchanged chunks do not open."""
     plaintext = os.urandom(CHUNK) * 4  # equal chunks, so that only their places tell them apart
     first, (a, b, c, d) = parts(encrypted(plaintext))
     other, (e, _, _, h) = parts(encrypted(plaintext))
@@ -152,7 +152,7 @@ def test_chunks_open_only_in_their_places_of_their_file() -> None:
 
 
 def test_a_header_with_another_record_opens_nothing() -> None:
-    """Even where the data key is the same: the record is bound, its name and its context too."""
+    """The header binds the record with its name and context, even if the data key is the same."""
     file = encrypted(b"x")
     for changed in (
         {"Name": "reportz"},
@@ -167,8 +167,8 @@ def test_a_header_with_another_record_opens_nothing() -> None:
         )
 
 
-def test_an_empty_last_chunk_is_no_second_way_to_write_a_file() -> None:
-    """Only an empty file has one."""
+def test_empty_last_chunk_is_allowed_in_empty_files_only() -> None:
+    """Each file has exactly one valid form."""
     source = io.BytesIO(encrypted(b"x" * CHUNK))
     key = header.payload_key(MODULE, KEY, read := read_header(source))
     gcm = AESGCM(key)
@@ -177,13 +177,13 @@ def test_an_empty_last_chunk_is_no_second_way_to_write_a_file() -> None:
 
 
 def test_another_data_key_opens_nothing() -> None:
-    """Nor does one of another length."""
+    """Another data key, of any length, raises an error."""
     for other in (b"x" * 32, b"k" * 16):
         assert refused(encrypted(b"plaintext"), imported(other)) == header.NOT_AUTHENTIC
 
 
-def test_a_file_key_that_fits_two_data_keys_does_not_open_under_another_header() -> None:
-    """The commitment is compared before anything is decrypted."""
+def test_file_key_is_committed_to_its_header() -> None:
+    """The commitment is compared before decryption."""
     file = bytearray(encrypted(b"x"))
     read = read_header(io.BytesIO(bytes(file)))
     with pytest.raises(FileError):
@@ -194,7 +194,7 @@ def test_a_file_key_that_fits_two_data_keys_does_not_open_under_another_header()
 
 @given(st.binary(max_size=300), st.booleans())
 def test_any_bytes_are_a_file_or_a_file_error(data: bytes, begins_right: bool) -> None:
-    """Never another exception."""
+    """Any bytes open or raise FileError."""
     refused((header.MAGIC + b"\0\0" if begins_right else b"") + data)
 
 
@@ -208,7 +208,7 @@ JSON = st.none() | st.integers() | st.text(max_size=3) | st.dictionaries(st.text
     | JSON
 )
 def test_any_json_is_a_record_or_a_file_error(record: Any) -> None:
-    """Strings where there are to be strings, and nothing else."""
+    """A record has strings where they are due, and no other fields."""
     text = json.dumps(record).encode()
     file = header.MAGIC + len(text).to_bytes(4, "big") + text + bytes(92)
     try:
@@ -220,8 +220,8 @@ def test_any_json_is_a_record_or_a_file_error(record: Any) -> None:
     assert set(read.record) == set(RECORD)
 
 
-def test_a_record_with_a_key_twice_is_none() -> None:
-    """Two readers could see different ones."""
+def test_record_with_a_duplicate_key_is_refused() -> None:
+    """Two readers could read different values."""
     text = json.dumps({"Name": "a", **RECORD}).replace('"Name"', '"Name": "b", "Name"').encode()
     with pytest.raises(FileError):
         read_header(io.BytesIO(header.MAGIC + len(text).to_bytes(4, "big") + text + bytes(92)))
@@ -245,8 +245,8 @@ class Dripping(io.RawIOBase):
         return bytes(part)
 
 
-def test_a_pipe_may_give_as_little_as_it_likes() -> None:
-    """Chunks are as long as they are to be."""
+def test_short_reads_of_a_pipe_fill_whole_chunks() -> None:
+    """Chunks have their usual length, however short the reads of a pipe are."""
     plaintext = os.urandom(2 * CHUNK + 5)
     target = io.BytesIO()
     source: Any = Dripping(plaintext)
@@ -278,7 +278,7 @@ class Nowhere(io.RawIOBase):
 
 
 def test_a_large_file_takes_no_more_memory_than_a_small_one() -> None:
-    """A few chunks."""
+    """Memory holds a few chunks at a time."""
     peaks = []
     for chunks in (8, 512):
         tracemalloc.start()
@@ -290,8 +290,8 @@ def test_a_large_file_takes_no_more_memory_than_a_small_one() -> None:
     assert peaks[1] < peaks[0] + CHUNK < 8 * CHUNK
 
 
-def test_progress_is_told_in_bytes_of_what_is_read() -> None:
-    """Chunk by chunk."""
+def test_progress_is_reported_in_bytes_read() -> None:
+    """Progress is reported once per chunk."""
     told: list[int] = []
     target = io.BytesIO()
     encrypt(io.BytesIO(bytes(CHUNK + 1)), target, MODULE, KEY, RECORD, advanced=told.append)
@@ -303,7 +303,7 @@ def test_progress_is_told_in_bytes_of_what_is_read() -> None:
 
 
 def test_a_file_that_is_too_long_for_its_counter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """256 TiB; here, two chunks."""
+    """The limit is 256 TiB; in this test it is two chunks."""
     file = encrypted(bytes(3 * CHUNK))
     monkeypatch.setattr(stream, "_MAX_CHUNKS", 2)
     assert len(encrypted(bytes(2 * CHUNK))) > 2 * CHUNK
@@ -313,7 +313,7 @@ def test_a_file_that_is_too_long_for_its_counter_is_refused(monkeypatch: pytest.
 
 
 def test_a_record_that_is_too_long_is_refused() -> None:
-    """Before anything is written."""
+    """The refusal comes before the first byte of OUT."""
     target = io.BytesIO()
     record: DataKeyRecord = {**RECORD, "EncryptionContext": {"a": "x" * 70_000}}
     with pytest.raises(FileError, match="at most 65536"):
@@ -321,8 +321,8 @@ def test_a_record_that_is_too_long_is_refused() -> None:
     assert not target.getvalue()
 
 
-def test_a_key_that_the_module_does_not_hold_is_the_modules_error() -> None:
-    """Nothing is written."""
+def test_missing_data_key_raises_the_modules_error() -> None:
+    """Nothing is written to OUT."""
     target = io.BytesIO()
     with pytest.raises(ModuleError):
         encrypt(io.BytesIO(b"x"), target, MODULE, DataKey(), RECORD)
@@ -334,14 +334,14 @@ def test_a_key_that_the_module_does_not_hold_is_the_modules_error() -> None:
 VECTORS = json.loads(make_files.PATH.read_text())
 
 
-def test_the_vectors_are_what_their_generator_writes() -> None:
-    """Nobody changed them by hand."""
+def test_vectors_match_their_generator() -> None:
+    """The vectors were not edited by hand."""
     assert make_files.document() == VECTORS
 
 
 @pytest.mark.parametrize("case", VECTORS["files"], ids=lambda case: f"{case['length']} bytes")
 def test_format_1_is_frozen(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client writes each file so, from its file key and its nonce; and reads it."""
+    """The client writes and reads each vector from its file key and nonce."""
     plaintext = make_files.drawn(case["plaintext_label"], case["length"])
     key = imported(bytes.fromhex(case["data_key"]))
     record = json.loads(case["record"])
@@ -361,14 +361,14 @@ def _of(size: int, drawn: bytes) -> bytes:
 
 
 def test_the_page_has_the_numbers_of_the_code() -> None:
-    """docs/files.md."""
+    """The sizes on docs/files.md are those of the code."""
     text = (Path(__file__).parents[1] / "docs" / "files.md").read_text()
     for each in (header.MAGIC[:-1].decode(), header._INFO.decode(), f"{CHUNK:,}", f"{header.MAX_RECORD_BYTES:,}"):
         assert each in text
 
 
 def test_a_header_is_written_as_it_was_read() -> None:
-    """Byte by byte."""
+    """A header that is read and written again has the same bytes."""
     file = encrypted(b"x")
     source: BinaryIO = io.BytesIO(file)
     read = read_header(source)

@@ -26,7 +26,7 @@ Ask = Callable[[list[Message]], list[Message]]
 
 
 def _run(*arguments: str, data: bytes = b"", folder: Path | None = None, **environment: object) -> tuple[bytes, str]:
-    """What a program that ends well prints, and its complaints."""
+    """Return the output of a program that succeeds, and its messages."""
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     done = subprocess.run(
         arguments, input=data, capture_output=True, timeout=PATIENCE, cwd=folder, env=variables, check=False
@@ -110,7 +110,7 @@ class Module:
         return {"PublicKeyBlob": public_key, **self.wrapping}
 
     def unwrap(self, exported: str) -> bytes:
-        """What an ExportedDataKey carries."""
+        """Return the data key of an ExportedDataKey."""
         wrapped = base64.b64decode(exported, validate=True)
         if self.wrapping["WrappingAlgorithm"] == "SM2PKE":
             wrapped = der_of_sm2(wrapped)
@@ -161,8 +161,7 @@ def module(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return Module(key, public_key, {"WrappingKeySpec": spec, "WrappingAlgorithm": algorithm}, master_key, options)
 
 
-def test_the_status(ask: Ask) -> None:
-    """The agent says how it is to every client."""
+def test_status_is_the_same_for_every_client(ask: Ask) -> None:
     status = call(ask, "GetAgentStatus")
     assert (status["ProtocolVersion"], status["State"]) == (1, "Serving")
     assert status["Keys"] >= 2
@@ -179,8 +178,8 @@ def test_a_key_is_found_by_its_alias_its_id_and_its_arn(ask: Ask, alias: str, sp
         assert call(ask, "DescribeKey", KeyId=name)["KeyMetadata"] == metadata
 
 
-def test_the_main_job(ask: Ask, module: Module) -> None:
-    """A data key reaches the module under its public key, now and again later, and is what the CiphertextBlob holds."""
+def test_foreign_client_does_the_main_job(ask: Ask, module: Module) -> None:
+    """A data key is wrapped for the module's public key, twice, and equals the content of the CiphertextBlob."""
     made = call(ask, "GenerateAndExportDataKey", KeyId=module.master_key, **module.request())
     data_key = module.unwrap(made["ExportedDataKey"])
     assert len(data_key) == 32
@@ -195,7 +194,7 @@ def test_the_main_job(ask: Ask, module: Module) -> None:
 
 @pytest.mark.parametrize("ask", WHOLE_MESSAGES, indirect=True)
 def test_keys_and_ciphertexts_may_be_sent_as_bin(ask: Ask, module: Module) -> None:
-    """MessagePack's bin stands for the same bytes as their Base64; answers hold Base64 all the same."""
+    """MessagePack's bin stands for the same bytes as their Base64; answers always hold Base64."""
     asked = {"KeyId": module.master_key, "NumberOfBytes": 190}
     made = call(ask, "GenerateAndExportDataKey", **asked, **module.request(binary=True))
     blob = _hex(base64.b64decode(made["CiphertextBlob"], validate=True))
@@ -208,7 +207,7 @@ def test_keys_and_ciphertexts_may_be_sent_as_bin(ask: Ask, module: Module) -> No
 
 @pytest.mark.parametrize("module", [OAEP_SHA_256], indirect=True)
 def test_an_encryption_context_is_a_map_or_its_json(ask: Ask, module: Module) -> None:
-    """Either form opens what was made under the other, in any order of the pairs; no context opens nothing."""
+    """Either form, in any order of pairs, opens ciphertexts of the other; a missing context opens none."""
     turned = dict(reversed(CONTEXT.items()))
     forms = [CONTEXT, turned, json.dumps(CONTEXT), json.dumps(turned, ensure_ascii=False, indent=1)]
     for given in (CONTEXT, json.dumps(CONTEXT)):
@@ -263,7 +262,7 @@ def test_neovim_shows_that_there_was_an_error(ask: Ask) -> None:
 @pytest.mark.parametrize("ask", WHOLE_MESSAGES, indirect=True)
 @pytest.mark.parametrize("module", [SM2], indirect=True)
 def test_each_of_200_requests_at_once_gets_its_own_answer(ask: Ask, module: Module) -> None:
-    """Whatever the order of the answers, the one with msgid n is that to request n: here a data key of n bytes."""
+    """The answer with msgid n has a data key of n bytes, in any order of the answers."""
     asked = {"KeyId": module.master_key, **module.request()}
     numbers = range(1, 201)
     answers = ask([[0, number, "GenerateAndExportDataKey", [{**asked, "NumberOfBytes": number}]] for number in numbers])
@@ -291,7 +290,7 @@ def test_neovim_sends_bytes_as_str(send: Send, socket_path: Path, tmp_path: Path
 
 
 def test_a_str_that_is_not_utf_8_is_an_invalid_parameter(agent: RunningAgent) -> None:
-    """The same bytes, with the answer in full view."""
+    """A plain client sends the same bytes as neovim and sees the whole answer."""
     asked = b"".join(plain_client.encode([0, msgid, "DescribeKey", [{"KeyId": "????"}]]) for msgid in (1, 2))
     answers = list(plain_client.exchange(str(agent.socket), asked.replace(b"????", b"\x00\xff\xc3("), 2))
     refused = [(msgid, error["Code"]) for _, msgid, error, _ in sorted_by_msgid(answers)]
@@ -299,7 +298,7 @@ def test_a_str_that_is_not_utf_8_is_an_invalid_parameter(agent: RunningAgent) ->
 
 
 def test_a_notification_gets_no_answer(ask: Ask) -> None:
-    """Neither one that names an operation nor one that names none does anything; requests around them are served."""
+    """A notification has no effect, whether or not it names an operation; requests around it are served."""
     before, after = ([0, msgid, "DescribeKey", [{"KeyId": "alias/dev"}]] for msgid in (7, 8))
     answers = ask([before, [2, "DescribeKey", [{}]], [2, "Shutdown", []], after])
     assert [(msgid, error) for _, msgid, error, _ in sorted_by_msgid(answers)] == [(7, None), (8, None)]
@@ -307,15 +306,15 @@ def test_a_notification_gets_no_answer(ask: Ask) -> None:
 
 @pytest.mark.parametrize("ask", [NODE], indirect=True)
 def test_a_float_ends_the_connection(ask: Ask) -> None:
-    """JavaScript sends 16.5 as a float: the last answer has no msgid, and what was asked before is answered."""
+    """JavaScript sends 16.5 as a float; earlier requests are answered, and the last answer has no msgid."""
     asked = [[0, 1, "GetAgentStatus", [{}]], [0, 2, "GenerateAndExportDataKey", [{"NumberOfBytes": 16.5}]]]
     served, last = ask(asked)
     assert (served[1], served[2]) == (1, None)
     assert (last[1], last[2]["Code"], last[2]["HttpStatus"], last[3]) == (None, "ProtocolError", 400, None)
 
 
-def test_the_example_of_the_protocol(agent: RunningAgent) -> None:
-    """The bytes that PROTOCOL.md prints are what an encoder makes of the request, and the agent serves them."""
+def test_example_of_the_protocol_page_is_exact(agent: RunningAgent) -> None:
+    """An encoder makes the bytes that PROTOCOL.md prints from the request, and the agent serves them."""
     page = (ROOT / "PROTOCOL.md").read_text("utf-8")
     [example] = re.findall(r"^For example, `DescribeKey` with msgid 7:\n\n((?: {4}.*\n)+)", page, re.MULTILINE)
     printed = bytes.fromhex("".join(re.findall(r"^ {4}((?:[0-9a-f]{2} )+)", example, re.MULTILINE)))
@@ -327,7 +326,7 @@ def test_the_example_of_the_protocol(agent: RunningAgent) -> None:
 
 @program("go", "golang-go")
 def test_a_client_in_go_makes_a_data_key_and_unwraps_it(agent: RunningAgent, tmp_path: Path) -> None:
-    """With the standard library alone, and the part of MessagePack that it needs."""
+    """The Go client needs only the standard library and its own small part of MessagePack."""
     environment = {"GOTOOLCHAIN": "local", "GOPROXY": "off", "GOFLAGS": "-buildvcs=false", "CGO_ENABLED": "0"}
     build = ["go", "build", "-o", str(tmp_path / "client"), str(HERE / "client.go")]
     subprocess.run(build, env={**os.environ, **environment}, check=True)  # may compile Go's library first

@@ -44,7 +44,7 @@ class Exported(NamedTuple):
 
 
 def run(arguments: list[str], environment: dict[str, str], exported: str) -> str:
-    """What a program that ends well prints."""
+    """Return the output of a program that succeeds."""
     done = subprocess.run(
         arguments,
         input=exported,
@@ -118,15 +118,15 @@ RSA_PROGRAMS = {
 @pytest.mark.parametrize(
     "arguments", [pytest.param(command, marks=mark, id=name) for name, (command, mark) in RSA_PROGRAMS.items()]
 )
-def test_a_program_unwraps_what_was_exported_under_rsa(rsa: Exported, arguments: list[str]) -> None:
-    """With both hashes."""
+def test_programs_unwrap_rsa_exports(rsa: Exported, arguments: list[str]) -> None:
+    """Each program unwraps exports with SHA-1 and with SHA-256."""
     unwrapped = run([*arguments, str(rsa.key), rsa.algorithm], dict(os.environ), rsa.exported)
     assert base64.b64decode(unwrapped, validate=True) == rsa.data_key
 
 
 @program("go", "golang-go")
-def test_go_unwraps_what_was_exported_under_rsa(rsa: Exported, built: Callable[..., str]) -> None:
-    """With its standard library."""
+def test_go_unwraps_rsa_exports(rsa: Exported, built: Callable[..., str]) -> None:
+    """Go needs only its standard library."""
     path = built("unwrap", [str(HERE / "unwrap.go")], GO)
     assert base64.b64decode(run([path, str(rsa.key), rsa.algorithm], GO, rsa.exported), validate=True) == rsa.data_key
 
@@ -134,7 +134,7 @@ def test_go_unwraps_what_was_exported_under_rsa(rsa: Exported, built: Callable[.
 @java
 @pytest.mark.parametrize("rsa", OAEP[:1], indirect=True)
 def test_javas_sha_256_without_parameters_does_not_unwrap(rsa: Exported) -> None:
-    """Its MGF1 has SHA-1."""
+    """Java's MGF1 has SHA-1 by default."""
     printed = run(["java", str(HERE / "UnwrapDefault.java"), str(rsa.key)], dict(os.environ), rsa.exported)
     assert printed
     assert printed != "unwrapped"
@@ -178,8 +178,8 @@ def key_for(command: Command, exported: Exported, folder: Path) -> str:
     [in_java, pytest.param(in_node, marks=node_module("sm-crypto")), in_go, in_shell],
     ids=lambda c: c.__name__,
 )
-def test_a_program_unwraps_what_was_exported_under_sm2(sm2: Exported, tmp_path: Path, command: Command) -> None:
-    """With the library that the page names."""
+def test_programs_unwrap_sm2_exports(sm2: Exported, tmp_path: Path, command: Command) -> None:
+    """Each program uses the library that the page names."""
     arguments, environment = command(tmp_path)
     unwrapped = run([*arguments, key_for(command, sm2, tmp_path)], environment, sm2.exported)
     assert base64.b64decode(unwrapped, validate=True) == sm2.data_key
@@ -187,8 +187,8 @@ def test_a_program_unwraps_what_was_exported_under_sm2(sm2: Exported, tmp_path: 
 
 @openssl_sm2()
 @pytest.mark.parametrize("command", [pytest.param(in_node, marks=node_module("sm-crypto")), in_go])
-def test_other_orders_are_what_the_table_of_forms_has(sm2: Exported, tmp_path: Path, command: Command) -> None:
-    """sm-crypto's mode 0, whose program drops the 04, and emmansun/gmsm's C1C2C3."""
+def test_other_orders_match_the_table_of_forms(sm2: Exported, tmp_path: Path, command: Command) -> None:
+    """The table has sm-crypto's mode 0, whose program drops the 04, and emmansun/gmsm's C1C2C3."""
     arguments, environment = command(tmp_path)
     joined = raw_to_joined(base64.b64decode(sm2.exported), order="C1C2C3")
     exported = base64.b64encode(joined).decode()
@@ -197,8 +197,8 @@ def test_other_orders_are_what_the_table_of_forms_has(sm2: Exported, tmp_path: P
 
 
 @openssl_sm2()
-def test_go_takes_der_and_compressed_points_too(sm2: Exported, tmp_path: Path) -> None:
-    """The table of forms has that."""
+def test_go_unwraps_der_and_compressed_points(sm2: Exported, tmp_path: Path) -> None:
+    """The table of forms lists both for Go."""
     arguments, environment = in_go(tmp_path)
     raw = base64.b64decode(sm2.exported)
     for form in (raw_to_der(raw), raw_to_joined(raw, order="C1C3C2", point="compressed")):
@@ -208,8 +208,8 @@ def test_go_takes_der_and_compressed_points_too(sm2: Exported, tmp_path: Path) -
 
 @openssl_sm2()
 @node_module("sm-crypto")
-def test_the_program_for_sm_crypto_refuses_what_was_damaged(sm2: Exported, tmp_path: Path) -> None:
-    """The library itself returns an empty array."""
+def test_sm_crypto_program_refuses_damaged_exports(sm2: Exported, tmp_path: Path) -> None:
+    """The sm-crypto library itself returns an empty array."""
     arguments, environment = in_node(tmp_path)
     wrapped = bytearray(base64.b64decode(sm2.exported))
     wrapped[-1] ^= 1
@@ -221,7 +221,7 @@ def test_the_program_for_sm_crypto_refuses_what_was_damaged(sm2: Exported, tmp_p
 
 
 def test_every_program_of_the_page_is_run_or_marked_as_not_run() -> None:
-    """.NET is on no test machine."""
+    """The page marks .NET as not run, because no test machine has it."""
     run_here = {*RSA_PROGRAMS, "unwrap.go", "UnwrapSm2.java", "unwrap_sm2.mjs", "sm2/unwrap_sm2.go", "unwrap_sm2.sh"}
     titles = {**generate_docs.PROGRAMS_BY_TITLE, **generate_docs.SM2_PROGRAMS_BY_TITLE}
     assert {name for title, name in titles.items() if "not run by any test" not in title} == run_here

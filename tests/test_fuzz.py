@@ -40,8 +40,8 @@ def edited(data: bytes, at: int, removed: int, put: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_promise_is_kept_on_the_corpus(target: str) -> None:
-    """Whatever is in it was found by the fuzzer, and some of it broke a promise once."""
+def test_every_promise_holds_on_the_corpus(target: str) -> None:
+    """The fuzzer found each input of the corpus, and some inputs broke a promise once."""
     for path in corpus.kept(target):
         try:
             TARGETS[target].run(path.read_bytes())
@@ -51,8 +51,8 @@ def test_every_promise_is_kept_on_the_corpus(target: str) -> None:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_promise_is_kept_on_variations_of_the_corpus(target: str) -> None:
-    """Other ones each time: what fails is shown, and is to be kept in the corpus."""
+def test_every_promise_holds_on_variations_of_the_corpus(target: str) -> None:
+    """The variations differ in each run; a failing input is printed, so that it can join the corpus."""
     inputs = [path.read_bytes() for path in corpus.kept(target)]
 
     @settings(
@@ -84,12 +84,12 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "identity": (recipients, "_MAX_SHOWN", 4_096),
     "audit": (chain, "link", lambda _: chain.BEGINNING),
 }
-"""One for each target: a module, a name in it, and what it is replaced by."""
+"""A planted fault for each target: a module, a name in it, and its replacement."""
 
 
 @pytest.mark.parametrize("target", FAULTS)
 def test_a_planted_fault_breaks_a_promise(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the promise, or the corpus, would be worth nothing."""
+    """A promise and a corpus that miss a planted fault are worthless."""
     module, name, replacement = FAULTS[target]
     monkeypatch.setattr(module, name, replacement)
     broken = 0
@@ -102,13 +102,13 @@ def test_a_planted_fault_breaks_a_promise(target: str, monkeypatch: pytest.Monke
 
 
 def test_every_target_has_a_corpus_that_is_small() -> None:
-    """It is read on every run, and kept for ever."""
+    """Every run reads the whole corpus."""
     assert SEEDS.keys() == TARGETS.keys() == FAULTS.keys() == {folder.name for folder in corpus.CORPUS.iterdir()}
     assert sum(path.stat().st_size for target in TARGETS for path in corpus.kept(target)) < MOST_BYTES
 
 
-def test_what_reaches_nothing_more_is_not_taken_into_a_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Named files stay; of the others the smallest that reach something, and no more."""
+def test_corpus_keeps_only_inputs_that_add_coverage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named files stay; of the others, the smallest that add coverage are kept."""
     monkeypatch.setattr(corpus, "CORPUS", tmp_path / "corpus")
     monkeypatch.setattr(corpus, "FOUND", tmp_path / "found")
     kept, found = tmp_path / "corpus" / "context", tmp_path / "found" / "context"

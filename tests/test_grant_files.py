@@ -1,4 +1,4 @@
-"""Grants in files of their own: which files are read, what is refused, and what a running agent does with a change."""
+"""Grants in files of their own: the files that are read or refused, and changes under a running agent."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def problems(config: Path) -> list[str]:
-    """What is wrong with a configuration and its grants."""
+    """Return the faults of a configuration and its grants."""
     with pytest.raises(SettingsError) as caught:
         read(config)
     return caught.value.problems
@@ -55,7 +55,7 @@ def test_files_of_grants_are_read_in_the_order_of_their_names(config: Path) -> N
 
 
 def test_a_setting_names_another_folder(config: Path) -> None:
-    """Then the folder beside the configuration is not read."""
+    """The folder beside the configuration is not read if the setting names another."""
     other = config.parent / "elsewhere"
     other.mkdir()
     (other / "a.toml").write_text(grant("other"))
@@ -64,7 +64,7 @@ def test_a_setting_names_another_folder(config: Path) -> None:
 
 
 def test_a_folder_of_grants_need_not_exist(tmp_path: Path) -> None:
-    """Beside the configuration; an empty folder has no grants."""
+    """A missing folder beside the configuration and an empty folder have no grants."""
     config = tmp_path / "agent.toml"
     config.write_text("")
     assert read(config).grants == ()
@@ -95,7 +95,7 @@ def test_a_named_folder_that_does_not_exist_stops_the_start(config: Path, capsys
     ],
 )
 def test_a_bad_file_of_grants_is_named(config: Path, text: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """By its path, and the grant by its number in the file; `check` prints the same."""
+    """The message has the file's path and the grant's number in the file; `check` prints the same."""
     path = config.parent / "grants.d" / "second.toml"
     path.write_text(text, encoding="utf-8")
     (config.parent / "grants.d" / "third.toml").write_text("x = 1")
@@ -107,7 +107,7 @@ def test_a_bad_file_of_grants_is_named(config: Path, text: str, why: str, capsys
 
 
 def test_two_files_with_the_same_name_of_a_grant_are_named(config: Path) -> None:
-    """Both files, because either may be the wrong one."""
+    """The message has both files, because either may be the wrong one."""
     folder = config.parent / "grants.d"
     (folder / "second.toml").write_text(grant("one"))
     (problem,) = problems(config)
@@ -117,7 +117,7 @@ def test_two_files_with_the_same_name_of_a_grant_are_named(config: Path) -> None
 
 
 def test_a_warning_names_the_file_and_the_grant(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Also where two files belong together: one is a way round the other's recipients."""
+    """A warning about two files names both, such as a grant that circumvents the other's recipients."""
     folder = config.parent / "grants.d"
     pin = f'recipients = ["sha256:{"0" * 64}"]\n'
     (folder / "second.toml").write_text(
@@ -146,8 +146,8 @@ def test_hidden_files_are_not_read(config: Path) -> None:
     assert settings.warnings == ()
 
 
-def test_what_is_not_a_file_is_refused(config: Path) -> None:
-    """A pipe would be waited for, and a link that leads nowhere may have been a grant."""
+def test_grant_files_have_to_be_regular_files(config: Path) -> None:
+    """Reading a pipe would block, and a dangling link may have been a grant."""
     folder = config.parent / "grants.d"
     os.mkfifo(folder / "pipe.toml")
     (folder / "folder.toml").mkdir()
@@ -161,7 +161,7 @@ def test_what_is_not_a_file_is_refused(config: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
 def test_a_folder_that_others_can_write_is_refused(config: Path, mode: int) -> None:
-    """A sticky one, too: other users could put files into it."""
+    """A sticky folder is refused, too: other users could put files into it."""
     folder = config.parent / "grants.d"
     for each in folder.iterdir():
         each.unlink()
@@ -172,7 +172,7 @@ def test_a_folder_that_others_can_write_is_refused(config: Path, mode: int) -> N
 
 
 def test_a_file_that_others_can_write_is_refused(config: Path) -> None:
-    """Like the configuration."""
+    """Grant files have the rule of the configuration."""
     path = config.parent / "grants.d" / "first.toml"
     path.chmod(0o666)
     assert problems(config) == [f"{path}: mode 0666: other users can write it; chmod go-w {path}"]
@@ -180,7 +180,7 @@ def test_a_file_that_others_can_write_is_refused(config: Path) -> None:
 
 @root()
 def test_a_file_of_another_user_is_refused(config: Path) -> None:
-    """And so is a folder."""
+    """A folder of another user is refused, too."""
     folder = config.parent / "grants.d"
     os.chown(folder / "first.toml", OTHER_USER, -1)
     assert [each.partition(";")[0] for each in problems(config)] == [
@@ -231,7 +231,7 @@ def refusing(keyring: Path, socket_path: Path) -> Iterator[tuple[RunningAgent, R
 
 
 def test_an_agent_sees_new_changed_and_removed_files(keyring: Path, socket_path: Path) -> None:
-    """Without a signal, on an open connection; the folder may appear while the agent serves."""
+    """The agent needs no signal and open connections stay; the folder may appear later."""
     with refusing(keyring, socket_path) as (agent, connection, folder):
         folder.mkdir()
         (folder / "a.toml").write_text(grant("a"))
@@ -266,7 +266,7 @@ def test_a_bad_file_leaves_the_old_state_whole(keyring: Path, socket_path: Path)
 
 
 def test_an_agent_sees_a_mounted_folder_swapped(keyring: Path, socket_path: Path) -> None:
-    """As a kubelet swaps a ConfigMap: the names are links through `..data`, which is replaced."""
+    """A kubelet swaps a ConfigMap by replacing the `..data` link that the names lead through."""
     with refusing(keyring, socket_path) as (agent, connection, folder):
         first, second = folder / "..2026_1", folder / "..2026_2"
         first.mkdir(parents=True)

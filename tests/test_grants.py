@@ -1,4 +1,4 @@
-"""Grants: what matches, what does not, what a caller without any may learn; then with real other users."""
+"""Grants: matches, mismatches, and the knowledge of callers without one; then with real other users."""
 
 import os
 import re
@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.agent import RawConnection, RunningAgent
 from support.authorization import allows, may_name
+from support.calls import error, result
 from support.keyring import change, two_callers
 from support.keys import recipient
 from support.skip_unless import root
@@ -47,14 +48,14 @@ def peer(uid: int | None = 1000, gids: frozenset[int] = frozenset({1000}), liste
         ({}, False),
     ],
 )
-def test_a_grant_is_to_whom_all_its_selectors_match(to: dict[str, object], *, matches: bool) -> None:
-    """One that names nobody is to nobody."""
+def test_grant_applies_if_all_its_selectors_match(to: dict[str, object], *, matches: bool) -> None:
+    """A grant without a selector applies to no caller."""
     grant = Grant("g", to, ("kms:*",), ("*",))
     assert grant.matches_caller(peer()) is matches
 
 
-def test_evidence_that_cannot_be_had_matches_nothing() -> None:
-    """A user or group that the kernel cannot name is nobody, not number None."""
+def test_missing_evidence_matches_nothing() -> None:
+    """A user or group without a name in the kernel's evidence does not match a number."""
     nobody = peer(uid=None, gids=frozenset())
     for selector in ("uid", "user", "gid", "group"):
         for value in (None, -1, 0, 65_534):
@@ -107,20 +108,20 @@ def test_selector_matches_exactly_its_value(selector: str) -> None:
     ],
 )
 def test_a_star_stays_within_one_part_of_a_name(pattern: str, name: str, *, matches: bool) -> None:
-    """A sole star is every key."""
+    """A sole star matches every key."""
     assert Grant("g", {"uid": 1}, ("kms:*",), (pattern,)).has_key([name]) is matches
 
 
 @given(st.text("ab*/:", max_size=12).filter(lambda text: text != "*"), st.text("ab/:", max_size=12))
 def test_stars_match_as_in_a_shell_part_by_part(pattern: str, name: str) -> None:
-    """Also where they could match in several ways."""
+    """Stars match like a shell's, also if they could match in several ways."""
     pieces, names = re.split("([/:])", pattern), re.split("([/:])", name)
     same = len(pieces) == len(names) and all(map(fnmatchcase, names, pieces))
     assert Grant("g", {"uid": 1}, ("kms:*",), (pattern,)).has_key([name]) is same
 
 
-def test_a_name_that_nearly_matches_many_stars_is_told_at_once() -> None:
-    """Whoever connects says the name. Looking for every way in which stars could share it out would take for ever."""
+def test_near_miss_of_many_stars_is_decided_quickly() -> None:
+    """Any peer chooses the name, and backtracking over every split of it would take exponential time."""
     grant = Grant("g", {"uid": 1}, ("kms:*",), ("alias/" + "*a" * 20 + "*b", "alias/**********"))
     assert not grant.has_key(["alias/" + "a" * 500 + "/"])
     assert grant.has_key(["alias/" + "a" * 500 + "b"])
@@ -137,12 +138,12 @@ def test_a_name_that_nearly_matches_many_stars_is_told_at_once() -> None:
     ],
 )
 def test_actions_match_whole_or_up_to_a_star(action: str, asked: str, *, matches: bool) -> None:
-    """kms:* is all of them."""
+    """kms:* matches all operations."""
     assert Grant("g", {"uid": 1}, (action,), ("*",)).has_action(asked) is matches
 
 
-def test_pins_hold_for_exports_and_shut_out_plaintext() -> None:
-    """A pinned grant allows what hands out no key, exports to its pins, and nothing in plaintext."""
+def test_recipients_restrict_exports_and_exclude_plaintext() -> None:
+    """A grant with recipients allows operations without key output and exports to its fingerprints, and never a plaintext."""
     grant = Grant("g", {"uid": 1}, ("kms:*",), ("*",), recipients=frozenset({PIN}))
     assert allows([grant], "kms:ExportDataKey", ["k"], fingerprint=PIN, context={})
     assert not allows([grant], "kms:ExportDataKey", ["k"], fingerprint=PIN[:-1] + "1", context={})
@@ -150,8 +151,8 @@ def test_pins_hold_for_exports_and_shut_out_plaintext() -> None:
     assert not allows([grant], "kms:Decrypt", ["k"], fingerprint=PLAINTEXT, context={})
 
 
-def test_a_demanded_context_must_be_there_with_its_value() -> None:
-    """More pairs are welcome; an operation that has no context is not held to it."""
+def test_required_context_pairs_have_to_match() -> None:
+    """Further pairs are allowed, and operations without a context are exempt."""
     grant = Grant("g", {"uid": 1}, ("kms:*",), ("*",), encryption_context={"tenant": "acme"})
     for context, allowed in (
         ({"tenant": "acme", "x": "y"}, True),
@@ -162,8 +163,8 @@ def test_a_demanded_context_must_be_there_with_its_value() -> None:
         assert bool(allows([grant], "kms:Decrypt", ["k"], context=context)) is allowed
 
 
-def test_only_who_could_be_granted_a_missing_key_learns_that_it_is_missing() -> None:
-    """The pattern decides, and the rest of the grant."""
+def test_missing_key_is_reported_to_matching_grants_only() -> None:
+    """The grant's key pattern and its other conditions have to match."""
     grant = Grant("g", {"uid": 1}, ("kms:Decrypt",), ("alias/orders-*",), encryption_context={"t": "a"})
     assert may_name([grant], "kms:Decrypt", ["alias/orders-9"], context={"t": "a"})
     assert not may_name([grant], "kms:Decrypt", ["alias/else"], context={"t": "a"})
@@ -221,8 +222,8 @@ def asked_as(uid: int, path: Path, calls: list[tuple[str, dict[str, object]]]) -
 
 
 @root()
-def test_another_user_may_do_what_its_grant_says_and_nothing_else(shared: RunningAgent) -> None:
-    """Action, key, recipient and context: each alone decides."""
+def test_another_user_has_exactly_its_grant(shared: RunningAgent) -> None:
+    """Action, key, recipient and context decide independently."""
     good = {"KeyId": "alias/dev", "EncryptionContext": {"tenant": "acme"}, **RSA.params}
     with shared.client() as client:
         made = client.generate_and_export_data_key(
@@ -261,7 +262,7 @@ def test_another_user_may_do_what_its_grant_says_and_nothing_else(shared: Runnin
 
 @root()
 def test_a_user_without_a_grant_learns_nothing_about_keys(shared: RunningAgent) -> None:
-    """Keys that exist and keys that do not look the same, and so do ciphertexts."""
+    """The answers for existing and missing keys, and for ciphertexts, are the same."""
     with shared.client() as client:
         made = client.generate_and_export_data_key(key_id="alias/dev", **RSA.arguments)
     unknown = str(uuid.uuid4()).encode() + decode_base64(made.ciphertext_blob)[36:]
@@ -282,8 +283,8 @@ def test_a_user_without_a_grant_learns_nothing_about_keys(shared: RunningAgent) 
 
 
 @root()
-def test_the_overflow_uid_is_nobody(socket_path: Path) -> None:
-    """Users of other user namespaces all look like 65534: a grant to that number matches none of them."""
+def test_overflow_uid_matches_no_grant(socket_path: Path) -> None:
+    """Users of other user namespaces all appear as 65534, so a grant to that number matches none of them."""
     config = socket_path.with_suffix(".toml")
     config.write_text('mode = "0666"\n[[grant]]\nname="n"\nto={uid=65534}\nactions=["kms:*"]\nkeys=["*"]\n')
     for parent in (socket_path.parent, *socket_path.parent.parents[:3]):
@@ -293,8 +294,8 @@ def test_the_overflow_uid_is_nobody(socket_path: Path) -> None:
         assert asked_as(65_534, agent.socket, [("DescribeKey", {"KeyId": "alias/dev"})]) == ["Forbidden.NoPermission"]
 
 
-def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) -> None:
-    """Also the user the agent runs as."""
+def test_without_grants_every_caller_is_refused(socket_path: Path, tmp_path: Path) -> None:
+    """The agent's own user is refused, too."""
     from keyferry_agent.cli.main import main  # noqa: PLC0415
 
     keyring, identity = tmp_path / "k.age", tmp_path / "id"
@@ -304,17 +305,14 @@ def test_without_grants_everybody_is_refused(socket_path: Path, tmp_path: Path) 
         agent.wait_for("startup.no_grants")
         with RawConnection(agent.socket) as connection:
             for name in ("alias/a", "alias/b"):
-                error = connection.call("DescribeKey", {"KeyId": name}).error
-                assert error is not None
-                assert error["Code"] == "Forbidden.NoPermission"
-            status = connection.call("GetAgentStatus", {}).result
-            assert status is not None
+                assert error(connection.call("DescribeKey", {"KeyId": name}))["Code"] == "Forbidden.NoPermission"
+            status = result(connection.call("GetAgentStatus", {}))
             assert status["Keys"] == 0
             assert "Counters" not in status
 
 
-def test_names_of_keys_that_are_not_there_are_not_remembered() -> None:
-    """Whoever connects makes them up: a name of 512 characters can take two kilobytes."""
+def test_names_of_missing_keys_are_not_remembered() -> None:
+    """Any peer can make up names, and a name of 512 characters can take two kilobytes."""
     granted = CallerGrants((Grant("g", {"uid": 1}, ("kms:*",), ("alias/a*",)),))
     assert may_name(granted.grants, "kms:Decrypt", ["alias/ab"])
     tracemalloc.start()
@@ -332,18 +330,16 @@ KEYS = st.sampled_from(["*", "alias/*", "alias/a*", "alias/*/c", "k*", "acs:kms:
 
 
 @given(st.lists(st.tuples(st.lists(KEYS, min_size=1), st.sampled_from(["kms:*", "kms:Encrypt"]))), st.lists(NAMES))
-def test_grants_are_found_by_names_and_prefixes_as_if_each_had_been_looked_at(
-    made: list[tuple[list[str], str]], names: list[str]
-) -> None:
-    """In their order, for an action that some of them have."""
+def test_grant_index_agrees_with_a_linear_search(made: list[tuple[list[str], str]], names: list[str]) -> None:
+    """The index keeps the order of the grants that match an action."""
     grants = tuple(Grant(str(place), {"uid": 1}, (action,), tuple(keys)) for place, (keys, action) in enumerate(made))
     for action in ("kms:Encrypt", "kms:Decrypt"):
         each = tuple(grant for grant in grants if grant.has_action(action) and grant.has_key(names))
         assert CallerGrants(grants).covering(action, "key", lambda: names) == each
 
 
-def test_what_a_policy_remembers_of_callers_is_bounded() -> None:
-    """Whoever has 65,536 users, or as many groups, takes a few MiB; and callers with the same grants share their tables."""
+def test_memory_of_a_policy_for_callers_is_bounded() -> None:
+    """65,536 users or groups take a few MiB, and callers with the same grants share their tables."""
     policy = Policy([Grant("g", {"uid": 1}, ("kms:*",), ("*",)), Grant("l", {"gid": 7}, ("kms:*",), ("*",))])
     granted = policy.granted(Peer(1, Groups([7]), 1, "default"))
     assert granted is policy.granted(Peer(1, Groups([7, 8]), 2, "default"))
@@ -368,25 +364,20 @@ PLANTED: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_grant_with_recipients_lets_its_holder_neither_learn_nor_choose_a_data_key(keyring: Path) -> None:
-    """Not by Encrypt, nor by ReEncrypt of something that it chose under a key of its own; what was drawn it may export."""
+def test_grant_with_recipients_neither_shows_nor_sets_a_data_key(keyring: Path) -> None:
+    """Encrypt, and ReEncrypt from a key of its own, are refused to its holder, who may export generated data keys."""
     change(keyring, "create-key", "--alias", "alias/own")
     pinned = f'actions=["kms:*"]\nkeys=["alias/a"]\nrecipients=["{fingerprint(RSA.der)}"]'
     own = 'actions=["kms:*"]\nkeys=["alias/own"]'
     with two_callers(keyring, [pinned, own]) as (admin, app):
         for name, params in PLANTED.items():
-            error = app.call(name.split(",")[0], params).error
-            assert error is not None, name
-            assert error["Code"] in ("Forbidden.NoPermission", "AccessDeniedError"), name
-        chosen = app.call("Encrypt", {"KeyId": "alias/own", "Plaintext": "A" * 43 + "="}).result
-        assert chosen is not None
+            refusal = error(app.call(name.split(",")[0], params))
+            assert refusal["Code"] in ("Forbidden.NoPermission", "AccessDeniedError"), name
+        chosen = result(app.call("Encrypt", {"KeyId": "alias/own", "Plaintext": "A" * 43 + "="}))
         move = {"CiphertextBlob": chosen["CiphertextBlob"], "DestinationKeyId": "alias/a"}
-        refused = app.call("ReEncrypt", move).error
-        assert refused is not None
-        assert refused["Code"] == "Forbidden.NoPermission"
+        assert error(app.call("ReEncrypt", move))["Code"] == "Forbidden.NoPermission"
         assert admin.call("ReEncrypt", move).error is None
-        drawn = app.call("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}).result
-        assert drawn is not None
+        drawn = result(app.call("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"}))
         assert app.call("ExportDataKey", {"CiphertextBlob": drawn["CiphertextBlob"], **RSA.params}).error is None
         stays = {"CiphertextBlob": drawn["CiphertextBlob"], "DestinationKeyId": "alias/a"}
         assert app.call("ReEncrypt", stays).error is None

@@ -1,4 +1,4 @@
-"""The last net under both commands: one line and an exit code, whatever happens, and never a traceback."""
+"""The outermost exception handler of both commands: one line and an exit code, and never a traceback."""
 
 import os
 import pwd
@@ -49,7 +49,7 @@ def end(error: BaseException) -> int:
 def test_every_error_is_one_line_and_an_exit_code(
     capsys: pytest.CaptureFixture[str], error: BaseException, code: int, message: str
 ) -> None:
-    """With the file's name, if it has one."""
+    """The line has the file's name, if the error has one."""
     assert end(error) == code
     assert capsys.readouterr().err.replace("\udcff", "\\udcff") == message
 
@@ -57,7 +57,7 @@ def test_every_error_is_one_line_and_an_exit_code(
 def test_an_internal_error_asks_for_a_report_without_values(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its text may be secret; a variable of the environment adds the lines of code."""
+    """The text of an internal error may be secret; an environment variable adds the lines of code."""
     for error in (ValueError("s3cret"), ExceptionGroup("s3cret", [KeyError("s3cret")])):
         monkeypatch.delenv(guard.TRACEBACK, raising=False)
         assert end(error) == 1
@@ -84,7 +84,7 @@ def test_usage_errors_pass() -> None:
     "words", [["list", "{0}/k", "--unseal", "{0}/fifo"], ["create-key", "{0}/k", "--unseal", "{0}/fifo"]]
 )
 def test_control_c_ends_the_agents_commands_silently(tmp_path: Path, words: list[str]) -> None:
-    """With the exit code that shells report for it."""
+    """The exit code is the one that shells report for SIGINT."""
     assert agent_main(["keyring", "init", f"{tmp_path}/k", "--new-identity", f"{tmp_path}/i"]) == 0
     os.mkfifo(tmp_path / "fifo")
     command = [sys.executable, "-m", "keyferry_agent", "keyring", *(word.format(tmp_path) for word in words)]
@@ -105,8 +105,8 @@ def test_control_c_ends_the_agents_commands_silently(tmp_path: Path, words: list
 @pytest.mark.parametrize(
     "words", [["fingerprint", "{0}/fifo"], ["fingerprint", "{0}"], ["check", "{0}"], ["check", "{0}/none"]]
 )
-def test_files_of_every_kind_get_one_line(tmp_path: Path, words: list[str]) -> None:
-    """A folder, a file that is not there, a pipe that ends."""
+def test_unusable_files_are_one_line_errors(tmp_path: Path, words: list[str]) -> None:
+    """A folder, a missing file and a pipe that ends have one line each."""
     os.mkfifo(tmp_path / "fifo")
     command = [sys.executable, "-m", "keyferry_agent", *(word.format(tmp_path) for word in words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -117,8 +117,8 @@ def test_files_of_every_kind_get_one_line(tmp_path: Path, words: list[str]) -> N
 
 
 @root()
-def test_without_proc_the_agent_says_what_it_needs_and_commands_work(tmp_path: Path, agent: RunningAgent) -> None:
-    """As in a chroot."""
+def test_agent_needs_proc_and_client_commands_do_not(tmp_path: Path, agent: RunningAgent) -> None:
+    """A chroot may lack /proc; the agent's message names it."""
     python = f"{sys.executable} -m"
     script = (
         f"umount -l /proc; {python} keyferry_agent run --dev --socket {tmp_path}/s; echo code $?;"
@@ -134,8 +134,8 @@ def test_without_proc_the_agent_says_what_it_needs_and_commands_work(tmp_path: P
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_command_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
-    """Relative names lead nowhere then."""
+def test_deleted_working_directory_is_one_line_error(tmp_path: Path) -> None:
+    """Relative names do not resolve in a deleted directory."""
     script = f"mkdir {tmp_path}/x && cd {tmp_path}/x && rmdir {tmp_path}/x && {sys.executable} -m keyferry records list --store sqlite:///r"
     ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 1
@@ -145,8 +145,8 @@ def test_a_command_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
 # --- a user without a home folder -------------------------------------------------------------------------------------
 
 
-def test_without_a_home_folder_no_store_is_made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the default one nor one that is named by ~."""
+def test_without_a_home_folder_there_is_no_default_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the default store nor a path with ~ is guessed."""
 
     def unknown(_uid: int) -> pwd.struct_passwd:
         raise KeyError
@@ -167,7 +167,7 @@ def test_without_a_home_folder_no_store_is_made_up(monkeypatch: pytest.MonkeyPat
 
 
 def test_an_empty_environment_is_enough(agent: RunningAgent, tmp_path: Path) -> None:
-    """For every command that does not need a setting."""
+    """Commands that need no setting work without any environment variable."""
     for words in (
         ["keyferry", "status", "--socket", str(agent.socket)],
         ["keyferry_agent", "keyring", "init", f"{tmp_path}/k", "--new-identity", f"{tmp_path}/i"],
@@ -183,10 +183,10 @@ def test_an_empty_environment_is_enough(agent: RunningAgent, tmp_path: Path) -> 
 # --- sockets, numbers, times ------------------------------------------------------------------------------------------
 
 
-def test_the_socket_is_named_in_every_common_form(
+def test_socket_may_have_every_common_form(
     agent: RunningAgent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the environment and as an option; abstract sockets are refused by name."""
+    """$KEYFERRY_SOCKET and --socket accept paths and unix: URLs, and name abstract sockets as unsupported."""
     path = str(agent.socket)
     monkeypatch.setenv("HOME", str(agent.socket.parent))
     for form in (path, f"unix://{path}", f"unix:{path}", f"~/{agent.socket.name}", f"unix://~/{agent.socket.name}"):
@@ -217,10 +217,10 @@ def test_the_socket_is_named_in_every_common_form(
     ("kind", "why"),
     [("folder", "is a folder, not a socket"), ("file", "is a regular file"), ("fifo", "is not a socket")],
 )
-def test_what_is_not_a_socket_is_said_to_be_that(
+def test_path_that_is_not_a_socket_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, why: str
 ) -> None:
-    """Container runtimes make a folder where the socket is not there yet."""
+    """Container runtimes create a folder where the socket does not exist yet."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "fifo")
@@ -241,10 +241,8 @@ def test_what_is_not_a_socket_is_said_to_be_that(
     ],
     ids=" ".join,
 )
-def test_every_command_that_asks_an_agent_takes_its_socket(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As an option of its own."""
+def test_every_client_command_has_a_socket_option(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command that connects to an agent accepts --socket."""
     with pytest.raises(SystemExit):
         command.main([*words, "--help"])
     assert "--socket PATH" in capsys.readouterr().out
@@ -252,7 +250,7 @@ def test_every_command_that_asks_an_agent_takes_its_socket(
 
 @pytest.mark.parametrize("text", ["1_6", "１６", " 16", "16 ", "0x10", "", "1e3", "²"])
 def test_numbers_are_read_strictly(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Python's own int and float take more."""
+    """Python's int and float accept more forms than the commands do."""
     for words in (
         ["call", "GenerateDataKey", "--KeyId", "alias/dev", "--NumberOfBytes", text],
         ["status", "--wait", text if text != "1e3" else "1e999"],
@@ -266,14 +264,13 @@ def test_numbers_are_read_strictly(text: str, capsys: pytest.CaptureFixture[str]
     assert "an integer is expected" in capsys.readouterr().err
 
 
-def test_numbers_that_people_write_are_read() -> None:
-    """With and without a fraction."""
+def test_common_numbers_are_read() -> None:
+    """Numbers may have a fraction."""
     assert [whole_number(text) for text in ("0", "16", "-1", "+2")] == [0, 16, -1, 2]
     assert [seconds(text) for text in ("0", "30", "0.5", ".5", "5.")] == [0, 30, 0.5, 0.5, 5]
 
 
-def test_a_time_that_is_none_says_what_is_expected(capsys: pytest.CaptureFixture[str]) -> None:
-    """By an example."""
+def test_invalid_time_is_explained_by_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("soon", "0001-01-01", "2026-13-01"):
         with pytest.raises(SystemExit):
             agent_main(["audit", "who", "file", "--key", "k", "--since", text])

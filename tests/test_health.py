@@ -1,4 +1,4 @@
-"""Health: what an agent tells of itself while it refuses calls, without audit entries; probes; alert rules."""
+"""Health: the state that an agent reports while it refuses calls, without audit entries; probes; alert rules."""
 
 import json
 import re
@@ -28,7 +28,7 @@ FULL = '[audit]\npath = "/dev/full"\n'
 
 
 def probe(agent: RunningAgent, *arguments: str) -> tuple[int, Any]:
-    """Return the exit code of `keyferry status`, and what it printed."""
+    """Return the exit code and output of `keyferry status`."""
     ended = subprocess.run(
         [sys.executable, "-m", "keyferry", "status", "--socket", str(agent.socket), *arguments],
         capture_output=True,
@@ -48,8 +48,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_is_told_by_status_probes_and_metrics(keyring: Path, socket_path: Path) -> None:
-    """The agent lives, is not ready, and says why; a restart would not help."""
+def test_full_disk_is_in_status_probes_and_metrics(keyring: Path, socket_path: Path) -> None:
+    """The agent is alive and not ready, and reports the reason; a restart would not help."""
     metrics_path = keyring.parent / "metrics"
     more = f'{FULL}[metrics]\nlisten = "{metrics_path}"\n'
     with serving(keyring, socket_path, more=more) as agent, agent.client() as kms:
@@ -72,7 +72,7 @@ def test_a_full_disk_is_told_by_status_probes_and_metrics(keyring: Path, socket_
 
 
 def test_an_agent_that_serves_unrecorded_calls_is_ready(keyring: Path, socket_path: Path) -> None:
-    """The condition is there all the same."""
+    """The condition is reported although the agent is ready."""
     with serving(keyring, socket_path, more=f'{FULL}on_failure = "serve"\n') as agent, agent.client() as kms:
         kms.describe_key(key_id="alias/a")
         answer = kms.get_agent_health()
@@ -108,7 +108,7 @@ def test_an_agent_is_ready_again_without_a_request(
 
 
 def test_health_has_no_audit_entry_and_status_has_one(keyring: Path, socket_path: Path) -> None:
-    """Refused requests for health are recorded like all others."""
+    """Refused health requests are recorded like all refused requests."""
     audit = keyring.parent / "audit.jsonl"
     more = f'[audit]\npath = "{audit}"\n'
     with serving(keyring, socket_path, more=more, actions="kms:Decrypt") as agent, agent.client() as kms:
@@ -124,7 +124,7 @@ def test_health_has_no_audit_entry_and_status_has_one(keyring: Path, socket_path
 
 
 def test_a_sealed_agent_is_live_and_not_ready(keyring: Path, socket_path: Path) -> None:
-    """A restart does not help, so a probe for life must not ask for one; --wait waits until it is ready."""
+    """A liveness probe must not restart a sealed agent; --wait waits until it is ready."""
     with RunningAgent(manual(keyring), socket_path) as agent:
         assert probe(agent, "--live")[0] == 0
         code, answer = probe(agent, "--ready", "--wait", "0.3")
@@ -138,7 +138,7 @@ def test_a_sealed_agent_is_live_and_not_ready(keyring: Path, socket_path: Path) 
 
 
 def test_a_refusal_is_a_sign_of_life(keyring: Path, socket_path: Path) -> None:
-    """A limit must not restart the agent; it is not ready for this caller."""
+    """A rate limit must not restart the agent, which is not ready for this caller."""
     more = "[limits]\nconnections = 1\n"
     with serving(keyring, socket_path, more=more) as agent, agent.client() as kms:
         assert kms.get_agent_health().ready
@@ -149,7 +149,7 @@ def test_a_refusal_is_a_sign_of_life(keyring: Path, socket_path: Path) -> None:
 
 
 def test_every_metric_of_the_alert_rules_is_in_a_scrape(keyring: Path, socket_path: Path) -> None:
-    """And every rule has what Prometheus and an operator need."""
+    """Each rule has the fields that Prometheus and an operator need."""
     path = keyring.parent / "metrics"
     change(keyring, "create-key", "--alias", "alias/b")
     change(keyring, "schedule-deletion", "alias/b", "--days", "7")
@@ -179,7 +179,7 @@ def test_every_metric_of_the_alert_rules_is_in_a_scrape(keyring: Path, socket_pa
 
 
 def test_every_metric_is_explained(keyring: Path, socket_path: Path) -> None:
-    """agent/README.md names each."""
+    """agent/README.md names each metric."""
     path = keyring.parent / "metrics"
     page = (ROOT / "agent" / "README.md").read_text()
     with RunningAgent([*manual(keyring, f'[metrics]\nlisten = "{path}"\n')], socket_path):
@@ -209,7 +209,7 @@ def test_a_failed_reload_is_counted_and_in_the_status(keyring: Path, socket_path
 
 
 def test_the_commit_of_a_build_is_known_where_pip_noted_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An installation from files has none."""
+    """Pip notes the commit of an installation from a repository, and none for local files."""
 
     class Noted:
         def __init__(self, text: str | None) -> None:

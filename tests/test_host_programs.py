@@ -59,14 +59,14 @@ except AgentUnavailable:
 
 @pytest.mark.parametrize("imported", ["before", "after"])
 def test_a_client_works_under_eventlet(imported: str, agent: RunningAgent) -> None:
-    """Green threads share it, and other green threads run meanwhile; whichever is imported first."""
+    """Green threads share a client and run during its calls, whichever package is imported first."""
     asked = [sys.executable, "-c", EVENTLET, str(agent.socket), imported]
     ended = subprocess.run(asked, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
 
 
 def test_a_client_needs_no_poll(agent: RunningAgent, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor the constants that belong to it."""
+    """The client works without select.poll and its constants."""
     for name in ("poll", "epoll", "POLLIN", "POLLOUT"):
         monkeypatch.delattr(select, name)
     with Client(agent.socket) as kms:
@@ -75,10 +75,10 @@ def test_a_client_needs_no_poll(agent: RunningAgent, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", [AttributeError, RuntimeError, ValueError, TypeError, AssertionError])
-def test_what_a_host_program_breaks_is_a_keyferry_error(
+def test_breakage_by_a_host_program_is_a_keyferry_error(
     kind: type[Exception], agent: RunningAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its cause; and the client works again where the program does."""
+    """The error has its cause, and the client works again once the program does."""
 
     def broken(*_args: object) -> None:
         raise kind("no such thing here")
@@ -98,7 +98,7 @@ def test_what_a_host_program_breaks_is_a_keyferry_error(
 
 @pytest.mark.parametrize("kind", [Client, aio.Client])
 def test_a_pickled_client_carries_its_path_and_its_timeout(kind: Callable[..., Any], agent: RunningAgent) -> None:
-    """Every protocol of pickle, and copies; never the connection."""
+    """Every protocol of pickle and copies carry them, and never the connection."""
     client = kind(agent.socket, timeout=7)
     if isinstance(client, Client):
         client.get_agent_status()
@@ -114,8 +114,8 @@ def test_a_pickled_client_carries_its_path_and_its_timeout(kind: Callable[..., A
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver", "fork"])
-def test_a_client_goes_to_other_processes(method: str, agent: RunningAgent) -> None:
-    """And results, and refusals, come back."""
+def test_client_works_in_other_processes(method: str, agent: RunningAgent) -> None:
+    """Results and refusals come back from the processes."""
     context = multiprocessing.get_context(method)
     with Client(agent.socket) as kms, concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as pool:
         before = kms.get_agent_status()
@@ -127,8 +127,8 @@ def test_a_client_goes_to_other_processes(method: str, agent: RunningAgent) -> N
         assert before.counters is not None
 
 
-def test_what_belongs_to_one_process_says_why_it_is_not_pickled(tmp_path: Path) -> None:
-    """Secret memory, modules and their keys, and stores."""
+def test_process_bound_objects_refuse_to_be_pickled(tmp_path: Path) -> None:
+    """Secret memory, modules and their keys, and stores raise an error with the reason."""
     memory = SecretMemory(64, require=False)
     module = SoftwareModule.generate("RSA_2048")
     store = Store(f"sqlite:///{tmp_path / 'x'}")
@@ -143,8 +143,8 @@ def test_what_belongs_to_one_process_says_why_it_is_not_pickled(tmp_path: Path) 
 
 @pytest.mark.parametrize("first", ["asyncio", "trio"])
 @pytest.mark.parametrize("second", ["asyncio", "trio"])
-def test_a_second_event_loop_is_told_so(first: str, second: str, agent: RunningAgent) -> None:
-    """At once, also where the first loop is idle; the first goes on, and when it has ended the second may."""
+def test_second_event_loop_is_refused(first: str, second: str, agent: RunningAgent) -> None:
+    """The refusal is immediate even if the first loop is idle; once the first has ended, the second may use the client."""
     kms = aio.Client(agent.socket, timeout=PATIENCE)
     ready, leave = threading.Event(), threading.Event()
 
@@ -177,8 +177,8 @@ def test_a_second_event_loop_is_told_so(first: str, second: str, agent: RunningA
     anyio.run(close, backend=second)
 
 
-def test_threads_with_loops_of_their_own_never_wait_in_vain(agent: RunningAgent) -> None:
-    """Each call is answered, or says that the client is another loop's."""
+def test_threads_with_own_loops_do_not_deadlock(agent: RunningAgent) -> None:
+    """Each call is answered, or raises an error that names the other loop."""
     kms = aio.Client(agent.socket, timeout=PATIENCE)
     start, end = threading.Barrier(4), threading.Barrier(4)
     outcomes: list[object] = []
@@ -220,8 +220,8 @@ def test_a_client_serves_one_event_loop_after_the_other(backend: str, agent: Run
         loop.close()
 
 
-def test_without_an_event_loop_there_is_an_error_of_this_package(agent: RunningAgent) -> None:
-    """A coroutine that another kind of loop drives."""
+def test_unsupported_event_loop_is_an_error_of_this_package(agent: RunningAgent) -> None:
+    """Another kind of loop drives the coroutine here."""
     with pytest.raises(KeyferryError, match="needs a running event loop"):
         aio.Client(agent.socket).get_agent_status().send(None)
 
@@ -267,7 +267,7 @@ assert main(["records", "list"]) == 1
 
 @root()
 def test_a_client_needs_no_proc_no_home_and_no_passwd_entry(agent: RunningAgent, tmp_path: Path) -> None:
-    """As in a small container: the library works, and the default store is an error that says what to set."""
+    """The library works in a small container, and the default store is an error with its remedy."""
     for parent in (tmp_path, *tmp_path.parents):
         if parent.stat().st_mode & 0o777 == 0o700:
             parent.chmod(0o711)

@@ -1,4 +1,4 @@
-"""Who is calling: evidence about processes, and real processes that try to be somebody else."""
+"""The identity of callers: evidence about processes, and real processes that impersonate others."""
 
 import hashlib
 import os
@@ -34,7 +34,7 @@ POD_ = POD.replace("-", "_")
         ("0::/system.slice/system-getty.slice/getty@tty1.service\n", "getty@tty1.service"),
         ("0::/system.slice/orders.service/worker/1\n", "orders.service"),
         ("0::/user.slice/user-1000.slice/session-3.scope\n", "session-3.scope"),
-        # A user's own manager may call a unit of its own what it likes.
+        # A user's own manager may give its unit any name.
         ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/orders.service\n", "user@1000.service"),
         ("5:devices:/x\n1:name=systemd:/system.slice/orders.service\n0::/\n", "orders.service"),
         ("5:devices:/system.slice/orders.service\n0::/\n", None),
@@ -45,8 +45,8 @@ POD_ = POD.replace("-", "_")
         ("", None),
     ],
 )
-def test_a_unit_is_the_first_in_the_path_that_is_no_slice(cgroups: str, unit: str | None) -> None:
-    """In the unified hierarchy, or systemd's own of version 1."""
+def test_unit_is_the_first_part_of_the_path_that_is_not_a_slice(cgroups: str, unit: str | None) -> None:
+    """The path is of the unified hierarchy, or of systemd's own hierarchy of version 1."""
     assert unit_of(cgroups) == unit
 
 
@@ -65,13 +65,13 @@ def test_a_unit_is_the_first_in_the_path_that_is_no_slice(cgroups: str, unit: st
         ("0::/system.slice/orders.service\n", None),
     ],
 )
-def test_a_pod_is_told_by_the_roots_own_kubepods(cgroups: str, pod: str | None) -> None:
-    """With systemd's names and without."""
+def test_pod_is_identified_below_the_roots_kubepods(cgroups: str, pod: str | None) -> None:
+    """Pods have systemd's names or cgroupfs's."""
     assert pod_of(cgroups) == pod
 
 
-def test_a_callers_grants_are_found_whatever_they_are_to_and_in_their_order() -> None:
-    """By user and by everything else; the same evidence gives the same answer without looking again."""
+def test_grants_of_every_selector_are_found_in_order() -> None:
+    """Grants to users and to other evidence are found; equal evidence is answered from the cache."""
     grants = [
         Grant("listener", {"listener": "default"}, ("kms:*",), ("*",)),
         Grant("me", {"uid": 1}, ("kms:*",), ("*",)),
@@ -86,7 +86,7 @@ def test_a_callers_grants_are_found_whatever_they_are_to_and_in_their_order() ->
 
 
 def evidence_of_this_process() -> Peer:
-    """What an agent would see of this process."""
+    """Return the evidence that an agent would have of this process."""
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:
         peer, process = evidence(here, "default")
@@ -111,7 +111,7 @@ def granting(keyring: Path, socket_path: Path, to: str) -> Iterator[RunningAgent
 
 
 def outcome(path: Path) -> str:
-    """What DescribeKey gives this process: OK, or a code."""
+    """Return the outcome of this process's DescribeKey: OK, or a code."""
     with RawConnection(path) as connection:
         error = connection.call("DescribeKey", {"KeyId": "alias/a"}).error
         return error["Code"] if error else "OK"
@@ -125,10 +125,10 @@ def this_program() -> tuple[str, str]:
 
 @pytest.mark.parametrize("matches", [True, False])
 @pytest.mark.parametrize("selector", ["exe", "sha256"])
-def test_a_program_is_told_by_its_path_and_by_its_hash(
+def test_program_is_identified_by_path_and_by_hash(
     keyring: Path, socket_path: Path, selector: str, matches: bool
 ) -> None:
-    """And another program is another program."""
+    """A grant to one program does not match another program."""
     path, digest = this_program()
     to = {
         ("exe", True): f'uid={os.getuid()}, exe="{path}"',
@@ -175,7 +175,7 @@ def connected_by_another(
 
 
 def test_a_connection_ends_with_the_process_that_made_it(keyring: Path, socket_path: Path) -> None:
-    """Whoever it was handed to is nobody that was asked who it is."""
+    """A process that inherits the socket was never identified, so the agent closes the connection."""
     with (
         granting(keyring, socket_path, f'uid={os.getuid()}, exe="{this_program()[0]}"') as agent,
         connected_by_another(socket_path, "exit") as (connection, process, handover),
@@ -187,10 +187,8 @@ def test_a_connection_ends_with_the_process_that_made_it(keyring: Path, socket_p
         agent.wait_for("connection.process_ended")
 
 
-def test_a_process_that_runs_another_program_loses_what_was_granted_to_the_first(
-    keyring: Path, socket_path: Path
-) -> None:
-    """Its connection is closed at the next request."""
+def test_exec_of_another_program_ends_the_connection(keyring: Path, socket_path: Path) -> None:
+    """The agent closes the connection at its next request."""
     with (
         granting(keyring, socket_path, f'uid={os.getuid()}, exe="{this_program()[0]}"') as agent,
         connected_by_another(socket_path, "exec") as (connection, process, handover),
@@ -205,8 +203,8 @@ def test_a_process_that_runs_another_program_loses_what_was_granted_to_the_first
         agent.wait_for("connection.program_changed")
 
 
-def test_a_process_that_is_gone_when_it_is_asked_about_has_no_evidence(tmp_path: Path) -> None:
-    """It has connected, and nobody knows what it was: its number may be somebody else's by now."""
+def test_exited_process_has_no_evidence(tmp_path: Path) -> None:
+    """The number of an exited process may already belong to another one."""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "s"))
         listening.listen()
@@ -224,10 +222,10 @@ def test_a_process_that_is_gone_when_it_is_asked_about_has_no_evidence(tmp_path:
                 process.close()
 
 
-def test_a_process_that_ends_while_it_is_read_has_no_evidence(
+def test_process_that_exits_during_inspection_has_no_evidence(
     socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read after its end may be of another process with its number."""
+    """Files read after the exit may be of another process with the same number."""
     text = f"0::/kubepods/besteffort/pod{POD}/ab\n"
     code = f"import socket, sys; s = socket.socket(1); s.connect({str(socket_path)!r}); sys.stdin.read()"
 
@@ -250,18 +248,18 @@ def test_a_process_that_ends_while_it_is_read_has_no_evidence(
                     assert peer.pod == pod
 
 
-def test_a_process_that_cannot_be_numbered_has_no_evidence() -> None:
-    """Of another pid namespace, that is not below this one, the kernel says 0."""
+def test_process_without_a_visible_number_has_no_evidence() -> None:
+    """The kernel reports 0 for a process of a pid namespace that is not below the agent's."""
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:
         assert Process.of(here, None) is None
 
 
 @root()
-def test_another_file_at_the_same_path_in_another_mount_namespace_is_told_by_neither_path_nor_hash(
+def test_program_of_another_mount_namespace_has_no_path(
     tmp_path: Path,
 ) -> None:
-    """Anybody can have a mount namespace of its own: a path there says nothing, the file's hash says all."""
+    """Any user can have a mount namespace, so a path there proves nothing, and only the hash of the file counts."""
     trusted, forged = tmp_path / "trusted", tmp_path / "forged"
     shutil.copy("/bin/true", trusted)
     shutil.copy("/bin/sleep", forged)
@@ -280,8 +278,8 @@ def test_another_file_at_the_same_path_in_another_mount_namespace_is_told_by_nei
             other.kill()
 
 
-def test_a_program_that_was_replaced_since_it_was_started_has_no_path(tmp_path: Path) -> None:
-    """What is there now is another file."""
+def test_replaced_program_has_no_path(tmp_path: Path) -> None:
+    """The file at the path is not the one that the process runs."""
     shutil.copy("/bin/sleep", tmp_path / "program")
     with subprocess.Popen([tmp_path / "program", "60"]) as other:
         try:
@@ -309,8 +307,8 @@ with socket.socket(socket.AF_UNIX) as connection:
 
 @root()
 @pytest.mark.parametrize("number", [0, 255, 256, 257, 5_000, 65_535])
-def test_a_peer_has_all_its_groups_however_many(tmp_path: Path, number: int) -> None:
-    """More than the socket option of Python's takes, up to the kernel's limit."""
+def test_all_groups_of_a_peer_are_read(tmp_path: Path, number: int) -> None:
+    """The kernel's limit is above the number of groups that Python's socket option returns."""
     numbers = range(100_000, 100_000 + number)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "s"))
@@ -334,8 +332,8 @@ def test_a_peer_has_all_its_groups_however_many(tmp_path: Path, number: int) -> 
 
 
 @root()
-def test_a_member_of_thousands_of_groups_is_served_by_one_of_them(keyring: Path, shared_socket: Path) -> None:
-    """Users of a directory service have that many."""
+def test_one_of_thousands_of_groups_matches_a_grant(keyring: Path, shared_socket: Path) -> None:
+    """Users of a directory service can have thousands of groups."""
     groups = tuple(range(20_000, 22_000))
     request = wire.encode_request(1, "DescribeKey", {"KeyId": "alias/a"})
     with (
@@ -347,8 +345,8 @@ def test_a_member_of_thousands_of_groups_is_served_by_one_of_them(keyring: Path,
         assert b"Forbidden.NoPermission" in bytes.fromhex(line_of(stranger))
 
 
-def test_groups_are_a_set_that_takes_four_bytes_for_each() -> None:
-    """A set of Python's would take ninety."""
+def test_groups_take_four_bytes_each() -> None:
+    """A Python set would take ninety bytes for each group."""
     groups = Groups([3, 1, 2, 2, 4_294_967_294])
     assert groups == {1, 2, 3, 4_294_967_294}
     assert groups == Groups([3, 1, 2, 2, 4_294_967_294])
@@ -367,8 +365,8 @@ def test_groups_are_a_set_that_takes_four_bytes_for_each() -> None:
 
 
 @root()
-def test_the_event_loop_makes_no_object_for_each_group() -> None:
-    """45 callers a second with 65,535 groups each had stopped it."""
+def test_event_loop_creates_no_object_per_group() -> None:
+    """Forty-five callers a second with 65,535 groups each once stopped the event loop."""
     here, there = socket.socketpair()
     before = os.getgroups()
     with here, there:

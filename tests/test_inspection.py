@@ -88,10 +88,10 @@ def by_program(keyring: Path, shared_socket: Path, shared_folder: Path) -> Itera
 
 @root()
 @fuse()
-def test_a_file_system_that_hangs_stops_neither_the_agent_nor_other_users(
+def test_hanging_file_system_costs_only_its_users_evidence(
     by_program: RunningAgent, tmp_path: Path, shared_folder: Path
 ) -> None:
-    """A stat(2) of the caller's program that never returns costs its user the evidence, and nobody anything else."""
+    """The stat(2) of the caller's program never returns; other users and the agent are not affected."""
     flag = tmp_path / "hangs"
     with (
         hanging_program(shared_folder / "mounted", PYTHON, flag) as program,
@@ -111,10 +111,8 @@ def test_a_file_system_that_hangs_stops_neither_the_agent_nor_other_users(
 
 @root()
 @fuse()
-def test_a_user_whose_file_system_hung_has_evidence_again_afterwards(
-    by_program: RunningAgent, tmp_path: Path, shared_folder: Path
-) -> None:
-    """While the thread stands still nobody waits for it; when it is back, the next connection is inspected."""
+def test_user_has_evidence_again_after_a_hang(by_program: RunningAgent, tmp_path: Path, shared_folder: Path) -> None:
+    """Connections do not wait for the hung thread, and the next one after its return is inspected."""
     flag = tmp_path / "hangs"
     with (
         hanging_program(shared_folder / "mounted", PYTHON, flag) as program,
@@ -188,10 +186,10 @@ def standing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standing]:
     made.close()
 
 
-async def test_a_user_whose_inspection_is_late_waits_no_second_time(
+async def test_late_inspection_is_waited_for_only_once(
     standing: Standing, process: Process, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """Until the answer comes there is no evidence, at once; afterwards there is."""
+    """Until the late answer arrives, the user's connections have no evidence immediately."""
     async with inspecting() as inspector:
         assert await inspector.inspect(process, 1, (), hashed=False) is None
         assert trio.current_time() == pytest.approx(inspection.INSPECTION_SECONDS)
@@ -208,10 +206,10 @@ async def test_a_user_whose_inspection_is_late_waits_no_second_time(
             standing.answer_all()
 
 
-async def test_late_inspections_of_strangers_leave_room_for_users_who_are_named(
+async def test_late_inspections_of_strangers_spare_granted_users(
     standing: Standing, process: Process, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One person can have 65,536 users."""
+    """One person can have 65,536 users, so late inspections have a limit, which users with a grant are exempt from."""
     async with inspecting() as inspector:
         async with trio.open_nursery() as nursery:
             monkeypatch.setattr(inspection, "_MAX_LATE", 64)
@@ -225,7 +223,7 @@ async def test_late_inspections_of_strangers_leave_room_for_users_who_are_named(
         assert standing.take() == asked + 1
 
 
-async def test_users_who_had_an_answer_before_are_asked_about_whoever_is_late(
+async def test_users_with_an_earlier_answer_are_still_inspected(
     standing: Standing, process: Process, autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thousand users of one person, on a file system that hangs, take nobody else's evidence."""
@@ -249,10 +247,8 @@ async def test_users_who_had_an_answer_before_are_asked_about_whoever_is_late(
             standing.answer_all()
 
 
-async def test_connections_that_end_while_they_are_inspected_do_not_pile_up(
-    standing: Standing, process: Process
-) -> None:
-    """A user has one request under way, however many processes connect and exit."""
+async def test_connections_closed_during_inspection_do_not_pile_up(standing: Standing, process: Process) -> None:
+    """A user has one inspection in flight, however many of its processes connect and exit."""
     async with inspecting() as inspector:
         for _ in range(50):
             async with trio.open_nursery() as nursery:
@@ -263,10 +259,8 @@ async def test_connections_that_end_while_they_are_inspected_do_not_pile_up(
         assert len(inspector._requests) == 1
 
 
-async def test_an_inspector_that_could_not_be_started_once_is_tried_again(
-    process: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever waited for it is refused at once, and is not held to be late."""
+async def test_failed_start_of_the_inspector_is_retried(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting callers are refused immediately, and do not count as late."""
     real, failures = inspection._start, [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))]
 
     def start() -> tuple[trio.socket.SocketType, int]:
@@ -284,8 +278,8 @@ async def test_an_inspector_that_could_not_be_started_once_is_tried_again(
             assert await inspector.inspect(process, 1, (), hashed=True) is not None
 
 
-async def test_an_inspector_that_ends_is_started_anew(process: Process) -> None:
-    """Whoever waited for it has no evidence; whoever asks next has."""
+async def test_exited_inspector_is_restarted(process: Process) -> None:
+    """Waiting callers have no evidence, and the next caller has."""
     async with inspecting() as inspector:
         before = await inspector.inspect(process, 1, (), hashed=True)
         assert before is not None
@@ -309,10 +303,10 @@ async def test_an_inspector_ends_with_its_agent_and_not_by_signals(process: Proc
     assert await trio.to_thread.run_sync(os.waitpid, child, 0) == (child, 0)
 
 
-async def test_an_inspector_that_cannot_be_started_is_no_evidence(
+async def test_without_an_inspector_callers_have_no_evidence(
     process: Process, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:
-    """The agent serves all that does not need it."""
+    """The agent serves every caller whose grants need no evidence of a program."""
 
     def start() -> None:
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))

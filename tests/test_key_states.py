@@ -1,4 +1,4 @@
-"""Every operation against every state of a key, and lists of what there is."""
+"""Every operation with every state of a key, and the lists."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import change, new_keyring, rewritten, serving, two_callers
 from support.keys import recipient
 
@@ -28,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RawConnecti
     with serving(keyring, keyring.parent / "agent.sock") as agent, RawConnection(agent.socket) as connection:
         for state in STATES:
             params = {"KeyId": f"alias/{state}", "Plaintext": "AAAA"}
-            blobs[state] = ok(connection, "Encrypt", params)["CiphertextBlob"]
+            blobs[state] = call_ok(connection, "Encrypt", params)["CiphertextBlob"]
     dates = {"PendingDeletion": "9999-01-01T00:00:00Z", "Deleted": "2020-01-01T00:00:00Z"}
 
     def edit(raw: dict[str, Any]) -> None:
@@ -62,10 +62,10 @@ BY_BLOB: list[tuple[str, dict[str, Any]]] = [
     ("method", "params"), [*BY_KEY, *BY_BLOB], ids=lambda value: value if isinstance(value, str) else ""
 )
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_only_an_enabled_key_is_used_and_dry_run_changes_no_states_code(
+def test_only_enabled_keys_are_used_also_in_a_dry_run(
     made: tuple[RawConnection, dict[str, str]], state: str, method: str, params: dict[str, Any], dry_run: bool
 ) -> None:
-    """The others are rejected by their state; one past its deletion date is not there."""
+    """Other states have their own codes, and a key past its deletion date is not found."""
     connection, blobs = made
     by_key = (method, params) in BY_KEY
     what = {"KeyId": f"alias/{state}"} if by_key else {"CiphertextBlob": blobs[state]}
@@ -76,58 +76,56 @@ def test_only_an_enabled_key_is_used_and_dry_run_changes_no_states_code(
     }
     code = codes.get(state, f"Rejected.{state}")
     if code:
-        refused(connection, method, asked, code)
+        call_refused(connection, method, asked, code)
     else:
-        ok(connection, method, asked)
+        call_ok(connection, method, asked)
 
 
 @pytest.mark.parametrize("state", ["Disabled", "PendingDeletion", "PendingImport"])
 def test_re_encrypt_rejects_a_destination_by_its_state(made: tuple[RawConnection, dict[str, str]], state: str) -> None:
-    """A good source does not help."""
+    """An enabled source key does not help."""
     connection, blobs = made
     params = {"CiphertextBlob": blobs["Enabled"], "DestinationKeyId": f"alias/{state}"}
-    refused(connection, "ReEncrypt", params, f"Rejected.{state}")
+    call_refused(connection, "ReEncrypt", params, f"Rejected.{state}")
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_key_is_described_and_listed_in_every_state_until_it_is_deleted(
-    made: tuple[RawConnection, dict[str, str]], state: str
-) -> None:
-    """DescribeKey, ListKeys, ListKeyVersions and ListAliases work with all."""
+def test_keys_of_every_state_are_described_and_listed(made: tuple[RawConnection, dict[str, str]], state: str) -> None:
+    """DescribeKey, ListKeys, ListKeyVersions and ListAliases work in all states until the deletion."""
     connection, _ = made
     if state == "Deleted":
         for method in ("DescribeKey", "ListKeyVersions"):
-            refused(connection, method, {"KeyId": f"alias/{state}"}, "Forbidden.AliasNotFound")
-        aliases = ok(connection, "ListAliases", {})["Aliases"]["Alias"]
+            call_refused(connection, method, {"KeyId": f"alias/{state}"}, "Forbidden.AliasNotFound")
+        aliases = call_ok(connection, "ListAliases", {})["Aliases"]["Alias"]
         assert f"alias/{state}" not in {alias["AliasName"] for alias in aliases}
         return
-    described = ok(connection, "DescribeKey", {"KeyId": f"alias/{state}"})["KeyMetadata"]
+    described = call_ok(connection, "DescribeKey", {"KeyId": f"alias/{state}"})["KeyMetadata"]
     assert described["KeyState"] == state
     assert bool(described["DeleteDate"]) == (state == "PendingDeletion")
     key_id = described["KeyId"]
-    assert {"KeyId": key_id, "KeyArn": described["Arn"]} in ok(connection, "ListKeys", {})["Keys"]["Key"]
-    (version,) = ok(connection, "ListKeyVersions", {"KeyId": key_id})["KeyVersions"]["KeyVersion"]
+    assert {"KeyId": key_id, "KeyArn": described["Arn"]} in call_ok(connection, "ListKeys", {})["Keys"]["Key"]
+    (version,) = call_ok(connection, "ListKeyVersions", {"KeyId": key_id})["KeyVersions"]["KeyVersion"]
     assert version == {
         "KeyId": key_id,
         "KeyVersionId": described["PrimaryKeyVersion"],
         "CreationDate": described["CreationDate"],
     }
     entry = {"KeyId": key_id, "AliasName": f"alias/{state}", "AliasArn": f"acs:kms:local:0:alias/{state}"}
-    assert entry in ok(connection, "ListAliases", {})["Aliases"]["Alias"]
+    assert entry in call_ok(connection, "ListAliases", {})["Aliases"]["Alias"]
 
 
-def test_a_key_that_passes_its_date_while_it_is_loaded_leaves_the_lists_too(keyring: Path, socket_path: Path) -> None:
-    """Without a reload: what is judged is the time of the request."""
+def test_loaded_key_leaves_the_lists_at_its_date(keyring: Path, socket_path: Path) -> None:
+    """The time of the request counts, without a reload."""
     change(keyring, "create-key", "--alias", "alias/kept")
     soon = iso(datetime.now(UTC) + timedelta(seconds=3))
     rewritten(keyring, lambda raw: raw["Keys"][0].update(KeyState="PendingDeletion", DeleteDate=soon))
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         seen = set()
-        while (total := ok(connection, "ListKeys", {})["TotalCount"]) != 1:
+        while (total := call_ok(connection, "ListKeys", {})["TotalCount"]) != 1:
             seen.add(total)
         assert seen <= {2}  # on a slow machine its date came before the agent did
-        assert ok(connection, "GetAgentStatus", {})["Keys"] == 1
-        refused(connection, "DescribeKey", {"KeyId": "alias/a"}, "Forbidden.AliasNotFound")
+        assert call_ok(connection, "GetAgentStatus", {})["Keys"] == 1
+        call_refused(connection, "DescribeKey", {"KeyId": "alias/a"}, "Forbidden.AliasNotFound")
 
 
 @pytest.mark.parametrize(
@@ -141,13 +139,13 @@ def test_a_key_that_passes_its_date_while_it_is_loaded_leaves_the_lists_too(keyr
         ({"PageNumber": 2**31 - 1, "PageSize": 100}, (2**31 - 1, 100)),
     ],
 )
-def test_lists_come_a_page_at_a_time(many: RawConnection, params: dict[str, int], numbers: tuple[int, int]) -> None:
-    """10 entries without PageSize; a page past the end is empty."""
-    everything = ok(many, "ListKeys", {"PageSize": 100})["Keys"]["Key"]
+def test_lists_are_paged(many: RawConnection, params: dict[str, int], numbers: tuple[int, int]) -> None:
+    """A page has 10 entries by default, and a page past the end is empty."""
+    everything = call_ok(many, "ListKeys", {"PageSize": 100})["Keys"]["Key"]
     assert len(everything) == 12
     number, size = numbers
     for method, outer, inner in (("ListKeys", "Keys", "Key"), ("ListAliases", "Aliases", "Alias")):
-        page = ok(many, method, params)
+        page = call_ok(many, method, params)
         assert (page["PageNumber"], page["PageSize"], page["TotalCount"]) == (number, size, 12)
         expected = [key["KeyId"] for key in everything[(number - 1) * size : number * size]]
         assert [entry["KeyId"] for entry in page[outer][inner]] == expected
@@ -175,23 +173,23 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RawConnection]:
         ({"Filters": "[]"}, "Filters"),
     ],
 )
-def test_a_page_that_is_none_is_refused(
+def test_invalid_page_is_refused(
     made: tuple[RawConnection, dict[str, str]], method: str, params: dict[str, Any], name: str
 ) -> None:
-    """By its parameter."""
-    refused(made[0], method, params, "InvalidParameter", name)
+    """The message has the parameter's name."""
+    call_refused(made[0], method, params, "InvalidParameter", name)
 
 
 def test_versions_are_listed_oldest_first_and_staged_ones_too(keyring: Path, socket_path: Path) -> None:
-    """The primary one is told by DescribeKey."""
+    """DescribeKey tells which version is primary."""
     for arguments in ((), ("--stage",), ()):
         change(keyring, "rotate", "alias/a", *arguments)
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
-        listed = ok(connection, "ListKeyVersions", {"KeyId": "alias/a", "PageSize": 3})
+        listed = call_ok(connection, "ListKeyVersions", {"KeyId": "alias/a", "PageSize": 3})
         assert (listed["TotalCount"], len(listed["KeyVersions"]["KeyVersion"])) == (4, 3)
-        last = ok(connection, "ListKeyVersions", {"KeyId": "alias/a", "PageSize": 3, "PageNumber": 2})
+        last = call_ok(connection, "ListKeyVersions", {"KeyId": "alias/a", "PageSize": 3, "PageNumber": 2})
         (newest,) = last["KeyVersions"]["KeyVersion"]
-        described = ok(connection, "DescribeKey", {"KeyId": "alias/a"})["KeyMetadata"]
+        described = call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})["KeyMetadata"]
         assert described["PrimaryKeyVersion"] == newest["KeyVersionId"]
 
 
@@ -210,27 +208,27 @@ GRANTS = {
         ((), None),
     ],
 )
-def test_a_caller_sees_the_keys_it_has_a_grant_on_and_nothing_else(
+def test_lists_have_only_keys_that_the_caller_has_a_grant_on(
     keyring: Path, granted: tuple[str, ...], seen: set[str] | None
 ) -> None:
-    """And without a grant to list, no list at all."""
+    """Without a grant to list, the call is refused."""
     for alias in ("alias/b-1", "alias/b-2", "alias/c"):
         change(keyring, "create-key", "--alias", alias)
     with two_callers(keyring, [GRANTS[name] for name in granted]) as (admin, app):
-        assert ok(admin, "ListKeys", {})["TotalCount"] == 4
+        assert call_ok(admin, "ListKeys", {})["TotalCount"] == 4
         if seen is None:
             for method, params in (("ListKeys", {}), ("ListAliases", {}), ("ListKeyVersions", {"KeyId": "alias/c"})):
-                refused(app, method, params, "Forbidden.NoPermission")
+                call_refused(app, method, params, "Forbidden.NoPermission")
             return
-        aliases = ok(app, "ListAliases", {})["Aliases"]["Alias"]
+        aliases = call_ok(app, "ListAliases", {})["Aliases"]["Alias"]
         assert {alias["AliasName"] for alias in aliases} == seen
-        assert ok(app, "ListKeys", {})["TotalCount"] == ok(app, "GetAgentStatus", {})["Keys"] == len(seen)
-        ok(app, "ListKeyVersions", {"KeyId": "alias/b-1"})
-        refused(app, "ListKeyVersions", {"KeyId": "alias/c"}, "Forbidden.NoPermission")
+        assert call_ok(app, "ListKeys", {})["TotalCount"] == call_ok(app, "GetAgentStatus", {})["Keys"] == len(seen)
+        call_ok(app, "ListKeyVersions", {"KeyId": "alias/b-1"})
+        call_refused(app, "ListKeyVersions", {"KeyId": "alias/c"}, "Forbidden.NoPermission")
 
 
 def test_a_page_of_the_longest_aliases_fits_a_message(keyring: Path, socket_path: Path) -> None:
-    """A hundred of 255 characters, with the longest region and account."""
+    """The page has a hundred aliases of 255 characters, with the longest region and account."""
     for number in range(25):
         change(keyring, "create-alias", f"alias/{'x' * 250}{number:05}", "alias/a")
     more = f'region = "{"r" * 24}"\naccount = "{"1" * 24}"'
@@ -247,17 +245,17 @@ def test_a_page_of_the_longest_aliases_fits_a_message(keyring: Path, socket_path
         )
 
 
-def test_after_a_rotation_old_ciphertexts_open_and_new_ones_are_the_new_versions(
-    keyring: Path, socket_path: Path
-) -> None:
-    """And ReEncrypt moves an old one to the primary version."""
+def test_rotation_keeps_old_ciphertexts_open(keyring: Path, socket_path: Path) -> None:
+    """New ciphertexts are of the new version, and ReEncrypt moves an old one to it."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
-        old = ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": encode_base64(b"secret")})
+        old = call_ok(connection, "Encrypt", {"KeyId": "alias/a", "Plaintext": encode_base64(b"secret")})
     change(keyring, "rotate", "alias/a")
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
-        new = ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
+        new = call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a"})
         assert new["KeyVersionId"] != old["KeyVersionId"]
-        moved = ok(connection, "ReEncrypt", {"CiphertextBlob": old["CiphertextBlob"], "DestinationKeyId": "alias/a"})
+        moved = call_ok(
+            connection, "ReEncrypt", {"CiphertextBlob": old["CiphertextBlob"], "DestinationKeyId": "alias/a"}
+        )
         assert (moved["KeyVersionId"], moved["DestinationKeyVersionId"]) == (old["KeyVersionId"], new["KeyVersionId"])
         for blob in (old["CiphertextBlob"], moved["CiphertextBlob"]):
-            assert decode_base64(ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"]) == b"secret"
+            assert decode_base64(call_ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"]) == b"secret"

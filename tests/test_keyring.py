@@ -25,7 +25,7 @@ from keyferry_agent.keyring.sealing import Unsealer
 
 
 def test_a_new_keyring_is_empty_sealed_and_private(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Mode 0600, an age file, and the identity beside it too."""
+    """The age file and its identity have mode 0600."""
     path, identity = tmp_path / "k.age", tmp_path / "id"
     run("init", path, "--new-identity", identity, "--json")
     (recipient,) = json.loads(capsys.readouterr().out)["Recipients"]
@@ -36,7 +36,7 @@ def test_a_new_keyring_is_empty_sealed_and_private(tmp_path: Path, capsys: pytes
 
 
 def test_neither_a_keyring_nor_an_identity_is_ever_overwritten(keyring: Path, tmp_path: Path) -> None:
-    """`init` on an existing file changes nothing, not even the identity."""
+    """`init` on an existing file changes neither the keyring nor the identity."""
     before = keyring.read_bytes(), (tmp_path / "identity").read_bytes()
     run("init", keyring, "--new-identity", tmp_path / "other", code=1)
     assert not (tmp_path / "other").exists()
@@ -47,16 +47,16 @@ def test_neither_a_keyring_nor_an_identity_is_ever_overwritten(keyring: Path, tm
     assert (keyring.read_bytes(), (tmp_path / "identity").read_bytes()) == before
 
 
-def test_create_key_list_and_show_agree(said: Command) -> None:
-    """With the API's names; a key is found by ID and by alias."""
-    made = said("create-key", "--key-spec", "Aliyun_SM4", "--alias", "alias/b/c", "--description", "für Tests")[
+def test_create_key_list_and_show_agree(keyring_json: Command) -> None:
+    """The verbs use the API's names, and find a key by ID and by alias."""
+    made = keyring_json("create-key", "--key-spec", "Aliyun_SM4", "--alias", "alias/b/c", "--description", "für Tests")[
         "KeyMetadata"
     ]
-    listed = said("list")
+    listed = keyring_json("list")
     assert listed["TotalCount"] == 2
     assert made in listed["Keys"]["Key"]
-    shown = said("show", "alias/b/c")
-    assert shown == said("show", made["KeyId"])
+    shown = keyring_json("show", "alias/b/c")
+    assert shown == keyring_json("show", made["KeyId"])
     assert shown["KeyMetadata"] == made
     assert made["Aliases"] == ["alias/b/c"]
     assert (made["KeySpec"], made["KeyState"], made["Description"]) == ("Aliyun_SM4", "Enabled", "für Tests")
@@ -65,15 +65,15 @@ def test_create_key_list_and_show_agree(said: Command) -> None:
     assert version["Staged"] is False
 
 
-def test_aliases_are_created_moved_and_deleted(said: Command) -> None:
-    """One alias, one key; the key outlives its names."""
-    first = said("show", "alias/a")["KeyMetadata"]["KeyId"]
-    second = said("create-key")["KeyMetadata"]["KeyId"]
-    assert said("create-alias", "alias/x", second)["KeyMetadata"]["Aliases"] == ["alias/x"]
-    assert said("update-alias", "alias/x", "alias/a")["KeyMetadata"]["KeyId"] == first
-    assert said("delete-alias", "alias/a")["KeyMetadata"]["Aliases"] == ["alias/x"]
-    assert said("show", "alias/x")["KeyMetadata"]["KeyId"] == first
-    assert said("show", second)["KeyMetadata"]["Aliases"] == []
+def test_aliases_are_created_moved_and_deleted(keyring_json: Command) -> None:
+    """An alias leads to one key, and a key outlives its aliases."""
+    first = keyring_json("show", "alias/a")["KeyMetadata"]["KeyId"]
+    second = keyring_json("create-key")["KeyMetadata"]["KeyId"]
+    assert keyring_json("create-alias", "alias/x", second)["KeyMetadata"]["Aliases"] == ["alias/x"]
+    assert keyring_json("update-alias", "alias/x", "alias/a")["KeyMetadata"]["KeyId"] == first
+    assert keyring_json("delete-alias", "alias/a")["KeyMetadata"]["Aliases"] == ["alias/x"]
+    assert keyring_json("show", "alias/x")["KeyMetadata"]["KeyId"] == first
+    assert keyring_json("show", second)["KeyMetadata"]["Aliases"] == []
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,17 @@ def test_aliases_are_created_moved_and_deleted(said: Command) -> None:
         (("show", "alias/b"), "no key or alias"),
     ],
 )
-def test_what_cannot_be_done_changes_nothing(
+def test_refused_change_leaves_the_file_unchanged(
     keyring: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], why: str
 ) -> None:
-    """Exit code 1, a reason on stderr, and the file as it was."""
+    """The exit code is 1, and standard error has the reason."""
     before = keyring.read_bytes()
     run(arguments[0], keyring, *arguments[1:], "--unseal", keyring.parent / "identity", code=1)
     assert why in capsys.readouterr().err
     assert keyring.read_bytes() == before
 
 
-def test_for_people_it_prints_tables_and_never_material(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing that any verb prints is key material."""
+def test_text_output_has_tables_and_no_key_material(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
     identity = keyring.parent / "identity"
     document = file.read(keyring, Unsealer.read(identity))
     (material,) = (version.material for key in document.keys for version in key.versions)
@@ -118,8 +117,8 @@ def test_for_people_it_prints_tables_and_never_material(keyring: Path, capsys: p
     assert "material" not in repr(document)
 
 
-def test_ten_commands_at_the_same_moment_lose_nothing(keyring: Path) -> None:
-    """Writers take turns."""
+def test_ten_concurrent_commands_lose_no_change(keyring: Path) -> None:
+    """Writers wait for each other's lock on the keyring."""
     identity = keyring.parent / "identity"
     create_key = [
         sys.executable,
@@ -145,7 +144,6 @@ def test_ten_commands_at_the_same_moment_lose_nothing(keyring: Path) -> None:
 
 
 def test_a_change_through_a_symlink_changes_the_file_it_names(keyring: Path, tmp_path: Path) -> None:
-    """The link stays a link."""
     link = tmp_path / "link.age"
     link.symlink_to(keyring)
     run("create-key", link, "--unseal", tmp_path / "identity", "--alias", "alias/z")
@@ -153,10 +151,8 @@ def test_a_change_through_a_symlink_changes_the_file_it_names(keyring: Path, tmp
     assert "alias/z" in file.read(keyring, Unsealer.read(tmp_path / "identity")).aliases
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
-    keyring: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A full disk, for example."""
+def test_failed_write_leaves_only_the_old_file(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk makes the write fail here."""
     before = keyring.read_bytes()
 
     def full(_descriptor: int) -> None:
@@ -173,18 +169,19 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(
 
 
 @pytest.mark.parametrize("content", [b"not age", b"", b"age-encryption.org/v1\n"])
-def test_a_damaged_file_is_said_to_be_one(keyring: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
-    """And is left alone."""
+def test_damaged_keyring_is_named_and_left_alone(
+    keyring: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    """The message says that the keyring is damaged, and the file is not changed."""
     keyring.write_bytes(content)
     run("create-key", keyring, "--unseal", keyring.parent / "identity", code=1)
     assert "does not open" in capsys.readouterr().err
     assert keyring.read_bytes() == content
 
 
-def test_a_wrong_identity_or_passphrase_does_not_open_it(
+def test_wrong_identity_or_passphrase_does_not_open_a_keyring(
     keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each with a reason."""
     run("init", tmp_path / "other.age", "--new-identity", tmp_path / "other")
     secret_file(tmp_path / "pass", "secret\n")
     for wrong, why in (("other", "does not open"), ("pass", "does not open"), ("nothing", "No such file")):
@@ -223,10 +220,10 @@ def test_a_wrong_identity_or_passphrase_does_not_open_it(
         (lambda raw: raw["Keys"][0]["KeyVersions"][0].update(Extra=1), "Extra"),
     ],
 )
-def test_content_that_is_not_right_is_refused_by_its_path(
+def test_invalid_content_is_named_by_its_path_and_not_quoted(
     keyring: Path, change: Callable[[Any], None], why: str
 ) -> None:
-    """And never quoted: it could be a key."""
+    """The invalid value could be a key."""
     document = file.read(keyring, Unsealer.read(keyring.parent / "identity"))
     raw = json.loads(document.to_json())
     change(raw)
@@ -236,22 +233,22 @@ def test_content_that_is_not_right_is_refused_by_its_path(
     assert "AAAA" not in str(caught.value)
 
 
-def test_what_is_not_json_is_refused() -> None:
-    """Whoever sealed it."""
+def test_content_that_is_not_json_is_refused() -> None:
+    """The seal is valid, and the content is not."""
     for content in (b"\xff", b"[" * 100_000, b'{"Version": 1, "Version": 1}'):
         with pytest.raises(KeyringError, match="JSON"):
             Document.from_json(content)
 
 
 @pytest.mark.parametrize("alias", ["alias/a", "alias/A_b-c/d", "alias/" + "x" * 255])
-def test_good_aliases(alias: str) -> None:
-    """Letters, digits, _ - and /."""
+def test_valid_aliases_are_accepted(alias: str) -> None:
+    """An alias has letters, digits, _ - and /."""
     check_alias(alias)
 
 
 @program("ssh-keygen", "openssh-client")
-def test_an_ssh_identity_and_several_recipients_open_the_same_file(tmp_path: Path) -> None:
-    """One file for two hosts and an offline key; a change by one is for all."""
+def test_keyring_opens_for_each_of_its_recipients(tmp_path: Path) -> None:
+    """Two hosts, one with an SSH key, and an offline identity open one file, and a change by one is for all."""
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "ssh"], check=True)
     run("init", tmp_path / "x.age", "--new-identity", tmp_path / "offline")
     offline = (tmp_path / "offline").read_text().split()[3]
@@ -264,26 +261,26 @@ def test_an_ssh_identity_and_several_recipients_open_the_same_file(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("option", "value"), [("--recipient", "age1x"), ("--recipient", "ssh-rsa AAAA")])
-def test_a_recipient_that_is_none_is_refused_before_anything_is_written(
+def test_invalid_recipient_is_refused_before_a_write(
     tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By its text."""
+    """The message has the recipient's text."""
     run("init", tmp_path / "k.age", option, value, code=1)
     assert "is not a recipient" in capsys.readouterr().err
     assert not (tmp_path / "k.age").exists()
 
 
 @pytest.mark.parametrize("content", ["\n", "", "AGE-SECRET-KEY-1NOPE\n", "-----BEGIN OPENSSH PRIVATE KEY-----\nx\n"])
-def test_what_unseals_nothing_is_said(keyring: Path, content: str, tmp_path: Path) -> None:
-    """An empty passphrase, an identity that is none."""
+def test_empty_passphrase_and_invalid_identity_are_named(keyring: Path, content: str, tmp_path: Path) -> None:
+    """An unseal secret that cannot open any keyring is an error with its reason."""
     secret_file(tmp_path / "bad", content)
     run("list", keyring, "--unseal", tmp_path / "bad", code=1)
     secret_file(tmp_path / "bad", b"\xff\xfe")
     run("list", keyring, "--unseal", tmp_path / "bad", code=1)
 
 
-def test_an_unsealer_shows_nothing_of_itself(keyring: Path, tmp_path: Path) -> None:
-    """Not in its repr either."""
+def test_unsealer_hides_its_secret(keyring: Path, tmp_path: Path) -> None:
+    """An unsealer's repr names only the kind of its secret."""
     secret_file(tmp_path / "pass", "secret\n")
     assert repr(Unsealer.read(tmp_path / "pass")) == "Unsealer(passphrase)"
     assert repr(Unsealer.read(keyring.parent / "identity")) == "Unsealer(identity)"
@@ -291,7 +288,7 @@ def test_an_unsealer_shows_nothing_of_itself(keyring: Path, tmp_path: Path) -> N
 
 @program("age", "age")
 def test_the_age_program_opens_a_keyring_with_its_identity(keyring: Path) -> None:
-    """In an emergency, nothing of this project is needed."""
+    """An operator can open a keyring in an emergency without Keyferry."""
     opened = subprocess.run(
         ["age", "-d", "-i", keyring.parent / "identity", keyring], capture_output=True, check=True, timeout=PATIENCE
     )
@@ -301,7 +298,7 @@ def test_the_age_program_opens_a_keyring_with_its_identity(keyring: Path) -> Non
 
 @program("age", "age")
 def test_the_age_program_opens_a_keyring_with_its_passphrase(tmp_path: Path) -> None:
-    """It asks for it on a terminal."""
+    """The age program asks for the passphrase on a terminal."""
     secret_file(tmp_path / "pass", "correct horse\n")
     path = tmp_path / "k.age"
     run("init", path, "--passphrase-file", tmp_path / "pass")
@@ -321,10 +318,10 @@ def test_the_age_program_opens_a_keyring_with_its_passphrase(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("damage", "why"), [("keyring", "does not open"), ("identity", "No such file"), ("neither", "no unseal")]
 )
-def test_an_agent_that_cannot_open_its_keyring_says_so_and_does_not_start(
+def test_agent_does_not_start_without_opening_its_keyring(
     keyring: Path, socket_path: Path, damage: str, why: str
 ) -> None:
-    """Exit code 1, a reason, and no socket."""
+    """The exit code is 1, with a reason, and no socket is made."""
     identity = keyring.parent / "identity"
     arguments = ["--keyring", str(keyring)]
     if damage != "neither":
@@ -342,7 +339,7 @@ def test_an_agent_that_cannot_open_its_keyring_says_so_and_does_not_start(
 
 
 def test_a_key_past_its_deletion_date_is_gone_at_once() -> None:
-    """Judged when it is used, not when it was loaded."""
+    """The date is compared at each use, not at the load."""
     keyring = development_keyring(backing="auto", require=False)
     key = keyring.by_alias["alias/dev"]
     past = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 1))

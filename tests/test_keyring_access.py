@@ -1,4 +1,4 @@
-"""The recipients of a keyring: listed, added, removed; and changes that would lock somebody out."""
+"""The recipients of a keyring: listed, added, removed; and changes that would lock an operator out."""
 
 import json
 import subprocess
@@ -18,37 +18,37 @@ def first_recipient(keyring: Path) -> str:
     return opened(keyring).recipients[0]
 
 
-def test_recipients_are_added_listed_and_removed(said: Command, keyring: Path) -> None:
-    """Every change prints what was added and removed, and the file is sealed to what is listed."""
+def test_recipients_are_added_listed_and_removed(keyring_json: Command, keyring: Path) -> None:
+    """Every change prints the added and removed recipients, and the file is sealed to the listed ones."""
     mine = first_recipient(keyring)
-    added = said("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
+    added = keyring_json("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
     assert added["Added"] == [ONE.recipient, f"{SSH} offline"]
     assert (added["Removed"], added["Recipients"]) == ([], [mine, ONE.recipient, f"{SSH} offline"])
-    listed = said("recipients")
+    listed = keyring_json("recipients")
     assert (listed["Recipients"], listed["SealedTo"]) == (added["Recipients"], "Recipients")
     assert count_recipients(keyring.read_bytes()) == 3
-    removed = said("remove-recipient", "--recipient", SSH)
+    removed = keyring_json("remove-recipient", "--recipient", SSH)
     assert (removed["Removed"], removed["Recipients"]) == ([f"{SSH} offline"], [mine, ONE.recipient])
     assert count_recipients(keyring.read_bytes()) == 2
     run("list", keyring, "--unseal", secret_file(keyring.parent / "one", ONE.identity))
 
 
 def test_the_list_of_recipients_is_a_recipients_file(
-    said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What `recipients` prints is what -R reads."""
-    said("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
+    """The option -R reads the output of `recipients`."""
+    keyring_json("add-recipient", "--recipient", ONE.recipient, "--recipient", f"{SSH} offline")
     run("recipients", keyring, "--unseal", keyring.parent / "identity")
     lines = capsys.readouterr().out
     path = secret_file(keyring.parent / "r", lines)
-    assert said("reseal", "-R", path)["Recipients"] == lines.splitlines()
+    assert keyring_json("reseal", "-R", path)["Recipients"] == lines.splitlines()
 
 
 @pytest.mark.parametrize("verb", ["reseal", "remove-recipient"])
 def test_a_change_that_locks_out_its_operator_needs_yes(
     keyring: Path, capsys: pytest.CaptureFixture[str], verb: str
 ) -> None:
-    """The refusal names what would be removed, and changes nothing."""
+    """The refusal names the recipients that would be removed, and changes nothing."""
     mine = first_recipient(keyring)
     change(keyring, "add-recipient", "--recipient", ONE.recipient, "--recipient", TWO.recipient)
     others = [ONE.recipient, TWO.recipient]
@@ -67,7 +67,7 @@ def test_a_change_that_locks_out_its_operator_needs_yes(
 
 
 def test_a_change_that_leaves_one_recipient_needs_yes(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Although it is the operator's own."""
+    """The rule holds even if the last recipient is the operator's own."""
     mine = first_recipient(keyring)
     change(keyring, "add-recipient", "--recipient", ONE.recipient)
     for verb, recipient in (("reseal", mine), ("remove-recipient", ONE.recipient)):
@@ -108,7 +108,7 @@ def test_a_passphrase_in_place_of_recipients_needs_yes(keyring: Path, capsys: py
 def test_a_wrong_recipient_changes_nothing(
     keyring: Path, capsys: pytest.CaptureFixture[str], verb: str, recipient: str, why: str
 ) -> None:
-    """Also with --yes."""
+    """An invalid or unknown recipient is refused, also with --yes."""
     before = keyring.read_bytes()
     text = first_recipient(keyring) if recipient == "mine" else recipient
     run(verb, keyring, "--recipient", text, "--yes", "--unseal", keyring.parent / "identity", code=1)
@@ -116,8 +116,7 @@ def test_a_wrong_recipient_changes_nothing(
     assert keyring.read_bytes() == before
 
 
-def test_a_verb_for_recipients_needs_one(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong usage: exit code 2."""
+def test_recipient_verbs_without_a_recipient_are_wrong_usage(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for verb in ("add-recipient", "remove-recipient"):
         with pytest.raises(SystemExit) as ended:
             run(verb, keyring, "--unseal", keyring.parent / "identity")
@@ -144,8 +143,8 @@ def test_unnamed_recipients_are_counted_and_not_dropped(keyring: Path, capsys: p
     assert "sealed by hand to 1 more recipients than it named" in capsys.readouterr().err
 
 
-def test_a_keyring_that_names_nobody_says_so(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is not taken for one that is sealed to a passphrase."""
+def test_keyring_without_named_recipients_is_reported(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A keyring without names is not mistaken for one that is sealed to a passphrase."""
     mine = first_recipient(keyring)
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
     keyring.write_bytes(seal(json.dumps({**raw, "Recipients": []}).encode(), [mine], None))
@@ -157,7 +156,7 @@ def test_a_keyring_that_names_nobody_says_so(keyring: Path, capsys: pytest.Captu
 
 
 def test_an_init_with_one_recipient_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On standard error, and the keyring is made. With an offline recipient there is no warning."""
+    """The keyring is made, and standard error has the warning; an offline recipient prevents it."""
     run("init", tmp_path / "a.age", "--new-identity", tmp_path / "a", "--json")
     said = capsys.readouterr()
     assert "warning: " in said.err
@@ -173,7 +172,7 @@ def test_an_init_with_one_recipient_warns(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_a_new_identity_has_the_recipient_that_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both verbs print it; the file has mode 0600 and is never overwritten."""
+    """`new-identity` and `recipient-of` print the recipient; the file has mode 0600 and is never overwritten."""
     run("new-identity", tmp_path / "i")
     (printed,) = capsys.readouterr().out.split()
     run("recipient-of", tmp_path / "i")
@@ -186,7 +185,7 @@ def test_a_new_identity_has_the_recipient_that_is_printed(tmp_path: Path, capsys
 
 
 def test_every_identity_in_a_file_has_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the file's order."""
+    """Recipients are printed in the order of the file's identities."""
     run("recipient-of", secret_file(tmp_path / "two", f"# first\n{ONE.identity}\n\n{TWO.identity}\n"))
     assert capsys.readouterr().out.split() == [ONE.recipient, TWO.recipient]
 
@@ -198,7 +197,7 @@ def test_every_identity_in_a_file_has_its_line(tmp_path: Path, capsys: pytest.Ca
 def test_an_ssh_identity_has_the_recipient_of_ssh_keygen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    """In both forms of a private key, and a keyring that is sealed to it opens."""
+    """The recipient is the same for both forms of a private key, and a keyring sealed to it opens."""
     subprocess.run(["ssh-keygen", "-q", *options, "-N", "", "-C", "", "-f", tmp_path / "k"], check=True)
     run("recipient-of", tmp_path / "k")
     printed = capsys.readouterr().out.strip()
@@ -220,17 +219,15 @@ def test_an_ssh_identity_has_the_recipient_of_ssh_keygen(
 def test_a_file_without_an_identity_has_no_recipient(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, why: str
 ) -> None:
-    """The content is not shown."""
+    """The error does not show the file's content."""
     run("recipient-of", secret_file(tmp_path / "f", content), code=1)
     said = capsys.readouterr()
     assert why in said.err
     assert (said.out, "correct horse" in said.err, ONE.identity in said.err) == ("", False, False)
 
 
-def test_two_keys_that_an_earlier_version_named_as_one_are_resealed(
-    keyring: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The reseal prints that line as removed."""
+def test_reseal_repairs_two_keys_that_were_named_as_one(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An earlier version wrote such a keyring; the reseal prints its line as removed."""
     mine = first_recipient(keyring)
     odd = f"{mine}\n{ONE.recipient}"
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
@@ -241,7 +238,7 @@ def test_two_keys_that_an_earlier_version_named_as_one_are_resealed(
     assert json.loads(capsys.readouterr().out)["Removed"] == [odd]
 
 
-def test_a_keyring_of_an_unknown_section_is_not_changed(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keyring_with_an_unknown_section_is_not_changed(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A verb that does not know a field would drop it."""
     before = keyring.read_bytes()
     rewritten(keyring, lambda raw: raw.update(Hosts=[]))

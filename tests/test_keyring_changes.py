@@ -41,22 +41,22 @@ def verify(keyring: Path) -> int:
 
 
 def history(keyring: Path, capsys: pytest.CaptureFixture[str], code: int = 0) -> list[dict[str, Any]]:
-    """What `history` prints."""
+    """Return the output of `history`."""
     capsys.readouterr()
     assert main(["keyring", "history", str(keyring), "--json"]) == code
     changes: list[dict[str, Any]] = json.loads(capsys.readouterr().out)["Changes"]
     return changes
 
 
-def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_path: Path) -> None:
-    """With what it changed, who ran it, and the hash of the file before and after."""
+def test_every_verb_that_writes_has_entries(keyring: Path, keyring_json: Command, tmp_path: Path) -> None:
+    """Entries have the change, the operator, and the hash of the file before and after."""
     (tmp_path / "material").write_bytes(bytes(range(32)))
     other = str(Identity.generate().to_public())
     own = (tmp_path / "identity").read_text().split()[3]
-    key = said("show", "alias/a")["KeyMetadata"]["KeyId"]
-    staged = said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
+    key = keyring_json("show", "alias/a")["KeyMetadata"]["KeyId"]
+    staged = keyring_json("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"]
     assert last(keyring)["changes"] == [{"key_id": key, "key_version_id": staged, "change": "added"}]
-    old = said("show", "alias/a")["KeyMetadata"]["PrimaryKeyVersion"]
+    old = keyring_json("show", "alias/a")["KeyMetadata"]["PrimaryKeyVersion"]
     changed = {
         ("promote", "alias/a", staged): [
             {"key_id": key, "change": "primary", "before": old, "after": staged},
@@ -69,17 +69,17 @@ def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_pa
     }
     for (verb, *arguments), changes in changed.items():
         before = file_hash(keyring.read_bytes())
-        said(verb, *arguments)
+        keyring_json(verb, *arguments)
         entry = last(keyring)
         assert (entry["verb"], entry["result"], entry["changes"]) == (verb, "done", changes)
         assert (entry["before"], entry["after"]) == (before, file_hash(keyring.read_bytes()))
         assert (entry["uid"], entry["recipients"]) == (os.getuid(), 1)
-    said("schedule-deletion", key, "--days", "7")
+    keyring_json("schedule-deletion", key, "--days", "7")
     assert [each["change"] for each in last(keyring)["changes"]] == ["delete_date", "state"]
-    said("cancel-deletion", key)
-    made = said("import-key", "--material", tmp_path / "material", "--alias", "alias/m")["KeyMetadata"]["KeyId"]
+    keyring_json("cancel-deletion", key)
+    made = keyring_json("import-key", "--material", tmp_path / "material", "--alias", "alias/m")["KeyMetadata"]["KeyId"]
     assert {"key_id": made, "change": "added"} in last(keyring)["changes"]
-    said("update-alias", "alias/m", key)
+    keyring_json("update-alias", "alias/m", key)
     assert last(keyring)["changes"] == [{"alias": "alias/m", "change": "key_id", "before": made, "after": key}]
     run("reseal", keyring, "--recipient", own, "--recipient", other, "--unseal", tmp_path / "identity")
     entry = last(keyring)
@@ -92,10 +92,10 @@ def test_every_verb_that_writes_has_entries(keyring: Path, said: Command, tmp_pa
     assert verify(keyring) == 0
 
 
-def test_no_entry_has_key_material(keyring: Path, said: Command) -> None:
-    """In no form, whatever was changed."""
-    said("rotate", "alias/a")
-    said("create-key", "--description", "for tests")
+def test_no_entry_has_key_material(keyring: Path, keyring_json: Command) -> None:
+    """No change leaves key material in an entry, in any encoding."""
+    keyring_json("rotate", "alias/a")
+    keyring_json("create-key", "--description", "for tests")
     text = log_of(keyring).read_text()
     for key in opened(keyring).keys:
         for version in key.versions:
@@ -108,17 +108,17 @@ def test_no_entry_has_key_material(keyring: Path, said: Command) -> None:
     assert (keyring.parent / "identity").read_text().split()[-1] not in text
 
 
-def test_a_verb_that_only_reads_has_no_entry(keyring: Path, said: Command) -> None:
-    """Nor has a change that was refused for its arguments."""
+def test_a_verb_that_only_reads_has_no_entry(keyring: Path, keyring_json: Command) -> None:
+    """A change that was refused for its arguments has no entry either."""
     before = log_of(keyring).read_bytes()
-    said("list")
-    said("show", "alias/a")
+    keyring_json("list")
+    keyring_json("show", "alias/a")
     run("create-alias", keyring, "alias/a", "alias/a", "--unseal", keyring.parent / "identity", code=1)
     assert log_of(keyring).read_bytes() == before
 
 
 def test_the_operator_is_named_as_far_as_it_is_known(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SUDO_UID is what a program claims, so its field says that; a text that is not a number is left out."""
+    """A program can set SUDO_UID, so its field is called a claim; a text that is not a number is left out."""
     monkeypatch.setenv("SUDO_UID", "1000")
     change(keyring, "rotate", "alias/a")
     entry = last(keyring)
@@ -131,19 +131,19 @@ def test_the_operator_is_named_as_far_as_it_is_known(keyring: Path, monkeypatch:
     assert last(keyring)["claimed_sudo_uid"] is None
 
 
-def test_a_key_that_is_past_its_date_is_recorded_when_it_leaves(keyring: Path, said: Command) -> None:
-    """The next change takes it out of the file, whatever that change is for."""
-    key = said("show", "alias/a")["KeyMetadata"]["KeyId"]
-    said("schedule-deletion", key, "--days", "7")
+def test_a_key_that_is_past_its_date_is_recorded_when_it_leaves(keyring: Path, keyring_json: Command) -> None:
+    """The next change of any kind removes the key from the file."""
+    key = keyring_json("show", "alias/a")["KeyMetadata"]["KeyId"]
+    keyring_json("schedule-deletion", key, "--days", "7")
     rewritten(keyring, lambda raw: raw["Keys"][0].update(DeleteDate="2020-01-01T00:00:00Z"))
-    said("create-key")
+    keyring_json("create-key")
     changes = last(keyring)["changes"]
     assert {"key_id": key, "change": "removed"} in changes
     assert {"alias": "alias/a", "key_id": key, "change": "removed"} in changes
 
 
 def test_the_log_has_the_mode_and_a_chain_of_its_own(keyring: Path) -> None:
-    """Mode 0600; a change of a line shows."""
+    """The history has mode 0600, and its chain shows a changed line."""
     assert log_of(keyring).stat().st_mode & 0o777 == 0o600
     assert verify(keyring) == 0
     text = log_of(keyring).read_text()
@@ -154,7 +154,7 @@ def test_the_log_has_the_mode_and_a_chain_of_its_own(keyring: Path) -> None:
 
 @root()
 def test_the_log_belongs_to_the_owner_of_the_keyring(shared_folder: Path) -> None:
-    """Also where root makes the first change after an older version."""
+    """The owner is the keyring's even if root makes the first change after an upgrade."""
     path = shared_folder / "keyring.age"
     run("init", path, "--new-identity", shared_folder / "identity")
     log_of(path).unlink()
@@ -191,7 +191,7 @@ def fill(keyring: Path, said: str) -> None:
 def test_a_change_whose_entry_cannot_be_written_is_refused(
     keyring: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, why: str
 ) -> None:
-    """The keyring is as before, nothing is left beside it, and no new passphrase was made."""
+    """The keyring is unchanged, nothing is left beside it, and no new passphrase was made."""
     fill(keyring, kind)
     before = keyring.read_bytes()
     capsys.readouterr()
@@ -205,7 +205,7 @@ def test_a_change_whose_entry_cannot_be_written_is_refused(
 
 
 def test_a_replacement_that_fails_has_an_entry(keyring: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the keyring is as before."""
+    """The keyring is unchanged after a failed replacement."""
     before = keyring.read_bytes()
 
     def fail(*_arguments: object) -> None:
@@ -251,7 +251,7 @@ def test_a_crash_leaves_an_entry_whose_hashes_have_the_result(
 
 
 def test_history_names_a_file_that_was_replaced_by_hand(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A backup that was copied back, or a change with the age program."""
+    """A restored backup and a change with the age program are reported."""
     shutil.copy(keyring, keyring.parent / "backup.age")
     change(keyring, "rotate", "alias/a")
     shutil.copy(keyring.parent / "backup.age", keyring)
@@ -261,7 +261,7 @@ def test_history_names_a_file_that_was_replaced_by_hand(keyring: Path, capsys: p
 
 
 def test_history_is_readable(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It needs no identity; a link to the keyring leads to the same log."""
+    """`history` needs no identity, and finds the log through a link to the keyring."""
     change(keyring, "disable", "alias/a")
     (keyring.parent / "link").symlink_to(keyring)
     capsys.readouterr()
@@ -279,7 +279,7 @@ def test_history_without_a_log_is_an_error(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_an_entry_of_many_changes_stays_short(keyring: Path) -> None:
-    """The rest is counted."""
+    """An entry has the first changes and the number of the others."""
     with file.change(keyring, Unsealer.read(keyring.parent / "identity")) as document:
         for _ in range(100):
             create_key(document, key_spec="Aliyun_AES_256")

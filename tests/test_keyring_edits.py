@@ -28,22 +28,22 @@ def versions(answer: Any) -> list[str]:
     ]
 
 
-def test_rotate_makes_a_new_primary_version_and_keeps_the_old(said: Command) -> None:
-    """Its answer names the new one."""
-    (first,) = versions(said("show", "alias/a"))
-    rotated = said("rotate", "alias/a")
+def test_rotate_makes_a_new_primary_version_and_keeps_the_old(keyring_json: Command) -> None:
+    """The output of `rotate` names the new version."""
+    (first,) = versions(keyring_json("show", "alias/a"))
+    rotated = keyring_json("rotate", "alias/a")
     second = rotated["KeyVersion"]["KeyVersionId"]
-    assert versions(rotated) == versions(said("show", "alias/a")) == [first.removesuffix("*"), f"{second}*"]
+    assert versions(rotated) == versions(keyring_json("show", "alias/a")) == [first.removesuffix("*"), f"{second}*"]
 
 
 def test_a_staged_version_is_primary_only_once_it_is_promoted(
-    said: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
+    keyring_json: Command, keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Several may be staged; what was primary before, or is, cannot be promoted."""
-    (first,) = versions(said("show", "alias/a"))
-    staged = [said("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"] for _ in range(2)]
-    assert versions(said("show", "alias/a")) == [first, f"{staged[0]}+", f"{staged[1]}+"]
-    promoted = said("promote", "alias/a", staged[1])
+    """Several versions may be staged; a present or former primary version cannot be promoted."""
+    (first,) = versions(keyring_json("show", "alias/a"))
+    staged = [keyring_json("rotate", "alias/a", "--stage")["KeyVersion"]["KeyVersionId"] for _ in range(2)]
+    assert versions(keyring_json("show", "alias/a")) == [first, f"{staged[0]}+", f"{staged[1]}+"]
+    promoted = keyring_json("promote", "alias/a", staged[1])
     assert versions(promoted) == [first.removesuffix("*"), f"{staged[0]}+", f"{staged[1]}*"]
     before = keyring.read_bytes()
     for version, why in (
@@ -56,12 +56,12 @@ def test_a_staged_version_is_primary_only_once_it_is_promoted(
     assert keyring.read_bytes() == before
 
 
-def test_each_version_has_material_of_its_own(said: Command, keyring: Path) -> None:
-    """Fresh, and of the key's size."""
-    said("create-key", "--key-spec", "Aliyun_SM4", "--alias", "alias/sm4")
+def test_each_version_has_material_of_its_own(keyring_json: Command, keyring: Path) -> None:
+    """The material is fresh, and of the key's size."""
+    keyring_json("create-key", "--key-spec", "Aliyun_SM4", "--alias", "alias/sm4")
     for alias in ("alias/a", "alias/sm4"):
-        said("rotate", alias)
-        said("rotate", alias, "--stage")
+        keyring_json("rotate", alias)
+        keyring_json("rotate", alias, "--stage")
     document = opened(keyring)
     assert [[len(version.material) for version in key.versions] for key in document.keys] == [[32] * 3, [16] * 3]
     assert len({bytes(version.material) for key in document.keys for version in key.versions}) == 6
@@ -70,13 +70,13 @@ def test_each_version_has_material_of_its_own(said: Command, keyring: Path) -> N
 @pytest.mark.parametrize(("size", "spec"), [(32, "Aliyun_AES_256"), (16, "Aliyun_SM4")])
 @pytest.mark.parametrize("by_name", [True, False])
 def test_imported_material_is_the_keys_first_version(
-    said: Command, keyring: Path, size: int, spec: str, by_name: bool
+    keyring_json: Command, keyring: Path, size: int, spec: str, by_name: bool
 ) -> None:
-    """From a file; its length says which kind of key it is."""
+    """The length of the material decides the key spec."""
     (keyring.parent / "material").write_bytes(bytes(range(size)))
     more = ("--key-spec", spec) if by_name else ()
     arguments = ("--material", keyring.parent / "material", "--alias", "alias/mine", "--description", "from afar")
-    made = said("import-key", *arguments, *more)["KeyMetadata"]
+    made = keyring_json("import-key", *arguments, *more)["KeyMetadata"]
     assert (made["KeySpec"], made["Origin"], made["KeyState"]) == (spec, "EXTERNAL", "Enabled")
     assert (made["Aliases"], made["Description"]) == (["alias/mine"], "from afar")
     (version,) = opened(keyring).find("alias/mine").versions
@@ -84,7 +84,7 @@ def test_imported_material_is_the_keys_first_version(
 
 
 def test_material_comes_from_standard_input_too(keyring: Path) -> None:
-    """So that it need never be a file; and it is not printed."""
+    """Material on standard input need never be in a file, and is not printed."""
     command = [
         sys.executable,
         "-m",
@@ -122,10 +122,10 @@ def test_material_comes_from_standard_input_too(keyring: Path) -> None:
         (None, (), "No such file"),
     ],
 )
-def test_material_that_is_no_key_is_refused(
+def test_invalid_material_is_refused(
     keyring: Path, capsys: pytest.CaptureFixture[str], content: bytes | None, more: tuple[str, ...], why: str
 ) -> None:
-    """Hex, a trailing newline, another length: by its size, never by its content."""
+    """The message has the size of hex, a trailing newline or another wrong length, and no content."""
     path = keyring.parent / "material"
     if content is not None:
         path.write_bytes(content)
@@ -163,7 +163,7 @@ def test_material_that_is_no_key_is_refused(
         ("PendingImport", "rotate", (), "Rejected.PendingImport", ""),
     ],
 )
-def test_a_keys_state_says_what_can_be_done_with_it(
+def test_key_state_decides_the_allowed_changes(
     keyring: Path,
     capsys: pytest.CaptureFixture[str],
     state: str,
@@ -172,7 +172,7 @@ def test_a_keys_state_says_what_can_be_done_with_it(
     code: str,
     after: str,
 ) -> None:
-    """As the cloud's table."""
+    """The table of states is the cloud's."""
     date = "9999-01-01T00:00:00Z" if state == "PendingDeletion" else ""
     rewritten(keyring, lambda raw: raw["Keys"][0].update(KeyState=state, DeleteDate=date))
     run(verb, keyring, "alias/a", *arguments, "--unseal", keyring.parent / "identity", code=1 if code else 0)
@@ -182,10 +182,10 @@ def test_a_keys_state_says_what_can_be_done_with_it(
 
 
 @pytest.mark.parametrize(("verb", "code"), [("create-alias", FAILED), ("update-alias", "Rejected.PendingDeletion")])
-def test_a_key_that_is_about_to_be_deleted_takes_no_alias(
+def test_key_in_pending_deletion_gets_no_new_alias(
     keyring: Path, capsys: pytest.CaptureFixture[str], verb: str, code: str
 ) -> None:
-    """Its own it keeps, and may lose."""
+    """The key keeps its aliases, and an alias can be deleted."""
     change(keyring, "create-key", "--alias", "alias/b")
     change(keyring, "schedule-deletion", "alias/a", "--days", "7")
     name = "alias/new" if verb == "create-alias" else "alias/b"
@@ -194,24 +194,24 @@ def test_a_key_that_is_about_to_be_deleted_takes_no_alias(
     change(keyring, "delete-alias", "alias/a")
 
 
-def test_the_deletion_date_is_as_many_days_away_as_was_said(said: Command) -> None:
-    """To the second."""
+def test_deletion_date_is_exactly_the_given_days_away(keyring_json: Command) -> None:
+    """The date is exact to the second."""
     before = time.time()
-    date = said("schedule-deletion", "alias/a", "--days", "30")["KeyMetadata"]["DeleteDate"]
+    date = keyring_json("schedule-deletion", "alias/a", "--days", "30")["KeyMetadata"]["DeleteDate"]
     then = time.mktime(time.strptime(date, "%Y-%m-%dT%H:%M:%SZ")) - time.timezone
     assert before - 1 <= then - 30 * 86_400 <= time.time()
 
 
-def test_a_key_past_its_date_is_gone_from_the_file_at_the_next_write(said: Command, keyring: Path) -> None:
-    """With its material, its versions and its aliases; nothing sees it even before."""
-    kept = said("create-key", "--alias", "alias/kept")["KeyMetadata"]["KeyId"]
+def test_next_write_removes_keys_past_their_date(keyring_json: Command, keyring: Path) -> None:
+    """Material, versions and aliases are removed; before that write the key is already hidden."""
+    kept = keyring_json("create-key", "--alias", "alias/kept")["KeyMetadata"]["KeyId"]
     past = {"KeyState": "PendingDeletion", "DeleteDate": "2020-01-01T00:00:00Z"}
     rewritten(keyring, lambda raw: raw["Keys"][0].update(past))
-    assert [key["KeyId"] for key in said("list")["Keys"]["Key"]] == [kept]
+    assert [key["KeyId"] for key in keyring_json("list")["Keys"]["Key"]] == [kept]
     run("cancel-deletion", keyring, "alias/a", "--unseal", keyring.parent / "identity", code=1)
     unsealer = Unsealer.read(keyring.parent / "identity")
     assert len(json.loads(unsealer.unseal(keyring.read_bytes()))["Keys"]) == 2
-    said("create-alias", "alias/other", "alias/kept")
+    keyring_json("create-alias", "alias/other", "alias/kept")
     left = json.loads(unsealer.unseal(keyring.read_bytes()))
     assert [key["KeyId"] for key in left["Keys"]] == [kept]
     assert left["Aliases"] == {"alias/kept": kept, "alias/other": kept}

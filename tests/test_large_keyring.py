@@ -41,8 +41,8 @@ def document(keys: int, recipients: list[str]) -> Document:
     return made
 
 
-def test_a_large_keyring_is_served_with_little_more_locked_memory_than_its_bytes(tmp_path: Path) -> None:
-    """24 bytes of material on average for each of 50,000 versions."""
+def test_locked_memory_of_a_large_keyring_is_near_its_size(tmp_path: Path) -> None:
+    """50,000 versions have 24 bytes of material each on average."""
     made = document(KEYS, [new_identity(tmp_path / "identity")])
     file.create(tmp_path / "keyring.age", made, None)
     with serving(tmp_path / "keyring.age", tmp_path / "agent.sock") as agent, agent.client() as kms:
@@ -86,7 +86,7 @@ def work(agent: ServerState, caller: Caller, name: str, params: dict[str, Any]) 
     def ask() -> None:
         handlers.prepare(agent, caller, name, params, AuditEntry("id", time.monotonic())).run()
 
-    ask()  # what is remembered is remembered now
+    ask()  # the decision cache is filled now
     sys.setprofile(profile)
     try:
         ask()
@@ -119,10 +119,10 @@ def small_and_large() -> list[tuple[ServerState, Caller]]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_request_takes_as_many_steps_with_10000_keys_as_with_10(
+def test_steps_of_a_request_do_not_grow_with_the_keyring(
     small_and_large: list[tuple[ServerState, Caller]], name: str, params: dict[str, Any]
 ) -> None:
-    """Nothing is looked through."""
+    """No request iterates over the keys."""
     steps = []
     for agent, caller in small_and_large:
         asked = dict(params)

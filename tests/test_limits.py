@@ -4,8 +4,8 @@ from keyferry_agent.server import rate_limit
 from keyferry_agent.server.rate_limit import Rate
 
 
-def test_the_rate_is_per_user_and_comes_back() -> None:
-    """A bucket for each, full again after a second; users that were quiet are forgotten."""
+def test_rate_is_per_user_and_refills() -> None:
+    """Each user has a bucket that is full again after a second; idle users are forgotten."""
     rate = Rate(2)
     assert [rate.allows(1, 0.0) for _ in range(3)] == [True, True, False]
     assert rate.allows(2, 0.0)
@@ -17,14 +17,14 @@ def test_the_rate_is_per_user_and_comes_back() -> None:
     assert (Rate(0).unlimited, Rate(1).unlimited) == (True, False)
 
 
-def test_a_fraction_of_a_request_is_none() -> None:
+def test_fraction_of_an_allowance_allows_no_request() -> None:
     """A quarter of a second after it was used up, a rate of 2 has half a request."""
     rate = Rate(2)
     assert [rate.allows(1, now) for now in (0.0, 0.0, 0.25, 0.49, 0.5, 0.51)] == [True, True, False, False, True, False]
 
 
-def test_several_at_once_are_allowed_together_or_not_at_all() -> None:
-    """A refusal takes nothing of the allowance; there is never more of it than for one second."""
+def test_batch_is_allowed_as_a_whole_or_refused() -> None:
+    """A refusal uses nothing of the allowance, which never exceeds one second's."""
     rate = Rate(3)
     assert [rate.allows(1, 0.0, count) for count in (2, 2, 1, 0)] == [True, False, True, True]
     assert [rate.allows(1, 100.0, count) for count in (4, 3, 1)] == [False, True, False]

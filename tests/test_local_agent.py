@@ -59,7 +59,7 @@ def kms(local: LocalAgent) -> Iterator[Client]:
 
 
 def test_a_local_agent_has_real_keys_under_any_alias(kms: Client) -> None:
-    """What it exports is what it decrypts, and a wrong context is refused."""
+    """An exported key equals the decrypted one, and a wrong context is refused."""
     made = kms.generate_and_export_data_key(key_id=ORDERS, encryption_context={"a": "b"}, **RSA.arguments)
     opened = kms.decrypt(ciphertext_blob=made.ciphertext_blob, encryption_context={"a": "b"})
     assert RSA.unwrap(made.exported_data_key) == decode_base64(opened.plaintext)
@@ -69,8 +69,8 @@ def test_a_local_agent_has_real_keys_under_any_alias(kms: Client) -> None:
 
 
 @pytest.mark.parametrize("backend", ["trio", "asyncio"])
-def test_the_awaited_client_meets_the_same_faults(local: LocalAgent, backend: str) -> None:
-    """Under both kinds of event loop."""
+def test_asynchronous_client_has_the_same_faults(local: LocalAgent, backend: str) -> None:
+    """Faults are injected under both kinds of event loop."""
 
     async def main() -> None:
         async with local.async_client() as client:
@@ -92,7 +92,7 @@ def test_the_awaited_client_meets_the_same_faults(local: LocalAgent, backend: st
     ],
 )
 def test_a_fault_is_the_clients_exception(local: LocalAgent, kms: Client, code: str, error: type[KmsError]) -> None:
-    """With a RequestId and the documented text, so many times, for the operation that was named."""
+    """The exception has a RequestId and the documented text, and is raised for the given operation and count."""
     local.fail(code, operation="DescribeKey", times=2)
     assert kms.get_agent_status().state == "Serving"
     for _ in range(2):
@@ -103,8 +103,8 @@ def test_a_fault_is_the_clients_exception(local: LocalAgent, kms: Client, code: 
     assert kms.describe_key(key_id=ORDERS).key_metadata.key_state == "Enabled"
 
 
-def test_faults_come_in_their_order_and_end_with_reset(local: LocalAgent, kms: Client) -> None:
-    """One without a count stays until then."""
+def test_faults_are_injected_in_order_until_reset(local: LocalAgent, kms: Client) -> None:
+    """A fault without a count stays until the reset."""
     local.fail("Rejected.Throttling")
     local.fail("InternalFailure", times=None)
     for error in (Throttled, InternalFailure, InternalFailure):
@@ -114,16 +114,16 @@ def test_faults_come_in_their_order_and_end_with_reset(local: LocalAgent, kms: C
     assert kms.get_agent_status().state == "Serving"
 
 
-def test_a_policy_can_be_tried_out(local: LocalAgent) -> None:
-    """Faults of a pipeline are for single requests of it."""
+def test_retry_policy_can_be_tested_with_faults(local: LocalAgent) -> None:
+    """A pipeline's faults apply to single requests of it."""
     local.fail("ServiceUnavailableTemporary", times=3)
     with local.client(retry=Retry(first=0)) as client:
         outcomes = client.pipeline([("DescribeKey", {"KeyId": ORDERS})] * 5)
     assert [type(outcome) for outcome in outcomes] == [dict] * 5
 
 
-def test_one_lost_connection_is_not_seen_and_many_are(local: LocalAgent, kms: Client) -> None:
-    """The client asks again on new connections, a few times."""
+def test_client_hides_one_lost_connection_and_reports_many(local: LocalAgent, kms: Client) -> None:
+    """The client repeats a request on a few new connections."""
     kms.get_agent_status()
     local.lose_connection()
     assert kms.get_agent_status().state == "Serving"
@@ -134,8 +134,8 @@ def test_one_lost_connection_is_not_seen_and_many_are(local: LocalAgent, kms: Cl
     assert kms.get_agent_status().state == "Serving"
 
 
-def test_an_unreachable_agent_comes_back(local: LocalAgent, kms: Client) -> None:
-    """Its keys are the same."""
+def test_unreachable_agent_returns_with_its_keys(local: LocalAgent, kms: Client) -> None:
+    """The local agent has the same keys as before."""
     made = kms.generate_data_key(key_id=ORDERS)
     with local.unreachable():
         with pytest.raises(AgentUnavailable, match="does not exist"):
@@ -145,8 +145,8 @@ def test_an_unreachable_agent_comes_back(local: LocalAgent, kms: Client) -> None
     assert kms.decrypt(ciphertext_blob=made.ciphertext_blob).plaintext == made.plaintext
 
 
-def test_a_disabled_key_is_refused_as_an_agent_refuses_it(local: LocalAgent, kms: Client) -> None:
-    """By every name of it and for its ciphertexts; wrong parameters and other keys keep their answers."""
+def test_disabled_key_is_refused_as_by_a_real_agent(local: LocalAgent, kms: Client) -> None:
+    """The refusal holds for each of its names and ciphertexts; other errors and other keys are unaffected."""
     made = kms.generate_data_key(key_id=ORDERS)
     other = kms.generate_data_key(key_id=ARCHIVE)
     local.disable_key(ORDERS)
@@ -175,8 +175,7 @@ def test_a_disabled_key_is_refused_as_an_agent_refuses_it(local: LocalAgent, kms
         local.disable_key("alias/none")
 
 
-def test_a_fault_that_cannot_be_is_refused(local: LocalAgent) -> None:
-    """With the choices there are."""
+def test_unknown_fault_is_refused_with_the_choices(local: LocalAgent) -> None:
     with pytest.raises(ValueError, match=r"'Throttled' is not a code .* Rejected\.Throttling"):
         local.fail("Throttled")
     with pytest.raises(ValueError, match=r"'decrypt' is not an operation; .* Decrypt"):
@@ -185,8 +184,8 @@ def test_a_fault_that_cannot_be_is_refused(local: LocalAgent) -> None:
         local.fail("InternalFailure", times=0)
 
 
-def test_what_is_not_a_request_ends_one_connection(local: LocalAgent, kms: Client) -> None:
-    """The others go on."""
+def test_invalid_request_ends_only_its_connection(local: LocalAgent, kms: Client) -> None:
+    """Other connections go on."""
     import socket  # noqa: PLC0415
 
     with socket.socket(socket.AF_UNIX) as connection:
@@ -235,14 +234,14 @@ def test_an_agent_that_does_not_start_says_why() -> None:
 
 
 def test_a_missing_agent_is_named_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client is installed without the agent."""
+    """The client can be installed without the agent."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(KeyferryError, match=r"keyferry-agent is not installed; install it .*docs/installing\.md"):
         LocalAgent()
 
 
 def test_a_forked_child_leaves_the_agent_to_its_parent(local: LocalAgent, kms: Client) -> None:
-    """The child closes what it inherited, no more."""
+    """The child only closes its inherited descriptors."""
     child = os.fork()
     if child == 0:
         try:
@@ -307,14 +306,14 @@ def test_a_test_without_the_fixture_has_no_agent():
 
 
 def test_the_fixture_is_an_agent_for_the_session(tmp_path: Path) -> None:
-    """Without faults at the start of each test, and with the aliases of conftest.py."""
+    """The fixture has no faults at the start of each test, and the aliases of conftest.py."""
     ended = pytest_of(tmp_path, conftest=CONFTEST, test_application=APPLICATION)
     assert "3 passed" in ended.stdout, ended.stdout + ended.stderr
     assert "warning" not in ended.stdout
 
 
 def test_the_plugin_imports_nothing_before_it_is_used(tmp_path: Path) -> None:
-    """The suites of others stay as they are."""
+    """Test suites that do not use the plugin pay nothing for it."""
     text = "import sys\n\ndef test_a():\n    assert not {'keyferry', 'msgpack'} & set(sys.modules)\n"
     ended = pytest_of(tmp_path, test_a=text)
     assert "1 passed" in ended.stdout, ended.stdout + ended.stderr

@@ -1,4 +1,4 @@
-"""Locks between processes: only the user who owns the files can take one, and nobody waits without a bound."""
+"""Locks between processes: only the owner of the files can take one, and every wait has a bound."""
 
 import fcntl
 import os
@@ -31,7 +31,7 @@ for path in sys.argv[1:]:
         print(error.strerror, path, flush=True)
 sys.stdin.read()
 """
-"""Lock what is named, as far as the kernel lets this user, and keep it."""
+"""Lock the named files, as far as the kernel lets this user, and keep them locked."""
 
 
 @root()
@@ -57,7 +57,7 @@ def test_another_user_cannot_keep_a_keyring_from_changing(shared_folder: Path, k
 
 @root()
 def test_a_lock_file_of_another_user_is_named_and_not_used(shared_folder: Path) -> None:
-    """In a folder with the sticky bit another user can make any file first."""
+    """Another user can create any file first in a folder with the sticky bit."""
     shared_folder.chmod(0o1777)
     made = lock_file_of(shared_folder / "agent.sock")
     with running_as(f"open({str(made)!r}, 'w'); print('made', flush=True)") as other:
@@ -89,7 +89,7 @@ def test_a_lock_is_tried_for_a_bounded_time_and_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o644, 0o620])
 def test_a_lock_file_that_others_can_open_is_refused(tmp_path: Path, mode: int) -> None:
-    """Whoever can open it can keep it locked."""
+    """Any user who can open a lock file can keep it locked."""
     lock_file_of(tmp_path / "a").touch()
     lock_file_of(tmp_path / "a").chmod(mode)
     with pytest.raises(LockError, match=f"mode {mode:04o}"), Lock(tmp_path / "a", seconds=0):
@@ -131,7 +131,7 @@ def test_a_file_of_another_user_is_not_given_away_as_a_lock_file(tmp_path: Path)
 def test_root_gives_nothing_away_in_a_folder_of_another_user(
     keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever owns the folder puts a link to a file of root's where the new keyring is written."""
+    """The folder's owner could replace the new keyring with a link to a file of root's."""
     victim, fsync = tmp_path / "victim", os.fsync
     victim.write_text("root's")
     os.chown(keyring, 4_208, 4_208)
@@ -160,7 +160,7 @@ def test_a_listener_whose_queue_is_full_is_alive(socket_path: Path) -> None:
 
 
 def test_a_lock_ends_with_its_descriptor(tmp_path: Path) -> None:
-    """No child keeps it: the descriptor is closed on exec."""
+    """The descriptor is closed on exec, so no child keeps the lock."""
     with Lock(tmp_path / "a", seconds=0):
         descriptor = os.open(lock_file_of(tmp_path / "a"), os.O_RDONLY)
         with pytest.raises(BlockingIOError):
@@ -170,7 +170,7 @@ def test_a_lock_ends_with_its_descriptor(tmp_path: Path) -> None:
 
 
 def test_twenty_processes_never_hold_a_lock_together(tmp_path: Path) -> None:
-    """The lock file is removed by each holder, and who waited for a removed one looks again."""
+    """Each holder removes the lock file, and a waiter for a removed file opens the path again."""
     (tmp_path / "count").write_text("0")
     code = (
         "import sys; from pathlib import Path; from keyferry_agent.locking import Lock; path = Path(sys.argv[1])\n"

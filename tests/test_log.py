@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import pytest
 from support.agent import PATIENCE, RawConnection
+from support.calls import error
 from support.skip_unless import root
 from support.waiting import wait_until
 
@@ -74,9 +75,7 @@ def protocol_error(path: Path) -> None:
     """Make an agent log one line."""
     with RawConnection(path) as connection:
         connection.send(b"\xc1")
-        answer = connection.response()
-        assert answer is not None
-        assert answer.error is not None
+        error(connection.response())
         assert connection.response() is None
 
 
@@ -174,7 +173,7 @@ logger.info("written")
 
 
 def test_a_closed_descriptor_that_comes_back_is_used_again(tmp_path: Path) -> None:
-    """The kernel itself refuses here: EBADF."""
+    """The kernel refuses each write with EBADF meanwhile."""
     code = """
 kept = os.dup(2)
 os.close(2)
@@ -207,7 +206,7 @@ print(sum(thread.name == "keyferry-log" for thread in threading.enumerate()))
 
 
 def test_a_full_pipe_that_does_not_block_loses_nothing() -> None:
-    """A descriptor with O_NONBLOCK refuses what does not fit (EAGAIN): the thread waits, as it does for a full pipe."""
+    """A descriptor with O_NONBLOCK returns EAGAIN for a full pipe, and the thread waits until it can write."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     code = """
@@ -226,7 +225,7 @@ settle()
 
 
 def test_the_end_of_a_process_does_not_wait_for_a_full_pipe() -> None:
-    """The last lines have a second; then the process ends without them."""
+    """The last lines have a second; then the process exits without writing them."""
     reading, writing = os.pipe()
     code = """
 for number in range(6_000):
@@ -311,7 +310,7 @@ def test_lines_have_a_priority_only_for_the_journal(stream: str | None) -> None:
 
 
 def test_the_report_of_lost_lines_is_an_error_for_the_journal() -> None:
-    """It is written past the queue."""
+    """The thread writes the report itself, past the queue, with the journal's priority."""
     code = """
 status = os.fstat(2)
 os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"

@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE, RunningAgent
-from support.fake_server import client_of, outcomes, scripted
+from support.fake_server import client_of, respond_with, scripted_server
 
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, Retry, operations
 from keyferry.aio import Client as AsyncClient
@@ -45,7 +45,7 @@ def call(request: pytest.FixtureRequest, agent: RunningAgent) -> Callable[[str, 
 def test_a_line_has_operation_request_id_and_duration(
     call: Callable[[str, dict[str, Any]], Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """DEBUG for an answer, INFO with the code for a refusal."""
+    """The level is DEBUG for an answer, and INFO with the code for a refusal."""
     caplog.set_level(logging.DEBUG, "keyferry")
     made = call("DescribeKey", {"KeyId": "alias/dev"})
     with pytest.raises(NotFound) as caught:
@@ -58,7 +58,7 @@ def test_a_line_has_operation_request_id_and_duration(
 
 
 def test_no_value_of_a_call_is_logged(agent: RunningAgent, caplog: pytest.LogCaptureFixture) -> None:
-    """Neither plaintext nor CiphertextBlob nor context, in answers, refusals and pipelines."""
+    """Answers, refusals and pipelines are logged without plaintexts, CiphertextBlobs and contexts."""
     caplog.set_level(logging.DEBUG, "keyferry")
     plaintext, tenant, key = SECRETS
     context = {key: tenant}
@@ -81,12 +81,12 @@ def test_no_value_of_a_call_is_logged(agent: RunningAgent, caplog: pytest.LogCap
 
 
 def test_a_failure_and_a_repeat_are_logged(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """By the exception's name, and the codes."""
+    """The lines have the exception's name and the codes."""
     caplog.set_level(logging.INFO, "keyferry")
     with Client(socket_path) as kms, pytest.raises(AgentUnavailable):
         kms.call("GetAgentStatus", {})
     with (
-        scripted(socket_path, outcomes("ServiceUnavailableTemporary", "")),
+        scripted_server(socket_path, respond_with("ServiceUnavailableTemporary", "")),
         Client(socket_path, retry=Retry(first=0)) as kms,
     ):
         kms.call("GetAgentStatus", {})
@@ -98,7 +98,10 @@ def test_a_failure_and_a_repeat_are_logged(socket_path: Path, caplog: pytest.Log
 def test_a_line_of_the_log_stays_one_line(socket_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A code or an operation with control characters is escaped and cut off."""
     caplog.set_level(logging.INFO, "keyferry")
-    with client_of(socket_path, outcomes("Bad\nINFO forged" + "x" * 100)) as kms, pytest.raises(Exception, match="Bad"):
+    with (
+        client_of(socket_path, respond_with("Bad\nINFO forged" + "x" * 100)) as kms,
+        pytest.raises(Exception, match="Bad"),
+    ):
         kms.call("Get\x1b[2J", {})
     (line,) = lines(caplog)
     assert line.isprintable()
@@ -107,7 +110,7 @@ def test_a_line_of_the_log_stays_one_line(socket_path: Path, caplog: pytest.LogC
 
 @pytest.mark.parametrize("imported", ["", "import logging; "])
 def test_a_program_without_a_handler_sees_no_line(imported: str, tmp_path: Path) -> None:
-    """The client does not import `logging` by itself: a program without it has nobody who listens."""
+    """The client does not import `logging`, so a program that does not use it has no log."""
     code = (
         f"{imported}import keyferry, sys\n"
         f"try: keyferry.Client({str(tmp_path / 'none')!r}).get_agent_status()\n"

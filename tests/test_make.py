@@ -41,7 +41,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def make_test(checkout: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run `make test` there, whatever this run of the tests was started by."""
+    """Run `make test` in the checkout, with an environment that does not depend on this run."""
     return subprocess.run(
         ["make", "test"],
         cwd=checkout,

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import msgpack
 import pytest
-from support.stress import PING, Siege, besieged, many, until_closed
+from support.calls import error, result
+from support.stress import PING, AgentUnderTest, agent_under_stress, scale, until_closed
 
 from keyferry.protocol import wire
 
@@ -14,17 +15,17 @@ MOST = 2**32 - 1
 
 
 @pytest.fixture(scope="module")
-def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
+def agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentUnderTest]:
     """One agent for all of them, which has to be as it was after the last."""
-    with besieged(tmp_path_factory.mktemp("messages")) as siege:
-        yield siege
+    with agent_under_stress(tmp_path_factory.mktemp("messages")) as target:
+        yield target
 
 
 @pytest.fixture
-def siege(agent: Siege) -> Iterator[Siege]:
-    """The same; somebody else is served after each."""
+def target(agent: AgentUnderTest) -> Iterator[AgentUnderTest]:
+    """Yield the agent, and serve another client after each test."""
     yield agent
-    agent.honest.is_served(2)
+    agent.background.wait_served(2)
 
 
 def request(msgid: bytes = b"\x05", method: bytes = STATUS, params: bytes = b"\x80") -> bytes:
@@ -143,78 +144,72 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", ANSWERED)
-def test_what_can_be_answered_is_and_the_connection_goes_on(siege: Siege, name: str) -> None:
-    """With its msgid, and the documented code."""
+def test_answerable_message_is_refused_and_the_connection_stays(target: AgentUnderTest, name: str) -> None:
+    """The refusal has the message's msgid and the documented code."""
     message, code = ANSWERED[name]
-    with siege.connect() as connection:
+    with target.connect() as connection:
         connection.send(PING + message + PING)
-        first, answer, last = (connection.response() for _ in range(3))
-    assert first is not None
-    assert first.error is None
-    assert answer is not None
+        first, answer, last = (connection.answer() for _ in range(3))
+    result(first)
     assert answer.msgid in (0, 5, MOST)
     assert (answer.error["Code"] if answer.error else "") == code
-    assert last is not None
-    assert last.error is None
+    result(last)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_is_refused_once_with_its_reason(siege: Siege, name: str) -> None:
-    """What came before it is answered before it, and the log has the same reason."""
-    with siege.connect() as connection:
+def test_unanswerable_message_ends_the_connection_with_a_reason(target: AgentUnderTest, name: str) -> None:
+    """Earlier requests are answered first, and the log has the same reason."""
+    with target.connect() as connection:
         connection.send(PING + REFUSED[name] + PING)
         first, refusal = until_closed(connection)
     assert first.error is None
     assert refusal.msgid is None
-    assert refusal.error is not None
-    assert refusal.error["Code"] == "ProtocolError"
-    why = refusal.error["Message"].removesuffix(".")
+    assert error(refusal)["Code"] == "ProtocolError"
+    why = error(refusal)["Message"].removesuffix(".")
     assert len(why) > 10
-    assert siege.agent.has_logged("connection.protocol_error", why=why)
+    assert target.agent.has_logged("connection.protocol_error", why=why)
 
 
-def test_ids_that_repeat_are_answered_as_often(siege: Siege) -> None:
-    """They are the client's own affair."""
-    with siege.connect() as connection:
+def test_repeated_message_ids_are_answered_each_time(target: AgentUnderTest) -> None:
+    """Message IDs are chosen by the client."""
+    with target.connect() as connection:
         connection.send(PING * 100)
         answers = [connection.response() for _ in range(100)]
     assert {answer.msgid for answer in answers if answer} == {1}
     assert len({answer.result["RequestId"] for answer in answers if answer and answer.result}) == 100
 
 
-def test_invalid_requests_by_the_thousand_are_each_refused_and_recorded(siege: Siege) -> None:
-    """Nothing piles up: not in memory, not before others."""
+def test_thousands_of_invalid_requests_are_each_recorded(target: AgentUnderTest) -> None:
+    """Invalid requests neither use up memory nor delay other clients."""
     mix = [message for message, code in ANSWERED.values() if code and len(message) < 200]
-    rounds = many(5_000, 1_000_000) // len(mix)
-    before = siege.answered()
+    rounds = scale(5_000, 1_000_000) // len(mix)
+    before = target.count_audited()
     mine = 0
-    with siege.connect() as connection:
+    with target.connect() as connection:
         for done in range(0, rounds, 20):
             connection.send(b"".join(mix) * 20)
             for _ in range(20 * len(mix)):
-                answer = connection.response()
-                assert answer is not None
-                assert answer.error is not None
+                error(connection.response())
                 mine += 1
             if done % 1_000 == 0:
-                siege.honest.is_served(1)
+                target.background.wait_served(1)
     assert mine >= rounds * len(mix)
-    assert siege.answered() >= before + mine
+    assert target.count_audited() >= before + mine
 
 
-def test_every_message_above_is_what_it_says() -> None:
-    """Those that are answered are well-formed msgpack; no two are the same."""
+def test_cases_of_malformed_messages_are_distinct() -> None:
+    """Messages with an answer are well-formed MessagePack, and no two messages are the same."""
     for message, _ in ANSWERED.values():
         assert isinstance(msgpack.unpackb(message, unicode_errors="surrogateescape"), list)
     assert len({message for message, _ in ANSWERED.values()} | {*REFUSED.values()}) == len(ANSWERED) + len(REFUSED)
 
 
-def test_a_message_in_pieces_of_one_byte_is_cut_off_at_its_limit(siege: Siege) -> None:
-    """However many of them there are to be: a MiB was promised, 64 KiB were looked at, and nothing is kept."""
+def test_message_of_single_bytes_is_refused_at_the_limit(target: AgentUnderTest) -> None:
+    """Of an announced MiB, 64 KiB are inspected and nothing is kept."""
     text = b"\xd9\xff" + b"x" * 255
     endless = request(method=DESCRIBE, params=b"\xde\x04\0" + b"".join(b"\xa4%04d" % i + text for i in range(1_024)))
     assert len(endless) > 4 * wire.MAX_MESSAGE
-    with siege.connect() as connection:
+    with target.connect() as connection:
         for place in range(wire.MAX_MESSAGE + 300):
             connection.send(endless[place : place + 1])
         refusals = until_closed(connection)

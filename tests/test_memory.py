@@ -20,10 +20,10 @@ import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import change, configuration, new_keyring
 from support.keys import wrap
-from support.memory_scan import Needles, aes_round_keys, scan, scan_file
-from support.secret_recorder import KEYS, Witness
+from support.memory_scan import SearchPatterns, aes_round_keys, scan, scan_file
+from support.secret_recorder import KEYS, SecretRecorder
 from support.skip_unless import program
-from support.stress import many
+from support.stress import scale
 
 from keyferry.hardening import DUMPABLE
 from keyferry.parameters import decode_base64, encode_base64
@@ -44,16 +44,16 @@ def readable(path: str) -> bool:
 
 
 PR_CAPBSET_DROP, CAP_IPC_LOCK = 24, 14
-ROUNDS = many(5, 10)
+ROUNDS = scale(5, 10)
 """A naive agent is found out after as many."""
 
 needs_ptrace = pytest.mark.skipif(not readable("/proc/{}/mem"), reason="needs to read the memory of its own processes")
 
 
 @contextmanager
-def witnessed(
+def recorded_agent(
     folder: Path, backing: Backing, *, command: tuple[str, ...] = ("-m", "keyferry_agent"), times: int = ROUNDS
-) -> Iterator[tuple[RunningAgent, Witness]]:
+) -> Iterator[tuple[RunningAgent, SecretRecorder]]:
     """An agent that has done `times` rounds of everything, with a reload, and has open connections after each kind of call."""
     keyring = new_keyring(folder)
     change(keyring, "create-key", "--alias", KEYS[1], "--key-spec", "Aliyun_SM4")
@@ -63,20 +63,20 @@ def witnessed(
         agent = stack.enter_context(
             RunningAgent(["--config", str(config)], folder / "agent.sock", environment={DUMPABLE: "1"}, command=command)
         )
-        witness = Witness(keyring)
+        recorder = SecretRecorder(keyring)
         clients = [stack.enter_context(agent.client()) for _ in range(8)]
-        witness.ask_everything(clients[0], times)
+        recorder.call_every_operation(clients[0], times)
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda kms: witness.ask_everything(kms, times // 5), clients))
+            list(pool.map(lambda kms: recorder.call_every_operation(kms, times // 5), clients))
         change(keyring, "rotate", KEYS[0])
-        witness.read_keyring()
+        recorder.read_keyring()
         agent.signal(signal.SIGHUP)
         agent.wait_for("reload.done")
-        witness.ask_everything(clients[0], times // 5)
-        witness.ask_at_once(clients[1], 5 * times)
+        recorder.call_every_operation(clients[0], times // 5)
+        recorder.run_pipeline(clients[1], 5 * times)
         for number, kms in enumerate(clients):  # the last thing that each connection did, and waits after
-            (witness.encrypt if number % 2 else witness.ask_for_plaintext)(kms, KEYS[number // 2 % 2])
-        yield agent, witness
+            (recorder.encrypt if number % 2 else recorder.generate_data_key)(kms, KEYS[number // 2 % 2])
+        yield agent, recorder
 
 
 @contextmanager
@@ -92,34 +92,34 @@ def standing_still(agent: RunningAgent) -> Iterator[int]:
 @pytest.fixture(scope="module", params=["memfd_secret", "mlock"])
 def at_rest(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RunningAgent, Witness]]:
+) -> Iterator[tuple[RunningAgent, SecretRecorder]]:
     """The real agent after hundreds of calls, with either kind of locked memory."""
-    with witnessed(tmp_path_factory.mktemp("memory"), request.param) as made:
+    with recorded_agent(tmp_path_factory.mktemp("memory"), request.param) as made:
         yield made
 
 
 @needs_ptrace
-def test_at_rest_nothing_that_the_agent_has_handled_is_in_its_ordinary_memory(
-    at_rest: tuple[RunningAgent, Witness],
+def test_ordinary_memory_at_rest_has_no_key(
+    at_rest: tuple[RunningAgent, SecretRecorder],
 ) -> None:
-    """After every operation and wrapping, one at a time, from many connections, pipelined, and across a reload."""
-    agent, witness = at_rest
-    assert witness.secrets > 30 * ROUNDS
-    assert len(witness.needles) > 50_000 * ROUNDS
+    """The agent has run every operation and wrapping, singly, from many connections, pipelined, and across a reload."""
+    agent, recorder = at_rest
+    assert recorder.secrets > 30 * ROUNDS
+    assert len(recorder.patterns) > 50_000 * ROUNDS
     with standing_still(agent) as pid:
-        assert not scan(pid, witness.needles)
+        assert not scan(pid, recorder.patterns)
 
 
 @needs_ptrace
 @program("gcore", "gdb")
-def test_a_core_dump_holds_nothing_either(at_rest: tuple[RunningAgent, Witness], tmp_path: Path) -> None:
-    """Neither the memory in it nor the registers."""
-    agent, witness = at_rest
+def test_core_dump_has_no_key(at_rest: tuple[RunningAgent, SecretRecorder], tmp_path: Path) -> None:
+    """Neither the memory in the dump nor the registers hold a key."""
+    agent, recorder = at_rest
     dump = ["gcore", "-o", str(tmp_path / "core"), str(agent.process.pid)]
     subprocess.run(dump, capture_output=True, check=True, timeout=PATIENCE)
     (core,) = tmp_path.glob("core.*")
     assert core.stat().st_size > 1 << 23
-    found = scan_file(core, witness.needles)
+    found = scan_file(core, recorder.patterns)
     core.unlink()
     assert not found
 
@@ -150,33 +150,33 @@ sys.exit(main())
     [(WITHOUT_CLEARING, "plaintext"), (KEEPING_KEYS, "master key")],
     ids=["without clearing", "keeping keys"],
 )
-def test_the_search_finds_what_a_naive_agent_leaves_behind(tmp_path: Path, naive: str, what: str) -> None:
-    """One that does not overwrite what it frees, and one that keeps its master keys as bytes."""
-    with witnessed(tmp_path, "auto", command=("-c", naive)) as (agent, witness), standing_still(agent) as pid:
-        found = scan(pid, witness.needles)
+def test_search_finds_keys_of_an_unprotected_agent(tmp_path: Path, naive: str, what: str) -> None:
+    """An unprotected agent does not overwrite freed memory, or keeps its master keys as bytes."""
+    with recorded_agent(tmp_path, "auto", command=("-c", naive)) as (agent, recorder), standing_still(agent) as pid:
+        found = scan(pid, recorder.patterns)
     assert any(name.startswith(what) for name in found), found
     assert not any(name.startswith("OAEP") for name in found), found  # padded in locked memory, whatever is freed
 
 
-def test_every_form_of_a_key_is_found_wherever_it_lies(tmp_path: Path) -> None:
-    """At every alignment; and the forms are those of the standard (FIPS 197, A.1 and A.3)."""
-    needles, key = Needles(), bytes(range(100, 132))
-    needles.add_key("key", key)
+def test_search_finds_every_form_at_every_alignment(tmp_path: Path) -> None:
+    """The forms are those of FIPS 197, A.1 and A.3."""
+    patterns, key = SearchPatterns(), bytes(range(100, 132))
+    patterns.add_key("key", key)
     digits = key.hex().encode()
     for copy in (key, key[::-1], digits, digits[::-1], digits.upper()[:23], aes_round_keys(key)[:32], key[8:24]):
         for offset in range(8):
             (tmp_path / "haystack").write_bytes(bytes(64 + offset) + copy + bytes(64))
-            assert scan_file(tmp_path / "haystack", needles), (copy, offset)
-    for other in (bytes(4096), digits[:8] + bytes(64), digits[8:16] + digits[:8]):  # eight digits are anybody's
+            assert scan_file(tmp_path / "haystack", patterns), (copy, offset)
+    for other in (bytes(4096), digits[:8] + bytes(64), digits[8:16] + digits[:8]):  # eight digits occur by chance
         (tmp_path / "haystack").write_bytes(other)
-        assert not scan_file(tmp_path / "haystack", needles)
+        assert not scan_file(tmp_path / "haystack", patterns)
     assert aes_round_keys(bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c"))[-4:].hex() == "b6630ca6"
     long = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
     assert aes_round_keys(long)[-4:].hex() == "706c631e"
 
 
 def limited(kib: int) -> Callable[[], None]:
-    """What makes a process lock no more than so much, whoever runs it."""
+    """Return a function that limits the locked memory of a process of any user."""
 
     def prepare() -> None:
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0)
@@ -185,8 +185,8 @@ def limited(kib: int) -> Callable[[], None]:
     return prepare
 
 
-def test_64_kib_of_locked_memory_are_enough_for_few_keys_and_a_reload(keyring: Path, socket_path: Path) -> None:
-    """Without CAP_IPC_LOCK; and the keys are protected."""
+def test_few_keys_and_a_reload_fit_64_kib_of_locked_memory(keyring: Path, socket_path: Path) -> None:
+    """The keys are protected without CAP_IPC_LOCK."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring).replace("prefer", "require"))
     with RunningAgent(["--config", str(config)], socket_path, preexec=limited(64)) as agent, agent.client() as kms:
@@ -198,25 +198,25 @@ def test_64_kib_of_locked_memory_are_enough_for_few_keys_and_a_reload(keyring: P
         assert "VmLck:\t      44 kB" in status
 
 
-def test_an_agent_that_cannot_lock_enough_says_how_much_it_needs(keyring: Path, socket_path: Path) -> None:
-    """In all, and what for; it does not start."""
+def test_agent_names_the_locked_memory_that_it_needs(keyring: Path, socket_path: Path) -> None:
+    """The agent does not start, and its message has the total and the purpose."""
     arguments = ["--keyring", str(keyring), "--unseal", str(keyring.parent / "identity")]
     agent = RunningAgent(arguments, socket_path, preexec=limited(32))
     assert agent.wait() == 1
     agent.kill()
-    said = "".join(agent.output)
+    keyring_json = "".join(agent.output)
     for words in ("needs 48 KiB", "40 for its work", "twice 4 for the keyring", "RLIMIT_MEMLOCK is 32 KiB"):
-        assert words in said
+        assert words in keyring_json
 
 
-def test_an_agent_cannot_be_read_by_its_own_user_unless_a_test_asks_for_it(keyring: Path, socket_path: Path) -> None:
-    """And then it says so."""
+def test_agent_memory_is_readable_only_where_a_test_asks(keyring: Path, socket_path: Path) -> None:
+    """An agent with the tests' environment variable logs that it is not hardened."""
     arguments = ["--keyring", str(keyring), "--unseal", str(keyring.parent / "identity")]
     for environment, owner in (({}, 0), ({DUMPABLE: "1"}, os.getuid())):
         with RunningAgent(arguments, socket_path, environment=environment) as agent:
             assert Path(f"/proc/{agent.process.pid}/mem").stat().st_uid == owner
-            said = [line["what"] for line in agent.log if line["event"] == "startup.not_hardened"]
-            assert any(DUMPABLE in what for what in said) == bool(environment)
+            keyring_json = [line["what"] for line in agent.log if line["event"] == "startup.not_hardened"]
+            assert any(DUMPABLE in what for what in keyring_json) == bool(environment)
 
 
 IMPORTING = """
@@ -238,8 +238,8 @@ for line in sys.stdin:
 @needs_ptrace
 @pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])
 def test_a_software_module_has_no_data_key_in_ordinary_memory(key_spec: str) -> None:
-    """Neither one that it holds nor one that it has forgotten, and no padded message. (Its private key is there.)"""
-    needles = Needles()
+    """Held and forgotten data keys and padded messages are absent; only the private key is there."""
+    patterns = SearchPatterns()
     way = wrapping.find(key_spec, "SM2PKE" if key_spec == "EC_SM2" else "RSAES_OAEP_SHA_256")
     assert way is not None
     with subprocess.Popen(
@@ -250,10 +250,10 @@ def test_a_software_module_has_no_data_key_in_ordinary_memory(key_spec: str) -> 
         to = wrapping.recipient(way, decode_base64(module.stdout.readline().strip()), sm2_fallback=False)
         for _ in range(20):
             data_key = os.urandom(32)
-            needles.add_key("data key", data_key)
+            patterns.add_key("data key", data_key)
             module.stdin.write(encode_base64(wrap(to, data_key)) + "\n")
             module.stdin.flush()
             module.stdout.readline()
-        found = scan(module.pid, needles)
+        found = scan(module.pid, patterns)
         module.stdin.close()
     assert not found

@@ -18,7 +18,7 @@ import pytest
 import structlog
 from prometheus_client import CollectorRegistry, Gauge, MetricsHandler
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keyring import serving
 from support.scrape import UnixHTTP, scraped
 
@@ -28,16 +28,16 @@ from keyferry_agent.server import metrics_server
 from keyferry_agent.telemetry import metrics
 
 
-def test_a_scrape_tells_of_requests_connections_and_the_keyring(keyring: Path, socket_path: Path) -> None:
-    """By operation and outcome, and how long they took; an operation that does not exist is counted as one."""
+def test_scrape_has_requests_connections_and_the_keyring(keyring: Path, socket_path: Path) -> None:
+    """Requests have operation, outcome and duration; all unknown operations count as one."""
     path = keyring.parent / "metrics"
     with (
         serving(keyring, socket_path, more=f'[metrics]\nlisten = "{path}"\n') as agent,
         RawConnection(agent.socket) as connection,
     ):
         for _ in range(3):
-            ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme-secret"}})
-        refused(connection, "Explode-123", {}, "InvalidAction.NotFound")
+            call_ok(connection, "GenerateDataKey", {"KeyId": "alias/a", "EncryptionContext": {"tenant": "acme-secret"}})
+        call_refused(connection, "Explode-123", {}, "InvalidAction.NotFound")
         samples = scraped(path)
         assert path.stat().st_mode & 0o777 == 0o660
         assert samples['keyferry_requests_total{operation="GenerateDataKey",outcome="OK"}'] == 3
@@ -57,8 +57,8 @@ def test_a_scrape_tells_of_requests_connections_and_the_keyring(keyring: Path, s
 @pytest.mark.parametrize(
     ("host", "family"), [("127.0.0.1", socket.AF_INET), ("[::1]", socket.AF_INET6)], ids=["IPv4", "IPv6"]
 )
-def test_a_loopback_port_serves_them_too(keyring: Path, socket_path: Path, host: str, family: int) -> None:
-    """For whoever can scrape nothing else."""
+def test_loopback_port_serves_metrics(keyring: Path, socket_path: Path, host: str, family: int) -> None:
+    """A scraper that cannot use a Unix socket uses the port."""
     with socket.create_server((host.strip("[]"), 0), family=family) as free:
         port = free.getsockname()[1]
     with serving(keyring, socket_path, more=f'[metrics]\nlisten = "{host}:{port}"\n'):
@@ -90,7 +90,7 @@ def test_a_loopback_port_serves_them_too(keyring: Path, socket_path: Path, host:
 def test_an_address_of_other_hosts_takes_a_second_setting(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], listen: str, why: str
 ) -> None:
-    """Without `remote = true`, only a socket's path and a loopback port are accepted."""
+    """An address that other hosts reach needs `remote = true`; a path and a loopback port do not."""
     config = tmp_path / "agent.toml"
     config.write_text(f"[metrics]\nlisten = {listen}\n")
     assert main(["check", str(config)]) == 1
@@ -99,14 +99,14 @@ def test_an_address_of_other_hosts_takes_a_second_setting(
 
 @pytest.mark.parametrize("address", ["0.0.0.0:9464", "10.1.2.3:9464", "[::]:9464", "127.0.0.1:9464", "/run/m.sock"])
 def test_remote_accepts_every_address_of_this_host(tmp_path: Path, address: str) -> None:
-    """Whether the host has the address shows at the start."""
+    """The bind at the start shows whether the host has the address."""
     config = tmp_path / "agent.toml"
     config.write_text(f'[metrics]\nlisten = "{address}"\nremote = true\n')
     assert settings.read(config).metrics == address
 
 
 def test_remote_without_an_address_is_an_error(tmp_path: Path) -> None:
-    """The setting would have no effect."""
+    """The setting would have no effect without an address."""
     config = tmp_path / "agent.toml"
     config.write_text("[metrics]\nremote = true\n")
     with pytest.raises(settings.SettingsError, match=r"metrics\.remote: has no effect without listen"):
@@ -114,7 +114,7 @@ def test_remote_without_an_address_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_error_of_the_port_names_the_setting(keyring: Path, socket_path: Path) -> None:
-    """An address that this host does not have."""
+    """Binding an address that this host does not have fails."""
     config = keyring.parent / "agent.toml"
     config.write_text('[metrics]\nlisten = "192.0.2.1:9464"\nremote = true\n')
     agent = RunningAgent(["--dev", "--config", str(config)], socket_path)
@@ -128,8 +128,8 @@ WITHOUT = (
 )
 
 
-def test_a_missing_library_is_said_with_what_installs_it(tmp_path: Path) -> None:
-    """It is an extra: an agent without metrics does not need it."""
+def test_missing_library_is_named_with_its_extra(tmp_path: Path) -> None:
+    """An agent without metrics does not need the extra."""
     config = tmp_path / "agent.toml"
     config.write_text(f'[metrics]\nlisten = "{tmp_path / "m"}"\n')
     ended = subprocess.run(
@@ -213,7 +213,7 @@ def drip(connection: socket.socket, ended: threading.Event) -> None:
 
 
 def test_a_dripping_client_delays_neither_scrapes_nor_the_end(served: Served) -> None:
-    """The agent ends promptly after SIGTERM, although a scrape is under way."""
+    """The agent exits promptly after SIGTERM, although a scrape is in flight."""
     ended = threading.Event()
     with served.connect() as connection:
         thread = threading.Thread(target=drip, args=(connection, ended))
@@ -229,7 +229,7 @@ def test_a_dripping_client_delays_neither_scrapes_nor_the_end(served: Served) ->
 
 
 def test_a_scrape_has_one_deadline_for_all_its_bytes(served: Served) -> None:
-    """A byte every now and then does not extend it."""
+    """Single bytes do not extend the deadline of a scrape."""
     ended, began = threading.Event(), time.monotonic()
     with served.connect() as connection:
         drip(connection, ended)
@@ -243,7 +243,7 @@ def test_a_scrape_has_one_deadline_for_all_its_bytes(served: Served) -> None:
     ids=["nothing", "half a request", "half a long header"],
 )
 def test_idle_clients_keep_no_scrape_from_being_answered(served: Served, bytes_sent: bytes) -> None:
-    """For one more scrape the oldest is ended: clients that keep their places keep nobody else from being answered."""
+    """The agent closes the oldest of too many scrapes to serve a new one."""
     with ExitStack() as stack:
         idle = [stack.enter_context(served.connect()) for _ in range(metrics_server.MAX_SCRAPES)]
         for client in idle:
@@ -255,7 +255,7 @@ def test_idle_clients_keep_no_scrape_from_being_answered(served: Served, bytes_s
             assert idle[0].recv(1) == b""
         assert time.monotonic() - began < PROMPTLY
         with RawConnection(served.agent.socket) as connection:
-            ok(connection, "DescribeKey", {"KeyId": "alias/a"})
+            call_ok(connection, "DescribeKey", {"KeyId": "alias/a"})
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,8 @@ def test_idle_clients_keep_no_scrape_from_being_answered(served: Served, bytes_s
     ],
     ids=["a huge line", "a huge header", "large headers", "many headers", "no HTTP", "another method"],
 )
-def test_a_request_that_is_not_one_harms_only_itself(served: Served, request_bytes: bytes) -> None:
-    """The agent refuses it before it needs memory, logs nothing, and answers the next."""
+def test_invalid_scrape_affects_only_itself(served: Served, request_bytes: bytes) -> None:
+    """The agent refuses the request before it allocates memory, logs nothing, and answers the next."""
     with served.connect() as connection, suppress(OSError):
         connection.sendall(request_bytes)
         while received := connection.recv(65_536):
@@ -315,7 +315,7 @@ def test_an_answer_that_is_not_read_ends_at_the_deadline(monkeypatch: pytest.Mon
 
 
 def test_a_storm_of_connections_leaves_the_agent_serving(served: Served) -> None:
-    """They come and go faster than they are served."""
+    """Connections open and close faster than the agent serves them."""
     for _ in range(100):
         with suppress(OSError):
             served.connect().close()
@@ -348,7 +348,7 @@ class _Metrics:
 
 
 def test_a_metric_that_fails_is_logged_and_answered_with_500() -> None:
-    """It reaches neither the agent nor standard error."""
+    """The exception reaches neither the agent nor standard error."""
     answer = metrics_server._handler(_Metrics())  # type: ignore[arg-type]
     with structlog.testing.capture_logs() as logged, answering(answer) as address:
         for _ in range(2 * metrics_server.MAX_SCRAPES):
@@ -361,7 +361,7 @@ def test_a_metric_that_fails_is_logged_and_answered_with_500() -> None:
 
 
 def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fault is logged once."""
+    """A failing counter is logged once."""
 
     def fails(*_: object) -> None:
         raise RuntimeError
@@ -375,8 +375,8 @@ def test_a_request_that_cannot_be_counted_is_answered(monkeypatch: pytest.Monkey
     assert [line["event"] for line in logged] == ["metrics.failed"]
 
 
-def test_a_scrape_without_a_thread_is_refused_and_the_next_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The place of the refused scrape is free again."""
+def test_scrape_without_a_thread_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The place of the refused scrape is free for the next one."""
 
     def no_thread(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -1,4 +1,4 @@
-"""The software module: what it imports, what it refuses, that it cannot be asked for a key."""
+"""The software module: imports, refusals, and that no key can be read from it."""
 
 import base64
 import os
@@ -28,8 +28,8 @@ def exported(module: SoftwareModule, data_key: bytes) -> str:
     return RecipientFor(module).wrap(data_key)
 
 
-def test_the_main_job(agent: RunningAgent, module: SoftwareModule) -> None:
-    """Make, import, use, forget, recover, use again; the record is JSON-able and recovers in another module too."""
+def test_module_does_the_main_job(agent: RunningAgent, module: SoftwareModule) -> None:
+    """A module imports, uses, forgets and recovers a data key; the record is JSON, and recovers in a reloaded module too."""
     with agent.client() as kms:
         key, record = module.new_data_key(kms, key_id="alias/dev", encryption_context={"tenant": "acme"})
         sealed = module.encrypt(key, b"plaintext", aad=b"header")
@@ -43,7 +43,7 @@ def test_the_main_job(agent: RunningAgent, module: SoftwareModule) -> None:
 
 
 def test_encryption_is_aes_gcm_with_a_fresh_nonce_in_front(module: SoftwareModule) -> None:
-    """Nonce (12) ‖ ciphertext ‖ tag (16): anybody with the key opens it."""
+    """The format is nonce (12) ‖ ciphertext ‖ tag (16), so any holder of the data key opens it."""
     for size in (16, 24, 32):
         data_key = os.urandom(size)
         key = module.import_data_key(exported(module, data_key))
@@ -54,8 +54,8 @@ def test_encryption_is_aes_gcm_with_a_fresh_nonce_in_front(module: SoftwareModul
         assert module.decrypt(key, nonce + AESGCM(data_key).encrypt(nonce, b"x", b"aad"), b"aad") == b"x"
 
 
-def test_what_was_changed_does_not_decrypt(module: SoftwareModule) -> None:
-    """One error for every cause."""
+def test_changed_ciphertext_does_not_decrypt(module: SoftwareModule) -> None:
+    """Every cause has the same error."""
     key = module.import_data_key(exported(module, os.urandom(32)))
     sealed = module.encrypt(key, b"plaintext", b"aad")
     damaged = [bytes([*sealed[:i], sealed[i] ^ 1, *sealed[i + 1 :]]) for i in range(len(sealed))]
@@ -68,14 +68,14 @@ def test_what_was_changed_does_not_decrypt(module: SoftwareModule) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 15, 17, 31, 33, 64])
-def test_a_data_key_that_is_no_aes_key_is_refused(module: SoftwareModule, size: int) -> None:
-    """With its size."""
+def test_data_key_of_an_invalid_size_is_refused(module: SoftwareModule, size: int) -> None:
+    """The error has the size of the data key."""
     with pytest.raises(ModuleError, match=f"{size} bytes"):
         module.import_data_key(exported(module, os.urandom(size)))
 
 
-def test_what_was_not_exported_to_this_module_is_refused(module: SoftwareModule) -> None:
-    """Another module's, damaged, cut off, not Base64: one error."""
+def test_invalid_and_foreign_exports_are_refused(module: SoftwareModule) -> None:
+    """Exports to another module, damaged, truncated and not in Base64 have one error."""
     other = SoftwareModule.generate(module.wrapping_key_spec)
     good = exported(module, os.urandom(32))
     raw = base64.b64decode(good)
@@ -87,8 +87,8 @@ def test_what_was_not_exported_to_this_module_is_refused(module: SoftwareModule)
     module.import_data_key(raw)
 
 
-def test_a_forgotten_key_is_gone_and_so_is_another_modules(module: SoftwareModule) -> None:
-    """A handle is of use in its module, until it is forgotten."""
+def test_handle_is_valid_in_its_module_until_forgotten(module: SoftwareModule) -> None:
+    """A handle of another module is refused as a forgotten one is."""
     key = module.import_data_key(exported(module, os.urandom(32)))
     sealed = module.encrypt(key, b"x")
     module.forget(key)
@@ -99,10 +99,10 @@ def test_a_forgotten_key_is_gone_and_so_is_another_modules(module: SoftwareModul
         module.encrypt(DataKey(), b"x")
 
 
-def test_a_key_that_is_forgotten_while_another_thread_encrypts_is_used_to_the_end(
+def test_key_forgotten_during_encryption_is_used_to_the_end(
     module: SoftwareModule, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never a ciphertext under a key of zeros."""
+    """No ciphertext is ever made under a key of zeros."""
     data_key = os.urandom(32)
     key = module.import_data_key(exported(module, data_key))
 
@@ -117,8 +117,8 @@ def test_a_key_that_is_forgotten_while_another_thread_encrypts_is_used_to_the_en
         module.encrypt(key, b"x")
 
 
-def test_a_blob_of_any_length_takes_no_memory_for_good() -> None:
-    """What is too long to be a data key is refused before there is room for it."""
+def test_long_export_is_refused_before_allocation() -> None:
+    """A blob that is too long for a data key leaves no secret memory in use."""
     module = SoftwareModule.generate("EC_SM2")
     for size in (300, 5_000, 20_000, 60_000):
         with pytest.raises(ModuleError):
@@ -126,8 +126,8 @@ def test_a_blob_of_any_length_takes_no_memory_for_good() -> None:
     assert len(module._memory) <= 1
 
 
-def test_a_key_that_nobody_holds_gives_its_memory_back(module: SoftwareModule) -> None:
-    """Thousands of keys, one after the other, need the room of one."""
+def test_unreferenced_keys_release_their_memory(module: SoftwareModule) -> None:
+    """Thousands of keys in sequence need the memory of one."""
     blob = exported(module, os.urandom(32))
     module.import_data_key(blob)
     chunks = len(module._memory)
@@ -139,8 +139,8 @@ def test_a_key_that_nobody_holds_gives_its_memory_back(module: SoftwareModule) -
     assert module.decrypt(held[0], module.encrypt(held[-1], b"x")) == b"x"
 
 
-def test_nothing_shows_a_key(module: SoftwareModule) -> None:
-    """Not a repr, not a pickle; a handle has no attributes."""
+def test_key_appears_in_no_repr_or_pickle(module: SoftwareModule) -> None:
+    """Modules and handles refuse to be pickled, and handles have no attributes."""
     key = module.import_data_key(exported(module, os.urandom(32)))
     assert repr(key) == "DataKey(...)"
     assert repr(module) == f"SoftwareModule({module.wrapping_key_spec})"
@@ -152,7 +152,7 @@ def test_nothing_shows_a_key(module: SoftwareModule) -> None:
 
 @pytest.mark.usefixtures("quick_scrypt")
 def test_a_module_is_saved_and_loaded_with_its_passphrase(tmp_path: Path, module: SoftwareModule) -> None:
-    """Mode 0600; a data key that was exported to it before is imported after; nothing is overwritten."""
+    """The file has mode 0600 and is never overwritten; a loaded module imports earlier exports."""
     path = tmp_path / "module"
     blob = exported(module, b"k" * 32)
     module.save(path, "correct horse")
@@ -176,8 +176,8 @@ def test_a_module_is_saved_and_loaded_with_its_passphrase(tmp_path: Path, module
         SoftwareModule.load(path, "correct horse")
 
 
-def test_kinds_that_there_are_not() -> None:
-    """By name; a system without SM2 says so."""
+def test_unsupported_kinds_are_named() -> None:
+    """The message has the supported key specs, or that the system is without SM2."""
     with pytest.raises(ValueError, match="RSA_2048 or EC_SM2"):
         SoftwareModule.generate("RSA_4096")
     with pytest.MonkeyPatch.context() as patch:
@@ -187,7 +187,7 @@ def test_kinds_that_there_are_not() -> None:
 
 
 def test_a_forked_child_forgets_only_its_own_copy(module: SoftwareModule) -> None:
-    """The parent's keys outlive a child that wipes them."""
+    """The parent's keys outlive a child that wipes its own."""
     key = module.import_data_key(exported(module, os.urandom(32)))
     sealed = module.encrypt(key, b"x")
     child = os.fork()
@@ -199,6 +199,6 @@ def test_a_forked_child_forgets_only_its_own_copy(module: SoftwareModule) -> Non
 
 
 def test_the_interface_is_abstract() -> None:
-    """A module has to do all of it."""
+    """A module has to implement every method of the interface."""
     with pytest.raises(TypeError, match="abstract"):
         CryptographicModule()  # type: ignore[abstract]

@@ -44,7 +44,7 @@ REFUSED = "Forbidden.NoPermission"
 
 @contextmanager
 def agent_in(namespaces: Sequence[str], keyring: Path, to: str) -> Iterator[Path]:
-    """An agent in namespaces of its own (`unshare`), with one grant of everything; gives its socket, which anybody may use."""
+    """Run an agent in namespaces of its own (`unshare`), with one grant of everything; yield its open socket."""
     config = keyring.parent / "agent.toml"
     text = configuration(keyring, more='mode = "0666"').replace(f"to={{uid={os.getuid()}}}", f"to={{{to}}}")
     assert to in text
@@ -57,7 +57,7 @@ def agent_in(namespaces: Sequence[str], keyring: Path, to: str) -> Iterator[Path
 
 
 def outcome(path: Path, *more: str, prefix: Sequence[str] = (), uid: int = 0) -> str:
-    """What DescribeKey gives a process that is started behind `prefix`, and becomes that user: OK, or a code."""
+    """Return the outcome of DescribeKey for a process that starts behind `prefix` as a user: OK, or a code."""
     command = [*prefix, INTERPRETER, "-c", ASKING, str(path), str(uid), ":".join(sys.path), *more]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.returncode == 0, ended.stderr
@@ -72,14 +72,14 @@ def outcome(path: Path, *more: str, prefix: Sequence[str] = (), uid: int = 0) ->
         (f'listener="default", exe="{INTERPRETER}"', REFUSED),
     ],
 )
-def test_a_caller_of_another_pid_namespace_has_no_program_but_its_user(keyring: Path, to: str, expected: str) -> None:
-    """The kernel numbers it 0: what is about a process cannot be had, and matches nothing."""
+def test_caller_of_another_pid_namespace_has_only_its_user(keyring: Path, to: str, expected: str) -> None:
+    """The kernel reports process 0, so evidence about the process is missing and matches nothing."""
     with agent_in(["--pid", "--fork", "--mount-proc", "--kill-child"], keyring, to) as path:
         assert outcome(path) == expected
 
 
-def test_a_caller_of_a_pid_namespace_below_the_agents_is_seen(keyring: Path) -> None:
-    """As every container's processes are by an agent of the host."""
+def test_caller_of_a_child_pid_namespace_has_evidence(keyring: Path) -> None:
+    """An agent of the host sees every container's processes."""
     with agent_in([], keyring, f'listener="default", exe="{INTERPRETER}"') as path:
         assert outcome(path, prefix=["unshare", "--pid", "--fork"]) == "OK"
 
@@ -94,23 +94,21 @@ def test_a_caller_of_a_pid_namespace_below_the_agents_is_seen(keyring: Path) -> 
         ('listener="default"', "OK"),
     ],
 )
-def test_a_user_whom_the_agents_user_namespace_does_not_know_is_nobody(keyring: Path, to: str, expected: str) -> None:
-    """The kernel shows it as the overflow uid, which can be anybody."""
+def test_user_without_a_mapping_matches_no_grant(keyring: Path, to: str, expected: str) -> None:
+    """The kernel reports the overflow uid, which stands for any unmapped user."""
     with agent_in(["--user", "--map-root-user"], keyring, to) as path:
         assert outcome(path, uid=OTHER) == expected
 
 
 @pytest.mark.parametrize(("uid", "expected"), [(OTHER, "OK"), (0, REFUSED)])
-def test_a_caller_in_a_user_namespace_of_its_own_is_who_it_is_outside(keyring: Path, uid: int, expected: str) -> None:
-    """Whoever calls itself root in there is still the user that made it."""
+def test_caller_in_its_own_user_namespace_has_its_outer_user(keyring: Path, uid: int, expected: str) -> None:
+    """A root of such a namespace is the user who created it."""
     with agent_in([], keyring, f"uid={uid}") as path:
         assert outcome(path, "root in a user namespace", uid=OTHER) == expected
 
 
-def test_another_program_at_the_path_of_a_trusted_one_in_a_mount_namespace_is_not_that_program(
-    keyring: Path, tmp_path: Path
-) -> None:
-    """Anybody can have a mount namespace in which any file is at any path."""
+def test_mount_namespace_does_not_fake_a_trusted_program(keyring: Path, tmp_path: Path) -> None:
+    """Any user can have a mount namespace in which any file is at any path."""
     trusted = tmp_path / "trusted"
     trusted.touch()
     with agent_in([], keyring, f'uid=0, exe="{trusted}"') as path:
@@ -127,8 +125,8 @@ def test_another_program_at_the_path_of_a_trusted_one_in_a_mount_namespace_is_no
         assert ended.stdout.strip() == "OK"
 
 
-def test_a_process_that_has_the_number_of_one_that_connected_and_ended_gets_nothing_from_it(keyring: Path) -> None:
-    """The agent stands still between the connection and its acceptance, and finds a trusted program at the number."""
+def test_reused_process_number_inherits_no_grant(keyring: Path) -> None:
+    """A stopped agent accepts a connection late, and finds a trusted program at the number of the exited peer."""
     config = keyring.parent / "agent.toml"
     trusted = os.path.realpath("/bin/sleep")
     config.write_text(configuration(keyring).replace(f"to={{uid={os.getuid()}}}", f'to={{uid=0, exe="{trusted}"}}'))

@@ -80,7 +80,7 @@ command_main = command.main
 def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(
     folder: Path, making: tuple[str, ...], killed_at: str
 ) -> None:
-    """The second attempt succeeds."""
+    """A second attempt after the kill succeeds."""
     killing = [sys.executable, "-c", KILLED, killed_at, "0", *words(making, folder)]
     ended = subprocess.run(killing, capture_output=True, timeout=PATIENCE, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -94,7 +94,7 @@ def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(
 def test_a_full_disk_leaves_nothing_in_the_way(
     folder: Path, making: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With room again, the second attempt succeeds."""
+    """A second attempt with free space succeeds."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=True)
     try:
         (folder / "fill").write_bytes(bytes(64 << 10))
@@ -109,7 +109,7 @@ def test_a_full_disk_leaves_nothing_in_the_way(
 
 @root()
 def test_a_store_on_a_full_disk_is_made_when_there_is_room(folder: Path, agent: RunningAgent) -> None:
-    """Also where its folder was made already."""
+    """The folder of the store may already exist from the failed attempt."""
     store = ["--store", f"sqlite:///{folder}/new/records.sqlite", "--socket", str(agent.socket)]
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=True)
     try:
@@ -137,7 +137,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_a_new_file_is_whole_private_and_alone(tmp_path: Path, kind: str) -> None:
-    """On every kind of file system."""
+    """The file has its content and mode 0600, and no file beside it, on every kind of file system."""
     path = tmp_path / "new"
     with new_files.creating(path) as file:
         file.write(b"content")
@@ -147,7 +147,7 @@ def test_a_new_file_is_whole_private_and_alone(tmp_path: Path, kind: str) -> Non
 
 
 def test_a_new_file_replaces_nothing(tmp_path: Path, kind: str) -> None:
-    """Neither a file nor a symlink to none, also one that appears while it is written."""
+    """An existing file or dangling symlink stays, also one that appears during the write."""
     (tmp_path / "old").write_bytes(b"old")
     (tmp_path / "link").symlink_to("none")
     for name in ("old", "link"):
@@ -161,7 +161,7 @@ def test_a_new_file_replaces_nothing(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_block_that_raises_leaves_no_file(tmp_path: Path, kind: str) -> None:
-    """Whatever it raises."""
+    """Any exception in the block removes the new file."""
 
     def fail(error: BaseException) -> None:
         with new_files.creating(tmp_path / "new") as file:
@@ -174,8 +174,8 @@ def test_a_block_that_raises_leaves_no_file(tmp_path: Path, kind: str) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_errors_name_the_file_and_not_the_one_beside(tmp_path: Path) -> None:
-    """A folder that is gone, one that is a file."""
+def test_errors_name_the_target_and_not_the_temporary_file(tmp_path: Path) -> None:
+    """A missing folder and a folder that is a file are named."""
     (tmp_path / "file").touch()
     for path in (tmp_path / "none" / "new", tmp_path / "file" / "new", Path("/proc/new")):
         with pytest.raises(OSError, match=r".") as caught:
@@ -184,7 +184,7 @@ def test_errors_name_the_file_and_not_the_one_beside(tmp_path: Path) -> None:
 
 
 def test_a_module_is_saved_whole_by_the_library_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`SoftwareModule.save` is what the command uses."""
+    """The command saves with `SoftwareModule.save`."""
     module = SoftwareModule.generate("EC_SM2")
 
     def full(_descriptor: int) -> None:

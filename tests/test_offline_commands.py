@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support.agent import PATIENCE, RunningAgent
 from support.keyring import configuration, opened
-from support.memory_scan import Needles, scan
+from support.memory_scan import SearchPatterns, scan
 from support.skip_unless import root
 from support.waiting import wait_until
 from test_memory import PR_CAPBSET_DROP, limited, needs_ptrace
@@ -132,7 +132,7 @@ def keyring_command(verb: str, keyring: Path, *arguments: str) -> list[str]:
 
 
 def reads(pid: int) -> str:
-    """What another process of the same user finds when it opens the memory of a process."""
+    """Return the result of another process of the same user that opens the memory of a process."""
     return subprocess.run(
         [sys.executable, "-c", READING, str(pid)],
         stdout=subprocess.PIPE,
@@ -174,7 +174,7 @@ def core_limit(pid: int) -> list[str]:
     ("name", "started"), [*((name, "script") for name in COMMANDS), ("list", "module"), ("module init", "module")]
 )
 def test_a_command_that_handles_keys_is_hardened(place: Path, name: str, started: str) -> None:
-    """A process of the same user cannot read its memory; freed memory is cleared; it dumps no core."""
+    """Another process of the user cannot read its memory; freed memory is cleared; it dumps no core."""
     program, *arguments = COMMANDS[name]
     module = [sys.executable, "-m", program.replace("-", "_")]
     command = [str(SCRIPTS / program), *arguments] if started == "script" else [*module, *arguments]
@@ -189,7 +189,7 @@ def test_a_command_that_handles_keys_is_hardened(place: Path, name: str, started
 
 
 def test_the_memory_of_a_command_can_be_read_where_a_test_asks(place: Path) -> None:
-    """So the test above fails for a command that is not hardened. The command warns."""
+    """The tests' environment variable keeps a command readable, with a warning, so the search can succeed."""
     if not reads_siblings():
         pytest.skip("needs to read the memory of its user's processes: sysctl kernel.yama.ptrace_scope=0")
     program, *arguments = COMMANDS["list"]
@@ -229,9 +229,9 @@ def test_a_keyring_command_leaves_no_core_file(place: Path, *, dumpable: bool) -
 @needs_ptrace
 def test_a_keyring_command_keeps_no_key_in_freed_memory(keyring: Path) -> None:
     """When the command prints its result, no copy of a master key is left."""
-    needles = Needles()
+    patterns = SearchPatterns()
     for version in opened(keyring).find("alias/a").versions:
-        needles.add_key("master key", bytes(version.material))
+        patterns.add_key("master key", bytes(version.material))
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     try:
@@ -246,7 +246,7 @@ def test_a_keyring_command_keeps_no_key_in_freed_memory(keyring: Path) -> None:
         os.close(writer)
         wchan = Path(f"/proc/{process.pid}/wchan")
         wait_until("the command blocks on its output", lambda: "pipe_w" in wchan.read_text())
-        found = scan(process.pid, needles)
+        found = scan(process.pid, patterns)
         process.kill()
     os.close(reader)
     assert not found
@@ -268,7 +268,7 @@ USER_NAMESPACE = ["unshare", "--user", "--map-root-user"]
 def test_memory_is_locked_where_no_limit_forbids_it(
     keyring: Path, prefix: list[str], preexec: Callable[[], None] | None, *, locks: bool
 ) -> None:
-    """Under a limit, the kernel would refuse memory to the process later; so the command goes on without."""
+    """Under a limit the kernel could refuse memory later, so the command goes on without locking."""
     fifo = keyring.parent / "fifo"
     os.mkfifo(fifo)
     command = [*prefix, *keyring_command("list", keyring)[:-1], str(fifo)]
@@ -281,7 +281,7 @@ def test_memory_is_locked_where_no_limit_forbids_it(
 
 
 def test_memory_is_locked_under_an_unlimited_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No capability is needed then."""
+    """An unlimited RLIMIT_MEMLOCK needs no capability."""
     monkeypatch.setattr(Path, "read_text", lambda _path: "CapEff:\t0\n")
     monkeypatch.setattr(resource, "getrlimit", lambda _which: (8 << 20, 8 << 20))
     assert not hardening.lock_memory()

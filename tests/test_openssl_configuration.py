@@ -1,4 +1,4 @@
-"""OpenSSL configurations that offer less than the agent needs: what is missing is named, and no caller is blamed for it."""
+"""OpenSSL configurations without some algorithms: the lack is named, and no caller is blamed for it."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cryptography.exceptions import InternalError, UnsupportedAlgorithm
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused
 from support.keys import recipient
 from support.secrets import secret_file
 
@@ -56,7 +56,7 @@ def broken(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
 
 
 def only_line(process: "subprocess.CompletedProcess[str]") -> str:
-    """What a failed command says."""
+    """Return the message of a failed command."""
     assert process.returncode == 1
     assert process.stdout == ""
     (line,) = [line for line in process.stderr.splitlines() if not line.startswith("{")]
@@ -64,7 +64,7 @@ def only_line(process: "subprocess.CompletedProcess[str]") -> str:
 
 
 def test_an_agent_without_rsa_does_not_start(broken: dict[str, str], tmp_path: Path) -> None:
-    """One line names the configuration and what it lacks."""
+    """One line names the configuration and the missing algorithm."""
     arguments = ["keyferry_agent", "run", "--dev", "--socket", tmp_path / "agent.sock"]
     line = only_line(ended(arguments, broken))
     assert f"OPENSSL_CONF={broken['OPENSSL_CONF']}" in line
@@ -75,7 +75,7 @@ def test_an_agent_without_rsa_does_not_start(broken: dict[str, str], tmp_path: P
 
 @pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])
 def test_a_module_is_not_made_without_its_algorithm(broken: dict[str, str], tmp_path: Path, key_spec: str) -> None:
-    """One line, and neither a module nor a passphrase file."""
+    """The message is one line, and neither a module nor a passphrase file is made."""
     arguments = ["keyferry", "module", "init", tmp_path / "m", "--key-spec", key_spec]
     line = only_line(ended([*arguments, "--generate-passphrase", "--passphrase-file", tmp_path / "p"], broken))
     assert f"this OpenSSL's configuration does not offer {'RSA' if key_spec == 'RSA_2048' else 'SM2'} " in line
@@ -110,21 +110,21 @@ def test_a_module_that_does_not_load_names_the_configuration(
 
 
 def test_other_commands_need_no_openssl(broken: dict[str, str]) -> None:
-    """`status` and `--help` of the client."""
+    """`status` and `--help` of the client work with a broken OpenSSL configuration."""
     assert ended(["keyferry", "--help"], broken).returncode == 0
     assert "does not exist" in ended(["keyferry", "status", "--socket", "/no/such.sock"], broken).stderr
 
 
 @pytest.mark.parametrize("text", GOOD.values(), ids=GOOD)
 def test_a_configuration_that_offers_all_serves(text: str, tmp_path: Path, socket_path: Path) -> None:
-    """Without a warning about an algorithm."""
+    """The agent logs no warning about an algorithm."""
     with RunningAgent(["--dev"], socket_path, environment=environment(tmp_path, text)) as agent:
         with RawConnection(agent.socket) as connection:
-            ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
+            call_ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
         assert not [line for line in agent.output if "RSAES" in line or "Aliyun" in line]
 
 
-# What OpenSSL's own providers can only offer together, a process without one of them shows.
+# OpenSSL's own providers offer these together only, so a process without one of them shows the case.
 WITHOUT = """
 import sys
 from keyferry import libcrypto
@@ -169,19 +169,19 @@ def test_an_algorithm_that_is_not_offered_is_unsupported(lacking: str, algorithm
         )
         assert "OPENSSL_CONF" in event["what"]
         why = f"{algorithm} is not available without {lacking}: this OpenSSL's configuration does not offer {lacking}."
-        refused(connection, "GenerateAndExportDataKey", exporting(algorithm), "UnsupportedOperation", why)
-        ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
+        call_refused(connection, "GenerateAndExportDataKey", exporting(algorithm), "UnsupportedOperation", why)
+        call_ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
 
 
-def test_an_algorithm_of_a_key_spec_that_is_not_offered_is_unsupported(socket_path: Path) -> None:
-    """Keys of the other KeySpec serve."""
+def test_algorithm_of_a_key_spec_may_be_unsupported(socket_path: Path) -> None:
+    """Keys of the other KeySpec are served."""
     with without("SM4", socket_path) as agent, RawConnection(agent.socket) as connection:
         assert agent.wait_for("startup.limited")["what"].startswith("Aliyun_SM4: ")
-        refused(connection, "GenerateDataKey", {"KeyId": "alias/dev-sm4"}, "UnsupportedOperation", "KeySpec")
-        ok(connection, "GenerateDataKey", {"KeyId": "alias/dev"})
+        call_refused(connection, "GenerateDataKey", {"KeyId": "alias/dev-sm4"}, "UnsupportedOperation", "KeySpec")
+        call_ok(connection, "GenerateDataKey", {"KeyId": "alias/dev"})
 
 
-def test_a_failure_inside_is_not_blamed_on_the_caller(socket_path: Path) -> None:
+def test_failure_of_libcrypto_is_not_the_callers_fault(socket_path: Path) -> None:
     """A good public key that libcrypto refuses is an InternalFailure, which a client retries."""
     prefix, suffix = (
         bytes.fromhex("30820122300d06092a864886f70d01010105000382010f003082010a0282010100"),
@@ -190,11 +190,11 @@ def test_a_failure_inside_is_not_blamed_on_the_caller(socket_path: Path) -> None
     der = prefix + (2**2047 + 1).to_bytes(256, "big") + suffix
     request = {**exporting("RSAES_OAEP_SHA_256"), "PublicKeyBlob": encode_base64(der)}
     with without("keys", socket_path) as agent, RawConnection(agent.socket) as connection:
-        refused(connection, "GenerateAndExportDataKey", request, "InternalFailure")
-        ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
+        call_refused(connection, "GenerateAndExportDataKey", request, "InternalFailure")
+        call_ok(connection, "GenerateAndExportDataKey", exporting("RSAES_OAEP_SHA_256"))
 
 
-def test_the_reason_is_the_build_where_it_is_not_the_configuration() -> None:
+def test_build_is_named_if_the_configuration_is_complete() -> None:
     """No OpenSSL has an algorithm of this name."""
     assert libcrypto.why_missing("NONE") == "this system's libcrypto was built without NONE"
     assert libcrypto.why_missing("SHA-0") == "this system's libcrypto was built without SHA-0"
@@ -202,8 +202,8 @@ def test_the_reason_is_the_build_where_it_is_not_the_configuration() -> None:
     assert (libcrypto.offers("RSA"), libcrypto.offers("NONE")) == (True, False)
 
 
-def test_a_configuration_that_is_not_set_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's file is in effect then."""
+def test_unset_configuration_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's configuration file is in effect."""
     monkeypatch.setenv("OPENSSL_CONF", "/etc/other.cnf")
     assert openssl_configuration.configuration() == "OPENSSL_CONF=/etc/other.cnf"
     monkeypatch.delenv("OPENSSL_CONF")
@@ -211,10 +211,8 @@ def test_a_configuration_that_is_not_set_is_named_by_its_variable(monkeypatch: p
 
 
 @pytest.mark.parametrize("error", [UnsupportedAlgorithm("no scrypt"), InternalError("Unknown OpenSSL error", [])])
-def test_a_passphrase_that_openssl_cannot_use_is_an_error_of_its_own(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    """Named by the configuration, in both directions."""
+def test_passphrase_without_its_algorithms_has_its_own_error(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Sealing and opening name the configuration."""
     sealed = age_passphrase._seal(b"x", "phrase", 10)
 
     def fail(*_: object) -> None:
@@ -265,8 +263,8 @@ def test_a_self_test_without_aes_names_the_configuration(monkeypatch: pytest.Mon
         selftest.run(SecretMemory(8192, require=False), sm2_fallback=False)
 
 
-def test_a_recipient_without_rsa_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its key."""
+def test_recipients_are_unavailable_without_rsa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without RSA in libcrypto, an RSA key is not accepted as a recipient."""
     monkeypatch.setattr(libcrypto, "has_oaep", lambda _digest: False)
     wrapping.recipient.cache_clear()
     way = wrapping.TABLE["RSA_2048", "RSAES_OAEP_SHA_1"]
@@ -274,8 +272,8 @@ def test_a_recipient_without_rsa_is_not_available(monkeypatch: pytest.MonkeyPatc
         wrapping.recipient(way, recipient("RSAES_OAEP_SHA_1").der, sm2_fallback=True)
 
 
-def test_a_damaged_module_file_is_said_to_be_none(tmp_path: Path) -> None:
-    """Where libcrypto lacks nothing."""
+def test_damaged_module_file_is_named(tmp_path: Path) -> None:
+    """With a complete libcrypto, the message does not blame the OpenSSL configuration."""
     secret_file(tmp_path / "m", age_passphrase._seal(b"not a key", "correct horse battery", 10))
     with pytest.raises(ModuleError, match="not a module file"):
         SoftwareModule.load(tmp_path / "m", "correct horse battery")

@@ -1,4 +1,4 @@
-"""The operations, asked of a real agent over its socket: what they answer, and every way in which they refuse."""
+"""The operations of a real agent over its socket: results, and every way in which they refuse."""
 
 import json
 import uuid
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from support.agent import RawConnection, RunningAgent
-from support.calls import ok, refused
+from support.calls import call_ok, call_refused, error
 from support.keys import ALGORITHMS, recipient, spki
 
 from keyferry.parameters import decode_base64, encode_base64
@@ -27,13 +27,13 @@ def connection(agent: RunningAgent) -> Iterator[RawConnection]:
 @pytest.mark.parametrize("key_id", ["alias/dev", "alias/dev-sm4"])
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("size", [1, 16, 32, 190])
-def test_a_generated_key_comes_back_by_every_way_there_is(
+def test_generated_key_is_the_same_by_every_operation(
     connection: RawConnection, key_id: str, algorithm: str, size: int
 ) -> None:
-    """The exported key, the one that Decrypt gives and the one exported again are the same key."""
+    """The exported key, the decrypted key and the key that is exported again are equal."""
     to = recipient(algorithm)
     context = {"tenant": "acme", "größe": "1"}
-    made = ok(
+    made = call_ok(
         connection,
         "GenerateAndExportDataKey",
         {"KeyId": key_id, "NumberOfBytes": size, "EncryptionContext": context, **to.params},
@@ -41,9 +41,9 @@ def test_a_generated_key_comes_back_by_every_way_there_is(
     key = to.unwrap(made["ExportedDataKey"])
     assert len(key) == size
     blob = {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context}
-    opened = ok(connection, "Decrypt", blob)
+    opened = call_ok(connection, "Decrypt", blob)
     assert decode_base64(opened["Plaintext"]) == key
-    exported = ok(connection, "ExportDataKey", {**blob, **to.params})
+    exported = call_ok(connection, "ExportDataKey", {**blob, **to.params})
     assert to.unwrap(exported["ExportedDataKey"]) == key
     assert exported["ExportedDataKey"] != made["ExportedDataKey"]
     ids = {(a["KeyId"], a["KeyVersionId"]) for a in (made, opened, exported)}
@@ -65,55 +65,59 @@ def test_a_generated_key_comes_back_by_every_way_there_is(
 def test_the_length_is_number_of_bytes_then_key_spec_then_32(
     connection: RawConnection, spec: dict[str, Any], size: int
 ) -> None:
-    """NumberOfBytes wins over KeySpec."""
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, **spec})
+    """NumberOfBytes wins over KeySpec, and 32 is the default."""
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, **spec})
     assert len(RSA.unwrap(made["ExportedDataKey"])) == size
 
 
 @pytest.mark.parametrize(
     ("algorithm", "most"), [("RSAES_OAEP_SHA_256", 190), ("RSAES_OAEP_SHA_1", 214), ("SM2PKE", 1024)]
 )
-def test_a_wrapping_carries_its_most_and_not_a_byte_more(connection: RawConnection, algorithm: str, most: int) -> None:
-    """More is refused before a key is made, with both numbers; SM2PKE carries all 1024."""
+def test_wrapping_is_limited_to_its_capacity(connection: RawConnection, algorithm: str, most: int) -> None:
+    """A longer key is refused before it is generated, with both numbers; SM2PKE wraps all 1024 bytes."""
     to = recipient(algorithm)
     params = {"KeyId": "alias/dev", **to.params}
-    made = ok(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most})
     assert len(to.unwrap(made["ExportedDataKey"])) == most
     words = [] if most == 1024 else [str(most), str(most + 1)]
-    refused(connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most + 1}, "InvalidParameter", *words)
+    call_refused(
+        connection, "GenerateAndExportDataKey", {**params, "NumberOfBytes": most + 1}, "InvalidParameter", *words
+    )
 
 
-def test_export_refuses_what_the_wrapping_cannot_carry(connection: RawConnection) -> None:
-    """A long key that was made for one recipient does not fit every other."""
+def test_export_refuses_keys_over_the_capacity(connection: RawConnection) -> None:
+    """A long key for one recipient does not fit every other."""
     to = recipient("SM2PKE")
-    made = ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/dev", "NumberOfBytes": 191, **to.params})
+    made = call_ok(connection, "GenerateAndExportDataKey", {"KeyId": "alias/dev", "NumberOfBytes": 191, **to.params})
     blob = {"CiphertextBlob": made["CiphertextBlob"]}
-    refused(connection, "ExportDataKey", {**blob, **RSA.params}, "InvalidParameter", "190", "191")
+    call_refused(connection, "ExportDataKey", {**blob, **RSA.params}, "InvalidParameter", "190", "191")
     *rest, last = decode_base64(made["CiphertextBlob"])
     damaged = {"CiphertextBlob": bytes([*rest, last ^ 1])}
-    refused(connection, "ExportDataKey", {**damaged, **RSA.params}, "InvalidParameter", "damaged")
-    ok(connection, "ExportDataKey", {**blob, **recipient("RSAES_OAEP_SHA_1").params})
+    call_refused(connection, "ExportDataKey", {**damaged, **RSA.params}, "InvalidParameter", "damaged")
+    call_ok(connection, "ExportDataKey", {**blob, **recipient("RSAES_OAEP_SHA_1").params})
 
 
 def test_blobs_may_be_binary(connection: RawConnection) -> None:
-    """PublicKeyBlob and CiphertextBlob are taken as msgpack bin too; answers hold strings."""
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "PublicKeyBlob": RSA.der})
+    """PublicKeyBlob and CiphertextBlob may be MessagePack bin; answers hold strings."""
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "PublicKeyBlob": RSA.der})
     assert isinstance(made["CiphertextBlob"], str)
-    ok(connection, "Decrypt", {"CiphertextBlob": decode_base64(made["CiphertextBlob"])})
+    call_ok(connection, "Decrypt", {"CiphertextBlob": decode_base64(made["CiphertextBlob"])})
 
 
 def test_every_form_of_a_key_id_names_the_same_key(connection: RawConnection) -> None:
-    """ID, alias and both ARNs; answers give the plain ID."""
-    described = ok(connection, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]
+    """The forms are ID, alias and both ARNs; answers have the plain ID."""
+    described = call_ok(connection, "DescribeKey", {"KeyId": "alias/dev"})["KeyMetadata"]
     assert described["Arn"] == f"acs:kms:local:0:key/{described['KeyId']}"
     for form in (described["KeyId"], described["Arn"], "acs:kms:local:0:alias/dev"):
-        assert ok(connection, "DescribeKey", {"KeyId": form})["KeyMetadata"] == described
-        assert ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": form})["KeyId"] == described["KeyId"]
+        assert call_ok(connection, "DescribeKey", {"KeyId": form})["KeyMetadata"] == described
+        assert (
+            call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": form})["KeyId"] == described["KeyId"]
+        )
 
 
-def test_describe_key_says_what_a_key_is(connection: RawConnection) -> None:
-    """The cloud's fields, all of them text."""
-    described = ok(connection, "DescribeKey", {"KeyId": "alias/dev-sm4"})["KeyMetadata"]
+def test_describe_key_returns_the_clouds_fields(connection: RawConnection) -> None:
+    """All fields are text."""
+    described = call_ok(connection, "DescribeKey", {"KeyId": "alias/dev-sm4"})["KeyMetadata"]
     assert all(isinstance(value, str) for value in described.values())
     expected = {
         "KeySpec": "Aliyun_SM4",
@@ -127,9 +131,9 @@ def test_describe_key_says_what_a_key_is(connection: RawConnection) -> None:
     assert expected.items() <= described.items()
 
 
-def test_the_status_counts_for_whoever_is_granted_it(connection: RawConnection) -> None:
-    """Version, state, how many keys the caller may use, how they are protected."""
-    status = ok(connection, "GetAgentStatus", {})
+def test_status_has_the_figures_for_granted_callers(connection: RawConnection) -> None:
+    """Figures are the version, the state, the number of keys that the caller may use, and their protection."""
+    status = call_ok(connection, "GetAgentStatus", {})
     assert {"ProtocolVersion": 1, "State": "Serving", "Keys": 2}.items() <= status.items()
     assert status["MemoryProtection"] in ("memfd_secret", "mlock", "none")
     assert status["Counters"]["Connections"] >= 1
@@ -158,23 +162,20 @@ def test_the_status_counts_for_whoever_is_granted_it(connection: RawConnection) 
         (None, "MissingParameter"),
     ],
 )
-def test_a_key_id_that_names_nothing_is_refused(connection: RawConnection, key_id: Any, code: str) -> None:
-    """Unknown keys and aliases are told apart; ARNs must be of this agent."""
+def test_unknown_key_id_is_refused(connection: RawConnection, key_id: Any, code: str) -> None:
+    """Unknown keys and aliases have different codes, and an ARN must be of this agent."""
     if isinstance(key_id, str) and not key_id.isascii():
         connection.send(b"\x94\0\x01\xabDescribeKey\x91\x81\xa5KeyId\xa1\xff")
-        response = connection.response()
-        assert response is not None
-        assert response.error is not None
-        assert response.error["Code"] == code
+        assert error(connection.response())["Code"] == code
         return
-    refused(connection, "DescribeKey", {"KeyId": key_id}, code, "KeyId" if code.endswith("Parameter") else "")
+    call_refused(connection, "DescribeKey", {"KeyId": key_id}, code, "KeyId" if code.endswith("Parameter") else "")
 
 
 @pytest.mark.parametrize("missing", ["KeyId", "PublicKeyBlob", "WrappingKeySpec", "WrappingAlgorithm"])
 def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -> None:
-    """Nil counts as absent."""
+    """A nil parameter counts as missing."""
     for params in ({k: v for k, v in GENERATE.items() if k != missing}, {**GENERATE, missing: None}):
-        message = refused(connection, "GenerateAndExportDataKey", params, "MissingParameter")
+        message = call_refused(connection, "GenerateAndExportDataKey", params, "MissingParameter")
         assert message == f'The parameter "{missing}" is needed but not provided.'
 
 
@@ -225,13 +226,13 @@ def test_a_missing_parameter_is_named(connection: RawConnection, missing: str) -
         ({"EncryptionContext": "[" * 8000}, "JSON"),
     ],
 )
-def test_a_parameter_that_is_wrong_is_named(connection: RawConnection, changed: dict[str, Any], word: str) -> None:
-    """InvalidParameter says which parameter, and why."""
-    refused(connection, "GenerateAndExportDataKey", {**GENERATE, **changed}, "InvalidParameter", word)
+def test_invalid_parameter_is_named(connection: RawConnection, changed: dict[str, Any], word: str) -> None:
+    """InvalidParameter has the parameter's name and the reason."""
+    call_refused(connection, "GenerateAndExportDataKey", {**GENERATE, **changed}, "InvalidParameter", word)
 
 
 def test_contexts_that_look_alike_are_different(connection: RawConnection) -> None:
-    """What naive encodings make equal does not open; order and form do not matter."""
+    """Contexts that are equal in naive encodings do not open each other's ciphertexts; order and form do not matter."""
     pairs = [
         ({"a": "1&b=2"}, {"a": "1", "b": "2"}),
         ({"a": "bc"}, {"ab": "c"}),
@@ -239,16 +240,18 @@ def test_contexts_that_look_alike_are_different(connection: RawConnection) -> No
         ({"": "a"}, {"a": ""}),
     ]
     for one, other in [*pairs, *((b, a) for a, b in pairs)]:
-        made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": one})
+        made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": one})
         blob = {"CiphertextBlob": made["CiphertextBlob"]}
-        refused(connection, "Decrypt", {**blob, "EncryptionContext": other}, "InvalidParameter", "CiphertextBlob")
-        ok(connection, "Decrypt", {**blob, "EncryptionContext": json.dumps(one)})
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"x": "1", "y": "2"}})
-    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": '{ "y": "2", "x": "1" }'})
+        call_refused(connection, "Decrypt", {**blob, "EncryptionContext": other}, "InvalidParameter", "CiphertextBlob")
+        call_ok(connection, "Decrypt", {**blob, "EncryptionContext": json.dumps(one)})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"x": "1", "y": "2"}})
+    call_ok(
+        connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": '{ "y": "2", "x": "1" }'}
+    )
 
 
-def test_an_empty_context_equals_none(connection: RawConnection) -> None:
-    """{} in both forms, nil, and absence."""
+def test_empty_context_equals_a_missing_one(connection: RawConnection) -> None:
+    """{} in both forms, nil and absence are the same."""
     forms: list[dict[str, Any]] = [
         {},
         {"EncryptionContext": {}},
@@ -256,22 +259,22 @@ def test_an_empty_context_equals_none(connection: RawConnection) -> None:
         {"EncryptionContext": None},
     ]
     for sealed in forms:
-        made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, **sealed})
+        made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, **sealed})
         for opened in forms:
-            ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], **opened})
+            call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], **opened})
 
 
-def test_the_largest_context_is_taken(connection: RawConnection) -> None:
-    """8,192 characters as JSON, also when their UTF-8 is longer."""
+def test_largest_context_is_accepted(connection: RawConnection) -> None:
+    """The limit is 8,192 characters as JSON, also if their UTF-8 is longer."""
     context = {"k": "ü" * (8192 - 8)}
     assert len(json.dumps(context, ensure_ascii=False, separators=(",", ":"))) == 8192
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": context})
-    ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context})
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": context})
+    call_ok(connection, "Decrypt", {"CiphertextBlob": made["CiphertextBlob"], "EncryptionContext": context})
 
 
 def test_every_damaged_ciphertext_gets_the_same_answer(connection: RawConnection) -> None:
-    """Whatever was changed, cut, added or mistaken: one error, which does not say what it was."""
-    made = ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"a": "b"}})
+    """Changes, cuts, additions and wrong parameters have one error without a cause."""
+    made = call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "EncryptionContext": {"a": "b"}})
     good = decode_base64(made["CiphertextBlob"])
     damaged: list[Any] = [good[:end] for end in (0, 1, 36, 37, 100, 116, 117, len(good) - 1)] + [good + b"\0"]
     for position in range(36, len(good)):
@@ -284,40 +287,40 @@ def test_every_damaged_ciphertext_gets_the_same_answer(connection: RawConnection
     messages = set()
     for blob in damaged:
         params = {"CiphertextBlob": blob, "EncryptionContext": {"a": "b"}}
-        messages.add(refused(connection, "Decrypt", params, "InvalidParameter"))
-    messages.add(refused(connection, "Decrypt", {"CiphertextBlob": good}, "InvalidParameter"))
-    messages.add(refused(connection, "ExportDataKey", {"CiphertextBlob": good, **RSA.params}, "InvalidParameter"))
+        messages.add(call_refused(connection, "Decrypt", params, "InvalidParameter"))
+    messages.add(call_refused(connection, "Decrypt", {"CiphertextBlob": good}, "InvalidParameter"))
+    messages.add(call_refused(connection, "ExportDataKey", {"CiphertextBlob": good, **RSA.params}, "InvalidParameter"))
     assert len(messages) == 1
 
 
-def test_a_version_that_is_not_held_is_told_apart(connection: RawConnection) -> None:
-    """The one thing that a ciphertext's error says: which version is missing is in the blob, in the clear."""
-    made = ok(connection, "GenerateAndExportDataKey", GENERATE)
+def test_unknown_version_has_its_own_error(connection: RawConnection) -> None:
+    """A blob has its version in the clear, so the error may name the missing version."""
+    made = call_ok(connection, "GenerateAndExportDataKey", GENERATE)
     blob = str(uuid.uuid4()).encode() + decode_base64(made["CiphertextBlob"])[36:]
-    refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.KeyVersionNotFound")
-    refused(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params}, "Forbidden.KeyVersionNotFound")
+    call_refused(connection, "Decrypt", {"CiphertextBlob": blob}, "Forbidden.KeyVersionNotFound")
+    call_refused(connection, "ExportDataKey", {"CiphertextBlob": blob, **RSA.params}, "Forbidden.KeyVersionNotFound")
 
 
 def test_a_ciphertext_does_not_open_under_another_key(connection: RawConnection) -> None:
-    """The version's ID in a blob is authenticated, not only looked at."""
+    """The version's ID in a blob is authenticated."""
     blobs = [
-        decode_base64(ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": key})["CiphertextBlob"])
+        decode_base64(call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "KeyId": key})["CiphertextBlob"])
         for key in ("alias/dev", "alias/dev-sm4")
     ]
     for one, other in (blobs, reversed(blobs)):
-        refused(connection, "Decrypt", {"CiphertextBlob": one[:36] + other[36:]}, "InvalidParameter")
+        call_refused(connection, "Decrypt", {"CiphertextBlob": one[:36] + other[36:]}, "InvalidParameter")
 
 
 @pytest.mark.parametrize("method", ["", "describekey", "DescribeKey ", "CreateKey", "x" * 1000])
 def test_an_unknown_operation_is_not_found(connection: RawConnection, method: str) -> None:
-    """Names are exact."""
-    refused(connection, method, {}, "InvalidAction.NotFound")
+    """Names of operations are exact."""
+    call_refused(connection, method, {}, "InvalidAction.NotFound")
 
 
 @pytest.mark.parametrize("dry_run", [True, "true", "True", "TRUE"])
-def test_a_dry_run_always_fails_and_says_how_the_call_would_have_ended(connection: RawConnection, dry_run: Any) -> None:
-    """412 for success, 400 for bad parameters; what is not found keeps its own code."""
-    made = ok(connection, "GenerateAndExportDataKey", GENERATE)
+def test_dry_run_fails_with_the_outcome_of_the_call(connection: RawConnection, dry_run: Any) -> None:
+    """The status is 412 for success and 400 for bad parameters; a missing key keeps its own code."""
+    made = call_ok(connection, "GenerateAndExportDataKey", GENERATE)
     blob = {"CiphertextBlob": made["CiphertextBlob"], "DryRun": dry_run}
     bad_blob = {**blob, "CiphertextBlob": made["CiphertextBlob"][:-8]}
     for method, params, code in (
@@ -336,29 +339,29 @@ def test_a_dry_run_always_fails_and_says_how_the_call_would_have_ended(connectio
             "Forbidden.KeyVersionNotFound",
         ),
     ):
-        refused(connection, method, params, code)
+        call_refused(connection, method, params, code)
 
 
 @pytest.mark.parametrize("dry_run", [False, "false", "FALSE", None])
-def test_a_dry_run_that_is_false_is_none(connection: RawConnection, dry_run: Any) -> None:
-    """false, in every form."""
-    ok(connection, "GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run})
+def test_false_dry_run_is_a_real_call(connection: RawConnection, dry_run: Any) -> None:
+    """DryRun may be false in each form that the API accepts."""
+    call_ok(connection, "GenerateAndExportDataKey", {**GENERATE, "DryRun": dry_run})
 
 
-def test_the_same_request_never_gives_the_same_bytes_twice(connection: RawConnection) -> None:
+def test_equal_requests_return_different_bytes(connection: RawConnection) -> None:
     """Data keys, salts and RequestIds are fresh."""
-    made = [ok(connection, "GenerateAndExportDataKey", GENERATE) for _ in range(20)]
+    made = [call_ok(connection, "GenerateAndExportDataKey", GENERATE) for _ in range(20)]
     for field in ("CiphertextBlob", "ExportedDataKey", "RequestId"):
         assert len({answer[field] for answer in made}) == 20
     assert len({RSA.unwrap(answer["ExportedDataKey"]) for answer in made}) == 20
     assert len({encode_base64(decode_base64(answer["CiphertextBlob"])[37:69]) for answer in made}) == 20
 
 
-def test_keys_of_every_size_one_after_the_other(connection: RawConnection) -> None:
-    """1 to 1024 bytes: the agent's secret memory does not wear out."""
+def test_keys_of_all_sizes_do_not_use_up_secret_memory(connection: RawConnection) -> None:
+    """Sizes from 1 to 1024 bytes are generated in sequence."""
     to = recipient("SM2PKE")
     sizes = [*range(1, 1025, 16), 1024]
     for size in sizes:
         params = {"KeyId": "alias/dev", "NumberOfBytes": size, **(RSA if size <= 190 else to).params}
-        blob = ok(connection, "GenerateAndExportDataKey", params)["CiphertextBlob"]
-        assert len(decode_base64(ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"])) == size
+        blob = call_ok(connection, "GenerateAndExportDataKey", params)["CiphertextBlob"]
+        assert len(decode_base64(call_ok(connection, "Decrypt", {"CiphertextBlob": blob})["Plaintext"])) == size

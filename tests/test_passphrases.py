@@ -58,7 +58,7 @@ def module_init(*arguments: object) -> int:
 
 @quick
 def test_every_change_of_a_keyring_writes_work_factor_18(tmp_path: Path) -> None:
-    """Also where the file had another one."""
+    """A change raises another work factor of the file to 18."""
     keyring = passphrase_keyring(tmp_path)
     assert age_passphrase.work_factor(keyring.read_bytes()) == 18
     for factor in (10, 19):
@@ -72,7 +72,7 @@ def test_every_change_of_a_keyring_writes_work_factor_18(tmp_path: Path) -> None
 def test_a_low_work_factor_is_a_warning_of_the_keyring_verbs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The file opens all the same, stdout stays JSON, and `reseal` ends the warning."""
+    """The file opens, stdout stays JSON, and `reseal` ends the warning."""
     keyring = passphrase_keyring(tmp_path)
     weaken(keyring, STRONG, 16)
     capsys.readouterr()
@@ -90,7 +90,7 @@ def test_a_low_work_factor_is_a_warning_of_the_keyring_verbs(
 
 
 def test_an_agent_warns_about_a_low_work_factor_and_serves(tmp_path: Path, socket_path: Path) -> None:
-    """Its log names the file, the work factor, and what to do."""
+    """The agent's log names the file, the work factor and the remedy."""
     keyring = passphrase_keyring(tmp_path)
     weaken(keyring, STRONG, 10)
     with serving(keyring, socket_path) as agent, agent.client() as kms:
@@ -115,7 +115,7 @@ def test_an_ordinary_keyring_is_loaded_without_a_warning(keyring: Path, tmp_path
 
 @quick
 def test_a_keyring_above_the_bound_is_refused_by_its_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In the verbs' message and in the agent's."""
+    """The messages of the verbs and of the agent have the work factor."""
     keyring = passphrase_keyring(tmp_path)
     keyring.write_bytes(keyring.read_bytes().replace(b" 18\n", b" 24\n", 1))
     run("list", keyring, "--unseal", tmp_path / "identity", code=1)
@@ -167,7 +167,7 @@ def test_a_short_passphrase_is_accepted_with_a_warning(
 
 
 def test_a_generated_passphrase_has_140_bits() -> None:
-    """28 characters of 32 each. Every character comes up, in every place."""
+    """A passphrase has 28 characters of 32 each, and every character occurs in every place."""
     phrases = [passphrase.generate() for _ in range(2_000)]
     assert len(set(phrases)) == len(phrases)
     assert all(GENERATED.fullmatch(phrase) for phrase in phrases)
@@ -180,7 +180,7 @@ def test_a_generated_passphrase_has_140_bits() -> None:
 @pytest.mark.parametrize("form", ["text", "json"])
 @quick
 def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
-    """By `init` and by `reseal`, once each, on stdout."""
+    """`init` and `reseal` print the passphrase once on stdout."""
     path, json_option = tmp_path / "k.age", ["--json"] if form == "json" else []
     secret_file(tmp_path / "p", "")
     phrases = []
@@ -202,7 +202,7 @@ def test_a_generated_passphrase_is_printed_once(tmp_path: Path, capsys: pytest.C
 
 @quick
 def test_a_generated_passphrase_goes_to_a_new_file_instead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Mode 0600, for keyrings and for modules."""
+    """The file has mode 0600, for keyrings and for modules."""
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     run("init", tmp_path / "k.age", "--generate-passphrase", "--passphrase-file", first)
     generated = ["--generate-passphrase", "--passphrase-file"]
@@ -221,7 +221,7 @@ def test_a_generated_passphrase_goes_to_a_new_file_instead(tmp_path: Path, capsy
 
 @quick
 def test_module_init_prints_a_generated_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As one more field."""
+    """The passphrase is one more field of the JSON."""
     assert module_init(tmp_path / "m", "--generate-passphrase") == 0
     shown = json.loads(capsys.readouterr().out)
     assert GENERATED.fullmatch(shown["Passphrase"])
@@ -230,7 +230,7 @@ def test_module_init_prints_a_generated_passphrase(tmp_path: Path, capsys: pytes
 
 @quick
 def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is sealed, nothing is changed."""
+    """A refused command seals and changes no file."""
     secret_file(tmp_path / "p", STRONG)
     generated = ["--generate-passphrase", "--passphrase-file", tmp_path / "p"]
     run("init", tmp_path / "k.age", *generated, code=1)
@@ -250,7 +250,7 @@ def test_an_existing_passphrase_file_is_never_overwritten(tmp_path: Path, capsys
 
 @quick
 def test_a_refused_command_leaves_no_passphrase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither on stdout nor in a file."""
+    """A refused command leaves no passphrase on stdout or in a file."""
     keyring = passphrase_keyring(tmp_path)
     secret_file(tmp_path / "wrong", "wrong passphrase")
     capsys.readouterr()
@@ -267,7 +267,7 @@ def test_a_refused_command_leaves_no_passphrase(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_failed_print_of_the_passphrase_changes_nothing(tmp_path: Path) -> None:
-    """A keyring whose passphrase was lost is lost."""
+    """A keyring is useless without its passphrase."""
     keyring = passphrase_keyring(tmp_path)
     before = keyring.read_bytes()
     arguments = [sys.executable, "-m", "keyferry_agent", "keyring", "reseal", str(keyring), "--generate-passphrase"]
@@ -306,7 +306,7 @@ def test_a_keyring_is_sealed_in_one_way_only(
 
 
 def test_a_module_without_a_passphrase_is_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Both options are named."""
+    """The message has both options for a passphrase."""
     with pytest.raises(SystemExit) as ended:
         module_init(tmp_path / "m")
     assert ended.value.code == 2
@@ -317,7 +317,7 @@ def test_a_module_without_a_passphrase_is_wrong_usage(tmp_path: Path, capsys: py
 def test_a_full_disk_leaves_no_passphrase_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The next try finds nothing in its way."""
+    """A second attempt with free space succeeds."""
 
     def full(_descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -378,14 +378,14 @@ def test_unsealing_has_a_limit_too(keyring: Path, tmp_path: Path, monkeypatch: p
 def test_a_killed_loader_is_explained_by_memory(
     keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, why: str
 ) -> None:
-    """A container with little memory kills the largest process without a word."""
+    """A container with little memory kills its largest process silently."""
     pretend(monkeypatch, tmp_path, f"printf '{first}'; kill -9 $$")
     with pytest.raises(KeyringError, match=why):
         load(keyring)
 
 
 def test_a_loader_without_a_message_is_reported(keyring: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the name of the keyring."""
+    """The error names the keyring."""
     pretend(monkeypatch, tmp_path, "exit 3")
     with pytest.raises(KeyringError, match=r"keyring\.age: its loader ended without a message"):
         load(keyring)

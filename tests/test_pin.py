@@ -19,7 +19,7 @@ from keyferry.module import token as token_module
 
 @pytest.fixture
 def spare(softhsm: list[RealToken]) -> RealToken:
-    """A token in which nobody is logged in, since each test closes its modules."""
+    """A token without a logged in session, since each test closes its modules."""
     gc.collect()
     return softhsm[1]
 
@@ -49,14 +49,14 @@ PIN_FILES = {"with a newline": "\n", "without": "", "of Windows": "\r\n", "with 
 def test_a_pin_is_the_first_line_of_a_file(
     spare: RealToken, tmp_path: Path, logins: list[bytes | None], rest: str
 ) -> None:
-    """However it ends."""
+    """A PIN may end with LF, CRLF or the end of the file."""
     secret_file(tmp_path / "pin", tokens.PIN + rest)
     spare_open(spare, pin_file=tmp_path / "pin").close()
     assert logins == [tokens.PIN.encode()]
 
 
-def test_a_pin_is_a_systemd_credential(spare: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its name; and where there is none, that is said."""
+def test_pin_comes_from_a_systemd_credential(spare: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The credential is found by its name, and a missing one is named."""
     secret_file(tmp_path / "hsm", tokens.PIN)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
     spare_open(spare, pin_file="credential:hsm").close()
@@ -68,8 +68,8 @@ def test_a_pin_is_a_systemd_credential(spare: RealToken, tmp_path: Path, monkeyp
         spare_open(spare, pin_file="credential:hsm")
 
 
-def test_a_pin_is_asked_for_once_and_serves_after_a_reset(spare: RealToken, logins: list[bytes | None]) -> None:
-    """The module keeps it in locked memory."""
+def test_pin_is_prompted_once_and_kept_for_resets(spare: RealToken, logins: list[bytes | None]) -> None:
+    """The module keeps the PIN in locked memory."""
     asked = []
 
     def prompt() -> str:
@@ -88,10 +88,10 @@ NO_PINS = {"empty": b"", "an empty line": b"\n1234", "too long": b"1" * 256, "no
 
 
 @pytest.mark.parametrize("content", NO_PINS.values(), ids=NO_PINS)
-def test_what_is_no_pin_is_never_sent_to_the_token(
+def test_invalid_pin_is_never_sent_to_the_token(
     spare: RealToken, tmp_path: Path, logins: list[bytes | None], content: bytes | None
 ) -> None:
-    """It would count as a wrong one."""
+    """The token would count it as a wrong PIN."""
     if content is not None:
         secret_file(tmp_path / "pin", content)
     with pytest.raises(
@@ -129,8 +129,8 @@ def test_a_wrong_pin_is_tried_once_and_shown_nowhere(spare: RealToken, logins: l
     assert WRONG_PIN not in shown
 
 
-def test_a_pin_that_is_refused_after_a_reset_is_never_tried_again(spare: RealToken, logins: list[bytes | None]) -> None:
-    """It was changed meanwhile: the next calls fail without asking the token, and the module says what to do."""
+def test_pin_refused_after_a_reset_is_not_retried(spare: RealToken, logins: list[bytes | None]) -> None:
+    """The PIN was changed, so later calls fail without a login, and the error has the remedy."""
     module = spare_open(spare, pin_file=spare.pin_file)
     key, _ = tokens.imported(module)
     change = ["--change-pin", "--new-pin", "changed-pin"]
@@ -147,10 +147,8 @@ def test_a_pin_that_is_refused_after_a_reset_is_never_tried_again(spare: RealTok
         spare.finalize()
 
 
-def test_a_wrong_pin_is_noticed_although_the_process_is_logged_in_already(
-    spare: RealToken, logins: list[bytes | None]
-) -> None:
-    """A token would say nothing of it until the next reset."""
+def test_wrong_pin_is_noticed_in_a_logged_in_process(spare: RealToken, logins: list[bytes | None]) -> None:
+    """The token itself would not report the PIN before its next reset."""
     first = spare_open(spare, pin_file=spare.pin_file)
     spare_open(spare, pin_file=spare.pin_file).close()
     with pytest.raises(ModuleError, match="with another PIN"):
@@ -168,10 +166,10 @@ LOCKED = {
 
 
 @pytest.mark.parametrize("flag", LOCKED, ids=lambda flag: flag.name)
-def test_a_pin_is_not_sent_to_a_token_that_is_locked_or_about_to_be(
+def test_pin_is_not_sent_to_a_nearly_locked_token(
     spare: RealToken, logins: list[bytes | None], monkeypatch: pytest.MonkeyPatch, flag: TokenFlag
 ) -> None:
-    """A service that is started again and again with a wrong PIN must not lock it."""
+    """A service that restarts repeatedly with a wrong PIN must not lock the token."""
 
     class Flagged(tokens.ReadWrite):
         @property
@@ -184,10 +182,10 @@ def test_a_pin_is_not_sent_to_a_token_that_is_locked_or_about_to_be(
     assert not logins
 
 
-def test_a_token_with_a_pin_pad_of_its_own_is_asked_to_use_it(
+def test_token_with_a_pin_pad_is_logged_in_by_the_pad(
     spare: RealToken, logins: list[bytes | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No PIN goes through this process. SoftHSM2 has none, and refuses."""
+    """No PIN passes through this process. SoftHSM2 has no pad, and refuses."""
 
     class Flagged(tokens.ReadWrite):
         @property
@@ -201,8 +199,8 @@ def test_a_token_with_a_pin_pad_of_its_own_is_asked_to_use_it(
 
 
 @skip_unless.program(*tokens.PROGRAMS["softokn"])
-def test_a_token_that_wants_no_pin_is_opened_without(tmp_path: Path) -> None:
-    """An NSS database without a password, in a process of its own."""
+def test_token_without_a_pin_opens_without_one(tmp_path: Path) -> None:
+    """An NSS database without a password is opened in a process of its own."""
     library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     command = ["certutil", "-N", "-d", f"sql:{tmp_path}", "--empty-password"]
     subprocess.run(command, check=True, capture_output=True)

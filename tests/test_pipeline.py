@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.agent import RunningAgent
-from support.fake_server import answers, client_of, says
+from support.fake_server import client_of, respond_in_reverse, send_bytes
 from support.keys import recipient
 
 from keyferry import AgentUnavailable, Client, InvalidRequest, NotFound, ProtocolError, operations
@@ -19,7 +19,7 @@ SM2 = recipient("SM2PKE")
 
 
 def test_results_come_in_the_order_of_the_calls(agent: RunningAgent) -> None:
-    """Slow ones among fast ones."""
+    """Slow calls among fast ones do not change the order."""
     sizes = range(1, 101)
     wanted = [
         operations.GenerateAndExportDataKey(
@@ -36,7 +36,7 @@ def test_results_come_in_the_order_of_the_calls(agent: RunningAgent) -> None:
 
 
 def test_a_refusal_takes_the_place_of_its_result(agent: RunningAgent) -> None:
-    """The others are answered."""
+    """Other calls of the pipeline are answered."""
     with agent.client() as kms:
         first, second, third = kms.pipeline(
             [
@@ -49,22 +49,22 @@ def test_a_refusal_takes_the_place_of_its_result(agent: RunningAgent) -> None:
     assert isinstance(second, NotFound)
 
 
-def test_an_empty_pipeline_asks_nothing() -> None:
-    """Not even for a connection."""
+def test_empty_pipeline_opens_no_connection() -> None:
+    """An empty pipeline returns without a request."""
     with Client("/nowhere") as kms:
         assert kms.pipeline([]) == []
 
 
-def test_what_is_no_request_is_refused_before_anything_is_sent() -> None:
-    """By its type."""
+def test_invalid_request_is_refused_before_a_send() -> None:
+    """The error names the type of the invalid argument."""
     with Client("/nowhere") as kms:
         for wrong in (5, "DescribeKey", ("DescribeKey", 5), operations.DecryptResult("", "", ""), object()):
             with pytest.raises(TypeError, match="request"):
                 kms.pipeline([wrong])
 
 
-def test_a_pipeline_of_megabytes_neither_stalls_nor_loses_anything(agent: RunningAgent) -> None:
-    """Requests and answers each larger than any buffer between client and agent."""
+def test_pipeline_of_megabytes_completes(agent: RunningAgent) -> None:
+    """Requests and answers are each larger than any buffer between client and agent."""
     texts = [encode_base64(bytes([n % 256]) * 6_144) for n in range(300)]
     with agent.client() as kms:
         sealed = kms.pipeline(operations.Encrypt(key_id="alias/dev", plaintext=text) for text in texts)
@@ -74,18 +74,18 @@ def test_a_pipeline_of_megabytes_neither_stalls_nor_loses_anything(agent: Runnin
     assert {each.total_count for each in listed} == {2}
 
 
-def test_chunks_that_are_larger_than_a_sockets_buffer_do_not_stall_it(agent: RunningAgent) -> None:
-    """The agent, too, stops reading while nobody takes its answers."""
+def test_pipeline_chunks_over_the_socket_buffer_do_not_stall(agent: RunningAgent) -> None:
+    """The agent stops reading while a client does not read its answers."""
     large = operations.Encrypt(key_id="alias/dev", plaintext="A" * 65_000)
     with agent.client() as kms:
         got = kms.pipeline(([operations.GetAgentStatus()] * 1_250 + [large]) * 2)
     assert sum(isinstance(each, InvalidRequest) for each in got) == 2
 
 
-def test_a_peer_that_says_something_of_another_type_is_no_agent(socket_path: Path) -> None:
-    """Rather than a result with a number for a name."""
+def test_field_of_another_type_is_a_protocol_error(socket_path: Path) -> None:
+    """The client never returns a result with a number in place of a name."""
     wrong = {"KeyId": 5, "KeyVersionId": None, "Plaintext": [1], "RequestId": "r"}
-    with client_of(socket_path, says(wire.encode_response(1, None, wrong))) as kms, pytest.raises(ProtocolError):
+    with client_of(socket_path, send_bytes(wire.encode_response(1, None, wrong))) as kms, pytest.raises(ProtocolError):
         kms.decrypt(ciphertext_blob="AAAA")
 
 
@@ -103,8 +103,8 @@ UNSENDABLE: list[Any] = [
 
 
 @pytest.mark.parametrize("wrong", UNSENDABLE, ids=range(len(UNSENDABLE)))
-def test_what_no_agent_could_read_is_refused_in_its_place_and_not_sent(agent: RunningAgent, wrong: Any) -> None:
-    """It would end the connection, and with it the calls of others."""
+def test_unencodable_request_is_refused_in_its_place(agent: RunningAgent, wrong: Any) -> None:
+    """A request over the limits would end the connection, and with it the calls of other threads."""
     with agent.client() as kms:
         first, refused, last = kms.pipeline([operations.GetAgentStatus(), wrong, operations.GetAgentStatus()])
         assert first.counters.connections_total == last.counters.connections_total
@@ -113,22 +113,22 @@ def test_what_no_agent_could_read_is_refused_in_its_place_and_not_sent(agent: Ru
 
 
 def test_a_plaintext_may_be_bytes(agent: RunningAgent) -> None:
-    """As a public key may; the wire has Base64."""
+    """The client encodes bytes of a plaintext or public key as Base64."""
     with agent.client() as kms:
         sealed = kms.encrypt(key_id="alias/dev", plaintext=b"secret")
         assert decode_base64(kms.decrypt(ciphertext_blob=sealed.ciphertext_blob).plaintext) == b"secret"
 
 
 def test_answers_in_any_order_find_their_calls(socket_path: Path) -> None:
-    """By msgid."""
-    with client_of(socket_path, answers(5)) as kms:
+    """Answers are matched to calls by msgid."""
+    with client_of(socket_path, respond_in_reverse(5)) as kms:
         got = kms.pipeline((f"Method{n}", {}) for n in range(5))
     assert [each["RequestId"] for each in got] == [f"Method{n}" for n in range(5)]
 
 
-def test_what_a_lost_connection_left_open_is_asked_again(socket_path: Path) -> None:
-    """As long as each connection answers something."""
-    with client_of(socket_path, answers(3), answers(3), answers(2)) as kms:
+def test_unanswered_requests_are_repeated_after_a_disconnect(socket_path: Path) -> None:
+    """The client repeats them as long as each connection brings an answer."""
+    with client_of(socket_path, respond_in_reverse(3), respond_in_reverse(3), respond_in_reverse(2)) as kms:
         got = kms.pipeline((f"Method{n}", {}) for n in range(8))
     assert [each["RequestId"] for each in got] == [f"Method{n}" for n in range(8)]
 
@@ -136,20 +136,20 @@ def test_what_a_lost_connection_left_open_is_asked_again(socket_path: Path) -> N
 def test_a_fresh_connection_that_answers_nothing_ends_the_pipeline(socket_path: Path) -> None:
     """It would go on for ever."""
     with (
-        client_of(socket_path, answers(1), *[says(b"")] * MAX_LOST_CONNECTIONS) as kms,
+        client_of(socket_path, respond_in_reverse(1), *[send_bytes(b"")] * MAX_LOST_CONNECTIONS) as kms,
         pytest.raises(AgentUnavailable),
     ):
         kms.pipeline((f"Method{n}", {}) for n in range(8))
 
 
-def test_nonsense_ends_the_pipeline(socket_path: Path) -> None:
-    """It is no agent."""
-    with client_of(socket_path, says(b"\xc1")) as kms, pytest.raises(ProtocolError):
+def test_invalid_answer_ends_the_pipeline(socket_path: Path) -> None:
+    """A peer that sends invalid messages is not an agent."""
+    with client_of(socket_path, send_bytes(b"\xc1")) as kms, pytest.raises(ProtocolError):
         kms.pipeline([("A", {}), ("B", {})])
 
 
-def test_every_request_shows_itself_without_its_plaintext() -> None:
-    """Requests and results may be logged."""
+def test_repr_of_a_request_hides_its_plaintext() -> None:
+    """Applications may log requests and results."""
     shown = repr(operations.Encrypt(key_id="k", plaintext="c2VjcmV0")) + repr(
         operations.GenerateDataKeyResult("k", "v", "b", "c2VjcmV0")
     )

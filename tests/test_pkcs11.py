@@ -1,4 +1,4 @@
-"""Cryptographic modules in real tokens, SoftHSM2 and NSS softokn: what they do, and that keys stay in the token."""
+"""Cryptographic modules in real tokens, SoftHSM2 and NSS softokn: their operations, and that keys stay in the token."""
 
 import base64
 import os
@@ -18,11 +18,11 @@ from support.tokens import FIND_TOKEN, RealToken
 from keyferry.module import DataKey, ModuleError, Pkcs11Module, SoftwareModule, cryptoki
 from keyferry.module import token as token_module
 
-# What a module does
+# Operations of a module
 
 
-def test_the_main_job(agent: RunningAgent, module: Pkcs11Module) -> None:
-    """Make, import, use, forget, recover, use again; and a software module opens what the token sealed, and the other way."""
+def test_token_module_does_the_main_job(agent: RunningAgent, module: Pkcs11Module) -> None:
+    """A token imports, uses, forgets and recovers a data key, and exchanges ciphertexts with a software module."""
     with agent.client() as kms:
         key, record = module.new_data_key(kms, key_id="alias/dev", encryption_context={"tenant": "acme"})
         sealed = module.encrypt(key, b"plaintext", aad=b"header")
@@ -35,15 +35,15 @@ def test_the_main_job(agent: RunningAgent, module: Pkcs11Module) -> None:
         assert module.decrypt(again, software.encrypt(same, b"other", b"aad"), b"aad") == b"other"
 
 
-def test_the_wrapping_algorithm_is_one_that_the_token_knows(token: RealToken, module: Pkcs11Module) -> None:
-    """SoftHSM2 knows OAEP with SHA-1 only."""
+def test_wrapping_algorithm_is_supported_by_the_token(token: RealToken, module: Pkcs11Module) -> None:
+    """SoftHSM2 supports OAEP with SHA-1 only."""
     expected = "RSAES_OAEP_SHA_1" if "softhsm" in str(token.library) else "RSAES_OAEP_SHA_256"
     assert (module.wrapping_key_spec, module.wrapping_algorithm) == ("RSA_2048", expected)
 
 
 @pytest.mark.parametrize("size", [16, 24, 32])
 def test_encryption_is_aes_gcm_with_a_fresh_nonce_in_front(module: Pkcs11Module, size: int) -> None:
-    """Nonce (12) ‖ ciphertext ‖ tag (16), of any length, none included."""
+    """The format is nonce (12) ‖ ciphertext ‖ tag (16), for plaintexts of any length including zero."""
     data_key = os.urandom(size)
     key = module.import_data_key(tokens.exported(module, data_key))
     for plaintext, aad in ((b"", b""), (b"\0", b"aad\0"), (os.urandom(1_000_003), os.urandom(5_000))):
@@ -55,8 +55,8 @@ def test_encryption_is_aes_gcm_with_a_fresh_nonce_in_front(module: Pkcs11Module,
         assert module.decrypt(key, nonce + AESGCM(data_key).encrypt(nonce, plaintext, aad), aad) == plaintext
 
 
-def test_what_was_changed_does_not_decrypt(module: Pkcs11Module) -> None:
-    """One error for every cause."""
+def test_changed_ciphertext_does_not_decrypt(module: Pkcs11Module) -> None:
+    """Every cause has the same error."""
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"plaintext", b"aad")
     damaged = [bytes([*sealed[:i], sealed[i] ^ 1, *sealed[i + 1 :]]) for i in range(len(sealed))]
@@ -76,8 +76,8 @@ def test_a_data_key_that_is_no_aes_key_is_refused(module: Pkcs11Module, size: in
         module.import_data_key(tokens.exported(module, os.urandom(size)))
 
 
-def test_what_was_not_exported_to_this_module_is_refused(module: Pkcs11Module) -> None:
-    """Another module's, damaged, cut off, not Base64: one error."""
+def test_invalid_and_foreign_exports_are_refused(module: Pkcs11Module) -> None:
+    """Exports to another module, damaged, truncated and not in Base64 have one error."""
     good = tokens.exported(module, os.urandom(32))
     raw = base64.b64decode(good)
     wrong: list[str | bytes] = [good[:-4], "", "*", b"", raw[:-1], raw + b"\0", bytes(256), b"\xff" * 256]
@@ -92,7 +92,7 @@ def test_what_was_not_exported_to_this_module_is_refused(module: Pkcs11Module) -
 
 
 def test_a_forgotten_key_is_gone_from_the_token(module: Pkcs11Module) -> None:
-    """And a handle is of use in its module only."""
+    """A handle is valid in its own module only."""
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"x")
     inside = module._keys[key].key
@@ -110,7 +110,7 @@ def test_a_forgotten_key_is_gone_from_the_token(module: Pkcs11Module) -> None:
 
 
 def test_a_data_key_cannot_be_read_out(module: Pkcs11Module) -> None:
-    """Not by the process that imported it, in a session of its own."""
+    """The process that imported a data key cannot read it in another session."""
     key, _ = tokens.imported(module)
     inside = module._keys[key].key
     assert inside[Attribute.SENSITIVE]
@@ -122,30 +122,28 @@ def test_a_data_key_cannot_be_read_out(module: Pkcs11Module) -> None:
 
 
 @skip_unless.program("pkcs11-tool", "opensc")
-def test_another_program_finds_both_keys_sensitive_and_not_extractable(
-    app: RealToken, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here the data key is made an object of the token, so that a second process sees it."""
+def test_another_program_cannot_extract_the_keys(softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data key is a token object here, so that a second process sees it: sensitive and not extractable."""
     monkeypatch.setitem(token_module._TEMPLATE, Attribute.TOKEN, True)
     monkeypatch.setattr(token_module, "_find_token", lambda *wanted: tokens.ReadWrite(FIND_TOKEN(*wanted)))
-    module = app.open("seen from outside")
+    module = softhsm_token.open("seen from outside")
     key, data_key = tokens.imported(module)
-    private = app.tool("--list-objects", "--type", "privkey").split("Private Key Object")
+    private = softhsm_token.tool("--list-objects", "--type", "privkey").split("Private Key Object")
     (found,) = [entry for entry in private if "seen from outside" in entry]
     assert "Usage:      unwrap\n" in found
     assert "Access:     sensitive, always sensitive, never extractable, local\n" in found
-    secret = app.tool("--list-objects", "--type", "secrkey")
+    secret = softhsm_token.tool("--list-objects", "--type", "secrkey")
     assert "keyferry data key" in secret
     assert "Usage:      encrypt, decrypt\n" in secret
     assert "Access:     sensitive\n" in secret
     assert data_key.hex() not in secret.lower()
     module.forget(key)
-    assert "keyferry data key" not in app.tool("--list-objects", "--type", "secrkey")
+    assert "keyferry data key" not in softhsm_token.tool("--list-objects", "--type", "secrkey")
     module.close()
 
 
-def test_nothing_shows_a_pin_or_a_key(module: Pkcs11Module) -> None:
-    """Not a repr, not a pickle, not an attribute that prints."""
+def test_pin_and_keys_appear_in_no_repr(module: Pkcs11Module) -> None:
+    """No repr, pickle or printed attribute has a PIN or a key."""
     key, _ = tokens.imported(module)
     shown = f"{module!r} {module._choice!r} {vars(module)!r} {key!r}"
     assert tokens.PIN not in shown
@@ -157,8 +155,8 @@ def test_nothing_shows_a_pin_or_a_key(module: Pkcs11Module) -> None:
 # The key pair
 
 
-def test_the_key_pair_is_found_again_by_its_label_after_a_restart(token: RealToken) -> None:
-    """A data key that was exported to it before is imported after; another process finds it too."""
+def test_key_pair_is_found_by_its_label_after_a_restart(token: RealToken) -> None:
+    """Earlier exports are imported after the restart, and another process finds the pair too."""
     before = token.open()
     public_key, blob = before.public_key_blob, tokens.exported(before, b"k" * 32)
     sealed = before.encrypt(before.import_data_key(blob), b"plaintext")
@@ -176,8 +174,8 @@ def test_the_key_pair_is_found_again_by_its_label_after_a_restart(token: RealTok
     assert other.stdout.strip() == public_key
 
 
-def test_a_key_pair_that_is_not_there_is_made_only_when_that_is_asked_for(token: RealToken) -> None:
-    """By its label."""
+def test_missing_key_pair_is_generated_only_on_request(token: RealToken) -> None:
+    """With generate=False, a missing key pair is an error that names its label."""
     with pytest.raises(ModuleError, match="has no RSA key pair 'missing'"):
         token.open("missing", generate=False)
 
@@ -191,29 +189,29 @@ WRONG_PAIRS = {
 
 
 @pytest.mark.parametrize("case", WRONG_PAIRS)
-def test_a_key_pair_that_does_not_serve_is_refused_with_the_reason(app: RealToken, case: str) -> None:
-    """Made by somebody else."""
+def test_unsuitable_key_pair_is_refused_with_the_reason(softhsm_token: RealToken, case: str) -> None:
+    """Another program may have generated the key pair."""
     count, bits, template, reason = WRONG_PAIRS[case]
-    library = cryptoki.Library(app.library, None)
+    library = cryptoki.Library(softhsm_token.library, None)
     library.initialize()
-    with library.pkcs11.get_token(token_label=app.label).open(rw=True, user_pin=tokens.PIN) as session:
+    with library.pkcs11.get_token(token_label=softhsm_token.label).open(rw=True, user_pin=tokens.PIN) as session:
         for _ in range(count):
             session.generate_keypair(KeyType.RSA, bits, label=case, store=True, private_template=template)
     with pytest.raises(ModuleError, match=reason):
-        app.open(case)
+        softhsm_token.open(case)
 
 
 @skip_unless.program("pkcs11-tool", "opensc")
-def test_a_key_pair_made_by_another_program_is_used(app: RealToken) -> None:
-    """It may do more than ours, as long as it stays in the token."""
-    app.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--usage-decrypt", "--label", "theirs")
-    module = app.open("theirs", generate=False)
+def test_a_key_pair_made_by_another_program_is_used(softhsm_token: RealToken) -> None:
+    """The key pair may have further permissions, as long as it cannot leave the token."""
+    softhsm_token.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--usage-decrypt", "--label", "theirs")
+    module = softhsm_token.open("theirs", generate=False)
     key, _ = tokens.imported(module)
     assert module.decrypt(key, module.encrypt(key, b"x")) == b"x"
-    app.tool("--delete-object", "--type", "privkey", "--label", "theirs")
-    app.tool("--delete-object", "--type", "pubkey", "--label", "theirs")
-    app.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--label", "theirs")
-    app.finalize()
+    softhsm_token.tool("--delete-object", "--type", "privkey", "--label", "theirs")
+    softhsm_token.tool("--delete-object", "--type", "pubkey", "--label", "theirs")
+    softhsm_token.tool("--keypairgen", "--key-type", "rsa:2048", "--usage-wrap", "--label", "theirs")
+    softhsm_token.finalize()
     with pytest.raises(ModuleError, match="has another key pair 'theirs' now"):
         module.encrypt(key, b"x")
     module.close()
@@ -226,8 +224,8 @@ EXTRAS = [("Pkcs11Module", "pkcs11", "pkcs11"), ("SoftwareModule", "cryptography
 
 
 @pytest.mark.parametrize(("name", "package", "extra"), EXTRAS)
-def test_a_module_whose_extra_is_not_installed_says_which_one(name: str, package: str, extra: str) -> None:
-    """And the others are there all the same."""
+def test_missing_extra_of_a_module_is_named(name: str, package: str, extra: str) -> None:
+    """Other kinds of modules can be imported."""
     code = f"""
 import sys
 sys.modules[{package!r}] = None
@@ -242,8 +240,8 @@ except ImportError as error:
     assert out == f'{name} needs {package}; install the extra "{extra}" of keyferry (docs/installing.md)\n'
 
 
-def test_what_no_module_has_is_no_attribute() -> None:
-    """As everywhere."""
+def test_unknown_attribute_of_the_package_is_an_attribute_error() -> None:
+    """The lazy imports do not change Python's usual error."""
     import keyferry.module  # noqa: PLC0415
 
     with pytest.raises(AttributeError, match="no attribute 'Other'"):

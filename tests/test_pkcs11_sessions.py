@@ -1,4 +1,4 @@
-"""Modules in real tokens over time: keys that nobody holds, tokens that are reset, processes that fork, threads."""
+"""Modules in real tokens over time: unreferenced keys, reset tokens, forked processes, threads."""
 
 import gc
 import os
@@ -17,8 +17,8 @@ from keyferry.module import ModuleError, Pkcs11Module
 from keyferry.module.token import Pkcs11Session
 
 
-def test_a_key_that_nobody_holds_leaves_the_token_with_the_next_call(module: Pkcs11Module) -> None:
-    """Thousands of keys, one after the other, need the room of one; a closed module leaves none."""
+def test_unreferenced_keys_leave_the_token_at_the_next_call(module: Pkcs11Module) -> None:
+    """Thousands of keys in sequence need the space of one; a closed module leaves none."""
     kept, _ = tokens.imported(module)
     before = len(tokens.data_keys(module))
     for _ in range(20):
@@ -28,8 +28,8 @@ def test_a_key_that_nobody_holds_leaves_the_token_with_the_next_call(module: Pkc
     assert len(tokens.data_keys(module)) == before
 
 
-def test_a_module_that_nobody_holds_closes_its_session(token: RealToken) -> None:
-    """And the token forgets its data keys."""
+def test_unreferenced_module_closes_its_session(token: RealToken) -> None:
+    """The token drops the module's data keys."""
     beside, module = token.open(), token.open()
     before = len(tokens.data_keys(beside))
     key, _ = tokens.imported(module)
@@ -41,16 +41,16 @@ def test_a_module_that_nobody_holds_closes_its_session(token: RealToken) -> None
     beside.close()
 
 
-def test_a_token_that_is_lost_again_at_once_says_so_of_itself_not_of_the_data(
-    app: RealToken, monkeypatch: pytest.MonkeyPatch
+def test_second_loss_of_the_token_is_not_blamed_on_the_data(
+    softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such a data key is as good as before."""
-    module = app.open()
+    """The error names the token, because the data key is still good."""
+    module = softhsm_token.open()
     blob = tokens.exported(module, os.urandom(32))
     unwrap = Pkcs11Session.unwrap
 
     def lost(connection: Pkcs11Session, wrapped: bytes, algorithm: str) -> Any:
-        app.close_all_sessions()
+        softhsm_token.close_all_sessions()
         return unwrap(connection, wrapped, algorithm)
 
     with monkeypatch.context() as pulled:
@@ -61,8 +61,8 @@ def test_a_token_that_is_lost_again_at_once_says_so_of_itself_not_of_the_data(
     module.close()
 
 
-def test_a_closed_module_is_of_no_further_use(token: RealToken) -> None:
-    """And says so."""
+def test_closed_module_refuses_every_call(token: RealToken) -> None:
+    """The error says that the module is closed."""
     module = token.open()
     key, _ = tokens.imported(module)
     module.close()
@@ -77,7 +77,7 @@ def test_a_closed_module_is_of_no_further_use(token: RealToken) -> None:
 
 @pytest.mark.parametrize("reset", tokens.RESETS.values(), ids=tokens.RESETS)
 def test_a_data_key_survives_a_reset_of_the_token(token: RealToken, reset: Callable[[RealToken], None]) -> None:
-    """It is unwrapped once more; new ones are imported, and old ones forgotten, as if nothing had happened."""
+    """The module unwraps it again; imports and forgetting work as before."""
     module = token.open()
     first, second = tokens.imported(module)[0], tokens.imported(module)[0]
     sealed = module.encrypt(first, b"plaintext", b"aad")
@@ -95,35 +95,35 @@ def test_a_data_key_survives_a_reset_of_the_token(token: RealToken, reset: Calla
     module.close()
 
 
-def test_a_data_key_that_somebody_destroyed_in_the_token_is_imported_again(module: Pkcs11Module) -> None:
-    """The session is good, but the object is gone."""
+def test_destroyed_data_key_is_imported_again(module: Pkcs11Module) -> None:
+    """The session is valid, but the object is missing."""
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"plaintext")
     module._keys[key].key.destroy()
     assert module.decrypt(key, sealed) == b"plaintext"
 
 
-def test_a_token_that_is_gone_is_named_and_works_again_when_it_is_back(
-    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_absent_token_is_named_and_works_after_its_return(
+    softhsm_token: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing is lost meanwhile."""
-    module = app.open()
+    """No data key is lost meanwhile."""
+    module = softhsm_token.open()
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"plaintext")
     (tmp_path / "conf").write_text(f"directories.tokendir = {tmp_path}\n")
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", str(tmp_path / "conf"))
-        app.finalize()
+        softhsm_token.finalize()
         for _ in range(2):
             with pytest.raises(ModuleError, match="has no token 'app'"):
                 module.decrypt(key, sealed)
-    app.finalize()
+    softhsm_token.finalize()
     assert module.decrypt(key, sealed) == b"plaintext"
     module.close()
 
 
-def test_a_forked_child_opens_its_own_session_and_both_go_on(token: RealToken) -> None:
-    """With the parent's data keys; what the child forgets, the parent keeps."""
+def test_forked_child_opens_its_own_session(token: RealToken) -> None:
+    """The child has the parent's data keys, and the parent keeps those that the child forgets."""
     module = token.open()
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"plaintext")
@@ -146,9 +146,9 @@ def test_a_forked_child_opens_its_own_session_and_both_go_on(token: RealToken) -
     module.close()
 
 
-def test_a_fork_waits_for_the_calls_of_other_threads(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the child a library that does not notice the fork would wait for them for ever."""
-    module = app.open()
+def test_a_fork_waits_for_the_calls_of_other_threads(softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that does not notice a fork would block forever in the child."""
+    module = softhsm_token.open()
     key, _ = tokens.imported(module)
     began, under_way = threading.Event(), [False]
     encrypt = Pkcs11Session.encrypt
@@ -172,8 +172,8 @@ def test_a_fork_waits_for_the_calls_of_other_threads(app: RealToken, monkeypatch
     module.close()
 
 
-def test_threads_take_turns(token: RealToken) -> None:
-    """Eight of them, with two modules in the one token."""
+def test_threads_share_a_token_safely(token: RealToken) -> None:
+    """Eight threads use two modules in one token."""
     modules = [token.open(), token.open()]
     start = threading.Barrier(8)
 
@@ -193,15 +193,15 @@ def test_threads_take_turns(token: RealToken) -> None:
         module.close()
 
 
-def test_a_handle_that_means_another_key_after_a_reset_is_not_used(app: RealToken) -> None:
-    """SoftHSM2 counts sessions and objects from 1 again: the first module back gets the numbers that the second one had."""
-    app.open().close()
-    app.finalize()  # else the count has passed, in other tests, all numbers that this test reaches
-    second = app.open()
+def test_handle_of_another_key_after_a_reset_is_not_used(softhsm_token: RealToken) -> None:
+    """SoftHSM2 restarts its numbers at 1, so the first module back gets those of the second."""
+    softhsm_token.open().close()
+    softhsm_token.finalize()  # else the count has passed, in other tests, all numbers that this test reaches
+    second = softhsm_token.open()
     key, data_key = tokens.imported(second)
     numbers = tokens.session_number(second), second._keys[key].key.handle
-    first = app.open()
-    app.finalize()
+    first = softhsm_token.open()
+    softhsm_token.finalize()
     others = [tokens.imported(first)[0] for _ in range(60)]
     assert numbers[0] == tokens.session_number(first)
     assert numbers[1] in {first._keys[other].key.handle for other in others}

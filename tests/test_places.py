@@ -1,4 +1,4 @@
-"""Where the result of a file command goes: descriptors are written to, files are replaced, and keep what they were."""
+"""The targets of a file command's result: descriptors are written to, and replaced files keep their attributes."""
 
 import base64
 import io
@@ -84,7 +84,7 @@ def place(agent: RunningAgent, tmp_path_factory: pytest.TempPathFactory) -> Iter
     ],
 )
 def test_out_that_leads_to_standard_output_is_written_to(place: Place, out: str) -> None:
-    """The file behind it is a shell's log: what was there stays, and a later line comes after the result."""
+    """The content of a shell's log stays, and a later line comes after the result."""
     log = place.folder / "all.txt"
     log.write_bytes(b"first\n")
     (place.folder / "link").unlink(missing_ok=True)
@@ -98,7 +98,6 @@ def test_out_that_leads_to_standard_output_is_written_to(place: Place, out: str)
 
 @pytest.mark.parametrize(("out", "number"), [("/dev/stderr", 2), ("/dev/fd/7", 7), ("/proc/self/fd/7", 7)])
 def test_out_that_leads_to_another_descriptor_is_written_to(place: Place, out: str, number: int) -> None:
-    """Whichever number it has."""
     log = place.folder / "other.txt"
     log.write_bytes(b"first\n")
     assert place.run(f"{{ decrypt sealed {out}; echo later >&{number}; }} {number}>>other.txt").returncode == 0
@@ -106,7 +105,7 @@ def test_out_that_leads_to_another_descriptor_is_written_to(place: Place, out: s
 
 
 def test_nothing_reaches_a_descriptor_before_all_was_authentic(place: Place) -> None:
-    """As with standard output."""
+    """A descriptor gets its output like standard output: after all of it was authenticated."""
     content = (place.folder / "sealed").read_bytes()
     (place.folder / "damaged").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     for out in ("/dev/stdout", "/dev/fd/1", "-"):
@@ -138,7 +137,7 @@ def test_nothing_reaches_a_descriptor_before_all_was_authentic(place: Place) -> 
     ],
 )
 def test_out_and_in_that_cannot_be_used_are_refused(place: Place, script: str, why: str) -> None:
-    """With one line that names them."""
+    """The message is one line that names the path."""
     ended = place.run(script)
     assert (ended.returncode, why in ended.stderr.decode()) == (1, True), ended.stderr
     assert ended.stderr.count(b"\n") == 1
@@ -146,13 +145,13 @@ def test_out_and_in_that_cannot_be_used_are_refused(place: Place, script: str, w
 
 
 @pytest.mark.parametrize("script", ["decrypt sealed - | head -c 1", "encrypt plain - | head -c 1"])
-def test_a_reader_that_has_seen_enough_gets_no_message(place: Place, script: str) -> None:
-    """The exit code says that not all of it was written."""
+def test_closed_pipe_of_a_reader_is_silent(place: Place, script: str) -> None:
+    """The exit code shows that a part was not written."""
     ended = place.run(f"set -o pipefail; {script}")
     assert (ended.returncode, ended.stderr) == (74, b"")
 
 
-def test_in_that_leads_to_a_descriptor_is_read_from_where_that_is(place: Place) -> None:
+def test_in_is_read_from_the_descriptors_offset(place: Place) -> None:
     """Lines that a shell has read are not read again."""
     ended = place.run("{ read -r line; encrypt /dev/stdin out1; } < plain; decrypt out1 -")
     assert (ended.returncode, ended.stdout) == (0, PLAINTEXT[5:])
@@ -160,8 +159,8 @@ def test_in_that_leads_to_a_descriptor_is_read_from_where_that_is(place: Place) 
     assert ended.stdout == PLAINTEXT
 
 
-def test_a_passphrase_comes_from_the_line_where_a_descriptor_is(place: Place) -> None:
-    """And the next line is left to others. Memory that was not rewound is read from its beginning."""
+def test_passphrase_is_read_from_the_descriptors_offset(place: Place) -> None:
+    """The next line stays unread. Memory that was not rewound is read from its beginning."""
     options = "--module module --passphrase-file /dev/stdin"
     lines = f"one\\n{PASSPHRASE}\\nthree"
     script = f"{{ read -r a; {QUICK_CLIENT_IN_SHELL} decrypt-file sealed out2 {options}; read -r b; }}"
@@ -171,7 +170,7 @@ def test_a_passphrase_comes_from_the_line_where_a_descriptor_is(place: Place) ->
 
 
 def test_memory_without_a_name_is_read_from_its_beginning() -> None:
-    """A parent process that hands it over need not rewind it."""
+    """A parent process need not rewind memory that it passes."""
     descriptor = os.memfd_create("secret")
     os.write(descriptor, b"content")
     with descriptors.open_to_read(f"/dev/fd/{descriptor}") as file:
@@ -191,7 +190,7 @@ def test_a_symlink_to_a_file_in_a_folder_called_fd_is_a_file(tmp_path: Path) -> 
 
 
 def test_the_library_never_replaces_the_file_behind_a_descriptor(tmp_path: Path) -> None:
-    """It says what to do instead."""
+    """The library's error advises another target."""
     with (
         (tmp_path / "log").open("wb") as log,
         pytest.raises(FileError, match="leads to an open descriptor"),
@@ -201,7 +200,7 @@ def test_the_library_never_replaces_the_file_behind_a_descriptor(tmp_path: Path)
 
 
 def test_parameters_come_from_descriptors(place: Place) -> None:
-    """@FILE is read as IN is."""
+    """@FILE and IN read descriptors the same way."""
     (place.folder / "lines").write_bytes(b"one\ntwo\n")
     call = f"{sys.executable} -m keyferry call"
     for path, number in (("/dev/stdin", 0), ("/dev/fd/5", 5), ("/proc/self/fd/0", 0)):
@@ -218,7 +217,7 @@ def test_parameters_come_from_descriptors(place: Place) -> None:
 
 @root()
 def test_a_full_tmpdir_is_named(place: Place, tmp_path: Path) -> None:
-    """Plaintext waits there, and no other error names that folder."""
+    """Plaintext is buffered in TMPDIR, and other errors do not name that folder."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=True)
     try:
         ended = place.run("decrypt sealed -", TMPDIR=str(tmp_path))
@@ -232,7 +231,7 @@ def test_a_full_tmpdir_is_named(place: Place, tmp_path: Path) -> None:
 
 
 def test_preserve_keeps_mode_and_times_there_and_back(place: Place) -> None:
-    """A program is a program again, of the same date."""
+    """A decrypted program is executable again, with the same date."""
     script = place.folder / "script"
     script.write_bytes(b"#!/bin/sh\n")
     script.chmod(0o755)
@@ -244,7 +243,7 @@ def test_preserve_keeps_mode_and_times_there_and_back(place: Place) -> None:
 
 @root()
 def test_preserve_keeps_the_owner_where_that_is_permitted(place: Place) -> None:
-    """Root may give files away."""
+    """Root may change a file's owner."""
     owned = place.folder / "owned"
     owned.write_bytes(b"x")
     os.chown(owned, 54_321, 54_322)
@@ -261,7 +260,7 @@ def test_preserve_keeps_the_owner_where_that_is_permitted(place: Place) -> None:
 
 
 def test_out_keeps_the_mode_of_the_file_that_it_replaces(place: Place) -> None:
-    """The service that read the old file can read the new one. A new file is this user's only."""
+    """A service that read the old file can read the new one; a file without predecessor is private."""
     out = place.folder / "replaced"
     for mode in (0o640, 0o604, 0o444, 0o600, 0o755):
         out.unlink(missing_ok=True)
@@ -276,15 +275,13 @@ def test_out_keeps_the_mode_of_the_file_that_it_replaces(place: Place) -> None:
 
 @pytest.mark.parametrize("script", ["cat plain | encrypt - x --preserve", "encrypt plain - --preserve"])
 def test_preserve_between_streams_is_wrong_usage(place: Place, script: str) -> None:
-    """There is nothing to keep, or nothing to keep it on."""
+    """A stream has no mode or times."""
     ended = place.run(script)
     assert (ended.returncode, ended.stderr.startswith(b"keyferry: --preserve")) == (2, True)
 
 
-def test_bits_for_an_owner_or_group_that_cannot_be_kept_are_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They would mean another user, or another group."""
+def test_mode_bits_of_a_lost_owner_or_group_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits would apply to another user or group."""
 
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -297,8 +294,8 @@ def test_bits_for_an_owner_or_group_that_cannot_be_kept_are_dropped(
         assert os.fstat(file.fileno()).st_mode & 0o7777 == 0o6775
 
 
-def test_holes_stay_holes(place: Place) -> None:
-    """64 MiB of zeros take next to no room, with data before, in the middle, or after them."""
+def test_holes_of_a_sparse_file_stay_holes(place: Place) -> None:
+    """A hole of 64 MiB before, in or after the data takes almost no space."""
     sparse = place.folder / "sparse"
     with sparse.open("wb") as file:
         file.write(b"begin")
@@ -315,7 +312,7 @@ def test_holes_stay_holes(place: Place) -> None:
 @pytest.mark.parametrize("size", [0, 1, 4_095, 4_096, 4_097, 8_192, 65_536, 65_537, 200_000])
 @pytest.mark.parametrize("step", [1_000, 4_096, 65_536])
 def test_content_with_zeros_is_written_as_it_is(tmp_path: Path, size: int, step: int) -> None:
-    """Whatever the pieces in which it comes."""
+    """Zeros are written correctly in pieces of any size."""
     kinds = (bytes(size), b"x" * size, b"x" + bytes(size), bytes(size) + b"x", (bytes(5_000) + b"y" * 5_000) * 9)
     for number, content in enumerate(kinds):
         source = io.BytesIO(content)

@@ -1,4 +1,4 @@
-"""Platforms that lack something: the agent serves what can be served, and says once what cannot be had."""
+"""Platforms without some features: the agent serves all other grants, and logs each missing feature once."""
 
 import errno
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
+from support.calls import error
 from support.keyring import configuration, serving
 from support.other_user import line_of, running_as
 from support.seccomp import MEMFD_SECRET, PEERGROUPS, PEERPIDFD, PIDFD_OPEN, Call, failing, seccomp
@@ -26,7 +27,7 @@ PROCESS_GRANTS = "".join(
 
 
 def limited(agent: RunningAgent) -> list[tuple[str, tuple[str, ...]]]:
-    """What the agent says it cannot have, and the grants that suffer from it; but for a capability, which is the test's own."""
+    """Return the missing features that the agent logs, and the affected grants; without a capability of the test itself."""
     return [
         (line["what"], tuple(line["grants"]))
         for line in agent.log
@@ -49,10 +50,10 @@ def limited(agent: RunningAgent) -> list[tuple[str, tuple[str, ...]]]:
     ],
     ids=str,
 )
-def test_what_a_platform_lacks_costs_the_evidence_and_nothing_else(
+def test_missing_platform_feature_costs_only_its_evidence(
     keyring: Path, socket_path: Path, calls: dict[Call, int], grants: tuple[str, ...] | None
 ) -> None:
-    """A grant to a user holds; which grants can never match is said once, however many callers come."""
+    """Grants to users hold; grants that can never match are logged once for any number of callers."""
     with serving(keyring, socket_path, more=PROCESS_GRANTS, preexec=failing(calls)) as agent:
         for _ in range(5):
             with RawConnection(agent.socket) as connection:
@@ -63,17 +64,15 @@ def test_what_a_platform_lacks_costs_the_evidence_and_nothing_else(
 
 
 @seccomp()
-def test_a_grant_about_a_process_matches_nobody_where_none_can_be_held(keyring: Path, socket_path: Path) -> None:
-    """It is not one that everybody has."""
+def test_process_grant_matches_nothing_without_pidfds(keyring: Path, socket_path: Path) -> None:
+    """Such a grant does not become a grant to every caller."""
     calls = {PEERPIDFD: errno.ENOPROTOOPT, PIDFD_OPEN: errno.EPERM}
     this = os.path.realpath("/proc/self/exe")
     with (
         serving(keyring, socket_path, to=f'uid={os.getuid()}, exe="{this}"', preexec=failing(calls)) as agent,
         RawConnection(agent.socket) as connection,
     ):
-        error = connection.call(*DESCRIBE).error
-        assert error is not None
-        assert error["Code"] == "Forbidden.NoPermission"
+        assert error(connection.call(*DESCRIBE))["Code"] == "Forbidden.NoPermission"
 
 
 IMPORT = f"sys.path[:] = {sys.path}\nimport keyferry_agent.peer\n"
@@ -86,8 +85,8 @@ assert libc.mount(b"proc", b"/proc", b"proc", 0, b"hidepid=2") == 0
 
 
 @root()
-def test_a_proc_that_hides_processes_is_seen() -> None:
-    """Then units and pods of other users match nobody."""
+def test_proc_that_hides_processes_is_detected() -> None:
+    """Grants to units and pods match no process of another user then."""
     show = "print(sorted(set().union(*keyferry_agent.peer.lacking().values())), flush=True)"
     with running_as(f"import keyferry_agent.peer\n{show}", before=IMPORT + HIDDEN) as hidden:
         assert line_of(hidden) == "['exe', 'pod', 'sha256', 'unit']"
@@ -114,7 +113,7 @@ def with_own_users(
 
 
 def outcome(path: Path) -> str:
-    """What DescribeKey gives this process: OK, or a code."""
+    """Return the outcome of this process's DescribeKey: OK, or a code."""
     with RawConnection(path) as connection:
         error = connection.call(*DESCRIBE).error
         return error["Code"] if error else "OK"
@@ -122,10 +121,8 @@ def outcome(path: Path) -> str:
 
 @root()
 @pytest.mark.parametrize("selector", ["user", "group"])
-def test_grants_follow_names_that_appear_and_names_that_are_gone(
-    keyring: Path, socket_path: Path, tmp_path: Path, selector: str
-) -> None:
-    """Whoever is given the number of a user that is gone has no grant of that user's."""
+def test_grants_follow_added_and_removed_names(keyring: Path, socket_path: Path, tmp_path: Path, selector: str) -> None:
+    """A user who gets the number of a removed user has none of that user's grants."""
     with with_own_users(keyring, socket_path, tmp_path, f'{selector}="late"') as (agent, users, groups):
         database = users if selector == "user" else groups
         before = database.read_text()

@@ -10,7 +10,7 @@ from support.agent import RunningAgent
 from support.pgbouncer import Bouncer
 from support.postgres import Cluster
 from support.records import fill, opened
-from support.rotatable_agent import Rotating
+from support.rotatable_agent import RotatableAgent
 from support.skip_unless import pgbouncer, postgresql
 from test_store import NEW, blob, record
 
@@ -20,14 +20,14 @@ THREADS, ADDED = 6, 20
 
 
 @pytest.fixture
-def bouncer(cluster: Cluster) -> Iterator[Bouncer]:
+def bouncer(postgres: Cluster) -> Iterator[Bouncer]:
     """A PgBouncer of a test's own."""
-    with Bouncer(cluster) as running:
+    with Bouncer(postgres) as running:
         yield running
 
 
 def together(count: int, work: Callable[[int], None]) -> list[BaseException]:
-    """Run a function in several threads at once, with the number of each; return what they raised."""
+    """Run a function in several threads, with the number of each; return the exceptions."""
     failures: list[BaseException] = []
     start = threading.Barrier(count)
 
@@ -47,9 +47,9 @@ def together(count: int, work: Callable[[int], None]) -> list[BaseException]:
 
 
 @pgbouncer()
-def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, cluster: Cluster) -> None:
-    """More threads than sessions, each long enough for a driver to prepare its statements; the first ones make the table."""
-    url = bouncer.url(cluster.new_database())
+def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, postgres: Cluster) -> None:
+    """More threads than sessions run long enough for prepared statements; the first ones create the table."""
+    url = bouncer.url(postgres.new_database())
     with Store(url) as store:
 
         def work(thread: int) -> None:
@@ -67,9 +67,9 @@ def test_threads_share_a_store_behind_a_pooler(bouncer: Bouncer, cluster: Cluste
 
 
 @pgbouncer()
-def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, cluster: Cluster) -> None:
-    """As separate stores, whose connections are numbered alike."""
-    url = bouncer.url(cluster.new_database())
+def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, postgres: Cluster) -> None:
+    """The processes' connections have the same numbers."""
+    url = bouncer.url(postgres.new_database())
 
     def work(thread: int) -> None:
         with Store(url) as store:
@@ -81,41 +81,41 @@ def test_stores_of_several_processes_share_a_pooler(bouncer: Bouncer, cluster: C
 
 
 @pgbouncer()
-def test_a_rewrap_runs_behind_a_pooler(bouncer: Bouncer, cluster: Cluster, rotating: Rotating) -> None:
-    """Every record is moved, and its data key stays the same."""
-    with Store(bouncer.url(cluster.new_database())) as store, rotating.agent.client() as kms:
+def test_a_rewrap_runs_behind_a_pooler(bouncer: Bouncer, postgres: Cluster, rotatable_agent: RotatableAgent) -> None:
+    """A rewrap moves every record, and its data key stays the same."""
+    with Store(bouncer.url(postgres.new_database())) as store, rotatable_agent.agent.client() as kms:
         keys = fill(store, kms, 60)
-        rotating.rotate()
+        rotatable_agent.rotate()
         assert rewrap(store, kms).moved == 60
         assert rewrap(store, kms).found == 0
         assert opened(store, kms) == keys
 
 
 @pgbouncer()
-def test_the_first_call_after_a_restart_behind_a_pooler_works(bouncer: Bouncer, cluster: Cluster) -> None:
-    """Of the pooler, of the server, and of both."""
-    with Store(bouncer.url(cluster.new_database())) as store:
+def test_the_first_call_after_a_restart_behind_a_pooler_works(bouncer: Bouncer, postgres: Cluster) -> None:
+    """The pooler, the server or both restart."""
+    with Store(bouncer.url(postgres.new_database())) as store:
         store.add(record("a"))
         bouncer.restart()
         assert store.get("a").name == "a"
-        cluster.stop()
-        cluster.start()
+        postgres.stop()
+        postgres.start()
         store.add(record("b"))
-        cluster.stop()
-        cluster.start()
+        postgres.stop()
+        postgres.start()
         bouncer.restart()
         assert [each.name for each in store] == ["a", "b"]
 
 
 @postgresql()
-def test_the_first_call_after_a_restart_works(cluster: Cluster) -> None:
-    """The server closed the connections that wait in the pool, or an administrator did."""
-    url = cluster.new_database()
+def test_the_first_call_after_a_restart_works(postgres: Cluster) -> None:
+    """The server, or an administrator, closed the idle connections of the pool."""
+    url = postgres.new_database()
     with Store(url) as store, Store(url) as other:
         store.add(record("a"))
         assert other.get("a").name == "a"
-        cluster.stop()
-        cluster.start()
+        postgres.stop()
+        postgres.start()
         store.add(record("b"))
         assert other.count() == 2
         with store._engine.begin() as connection:
@@ -126,9 +126,9 @@ def test_the_first_call_after_a_restart_works(cluster: Cluster) -> None:
 
 
 @postgresql()
-def test_nothing_stays_on_a_connection(cluster: Cluster, agent: RunningAgent) -> None:
-    """No prepared statement, no lock, no setting of the session, after every kind of call, many times."""
-    with Store(cluster.new_database()) as store:
+def test_connection_keeps_no_state_between_calls(postgres: Cluster, agent: RunningAgent) -> None:
+    """Repeated calls of every kind leave no prepared statement, lock or session setting."""
+    with Store(postgres.new_database()) as store:
         for number in range(12):
             store.add(record(f"{number}"))
             store.replace([(each, blob(NEW), NEW) for each in store])
@@ -146,9 +146,9 @@ def test_nothing_stays_on_a_connection(cluster: Cluster, agent: RunningAgent) ->
 
 
 @postgresql()
-def test_a_child_does_not_use_its_parents_connections(cluster: Cluster) -> None:
-    """After a fork, both go on with the store, each on connections of its own."""
-    with Store(cluster.new_database()) as store:
+def test_a_child_does_not_use_its_parents_connections(postgres: Cluster) -> None:
+    """After a fork, parent and child use the store on connections of their own."""
+    with Store(postgres.new_database()) as store:
         store.add(record("a"))
         backend = sqlalchemy.text("SELECT pg_backend_pid()")
         with store._engine.connect() as connection:

@@ -32,12 +32,12 @@ def chown(path: Path) -> None:
 
 
 def mode(bits: int) -> Callable[[Path], None]:
-    """What gives a file a mode."""
+    """Return a function that gives a file a mode."""
     return lambda path: path.chmod(bits)
 
 
 def in_folder(change: Callable[[Path], None]) -> Callable[[Path], None]:
-    """What changes the folder of a file."""
+    """Return a function that changes the folder of a file."""
     return lambda path: change(path.parent)
 
 
@@ -112,8 +112,8 @@ def test_a_file_that_others_can_change_or_read_is_refused(
     assert f"{place[kind]}: " in capsys.readouterr().err
 
 
-def test_check_reports_every_fault_in_one_go(place: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """Files of all kinds, beside what is wrong in the configuration, with what to do about each."""
+def test_check_reports_every_fault_at_once(place: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """The report covers files of all kinds and the configuration, with a remedy for each fault."""
     for path in place.values():
         path.chmod(0o666)
     place["config"].write_text(place["config"].read_text() + "bogus = 1\n")
@@ -138,10 +138,10 @@ def test_a_configuration_and_a_keyring_may_be_read(place: dict[str, Path], socke
 
 
 @pytest.mark.parametrize("kind", ["config", "keyring", "identity"])
-def test_a_reload_refuses_such_a_file_and_serves_the_old_state(
+def test_reload_refuses_an_open_file_and_keeps_the_old_state(
     place: dict[str, Path], socket_path: Path, kind: str
 ) -> None:
-    """A file whose mode was changed is noticed, and its repair too."""
+    """The agent notices a changed mode, and its repair too."""
     with RunningAgent(["--config", str(place["config"])], socket_path) as agent, agent.client() as kms:
         before = stat.S_IMODE(place[kind].stat().st_mode)
         place[kind].chmod(0o666)
@@ -152,8 +152,8 @@ def test_a_reload_refuses_such_a_file_and_serves_the_old_state(
 
 
 @root()
-def test_root_uses_the_keyring_and_the_identity_of_the_agents_user(place: dict[str, Path]) -> None:
-    """systemd/README.md gives both to that user. An identity of a third user is refused."""
+def test_root_may_use_the_files_of_the_agents_user(place: dict[str, Path]) -> None:
+    """systemd/README.md gives keyring and identity to that user. An identity of a third user is refused."""
     verb = ["keyring", "rotate", str(place["keyring"]), "alias/a", "--unseal", str(place["identity"])]
     for kind in ("keyring", "identity"):
         for path in (place[kind], place[kind].parent):
@@ -186,7 +186,7 @@ def found_as(user: int, groups: list[int], path: Path, *, secret: bool) -> list[
 
 
 @root()
-def test_a_secret_of_a_kubernetes_group_may_be_read_by_that_group(tmp_path: Path) -> None:
+def test_kubernetes_secret_may_be_readable_by_its_group(tmp_path: Path) -> None:
     """A kubelet mounts a Secret with defaultMode 0440 as root's, readable by the pod's fsGroup."""
     folder = tmp_path / "..2026"
     folder.mkdir(mode=0o755)
@@ -212,7 +212,7 @@ def test_a_secret_of_a_kubernetes_group_may_be_read_by_that_group(tmp_path: Path
 
 @root()
 def test_a_file_of_a_third_user_is_refused(tmp_path: Path) -> None:
-    """Its owner can change it at any time."""
+    """The owner of a file can change it at any time."""
     path = secret_file(tmp_path / "config", "")
     path.chmod(0o644)
     assert found_as(OTHER_USER, [], path, secret=False) == []
@@ -235,7 +235,7 @@ def test_a_systemd_credential_is_accepted(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_links_are_followed_and_their_folders_count(tmp_path: Path) -> None:
-    """The folder of a link decides what the link leads to; a sticky folder keeps other users' hands off."""
+    """The folder of a link decides its target; a sticky folder protects the link from other users."""
     (tmp_path / "real").mkdir()
     (tmp_path / "open").mkdir()
     file, link = secret_file(tmp_path / "real" / "file", ""), tmp_path / "open" / "link"
@@ -255,7 +255,7 @@ def test_links_are_followed_and_their_folders_count(tmp_path: Path) -> None:
 
 @root()
 def test_the_folders_of_a_read_only_mount_are_not_judged(tmp_path: Path) -> None:
-    """The folder of a mounted ConfigMap has mode 0777: nobody can write to it through the mount."""
+    """The folder of a mounted ConfigMap has mode 0777, but no user can write to it through the mount."""
     (tmp_path / "folder").mkdir(mode=0o755)
     secret_file(tmp_path / "folder" / "file", "")
     (tmp_path / "folder").chmod(0o777)
@@ -271,7 +271,7 @@ def test_the_folders_of_a_read_only_mount_are_not_judged(tmp_path: Path) -> None
 
 
 def test_pipes_and_process_substitution_are_accepted(place: dict[str, Path]) -> None:
-    """Only regular files are judged. A regular file on standard input is one."""
+    """Only regular files are judged, one on standard input included."""
     list_keys = f"{sys.executable} -m keyferry_agent keyring list {place['keyring']} --unseal"
     identity = place["identity"]
 
@@ -304,7 +304,7 @@ def test_a_file_without_a_name_is_accepted(tmp_path: Path) -> None:
 def test_one_variable_switches_the_rule_off(
     place: dict[str, Path], socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For platforms that cannot do better. The agent warns."""
+    """The variable is for platforms that cannot protect files better, and the agent warns."""
     for path in place.values():
         path.chmod(0o666)
         path.parent.chmod(0o777)
@@ -320,10 +320,10 @@ def test_one_variable_switches_the_rule_off(
 
 @pytest.mark.usefixtures("quick_scrypt")
 @pytest.mark.parametrize("bits", [0o644, 0o640, 0o620, 0o666])
-def test_passphrases_pins_and_modules_are_refused(
+def test_passphrases_pins_and_modules_have_to_be_private(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int
 ) -> None:
-    """In the agent's commands, in the client's, and in the library."""
+    """The agent's commands, the client's commands and the library refuse files that others can read."""
     passphrase = secret_file(tmp_path / "passphrase", "correct horse battery staple")
     keyring, module = tmp_path / "keyring.age", tmp_path / "module"
     SoftwareModule.generate("EC_SM2").save(module, "x")

@@ -1,4 +1,4 @@
-"""Programs that take another one's place in the middle of its requests, and what the audit log says of programs."""
+"""Processes that exec another program in the middle of their requests, and programs in the audit log."""
 
 import os
 import subprocess
@@ -28,10 +28,10 @@ os.execv("/bin/cat", ["cat"])
 
 
 @pytest.mark.parametrize("algorithm", ["RSAES_OAEP_SHA_256", "SM2PKE"])
-def test_a_program_that_takes_another_ones_place_gets_nothing_that_was_not_decided_before(
+def test_exec_of_another_program_gets_no_new_decision(
     keyring: Path, socket_path: Path, tmp_path: Path, algorithm: str
 ) -> None:
-    """What lies in the agent's buffer is decided after another look, however long the client took to read."""
+    """The agent checks the program again for buffered requests, however slowly the client reads."""
     audit = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{audit}"\n[limits]\nrequest_timeout = 60\n'
     to = f'uid={os.getuid()}, exe="{this_program()[0]}"'
@@ -46,7 +46,7 @@ def test_a_program_that_takes_another_ones_place_gets_nothing_that_was_not_decid
             before = -1
             while before != (now := recorded(audit)) or not now:  # until the agent waits for a reader
                 before = now
-                for _ in range(20):  # each is inspected after what was asked before: the thread is the same user's
+                for _ in range(20):  # inspections of one user are sequential, so each follows the earlier ones
                     with RawConnection(socket_path) as looking:
                         assert looking.call("GetAgentStatus", {}).error is None
             other.stdin.write(b"x")
@@ -66,10 +66,8 @@ def recorded(audit: Path) -> int:
     return audit.read_bytes().count(b'"operation": "GenerateAndExportDataKey"') if audit.exists() else 0
 
 
-def test_the_audit_entry_names_the_program_that_a_grant_was_given_for(
-    keyring: Path, socket_path: Path, tmp_path: Path
-) -> None:
-    """And no program where a grant has nothing to do with it: nobody has looked."""
+def test_audit_entry_names_the_program_of_the_grant(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """A grant that does not depend on a program leaves the field out, because no program was inspected."""
     audit, (path, digest) = tmp_path / "audit.jsonl", this_program()
     more = f'[audit]\npath = "{audit}"\n'
     by_user = f'[[grant]]\nname="user"\nto={{uid={os.getuid()}}}\nactions=["kms:ListKeys"]\nkeys=["*"]\n'

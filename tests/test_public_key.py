@@ -35,7 +35,7 @@ P_256 = bytes.fromhex("06082A8648CE3D030107")
 NULL = bytes.fromhex("0500")
 
 N = 2**2048 - 159
-"""An odd number of 2048 bits. Nobody knows its factors, and no check looks for them."""
+"""An odd number of 2048 bits. Its factors are unknown, and no check looks for them."""
 N_BYTES = N.to_bytes(256, "big")
 SM2_D = 0x6D6F64756C65206B65792C20666F72207465737473206F6E6C79
 SM2_P = 0xFFFFFFFEFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF00000000FFFFFFFFFFFFFFFF
@@ -104,7 +104,7 @@ def test_rsa_2048_with_an_odd_exponent_up_to_32_bits_is_accepted(e: int) -> None
     check_rsa_2048(rsa_der(e=e))
 
 
-def test_the_keys_that_libraries_write_are_accepted() -> None:
+def test_keys_of_common_libraries_are_accepted() -> None:
     check_rsa_2048(rsa_private(3).public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
     check_sm2(SM2_DER)
 
@@ -162,12 +162,12 @@ def reason(check: Callable[[bytes], None], der: bytes) -> str:
 
 
 @pytest.mark.parametrize(("der", "expected"), REFUSED_RSA.values(), ids=REFUSED_RSA)
-def test_what_is_not_an_rsa_2048_key_is_refused_with_its_reason(der: bytes, expected: str) -> None:
+def test_other_keys_than_rsa_2048_are_refused_with_a_reason(der: bytes, expected: str) -> None:
     assert reason(check_rsa_2048, der) == expected
 
 
 @pytest.mark.parametrize("e", [0, 1, 2, 65536, 2**32])
-def test_an_rsa_exponent_below_3_or_even_is_refused_with_that_reason(e: int) -> None:
+def test_rsa_exponent_below_3_or_even_is_refused(e: int) -> None:
     assert "weak exponent" in reason(check_rsa_2048, rsa_der(e=e))
 
 
@@ -234,7 +234,7 @@ REFUSED_SM2 = {
 
 
 @pytest.mark.parametrize(("der", "expected"), REFUSED_SM2.values(), ids=REFUSED_SM2)
-def test_what_is_not_an_sm2_key_is_refused_with_its_reason(der: bytes, expected: str) -> None:
+def test_other_keys_than_sm2_are_refused_with_a_reason(der: bytes, expected: str) -> None:
     assert reason(check_sm2, der) == expected
 
 
@@ -247,8 +247,8 @@ def test_what_is_not_an_sm2_key_is_refused_with_its_reason(der: bytes, expected:
         ("conv_form hybrid", "hybrid"),
     ],
 )
-def test_the_other_forms_are_those_that_openssl_writes(form: str, name: str, tmp_path: Path) -> None:
-    """And reads: what the agent does not look at first is accepted."""
+def test_openssl_writes_and_reads_the_other_forms(form: str, name: str, tmp_path: Path) -> None:
+    """The agent accepts each form that it does not parse itself if OpenSSL reads it."""
     (tmp_path / "public").write_bytes(SM2_DER)
     arguments = ["-pubin", "-inform", "DER", "-in", str(tmp_path / "public"), "-pubout", "-outform", "DER"]
     written = subprocess.run(["openssl", "ec", *arguments, *f"-{form}".split()], check=True, capture_output=True)
@@ -269,7 +269,7 @@ OAEP = {"RSAES_OAEP_SHA_256": (SHA256(), "sha256"), "RSAES_OAEP_SHA_1": (SHA1(),
 
 @pytest.mark.parametrize("key_spec", KEY_SPECS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_three_pairs_go_together_and_no_other(key_spec: str, algorithm: str) -> None:
+def test_three_pairs_of_key_spec_and_algorithm_are_valid(key_spec: str, algorithm: str) -> None:
     found = wrapping.find(key_spec, algorithm)
     assert (found and found.capacity) == PAIRS.get((key_spec, algorithm))
     assert (f"{key_spec} with {algorithm}" in wrapping.pairs().split(", ")) == ((key_spec, algorithm) in PAIRS)
@@ -285,11 +285,11 @@ def test_a_key_of_the_other_kind_is_refused(pair: tuple[str, str]) -> None:
         recipient(*pair, RSA_DER if pair[0] == "EC_SM2" else SM2_DER)
 
 
-def test_a_good_key_that_libcrypto_refuses_is_not_the_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libcrypto_refusing_a_good_key_is_not_the_callers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_der: bytes) -> None:
         raise libcrypto.LibcryptoError("libcrypto does not accept this public key")
 
-    assert libcrypto.has_oaep(b"sha1")  # remembered: what libcrypto offers is not in question here
+    assert libcrypto.has_oaep(b"sha1")  # cached: libcrypto's algorithms are not tested here
     monkeypatch.setattr(libcrypto, "public_key", refuse)
     with pytest.raises(libcrypto.LibcryptoError):
         recipient("RSA_2048", "RSAES_OAEP_SHA_1", rsa_der(N + 2))
@@ -304,8 +304,8 @@ def rsa_wrapped(algorithm: str, e: int, data_key: bytes) -> bytes:
 
 @pytest.mark.parametrize("e", [3, 65537])
 @pytest.mark.parametrize("algorithm", OAEP)
-def test_what_rsa_wraps_cryptography_unwraps(algorithm: str, e: int) -> None:
-    """Up to the capacity, with an OpenSSL that is not the system's."""
+def test_cryptography_unwraps_rsa_wrappings(algorithm: str, e: int) -> None:
+    """Wrappings up to the capacity open with the OpenSSL of the cryptography package."""
     oaep = padding.OAEP(padding.MGF1(OAEP[algorithm][0]), OAEP[algorithm][0], None)
     for size in (1, 32, PAIRS["RSA_2048", algorithm]):
         data_key = secrets.token_bytes(size)
@@ -314,7 +314,7 @@ def test_what_rsa_wraps_cryptography_unwraps(algorithm: str, e: int) -> None:
 
 @skip_unless.program("openssl", "openssl")
 @pytest.mark.parametrize("algorithm", OAEP)
-def test_what_rsa_wraps_the_openssl_program_unwraps(algorithm: str, tmp_path: Path) -> None:
+def test_openssl_program_unwraps_rsa_wrappings(algorithm: str, tmp_path: Path) -> None:
     private, wrapped = tmp_path / "private", tmp_path / "wrapped"
     private.write_bytes(rsa_private(65537).private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
     data_key = secrets.token_bytes(PAIRS["RSA_2048", algorithm])
@@ -347,7 +347,7 @@ def test_sm2_wraps_up_to_its_capacity(fallback: bool, monkeypatch: pytest.Monkey
     wrapping.recipient.cache_clear()
 
 
-def test_sm2_without_libcrypto_and_without_the_fallback_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sm2_without_libcrypto_and_fallback_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libcrypto, "has_sm2", lambda: False)
     found = wrapping.find("EC_SM2", "SM2PKE")
     assert found is not None

@@ -89,10 +89,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("content", TAKEN.values(), ids=TAKEN)
-def test_each_form_of_a_public_key_is_taken(
+def test_each_form_of_a_public_key_is_accepted(
     tmp_path: Path, agent: RunningAgent, capsys: pytest.CaptureFixture[str], content: bytes
 ) -> None:
-    """By `fingerprint`, by @FILE, and by both clients' arguments."""
+    """`fingerprint`, @FILE and the arguments of both clients accept each form."""
     assert pem_to_der(content) == DER
     (tmp_path / "key").write_bytes(content)
     assert agent_command(["fingerprint", str(tmp_path / "key")]) == 0
@@ -114,7 +114,7 @@ def test_each_form_of_a_public_key_is_taken(
 def test_every_other_form_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, why: str
 ) -> None:
-    """With what to do, and without a word of the content. Nothing is sent."""
+    """The message has the remedy and no content, and nothing is sent."""
     with pytest.raises(ValueError, match=r"^(it|its|expected) ") as caught:
         pem_to_der(content)
     assert why in str(caught.value)
@@ -139,13 +139,13 @@ def test_a_text_argument_is_base64_or_pem(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "AAAA", "not base64!", "a-b_c", "ü", "\udcff", "AAAA-"])
 def test_any_other_text_is_sent_as_it_is(text: str) -> None:
-    """The agent judges it."""
+    """The agent, not the client, validates other texts."""
     assert Call.of(OPERATIONS["GenerateAndExportDataKey"], request(text)).params["PublicKeyBlob"] == text
 
 
 @pytest.mark.parametrize("text", ["\ufeff" + PEM.decode(), "ssh-rsa AAAAB3NzaC1yc2E x", "AGE-SECRET-KEY-1QQ"])
 def test_a_text_of_another_form_is_named(text: str) -> None:
-    """As the content of a file is."""
+    """The message is the same as for a file's content."""
     with pytest.raises(ValueError, match=r"byte order mark|SSH public key|age identity"):
         Call.of(OPERATIONS["GenerateAndExportDataKey"], request(text))
 
@@ -155,8 +155,8 @@ def request(blob: str | bytes) -> GenerateAndExportDataKey:
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff\x00", b"MIIB", DER[:-1], DER + b"\0", b"\x30\x03\x02\x01\x00"])
-def test_bytes_without_a_form_are_left_to_the_agent(content: bytes) -> None:
-    """It refuses them with its own reason."""
+def test_bytes_without_a_known_form_are_sent(content: bytes) -> None:
+    """The agent refuses them with its own reason."""
     assert pem_to_der(content) == content
 
 
@@ -168,16 +168,16 @@ def test_bytes_without_a_form_are_left_to_the_agent(content: bytes) -> None:
         (private(Encoding.PEM, PrivateFormat.PKCS8), ["pkey", "-pubout"]),
     ],
 )
-def test_the_named_commands_convert(tmp_path: Path, content: bytes, arguments: list[str]) -> None:
-    """To the form that is taken."""
+def test_commands_of_the_message_convert_the_key(tmp_path: Path, content: bytes, arguments: list[str]) -> None:
+    """The converted file has an accepted form."""
     (tmp_path / "key").write_bytes(content)
     ended = subprocess.run(["openssl", *arguments, "-in", tmp_path / "key"], capture_output=True, check=True)
     assert pem_to_der(ended.stdout) == DER
 
 
 @program("ssh-keygen", "openssh-client")
-def test_the_named_command_converts_an_ssh_key(tmp_path: Path) -> None:
-    """To the form that is taken."""
+def test_command_of_the_message_converts_an_ssh_key(tmp_path: Path) -> None:
+    """The converted file has an accepted form."""
     (tmp_path / "key.pub").write_bytes(public(Encoding.OpenSSH, PublicFormat.OpenSSH))
     ended = subprocess.run(
         ["ssh-keygen", "-e", "-m", "PKCS8", "-f", tmp_path / "key.pub"], capture_output=True, check=True

@@ -58,7 +58,7 @@ SEVERAL = {
 def test_two_recipients_in_one_argument_are_refused(
     keyring: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    """Nothing is written."""
+    """The keyring is not written."""
     before = keyring.read_bytes()
     run("init", keyring.parent / "new.age", "--recipient", text, code=1)
     run("reseal", keyring, "--recipient", text, "--unseal", keyring.parent / "identity", code=1)
@@ -70,14 +70,14 @@ def test_two_recipients_in_one_argument_are_refused(
 
 
 @pytest.mark.parametrize("text", [f"{SSH} root@host # not age1", f" {SSH}  root\n", f"{SSH}\r\n", SSH])
-def test_a_comment_after_an_ssh_key_is_fine(tmp_path: Path, text: str) -> None:
-    """So are line ends and spaces around one recipient."""
+def test_comment_after_an_ssh_key_is_accepted(tmp_path: Path, text: str) -> None:
+    """Line ends and spaces around one recipient are accepted, too."""
     run("init", tmp_path / "k.age", "--recipient", text)
     assert count_recipients((tmp_path / "k.age").read_bytes()) == 1
 
 
 def test_one_key_in_several_texts_is_one_recipient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever its comment and its case."""
+    """Comments and case do not make another recipient."""
     secret_file(tmp_path / "r", f"{SSH} three\n{ONE.recipient}\n")
     texts = [f"{SSH} one", f"{SSH}  two", ONE.recipient, ONE.recipient.upper()]
     arguments = [word for text in texts for word in ("--recipient", text)]
@@ -103,7 +103,7 @@ def test_a_recipients_file_is_read_as_age_reads_it(tmp_path: Path) -> None:
 
 
 def test_a_recipients_file_can_be_standard_input(tmp_path: Path) -> None:
-    """Beside --recipient, and once only."""
+    """Standard input may be given once, beside --recipient."""
     command = [sys.executable, "-m", "keyferry_agent", "keyring", "init", str(tmp_path / "k.age"), "-R", "-"]
     given = f"{ONE.recipient}\n# x\n{TWO.recipient}\n"
     ended = subprocess.run(
@@ -169,10 +169,9 @@ def test_a_recipients_file_that_others_can_write_is_refused(tmp_path: Path, caps
     "arguments",
     [["--passphrase-file", "p"], ["--generate-passphrase"]],
 )
-def test_a_recipients_file_stands_beside_recipients(
+def test_recipients_file_is_combined_with_recipients_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    """Everything else is wrong usage."""
     with pytest.raises(SystemExit) as ended:
         run("init", tmp_path / "k.age", "-R", "r", *arguments)
     assert ended.value.code == 2
@@ -192,15 +191,15 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize(("text", "kind"), UNSUPPORTED.items(), ids=UNSUPPORTED)
 def test_a_recipient_of_another_kind_is_refused_by_name(text: str, kind: str) -> None:
-    """With the kinds that are supported."""
+    """The message has the supported kinds."""
     with pytest.raises(KeyringError, match=re.escape(kind)) as caught:
         recipients.parse(text)
     for supported in ("X25519", "ssh-ed25519", "ssh-rsa"):
         assert supported in str(caught.value)
 
 
-def test_bytes_that_are_no_text_never_stand_as_the_name_of_a_plugin() -> None:
-    """Their escapes made the error longer than an error may be."""
+def test_bytes_are_not_mistaken_for_a_plugins_name() -> None:
+    """The escapes of such bytes once made the error longer than the limit."""
     with pytest.raises(KeyringError) as caught:
         recipients.parse("age1" + "\udcff" * 40 + "1" + "q" * 60)
     assert "plugin" not in str(caught.value).partition("supported are")[0]
@@ -209,7 +208,7 @@ def test_bytes_that_are_no_text_never_stand_as_the_name_of_a_plugin() -> None:
 
 @program("ssh-keygen", "openssh-client")
 def test_an_rsa_key_of_an_unusual_size_is_refused(tmp_path: Path) -> None:
-    """The age library seals to 2,048 bits and more."""
+    """The age library seals to RSA keys of 2,048 bits or more."""
     subprocess.run(["ssh-keygen", "-q", "-t", "rsa", "-b", "1024", "-N", "", "-f", tmp_path / "k"], check=True)
     with pytest.raises(KeyringError, match="RSA key is too short"):
         recipients.parse((tmp_path / "k.pub").read_text())
@@ -217,7 +216,7 @@ def test_an_rsa_key_of_an_unusual_size_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(pyrage, "tag"), reason="needs pyrage 1.4 (pip install pyrage)")
 def test_a_keyring_is_sealed_to_a_hardware_key_too(tmp_path: Path) -> None:
-    """age1tag1 is one more recipient; changes count it."""
+    """A recipient with age1tag1 counts like any other in later changes."""
     identity = secret_file(tmp_path / "identity", ONE.identity)
     run("init", tmp_path / "k.age", "--recipient", TAG, "--recipient", ONE.recipient)
     assert count_recipients((tmp_path / "k.age").read_bytes()) == 2
@@ -225,15 +224,15 @@ def test_a_keyring_is_sealed_to_a_hardware_key_too(tmp_path: Path) -> None:
     assert opened(tmp_path / "k.age").recipients == [TAG, ONE.recipient]
 
 
-def test_an_older_pyrage_refuses_a_hardware_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the version that it takes."""
+def test_older_pyrage_cannot_seal_to_a_hardware_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has the version of pyrage that is needed."""
     monkeypatch.delattr(pyrage, "tag", raising=False)
     with pytest.raises(KeyringError, match=r"takes pyrage 1\.4"):
         recipients.parse(TAG)
 
 
 def test_a_keyring_for_fewer_recipients_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sealed file is counted, whatever the library did."""
+    """The recipients in the sealed file are counted, independently of the library."""
     encrypt = pyrage.encrypt
     monkeypatch.setattr(pyrage, "encrypt", lambda payload, to: encrypt(payload, to[:1]))
     with pytest.raises(KeyringError, match="sealed to 1 of 2 recipients"):
@@ -248,10 +247,10 @@ def test_a_keyring_for_fewer_recipients_is_not_written(tmp_path: Path, monkeypat
         sealing.seal(b"x", [ONE.recipient], None)
 
 
-def test_two_recipients_that_a_keyring_names_as_one_say_reseal(
+def test_keyring_with_two_recipients_in_one_name_needs_reseal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As an earlier version wrote it: sealed to the first only."""
+    """An earlier version wrote such a keyring, and sealed it to the first recipient only."""
     identity = secret_file(tmp_path / "identity", ONE.identity)
     key = pyrage.x25519.Recipient.from_str(ONE.recipient)
     document = Document([f"{ONE.recipient}\n{TWO.recipient}"])
@@ -270,6 +269,6 @@ def test_two_recipients_that_a_keyring_names_as_one_say_reseal(
 
 
 def test_the_completion_offers_recipients_files() -> None:
-    """For both verbs that seal."""
+    """The completion covers both verbs that seal."""
     text = (ROOT / "agent" / "completions" / "keyferry-agent.bash").read_text()
     assert text.count("--recipients-file") >= 2

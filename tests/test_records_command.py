@@ -1,4 +1,4 @@
-"""`keyferry records`, as a shell sees it, and what the command does without the packages that it needs."""
+"""`keyferry records` from a shell, and the command without its optional packages."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import sqlalchemy
 from support.agent import PATIENCE, RunningAgent
 from support.keys import recipient
 from support.records import fill, opened
-from support.rotatable_agent import Rotating
+from support.rotatable_agent import RotatableAgent
 from support.secrets import secret_file
 from support.skip_unless import ROOT
 
@@ -35,7 +35,7 @@ class Shell:
         self.store = store
 
     def __call__(self, verb: str, *arguments: object, code: int = 0) -> tuple[str, str]:
-        """What it printed, on both."""
+        """Return the output on both streams."""
         self._capsys.readouterr()
         socket = [] if verb in ("list", "show") else self._where["socket"]
         assert command.main(["records", verb, *map(str, arguments), *self._where["store"], *socket]) == code
@@ -50,7 +50,7 @@ def shell(capsys: pytest.CaptureFixture[str], store_url: str, agent: RunningAgen
 
 
 def test_a_record_is_added_listed_shown_and_recovered(shell: Shell, agent: RunningAgent, tmp_path: Path) -> None:
-    """Its data key comes out wrapped for a module, and is the one that the agent has."""
+    """The recovered data key is wrapped for a module, and equals the agent's."""
     added = json.loads(shell("add", "a", "--KeyId", "alias/dev", "--EncryptionContext", '{"tenant": "acme"}')[0])
     assert added["EncryptionContext"] == {"tenant": "acme"}
     assert "Plaintext" not in added
@@ -75,8 +75,8 @@ def test_a_record_is_added_listed_shown_and_recovered(shell: Shell, agent: Runni
     assert RSA.unwrap(recovered["ExportedDataKey"]) == base64.b64decode(made.plaintext)
 
 
-def test_what_is_refused_makes_no_record(shell: Shell) -> None:
-    """By the agent, in its JSON; by the store, in words."""
+def test_refused_add_creates_no_record(shell: Shell) -> None:
+    """The agent's refusal is printed as JSON, and the store's as text."""
     shell("add", "a", "--KeyId", "alias/dev")
     for arguments, code in (
         (["b", "--KeyId", "alias/none"], "Forbidden.AliasNotFound"),
@@ -95,8 +95,8 @@ def test_what_is_refused_makes_no_record(shell: Shell) -> None:
     assert len(shell("list")[0].splitlines()) == 1
 
 
-def test_a_list_has_a_header_where_it_is_asked_for(shell: Shell) -> None:
-    """A script that counts lines gets records only; --json has names of its own."""
+def test_list_has_a_header_on_request(shell: Shell) -> None:
+    """Scripts count lines, so the default has only records; --json has field names."""
     shell("add", "a", "--KeyId", "alias/dev")
     header = "Name\tKeyId\tKeyVersionId\tCreated\tRewrapped"
     (row,) = shell("list")[0].splitlines()
@@ -106,7 +106,7 @@ def test_a_list_has_a_header_where_it_is_asked_for(shell: Shell) -> None:
 
 
 def test_a_list_has_a_header_on_a_terminal(agent: RunningAgent, tmp_path: Path) -> None:
-    """Unless it is declined."""
+    """An option switches the header off."""
     url = f"sqlite:///{tmp_path / 'records.sqlite'}"
     with agent.client() as kms, Store(url) as store:
         fill(store, kms, 1, key_id="alias/dev")
@@ -121,8 +121,8 @@ def test_a_list_has_a_header_on_a_terminal(agent: RunningAgent, tmp_path: Path) 
         assert shown.startswith("Name\tKeyId") is (lines == 2)
 
 
-def test_an_empty_list_is_one_all_the_same(shell: Shell) -> None:
-    """As text and as JSON, once the store was made."""
+def test_empty_list_is_valid_text_and_json(shell: Shell) -> None:
+    """The store exists and has no record."""
     shell("add", "a", "--KeyId", "alias/dev")
     with Store(shell.store) as store, store._engine.begin() as connection:
         connection.execute(sqlalchemy.text("DELETE FROM keyferry_records"))
@@ -135,8 +135,8 @@ def test_an_empty_list_is_one_all_the_same(shell: Shell) -> None:
     [["list"], ["list", "--json"], ["show", "a"], ["rewrap"], ["rewrap", "--dry-run"], ["recover", "a"]],
     ids=" ".join,
 )
-def test_a_store_that_does_not_exist_is_no_empty_one(shell: Shell, arguments: list[str]) -> None:
-    """Exit code 1 and the store's name, and nothing that a program could take for a result."""
+def test_missing_store_is_not_listed_as_empty(shell: Shell, arguments: list[str]) -> None:
+    """The exit code is 1 with the store's name, and standard output is empty."""
     out, err = shell(*arguments, code=1)
     assert out == ""
     assert "there is no" in err
@@ -147,7 +147,7 @@ def test_a_store_that_does_not_exist_is_no_empty_one(shell: Shell, arguments: li
 def test_encrypt_file_refuses_a_store_that_does_not_exist(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], store_url: str
 ) -> None:
-    """OUT does not appear."""
+    """OUT is not created."""
     secret_file(tmp_path / "p", "x")
     (tmp_path / "in").write_bytes(b"x")
     SoftwareModule.generate("RSA_2048").save(tmp_path / "m", "x")
@@ -159,7 +159,7 @@ def test_encrypt_file_refuses_a_store_that_does_not_exist(
 
 
 def test_a_list_shows_no_control_characters(shell: Shell) -> None:
-    """Whoever can write to the database does not write to this terminal."""
+    """A writer to the database must not control an operator's terminal."""
     shell("add", "a", "--KeyId", "alias/dev")
     with Store(shell.store) as store, store._engine.begin() as connection:
         connection.execute(sqlalchemy.text("UPDATE keyferry_records SET name = :name"), {"name": "a\x1b[2J\n\u202eb"})
@@ -168,12 +168,14 @@ def test_a_list_shows_no_control_characters(shell: Shell) -> None:
 
 
 @pytest.mark.usefixtures("quick_scrypt")
-def test_rewrap_says_what_it_did(capsys: pytest.CaptureFixture[str], store_url: str, rotating: Rotating) -> None:
+def test_rewrap_says_what_it_did(
+    capsys: pytest.CaptureFixture[str], store_url: str, rotatable_agent: RotatableAgent
+) -> None:
     """A dry run first; a failure is exit code 1, with the record's name. Nothing of a bar where there is no terminal."""
-    shell, folder = Shell(capsys, store_url, rotating.agent.socket), rotating.keyring.parent
-    with rotating.agent.client() as kms, Store(store_url) as store:
+    shell, folder = Shell(capsys, store_url, rotatable_agent.agent.socket), rotatable_agent.keyring.parent
+    with rotatable_agent.agent.client() as kms, Store(store_url) as store:
         keys = fill(store, kms, 30)
-        rotating.rotate()
+        rotatable_agent.rotate()
         secret_file(folder / "passphrase", "x")
         SoftwareModule.generate("RSA_2048").save(folder / "module", "x")
         counts = {"Records": 30, "Found": 30, "Moved": 30, "Changed": 0, "Failed": 0}
@@ -185,11 +187,11 @@ def test_rewrap_says_what_it_did(capsys: pytest.CaptureFixture[str], store_url: 
         out, _ = shell("rewrap")
         assert json.loads(out) == {"DryRun": False, **dict.fromkeys(counts, 0), "Records": 30}
         assert opened(store, kms) == keys
-        rotating.does("disable", "alias/a")
+        rotatable_agent.change("disable", "alias/a")
         out, _ = shell("rewrap")
-        rotating.does("enable", "alias/a")
-        rotating.rotate()
-        rotating.does("disable", "alias/a")
+        rotatable_agent.change("enable", "alias/a")
+        rotatable_agent.rotate()
+        rotatable_agent.change("disable", "alias/a")
         out, err = shell("rewrap", code=1)
         assert json.loads(out)["Failed"] == 30
         assert err.count("Rejected.Disabled") == 30
@@ -197,21 +199,21 @@ def test_rewrap_says_what_it_did(capsys: pytest.CaptureFixture[str], store_url: 
 
 
 def test_a_module_without_its_passphrase_file_is_wrong_usage(shell: Shell) -> None:
-    """Before anything is done."""
+    """The refusal comes before the first record is read."""
     with pytest.raises(SystemExit) as ended:
         shell("rewrap", "--module", "m")
     assert ended.value.code == 2
 
 
-def test_progress_is_shown_on_a_terminal(rotating: Rotating, tmp_path: Path) -> None:
+def test_progress_is_shown_on_a_terminal(rotatable_agent: RotatableAgent, tmp_path: Path) -> None:
     """And only there: on standard error, never between the lines of the result."""
     url = f"sqlite:///{tmp_path / 'records.sqlite'}"
-    with rotating.agent.client() as kms, Store(url) as store:
+    with rotatable_agent.agent.client() as kms, Store(url) as store:
         fill(store, kms, 5)
-        rotating.rotate()
+        rotatable_agent.rotate()
         near, far = pty.openpty()
         termios.tcsetwinsize(far, (24, 80))
-        arguments = ["records", "rewrap", "--store", url, "--socket", str(rotating.agent.socket)]
+        arguments = ["records", "rewrap", "--store", url, "--socket", str(rotatable_agent.agent.socket)]
         ended = subprocess.run(
             [sys.executable, "-m", "keyferry", *arguments],
             stdout=subprocess.PIPE,
@@ -229,7 +231,7 @@ def test_progress_is_shown_on_a_terminal(rotating: Rotating, tmp_path: Path) -> 
 
 
 def test_a_password_on_the_command_line_is_warned_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Not one that comes from a file; and it is not repeated. The warning does not need the database's driver."""
+    """The warning does not repeat the password; a password from a file has no warning."""
     url = "postgresql://u:hunter2@127.0.0.1:1/db"
     (tmp_path / "url").write_text(url)
     assert command.main(["records", "list", "--store", url]) == 1
@@ -282,14 +284,14 @@ def test_the_warning_of_a_password_needs_no_driver(missing: str) -> None:
     assert ended.stderr == ""
 
 
-def test_an_agent_that_is_not_there_is_exit_code_3(shell: Shell, tmp_path: Path) -> None:
-    """As for every command."""
+def test_missing_agent_is_exit_code_3(shell: Shell, tmp_path: Path) -> None:
+    """The exit code is that of every command without an agent."""
     arguments = ["records", "add", "a", "--KeyId", "alias/dev", "--store", shell.store]
     assert command.main([*arguments, "--socket", str(tmp_path / "none")]) == 3
 
 
-def test_a_list_that_cannot_be_written_is_no_traceback(agent: RunningAgent, tmp_path: Path) -> None:
-    """A full disk; a reader that has read enough."""
+def test_unwritable_list_has_no_traceback(agent: RunningAgent, tmp_path: Path) -> None:
+    """A full disk is an error, and a closed pipe is not."""
     url = f"sqlite:///{tmp_path / 'records.sqlite'}"
     with agent.client() as kms, Store(url) as store:
         fill(store, kms, 2_000, key_id="alias/dev")
@@ -299,11 +301,11 @@ def test_a_list_that_cannot_be_written_is_no_traceback(agent: RunningAgent, tmp_
     assert (ended.returncode, ended.stderr) == (74, "keyferry: standard output: No space left on device\n")
 
 
-# --- what is not installed --------------------------------------------------------------------------------------------
+# --- missing packages -------------------------------------------------------------------------------------------------
 
 
 def without(packages: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command where some packages are not installed; it prints what it has imported in the end."""
+    """Run the command without some packages; it prints its imports at the end."""
     code = (
         "import sys\n"
         f"for name in {packages.split()!r}: sys.modules[name] = None\n"
@@ -325,18 +327,16 @@ def without(packages: str, *arguments: str) -> "subprocess.CompletedProcess[str]
         ("sqlalchemy", ["encrypt-file", "in", "out", "--record", "r", "--module", "m", "--passphrase-file", "p"]),
     ],
 )
-def test_what_is_not_installed_is_named_with_how_to_install_it(
-    missing: str, arguments: list[str], tmp_path: Path
-) -> None:
-    """And no traceback."""
+def test_missing_package_is_named_with_its_install_command(missing: str, arguments: list[str], tmp_path: Path) -> None:
+    """The message has no traceback."""
     (tmp_path / "in").write_bytes(b"x")
     ended = without(missing, *[str(tmp_path / "in") if each == "in" else each for each in arguments])
     assert ended.returncode == 1
     assert f'this needs {missing}, which is not installed; install the extra "store" of keyferry' in ended.stderr
 
 
-def test_a_module_needs_less(tmp_path: Path) -> None:
-    """Only its own extra; and so does what decrypts a file."""
+def test_module_commands_need_only_their_own_extra(tmp_path: Path) -> None:
+    """Decrypting a file needs only that extra, too."""
     secret_file(tmp_path / "p", "x")
     arguments = ["module", "init", str(tmp_path / "m"), "--passphrase-file", str(tmp_path / "p")]
     ended = without("cryptography", *arguments)
@@ -355,24 +355,23 @@ def test_a_module_needs_less(tmp_path: Path) -> None:
     assert 'install the extra "module" of keyferry' in without("cryptography", *decrypting).stderr
 
 
-def test_what_is_broken_inside_a_package_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a bug, and says so."""
+def test_broken_package_is_not_reported_as_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import error inside an installed package is reported as a bug."""
     from keyferry.command.common import extra  # noqa: PLC0415
 
     with pytest.raises(ModuleNotFoundError), extra("store"):
         raise ModuleNotFoundError("No module named 'x'", name="x")
 
 
-def test_asking_an_agent_imports_no_database(agent: RunningAgent) -> None:
-    """Nor anything else that only other commands need."""
+def test_calls_to_an_agent_import_no_database(agent: RunningAgent) -> None:
+    """Such commands import no package that only other commands need."""
     for arguments in (["status"], ["call", "DescribeKey", "--KeyId", "alias/dev"]):
         ended = without("", *arguments, "--socket", str(agent.socket))
         assert ended.returncode == 0
         assert ended.stdout.splitlines()[-1] == ""
 
 
-def test_the_extra_brings_what_the_command_says_it_does() -> None:
-    """client/pyproject.toml."""
+def test_extra_installs_the_packages_of_the_message() -> None:
     import tomllib  # noqa: PLC0415
 
     from packaging.requirements import Requirement  # noqa: PLC0415

@@ -14,7 +14,7 @@ SHOWN = re.compile(r"^    ((?:cp|keyferry-agent keyring) [^#\n]*)", re.MULTILINE
 
 
 def test_the_exercise_in_recovery_works_as_it_is_written(tmp_path: Path) -> None:
-    """With the backup, and the identity that was kept offline."""
+    """The exercise uses the backup, and the identity that was kept offline."""
     text = (ROOT / "agent" / "README.md").read_text().split("## Backup and recovery")[1]
     before, after = (SHOWN.findall(part) for part in text.split("The host is lost."))
     assert (len(before), len(after)) == (3, 4)

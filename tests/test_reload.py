@@ -1,4 +1,4 @@
-"""What a running agent does when its keyring or its configuration is read again."""
+"""Reloads of a running agent's keyring and configuration."""
 
 import json
 import os
@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 from support.agent import RawConnection, RunningAgent
+from support.calls import error
 from support.keyring import WATCHFUL, change, configuration, copied, new_keyring, serving
 from support.skip_unless import root
-from support.stress import many
+from support.stress import scale
 
 from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64
@@ -25,7 +26,7 @@ from keyferry_agent.keyring import loader
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.keyring.sealing import Unsealer, seal
 
-RELOADS = many(15, 100)
+RELOADS = scale(15, 100)
 """Under full load, each takes the time of hundreds of requests."""
 
 
@@ -35,7 +36,7 @@ def reload(agent: RunningAgent, count: int = 1) -> None:
     agent.wait_for("reload.done", count=count)
 
 
-def test_an_agent_serves_a_keyring_and_loads_what_was_added_on_sighup(keyring: Path, socket_path: Path) -> None:
+def test_sighup_loads_added_keys(keyring: Path, socket_path: Path) -> None:
     """Old ciphertexts open under the reloaded keyring; a file that does not open leaves the old one serving."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
@@ -51,10 +52,8 @@ def test_an_agent_serves_a_keyring_and_loads_what_was_added_on_sighup(keyring: P
         assert connection.call("DescribeKey", {"KeyId": "alias/b"}).error is None
 
 
-def test_a_reload_changes_grants_on_open_connections_and_says_what_it_cannot_change(
-    keyring: Path, socket_path: Path
-) -> None:
-    """What only a restart can change is said at each reload that meets it."""
+def test_reload_changes_grants_on_open_connections(keyring: Path, socket_path: Path) -> None:
+    """Each reload logs the settings that need a restart."""
     config = keyring.parent / "agent.toml"
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
@@ -63,14 +62,13 @@ def test_a_reload_changes_grants_on_open_connections_and_says_what_it_cannot_cha
             reload(agent, count)
             assert "limits" in agent.wait_for("reload.limited", count=count)["what"]
         refused = connection.call("DescribeKey", {"KeyId": "alias/a"})
-        assert refused.error is not None
-        assert refused.error["Code"] == "Forbidden.NoPermission"
+        assert error(refused)["Code"] == "Forbidden.NoPermission"
         with RawConnection(agent.socket) as second:  # one connection more than the new limit
             assert second.call("GetAgentStatus", {}).error is None
 
 
-def test_a_reload_that_would_mistake_one_listener_for_another_is_refused(keyring: Path, tmp_path: Path) -> None:
-    """Sockets change with a restart only; a grant to a listener is to the socket that has its name now."""
+def test_reload_with_swapped_listeners_is_refused(keyring: Path, tmp_path: Path) -> None:
+    """Sockets change with a restart only, and a grant to a listener means the socket with its name."""
     config = tmp_path / "agent.toml"
     head = f'keyring = "{keyring}"\nunseal = "{tmp_path / "identity"}"\nmemory = "prefer"\n'
     grant = '[[grant]]\nname="a"\nto={listener="admin"}\nactions=["kms:*"]\nkeys=["*"]\n'
@@ -92,8 +90,8 @@ def test_a_reload_that_would_mistake_one_listener_for_another_is_refused(keyring
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
 
 
-def test_a_loader_that_nobody_waits_for_any_more_ends_itself(keyring: Path) -> None:
-    """The agent may be gone, and the file system may hang for ever."""
+def test_abandoned_loader_exits(keyring: Path) -> None:
+    """The agent may have exited, and the file system may hang forever."""
     (keyring.parent / "identity").unlink()
     os.mkfifo(keyring.parent / "identity")
     code = (
@@ -105,10 +103,8 @@ def test_a_loader_that_nobody_waits_for_any_more_ends_itself(keyring: Path) -> N
 
 
 @root()
-def test_a_replaced_keyring_is_unmapped_although_idle_connections_once_asked_about_it(
-    keyring: Path, socket_path: Path
-) -> None:
-    """Nothing that the agent remembers of a caller keeps old keys alive."""
+def test_replaced_keyring_is_unmapped_with_idle_connections(keyring: Path, socket_path: Path) -> None:
+    """Nothing that the agent remembers of a caller keeps old keys in memory."""
 
     def mappings(agent: RunningAgent) -> int:
         return Path(f"/proc/{agent.process.pid}/maps").read_text().count("secretmem")
@@ -127,8 +123,8 @@ def test_a_replaced_keyring_is_unmapped_although_idle_connections_once_asked_abo
         assert mappings(agent) == before
 
 
-def test_an_identity_on_a_file_system_that_hangs_holds_up_no_sigterm(keyring: Path, socket_path: Path) -> None:
-    """The loader waits for a FIFO that nobody writes; the agent serves, and stops when it is told to."""
+def test_hanging_identity_file_does_not_delay_sigterm(keyring: Path, socket_path: Path) -> None:
+    """The loader blocks on a FIFO without a writer; the agent serves, and stops on request."""
     identity = keyring.parent / "identity"
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         identity.unlink()
@@ -150,8 +146,8 @@ def test_a_loader_that_takes_too_long_is_given_up(keyring: Path, monkeypatch: py
         loader.load(keyring, keyring.parent / "identity", backing="auto", require=False)
 
 
-def test_however_long_a_loaders_complaint_is_it_arrives(keyring: Path) -> None:
-    """A pipe holds 64 KiB; a keyring from the future can say more than that."""
+def test_long_error_of_a_loader_arrives_whole(keyring: Path) -> None:
+    """A keyring of a later version can cause an error of more than the 64 KiB of a pipe."""
     unsealer = Unsealer.read(keyring.parent / "identity")
     document = json.loads(unsealer.unseal(keyring.read_bytes()))
     document["Version"] = "9" * 300_000
@@ -164,7 +160,7 @@ def test_however_long_a_loaders_complaint_is_it_arrives(keyring: Path) -> None:
 
 
 def test_a_keyring_that_is_replaced_is_loaded_without_a_signal(keyring: Path, socket_path: Path) -> None:
-    """By a rename, or by writing over it."""
+    """The keyring is replaced by a rename, or overwritten."""
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         change(keyring, "create-key", "--alias", "alias/b")
         agent.wait_for("reload.done")
@@ -177,7 +173,7 @@ def test_a_keyring_that_is_replaced_is_loaded_without_a_signal(keyring: Path, so
 
 
 def test_a_secret_that_kubernetes_swaps_is_loaded(keyring: Path, tmp_path: Path, socket_path: Path) -> None:
-    """The mounted name is a link through ..data, which is replaced by another link: nothing that is watched is written."""
+    """Kubernetes replaces the `..data` link that the mounted name leads through, and writes to no watched file."""
     volume = tmp_path / "volume"
 
     def update(number: int) -> None:
@@ -205,16 +201,14 @@ def test_a_secret_that_kubernetes_swaps_is_loaded(keyring: Path, tmp_path: Path,
         assert connection.call("DescribeKey", {"KeyId": "alias/b"}).error is None
 
 
-def test_a_configuration_that_is_replaced_is_read_without_a_signal(keyring: Path, socket_path: Path) -> None:
+def test_replaced_configuration_is_read_without_a_signal(keyring: Path, socket_path: Path) -> None:
     """Open connections have the new grants."""
     config = keyring.parent / "agent.toml"
     with serving(keyring, socket_path) as agent, RawConnection(agent.socket) as connection:
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
         copied(config, configuration(keyring, actions="kms:Decrypt").encode())
         agent.wait_for("reload.done")
-        refused = connection.call("DescribeKey", {"KeyId": "alias/a"}).error
-        assert refused is not None
-        assert refused["Code"] == "Forbidden.NoPermission"
+        assert error(connection.call("DescribeKey", {"KeyId": "alias/a"}))["Code"] == "Forbidden.NoPermission"
 
 
 def from_the_future(keyring: Path) -> bytes:
@@ -269,8 +263,8 @@ def test_what_is_wrong_with_a_replaced_keyring_is_reported_once_and_the_old_one_
         assert connection.call("DescribeKey", {"KeyId": "alias/a"}).error is None
 
 
-def test_reloads_under_full_load_lose_no_request_and_answer_none_wrongly(keyring: Path, socket_path: Path) -> None:
-    """Pipelines of everything, while keys rotate and the agent reloads: each answer is the right one."""
+def test_reloads_under_load_lose_no_request(keyring: Path, socket_path: Path) -> None:
+    """Pipelines of every operation run while keys rotate and the agent reloads, and each answer is correct."""
     change(keyring, "create-key", "--alias", "alias/sm4", "--key-spec", "Aliyun_SM4")
     done = threading.Event()
     wrong: list[object] = []

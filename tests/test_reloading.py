@@ -1,4 +1,4 @@
-"""The reloader, in this process: when it reads, when it tries again, and what it takes for seen. Time is simulated."""
+"""The reloader, in this process: when it reads and when it retries. Time is simulated."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -54,10 +54,10 @@ def adoption(agent: ServerState, monkeypatch: pytest.MonkeyPatch) -> trio.Event:
     return adopted
 
 
-async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
+async def test_failed_thread_start_does_not_end_the_watch(
     agent: ServerState, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
-    """It is said once; what was asked for meanwhile is done then."""
+    """The failure is logged once, and a reload requested meanwhile is done later."""
     real = trio.to_thread.run_sync
     failures = [RuntimeError("can't start new thread")] * 3
 
@@ -81,10 +81,10 @@ async def test_looking_for_replaced_files_goes_on_after_no_thread_could_be_had(
     assert [entry["event"] for entry in logged if entry["log_level"] != "info"] == ["reload.failed"]
 
 
-async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
+async def test_failed_load_is_retried_without_a_change(
     agent: ServerState, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
-    """The reason may have passed. It is said once, and again when it is another."""
+    """The cause may have passed; it is logged once, and again when it changes."""
     reasons = ["no descriptor", "no descriptor", "no descriptor", "no memory"]
     tried: list[float] = []
     real = Options.settings
@@ -112,10 +112,10 @@ async def test_what_could_not_be_loaded_is_tried_again_although_no_file_changes(
     assert all(expected <= wait < expected + 2 for expected, wait in zip((5, 10, 20, 40), waited, strict=True))
 
 
-async def test_nothing_is_tried_again_while_a_file_is_being_written(
+async def test_files_being_written_are_not_retried(
     agent: ServerState, audit: AuditLog, monkeypatch: pytest.MonkeyPatch, autojump_clock: object
 ) -> None:
-    """Half of a configuration may be a whole one, with fewer grants."""
+    """Half of a configuration may be a valid one with fewer grants."""
     tried: list[float] = []
     path = Path("agent.toml")
     real = Options.settings
@@ -151,7 +151,7 @@ async def test_nothing_is_tried_again_while_a_file_is_being_written(
 async def test_a_file_that_changes_while_it_is_read_is_read_again(
     audit: AuditLog, keyring: Path, monkeypatch: pytest.MonkeyPatch, read: str
 ) -> None:
-    """A grant or a key that is taken away in that moment is gone after the next look."""
+    """A grant or a key that is removed during a read is gone after the next check."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring))
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)
@@ -189,7 +189,7 @@ async def test_a_file_that_changes_while_it_is_read_is_read_again(
 async def test_files_that_do_not_change_are_read_once(
     audit: AuditLog, keyring: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However often the reloader looks at them."""
+    """Repeated checks of the reloader do not read unchanged files."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring))
     options = Options(config=config, socket=None, keyring=None, unseal=None, dev=False)

@@ -1,4 +1,4 @@
-"""What an agent remembers of a request holds until something changes: a key's date, its state, the evidence, the settings.
+"""A remembered decision holds until a change of a key's date, its state, the evidence, or the settings.
 
 The agent's state is in this process; the tests set its clock.
 """
@@ -78,7 +78,7 @@ class Asking:
         self._decoder = wire.Decoder()
 
     def decide(self, method: str, params: dict[str, Any]) -> tuple[Message, Any]:
-        """Return the message that a request came as, and what was decided."""
+        """Return the received message and its decision."""
         self._decoder.feed(wire.encode_request(1, method, params))
         self.dispatcher.take(self.exchange, self._decoder.packed_messages(), 1)
         (message,) = self.exchange.pending
@@ -86,7 +86,7 @@ class Asking:
         return message, self.outcome_of(message)
 
     def outcome_of(self, message: Message) -> Any:
-        """Return what is decided of a message: a completed request, or an offloaded job."""
+        """Return the decision on a message: a completed request, or an offloaded job."""
         self.dispatcher._begin(self.exchange, message)
         return self._decided()
 
@@ -151,14 +151,14 @@ REPEATABLE = [
 def test_a_remembered_request_ends_with_its_keys_date(
     asking: Asking, clock: type[Clock], method: str, params: dict[str, Any]
 ) -> None:
-    """No reload and no other request comes between."""
+    """No reload and no other request comes between the last use and the date."""
     clock.present = DATE - SECOND
     asking.remembered(method, params)
     clock.present = DATE
     assert asking.code(method, params) == "Forbidden.AliasNotFound"
 
 
-def test_a_request_recalled_before_its_keys_date_is_decided_anew(asking: Asking, clock: type[Clock]) -> None:
+def test_request_recalled_before_its_keys_date_is_decided_again(asking: Asking, clock: type[Clock]) -> None:
     """The date comes between the recall of a message and the decision."""
     method, params = REPEATABLE[0]
     recalled = asking.remembered(method, params)
@@ -167,8 +167,8 @@ def test_a_request_recalled_before_its_keys_date_is_decided_anew(asking: Asking,
 
 
 @pytest.mark.parametrize("method", ["GenerateAndExportDataKey", "ExportDataKey"])
-def test_an_offloaded_job_holds_until_its_keys_date(asking: Asking, clock: type[Clock], method: str) -> None:
-    """A thread may begin it late."""
+def test_offloaded_job_is_valid_until_its_keys_date(asking: Asking, clock: type[Clock], method: str) -> None:
+    """A thread may start the job late."""
     blob = asking.decide("Encrypt", GENERATE | {"Plaintext": encode_base64(bytes(32))})[1].outcome.ciphertext_blob
     params = SM2.params | (GENERATE if method.startswith("Generate") else {"CiphertextBlob": blob})
     _, slow = asking.decide(method, params | {"EncryptionContext": CONTEXT})
@@ -197,10 +197,10 @@ def disabled(agent: ServerState) -> None:
     ("change", "code"), [(less, "Forbidden.NoPermission"), (disabled, "Rejected.Disabled")], ids=["grant", "key"]
 )
 @pytest.mark.parametrize("where", ["before the recall", "after the recall", "before a thread"])
-def test_a_reload_ends_what_was_decided_before(
+def test_reload_ends_earlier_decisions(
     asking: Asking, change: Callable[[ServerState], None], code: str, where: str
 ) -> None:
-    """At each place where a decision waits."""
+    """The rule holds at each place where a decision waits."""
     method = "GenerateAndExportDataKey"
     recalled = asking.remembered(method, GENERATE | RSA.params)
     _, slow = asking.decide(method, GENERATE | SM2.params)
@@ -216,8 +216,8 @@ def test_a_reload_ends_what_was_decided_before(
 
 
 @pytest.mark.parametrize("more", [{"unit": "orders.service"}, {"uid": 4_207}], ids=["more", "other"])
-def test_other_evidence_ends_what_was_decided_by_less(asking: Asking, more: dict[str, Any]) -> None:
-    """Of the same connection: a decision is the one of the evidence that it was decided by."""
+def test_new_evidence_ends_earlier_decisions(asking: Asking, more: dict[str, Any]) -> None:
+    """A decision is valid for the evidence that it was made by, also on one connection."""
     method = "GenerateAndExportDataKey"
     grants = [
         Grant("all", {"uid": os.geteuid(), "unit": "none.service"}, ("kms:*",), ("*",)),
@@ -241,8 +241,8 @@ def test_a_decision_is_not_recalled_for_another_caller(asking: Asking, tmp_path:
     assert stranger.code(method, params) == "Forbidden.NoPermission"
 
 
-def test_callers_with_the_same_grants_share_what_was_decided(asking: Asking, tmp_path: Path) -> None:
-    """A connection is no part of a decision."""
+def test_callers_with_the_same_grants_share_decisions(asking: Asking, tmp_path: Path) -> None:
+    """A decision does not depend on the connection."""
     method, params = REPEATABLE[0]
     asking.remembered(method, params)
     message, decided = Asking(asking.agent, tmp_path, ME._replace(pid=2), dispatcher=asking.dispatcher).decide(
@@ -253,7 +253,7 @@ def test_callers_with_the_same_grants_share_what_was_decided(asking: Asking, tmp
 
 
 def test_the_keys_that_grants_cover_end_with_their_date(asking: Asking, clock: type[Clock]) -> None:
-    """Also where the keys of a caller were looked through before."""
+    """The rule holds although the caller's keys were listed before."""
     caller = asking.caller
     caller.refresh(asking.agent.policy)
     assert len(asking.agent.visible_keys(caller.granted).keys) == 2
@@ -269,7 +269,7 @@ def test_the_keys_that_grants_cover_end_with_their_date(asking: Asking, clock: t
 
 
 def test_a_key_is_deleted_in_the_second_of_its_date(agent: ServerState, clock: type[Clock]) -> None:
-    """Not a second later, and not a microsecond before."""
+    """The key is deleted neither a second later nor a microsecond earlier."""
     (key, *_) = agent.keyring.keys.values()
     states = []
     for moment in (DATE - timedelta(microseconds=1), DATE, DATE + SECOND):
@@ -279,7 +279,7 @@ def test_a_key_is_deleted_in_the_second_of_its_date(agent: ServerState, clock: t
 
 
 def test_a_key_is_purged_in_the_second_of_its_date(clock: type[Clock]) -> None:
-    """With its aliases; other keys stay."""
+    """Its aliases are purged with it, and other keys stay."""
 
     def purged(moment: datetime) -> tuple[list[str], dict[str, str]]:
         clock.present = moment
@@ -297,7 +297,7 @@ def test_a_key_is_purged_in_the_second_of_its_date(clock: type[Clock]) -> None:
 # The counters
 
 
-def test_counters_tell_refused_requests_from_all(asking: Asking) -> None:
+def test_counters_separate_refused_requests(asking: Asking) -> None:
     """Each answer is counted once, and each error once more."""
     decided = [asking.decide("DescribeKey", {"KeyId": f"alias/{name}"})[1] for name in ("dev", "none", "dev-sm4")]
     decided.append(asking.decide("NoSuchOperation", {})[1])
@@ -308,7 +308,7 @@ def test_counters_tell_refused_requests_from_all(asking: Asking) -> None:
 
 
 def test_handlers_decide_without_counting(asking: Asking) -> None:
-    """A decision is no answer."""
+    """A decision alone is not an answer."""
     asking.caller.refresh(asking.agent.policy)
     handlers.prepare(asking.agent, asking.caller, "DescribeKey", {"KeyId": "alias/dev"}, AuditEntry("id", 0.0))
     assert asking.agent.counters.requests_total == 0

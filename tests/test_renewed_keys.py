@@ -75,7 +75,7 @@ def plaintext(place: Place, path: Path) -> bytes:
 
 
 def test_a_renewed_record_has_a_new_key_and_the_old_one_stays(shell: Shell, agent: RunningAgent) -> None:
-    """Under the name with the date; master key, context and size are as they were."""
+    """The old record has a name with the date; master key, context and size are the same."""
     context = '{"tenant": "acme"}'
     old = json.loads(
         shell("add", "a", "--KeyId", "alias/dev", "--NumberOfBytes", "16", "--EncryptionContext", context)[0]
@@ -97,8 +97,8 @@ def test_a_renewed_record_has_a_new_key_and_the_old_one_stays(shell: Shell, agen
         assert json.loads(shell("rewrap")[0])["Records"] == 3
 
 
-def test_the_old_record_takes_the_name_that_is_asked_for(shell: Shell) -> None:
-    """A name that is taken, wrong or too long is refused before a key is made, and changes nothing."""
+def test_old_record_gets_the_given_name(shell: Shell) -> None:
+    """A name that is taken, invalid or too long is refused before a key is generated."""
     shell("add", "a", "--KeyId", "alias/dev")
     shell("add", "b", "--KeyId", "alias/dev")
     before = shell("list", "--json")
@@ -111,7 +111,7 @@ def test_the_old_record_takes_the_name_that_is_asked_for(shell: Shell) -> None:
 
 
 def test_a_record_that_was_renamed_meanwhile_is_not_renewed(store_url: str, agent: RunningAgent) -> None:
-    """Two renewals at once: one of them changes nothing."""
+    """One of two simultaneous renewals changes nothing."""
     with Store(store_url) as store, agent.client() as kms:
         store.add(new_record(kms, "a", key_id="alias/dev"))
         record = store.get("a")
@@ -125,7 +125,7 @@ def test_a_record_that_was_renamed_meanwhile_is_not_renewed(store_url: str, agen
 
 
 def test_a_damaged_record_is_not_renewed(shell: Shell) -> None:
-    """Neither where its blob is damaged nor where its context is."""
+    """A damaged blob and a damaged context are refused."""
     for name in "ab":
         shell("add", name, "--KeyId", "alias/dev")
     with Store(shell.store) as store:
@@ -137,7 +137,7 @@ def test_a_damaged_record_is_not_renewed(shell: Shell) -> None:
 
 
 def test_the_size_of_a_data_key_is_that_of_the_format() -> None:
-    """The client's number is the agent's. Another format has no size."""
+    """The client's number equals the agent's; another format has no size."""
     blob = bytearray(ciphertext_blob.OVERHEAD + 24)
     blob[36] = ciphertext_blob.FORMAT
     assert data_key_size(encode_base64(blob)) == 24
@@ -151,7 +151,7 @@ def test_the_size_of_a_data_key_is_that_of_the_format() -> None:
 
 
 def test_a_file_is_moved_in_place_and_keeps_its_mode(place: Place) -> None:
-    """Its header has the new record, and nothing else is in the folder."""
+    """The file's header has the new record, and no other file is left in the folder."""
     sealed = place.folder / "sealed"
     sealed.chmod(0o640)
     before = sealed.read_bytes()
@@ -167,7 +167,7 @@ def test_a_file_is_moved_in_place_and_keeps_its_mode(place: Place) -> None:
     assert place.files() == {"plain", "sealed", "opened"}
 
 
-def test_times_are_kept_where_that_is_asked_for(place: Place) -> None:
+def test_times_are_kept_with_preserve(place: Place) -> None:
     """Without --preserve, a backup by times finds the new file."""
     sealed = place.folder / "sealed"
     os.utime(sealed, (1, 2))
@@ -181,7 +181,7 @@ def test_times_are_kept_where_that_is_asked_for(place: Place) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, stream.CHUNK, stream.CHUNK + 1])
 def test_a_file_of_any_size_goes_to_out(place: Place, size: int) -> None:
-    """IN stays as it is."""
+    """IN is not changed."""
     (place.folder / "plain").write_bytes(bytes(size))
     assert command.main(place.encrypt(place.folder / "plain", place.folder / "sealed")) == 0
     before = (place.folder / "sealed").read_bytes()
@@ -191,8 +191,8 @@ def test_a_file_of_any_size_goes_to_out(place: Place, size: int) -> None:
     assert (place.folder / "sealed").read_bytes() == before
 
 
-def test_a_file_with_the_data_key_already_is_left(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """A warning says so, also after a rewrap; so a loop over many files can be repeated."""
+def test_file_with_the_new_data_key_is_skipped(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """A warning is printed, so a loop over many files can be repeated, also after a rewrap."""
     before = (place.folder / "sealed").stat()
     assert command.main(moving(place)) == 0
     assert "encrypted with this record's data key already" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_a_file_with_the_data_key_already_is_left(place: Place, capsys: pytest.C
 
 
 def test_a_damaged_file_is_not_replaced(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """A changed bit, a missing end: the file is as it was, and nothing is left beside it."""
+    """After a changed bit or a missing end, the file is unchanged and nothing is left beside it."""
     sealed = place.folder / "sealed"
     whole = sealed.read_bytes()
     renewed(place)
@@ -222,7 +222,7 @@ def test_a_damaged_file_is_not_replaced(place: Place, capsys: pytest.CaptureFixt
 def test_a_new_file_with_other_content_is_not_kept(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is read back before it takes the place of the old one."""
+    """The new file is read back before it replaces the old one."""
     before = (place.folder / "sealed").read_bytes()
     renewed(place)
     write = stream._write
@@ -237,10 +237,10 @@ def test_a_new_file_with_other_content_is_not_kept(
     assert place.files() == {"plain", "sealed"}
 
 
-def test_a_file_that_changed_meanwhile_is_left(
+def test_file_changed_meanwhile_is_not_replaced(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether another process wrote to it or replaced it."""
+    """Another process wrote to the file or replaced it."""
     sealed, other = place.folder / "sealed", place.folder / "other"
     renewed(place)
     check = stream.plaintext_hash
@@ -262,8 +262,8 @@ def test_a_file_that_changed_meanwhile_is_left(
         assert sealed.read_bytes().endswith(b"newer")
 
 
-def test_what_cannot_be_replaced_needs_an_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
-    """Standard input, and a file with a second name, which would keep the old data key."""
+def test_irreplaceable_input_needs_an_out(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Standard input cannot be replaced, and a second name of a file would keep the old data key."""
     sealed = place.folder / "sealed"
     renewed(place)
     os.link(sealed, place.folder / "second")
@@ -278,8 +278,8 @@ def test_what_cannot_be_replaced_needs_an_out(place: Place, capsys: pytest.Captu
     assert "OUT is the same file as IN" in capsys.readouterr().err
 
 
-def test_a_pipe_is_moved_to_a_pipe(tmp_path: Path, agent: RunningAgent) -> None:
-    """In a process of its own, which needs the store and the module's file."""
+def test_pipe_is_re_encrypted_to_a_pipe(tmp_path: Path, agent: RunningAgent) -> None:
+    """A process of its own needs only the store and the module's file."""
     made = Place(tmp_path, agent)
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     assert run(["module", "init", str(tmp_path / "module"), *made.module[2:]]).returncode == 0

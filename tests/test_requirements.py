@@ -1,4 +1,4 @@
-"""What is pinned is what the projects ask for, hashed, in one version everywhere; and an audit never pretends."""
+"""Pinned packages meet the declared dependencies, with hashes, in one version everywhere; audits are honest."""
 
 import re
 import tomllib
@@ -26,7 +26,7 @@ def pinned(path: Path) -> dict[str, str]:
 
 
 def asked(path: str, *, extras: bool) -> list[str]:
-    """What a distribution depends on."""
+    """Return the dependencies of a distribution."""
     of_project = project(path)["project"]
     optional = of_project["optional-dependencies"].values() if extras else ()
     return [*of_project["dependencies"], *(each for extra in optional for each in extra)]
@@ -41,14 +41,14 @@ ASKED = {
 }
 
 
-def test_every_file_of_requirements_is_looked_at() -> None:
-    """By these tests, and by `make audit`."""
+def test_every_file_of_requirements_is_checked() -> None:
+    """These tests and `make audit` cover all files of requirements."""
     assert {str(path.relative_to(ROOT)) for path in FILES} == ASKED.keys()
 
 
 @pytest.mark.parametrize("file", ASKED)
-def test_what_is_pinned_is_what_is_asked_for(file: str) -> None:
-    """Each dependency is there in a version that is allowed: after a change to a pyproject.toml, `make requirements`."""
+def test_pinned_versions_meet_the_declared_dependencies(file: str) -> None:
+    """Each dependency is pinned in an allowed version; after a change to a pyproject.toml, run `make requirements`."""
     versions = pinned(ROOT / file)
     for requirement in map(Requirement, ASKED[file]):
         if requirement.name not in ("keyferry", "keyferry-agent"):
@@ -56,8 +56,8 @@ def test_what_is_pinned_is_what_is_asked_for(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ASKED)
-def test_what_is_pinned_is_hashed_and_says_nothing_of_where_it_is_from(file: str) -> None:
-    """Whoever installs it may have an index of their own."""
+def test_pinned_packages_have_hashes_and_no_index(file: str) -> None:
+    """An installation may use an index of its own."""
     text = (ROOT / file).read_text()
     assert "//" not in text
     entries = re.split(r"^(?=\S)", text, flags=re.MULTILINE)[1:]
@@ -67,7 +67,7 @@ def test_what_is_pinned_is_hashed_and_says_nothing_of_where_it_is_from(file: str
 
 
 def test_a_package_has_one_version_in_all_files() -> None:
-    """What is deployed is what was tested."""
+    """Deployed versions are the tested ones."""
     versions: dict[str, set[str]] = {}
     for file in FILES:
         for name, version in pinned(file).items():
@@ -82,7 +82,7 @@ SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not b
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "code", "said"),
+    ("first", "then", "code", "output"),
     [
         ([KNOWN_ONE], [GOOD], CLEAN, "No vulnerability is known"),
         ([KNOWN_ONE], [GOOD, BAD], VULNERABLE, "trio 0.35.0: PYSEC-2; fixed in: 0.36.0"),
@@ -94,10 +94,10 @@ SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not b
         (None, [GOOD], UNKNOWN, "NOT AUDITED: no database"),
     ],
 )
-def test_nobody_is_told_that_nothing_is_known_by_somebody_who_knows_nothing(
-    capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, said: str
+def test_uninformed_advisory_service_is_not_used(
+    capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, output: str
 ) -> None:
-    """A service that does not find what is known to be there is not asked for anything else."""
+    """A service that does not find a known vulnerability is not queried further."""
 
     def ask(service: str, files: Sequence[Path]) -> Report | None:
         assert service == "pypi" or first != [KNOWN_ONE]
@@ -105,11 +105,11 @@ def test_nobody_is_told_that_nothing_is_known_by_somebody_who_knows_nothing(
 
     assert advisories.main(ask) == code
     captured = capsys.readouterr()
-    assert said in captured.out + captured.err
+    assert output in captured.out + captured.err
 
 
-def test_what_answers_no_report_is_no_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A program that fails, as pip-audit does without a network."""
+def test_program_without_a_report_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip-audit prints no report without a network."""
     program = tmp_path / "pip-audit"
     program.write_text("#!/bin/sh\necho oops; exit 1\n")
     program.chmod(0o700)

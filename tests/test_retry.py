@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from support.agent import PATIENCE
-from support.fake_server import outcomes, scripted
+from support.fake_server import respond_with, scripted_server
 
 from keyferry import (
     AgentUnavailable,
@@ -74,14 +74,14 @@ def delays(retry: Retry, error: KmsError, *, left: float = 1e9) -> Iterator[floa
         now += delay
 
 
-def test_delays_double_up_to_the_longest() -> None:
+def test_delays_double_up_to_the_maximum() -> None:
     """The sum of the delays stays within the bound."""
     retry = Retry(within=10, first=1, longest=3, random=lambda: 1.0)
     assert list(delays(retry, kms_error(UNAVAILABLE))) == [1, 2, 3, 3]
 
 
-def test_delays_are_chosen_from_zero_on() -> None:
-    """Full jitter: callers that failed together do not come back together."""
+def test_delays_are_random_from_zero() -> None:
+    """Full jitter spreads callers that failed together."""
     numbers = iter([0.0, 0.25, 0.5, 2.0])
     retry = Retry(within=10, first=4, longest=4, random=lambda: next(numbers))
     assert list(delays(retry, kms_error(UNAVAILABLE))) == [0, 1, 2]
@@ -90,21 +90,21 @@ def test_delays_are_chosen_from_zero_on() -> None:
     assert all(0 <= number < 1 for number in drawn)
 
 
-def test_the_delay_after_throttling_is_at_least_its_own() -> None:
-    """An agent's allowance is per second."""
+def test_delay_after_throttling_has_a_minimum() -> None:
+    """An agent's allowance is per second, so a shorter delay would be refused again."""
     retry = Retry(within=10, first=0)
     assert list(delays(retry, kms_error(THROTTLED))) == [1.0] * 10
     assert Throttled.retry_after == 1.0
 
 
 def test_no_repeat_begins_after_the_timeout() -> None:
-    """The timeout is the shorter bound here."""
+    """The timeout is shorter than the policy's bound here."""
     retry = Retry(within=10, first=1, longest=1, random=lambda: 1.0)
     assert list(delays(retry, kms_error(UNAVAILABLE), left=3.5)) == [1, 1, 1]
 
 
-def test_a_failure_that_time_cannot_help_is_final() -> None:
-    """With a policy, and a retryable failure without one."""
+def test_permanent_failure_is_not_retried() -> None:
+    """Without a policy, a retryable failure is final too."""
     assert Attempts(Retry()).after_failure(kms_error("Forbidden.KeyNotFound"), 0, 30) is None
     assert Attempts(None).after_failure(kms_error(UNAVAILABLE), 0, 30) is None
 
@@ -120,28 +120,35 @@ def test_only_refused_calls_are_asked_again() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"within": -1}, {"first": float("nan")}, {"longest": -0.1}])
-def test_a_policy_of_impossible_numbers_is_refused(wrong: dict[str, float]) -> None:
-    """When it is made, not at the first failure."""
+def test_policy_with_invalid_numbers_is_refused(wrong: dict[str, float]) -> None:
+    """The constructor raises, not the first failure."""
     with pytest.raises(ValueError, match="a number of seconds"):
         Retry(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_client_repeats_refused_calls(socket_path: Path, time: Time) -> None:
-    """Until there is a result."""
-    with scripted(socket_path, outcomes(THROTTLED, UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
+    """The client repeats a call until it has a result."""
+    with (
+        scripted_server(socket_path, respond_with(THROTTLED, UNAVAILABLE, "")),
+        Client(socket_path, retry=AT_ONCE) as kms,
+    ):
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
     assert time.slept == [1.0, 0.0]
 
 
 def test_a_client_without_a_policy_repeats_nothing(socket_path: Path, time: Time) -> None:
-    """The first refusal is the call's."""
-    with scripted(socket_path, outcomes(UNAVAILABLE)), Client(socket_path) as kms, pytest.raises(ServiceUnavailable):
+    """A client without a policy raises the first refusal."""
+    with (
+        scripted_server(socket_path, respond_with(UNAVAILABLE)),
+        Client(socket_path) as kms,
+        pytest.raises(ServiceUnavailable),
+    ):
         kms.call("GetAgentStatus", {})
     assert time.slept == []
 
 
-def test_the_last_failure_is_raised_in_the_end(socket_path: Path, time: Time) -> None:
-    """Nobody listens; the delays are within the bound, and the message is the usual one."""
+def test_last_failure_is_raised(socket_path: Path, time: Time) -> None:
+    """No agent listens; the delays are within the bound, and the message is the usual one."""
     retry = Retry(within=3, first=1, longest=1, random=lambda: 1.0)
     with Client(socket_path, retry=retry) as kms, pytest.raises(AgentUnavailable, match="does not exist"):
         kms.call("GetAgentStatus", {})
@@ -157,16 +164,16 @@ def test_a_client_waits_for_an_agent_that_starts(
 ) -> None:
     """A connection that is refused is repeated."""
     with ExitStack() as started, Client(socket_path, retry=AT_ONCE) as kms:
-        agent = scripted(socket_path, outcomes(""))
+        agent = scripted_server(socket_path, respond_with(""))
         monkeypatch.setattr(time, "sleep", lambda _seconds: started.enter_context(agent))
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
 
 
-def test_a_pipeline_repeats_what_was_refused(socket_path: Path, time: Time) -> None:
+def test_pipeline_repeats_refused_requests(socket_path: Path, time: Time) -> None:
     """Results stay in their places."""
     codes = ["", UNAVAILABLE, "Forbidden.KeyNotFound", ""]
     calls: list[tuple[str, dict[str, Any]]] = [("A", {}), ("B", {}), ("C", {})]
-    with scripted(socket_path, outcomes(*codes)), Client(socket_path, retry=AT_ONCE) as kms:
+    with scripted_server(socket_path, respond_with(*codes)), Client(socket_path, retry=AT_ONCE) as kms:
         first, second, third = kms.pipeline(calls)
     assert (first, second) == ({"RequestId": "A"}, {"RequestId": "B"})
     assert isinstance(third, NotFound)
@@ -180,7 +187,7 @@ def test_a_refused_connection_is_repeated(socket_path: Path, time: Time) -> None
         connection.recv(65_536)
         connection.sendall(wire.encode_response(None, {"Code": THROTTLED, "Message": "m", "RequestId": "r"}, None))
 
-    with scripted(socket_path, full, outcomes("")), Client(socket_path, retry=AT_ONCE) as kms:
+    with scripted_server(socket_path, full, respond_with("")), Client(socket_path, retry=AT_ONCE) as kms:
         assert kms.call("GetAgentStatus", {}) == {"RequestId": "GetAgentStatus"}
     assert time.slept == [1.0]
 
@@ -190,14 +197,14 @@ def test_other_threads_call_while_a_client_waits(
 ) -> None:
     """The client's lock is free during a delay."""
     free = []
-    with scripted(socket_path, outcomes(UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
+    with scripted_server(socket_path, respond_with(UNAVAILABLE, "")), Client(socket_path, retry=AT_ONCE) as kms:
         monkeypatch.setattr(time, "sleep", lambda _seconds: free.append(not kms._lock.locked()))
         kms.call("GetAgentStatus", {})
     assert free == [True]
 
 
-def test_an_awaited_client_repeats_refused_calls(socket_path: Path, run: Run) -> None:
-    """Under trio and asyncio, in a call and in a pipeline."""
+def test_async_client_repeats_refused_calls(socket_path: Path, run: Run) -> None:
+    """Calls and pipelines are repeated under trio and asyncio."""
 
     async def main() -> None:
         async with AsyncClient(socket_path, retry=AT_ONCE) as kms:
@@ -205,18 +212,18 @@ def test_an_awaited_client_repeats_refused_calls(socket_path: Path, run: Run) ->
             first, second = await kms.pipeline([("A", {}), ("B", {})])
             assert (first, second) == ({"RequestId": "A"}, {"RequestId": "B"})
 
-    with scripted(socket_path, outcomes(UNAVAILABLE, "InternalFailure", "", UNAVAILABLE, "", "")):
+    with scripted_server(socket_path, respond_with(UNAVAILABLE, "InternalFailure", "", UNAVAILABLE, "", "")):
         run(main)
 
 
-def test_an_awaited_client_raises_the_last_failure(socket_path: Path, run: Run) -> None:
-    """At the end of its bound, and at once for what is not retryable or where there is no policy."""
+def test_async_client_raises_the_last_failure(socket_path: Path, run: Run) -> None:
+    """The failure is raised at the end of the bound, or immediately if it is permanent or the client has no policy."""
 
     async def main() -> None:
         async with AsyncClient(socket_path, retry=Retry(within=0.05, first=0.01)) as kms:
             with pytest.raises(AgentUnavailable, match="does not exist"):
                 await kms.describe_key(key_id="alias/a")
-        with scripted(socket_path, outcomes("InvalidParameter")):
+        with scripted_server(socket_path, respond_with("InvalidParameter")):
             async with AsyncClient(socket_path, retry=AT_ONCE, timeout=PATIENCE) as kms:
                 with pytest.raises(InvalidRequest):
                     await kms.describe_key(key_id="alias/a")
@@ -239,6 +246,6 @@ def test_an_unreachable_agent_is_retryable_where_time_helps(tmp_path: Path) -> N
 
 
 def test_a_policy_is_pickled_with_its_client(tmp_path: Path) -> None:
-    """As the path and the timeout are."""
+    """The policy is pickled like the path and the timeout."""
     with Client(tmp_path / "none", retry=Retry(within=3)) as kms:
         assert repr(pickle.loads(pickle.dumps(kms))._retry) == "Retry(within=3, first=0.05, longest=2)"

@@ -14,7 +14,7 @@ from support import crashing_rewrap
 from support.agent import RunningAgent, configured
 from support.postgres import Cluster
 from support.records import damage, fill, flipped, opened
-from support.rotatable_agent import Rotating, rotating_agent
+from support.rotatable_agent import RotatableAgent, rotating_agent
 from support.skip_unless import ROOT, postgresql
 
 from keyferry import AgentUnavailable, Client
@@ -27,16 +27,16 @@ COUNT = 50
 
 
 @pytest.fixture(scope="module")
-def rotating(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rotating]:
+def rotatable_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RotatableAgent]:
     """One agent for all tests that leave it running: each has a store of its own."""
-    with rotating_agent(tmp_path_factory.mktemp("rotating")) as rotating:
-        yield rotating
+    with rotating_agent(tmp_path_factory.mktemp("rotating")) as rotatable_agent:
+        yield rotatable_agent
 
 
 @pytest.fixture
-def kms(rotating: Rotating) -> Iterator[Client]:
+def kms(rotatable_agent: RotatableAgent) -> Iterator[Client]:
     """A client of it."""
-    with rotating.agent.client() as client:
+    with rotatable_agent.agent.client() as client:
         yield client
 
 
@@ -50,19 +50,19 @@ def store(store_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 
 def versions(store: Store) -> set[str]:
     """The versions of all records, as their columns and their blobs say."""
-    said = {record.key_version_id for record in store}
-    assert said == {decode_base64(record.ciphertext_blob)[:36].decode() for record in store}
-    return said
+    keyring_json = {record.key_version_id for record in store}
+    assert keyring_json == {decode_base64(record.ciphertext_blob)[:36].decode() for record in store}
+    return keyring_json
 
 
-def test_every_record_moves_to_the_primary_version_and_keeps_its_data_key(
-    store: Store, kms: Client, rotating: Rotating
+def test_rewrap_moves_every_record_and_keeps_its_data_key(
+    store: Store, kms: Client, rotatable_agent: RotatableAgent
 ) -> None:
-    """From several versions at once; what is there already is left alone; the second time there is nothing to do."""
+    """Records of several versions move, those of the primary version stay, and a second run has nothing to do."""
     keys = fill(store, kms, COUNT)
-    rotating.rotate()
+    rotatable_agent.rotate()
     keys |= fill(store, kms, COUNT, start=COUNT)
-    primary = rotating.rotate()
+    primary = rotatable_agent.rotate()
     keys |= fill(store, kms, 5, start=2 * COUNT)
     before = {record.name: record for record in store}
     advanced: list[int] = []
@@ -81,8 +81,8 @@ def test_every_record_moves_to_the_primary_version_and_keeps_its_data_key(
     assert rewrap(store, kms) == Outcome(records=105, found=0, moved=0, changed=0, failed=0)
 
 
-def test_an_empty_store_is_no_failure(store: Store, kms: Client) -> None:
-    """Nothing to do, once the store was made."""
+def test_rewrap_of_an_empty_store_succeeds(store: Store, kms: Client) -> None:
+    """The store exists and has no record."""
     store.add(Record("a", "no such key", "v", "b", "{}", now()))
     with store._engine.begin() as connection:
         connection.execute(sqlalchemy.text("DELETE FROM keyferry_records"))
@@ -90,16 +90,16 @@ def test_an_empty_store_is_no_failure(store: Store, kms: Client) -> None:
 
 
 def test_a_store_that_does_not_exist_is_a_failure(store: Store, kms: Client) -> None:
-    """With a wrong URL, nothing to do would read as done."""
+    """With a wrong URL, a success without records would be misleading."""
     for dry_run in (False, True):
         with pytest.raises(StoreError, match="there is no store"):
             rewrap(store, kms, dry_run=dry_run)
 
 
-def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, kms: Client, rotating: Rotating) -> None:
-    """A record that would fail is found by it."""
+def test_dry_run_reports_and_changes_nothing(store: Store, kms: Client, rotatable_agent: RotatableAgent) -> None:
+    """A dry run finds a record that would fail."""
     fill(store, kms, COUNT)
-    rotating.rotate()
+    rotatable_agent.rotate()
     damage(store, "r7", "ciphertext_blob", lambda text: text[:100] + ("A" if text[100] != "A" else "B") + text[101:])
     before = list(store)
     failures: list[str] = []
@@ -109,21 +109,21 @@ def test_a_dry_run_says_what_would_be_and_changes_nothing(store: Store, kms: Cli
     assert list(store) == before
 
 
-def test_a_record_with_one_wrong_bit_stays_as_it_is_and_the_others_move(
-    lite: Store, kms: Client, rotating: Rotating
+def test_record_with_one_wrong_bit_is_left_and_others_move(
+    sqlite_store: Store, kms: Client, rotatable_agent: RotatableAgent
 ) -> None:
-    """Wherever the bit is: version, format, salt, commitment, ciphertext, tag."""
+    """The bit is in version, format, salt, commitment, ciphertext or tag."""
     bits = [*range(0, 149 * 8, 9), 149 * 8 - 1]
-    keys = fill(lite, kms, len(bits) + 3)
-    primary = rotating.rotate()
+    keys = fill(sqlite_store, kms, len(bits) + 3)
+    primary = rotatable_agent.rotate()
     for number, bit in enumerate(bits):
-        damage(lite, f"r{number}", "ciphertext_blob", lambda text, bit=bit: flipped(text, bit))  # type: ignore[misc]
-    before = {record.name: record for record in lite}
+        damage(sqlite_store, f"r{number}", "ciphertext_blob", lambda text, bit=bit: flipped(text, bit))  # type: ignore[misc]
+    before = {record.name: record for record in sqlite_store}
     failures: list[str] = []
-    outcome = rewrap(lite, kms, failed=failures.append)
+    outcome = rewrap(sqlite_store, kms, failed=failures.append)
     assert outcome == Outcome(records=len(bits) + 3, found=len(bits) + 3, moved=3, changed=0, failed=len(bits))
     assert [each.split(":")[0] for each in failures] == [f"r{number}" for number in range(len(bits))]
-    after = list(lite)
+    after = list(sqlite_store)
     assert [record for record in after if record.rewrapped] == after[-3:]
     assert all(record == before[record.name] for record in after[:-3])
     whole = after[-3:]
@@ -131,25 +131,27 @@ def test_a_record_with_one_wrong_bit_stays_as_it_is_and_the_others_move(
     assert {record.key_version_id for record in whole} == {primary}
 
 
-def test_a_record_with_a_damaged_column_is_reported_or_repaired(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """A context or a key that is not the record's: reported. A version that is not: put right, as the blob says it."""
-    keys = fill(lite, kms, 6)
-    primary = rotating.rotate()
-    damage(lite, "r1", "encryption_context", lambda text: text.replace("t1", "t2"))
-    damage(lite, "r2", "encryption_context", lambda text: text[:-1])
-    damage(lite, "r3", "key_id", lambda text: "x" + text[1:])
-    damage(lite, "r4", "key_version_id", lambda _text: primary)
+def test_a_record_with_a_damaged_column_is_reported_or_repaired(
+    sqlite_store: Store, kms: Client, rotatable_agent: RotatableAgent
+) -> None:
+    """A wrong context or key is reported; a wrong version is corrected from the blob."""
+    keys = fill(sqlite_store, kms, 6)
+    primary = rotatable_agent.rotate()
+    damage(sqlite_store, "r1", "encryption_context", lambda text: text.replace("t1", "t2"))
+    damage(sqlite_store, "r2", "encryption_context", lambda text: text[:-1])
+    damage(sqlite_store, "r3", "key_id", lambda text: "x" + text[1:])
+    damage(sqlite_store, "r4", "key_version_id", lambda _text: primary)
     failures: list[str] = []
-    outcome = rewrap(lite, kms, failed=failures.append)
+    outcome = rewrap(sqlite_store, kms, failed=failures.append)
     assert outcome == Outcome(records=6, found=6, moved=3, changed=0, failed=3)
     assert sorted(each.split(":")[0].split(" of ")[0] for each in failures) == ["1 records", "r1", "r2"]
-    moved = [record for record in lite if record.rewrapped]
+    moved = [record for record in sqlite_store if record.rewrapped]
     assert opened(moved, kms) == {name: keys[name] for name in ("r0", "r4", "r5")}
-    damage(lite, "r0", "key_version_id", lambda text: "x" + text[1:])
-    damage(lite, "r3", "key_id", lambda _text: moved[0].key_id)
-    assert rewrap(lite, kms) == Outcome(records=6, found=4, moved=2, changed=0, failed=2)
-    assert lite.get("r0").key_version_id == primary
-    assert opened([lite.get("r0"), lite.get("r3")], kms) == {"r0": keys["r0"], "r3": keys["r3"]}
+    damage(sqlite_store, "r0", "key_version_id", lambda text: "x" + text[1:])
+    damage(sqlite_store, "r3", "key_id", lambda _text: moved[0].key_id)
+    assert rewrap(sqlite_store, kms) == Outcome(records=6, found=4, moved=2, changed=0, failed=2)
+    assert sqlite_store.get("r0").key_version_id == primary
+    assert opened([sqlite_store.get("r0"), sqlite_store.get("r3")], kms) == {"r0": keys["r0"], "r3": keys["r3"]}
 
 
 # --- killed -----------------------------------------------------------------------------------------------------------
@@ -164,12 +166,12 @@ def test_a_record_with_a_damaged_column_is_reported_or_repaired(lite: Store, kms
     indirect=["store_url"],
 )
 def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
-    store: Store, store_url: str, kms: Client, rotating: Rotating, point: str
+    store: Store, store_url: str, kms: Client, rotatable_agent: RotatableAgent, point: str
 ) -> None:
-    """By SIGKILL, at every point of its second page: each record opens to its data key then, and the next run moves all."""
+    """After SIGKILL at any point of the second page, each record opens to its data key, and the next run moves all."""
     keys = fill(store, kms, COUNT)
-    primary = rotating.rotate()
-    arguments = [store_url, str(rotating.agent.socket), point, "2"]
+    primary = rotatable_agent.rotate()
+    arguments = [store_url, str(rotatable_agent.agent.socket), point, "2"]
     ended = subprocess.run(
         [sys.executable, ROOT / "tests" / "support" / "crashing_rewrap.py", *arguments], check=False, timeout=60
     )
@@ -185,20 +187,20 @@ def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
 
 @postgresql()
 @pytest.mark.parametrize("point", ["between pages", "in a transaction"])
-def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
-    cluster: Cluster, kms: Client, rotating: Rotating, point: str, monkeypatch: pytest.MonkeyPatch
+def test_killed_database_loses_nothing_and_rewrap_is_resumed(
+    postgres: Cluster, kms: Client, rotatable_agent: RotatableAgent, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PostgreSQL, stopped in this very moment: the run ends with an error, the next one does the rest."""
     monkeypatch.setattr(store_module, "_PAGE_RECORDS", crashing_rewrap.PAGE)
-    with Store(cluster.new_database()) as store:
+    with Store(postgres.new_database()) as store:
         keys = fill(store, kms, COUNT)
-        primary = rotating.rotate()
+        primary = rotatable_agent.rotate()
         stopped: list[int] = []
 
         def stop(*_arguments: object) -> None:
             if not stopped:
                 stopped.append(1)
-                cluster.stop()
+                postgres.stop()
 
         def updated(*arguments: Any) -> None:
             if "UPDATE" in arguments[2]:
@@ -210,7 +212,7 @@ def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
             with pytest.raises(StoreError, match="PostgreSQL database"):
                 rewrap(store, kms, advanced=stop if point == "between pages" else lambda _count: None)
         finally:
-            cluster.start()
+            postgres.start()
         assert opened(store, kms) == keys
         left = sum(record.key_version_id != primary for record in store)
         assert left == (COUNT - crashing_rewrap.PAGE if point == "between pages" else COUNT)
@@ -219,15 +221,15 @@ def test_a_database_that_was_killed_lost_nothing_and_is_gone_on_with(
         assert opened(store, kms) == keys
 
 
-def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, tmp_path: Path) -> None:
+def test_an_agent_that_goes_away_leaves_what_was_moved_moved(sqlite_store: Store, tmp_path: Path) -> None:
     """And the rest for the next time."""
-    with rotating_agent(tmp_path) as rotating:
-        with rotating.agent.client() as kms:
-            fill(lite, kms, COUNT)
-        primary = rotating.rotate()
-        with rotating.agent.client() as kms, pytest.raises(AgentUnavailable):
-            rewrap(lite, kms, advanced=lambda _count: rotating.agent.kill())
-    assert [record.key_version_id == primary for record in lite] == [True] * crashing_rewrap.PAGE + [False] * (
+    with rotating_agent(tmp_path) as rotatable_agent:
+        with rotatable_agent.agent.client() as kms:
+            fill(sqlite_store, kms, COUNT)
+        primary = rotatable_agent.rotate()
+        with rotatable_agent.agent.client() as kms, pytest.raises(AgentUnavailable):
+            rewrap(sqlite_store, kms, advanced=lambda _count: rotatable_agent.agent.kill())
+    assert [record.key_version_id == primary for record in sqlite_store] == [True] * crashing_rewrap.PAGE + [False] * (
         COUNT - crashing_rewrap.PAGE
     )
 
@@ -235,10 +237,12 @@ def test_an_agent_that_goes_away_leaves_what_was_moved_moved(lite: Store, tmp_pa
 # --- others at the same time ------------------------------------------------------------------------------------------
 
 
-def test_two_rewraps_at_once_do_no_harm(store: Store, store_url: str, kms: Client, rotating: Rotating) -> None:
-    """Each record is moved by one of them, once."""
+def test_two_simultaneous_rewraps_do_no_harm(
+    store: Store, store_url: str, kms: Client, rotatable_agent: RotatableAgent
+) -> None:
+    """Each record is moved once, by one of them."""
     keys = fill(store, kms, 6 * COUNT)
-    primary = rotating.rotate()
+    primary = rotatable_agent.rotate()
     start = threading.Barrier(2)
 
     def wait(_count: int) -> None:
@@ -247,7 +251,7 @@ def test_two_rewraps_at_once_do_no_harm(store: Store, store_url: str, kms: Clien
     outcomes: list[Outcome] = []
 
     def run() -> None:
-        with Store(store_url) as own, rotating.agent.client() as client:
+        with Store(store_url) as own, rotatable_agent.agent.client() as client:
             outcomes.append(rewrap(own, client, found=wait))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
@@ -261,12 +265,12 @@ def test_two_rewraps_at_once_do_no_harm(store: Store, store_url: str, kms: Clien
     assert opened(store, kms) == keys
 
 
-def test_a_record_that_changes_meanwhile_keeps_the_change(
-    store: Store, kms: Client, rotating: Rotating, monkeypatch: pytest.MonkeyPatch
+def test_concurrent_change_of_a_record_is_kept(
+    store: Store, kms: Client, rotatable_agent: RotatableAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody gave it another data key between its being read and its being replaced; somebody deleted another."""
+    """Between read and replacement, one record gets another data key and another record is deleted."""
     keys = fill(store, kms, 5)
-    rotating.rotate()
+    rotatable_agent.rotate()
     other = kms.generate_data_key(key_id="alias/a")
     replace = Store.replace
 
@@ -283,53 +287,57 @@ def test_a_record_that_changes_meanwhile_keeps_the_change(
     assert opened(store, kms) == {**keys, "r2": other.plaintext}
 
 
-def test_a_key_that_is_rotated_meanwhile_is_followed(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """In the end all are under the version that is primary then."""
-    keys = fill(lite, kms, COUNT)
-    rotating.rotate()
+def test_rewrap_follows_a_rotation_during_its_run(
+    sqlite_store: Store, kms: Client, rotatable_agent: RotatableAgent
+) -> None:
+    """In the end all records are under the primary version of that time."""
+    keys = fill(sqlite_store, kms, COUNT)
+    rotatable_agent.rotate()
     newest: list[str] = []
 
     def rotate(_count: int) -> None:
         if not newest:
-            newest.append(rotating.rotate())
+            newest.append(rotatable_agent.rotate())
 
-    assert rewrap(lite, kms, advanced=rotate).failed == 0
-    assert versions(lite) == set(newest)
-    assert opened(lite, kms) == keys
+    assert rewrap(sqlite_store, kms, advanced=rotate).failed == 0
+    assert versions(sqlite_store) == set(newest)
+    assert opened(sqlite_store, kms) == keys
 
 
-def test_records_of_several_master_keys_each_go_to_their_own(lite: Store, kms: Client, rotating: Rotating) -> None:
-    """SM4 among them; one that is disabled keeps its own, and says so."""
-    rotating.does("create-key", "--alias", "alias/b", "--key-spec", "Aliyun_SM4")
-    rotating.does("create-key", "--alias", "alias/c")
+def test_records_move_under_their_own_master_keys(
+    sqlite_store: Store, kms: Client, rotatable_agent: RotatableAgent
+) -> None:
+    """SM4 keys are among them; records of a disabled key stay, and are reported."""
+    rotatable_agent.change("create-key", "--alias", "alias/b", "--key-spec", "Aliyun_SM4")
+    rotatable_agent.change("create-key", "--alias", "alias/c")
     aliases = ("alias/a", "alias/b", "alias/c")
     keys: dict[str, str] = {}
     for number, alias in enumerate(aliases):
-        keys |= fill(lite, kms, 10, key_id=alias, start=number * 10)
+        keys |= fill(sqlite_store, kms, 10, key_id=alias, start=number * 10)
     for alias in aliases:
-        rotating.does("rotate", alias)
-    rotating.does("disable", "alias/c")
+        rotatable_agent.change("rotate", alias)
+    rotatable_agent.change("disable", "alias/c")
     failures: list[str] = []
-    assert rewrap(lite, kms, failed=failures.append) == Outcome(30, 30, 20, 0, 10)
+    assert rewrap(sqlite_store, kms, failed=failures.append) == Outcome(30, 30, 20, 0, 10)
     assert all("Rejected.Disabled" in why for why in failures)
-    rotating.does("enable", "alias/c")
-    assert rewrap(lite, kms) == Outcome(30, 10, 10, 0, 0)
-    assert opened(lite, kms) == keys
+    rotatable_agent.change("enable", "alias/c")
+    assert rewrap(sqlite_store, kms) == Outcome(30, 10, 10, 0, 0)
+    assert opened(sqlite_store, kms) == keys
 
 
-def test_a_record_of_none_but_dev_is_left(lite: Store, socket_path: Path) -> None:
-    """A development keyring ends with its agent: its records say that the key is not there."""
+def test_record_of_a_development_keyring_is_left(sqlite_store: Store, socket_path: Path) -> None:
+    """A development keyring ends with its agent, so its records are reported as without a key."""
     with RunningAgent(configured(socket_path, ""), socket_path) as agent, agent.client() as kms:
-        fill(lite, kms, 3, key_id="alias/dev")
+        fill(sqlite_store, kms, 3, key_id="alias/dev")
     failures: list[str] = []
     with RunningAgent(["--dev"], socket_path) as agent, agent.client() as kms:
-        assert rewrap(lite, kms, failed=failures.append) == Outcome(3, 3, 0, 0, 3)
+        assert rewrap(sqlite_store, kms, failed=failures.append) == Outcome(3, 3, 0, 0, 3)
     assert len(failures) == 1
     assert "Forbidden.KeyNotFound" in failures[0]
 
 
 def test_a_record_may_be_made_and_read_without_a_database() -> None:
-    """What the documentation calls JSON-able."""
+    """A record converts to and from JSON, as the documentation describes."""
     record = Record("a", "k", "v", "b", '{"x": "y"}', "2026-01-31T12:00:00Z")
     assert record.data_key_record() == {
         "KeyId": "k",

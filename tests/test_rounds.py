@@ -1,4 +1,4 @@
-"""Rounds: who is served when, what is recorded together, and what a round leaves to a connection's own task."""
+"""Rounds: the order of service, the entries of a batch, and the work of a connection's own task."""
 
 import dataclasses
 import os
@@ -30,7 +30,7 @@ STATUS = "GetAgentStatus"
 
 
 class Batches:
-    """An audit log in memory: what was handed over together."""
+    """An audit log in memory, which keeps its batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -98,8 +98,8 @@ def asked(method: str, count: int = 1) -> bytes:
     return b"".join(wire.encode_request(number, method, {"KeyId": "alias/dev"}) for number in range(count))
 
 
-async def test_a_round_is_recorded_in_one_hand_over(agent: ServerState, socket_path: Path) -> None:
-    """What ten connections ask at the same time is one batch of the audit log."""
+async def test_round_is_recorded_as_one_batch(agent: ServerState, socket_path: Path) -> None:
+    """Simultaneous requests of ten connections are one batch of the audit log."""
     audit = Batches()
     async with served(agent, socket_path, audit), connected(socket_path, 10) as clients:
         for client in clients:
@@ -110,7 +110,7 @@ async def test_a_round_is_recorded_in_one_hand_over(agent: ServerState, socket_p
 
 
 async def test_a_single_request_waits_for_one_batch_of_another_client(agent: ServerState, socket_path: Path) -> None:
-    """A client that has sent hundreds of requests before has a few in each round."""
+    """A client that has sent hundreds of requests before has a few of them in each round."""
     audit = Batches()
     async with served(agent, socket_path, audit), connected(socket_path, 2) as (greedy, honest):
         greedy.send(asked(STATUS, 400))
@@ -123,7 +123,7 @@ async def test_a_single_request_waits_for_one_batch_of_another_client(agent: Ser
 
 
 async def test_a_lone_client_has_large_batches(agent: ServerState, socket_path: Path) -> None:
-    """As soon as no other client has asked for a few rounds."""
+    """Batches grow once no other client has sent a request for a few rounds."""
     audit = Batches()
     async with served(agent, socket_path, audit), connected(socket_path, 2) as (greedy, honest):
         honest.send(asked(STATUS))
@@ -135,7 +135,7 @@ async def test_a_lone_client_has_large_batches(agent: ServerState, socket_path: 
 
 
 async def test_an_inherited_socket_is_not_served_after_its_connection(agent: ServerState, socket_path: Path) -> None:
-    """A child that holds the agent's end open keeps nothing in the epoll."""
+    """A child that holds the agent's end open leaves nothing in the epoll."""
     async with served(agent, socket_path, Batches()) as server:
         async with connected(socket_path, 1) as (client,):
             (number,) = server._rounds._lines
@@ -154,10 +154,10 @@ async def test_an_inherited_socket_is_not_served_after_its_connection(agent: Ser
             os.close(inherited)
 
 
-async def test_a_connection_has_only_so_many_offloaded_jobs(
+async def test_offloaded_jobs_per_connection_are_limited(
     agent: ServerState, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing more is decided or read before one is answered; then all are."""
+    """At the limit, the agent neither decides nor reads further requests before an answer; then it serves all."""
     go_on, decided = threading.Event(), list[None]()
 
     def slow(_request: Any) -> handlers.Job:
@@ -177,10 +177,10 @@ async def test_a_connection_has_only_so_many_offloaded_jobs(
         assert sorted(msgid or 0 for msgid in await answers(client, 40)) == [*range(40)]
 
 
-async def test_a_caller_whose_program_is_inspected_is_served_to_its_last_request(
+async def test_caller_with_an_inspected_program_is_served_completely(
     agent: ServerState, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each batch is confirmed by the connection's own task, and half a request has its deadline there, too."""
+    """The connection's own task confirms each batch, and half a request has its deadline there."""
     confirmed = 0
 
     async def confirm(_identity: Identity) -> bool:
@@ -203,7 +203,7 @@ async def test_a_caller_whose_program_is_inspected_is_served_to_its_last_request
 async def test_an_error_of_one_connection_harms_no_other_of_its_round(
     agent: ServerState, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even one that the dispatcher does not expect."""
+    """The rule holds for errors that the dispatcher does not expect, too."""
     async with served(agent, socket_path, Batches()) as server, connected(socket_path, 2) as (bad, good):
         dispatcher = server._rounds._dispatcher
         first = next(iter(server._rounds._lines.values())).exchange
@@ -223,15 +223,15 @@ async def test_an_error_of_one_connection_harms_no_other_of_its_round(
 
 
 async def test_bytes_out_of_band_do_not_keep_the_task_busy(agent: ServerState, socket_path: Path) -> None:
-    """The socket is readable and holds nothing to read: the connection is closed."""
+    """The socket is readable without bytes to read, so the agent closes the connection."""
     async with served(agent, socket_path, Batches()) as server, connected(socket_path, 1) as (client,):
         client.send(b"!", socket.MSG_OOB)
         await trio.testing.wait_all_tasks_blocked()
         assert len(server._rounds) == 0
 
 
-async def test_a_drain_serves_what_was_sent_before_it(agent: ServerState, socket_path: Path) -> None:
-    """Each request that lay in a socket is answered, and each connection is closed then."""
+async def test_drain_serves_requests_sent_before_it(agent: ServerState, socket_path: Path) -> None:
+    """The agent answers each request that a socket holds, and then closes each connection."""
     agent.settings = dataclasses.replace(agent.settings, limits=Limits(request_timeout=60))
     async with served(agent, socket_path, Batches()) as server, connected(socket_path, 20) as clients:
         for client in clients:

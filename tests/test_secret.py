@@ -1,4 +1,4 @@
-"""Secret memory: what kind the system gives, what it refuses, that loans end, and that it really is locked."""
+"""Secret memory: its kinds, its refusals, the end of loans, and that it is really locked."""
 
 import ctypes
 import os
@@ -31,7 +31,7 @@ def flags_of(address: int) -> set[str]:
 
 @pytest.mark.parametrize("backing", ["memfd_secret", "mlock"])
 def test_memory_is_locked_and_left_out_of_core_dumps(backing: Backing) -> None:
-    """Both kinds, in the kernel's own words: lo, dd."""
+    """The kernel's flags for both kinds of memory are lo and dd."""
     memory = SecretMemory(10_000, backing=backing)
     assert memory.protection == backing
     assert memory.size == 12_288
@@ -41,8 +41,8 @@ def test_memory_is_locked_and_left_out_of_core_dumps(backing: Backing) -> None:
 
 
 @pytest.mark.parametrize("offset", [-1, 4096])
-def test_guard_pages_end_a_process_that_runs_over(offset: int) -> None:
-    """Before and behind: SIGSEGV, not somebody else's bytes."""
+def test_guard_pages_stop_an_overrun(offset: int) -> None:
+    """A read before or behind the memory raises SIGSEGV and returns no other secret."""
     code = (
         "import ctypes; from keyferry.secret import SecretMemory; memory = SecretMemory(4096, require=False);"
         f"print(ctypes.c_ubyte.from_address(memory._address + {offset}).value)"
@@ -52,7 +52,7 @@ def test_guard_pages_end_a_process_that_runs_over(offset: int) -> None:
 
 
 def test_a_loan_ends_with_its_block() -> None:
-    """The view is released, and scratch memory is wiped, also after an exception."""
+    """After the block, or an exception in it, the view is released and scratch memory wiped."""
     memory = SecretMemory(4096, require=False)
     with memory.borrow(32) as view:
         fill_random(view)
@@ -61,15 +61,15 @@ def test_a_loan_ends_with_its_block() -> None:
     with pytest.raises(ValueError, match="released"):
         view[0]
     assert ctypes.string_at(address, 32) == bytes(32)
-    with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117 - what is inside is what is tested
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012, SIM117 - the test is about the whole block
         with memory.borrow(32) as view:
             fill_random(view)
             raise ZeroDivisionError
     assert ctypes.string_at(address, 32) == bytes(32)
 
 
-def test_a_secret_keeps_its_bytes_between_loans_until_it_is_freed() -> None:
-    """Then its room is used again, all zero."""
+def test_secret_keeps_its_bytes_until_it_is_freed() -> None:
+    """Freed memory is zero, and is used again."""
     memory = SecretMemory(4096, require=False)
     kept = memory.allocate(20)
     with kept.lend() as view:
@@ -82,8 +82,8 @@ def test_a_secret_keeps_its_bytes_between_loans_until_it_is_freed() -> None:
         assert bytes(view) == bytes(17)
 
 
-def test_memory_that_is_used_up_is_said_to_be() -> None:
-    """Without harm to what is in it; freed room counts."""
+def test_exhausted_secret_memory_is_an_error() -> None:
+    """The secrets in it are not harmed, and freed memory counts."""
     memory = SecretMemory(4096, require=False)
     kept = [memory.allocate(16) for _ in range(256)]
     with pytest.raises(SecretMemoryError, match="used up"):
@@ -92,8 +92,8 @@ def test_memory_that_is_used_up_is_said_to_be() -> None:
     memory.allocate(1)
 
 
-def test_scratch_memory_never_runs_out_whatever_sizes_are_asked_for() -> None:
-    """What one size gives back, another can use: calls of 1 to 6,144 bytes, one after the other, need little room."""
+def test_scratch_memory_is_not_fragmented_by_any_sizes() -> None:
+    """Memory of one size serves another: calls of 1 to 6,144 bytes in sequence need little memory."""
     memory = SecretMemory(sum(secret.SCRATCH_SIZES), require=False)
     for size in range(1, 6_145):
         with memory.borrow(size) as view:
@@ -101,13 +101,13 @@ def test_scratch_memory_never_runs_out_whatever_sizes_are_asked_for() -> None:
 
 
 def test_more_than_the_largest_size_cannot_be_borrowed() -> None:
-    """A room of its own size would be of no use to anybody else afterwards."""
+    """A buffer of a special size could not be used for other loans afterwards."""
     with pytest.raises(SecretMemoryError, match="6144"):
         SecretMemory(65_536, require=False).borrow(6_145)
 
 
-def test_a_secret_that_is_freed_while_it_is_lent_is_wiped_when_the_loan_ends() -> None:
-    """Whoever has it finishes with the right bytes; nobody gets it afterwards."""
+def test_secret_freed_during_a_loan_is_wiped_after_it() -> None:
+    """The borrower finishes with the right bytes, and later loans are refused."""
     memory = SecretMemory(4096, require=False)
     kept = memory.allocate(32)
     with kept.lend() as first, kept.lend() as second:
@@ -122,8 +122,8 @@ def test_a_secret_that_is_freed_while_it_is_lent_is_wiped_when_the_loan_ends() -
     assert memory.allocate(32)._offset == kept._offset
 
 
-def test_memory_that_nobody_holds_any_more_is_wiped_and_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A retired keyring, for example."""
+def test_unreferenced_memory_is_wiped_and_unmapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a retired keyring is an example."""
     unmapped: list[int] = []
     monkeypatch.setattr(secret._libc, "munmap", lambda address, _size: unmapped.append(address))
     memory = SecretMemory(4096, require=False)
@@ -138,8 +138,8 @@ def test_memory_that_nobody_holds_any_more_is_wiped_and_unmapped(monkeypatch: py
     assert ctypes.string_at(address, 4096) == bytes(4096)
 
 
-def test_a_secret_may_be_freed_at_any_moment() -> None:
-    """The garbage collector frees in the middle of an allocation, in the same thread."""
+def test_secret_may_be_freed_during_an_allocation() -> None:
+    """The garbage collector frees secrets in the middle of an allocation, in the same thread."""
     memory = SecretMemory(4096, require=False)
     kept = memory.allocate(32)
     with secret._lock:
@@ -175,7 +175,7 @@ os._exit(status != 0)
 
 
 def test_random_bytes_are_random_at_every_size() -> None:
-    """More than the kernel gives at once, too."""
+    """Sizes above a single answer of the kernel are filled, too."""
     memory = SecretMemory(131_072, require=False)
     for size in (1, 32, 6144, 60_000):
         with memory.allocate(size).lend() as view:
@@ -185,8 +185,8 @@ def test_random_bytes_are_random_at_every_size() -> None:
         fill_random(memoryview(b"read-only"))
 
 
-def test_nothing_shows_a_secret() -> None:
-    """Neither repr nor pickle."""
+def test_secret_appears_in_no_repr_or_pickle() -> None:
+    """A secret refuses to be pickled."""
     memory = SecretMemory(4096, require=False)
     kept = memory.allocate(32)
     assert repr(kept) == "Secret(32 bytes)"
@@ -195,8 +195,8 @@ def test_nothing_shows_a_secret() -> None:
         pickle.dumps(kept)
 
 
-def test_closing_wipes_and_may_happen_twice() -> None:
-    """After it, nothing can be lent."""
+def test_close_wipes_the_memory_and_may_be_repeated() -> None:
+    """A closed memory refuses loans."""
     memory = SecretMemory(4096, require=False)
     kept = memory.allocate(32)
     memory.close()
@@ -224,8 +224,8 @@ def limited(kibibytes: int, code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_too_little_lockable_memory_is_refused_with_what_would_help() -> None:
-    """Size, limit, and where to raise it; with require=False it goes on unprotected, and says so."""
+def test_too_small_memlock_limit_is_refused_with_a_remedy() -> None:
+    """The error has size, limit and the setting to raise; require=False goes on without protection, and reports it."""
     ended = limited(8, "m.SecretMemory(16384)")
     for word in ("16 KiB", "8 KiB", "LimitMEMLOCK", "CAP_IPC_LOCK", "prefer"):
         assert word in ended.stderr
@@ -233,14 +233,14 @@ def test_too_little_lockable_memory_is_refused_with_what_would_help() -> None:
     assert ended.stdout == "none\n", ended.stderr
 
 
-def test_a_limit_of_64_kib_is_enough_for_scratch_and_a_small_keyring() -> None:
-    """What an agent with few keys takes."""
+def test_limit_of_64_kib_holds_scratch_and_a_small_keyring() -> None:
+    """An agent with few keys needs no more."""
     ended = limited(64, "kept = [m.SecretMemory(36 * 1024), m.SecretMemory(4096), m.SecretMemory(4096)]; print(kept)")
     assert ended.stdout.count("memfd_secret") + ended.stdout.count("mlock") == 3, ended.stderr
 
 
-def test_where_the_kernel_has_no_memfd_secret_memory_is_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And insisting on it is refused."""
+def test_memory_is_locked_without_memfd_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel without memfd_secret has locked memory; a requirement of memfd_secret is refused."""
     monkeypatch.setattr(secret, "_SYS_MEMFD_SECRET", 100_000)
     assert SecretMemory(4096).protection == "mlock"
     with pytest.raises(SecretMemoryError, match="memfd_secret: Function not implemented"):
@@ -248,5 +248,5 @@ def test_where_the_kernel_has_no_memfd_secret_memory_is_locked(monkeypatch: pyte
 
 
 def test_the_kinds_are_the_ones_the_status_names() -> None:
-    """One vocabulary."""
+    """The kinds of memory and the status have the same names."""
     assert set(get_args(secret.Protection)) == {"memfd_secret", "mlock", "none"}

@@ -1,4 +1,4 @@
-"""What the agent computes before it serves, and libcryptos that are not what it needs."""
+"""The self-test before an agent serves, and libcryptos that lack something."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from keyferry.sm2_ciphertext import raw_to_der
 from keyferry_agent.crypto import selftest, wrapping
 
 
-def test_the_self_test_passes_and_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With libcrypto's SM2, with the fallback, and with neither."""
+def test_self_test_passes_and_names_missing_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SM2 comes from libcrypto, from the fallback, or is missing."""
     scratch = SecretMemory(8192, require=False)
     if libcrypto.has_sm2():
         assert selftest.run(scratch, sm2_fallback=False) == []
@@ -24,8 +24,8 @@ def test_the_self_test_passes_and_says_what_is_missing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("key_spec", ["Aliyun_AES_256", "Aliyun_SM4"])
-def test_a_wrong_answer_stops_the_start(monkeypatch: pytest.MonkeyPatch, key_spec: str) -> None:
-    """One bit is enough, for each algorithm."""
+def test_wrong_known_answer_stops_the_start(monkeypatch: pytest.MonkeyPatch, key_spec: str) -> None:
+    """One wrong bit is enough for each algorithm."""
     scratch = SecretMemory(8192, require=False)
     good = selftest._SEALED[key_spec]
     monkeypatch.setitem(selftest._SEALED, key_spec, good[:-1] + ("0" if good[-1] != "0" else "1"))
@@ -35,7 +35,7 @@ def test_a_wrong_answer_stops_the_start(monkeypatch: pytest.MonkeyPatch, key_spe
 
 @pytest.mark.parametrize("algorithm", ["RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_1"])
 def test_a_wrong_rsa_stops_the_start(monkeypatch: pytest.MonkeyPatch, algorithm: str) -> None:
-    """A known ciphertext that decrypts to something else, and one that does not decrypt."""
+    """A known ciphertext decrypts to something else, or not at all."""
     scratch = SecretMemory(8192, require=False)
     good = selftest._RSA_CIPHERTEXTS
     monkeypatch.setattr(selftest, "_RSA_MESSAGE", b"something else")
@@ -64,7 +64,7 @@ def test_encryption_that_does_not_decrypt_stops_the_start(monkeypatch: pytest.Mo
 
 
 def test_every_wrapping_has_a_known_answer() -> None:
-    """A line of the table without one would not start."""
+    """A wrapping without a known answer would stop the start."""
     assert {
         algorithm for key_spec, algorithm in wrapping.TABLE if key_spec != "EC_SM2"
     } == selftest._RSA_CIPHERTEXTS.keys()
@@ -75,7 +75,7 @@ def test_every_wrapping_has_a_known_answer() -> None:
 def test_a_wrong_sm2_stops_the_start(
     monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], *, with_libcrypto: bool
 ) -> None:
-    """In libcrypto and in the fallback."""
+    """Wrong answers of libcrypto and of the fallback are found."""
     if with_libcrypto and not libcrypto.has_sm2():
         pytest.skip("needs libcrypto with SM2 (Debian package libssl3)")
     for name, value in change.items():
@@ -85,10 +85,10 @@ def test_a_wrong_sm2_stops_the_start(
         selftest.run(SecretMemory(8192, require=False), sm2_fallback=True)
 
 
-def test_where_libcrypto_has_no_sm2_the_fallback_wraps_and_without_it_sm2_is_unsupported(
+def test_sm2_fallback_wraps_where_libcrypto_cannot(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Opt-in by sm2_fallback; what it makes, libcrypto opens."""
+    """The setting sm2_fallback is opt-in, and libcrypto opens the fallback's wrappings."""
     to = recipient("SM2PKE")
     way = wrapping.find("EC_SM2", "SM2PKE")
     assert way is not None
@@ -117,8 +117,8 @@ def test_a_system_without_openssl_3_is_said_to_be_one(
     assert libcrypto.version().startswith("OpenSSL")
 
 
-def test_libcrypto_refuses_what_it_cannot_do() -> None:
-    """And never takes an empty buffer for a success."""
+def test_failed_libcrypto_calls_raise() -> None:
+    """An empty buffer is never mistaken for a result."""
     key = libcrypto.public_key(recipient("RSAES_OAEP_SHA_256").der)
     for data, options in (
         (bytearray(), ()),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from support.agent import RawConnection, RunningAgent, configured, dev_agent
+from support.calls import error, result
 from support.keyring import serving
 from support.keys import recipient
 from support.scrape import scraped
@@ -26,8 +27,7 @@ def answers(connection: RawConnection, count: int) -> dict[int | None, wire.Resp
     """The next answers, by msgid."""
     made: dict[int | None, wire.Response] = {}
     for _ in range(count):
-        response = connection.response()
-        assert response is not None
+        response = connection.answer()
         made[response.msgid] = response
     return made
 
@@ -37,8 +37,8 @@ def is_alive(connection: RawConnection) -> bool:
     return connection.call("DescribeKey", {"KeyId": "alias/dev"}).error is None
 
 
-def test_a_long_pipeline_is_answered_each_to_its_msgid(agent: RunningAgent) -> None:
-    """Hundreds of requests before the first answer is read, of both speeds."""
+def test_long_pipeline_is_answered_by_msgid(agent: RunningAgent) -> None:
+    """The client sends hundreds of fast and slow requests before it reads an answer."""
     with RawConnection(agent.socket) as connection:
         requests = [
             wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2 if i % 10 == 0 else GENERATE)
@@ -48,12 +48,11 @@ def test_a_long_pipeline_is_answered_each_to_its_msgid(agent: RunningAgent) -> N
         received = answers(connection, 300)
     assert set(received) == set(range(300))
     for msgid, response in received.items():
-        assert response.result is not None
-        assert len(response.result["ExportedDataKey"]) == (172 if (msgid or 0) % 10 == 0 else 344)
+        assert len(result(response)["ExportedDataKey"]) == (172 if (msgid or 0) % 10 == 0 else 344)
 
 
-def test_requests_arrive_in_any_pieces(agent: RunningAgent) -> None:
-    """Byte by byte, and several in one write with half of the next."""
+def test_requests_may_arrive_in_any_pieces(agent: RunningAgent) -> None:
+    """Requests arrive byte by byte, or several in one write with half of the next."""
     with RawConnection(agent.socket) as connection:
         for byte in PING:
             connection.send(bytes([byte]))
@@ -65,13 +64,13 @@ def test_requests_arrive_in_any_pieces(agent: RunningAgent) -> None:
         assert answers(connection, 1)
 
 
-def test_sm2_does_not_hold_up_anybody_else(agent: RunningAgent) -> None:
-    """While a connection's pipeline of SM2 runs in threads, another's RSA request is answered before it is through."""
+def test_sm2_jobs_delay_no_other_connection(agent: RunningAgent) -> None:
+    """An RSA request is answered before another connection's SM2 pipeline has left the threads."""
     with RawConnection(agent.socket) as slow, RawConnection(agent.socket) as quick:
         slow.send(b"".join(wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2) for i in range(400)))
         assert slow.response() is not None
         assert quick.call("GenerateAndExportDataKey", GENERATE).error is None
-        slow.socket.setblocking(False)  # what has come by now is not everything
+        slow.socket.setblocking(False)  # so far only a part has arrived
         received = bytearray()
         try:
             while chunk := slow.socket.recv(65_536):
@@ -82,15 +81,13 @@ def test_sm2_does_not_hold_up_anybody_else(agent: RunningAgent) -> None:
 
 
 def test_an_answer_that_is_ready_overtakes_a_slow_one(agent: RunningAgent) -> None:
-    """On one connection, answers come as they are ready."""
+    """Answers on one connection are sent as soon as they are ready."""
     with RawConnection(agent.socket) as connection:
         connection.send(
             wire.encode_request(1, "GenerateAndExportDataKey", GENERATE_SM2)
             + wire.encode_request(2, "GetAgentStatus", {})
         )
-        first = connection.response()
-        assert first is not None
-        assert first.msgid == 2
+        assert connection.answer().msgid == 2
         assert answers(connection, 1).keys() == {1}
 
 
@@ -98,18 +95,14 @@ def test_an_answer_that_is_ready_overtakes_a_slow_one(agent: RunningAgent) -> No
     "garbage",
     [b"\xc1", b"GET / HTTP/1.1\r\n\r\n", b"\x94\0\x01\xa1x\x91\x81\xa1k\xca\0\0\0\0", b"\xdd\xff\xff\xff\xff"],
 )
-def test_a_protocol_error_is_answered_once_and_ends_only_its_connection(agent: RunningAgent, garbage: bytes) -> None:
-    """Requests before it are answered, then it is, with msgid nil, and the connection is closed. Others go on."""
+def test_protocol_error_ends_only_its_connection(agent: RunningAgent, garbage: bytes) -> None:
+    """Earlier requests are answered, then the error with msgid nil, and the connection is closed. Others go on."""
     with RawConnection(agent.socket) as other, RawConnection(agent.socket) as connection:
         connection.send(PING + garbage + PING)
-        first, last, end = connection.response(), connection.response(), connection.response()
-        assert first is not None
-        assert first.error is None
-        assert last is not None
-        assert last.msgid is None
-        assert last.error is not None
-        assert (last.error["Code"], last.error["HttpStatus"]) == ("ProtocolError", 400)
-        assert end is None
+        result(connection.response())
+        last = connection.answer()
+        assert (last.msgid, error(last)["Code"], error(last)["HttpStatus"]) == (None, "ProtocolError", 400)
+        assert connection.response() is None
         assert is_alive(other)
 
 
@@ -123,31 +116,23 @@ def test_a_protocol_error_is_answered_once_and_ends_only_its_connection(agent: R
         (b"\x94\0\x05\xa1x\x91\x80", "InvalidAction.NotFound"),
     ],
 )
-def test_a_message_that_is_no_request_is_answered_and_the_connection_goes_on(
-    agent: RunningAgent, body: bytes, code: str
-) -> None:
-    """Well-formed msgpack with a msgid is never a reason to hang up."""
+def test_invalid_request_is_answered_on_an_open_connection(agent: RunningAgent, body: bytes, code: str) -> None:
+    """Well-formed MessagePack with a msgid never closes a connection."""
     with RawConnection(agent.socket) as connection:
         connection.send(body)
-        response = connection.response()
-        assert response is not None
-        assert response.msgid == 5
-        assert response.error is not None
-        assert response.error["Code"] == code
+        response = connection.answer()
+        assert (response.msgid, error(response)["Code"]) == (5, code)
         assert is_alive(connection)
 
 
-def test_a_notification_gets_no_answer(agent: RunningAgent) -> None:
-    """Nor has it any effect."""
+def test_notification_has_no_answer_and_no_effect(agent: RunningAgent) -> None:
     with RawConnection(agent.socket) as connection:
         connection.send(wire.encode_notification("Decrypt", {}) + wire.encode_request(9, "GetAgentStatus", {}))
-        response = connection.response()
-        assert response is not None
-        assert response.msgid == 9
+        assert connection.answer().msgid == 9
 
 
 def test_a_client_that_stops_sending_still_gets_its_answers(agent: RunningAgent) -> None:
-    """A half-closed connection is answered whole."""
+    """A half-closed connection gets all its answers."""
     with RawConnection(agent.socket) as connection:
         connection.send(wire.encode_request(2, "GenerateAndExportDataKey", GENERATE_SM2) + PING)
         connection.socket.shutdown(socket.SHUT_WR)
@@ -155,8 +140,8 @@ def test_a_client_that_stops_sending_still_gets_its_answers(agent: RunningAgent)
         assert connection.response() is None
 
 
-def test_half_a_request_is_dropped_after_the_timeout_and_an_idle_connection_stays(socket_path: Path) -> None:
-    """The deadline is on a request that has begun, not on a connection that waits."""
+def test_timeout_closes_half_a_request_and_no_idle_connection(socket_path: Path) -> None:
+    """The deadline is on a request that has begun, not on an idle connection."""
     arguments = configured(socket_path, "[limits]\nrequest_timeout = 0.2\n")
     with RunningAgent(arguments, socket_path) as agent, RawConnection(agent.socket) as idle:
         assert is_alive(idle)
@@ -167,8 +152,8 @@ def test_half_a_request_is_dropped_after_the_timeout_and_an_idle_connection_stay
         assert is_alive(idle)
 
 
-def test_a_client_that_does_not_take_its_answers_is_dropped(socket_path: Path) -> None:
-    """It is not read from meanwhile, so it cannot pile up work; others are served."""
+def test_client_that_does_not_read_is_dropped(socket_path: Path) -> None:
+    """The agent does not read from it meanwhile, so it cannot pile up work; others are served."""
     arguments = configured(socket_path, "[limits]\nrequest_timeout = 0.5\n")
     with RunningAgent(arguments, socket_path) as agent, RawConnection(agent.socket) as other:
         with RawConnection(agent.socket) as deaf:
@@ -183,40 +168,34 @@ def test_a_client_that_does_not_take_its_answers_is_dropped(socket_path: Path) -
         assert is_alive(other)
 
 
-def test_a_refused_client_can_finish_its_write_and_read_why(agent: RunningAgent) -> None:
-    """The last answer, and those before it, reach a client that was still sending when it was refused."""
+def test_refused_client_can_finish_its_write_and_read_the_error(agent: RunningAgent) -> None:
+    """Earlier answers and the last one reach a client that was still sending when the agent refused it."""
     for _ in range(20):
         with RawConnection(agent.socket) as connection:
             connection.send(PING + b"\xc6\x00\x05\x00\x00" + bytes(300_000))
             first, last = connection.response(), connection.response()
-            assert first is not None
-            assert first.error is None
-            assert last is not None
-            assert last.error is not None
-            assert last.error["Code"] == "ProtocolError"
+            result(first)
+            assert error(last)["Code"] == "ProtocolError"
             assert connection.response() is None
 
 
-def test_connections_over_the_limit_are_told_so_and_closed(socket_path: Path) -> None:
-    """In a form that every client understands, and only for as long as there are too many."""
+def test_connections_over_the_limit_are_refused(socket_path: Path) -> None:
+    """Every client understands the refusal, which ends as soon as a connection is free."""
     arguments = configured(socket_path, "[limits]\nconnections_per_user = 2\n")
     with RunningAgent(arguments, socket_path) as agent:
         with RawConnection(agent.socket) as one, RawConnection(agent.socket) as two:
             assert is_alive(one)
             assert is_alive(two)
             with RawConnection(agent.socket) as three:
-                refusal = three.response()
-                assert refusal is not None
-                assert refusal.error is not None
-                assert refusal.error["Code"] == "Rejected.Throttling"
+                assert error(three.response())["Code"] == "Rejected.Throttling"
                 assert three.response() is None
         agent.wait_for("connection.refused")
         with agent.client() as client:
             wait_until("the agent notices that the others are gone", lambda: is_served(client))
 
 
-def test_a_user_who_only_connects_keeps_nobody_out(socket_path: Path) -> None:
-    """Being refused takes no place that others need."""
+def test_refused_user_does_not_block_other_users(socket_path: Path) -> None:
+    """A refused connection takes no place that other users need."""
     arguments = configured(socket_path, "[limits]\nconnections = 3\nconnections_per_user = 2\n")
     with (
         RunningAgent(arguments, socket_path) as agent,
@@ -227,9 +206,7 @@ def test_a_user_who_only_connects_keeps_nobody_out(socket_path: Path) -> None:
         assert is_alive(two)
         refused = [RawConnection(agent.socket) for _ in range(40)]
         assert is_alive(one)
-        status = two.call("GetAgentStatus", {}).result
-        assert status is not None
-        assert status["Counters"]["Connections"] == 2
+        assert result(two.call("GetAgentStatus", {}))["Counters"]["Connections"] == 2
         for connection in refused:
             connection.socket.close()
         agent.stop()
@@ -237,7 +214,7 @@ def test_a_user_who_only_connects_keeps_nobody_out(socket_path: Path) -> None:
 
 
 def test_requests_over_the_rate_are_throttled(socket_path: Path) -> None:
-    """Rejected.Throttling, 429; the connection goes on."""
+    """Rejected.Throttling with status 429 leaves the connection open."""
     arguments = configured(socket_path, "[limits]\nrequests_per_second = 5\n")
     with RunningAgent(arguments, socket_path) as agent, RawConnection(agent.socket) as connection:
         connection.send(PING * 50)
@@ -247,8 +224,8 @@ def test_requests_over_the_rate_are_throttled(socket_path: Path) -> None:
         assert 5 <= len(errors) - len(throttled) < 50
 
 
-def test_a_drain_answers_what_was_sent_and_then_the_agent_ends(socket_path: Path) -> None:
-    """SIGTERM in the middle of a pipeline: every request that had arrived is answered, the socket is gone, exit code 0."""
+def test_drain_answers_received_requests_and_exits(socket_path: Path) -> None:
+    """After SIGTERM in a pipeline, each received request is answered, the socket is removed, and the exit code is 0."""
     with (
         dev_agent(socket_path) as agent,
         RawConnection(agent.socket) as connection,
@@ -267,7 +244,7 @@ def test_a_drain_answers_what_was_sent_and_then_the_agent_ends(socket_path: Path
 
 
 def test_a_request_half_sent_at_the_drain_may_be_finished(socket_path: Path) -> None:
-    """What has begun is answered, within the grace period."""
+    """A request that has begun is answered within the grace period."""
     with dev_agent(socket_path) as agent, RawConnection(agent.socket) as connection:
         assert is_alive(connection)
         connection.send(wire.encode_request(1, "GetAgentStatus", {})[:-1])
@@ -277,22 +254,17 @@ def test_a_request_half_sent_at_the_drain_may_be_finished(socket_path: Path) -> 
         agent.signal(signal.SIGTERM)
         agent.wait_for("agent.draining")
         connection.send(status[-1:])
-        response = connection.response()
-        assert response is not None
-        assert response.result is not None
-        assert response.result["State"] == "Draining"
+        assert result(connection.response())["State"] == "Draining"
         assert agent.wait() == 0
 
 
-def test_slow_requests_before_a_protocol_error_are_answered_before_it(agent: RunningAgent) -> None:
-    """Also those that run in threads."""
+def test_slow_requests_are_answered_before_a_protocol_error(agent: RunningAgent) -> None:
+    """Requests that run in threads are among them."""
     with RawConnection(agent.socket) as connection:
         requests = [wire.encode_request(i, "GenerateAndExportDataKey", GENERATE_SM2) for i in range(20)]
         connection.send(b"".join(requests) + b"\xc1")
         assert answers(connection, 20).keys() == set(range(20))
-        last = connection.response()
-        assert last is not None
-        assert last.msgid is None
+        assert connection.answer().msgid is None
 
 
 PATIENT = """
@@ -306,8 +278,8 @@ sys.exit(main())
 """An agent whose grace period is an hour."""
 
 
-def test_a_second_signal_ends_a_drain_at_once(socket_path: Path) -> None:
-    """Half a request keeps the agent for its grace period, which is an hour here, unless somebody is in a hurry."""
+def test_second_signal_skips_the_grace_period(socket_path: Path) -> None:
+    """Half a request would hold the drain open for its grace period, which is an hour here."""
     with (
         RunningAgent(["--dev"], socket_path, command=("-c", PATIENT)) as agent,
         RawConnection(agent.socket) as connection,
@@ -324,7 +296,7 @@ def test_a_second_signal_ends_a_drain_at_once(socket_path: Path) -> None:
 
 
 def test_the_log_is_json_and_holds_nothing_secret(socket_path: Path) -> None:
-    """Neither context values, nor blobs, nor keys, in the log or in the record of requests."""
+    """Neither log nor audit log has context values, blobs or keys."""
     to = recipient("RSAES_OAEP_SHA_256")
     with dev_agent(socket_path) as agent:
         with agent.client() as client:
@@ -354,8 +326,8 @@ def test_the_log_is_json_and_holds_nothing_secret(socket_path: Path) -> None:
     assert plaintext.plaintext not in repr(plaintext)
 
 
-def test_a_client_without_an_agent_says_what_is_wrong(socket_path: Path) -> None:
-    """No file, nobody listening: both are AgentUnavailable, with different words."""
+def test_client_without_an_agent_names_the_reason(socket_path: Path) -> None:
+    """A missing file and a socket without a listener raise AgentUnavailable with different texts."""
     from keyferry import Client  # noqa: PLC0415
 
     with pytest.raises(AgentUnavailable, match="does not exist"):
@@ -367,32 +339,25 @@ def test_a_client_without_an_agent_says_what_is_wrong(socket_path: Path) -> None
 
 
 def test_notifications_count_as_requests_of_the_rate(keyring: Path, socket_path: Path) -> None:
-    """Over it the connection is closed, with a last word that says why; another user's goes on."""
+    """Over the rate, the agent closes the connection with a reason; another user's goes on."""
     notification = wire.encode_notification("Decrypt", {})
     with serving(keyring, socket_path, more="[limits]\nrequests_per_second = 5\n") as agent:
         with RawConnection(agent.socket) as connection:
             connection.send(notification * 1_000)
-            last = connection.response()
-            assert last is not None
-            assert last.msgid is None
-            assert last.error is not None
-            assert last.error["Code"] == "Rejected.Throttling"
-            assert "notifications" in last.error["Message"]
+            last = connection.answer()
+            assert (last.msgid, error(last)["Code"]) == (None, "Rejected.Throttling")
+            assert "notifications" in error(last)["Message"]
             assert connection.response() is None
         agent.has_logged("connection.protocol_error", why="more notifications than this user may send")
 
 
-def test_notifications_are_counted_and_limited_where_requests_are_not(
-    keyring: Path, socket_path: Path, tmp_path: Path
-) -> None:
-    """Ten thousand a second are more than any client has a reason for."""
+def test_notifications_are_limited_without_a_rate(keyring: Path, socket_path: Path, tmp_path: Path) -> None:
+    """Ten thousand notifications a second are more than any client needs."""
     metrics = tmp_path / "metrics.sock"
     with serving(keyring, socket_path, more=f'[metrics]\nlisten = "{metrics}"\n'), RawConnection(socket_path) as loud:
         notification = wire.encode_notification("x", {})
         loud.send(notification * 500 + wire.encode_request(1, "GetAgentStatus", {}))
-        answer = loud.response()
-        assert answer is not None
-        assert answer.error is None
+        result(loud.response())
         # The thread that answers scrapes may be faster than the count behind the answer.
         wait_until("500 notifications are counted", lambda: scraped(metrics)["keyferry_notifications_total"] == 500)
         with suppress(BrokenPipeError, ConnectionResetError):

@@ -51,7 +51,7 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_every_setting_is_read(tmp_path: Path) -> None:
-    """All of them, with their types."""
+    """Each setting is read with its type."""
     settings = read(written(tmp_path, FULL))
     assert settings.listeners == (Listener(mode=0o600),)
     assert (settings.keyring, settings.unseal) == (Path("/etc/keyferry/keyring.age"), Path("/etc/keyferry/host.key"))
@@ -66,12 +66,12 @@ def test_every_setting_is_read(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
-    """Nothing is required; nobody is granted anything."""
+    """No setting is required, and no caller has a grant by default."""
     assert read(written(tmp_path, "")) == Settings()
 
 
-def test_several_listeners_each_have_their_own(tmp_path: Path) -> None:
-    """Name, path, mode, owner."""
+def test_each_listener_has_its_own_settings(tmp_path: Path) -> None:
+    """A listener has a name, a path, a mode and an owner."""
     me = pwd.getpwuid(os.getuid()).pw_name
     text = (
         f'[[listener]]\nname = "a"\npath = "/run/a"\nuser = "{me}"\ngroup = 7\n'
@@ -84,8 +84,8 @@ def test_several_listeners_each_have_their_own(tmp_path: Path) -> None:
     )
 
 
-def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unseal = "credential:NAME"."""
+def test_credential_is_read_from_systemds_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The setting unseal = "credential:NAME" names a file in $CREDENTIALS_DIRECTORY."""
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/x.service")
     assert read(written(tmp_path, 'unseal = "credential:host"')).unseal == Path("/run/credentials/x.service/host")
 
@@ -170,16 +170,16 @@ def test_a_credential_is_looked_for_where_systemd_puts_it(tmp_path: Path, monkey
         ('"a\\nb" = 1', "a\\nb", "unknown"),
     ],
 )
-def test_what_is_wrong_is_named_by_its_path(tmp_path: Path, text: str, path: str, why: str) -> None:
-    """And said in words that tell what was expected."""
+def test_invalid_setting_is_named_by_its_path(tmp_path: Path, text: str, path: str, why: str) -> None:
+    """The message has the expected value in words."""
     file = written(tmp_path, text)
     with pytest.raises(SettingsError) as caught:
         read(file)
     assert any(p.startswith(f"{file}: {path}: ") and why in p for p in caught.value.problems), caught.value.problems
 
 
-def test_everything_that_is_wrong_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`check` prints a line for each, and exits with 1."""
+def test_all_faults_are_reported_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` prints a line for each fault, and exits with 1."""
     path = written(tmp_path, 'socket = 1\nbogus = 2\n[limits]\nconnections = "x"\n')
     assert main(["check", str(path)]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -209,28 +209,28 @@ def test_check_of_a_good_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_a_grant_to_an_overflow_number_is_a_warning(tmp_path: Path, to: str, kind: str) -> None:
-    """It matches no caller."""
+    """Such a grant matches no caller."""
     (warning,) = read(written(tmp_path, GRANT.format(to=to))).warnings
     assert f"65534 is the overflow {kind}" in warning
 
 
 @pytest.mark.parametrize("beside", ["uid = 5", 'user = "root"', 'unit = "a.service"', 'listener = "default"'])
-def test_a_grant_to_a_program_stands_beside_who_runs_it(tmp_path: Path, beside: str) -> None:
-    """Any of what tells one user, unit or socket from all others."""
+def test_program_grant_needs_a_further_selector(tmp_path: Path, beside: str) -> None:
+    """The selector may be any that separates one user, unit or socket from all others."""
     assert read(written(tmp_path, GRANT.format(to=f'exe = "/x", {beside}'))).grants[0].program == {"exe"}
 
 
 @pytest.mark.parametrize("action", ["Encrypt", "Decrypt", "GenerateDataKey"])
 def test_an_action_that_recipients_exclude_is_a_warning(tmp_path: Path, action: str) -> None:
-    """It matches nothing."""
+    """The action of such a grant matches nothing."""
     text = GRANT.format(to="uid = 5").replace("kms:*", f"kms:{action}") + f'recipients = ["sha256:{"0" * 64}"]\n'
     (warning,) = read(written(tmp_path, text)).warnings
     assert f"grant[0].actions: a grant with recipients never covers kms:{action}" in warning
     assert not read(written(tmp_path, GRANT.format(to="uid = 5") + f'recipients = ["sha256:{"0" * 64}"]')).warnings
 
 
-def test_a_name_that_no_host_can_have_matches_nobody(tmp_path: Path) -> None:
-    """Like every other that this host does not have."""
+def test_impossible_user_name_matches_no_caller(tmp_path: Path) -> None:
+    """The name is treated like any that this host does not have."""
     for selector in ("user", "group"):
         settings = read(written(tmp_path, GRANT.format(to=f'{selector} = "a\\u0000b"')))
         assert settings.grants[0].to == {selector: -1}
@@ -250,15 +250,14 @@ def test_a_name_that_no_host_can_have_matches_nobody(tmp_path: Path) -> None:
         (b"\xfe\xff" + "account = '1'".encode("utf-16-be"), "byte order mark"),
     ],
 )
-def test_what_is_not_toml_is_said_with_its_line(tmp_path: Path, content: bytes, why: str) -> None:
-    """The parser's own position."""
+def test_invalid_toml_is_named_with_its_line(tmp_path: Path, content: bytes, why: str) -> None:
+    """The position is the parser's own."""
     path = tmp_path / "agent.toml"
     path.write_bytes(content)
     with pytest.raises(SettingsError, match=why):
         read(path)
 
 
-def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
-    """By its name."""
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="No such file"):
         read(tmp_path / "none.toml")

@@ -28,15 +28,15 @@ def untraced() -> Iterator[None]:
 
 @pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("part", range(ITEMS))
-def test_whatever_happens_each_request_is_answered_once_rightly_and_on_record(part: int) -> None:
-    """In so many worlds, each of them a seed; a failure says how to see it again."""
+def test_each_request_is_answered_once_and_audited(part: int) -> None:
+    """Each world has a seed; a failure prints the command that repeats it."""
     for seed in range(FIRST + part * EACH, FIRST + (part + 1) * EACH):
         result = simulate(seed)
         assert not result.violations, result.report()
 
 
-def test_a_seed_is_one_story_in_this_process_and_in_another() -> None:
-    """To the last system call: with another order of sets, other descriptors, and what ran before."""
+def test_seed_decides_the_trace_in_any_process() -> None:
+    """The traces are equal to the last system call, with another hash seed, other descriptors and earlier worlds."""
     seeds = range(7_000, 7_012)
     here = [simulate(seed).digest for seed in seeds]
     assert here == [simulate(seed).digest for seed in seeds]
@@ -53,8 +53,8 @@ def test_a_seed_is_one_story_in_this_process_and_in_another() -> None:
         assert out.split() == here[::-1]
 
 
-def test_a_seed_is_one_story_whatever_number_the_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An audit entry has the number of the agent's process, and a world's own is no longer than another's."""
+def test_seed_decides_the_trace_for_any_process_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An audit entry has the agent's process number, and a simulated one is not longer."""
     digests = set()
     for number in (7, 4_000_000):
         monkeypatch.setattr(os, "getpid", lambda number=number: number)

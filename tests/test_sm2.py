@@ -94,15 +94,15 @@ ENCRYPT = [pytest.param(libcrypto_encrypt, marks=libcrypto_sm2), portable_encryp
 
 
 @pytest.mark.parametrize("decrypt", DECRYPT)
-def test_everybody_decrypts_the_standards_example(decrypt: Run) -> None:
+def test_every_implementation_decrypts_the_standards_example(decrypt: Run) -> None:
     assert decrypt(ANNEX_C, RAW) == MESSAGE
 
 
-def test_the_portable_way_gives_the_standards_ciphertext_with_the_standards_nonce() -> None:
+def test_fallback_reproduces_the_standards_ciphertext() -> None:
     assert sm2_gmssl._encrypt(ANNEX_C.point, bytearray(MESSAGE), K) == RAW
 
 
-def test_the_standards_ciphertext_has_one_text_in_each_form() -> None:
+def test_standards_ciphertext_has_one_encoding_in_each_form() -> None:
     assert (raw_to_der(RAW), der_to_raw(DER)) == (DER, RAW)
 
 
@@ -112,7 +112,7 @@ def test_the_standards_ciphertext_has_one_text_in_each_form() -> None:
 @pytest.mark.parametrize("size", [16, 32, 33, 1024])
 @pytest.mark.parametrize("decrypt", DECRYPT)
 @pytest.mark.parametrize("encrypt", ENCRYPT)
-def test_what_one_encrypts_another_decrypts(encrypt: Run, decrypt: Run, size: int) -> None:
+def test_implementations_decrypt_each_others_ciphertexts(encrypt: Run, decrypt: Run, size: int) -> None:
     message = b"\0" + secrets.token_bytes(size - 2) + b"\0"
     for pair in (ANNEX_C, generated()):
         raw = encrypt(pair, message)
@@ -122,8 +122,8 @@ def test_what_one_encrypts_another_decrypts(encrypt: Run, decrypt: Run, size: in
 
 @libcrypto_sm2
 @pytest.mark.parametrize("size", [1, 2, 127, 128, 255, 256, 6_047])
-def test_libcrypto_and_the_portable_way_decrypt_each_other_at_every_size(size: int) -> None:
-    """Lengths at which DER takes one byte more, and the least and the most that wrapping carries."""
+def test_libcrypto_and_fallback_agree_at_every_size(size: int) -> None:
+    """Sizes are those at which DER grows by a byte, and the smallest and largest of a wrapping."""
     message = secrets.token_bytes(size)
     assert libcrypto_decrypt(ANNEX_C, portable_encrypt(ANNEX_C, message)) == message
     assert portable_decrypt(ANNEX_C, libcrypto_encrypt(ANNEX_C, message)) == message
@@ -131,7 +131,7 @@ def test_libcrypto_and_the_portable_way_decrypt_each_other_at_every_size(size: i
 
 @pytest.mark.parametrize("decrypt", DECRYPT)
 @pytest.mark.parametrize("k", [1, 2, N - 2, N - 1])
-def test_the_ends_of_the_nonces_range_work(k: int, decrypt: Run) -> None:
+def test_smallest_and_largest_nonce_work(k: int, decrypt: Run) -> None:
     raw = sm2_gmssl._encrypt(ANNEX_C.point, bytearray(MESSAGE), k)
     assert raw is not None
     assert decrypt(ANNEX_C, raw) == MESSAGE
@@ -157,7 +157,7 @@ def test_a_nonce_whose_mask_is_zero_is_drawn_again(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("k", ZERO_MASKS)
 def test_a_zero_mask_is_never_used(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Used, it would be the message itself that travels. gmssl finds the same three nonces."""
+    """A zero mask would send the message itself. gmssl finds the same three nonces."""
     assert sm2_gmssl._encrypt(ANNEX_C.point, bytearray(b"M"), k) is None
     monkeypatch.setattr(func, "random_hex", lambda _size: f"{k:064x}")
     assert ANNEX_C.gmssl().encrypt(b"M") is None
@@ -209,7 +209,7 @@ CUT_OFF = [RAW[:size] for size in (0, 1, 33, 64, 65, 96, 97)]
 
 @pytest.mark.parametrize("decrypt", CHECKING)
 @pytest.mark.parametrize("raw", OTHER_PREFIXES + CUT_OFF, ids=lambda raw: f"{raw[:1].hex()}, {len(raw)} bytes")
-def test_a_ciphertext_without_all_its_parts_or_with_another_form_of_c1_is_refused(raw: bytes, decrypt: Run) -> None:
+def test_incomplete_ciphertext_and_other_form_of_c1_are_refused(raw: bytes, decrypt: Run) -> None:
     with pytest.raises(ValueError, match=r"not a raw SM2 ciphertext|C1 is not a point|C3 does not match|C2 is empty"):
         decrypt(ANNEX_C, raw)
 
@@ -234,7 +234,7 @@ def openssl(folder: Path, data: bytes, *arguments: str) -> bytes:
 @skip_unless.openssl_sm2()
 @libcrypto_sm2
 @pytest.mark.parametrize("size", [1, 32, 1024])
-def test_what_openssl_encrypts_the_product_reads(size: int, tmp_path: Path) -> None:
+def test_product_decrypts_ciphertexts_of_openssl(size: int, tmp_path: Path) -> None:
     pair, message = generated(), secrets.token_bytes(size)
     (tmp_path / "public").write_bytes(SPKI_PREFIX + pair.point)
     der = openssl(tmp_path, message, "-encrypt", "-pubin", "-inkey", str(tmp_path / "public"))
@@ -247,7 +247,7 @@ def test_what_openssl_encrypts_the_product_reads(size: int, tmp_path: Path) -> N
 @skip_unless.openssl_sm2()
 @libcrypto_sm2
 @pytest.mark.parametrize("size", [1, 32, 1024, 6_047])
-def test_what_the_product_encrypts_openssl_decrypts(size: int, tmp_path: Path) -> None:
+def test_openssl_decrypts_ciphertexts_of_the_product(size: int, tmp_path: Path) -> None:
     pair, message = generated(), secrets.token_bytes(size)
     (tmp_path / "private").write_bytes(pair.pkcs8())
     sm2pke = wrapping.find("EC_SM2", "SM2PKE")

@@ -23,7 +23,7 @@ coordinates = st.binary(min_size=32, max_size=32) | small | high
 @example(bytes(32), b"\xff" * 32, bytes(32), bytes(1))
 @example(bytes(31) + b"\x7f", bytes(31) + b"\x80", bytes(32), bytes(6_047))
 @example(b"\0\x7f" + bytes(30), b"\0\x80" + bytes(30), bytes(32), bytes(65_000))
-def test_the_der_is_what_another_encoder_makes_and_reads_back(x: bytes, y: bytes, c3: bytes, c2: bytes) -> None:
+def test_der_agrees_with_another_encoder(x: bytes, y: bytes, c3: bytes, c2: bytes) -> None:
     raw = b"\x04" + x + y + c3 + c2
     numbers = [int.from_bytes(coordinate, "big") for coordinate in (x, y)]
     der = DerSequence([*numbers, DerOctetString(c3), DerOctetString(c2)]).encode()
@@ -32,8 +32,8 @@ def test_the_der_is_what_another_encoder_makes_and_reads_back(x: bytes, y: bytes
 
 @settings(deadline=None, max_examples=1_000)
 @given(st.integers(0, len(DER)), st.integers(0, 3), st.binary(max_size=3))
-def test_der_that_is_read_is_the_one_text_of_its_ciphertext(position: int, dropped: int, inserted: bytes) -> None:
-    """Whatever is changed anywhere: either it is refused, or it is DER again."""
+def test_accepted_der_is_canonical(position: int, dropped: int, inserted: bytes) -> None:
+    """A changed byte makes the DER invalid, or the DER of another ciphertext."""
     changed = DER[:position] + inserted + DER[position + dropped :]
     try:
         raw = der_to_raw(changed)
@@ -79,7 +79,7 @@ NOT_DER = {
 
 
 @pytest.mark.parametrize("der", NOT_DER.values(), ids=NOT_DER)
-def test_what_is_not_the_der_of_a_ciphertext_is_refused(der: bytes) -> None:
+def test_invalid_der_is_refused(der: bytes) -> None:
     assert sequence() == DER
     with pytest.raises(ValueError, match=r"DER|ciphertext|coordinate"):
         der_to_raw(der)
@@ -87,12 +87,12 @@ def test_what_is_not_the_der_of_a_ciphertext_is_refused(der: bytes) -> None:
 
 @pytest.mark.parametrize("convert", [raw_to_der, raw_to_sdf])
 @pytest.mark.parametrize("raw", [b"", RAW[:96], RAW[:97], b"\x02" + RAW[1:], b"\0" + RAW])
-def test_what_is_not_a_raw_ciphertext_has_no_other_form(raw: bytes, convert: Callable[[bytes], bytes]) -> None:
+def test_invalid_raw_ciphertext_has_no_other_form(raw: bytes, convert: Callable[[bytes], bytes]) -> None:
     with pytest.raises(ValueError, match="not a raw SM2 ciphertext"):
         convert(raw)
 
 
-def test_the_longest_der_that_is_written_is_read_and_one_byte_more_is_not_written() -> None:
+def test_longest_der_is_read_and_a_longer_one_not_written() -> None:
     longest = RAW[:RAW_OVERHEAD] + bytes(2**16 - 1 - (34 + 35 + 34 + 4))
     assert der_to_raw(raw_to_der(longest)) == longest
     with pytest.raises(ValueError, match="longer than 64 KiB"):
@@ -118,10 +118,8 @@ def ecc_cipher(x: bytes, y: bytes, c3: bytes, c2: bytes) -> bytes:
 
 @settings(deadline=None)
 @given(coordinates, coordinates, st.binary(min_size=32, max_size=32), st.binary(min_size=1, max_size=300))
-def test_the_ecccipher_is_what_c_makes_of_its_members_and_is_read_back(
-    x: bytes, y: bytes, c3: bytes, c2: bytes
-) -> None:
-    """Coordinates at the end of their 64 bytes, L in the host's byte order."""
+def test_ecccipher_agrees_with_the_c_structure(x: bytes, y: bytes, c3: bytes, c2: bytes) -> None:
+    """Coordinates are at the end of their 64 bytes, and L has the host's byte order."""
     raw, made = b"\x04" + x + y + c3 + c2, ecc_cipher(x, y, c3, c2)
     assert (raw_to_sdf(raw), sdf_to_raw(made)) == (made, raw)
 
@@ -131,10 +129,8 @@ SDF = raw_to_sdf(RAW)
 
 @settings(deadline=None, max_examples=1_000)
 @given(st.integers(0, len(SDF)), st.integers(0, 3), st.binary(max_size=3))
-def test_an_ecccipher_that_is_read_is_the_one_text_of_its_ciphertext(
-    position: int, dropped: int, inserted: bytes
-) -> None:
-    """Whatever is changed anywhere: either it is refused, or it is an ECCCipher again."""
+def test_accepted_ecccipher_is_canonical(position: int, dropped: int, inserted: bytes) -> None:
+    """A changed byte makes the ECCCipher invalid, or the one of another ciphertext."""
     changed = SDF[:position] + inserted + SDF[position + dropped :]
     try:
         raw = sdf_to_raw(changed)
@@ -165,7 +161,7 @@ NOT_SDF = {
 
 
 @pytest.mark.parametrize("changed", NOT_SDF.values(), ids=NOT_SDF)
-def test_what_is_not_an_ecccipher_is_refused(changed: bytes) -> None:
+def test_invalid_ecccipher_is_refused(changed: bytes) -> None:
     assert length_of_c(len(MESSAGE)) == SDF
     with pytest.raises(ValueError, match="ECCCipher"):
         sdf_to_raw(changed)

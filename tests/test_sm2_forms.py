@@ -44,8 +44,8 @@ def expected(form: tuple[Order, PointForm], x: bytes, y: bytes, c3: bytes, c2: b
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_standards_ciphertext_has_one_text_in_each_form(form: tuple[Order, PointForm]) -> None:
-    """Of GB/T 32918.5, Annex C."""
+def test_standards_ciphertext_has_one_encoding_in_each_form(form: tuple[Order, PointForm]) -> None:
+    """The ciphertext is that of GB/T 32918.5, Annex C."""
     text = expected(form, *map(bytes.fromhex, (C1_X, C1_Y, C3, C2)))
     assert raw_to_joined(RAW, order=form[0], point=form[1]) == text
     assert joined_to_raw(text, order=form[0], point=form[1]) == RAW
@@ -59,7 +59,7 @@ def test_the_standards_ciphertext_has_one_text_in_each_form(form: tuple[Order, P
 def test_every_ciphertext_goes_to_each_form_and_back(
     form: tuple[Order, PointForm], k: int, c3: bytes, c2: bytes
 ) -> None:
-    """Whatever C2 and C3 are."""
+    """Any C2 and C3 are converted."""
     x, y = point(k)
     raw, text = b"\x04" + x + y + c3 + c2, expected(form, x, y, c3, c2)
     assert raw_to_joined(raw, order=form[0], point=form[1]) == text
@@ -68,10 +68,10 @@ def test_every_ciphertext_goes_to_each_form_and_back(
 
 @settings(deadline=None, max_examples=600)
 @given(st.sampled_from(FORMS), st.integers(0, len(RAW)), st.integers(0, 3), st.binary(max_size=3))
-def test_what_is_read_is_the_one_text_of_its_ciphertext(
+def test_accepted_forms_are_canonical(
     form: tuple[Order, PointForm], position: int, dropped: int, inserted: bytes
 ) -> None:
-    """Whatever is changed anywhere: either it is refused, or it is what would be written."""
+    """A changed byte makes a ciphertext invalid, or the encoding of another one."""
     text = raw_to_joined(RAW, order=form[0], point=form[1])
     changed = text[:position] + inserted + text[position + dropped :]
     try:
@@ -132,22 +132,22 @@ WRONG: dict[str, tuple[bytes, PointForm, str]] = {
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("text", "form", "reason"), WRONG.values(), ids=WRONG)
 def test_another_form_than_the_one_named_is_refused(text: bytes, form: PointForm, reason: str, order: Order) -> None:
-    """By its length, its first byte, or because its point is not on the curve."""
+    """The length, the first byte, or a point off the curve shows the other form."""
     with pytest.raises(ValueError, match=reason):
         joined_to_raw(text, order=order, point=form)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("raw", [b"", RAW[:97], RAW[1:], b"\x02" + RAW[1:], OFF_CURVE])
-def test_what_is_not_a_raw_ciphertext_has_no_joined_form(raw: bytes, form: tuple[Order, PointForm]) -> None:
-    """A point off the curve among them."""
+def test_invalid_raw_ciphertext_has_no_joined_form(raw: bytes, form: tuple[Order, PointForm]) -> None:
+    """A point off the curve is one of the cases."""
     with pytest.raises(ValueError, match=r"not a raw SM2 ciphertext|not on the curve"):
         raw_to_joined(raw, order=form[0], point=form[1])
 
 
 @pytest.mark.parametrize(("order", "form"), [("c1c3c2", "bare"), ("C1C3C2", "04"), ("", "bare"), ("C1C2C3", "hybrid")])
 def test_a_form_that_is_unknown_is_refused_by_name(order: Any, form: Any) -> None:
-    """Both ways."""
+    """Both directions of the conversion name the unknown form."""
     for convert in (raw_to_joined, joined_to_raw):
         with pytest.raises(ValueError, match=r"an order of .*C1C2C3.* a point of .*compressed"):
             convert(RAW, order=order, point=form)
@@ -169,8 +169,8 @@ def decrypt(raw: bytes) -> bytes:
 @libcrypto_sm2
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("order", "mode"), [("C1C2C3", 0), ("C1C3C2", 1)])
-def test_gmssl_takes_and_makes_bare_points_in_both_orders(order: Order, mode: int, size: int) -> None:
-    """Its two modes; 0, the default, is the order of the draft."""
+def test_gmssl_reads_and_writes_bare_points_in_both_orders(order: Order, mode: int, size: int) -> None:
+    """Gmssl's default mode 0 is the order of the draft."""
     gmssl, message = CryptSM2(private_key=D.lower(), public_key=(X + Y).lower(), mode=mode), secrets.token_bytes(size)
     while (made := gmssl.encrypt(message)) is None:  # a mask of zeros
         continue
@@ -198,10 +198,10 @@ def bouncy_castle(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., lis
 
 
 @libcrypto_sm2
-def test_bouncycastle_takes_and_makes_uncompressed_points_in_both_orders(
+def test_bouncycastle_uses_uncompressed_points_in_both_orders(
     bouncy_castle: Callable[..., list[bytes]],
 ) -> None:
-    """SM2Engine() is C1C2C3; SM2Engine(Mode.C1C3C2) takes an ExportedDataKey as it is."""
+    """SM2Engine() is C1C2C3; SM2Engine(Mode.C1C3C2) decrypts an unchanged ExportedDataKey."""
     messages = [secrets.token_bytes(size) for size in SIZES]
     for mode, order in (("default", "C1C2C3"), ("C1C2C3", "C1C2C3"), ("C1C3C2", "C1C3C2")):
         form: Any = order
@@ -215,7 +215,7 @@ def test_bouncycastle_takes_and_makes_uncompressed_points_in_both_orders(
 
 @skip_unless.openssl_sm2()
 def test_openssl_decompresses_points_the_same_way() -> None:
-    """Points that gmssl computed, and the public key's octets as openssl prints them in each form."""
+    """The points are those that gmssl computed, and the public key's as openssl prints them in each form."""
     prefix = bytes.fromhex("3039301306072A8648CE3D020106082A811CCF5501822D032200")
     for _ in range(10):
         x, y = point(1 + secrets.randbelow(2**255))

@@ -1,4 +1,4 @@
-"""The soak's own judgement: what it would say of a lost ciphertext, a lost or an invented line, and of what grows."""
+"""The soak's verification: lost ciphertexts, lost and invented entries, and growing figures are found."""
 
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path / "client.jsonl"
 
 
-def test_a_journal_holds_what_was_written_but_for_a_line_that_was_cut_off(notes: Path) -> None:
-    """Whoever writes it may be killed at any moment."""
+def test_journal_keeps_all_whole_lines(notes: Path) -> None:
+    """The writer of a journal may be killed at any moment, so the last line may be partial."""
     entries: list[Answer | Made | Wrong] = [
         Answer("id", "Decrypt", 1.5, 0.25, "OK"),
         Made("b", {"k": "v"}, "d", "key", "version"),
@@ -53,10 +53,10 @@ def test_a_journal_holds_what_was_written_but_for_a_line_that_was_cut_off(notes:
         ({"blob": encode_base64(bytes(200))}, "Forbidden"),
     ],
 )
-def test_a_ciphertext_that_does_not_open_to_what_it_was_made_of_is_found(
+def test_verification_finds_a_wrong_plaintext(
     agent: RunningAgent, notes: Path, change: dict[str, Any], wrong: str
 ) -> None:
-    """And one that opens under another context."""
+    """A ciphertext that opens under another context is found, too."""
     with agent.client() as kms, Journal(notes) as journal, Journal(notes.with_name("checks")) as checks:
         sealed = kms.encrypt(key_id="alias/dev", plaintext=encode_base64(TEXT), encryption_context={"n": "1"})
         made = Made(sealed.ciphertext_blob, {"n": "1"}, digest(TEXT), sealed.key_id, sealed.key_version_id)
@@ -69,8 +69,8 @@ def test_a_ciphertext_that_does_not_open_to_what_it_was_made_of_is_found(
     assert len(list(read([notes.with_name("checks")]))) == 4
 
 
-def test_an_answer_without_a_line_and_a_line_without_an_answer_are_found(tmp_path: Path, notes: Path) -> None:
-    """But for what a killed client had asked, or a killed agent had under way."""
+def test_verification_finds_missing_answers_and_entries(tmp_path: Path, notes: Path) -> None:
+    """Requests in flight during a kill of the client or the agent are exempt."""
     record = tmp_path / "audit.jsonl"
     audit = AuditLog(Audit(str(record)))
     for number, pid in enumerate((1, 1, 2, 1)):
@@ -102,8 +102,8 @@ def noted(notes: Path, *ids: str) -> None:
         (None, lambda s: s),
     ],
 )
-def test_what_grows_is_said_to_grow(name: str | None, grow: object) -> None:
-    """Medians of thirds: one sample that stands out is none."""
+def test_growth_of_a_figure_is_reported(name: str | None, grow: object) -> None:
+    """Medians of thirds are compared, so a single outlier is not growth."""
     assert callable(grow)
     samples = [Sample(at, 50 * 2**20, 20, 6, (0.001, 0.002), (0.002, 0.003)) for at in range(30)]
     samples[25] = samples[25]._replace(resident=2**30)
@@ -113,8 +113,8 @@ def test_what_grows_is_said_to_grow(name: str | None, grow: object) -> None:
     assert (found == []) if name is None else any(name in each for each in found)
 
 
-def test_a_mix_asks_for_everything_and_notes_what_is_wrong(agent: RunningAgent, notes: Path) -> None:
-    """Against an agent that has none of its keys, all that should succeed is noted."""
+def test_workload_covers_all_operations_and_notes_failures(agent: RunningAgent, notes: Path) -> None:
+    """An agent with none of the workload's keys fails every request that should succeed."""
     operations = set()
     with agent.client() as kms, Journal(notes) as journal:
         asked = Mix(1, recipient("SM2PKE"), journal).requests()

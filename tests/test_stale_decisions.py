@@ -1,4 +1,4 @@
-"""What was decided before a reload is not done after it: not recalled, not queued, not half answered."""
+"""Decisions from before a reload are not used after it: neither remembered, nor queued, nor half sent."""
 
 import itertools
 import os
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.agent import RawConnection, RunningAgent
 from support.audit_log import requests
+from support.calls import result
 from support.keyring import change, configuration, serving
 from support.keys import recipient
 
@@ -24,7 +25,7 @@ def stalled(
 ) -> tuple[int, bytes]:
     """Send so many equal requests, and read no answer until the agent waits for that.
 
-    Returns how many were sent whole, and what is missing of the one behind them.
+    Returns the number of whole requests, and the missing part of the last one.
 
     The agent waits when two looks at the audit log, with its own turns of the event loop between them, see the same.
     """
@@ -54,17 +55,16 @@ def codes_until(connection: RawConnection, count: int) -> Counter[str]:
     """How so many requests end."""
     codes: Counter[str] = Counter()
     for _ in range(count):
-        answer = connection.response()
-        assert answer is not None
+        answer = connection.answer()
         codes["OK" if answer.error is None else answer.error["Code"]] += 1
     return codes
 
 
 @pytest.mark.parametrize(("params", "most"), [(EXPORT, 3_000), (FAST, 3_000)], ids=["EC_SM2", "RSA_2048"])
-def test_a_grant_that_was_taken_away_does_nothing_after_the_reload(
+def test_removed_grant_is_refused_after_the_reload(
     keyring: Path, socket_path: Path, tmp_path: Path, params: dict[str, Any], most: int
 ) -> None:
-    """Requests behind a client that does not read: what was answered before stays so; all others are refused."""
+    """Requests wait behind a client that does not read: earlier answers stay, and all later requests are refused."""
     audit = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{audit}"\n[limits]\nrequest_timeout = 60\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(socket_path) as connection:
@@ -89,15 +89,14 @@ def refuse(agent: RunningAgent, keyring: Path, more: str) -> None:
 
 
 @pytest.mark.parametrize("params", [EXPORT, FAST], ids=["EC_SM2", "RSA_2048"])
-def test_a_key_that_was_disabled_or_rotated_makes_nothing_after_the_reload(
+def test_disabled_or_rotated_key_is_not_used_after_the_reload(
     keyring: Path, socket_path: Path, tmp_path: Path, params: dict[str, Any]
 ) -> None:
-    """Neither under its old version, nor while it is disabled."""
+    """The old version of a rotated key and a disabled key encrypt nothing."""
     audit = tmp_path / "audit.jsonl"
     more = f'[audit]\npath = "{audit}"\n[limits]\nrequest_timeout = 60\n'
     with serving(keyring, socket_path, more=more) as agent, RawConnection(socket_path) as connection:
-        old = connection.call("GenerateAndExportDataKey", params).result
-        assert old is not None
+        old = result(connection.call("GenerateAndExportDataKey", params))
         for _ in range(4):
             connection.call("GenerateAndExportDataKey", params)
         count, missing = stalled(connection, "GenerateAndExportDataKey", params, 3_000, audit)

@@ -1,4 +1,4 @@
-"""Before the first request: socket files, and what the process does to itself. All with real agents."""
+"""The start before the first request: socket files, and the hardening of the process. All with real agents."""
 
 import ctypes
 import errno
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent, configured, dev_agent
 from support.audit_log import requests
+from support.calls import error
 from support.waiting import is_served, wait_until
 
 from keyferry import hardening
@@ -37,8 +38,8 @@ def is_alive(connection: RawConnection) -> bool:
     return connection.call(*PING).error is None
 
 
-def test_a_second_agent_never_takes_a_live_socket_and_replaces_a_dead_one(socket_path: Path) -> None:
-    """The file tells nothing; whether somebody listens does."""
+def test_second_agent_replaces_only_a_dead_socket(socket_path: Path) -> None:
+    """Only a connection shows whether an agent listens, not the file."""
     with dev_agent(socket_path) as first:
         second = RunningAgent(["--dev"], socket_path)
         assert second.wait() == 1
@@ -56,8 +57,8 @@ def test_a_second_agent_never_takes_a_live_socket_and_replaces_a_dead_one(socket
     assert not socket_path.exists()
 
 
-def test_what_is_no_socket_is_left_alone(socket_path: Path) -> None:
-    """A file in the way is somebody's file."""
+def test_other_file_at_the_socket_path_is_kept(socket_path: Path) -> None:
+    """The agent refuses to start and does not remove the file."""
     socket_path.write_text("precious")
     agent = RunningAgent(["--dev"], socket_path)
     assert agent.wait() == 1
@@ -65,8 +66,8 @@ def test_what_is_no_socket_is_left_alone(socket_path: Path) -> None:
     assert socket_path.read_text() == "precious"
 
 
-def test_a_directory_that_anybody_can_write_to_is_refused(tmp_path: Path) -> None:
-    """Whoever can replace the socket can be the agent."""
+def test_world_writable_directory_is_refused(tmp_path: Path) -> None:
+    """Any user who can replace the socket can impersonate the agent."""
     folder = tmp_path / "open"
     folder.mkdir()
     folder.chmod(0o777)
@@ -76,8 +77,8 @@ def test_a_directory_that_anybody_can_write_to_is_refused(tmp_path: Path) -> Non
     agent.kill()
 
 
-def test_the_socket_has_the_mode_that_was_asked_for(socket_path: Path) -> None:
-    """0660 unless the configuration says otherwise, whatever the umask."""
+def test_socket_has_the_configured_mode(socket_path: Path) -> None:
+    """The default is 0660 under any umask."""
     with dev_agent(socket_path):
         assert socket_path.stat().st_mode & 0o777 == 0o660
     arguments = configured(socket_path, 'mode = "0600"\n')
@@ -89,7 +90,7 @@ def test_the_socket_has_the_mode_that_was_asked_for(socket_path: Path) -> None:
 def test_a_socket_opens_to_others_with_its_mode_only(
     socket_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
-    """From bind(2) to chmod(2) it is its owner's alone, under any umask."""
+    """Between bind(2) and chmod(2) only its owner can open the socket, under any umask."""
     modes, chmod = [], os.chmod
 
     def watched(path: str, wanted: int) -> None:
@@ -109,7 +110,7 @@ def test_a_socket_opens_to_others_with_its_mode_only(
 
 
 def test_the_process_is_hardened(agent: RunningAgent) -> None:
-    """No core dumps, no new privileges."""
+    """The agent has no core dumps and no new privileges."""
     status = Path(f"/proc/{agent.process.pid}/status").read_text()
     assert "NoNewPrivs:\t1" in status
     limits = Path(f"/proc/{agent.process.pid}/limits").read_text().splitlines()
@@ -117,7 +118,7 @@ def test_the_process_is_hardened(agent: RunningAgent) -> None:
 
 
 def test_hardening_makes_a_process_undumpable_and_without_core() -> None:
-    """Which is what keeps other processes of the same user out of its memory."""
+    """An undumpable process keeps its memory from other processes of the same user."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -132,8 +133,8 @@ def test_hardening_makes_a_process_undumpable_and_without_core() -> None:
     os.waitpid(child, 0)
 
 
-def test_several_listeners_serve_and_are_told_apart(tmp_path: Path) -> None:
-    """A grant to one of them holds on that one only."""
+def test_several_listeners_have_separate_grants(tmp_path: Path) -> None:
+    """A grant to one listener does not apply to another."""
     config = tmp_path / "agent.toml"
     config.write_text(
         "".join(f'[[listener]]\nname = "{name}"\npath = "{tmp_path / name}"\nmode = "0600"\n' for name in ("a", "b"))
@@ -146,16 +147,14 @@ def test_several_listeners_serve_and_are_told_apart(tmp_path: Path) -> None:
     with RunningAgent(arguments, None) as agent:
         with RawConnection(tmp_path / "a") as a, RawConnection(tmp_path / "b") as b:
             assert is_alive(a)
-            error = b.call(*PING).error
-            assert error is not None
-            assert error["Code"] == "Forbidden.NoPermission"
+            assert error(b.call(*PING))["Code"] == "Forbidden.NoPermission"
         assert agent.stop() == 0
     assert not (tmp_path / "a").exists()
     assert not (tmp_path / "b").exists()
 
 
-def test_a_listener_that_cannot_be_had_leaves_none_of_them(tmp_path: Path) -> None:
-    """All or nothing."""
+def test_one_failed_listener_leaves_no_other_socket(tmp_path: Path) -> None:
+    """An agent serves all its listeners or none."""
     config = tmp_path / "agent.toml"
     config.write_text(
         f'[[listener]]\nname = "a"\npath = "{tmp_path}/a"\n[[listener]]\nname = "b"\npath = "{tmp_path}/none/b"\n'
@@ -166,8 +165,8 @@ def test_a_listener_that_cannot_be_had_leaves_none_of_them(tmp_path: Path) -> No
     assert not (tmp_path / "a").exists()
 
 
-def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
-    """By the system's own reason."""
+def test_failed_socket_creation_is_named(tmp_path: Path) -> None:
+    """The message has the system's own reason."""
     with pytest.raises(unix_sockets.ListeningError, match="too long"):
         unix_sockets.open_listeners([Listener(path=tmp_path / ("x" * 200))], [])
     (made,) = unix_sockets.open_listeners([Listener(path=tmp_path / "sock")], [])
@@ -180,10 +179,8 @@ def test_a_socket_that_cannot_be_made_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("when", ["before it is made", "after it was made"])
-def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
-) -> None:
-    """As in a folder that may be listed and not entered."""
+def test_uninspectable_socket_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """A folder with read and without search permission is an example; no other socket is left."""
     first, second = tmp_path / "first", tmp_path / "second"
     real = Path.lstat
 
@@ -200,8 +197,8 @@ def test_a_socket_that_cannot_be_looked_at_is_said_and_leaves_none_of_them(
     assert not second.exists()
 
 
-def test_what_cannot_be_hardened_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And closed standard descriptors are opened, so that no key file becomes one."""
+def test_failed_hardening_steps_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed standard descriptors are opened, so that no key file becomes one."""
     monkeypatch.setattr(hardening, "_PR_SET_DUMPABLE", 10_000)
     monkeypatch.setattr(process_hardening, "_close_inherited", lambda _keep: None)  # this process needs its own
     monkeypatch.setattr("os.umask", lambda mode: mode)
@@ -225,23 +222,23 @@ sys.exit(main())
 
 
 def test_an_agent_starts_with_its_standard_descriptors_closed(socket_path: Path) -> None:
-    """They are /dev/null then."""
+    """The agent opens /dev/null in their place."""
     command = ("-c", DESCRIPTORS_AT_EXIT)
     with RunningAgent(["--dev"], socket_path, preexec=lambda: os.closerange(0, 2), command=command) as agent:
         assert agent.stop() == 0
         assert agent.wait_for("descriptors")["files"] == ["/dev/null", "/dev/null"]
 
 
-def test_an_agent_says_when_its_socket_file_is_gone(socket_path: Path) -> None:
-    """Nobody new will find it."""
+def test_removed_socket_file_is_logged(socket_path: Path) -> None:
+    """New clients cannot connect without the file."""
     with dev_agent(socket_path) as agent, RawConnection(socket_path) as connection:
         socket_path.unlink()
         assert agent.wait_for("socket.lost")["path"] == str(socket_path)
         assert connection.call("GetAgentStatus", {}).error is None
 
 
-def test_an_agent_without_descriptors_says_so_to_whoever_connects(socket_path: Path) -> None:
-    """One is kept for that; and when some come back, it serves again."""
+def test_agent_without_descriptors_refuses_with_a_reason(socket_path: Path) -> None:
+    """The agent keeps one descriptor for the refusal, and serves again when others are free."""
 
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
@@ -252,9 +249,7 @@ def test_an_agent_without_descriptors_says_so_to_whoever_connects(socket_path: P
             while refused is None:
                 connection = stack.enter_context(RawConnection(socket_path))
                 connection.send(wire.encode_request(1, "GetAgentStatus", {}))
-                answer = connection.response()
-                assert answer is not None
-                refused = answer.error
+                refused = connection.answer().error
             assert refused["Code"] == "Rejected.Throttling"
             assert "descriptor" in refused["Message"]
             agent.wait_for("accept.failed")
@@ -262,24 +257,24 @@ def test_an_agent_without_descriptors_says_so_to_whoever_connects(socket_path: P
             wait_until("the agent serves again", lambda: is_served(kms))  # it has not seen all of them leave yet
 
 
-def test_an_agent_closes_what_was_left_open_for_it(socket_path: Path) -> None:
-    """Somebody else's connection or secret is none of its business."""
+def test_inherited_descriptors_are_closed(socket_path: Path) -> None:
+    """An inherited connection or secret of another process is not the agent's."""
     reading, writing = os.pipe()
     with open(reading, "rb") as end, RunningAgent(["--dev"], socket_path, pass_fds=[writing]):
         os.close(writing)
-        assert end.read() == b""  # nobody has the other end
+        assert end.read() == b""  # the other end is closed
 
 
-def test_an_agent_is_started_over_once_in_the_process_that_was_started(agent: RunningAgent) -> None:
-    """Its ID is the one that a service manager knows, and its arguments are those it was given."""
+def test_agent_restarts_once_in_its_own_process(agent: RunningAgent) -> None:
+    """The process ID is the one that the service manager knows, and the arguments are the same."""
     command = Path(f"/proc/{agent.process.pid}/cmdline").read_bytes().split(b"\0")
     assert command[1:4] == [b"-m", b"keyferry_agent", b"run"]
     assert [line["event"] for line in agent.log].count("agent.serving") == 1
     assert not [line for line in agent.log if line["event"] == "startup.not_hardened"]
 
 
-def test_the_record_of_requests_goes_to_its_file(socket_path: Path, tmp_path: Path) -> None:
-    """Appended to, with mode 0600, a JSON line for each request, the refused ones too."""
+def test_audit_log_is_appended_to_its_file(socket_path: Path, tmp_path: Path) -> None:
+    """The file has mode 0600 and a JSON line for each request, refused ones included."""
     record, config = tmp_path / "audit.jsonl", tmp_path / "agent.toml"
     record.write_text("{}\n")
     config.write_text(f'[audit]\npath = "{record}"\n')
@@ -297,8 +292,8 @@ def test_the_record_of_requests_goes_to_its_file(socket_path: Path, tmp_path: Pa
     ]
 
 
-def test_a_record_that_cannot_be_opened_stops_the_start(socket_path: Path, tmp_path: Path) -> None:
-    """With the file's name."""
+def test_unopenable_audit_log_stops_the_start(socket_path: Path, tmp_path: Path) -> None:
+    """The message has the file's name."""
     config = tmp_path / "agent.toml"
     config.write_text(f'[audit]\npath = "{tmp_path}/none/audit.jsonl"\n')
     agent = RunningAgent(["--dev", "--config", str(config)], socket_path)
@@ -308,8 +303,8 @@ def test_a_record_that_cannot_be_opened_stops_the_start(socket_path: Path, tmp_p
 
 
 @pytest.mark.parametrize("path", ["/dev/stdout", "/proc/self/fd/1", "/dev/fd/1"])
-def test_a_record_on_a_socket_says_to_use_stderr(socket_path: Path, tmp_path: Path, path: str) -> None:
-    """Standard output of a systemd unit is a socket, which no path opens."""
+def test_audit_log_on_a_socket_advises_stderr(socket_path: Path, tmp_path: Path, path: str) -> None:
+    """Standard output of a systemd unit is a socket, which cannot be opened by a path."""
     config = tmp_path / "agent.toml"
     config.write_text(f'memory = "prefer"\n[audit]\npath = "{path}"\n')
     here, there = socket.socketpair()
@@ -338,10 +333,10 @@ def test_a_record_on_a_socket_says_to_use_stderr(socket_path: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("what", ["the record's file", "a descriptor in reserve"])
-def test_a_system_that_has_no_descriptor_left_stops_the_start(
+def test_exhausted_descriptors_stop_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
-    """With one line that says so, and no traceback."""
+    """The message is one line, without a traceback."""
     config = tmp_path / "agent.toml"
     config.write_text(f'memory = "prefer"\n[audit]\npath = "{tmp_path / "audit.jsonl"}"\n')
     real = os.open
@@ -360,7 +355,7 @@ def test_a_system_that_has_no_descriptor_left_stops_the_start(
 
 
 def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before there is a socket."""
+    """The agent exits before it creates a socket."""
 
     def wrong(_scratch: object, *, sm2_fallback: bool) -> list[str]:
         raise SelfTestError("Aliyun_SM4: wrong")
@@ -386,7 +381,7 @@ def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 def test_options_that_contradict_the_configuration_are_refused(
     tmp_path: Path, text: str, arguments: list[str], why: str
 ) -> None:
-    """Rather than one of them silently winning."""
+    """Neither the option nor the setting wins silently."""
     config = tmp_path / "agent.toml"
     config.write_text(text)
     agent = RunningAgent([*arguments, "--config", str(config)], None)

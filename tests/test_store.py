@@ -1,4 +1,4 @@
-"""The table of records, in SQLite and in PostgreSQL: what goes in comes out, and what is refused changes nothing."""
+"""The table of records, in SQLite and in PostgreSQL: records are read back, and refusals change nothing."""
 
 import os
 import sqlite3
@@ -22,12 +22,12 @@ PASSWORD = "hunter2"
 
 
 def blob(version: str, number: int = 0) -> str:
-    """What looks like a CiphertextBlob under a version."""
+    """Return bytes with the form of a CiphertextBlob under a version."""
     return encode_base64(version.encode() + b"\x01" + number.to_bytes(4, "big") * 28)
 
 
 def record(name: str, version: str = OLD, number: int = 0, key_id: str = KEY) -> Record:
-    """A record that nobody can open."""
+    """Return a record that no key opens."""
     return Record(name, key_id, version, blob(version, number), context_text({"n": name}), "2026-01-31T12:00:00Z")
 
 
@@ -38,8 +38,8 @@ def store(store_url: str) -> Iterator[Store]:
         yield opened
 
 
-def test_what_is_added_is_read_back(store: Store, agent: RunningAgent) -> None:
-    """Made through the agent without its plaintext; JSON-able by the API's names, and what a module takes."""
+def test_added_records_are_read_back(store: Store, agent: RunningAgent) -> None:
+    """A record is made through the agent without its plaintext, converts to JSON, and serves a module."""
     with agent.client() as kms:
         made = new_record(kms, "orders/2026 ü", key_id="alias/dev", encryption_context={"tenant": "acme", "a": "é\0"})
         store.add(made)
@@ -56,8 +56,8 @@ def test_what_is_added_is_read_back(store: Store, agent: RunningAgent) -> None:
     assert [each.name for each in store] == ["orders/2026 ü", "b", "c"]
 
 
-def test_a_store_that_does_not_exist_is_an_error_and_is_not_made(store: Store) -> None:
-    """For everything but `add`: neither an SQLite file nor a PostgreSQL database without the table is an empty store."""
+def test_missing_store_is_an_error_and_not_created(store: Store) -> None:
+    """Only `add` creates an SQLite file or a PostgreSQL table; for all other calls a missing one is an error."""
     assert not store._exists()
     for read in (list, Store.count, Store.key_ids, lambda store: store.get("a")):
         with pytest.raises(StoreError, match=r"there is no .*(records\.sqlite|PostgreSQL database test)"):
@@ -68,8 +68,8 @@ def test_a_store_that_does_not_exist_is_an_error_and_is_not_made(store: Store) -
     assert store.count() == 1
 
 
-def test_a_store_is_made_only_where_it_may_be(store_url: str) -> None:
-    """With create=False, `add` needs a store that exists, too."""
+def test_store_is_created_only_with_permission(store_url: str) -> None:
+    """With create=False, `add` needs an existing store."""
     with Store(store_url, create=False) as store:
         with pytest.raises(StoreError, match="there is no store"):
             store.add(record("a"))
@@ -101,7 +101,7 @@ def test_a_name_of_the_greatest_length_is_taken(store: Store) -> None:
     assert store.get("名" * MAX_NAME_CHARACTERS).name == "名" * MAX_NAME_CHARACTERS
 
 
-def test_a_name_that_is_taken_is_refused_with_all_that_came_with_it(store: Store) -> None:
+def test_existing_name_is_refused_with_its_whole_batch(store: Store) -> None:
     """A record is never overwritten."""
     store.add(record("a"))
     with pytest.raises(StoreError, match="a is taken"):
@@ -113,8 +113,7 @@ def test_a_name_that_is_taken_is_refused_with_all_that_came_with_it(store: Store
     assert [each._replace(row_id=0) for each in store] == [record("a")]
 
 
-def test_many_records_are_read_in_the_order_in_which_they_were_added(store: Store) -> None:
-    """Over several pages."""
+def test_records_are_read_in_the_order_of_their_addition(store: Store) -> None:
     names = [f"n{number * 7_919 % 1_201}" for number in range(1_201)]
     store.add(*(record(name, number=number) for number, name in enumerate(names)))
     assert [each.name for each in store] == names
@@ -122,7 +121,7 @@ def test_many_records_are_read_in_the_order_in_which_they_were_added(store: Stor
 
 
 def test_records_under_other_versions_are_found_by_their_blobs(store: Store) -> None:
-    """A column that says something else than the blob hides nothing."""
+    """A column that contradicts the blob hides no record."""
     store.add(
         record("old"),
         record("new", NEW),
@@ -137,8 +136,8 @@ def test_records_under_other_versions_are_found_by_their_blobs(store: Store) -> 
     assert store.key_ids() == [KEY, "b-key"]
 
 
-def test_a_record_is_replaced_only_as_it_was_read(store: Store) -> None:
-    """Another blob, another context, another key: somebody was there. The others are replaced."""
+def test_record_is_replaced_only_if_unchanged(store: Store) -> None:
+    """Another blob, context or key shows a concurrent change; other records are replaced."""
     store.add(*(record(name, number=place) for place, name in enumerate("abcd")))
     read = list(store)
     assert store.replace([(read[0], blob(NEW, 9), NEW)]) == 1
@@ -153,8 +152,8 @@ def test_a_record_is_replaced_only_as_it_was_read(store: Store) -> None:
     assert [each.context_text for each in after] == [each.context_text for each in read]
 
 
-def test_first_records_at_once_make_one_table(store_url: str) -> None:
-    """Whoever is first."""
+def test_simultaneous_first_records_create_one_table(store_url: str) -> None:
+    """Each of the writers may be the first."""
     start = threading.Barrier(4)
     failures = []
 
@@ -177,7 +176,7 @@ def test_first_records_at_once_make_one_table(store_url: str) -> None:
 
 
 def test_one_damaged_record_does_not_hide_the_others(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8, in any column; a context that is no JSON."""
+    """Columns that are not UTF-8 and a context that is not JSON are damage."""
     path = tmp_path / "records.sqlite"
     with Store(f"sqlite:///{path}") as store:
         store.add(*(record(name) for name in "abcdef"))
@@ -195,8 +194,8 @@ def test_one_damaged_record_does_not_hide_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": "b", "a": "c"}', "[" * 100_000, "null"])
-def test_a_context_that_is_none_is_damage(text: str) -> None:
-    """And never taken for an empty one."""
+def test_invalid_context_is_damage(text: str) -> None:
+    """An invalid context is never mistaken for an empty one."""
     with pytest.raises(StoreError, match="damaged"):
         assert record("a")._replace(context_text=text).encryption_context
 
@@ -204,8 +203,8 @@ def test_a_context_that_is_none_is_damage(text: str) -> None:
 # --- where a store is -------------------------------------------------------------------------------------------------
 
 
-def test_without_a_url_the_store_is_a_file_of_this_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under $XDG_DATA_HOME if that is absolute, else under ~/.local/share; the directory is for this user only."""
+def test_default_store_is_a_private_file_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is under an absolute $XDG_DATA_HOME, else under ~/.local/share, in a directory for this user only."""
     monkeypatch.delenv("KEYFERRY_STORE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     for home, expected in (
@@ -223,7 +222,7 @@ def test_without_a_url_the_store_is_a_file_of_this_users(tmp_path: Path, monkeyp
 
 
 def test_a_url_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a password need not be on a command line. What is given wins."""
+    """A password need not be on the command line. An argument wins."""
     file = tmp_path / "url"
     file.write_text("  postgresql://u:p@h/db\nmore\n")
     monkeypatch.setenv("KEYFERRY_STORE", f"@{file}")
@@ -254,8 +253,8 @@ def test_a_url_may_come_from_a_file_or_the_environment(tmp_path: Path, monkeypat
         ("sqlite:////proc/none/records.sqlite", "/proc/none"),
     ],
 )
-def test_a_store_that_cannot_be_had_says_why_and_shows_no_password(url: str, why: str) -> None:
-    """Not in the message, nor in what the error came from, nor in a repr."""
+def test_unreachable_store_is_explained_without_its_password(url: str, why: str) -> None:
+    """Neither the message, nor the cause of the error, nor a repr has the password."""
 
     def use() -> None:
         with Store(url) as store:
@@ -270,8 +269,8 @@ def test_a_store_that_cannot_be_had_says_why_and_shows_no_password(url: str, why
 
 
 @libpq()
-def test_a_driver_that_repeats_a_password_is_not_repeated() -> None:
-    """Whatever it says then."""
+def test_drivers_message_with_a_password_is_not_repeated() -> None:
+    """Any text of the driver may hold the password."""
     store = Store(f"postgresql://u:{PASSWORD}@h/db?sslpassword=abc")
     for secret in (PASSWORD, "abc"):
         assert store._reason(RuntimeError(f"no such user u with {secret}")) == "RuntimeError"
@@ -279,8 +278,8 @@ def test_a_driver_that_repeats_a_password_is_not_repeated() -> None:
     assert store._reason(RuntimeError("no\nsuch")) == "no"
 
 
-def test_a_system_without_libpq_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Psycopg reports it as an import that failed."""
+def test_missing_libpq_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Psycopg reports it as a failed import."""
 
     def refuse(*_args: object, **_options: object) -> None:
         raise ImportError("no pq wrapper available")
@@ -291,24 +290,24 @@ def test_a_system_without_libpq_is_told_what_to_install(monkeypatch: pytest.Monk
 
 
 @postgresql()
-def test_a_server_that_is_away_is_no_end(cluster: Cluster) -> None:
-    """While it is away there is an error that says so; after it is back the same store works."""
-    with Store(cluster.new_database()) as store:
+def test_store_works_again_after_a_server_outage(postgres: Cluster) -> None:
+    """During the outage an error names the reason."""
+    with Store(postgres.new_database()) as store:
         store.add(record("a"))
-        cluster.stop()
+        postgres.stop()
         try:
             for _ in range(2):
                 with pytest.raises(StoreError, match="PostgreSQL database test"):
                     store.get("a")
         finally:
-            cluster.start()
+            postgres.start()
         assert store.get("a")._replace(row_id=0) == record("a")
 
 
 @postgresql()
-def test_a_user_who_may_make_no_table_is_told_so(cluster: Cluster) -> None:
-    """In PostgreSQL's own words; who may use the table that somebody else made needs no more."""
-    url = cluster.new_database()
+def test_missing_create_privilege_is_explained(postgres: Cluster) -> None:
+    """The reason is PostgreSQL's own, and a user needs no such privilege for an existing table."""
+    url = postgres.new_database()
     admin = sqlalchemy.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
     with admin.begin() as connection:
         connection.execute(sqlalchemy.text(f"CREATE ROLE app{os.getpid()} LOGIN"))

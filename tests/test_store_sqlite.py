@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_every_form_of_a_url_leads_to_the_same_file(url: str, folder: Path) -> None:
-    """Read there, and not created anywhere else."""
+    """The file is opened there, and not created anywhere else."""
     with Store(url.format(folder=folder)) as store:
         assert store._exists()
         assert [each.name for each in store] == ["a"]
@@ -76,7 +76,7 @@ def test_every_form_of_a_url_leads_to_the_same_file(url: str, folder: Path) -> N
     ],
 )
 def test_a_store_that_does_not_exist_is_an_error(url: str, folder: Path) -> None:
-    """For every method but `add`, and none of them makes it."""
+    """Every method but `add` raises, and none of them creates the store."""
     calls: list[Callable[[Store], Any]] = [
         list,
         Store.count,
@@ -103,7 +103,7 @@ def test_a_store_that_does_not_exist_is_an_error(url: str, folder: Path) -> None
 
 
 def test_a_file_without_the_table_is_not_a_store(folder: Path) -> None:
-    """An empty file, and another program's database."""
+    """An empty file and another program's database are refused."""
     (folder / "empty.db").touch()
     with closing(sqlite3.connect(folder / "other.db")) as database:
         database.execute("CREATE TABLE other (x)")
@@ -116,7 +116,7 @@ def test_a_file_without_the_table_is_not_a_store(folder: Path) -> None:
 
 
 def test_a_store_without_records_is_not_an_error(folder: Path) -> None:
-    """Once it was made."""
+    """A store that was created and has no record is valid."""
     with Store(f"sqlite:///{EXISTS}") as store, store._engine.begin() as connection:
         connection.exec_driver_sql("DELETE FROM keyferry_records")
     with Store(f"sqlite:///{EXISTS}") as store:
@@ -168,8 +168,8 @@ def test_a_store_without_records_is_not_an_error(folder: Path) -> None:
         (f"sqlite:///{EXISTS}?vfs=none", "no such vfs"),
     ],
 )
-def test_a_url_that_leads_to_no_file_says_why(url: str, why: str, folder: Path) -> None:
-    """Whether the store is read or added to; no file is made."""
+def test_unusable_url_is_explained(url: str, why: str, folder: Path) -> None:
+    """Reading and adding have the same reason, and no file is created."""
     for use in (Store.count, lambda store: store.add(record("b"))):
         with pytest.raises(StoreError, match=why), Store(url) as store:
             use(store)
@@ -177,8 +177,8 @@ def test_a_url_that_leads_to_no_file_says_why(url: str, why: str, folder: Path) 
 
 
 @pytest.mark.parametrize("mode", ["ro", "rw"])
-def test_a_mode_that_creates_no_file_is_kept_to(mode: str, folder: Path) -> None:
-    """Also by `add`; and a store that is opened to be read is not changed."""
+def test_mode_without_creation_is_respected(mode: str, folder: Path) -> None:
+    """`add` does not create the file either, and a store that is opened read-only is not changed."""
     with Store(f"sqlite:///none.db?mode={mode}") as store, pytest.raises(StoreError, match=f"mode={mode}"):
         store.add(record("a"))
     with Store(f"sqlite:///file:{ENCODED}?mode=ro&uri=true") as store:
@@ -192,8 +192,8 @@ def test_a_mode_that_creates_no_file_is_kept_to(mode: str, folder: Path) -> None
     assert os.listdir(folder) == [EXISTS]
 
 
-def test_a_file_that_is_replaced_is_the_store_from_then_on(folder: Path) -> None:
-    """No record goes to a file that has no name any more."""
+def test_replaced_file_is_the_store_from_then_on(folder: Path) -> None:
+    """No record is written to a file that has lost its name."""
     with Store(f"sqlite:///{EXISTS}") as store:
         assert store.count() == 1
         (folder / EXISTS).rename(folder / "old")
@@ -204,7 +204,7 @@ def test_a_file_that_is_replaced_is_the_store_from_then_on(folder: Path) -> None
 
 
 def test_a_missing_working_directory_is_an_error_of_the_store(folder: Path) -> None:
-    """For relative paths only."""
+    """Only relative paths need a working directory."""
     (folder / "gone").mkdir()
     os.chdir(folder / "gone")
     (folder / "gone").rmdir()
@@ -215,10 +215,10 @@ def test_a_missing_working_directory_is_an_error_of_the_store(folder: Path) -> N
 
 
 @pytest.mark.parametrize("home", [None, "", "relative"])
-def test_a_user_without_a_home_is_asked_for_a_store(
+def test_user_without_a_home_needs_an_explicit_store(
     home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No file goes into the working directory; and one that has a passwd entry needs no $HOME."""
+    """No file is made in the working directory, and a passwd entry replaces $HOME."""
     monkeypatch.chdir(tmp_path)
     for name in ("KEYFERRY_STORE", "XDG_DATA_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
@@ -257,7 +257,7 @@ def shared(folder: Path) -> Path:
 
 
 def as_nobody(work: Callable[[], str]) -> str:
-    """What a function returns, or the error of the store's that it raises, in a process of another user's."""
+    """Return a function's result, or the store's error, in a process of another user."""
     near, far = os.pipe()
     child = os.fork()
     if child == 0:
@@ -295,8 +295,8 @@ def as_nobody(work: Callable[[], str]) -> str:
         ("none/none.db", "there is no store", "Permission denied"),
     ],
 )
-def test_what_a_user_may_not_do_with_a_file_is_an_error(url: str, reading: str, adding: str, shared: Path) -> None:
-    """A store that cannot be looked up is not called missing, and one that can only be read is not called empty."""
+def test_missing_file_permission_is_an_error(url: str, reading: str, adding: str, shared: Path) -> None:
+    """A store that cannot be looked up is not called missing, and a read-only one is not called empty."""
     place = f"sqlite:///{shared}/{url}"
 
     def read() -> str:

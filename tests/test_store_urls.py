@@ -63,7 +63,7 @@ def connecting(url: str) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_a_postgresql_url_is_read_as_libpq_reads_it(url: str, options: dict[str, str]) -> None:
-    """Whichever way hosts, ports and passwords are written."""
+    """Hosts, ports and passwords may be written in each of libpq's ways."""
     assert connecting(url) == {"connect_timeout": 60, **options}
     Store(url).close()
 
@@ -94,7 +94,7 @@ def test_a_postgresql_url_is_read_as_libpq_reads_it(url: str, options: dict[str,
     ],
 )
 def test_a_password_that_is_not_encoded_is_refused(url: str) -> None:
-    """With how to write it, and without any part of it."""
+    """The message has the encoding to use, and no part of the password."""
     with pytest.raises(StoreError, match=ENCODED) as caught:
         location.resolve_url(url)
     for part in ("MARK", "half", "123456", "99999"):
@@ -133,8 +133,8 @@ def test_a_password_that_is_not_encoded_is_refused(url: str) -> None:
         ("postgresql://h/" + "x" * 5_000, "longer than"),
     ],
 )
-def test_options_that_cannot_be_used_are_named(url: str, why: str) -> None:
-    """When the store is opened, or when it is used first; with no traceback of a driver's."""
+def test_unusable_options_are_named(url: str, why: str) -> None:
+    """The error is raised at the opening or the first use, without a traceback of a driver's."""
     with pytest.raises(StoreError) as caught, Store(url) as store:
         store.count()
     assert why in str(caught.value)
@@ -142,8 +142,8 @@ def test_options_that_cannot_be_used_are_named(url: str, why: str) -> None:
 
 
 @libpq()
-def test_whatever_a_driver_raises_is_an_error_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As its first connection is made: a value of the wrong type is not the only way in which drivers fail."""
+def test_every_exception_of_a_driver_is_a_store_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value of the wrong type is not the only way in which drivers fail when they connect."""
     for kind in (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ZeroDivisionError):
         with Store("postgresql://u:MARK@h/d") as store:
 
@@ -158,24 +158,24 @@ def test_whatever_a_driver_raises_is_an_error_of_the_store(monkeypatch: pytest.M
 
 @libpq()
 def test_several_hosts_that_fail_are_all_named() -> None:
-    """And not only how many they are."""
+    """The message has each host, and not only their number."""
     with pytest.raises(StoreError) as caught, Store("postgresql://u@127.0.0.1:1,127.0.0.1:2/d") as store:
         store.count()
     assert "127.0.0.1" in str(caught.value).partition(": ")[2]
 
 
 @postgresql()
-def test_records_are_utf8_whatever_the_url_says(cluster: Cluster) -> None:
-    """The encoding of a connection is the store's own, not the URL's or the environment's."""
-    with Store(f"{cluster.new_database()}&client_encoding=LATIN1") as store:
+def test_records_are_utf8_whatever_the_url_says(postgres: Cluster) -> None:
+    """The store sets the encoding of its connections, not the URL or the environment."""
+    with Store(f"{postgres.new_database()}&client_encoding=LATIN1") as store:
         store.add(record("名"))
         assert store.get("名").name == "名"
 
 
 @postgresql()
-def test_text_that_a_database_does_not_take_is_an_error(cluster: Cluster) -> None:
-    """And no traceback of a driver's."""
-    with Store(cluster.new_database()) as store:
+def test_text_that_a_database_refuses_is_an_error(postgres: Cluster) -> None:
+    """The error has no traceback of a driver's."""
+    with Store(postgres.new_database()) as store:
         for text in ("\ud800", "a\0b"):
             with pytest.raises(StoreError):
                 store.add(record("a")._replace(key_id=text))
@@ -214,7 +214,7 @@ _FORMS = st.sampled_from(
 
 
 def everything_about(url: str) -> str:
-    """What can be seen of a store that cannot be used: in Python, in logs, and from a shell."""
+    """Return every visible trace of an unusable store: in Python, in logs, and from a shell."""
     seen = io.StringIO()
     handler = logging.StreamHandler(seen)
     logging.getLogger().addHandler(handler)
@@ -238,7 +238,7 @@ def everything_about(url: str) -> str:
 @example(form="postgresql://app:{}@127.0.0.1:1/db", tricky="\udcff")
 @example(form="postgresql://app@127.0.0.1:1/db?password={}", tricky="&")
 def test_no_error_shows_a_password_or_a_part_of_it(form: str, tricky: str) -> None:
-    """Whatever characters are in it, and whatever else is wrong with the URL."""
+    """The password may have any characters, and the URL further faults."""
     seen = everything_about(form.format(FIRST + tricky + LAST))
     assert FIRST not in seen
     assert LAST not in seen

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, ended, or of another encoding: both commands say by exit code what was done."""
+"""Standard streams that are closed, full, ended, or of another encoding: exit codes report the finished work."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_every_command_survives_closed_full_and_ended_streams(place: Path, name:
 
 
 def test_records_that_could_not_be_printed_were_stored(place: Path) -> None:
-    """The exit code says so, and a second attempt is refused for the right reason."""
+    """The exit code reports the failed print, and a second attempt is refused because the record exists."""
     for name, way in (("b", ">&-"), ("c", ">/dev/full"), ("d", "| true")):
         words = (CLIENT, "records", "add", name, "--KeyId", "alias/dev")
         assert shell(words, way).returncode == 74
@@ -130,7 +130,7 @@ def test_records_that_could_not_be_printed_were_stored(place: Path) -> None:
     ids=str,
 )
 def test_json_is_utf8_and_text_escaped_in_every_encoding(place: Path, environment: dict[str, str]) -> None:
-    """No result is lost because a character cannot be shown."""
+    """A character that the encoding lacks does not lose a result."""
     shown = shell(COMMANDS["records show"], **environment)
     assert (shown.returncode, json.loads(shown.stdout.decode())["EncryptionContext"]) == (0, {"é": "名"})
     (listed,) = json.loads(shell(COMMANDS["records list --json"], **environment).stdout.decode())
@@ -142,14 +142,14 @@ def test_json_is_utf8_and_text_escaped_in_every_encoding(place: Path, environmen
 
 
 def test_refusals_are_json_in_utf8_too(place: Path) -> None:
-    """On standard error, whatever its encoding."""
+    """Standard error may have any encoding."""
     words = (CLIENT, "call", "DescribeKey", "--KeyId", "alias/\udcff")
     ended = shell(words, LC_ALL="C", PYTHONUTF8="0")
     assert (ended.returncode, json.loads(ended.stderr.decode())["Code"]) == (1, "InvalidParameter")
 
 
 def test_names_that_are_not_text_are_printed_with_escapes(place: Path) -> None:
-    """A file's name is bytes; a lone surrogate stands for a byte that is not UTF-8."""
+    """A file's name is bytes, and a lone surrogate stands for a byte that is not UTF-8."""
     words = (AGENT, "keyring", "init", "k\udcff", "--new-identity", "i\udcff")
     ended = shell(words)
     assert (ended.returncode, b"k\\udcff" in ended.stdout) == (0, True)
@@ -157,8 +157,8 @@ def test_names_that_are_not_text_are_printed_with_escapes(place: Path) -> None:
     assert json.loads(made.stdout)["Keyring"] == "l\udcff"
 
 
-def test_a_generated_passphrase_that_cannot_be_printed_makes_nothing(place: Path) -> None:
-    """A module or a keyring whose passphrase is lost would be of no use, and in the way."""
+def test_unprintable_generated_passphrase_creates_no_file(place: Path) -> None:
+    """A module or keyring without its passphrase is useless, and would block the next attempt."""
     for way in (">&-", ">/dev/full", "| true"):
         module = shell((CLIENT, "module", "init", "m", "--generate-passphrase"), way)
         assert (module.returncode, b"no module was made" in module.stderr) == (1, True)
@@ -168,8 +168,8 @@ def test_a_generated_passphrase_that_cannot_be_printed_makes_nothing(place: Path
     assert shell((CLIENT, "module", "init", "m", "--generate-passphrase")).returncode == 0
 
 
-def test_closed_descriptors_are_opened_before_any_file_is(tmp_path: Path) -> None:
-    """No file of a command becomes its standard output; what was closed still cannot be written to."""
+def test_closed_descriptors_are_opened_before_any_file(tmp_path: Path) -> None:
+    """No file of a command becomes its standard output; a closed stream still refuses writes."""
     code = (
         "import os, sys\nfrom keyferry import streams\nstreams.prepare()\n"
         "links = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)]\n"
@@ -181,8 +181,8 @@ def test_closed_descriptors_are_opened_before_any_file_is(tmp_path: Path) -> Non
     assert (tmp_path / "out").read_text() == repr(["/dev/null"] * 3 + ["Bad file descriptor"])
 
 
-def test_a_root_directory_without_dev_has_descriptors_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They can be neither read from nor written to."""
+def test_descriptors_are_reserved_without_dev(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reserved descriptors can be neither read nor written."""
     monkeypatch.setattr(os, "devnull", "/no/such/device")
     descriptor = streams._null(os.O_RDONLY)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -191,7 +191,7 @@ def test_a_root_directory_without_dev_has_descriptors_all_the_same(monkeypatch: 
 
 
 def test_non_blocking_pipes_are_read_and_written_whole() -> None:
-    """A parent process that made its end of a pipe non-blocking made the command's end so, too."""
+    """A parent process may have made the shared pipe non-blocking."""
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     os.set_blocking(writing, False)
@@ -210,7 +210,7 @@ def test_non_blocking_pipes_are_read_and_written_whole() -> None:
 def test_output_without_a_stream_is_a_failure_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Python's own streams are None where their descriptors are closed."""
+    """Python's streams are None where the descriptors are closed."""
     monkeypatch.setattr(sys, "stdout", None)
     assert stdout.show("keyferry", "text") == stdout.FAILED
     assert capsys.readouterr().err == "keyferry: standard output: it is closed\n"

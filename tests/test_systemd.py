@@ -1,4 +1,4 @@
-"""The service manager: its sockets, what it is told, its watchdog, and the keys that it keeps over a restart."""
+"""The service manager: its sockets, notifications, watchdog, and the keys that it keeps over a restart."""
 
 import mmap
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 from support.agent import RawConnection
-from support.calls import ok
+from support.calls import call_ok
 from support.fake_service_manager import Manager
 from support.keyring import change, configuration
 
@@ -59,10 +59,10 @@ def listeners(folder: Path, *names: str) -> str:
     ],
     ids=["by name", "by path", "name before path", "the rest are its own", "a sole stranger"],
 )
-def test_a_given_socket_belongs_to_the_listener_of_its_name_or_its_path(
+def test_passed_socket_is_matched_by_name_or_path(
     keyring: Path, tmp_path: Path, manager: Manager, given: list[tuple[str, str]], own: list[str]
 ) -> None:
-    """And what is given is not removed at the end: it is not the agent's."""
+    """The agent does not remove a passed socket at its end."""
     sockets = [(name, manager.listening(tmp_path / path)) for name, path in given]
     with manager.start(arguments(keyring, listeners(tmp_path, "a", "b")), sockets) as agent:
         for path in [*(path for _, path in given), *own]:
@@ -84,10 +84,10 @@ def test_a_given_socket_belongs_to_the_listener_of_its_name_or_its_path(
         ("internet", "not a Unix stream socket"),
     ],
 )
-def test_a_given_socket_that_cannot_be_served_ends_the_start_and_says_why(
+def test_unusable_passed_socket_stops_the_start(
     keyring: Path, tmp_path: Path, manager: Manager, kind: str, why: str
 ) -> None:
-    """It would be a socket on which nobody ever answers."""
+    """Otherwise no process would answer on the socket."""
     family = socket.AF_INET if kind == "internet" else socket.AF_UNIX
     kinds = socket.SOCK_DGRAM if kind == "datagram" else socket.SOCK_STREAM
     with socket.socket(family, kinds) as given:
@@ -102,19 +102,19 @@ def test_a_given_socket_that_cannot_be_served_ends_the_start_and_says_why(
         agent.kill()
 
 
-def test_descriptors_that_are_meant_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child that inherited the variables is not who was meant."""
+def test_descriptors_for_another_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that inherited the variables is not the process that they name."""
     monkeypatch.setenv("LISTEN_PID", "1")
     monkeypatch.setenv("LISTEN_FDS", "1")
     assert not InheritedDescriptors.from_environment().named
     assert "LISTEN_FDS" not in os.environ
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- notifications ----------------------------------------------------------------------------------------------------
 
 
-def test_the_manager_is_told_of_the_agents_whole_life(keyring: Path, socket_path: Path, manager: Manager) -> None:
-    """Ready when it answers, reloading when it reads its files, what is wrong with them, stopping when it drains."""
+def test_manager_is_notified_of_every_state(keyring: Path, socket_path: Path, manager: Manager) -> None:
+    """Notifications are ready, reloading, the faults of a reload, and stopping."""
     what = arguments(keyring)
     with manager.start(what, path=socket_path) as agent:
         assert any(line.startswith("STATUS=Serving: 1 key in ") for line in manager.heard)
@@ -132,8 +132,8 @@ def test_the_manager_is_told_of_the_agents_whole_life(keyring: Path, socket_path
         assert agent.wait() == 0
 
 
-def test_no_child_is_told_where_the_manager_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the agent itself speaks for it."""
+def test_children_do_not_inherit_the_notify_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the agent itself notifies the manager."""
     monkeypatch.setenv("NOTIFY_SOCKET", "@somewhere")
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
@@ -146,10 +146,8 @@ def test_no_child_is_told_where_the_manager_is(monkeypatch: pytest.MonkeyPatch) 
 # --- the watchdog -----------------------------------------------------------------------------------------------------
 
 
-def test_the_watchdog_is_fed_while_requests_are_answered_and_starves_when_none_is(
-    keyring: Path, socket_path: Path, manager: Manager
-) -> None:
-    """By requests of the agent's own, which are in no record."""
+def test_watchdog_is_notified_while_requests_are_answered(keyring: Path, socket_path: Path, manager: Manager) -> None:
+    """The agent sends itself requests that no audit log has."""
     what = arguments(keyring, '[audit]\npath = "/dev/full"\n')
     with manager.start(what, path=socket_path, watchdog=0.5) as agent:
         for _ in range(3):
@@ -157,7 +155,7 @@ def test_the_watchdog_is_fed_while_requests_are_answered_and_starves_when_none_i
         assert not [line for line in agent.log if line["event"] == "audit.failed"]
         agent.signal(signal.SIGSTOP)
         manager._notify.settimeout(1.5)
-        with suppress(BlockingIOError):  # what was told before it stood still
+        with suppress(BlockingIOError):  # notifications from before it was stopped
             manager._notify.setblocking(False)
             while True:
                 manager.wait_for("WATCHDOG=1")
@@ -166,10 +164,10 @@ def test_the_watchdog_is_fed_while_requests_are_answered_and_starves_when_none_i
             manager.wait_for("WATCHDOG=1")
 
 
-async def test_an_agent_that_answers_nothing_or_refuses_its_own_request_feeds_no_watchdog(
+async def test_unanswered_own_request_stops_the_watchdog(
     autojump_clock: object,
 ) -> None:
-    """It turns, and still is not alive."""
+    """The event loop runs, but the agent does not answer or refuses its own request."""
 
     class Fed(ServiceManager):
         fed = 0
@@ -204,10 +202,8 @@ async def test_an_agent_that_answers_nothing_or_refuses_its_own_request_feeds_no
 # --- keys that are kept -----------------------------------------------------------------------------------------------
 
 
-def test_a_restart_needs_no_unseal_secret_where_the_manager_keeps_the_keys(
-    keyring: Path, socket_path: Path, manager: Manager
-) -> None:
-    """Neither after a stop nor after a crash; and what was sealed before opens after it."""
+def test_kept_keys_restart_an_agent_without_the_secret(keyring: Path, socket_path: Path, manager: Manager) -> None:
+    """After a stop or a crash, earlier ciphertexts open."""
     what = arguments(keyring, "keep_keys = true")
     change(keyring, "rotate", "alias/a")
     with manager.start(what, path=socket_path) as agent, agent.client() as kms:
@@ -235,10 +231,8 @@ def is_secret_left(descriptor: int) -> bool:
         return any(mapped[:])
 
 
-def test_after_a_reload_the_new_keyring_is_kept_and_the_old_one_wiped(
-    keyring: Path, socket_path: Path, manager: Manager
-) -> None:
-    """However often; the manager holds one generation."""
+def test_reload_replaces_the_kept_keyring(keyring: Path, socket_path: Path, manager: Manager) -> None:
+    """After any number of reloads, the manager holds one generation, and the old one is wiped."""
     what = arguments(keyring, "keep_keys = true")
     with manager.start(what, path=socket_path) as agent:
         old = os.dup(manager.kept["keyring-1-memory"])
@@ -255,10 +249,10 @@ def test_after_a_reload_the_new_keyring_is_kept_and_the_old_one_wiped(
         assert not [line for line in agent.log if line["event"].startswith("reload")]
 
 
-def test_a_keyring_that_was_replaced_while_no_agent_ran_is_read_at_the_start(
+def test_keyring_replaced_during_a_stop_is_read_at_the_start(
     keyring: Path, socket_path: Path, manager: Manager
 ) -> None:
-    """If it can be; else what was kept serves, and that is said."""
+    """If it does not open, the kept one serves, and the agent reports it."""
     what = arguments(keyring, "keep_keys = true")
     with manager.start(what, path=socket_path) as agent:
         agent.stop()
@@ -276,8 +270,8 @@ def test_a_keyring_that_was_replaced_while_no_agent_ran_is_read_at_the_start(
 
 
 @pytest.mark.parametrize("damage", ["memory", "description", "zero", "format"])
-def test_kept_keys_that_are_not_whole_are_not_used(damage: str) -> None:
-    """A crash in the middle of storing them, another version's description: the file is opened instead."""
+def test_incomplete_kept_keys_are_not_used(damage: str) -> None:
+    """After a crash during storing, or with another version's description, the agent opens the file."""
     stored: dict[str, int] = {}
 
     def store(name: str, descriptor: int) -> bool:
@@ -313,10 +307,8 @@ def memory_like(size: int) -> int:
     return descriptors.pop()
 
 
-def test_a_restart_under_load_refuses_no_connection_and_fails_no_request(
-    keyring: Path, socket_path: Path, manager: Manager
-) -> None:
-    """The manager holds the socket: who connects meanwhile waits. Stops and crashes, and clients old and new."""
+def test_restart_under_load_fails_no_request(keyring: Path, socket_path: Path, manager: Manager) -> None:
+    """The manager owns the socket, so new clients wait; open clients reconnect after stops and crashes."""
     listening = manager.listening(socket_path)
     what = arguments(keyring, f'socket = "{socket_path}"')
     done = threading.Event()
@@ -349,7 +341,7 @@ def test_a_restart_under_load_refuses_no_connection_and_fails_no_request(
             agent = manager.start(what, [("default", listening)])
             while not failures and any(now <= then for now, then in zip(counts, before, strict=True)):
                 with RawConnection(socket_path) as connection:
-                    ok(connection, "GetAgentStatus", {})
+                    call_ok(connection, "GetAgentStatus", {})
     finally:
         done.set()
         for thread in threads:

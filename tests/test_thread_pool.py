@@ -1,4 +1,4 @@
-"""Threads for slow jobs: what comes back, and in which order users are served."""
+"""Threads for offloaded jobs: their results, and the order in which users are served."""
 
 import threading
 
@@ -9,7 +9,7 @@ from keyferry_agent.server.thread_pool import FairThreadPool
 
 
 async def results(made: FairThreadPool, jobs: int) -> list[object]:
-    """What so many jobs gave, in the order in which they came back."""
+    """Return the results of jobs, in the order in which they arrived."""
     got: list[object] = []
     every = trio.Event()
 
@@ -25,8 +25,8 @@ async def results(made: FairThreadPool, jobs: int) -> list[object]:
     return got
 
 
-async def test_each_job_gives_what_it_gave_or_what_it_raised() -> None:
-    """In the event loop."""
+async def test_job_returns_its_result_or_raises_its_exception() -> None:
+    """The result arrives in the event loop."""
     made = FairThreadPool(3)
     got = await results(made, 30)
     numbers = [each for each in got if isinstance(each, int)]
@@ -36,7 +36,7 @@ async def test_each_job_gives_what_it_gave_or_what_it_raised() -> None:
 
 
 async def test_users_are_served_in_turn() -> None:
-    """Nobody's job waits for all that another has asked for; a few of them may be in the threads' hands already."""
+    """A user's job waits at most for the few jobs of another user that threads have already taken."""
     made, ended, every = FairThreadPool(1), list[str](), trio.Event()
 
     def ask(user: str) -> None:
@@ -56,8 +56,8 @@ async def test_users_are_served_in_turn() -> None:
     assert ended[:10].count("second") == 1
 
 
-async def test_no_more_threads_than_that_are_made() -> None:
-    """And those only when there is something to do."""
+async def test_pool_starts_no_more_threads_than_its_limit() -> None:
+    """Threads start only when a job waits."""
     before = threading.active_count()
     made = FairThreadPool(2)
     assert threading.active_count() == before
@@ -65,8 +65,8 @@ async def test_no_more_threads_than_that_are_made() -> None:
     assert before < threading.active_count() <= before + 2
 
 
-async def test_with_one_thread_jobs_are_done_although_no_other_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is none at all, whoever asks is told."""
+async def test_one_thread_suffices_if_no_other_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no thread can start, the caller gets an error."""
     made = FairThreadPool(4)
     await results(made, 1)
 

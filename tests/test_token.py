@@ -1,4 +1,4 @@
-"""Libraries and tokens that are not what they should be: corrected where that is possible, else refused with the reason."""
+"""Unusual libraries and tokens: corrected where that is possible, else refused with the reason."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from keyferry.module import token as token_module
 from keyferry.module.token import Pkcs11Session
 
 
-def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> None:
-    """Not there, no library, no PKCS#11."""
+def test_invalid_library_is_refused(tmp_path: Path, softhsm_token: RealToken) -> None:
+    """The path is missing, not a library, or a library without PKCS#11."""
     (tmp_path / "text.so").write_text("text")
     for path in (tmp_path / "missing.so", tmp_path / "text.so", "libc.so.6"):
         with pytest.raises(ModuleError, match="PKCS#11 library does not load"):
@@ -29,21 +29,23 @@ def test_a_library_that_is_none_is_refused(tmp_path: Path, app: RealToken) -> No
 
 
 def test_p11_kits_proxy_is_refused() -> None:
-    """It gives every caller a PKCS#11 of its own; the library behind it is to be named."""
+    """p11-kit's proxy gives each caller a PKCS#11 of its own; the message asks for the library behind it."""
     proxy = skip_unless.library("*/p11-kit-proxy.so", "p11-kit-modules")
     with pytest.raises(ModuleError, match="name the token's own library"):
         Pkcs11Module.open(proxy, token_label="app", key_label="wrapping")
 
 
-def test_a_token_that_is_not_there_is_answered_with_those_that_are(app: RealToken) -> None:
-    """By their labels."""
-    with pytest.raises(ModuleError, match=r"has no token 'nobody'; it has: .*'app'"):
-        Pkcs11Module.open(app.library, token_label="nobody", key_label="wrapping", pin_file=app.pin_file)
+def test_missing_token_is_refused_with_the_present_ones(softhsm_token: RealToken) -> None:
+    """The message has the labels of the tokens that are there."""
+    with pytest.raises(ModuleError, match=r"has no token 'missing'; it has: .*'app'"):
+        Pkcs11Module.open(
+            softhsm_token.library, token_label="missing", key_label="wrapping", pin_file=softhsm_token.pin_file
+        )
 
 
 @skip_unless.program(*tokens.PROGRAMS["softokn"])
-def test_a_library_that_the_application_initialised_already_is_used_as_it_is(tmp_path: Path) -> None:
-    """NSS, which would not initialise without its parameters."""
+def test_initialised_library_is_used_as_it_is(tmp_path: Path) -> None:
+    """NSS would not initialise without its parameters."""
     token = tokens.softokn(tmp_path)
     code = f"""
 from keyferry.module import Pkcs11Module, cryptoki
@@ -56,8 +58,8 @@ print(module.wrapping_algorithm)
     assert out == "RSAES_OAEP_SHA_256\n"
 
 
-def test_nss_without_its_parameters_says_what_was_wrong() -> None:
-    """Its library wants to be told where its database is."""
+def test_nss_without_its_parameters_is_explained() -> None:
+    """NSS has to get the folder of its database."""
     library = skip_unless.library("*/libsoftokn3.so", "libnss3")
     code = f"""
 from keyferry.module import ModuleError, Pkcs11Module, probe
@@ -73,7 +75,7 @@ except ModuleError as error:
 
 @pytest.fixture(scope="module")
 def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What opencryptoki_token.py says of opencryptoki's soft token, a fresh one."""
+    """The output of opencryptoki_token.py for a fresh soft token of opencryptoki."""
     library = skip_unless.library("*/pkcs11/libopencryptoki.so", "opencryptoki")
     folder, here = tmp_path_factory.mktemp("opencryptoki"), Path(__file__).parent
     secret_file(folder / "pin", "11223344")
@@ -87,7 +89,7 @@ def opencryptoki(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def beside_opencryptoki(test: Callable[..., None]) -> Callable[..., None]:
-    """What these tests need."""
+    """Skip without the needs of these tests."""
     for mark in (
         skip_unless.program("pkcs11-tool", "opensc"),
         skip_unless.program("pkcsslotd", "opencryptoki"),
@@ -98,8 +100,8 @@ def beside_opencryptoki(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @beside_opencryptoki
-def test_a_token_that_leaves_an_imported_key_readable_is_corrected(opencryptoki: dict[str, Any]) -> None:
-    """It ignores what it is asked for when it unwraps, and takes it afterwards."""
+def test_readable_imported_key_is_made_sensitive(opencryptoki: dict[str, Any]) -> None:
+    """The token ignores the attributes when it unwraps, and sets them afterwards."""
     assert opencryptoki["before"] == [False, True, opencryptoki["known"]]
     assert opencryptoki["after"] == [True, False, None]
 
@@ -116,14 +118,14 @@ def test_a_token_without_aes_gcm_is_refused_when_it_is_opened(opencryptoki: dict
 
 @beside_opencryptoki
 def test_wrong_pins_never_lock_a_token(opencryptoki: dict[str, Any]) -> None:
-    """It would lock with the third; it is not asked then. pkcs11-tool, with the right one, still gets in."""
+    """The third wrong PIN would lock the token, so it is not sent; pkcs11-tool still logs in with the right one."""
     refused, kept = opencryptoki["wrong PINs"][:2], opencryptoki["wrong PINs"][2:]
     assert all("refused the PIN" in message for message in refused)
     assert len(kept) == 7
     assert all("one more wrong PIN locks the token" in message for message in kept)
 
 
-# Tokens that no machine has: what the product asks of one, answered
+# Simulated tokens, which no machine has
 
 
 class Key(dict[Attribute, Any]):
@@ -152,14 +154,14 @@ STUBBORN = {
 
 @pytest.mark.parametrize("case", STUBBORN)
 def test_a_key_that_stays_readable_is_refused(case: str) -> None:
-    """Whatever the reason."""
+    """The token may refuse the change of attributes with any error."""
     key, reason = STUBBORN[case]
     with pytest.raises(ModuleError, match=f"leaves an imported data key readable .{reason}."):
         token_module._harden(key, "an imported data key")
 
 
-def test_a_key_that_only_seems_to_have_been_changed_is_refused() -> None:
-    """It is read back."""
+def test_key_attributes_are_read_back_after_a_change() -> None:
+    """A change that the token only reports is refused."""
 
     class Liar(Key):
         def __setitem__(self, attribute: Attribute, value: Any) -> None:
@@ -170,7 +172,7 @@ def test_a_key_that_only_seems_to_have_been_changed_is_refused() -> None:
 
 
 class Odd:
-    """A connection to a token whose AES-GCM is not everybody's."""
+    """A connection to a token with an unusual AES-GCM."""
 
     def __init__(self, data_key: bytes, *, nonce: bytes | None) -> None:
         self._aes = AESGCM(data_key)
@@ -184,7 +186,7 @@ class Odd:
 
 
 def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
-    """Nobody else could decrypt what it encrypts."""
+    """Other implementations could not decrypt such ciphertexts."""
     known = os.urandom(32)
     usual: Any = Odd(known, nonce=None)
     probe._probe_key(usual, Key(), known)
@@ -193,16 +195,18 @@ def test_a_token_that_chooses_the_nonce_itself_is_refused() -> None:
         probe._probe_key(odd, Key(), known)
 
 
-def test_a_token_that_shows_a_key_after_all_is_refused() -> None:
-    """Although its attributes say otherwise."""
+def test_token_that_shows_a_key_is_refused() -> None:
+    """The key's attributes claim that it is sensitive."""
     known = os.urandom(32)
     odd: Any = Odd(known, nonce=None)
     with pytest.raises(ModuleError, match="cannot be read, but returns its value"):
         probe._probe_key(odd, Key(VALUE=known), known)
 
 
-def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token that makes such keys is left as it was."""
+def test_a_key_pair_that_comes_out_readable_is_destroyed_again(
+    softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that generates readable keys is left without the new pair."""
 
     def readable(_key: Any, what: str) -> None:
         raise ModuleError(f"the token keeps {what} readable")
@@ -210,17 +214,17 @@ def test_a_key_pair_that_comes_out_readable_is_destroyed_again(app: RealToken, m
     with monkeypatch.context() as patched:
         patched.setattr(token_module, "_harden", readable)
         with pytest.raises(ModuleError, match="keeps a private key that it generated readable"):
-            app.open("never")
+            softhsm_token.open("never")
     with pytest.raises(ModuleError, match="has no RSA key pair 'never'"):
-        app.open("never", generate=False)
+        softhsm_token.open("never", generate=False)
 
 
 @pytest.mark.parametrize("verb", ["encrypt", "decrypt"])
-def test_trouble_with_the_token_is_not_taken_for_damaged_data(
-    app: RealToken, monkeypatch: pytest.MonkeyPatch, verb: str
+def test_token_failure_is_not_reported_as_damaged_data(
+    softhsm_token: RealToken, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """It is named; and what the token says of the data is not."""
-    module = app.open()
+    """A failure of the token is named, and the token's judgement of the data is not."""
+    module = softhsm_token.open()
     key, _ = tokens.imported(module)
     sealed = module.encrypt(key, b"x")
 
@@ -235,15 +239,15 @@ def test_trouble_with_the_token_is_not_taken_for_damaged_data(
     module.close()
 
 
-def test_two_tokens_with_one_label_are_one_too_many(
-    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_tokens_with_one_label_are_refused(
+    softhsm_token: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which of them is meant is not guessed."""
+    """The module does not guess which token is meant."""
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back
         twins = tokens.softhsm(tmp_path, "twin", "twin")
-        app.finalize()
+        softhsm_token.finalize()
         with pytest.raises(ModuleError, match="has 2 tokens 'twin'"):
             twins[0].open()
-    app.finalize()
-    app.open().close()
+    softhsm_token.finalize()
+    softhsm_token.open().close()

@@ -73,14 +73,14 @@ FOUND: dict[str, dict[str, Any]] = {
 
 @gcc
 @pytest.mark.parametrize("arguments", FOUND.values(), ids=FOUND)
-def test_a_token_is_found_by_what_the_caller_requires(refusal: Open, arguments: dict[str, Any]) -> None:
-    """Every attribute that is named must hold; padding is part of none."""
+def test_token_matches_all_required_attributes(refusal: Open, arguments: dict[str, Any]) -> None:
+    """Every named attribute must match, without its padding."""
     assert "has no RSA key pair 'key'" in refusal(**arguments)
 
 
 @gcc
 def test_tokens_of_one_label_are_listed_with_serial_and_slot(refusal: Open) -> None:
-    """And the message says which argument chooses one of them: never the serial number where that does not."""
+    """The message names an argument that chooses one of them, which is the serial number only if serials differ."""
     message = refusal(token_label="app")
     assert "has 2 tokens 'app': 'app' (slot 3, serial number '0001'); 'app' (slot 9, serial number '0002')." in message
     assert message.endswith("Choose one of them with token_serial or slot")
@@ -104,8 +104,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @gcc
 @pytest.mark.parametrize(("arguments", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_no_token_has_is_refused_with_a_list(refusal: Open, arguments: dict[str, Any], reason: str) -> None:
-    """The list has what a caller can choose by."""
+def test_unmatched_attributes_are_refused_with_a_list(refusal: Open, arguments: dict[str, Any], reason: str) -> None:
+    """The list has the attributes that a caller can choose by."""
     assert re.search(reason, refusal(**arguments))
 
 
@@ -136,7 +136,7 @@ INVALID: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("arguments", "reason"), INVALID.values(), ids=INVALID)
 def test_arguments_that_choose_nothing_are_refused(arguments: dict[str, Any], reason: str) -> None:
-    """Before the library is loaded."""
+    """The refusal comes before the library is loaded."""
     with pytest.raises((ValueError, TypeError), match=reason):
         Pkcs11Module.open("/nowhere", key_label="key", **arguments)
 
@@ -159,7 +159,7 @@ found_tokens = st.lists(st.tuples(texts, texts), max_size=4).map(
 def test_the_one_token_that_has_all_attributes_is_chosen(
     found: list[FoundToken], label: str | None, serial: str | None, slot: int | None
 ) -> None:
-    """Never one that lacks an attribute, and never one of two."""
+    """A token that lacks an attribute is never chosen, and neither is one of two that match."""
     assume((label, serial, slot) != (None, None, None))
     fitting = [
         each.token
@@ -176,14 +176,14 @@ def test_the_one_token_that_has_all_attributes_is_chosen(
 
 
 def test_real_tokens_of_one_label_open_by_serial_slot_and_uri(
-    app: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    softhsm_token: RealToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two SoftHSM2 tokens: the message has what opens each, and each keeps its own key pair, also after a reset."""
-    app.open().close()  # so that there is something to finalise
+    """The message has the arguments that open each of two tokens, and each keeps its key pair, also after a reset."""
+    softhsm_token.open().close()  # so that there is something to finalise
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("SOFTHSM2_CONF", "")  # to be set back
         twin = tokens.softhsm(tmp_path, "twin", "twin")[0]
-        app.finalize()
+        softhsm_token.finalize()
         with pytest.raises(ModuleError, match="has 2 tokens 'twin'") as caught:
             twin.open()
         listed = re.findall(r"slot (\d+), serial number '(\w+)'", str(caught.value))
@@ -202,5 +202,5 @@ def test_real_tokens_of_one_label_open_by_serial_slot_and_uri(
                 again.close()
             module.close()
         assert len(keys) == 2
-    app.finalize()
-    app.open().close()
+    softhsm_token.finalize()
+    softhsm_token.open().close()

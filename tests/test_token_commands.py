@@ -56,7 +56,7 @@ def store(tmp_path: Path, agent: RunningAgent) -> str:
 def test_a_file_is_encrypted_and_decrypted_with_a_token(
     token: RealToken, public_key: str, store: str, agent: RunningAgent, tmp_path: Path
 ) -> None:
-    """A software module with the same record decrypts what the token encrypted."""
+    """A software module with the same record decrypts the token's ciphertext."""
     plain, sealed, again = (tmp_path / name for name in ("plain", "sealed", "again"))
     plain.write_bytes(b"report" * 50_000)
     socket = ["--socket", agent.socket]
@@ -73,7 +73,7 @@ def test_a_file_is_encrypted_and_decrypted_with_a_token(
 def test_a_file_is_moved_to_a_new_data_key_in_a_token(
     token: RealToken, public_key: str, store: str, agent: RunningAgent, tmp_path: Path
 ) -> None:
-    """A file that has the record's data key already is left as it is."""
+    """A file that already has the record's data key is left as it is."""
     plain, sealed = tmp_path / "plain", tmp_path / "sealed"
     plain.write_bytes(b"report" * 50_000)
     record = ["--record", "r", "--store", store, *options(token), "--socket", agent.socket]
@@ -91,7 +91,7 @@ def test_a_file_is_moved_to_a_new_data_key_in_a_token(
 def test_a_rewrap_is_proved_in_a_token(
     token: RealToken, public_key: str, store: str, agent: RunningAgent, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is left to move here; the token is opened all the same."""
+    """No record moves here, but the token is opened."""
     ended = run("records", "rewrap", "--store", store, "--socket", agent.socket, *options(token))
     assert (ended.returncode, json.loads(ended.stdout)["Failed"]) == (0, 0)
     wrong = [*options(token), "--key-label", "none"]
@@ -100,11 +100,11 @@ def test_a_rewrap_is_proved_in_a_token(
     assert b"none" in ended.stderr
 
 
-def test_a_token_is_named_by_a_uri(app: RealToken, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_token_is_named_by_a_uri(softhsm_token: RealToken, capsys: pytest.CaptureFixture[str]) -> None:
     """`module show` prints its public key and its fingerprint."""
-    module = app.open(KEY)
-    arguments = options(app)
-    arguments[arguments.index(app.label)] = f"pkcs11:token={app.label}"
+    module = softhsm_token.open(KEY)
+    arguments = options(softhsm_token)
+    arguments[arguments.index(softhsm_token.label)] = f"pkcs11:token={softhsm_token.label}"
     assert command.main(["module", "show", *arguments]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == {
@@ -122,10 +122,10 @@ def test_a_token_is_named_by_a_uri(app: RealToken, capsys: pytest.CaptureFixture
     assert "1234" not in err
 
 
-def test_a_wrong_pin_is_said_to_be_one(app: RealToken, tmp_path: Path) -> None:
-    """Exit code 1, and nothing of the PIN."""
-    app.open(KEY).close()
-    wrong = [*options(app), "--pin-file", str(secret_file(tmp_path / "pin", "wrong-pin-99"))]
+def test_wrong_pin_is_named(softhsm_token: RealToken, tmp_path: Path) -> None:
+    """The exit code is 1, and the message has no part of the PIN."""
+    softhsm_token.open(KEY).close()
+    wrong = [*options(softhsm_token), "--pin-file", str(secret_file(tmp_path / "pin", "wrong-pin-99"))]
     ended = run("module", "show", *wrong)
     assert ended.returncode == 1
     assert b"refused the PIN" in ended.stderr
@@ -145,10 +145,10 @@ def test_a_wrong_pin_is_said_to_be_one(app: RealToken, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("verb", [["encrypt-file", "--record", "r"], ["decrypt-file"]], ids=lambda verb: verb[0])
-def test_options_that_do_not_belong_together_are_wrong_usage(
+def test_incompatible_options_are_wrong_usage(
     verb: list[str], arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Before anything is read."""
+    """The refusal comes before any file is read."""
     with pytest.raises(SystemExit) as ended:
         command.main([*verb, "in", "out", *arguments])
     assert ended.value.code == 2
@@ -156,7 +156,7 @@ def test_options_that_do_not_belong_together_are_wrong_usage(
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """With how to install it."""
+    """The message has the command that installs the extra."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "pkcs11"]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("pkcs11", "cryptoki", "token", "probe"):
@@ -167,14 +167,14 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert 'this needs pkcs11, which is not installed; install the extra "pkcs11"' in capsys.readouterr().err
 
 
-# --- what `keyferry module` prints is a public key for every command ------------------------------------------------------
+# --- every command accepts the output of `keyferry module` ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key_spec", ["RSA_2048", "EC_SM2"])
-def test_every_command_reads_what_module_init_prints(
+def test_every_command_reads_the_output_of_module_init(
     key_spec: str, agent: RunningAgent, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As it is, and its PublicKeyBlob alone; `module show` prints the same again."""
+    """Commands read the whole JSON or its PublicKeyBlob; `module show` prints the same."""
     passphrase = ["--passphrase-file", str(secret_file(tmp_path / "p", "correct horse battery"))]
     assert command.main(["module", "init", str(tmp_path / "m"), "--key-spec", key_spec, *passphrase]) == 0
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What an operator reads when a library or a token does not open: what was wrong, by Cryptoki's own name, and what to do."""
+"""Messages when a library or a token does not open: the reason, by Cryptoki's own name, and the remedy."""
 
 import os
 import re
@@ -21,7 +21,7 @@ LOGIN = 0x400 | 0x4
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that answers what the environment says."""
+    """A library whose answers the environment sets."""
     return tokens.odd_library(tmp_path_factory.mktemp("odd"))
 
 
@@ -36,8 +36,8 @@ def refusal(library: str | Path, label: str = "app") -> str:
 # Return values
 
 
-def test_every_error_of_python_pkcs11_has_the_name_of_its_return_value() -> None:
-    """Except those that stand for none."""
+def test_every_pkcs11_error_has_its_return_values_name() -> None:
+    """Errors that stand for no return value are exempt."""
     without = {"PKCS11Error", "MultipleObjectsReturned", "MultipleTokensReturned", "NoSuchKey", "NoSuchToken"}
     for name, kind in vars(pkcs11.exceptions).items():
         if isinstance(kind, type) and issubclass(kind, pkcs11.PKCS11Error) and name not in without:
@@ -56,7 +56,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_an_error_without_a_class_is_described_by_its_text(text: str) -> None:
-    """python-pkcs11 has a text with the number, or one of its own, for those."""
+    """python-pkcs11 has the number, or a text of its own, for such errors."""
     assert describe(pkcs11.PKCS11Error(text)) == TEXTS[text]
 
 
@@ -78,7 +78,7 @@ LOGINS = {
 @gcc
 @pytest.mark.parametrize("returned", LOGINS, ids=hex)
 def test_a_login_that_fails_is_explained(odd: Path, monkeypatch: pytest.MonkeyPatch, returned: int) -> None:
-    """Without the PIN."""
+    """The message does not have the PIN."""
     monkeypatch.setenv("ODD_TOKENS", f"1|0|{LOGIN}|1|app")
     monkeypatch.setenv("ODD_LOGIN", str(returned))
     assert re.search(
@@ -89,7 +89,7 @@ def test_a_login_that_fails_is_explained(odd: Path, monkeypatch: pytest.MonkeyPa
 @gcc
 @pytest.mark.parametrize("returned", [0x5, 0x7, 0x9, 0xA, 0x30, 0x1B6, 0x80000001], ids=hex)
 def test_an_initialisation_that_fails_is_explained(odd: Path, monkeypatch: pytest.MonkeyPatch, returned: int) -> None:
-    """With the function, the name, and where to look."""
+    """The message has the function, the error's name, and the place to check."""
     monkeypatch.setenv("ODD_INITIALIZE", str(returned))
     message = refusal(odd)
     assert f"C_Initialize of {odd} returned {return_values.name(returned)}: " in message
@@ -98,7 +98,7 @@ def test_an_initialisation_that_fails_is_explained(odd: Path, monkeypatch: pytes
 
 @gcc
 def test_a_library_that_returns_no_functions_is_refused(odd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything of it is called."""
+    """The refusal comes before any call of the library."""
     monkeypatch.setenv("ODD_FUNCTION_LIST", "5")
     assert "does not load: " in (message := refusal(odd))
     assert "C_GetFunctionList returned CKR_GENERAL_ERROR" in message
@@ -113,7 +113,7 @@ SOFTHSM = {
 
 @pytest.mark.parametrize("case", SOFTHSM)
 def test_softhsm_without_its_configuration_is_explained(tmp_path: Path, case: str) -> None:
-    """In a process of its own: the library reads the configuration once."""
+    """The library reads its configuration once, so the test uses a process of its own."""
     library = skip_unless.library("softhsm/libsofthsm2.so", "softhsm2")
     value, text = SOFTHSM[case]
     for path in (tmp_path / "without", tmp_path / ".config" / "softhsm2" / "softhsm2.conf"):
@@ -160,7 +160,7 @@ FILES = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_a_file_that_is_not_a_library_is_explained(tmp_path: Path, case: str) -> None:
-    """The dynamic linker's words for some of these are "No such file or directory"."""
+    """The dynamic linker reports "No such file or directory" for some of these files."""
     content, reason = FILES[case]
     (tmp_path / "lib.so").write_bytes(content)
     message = refusal(tmp_path / "lib.so")
@@ -181,13 +181,13 @@ PATHS = {
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_path_that_leads_to_no_library_is_explained(path: str) -> None:
-    """Whatever is there, or nothing."""
+    """The path leads to something else, or to nothing."""
     assert PATHS[path] in refusal(path)
 
 
 @gcc
 def test_a_library_whose_own_library_is_missing_names_that(odd: Path, tmp_path: Path) -> None:
-    """As the dynamic linker does."""
+    """The message names the missing library, as the dynamic linker does."""
     helper, library = tmp_path / "libhelper.so", tmp_path / "libneeds.so"
     empty, calls = "void helper(void) {}", "void helper(void); void needs(void) { helper(); }"
     for source, arguments in ((empty, [helper]), (calls, [library, f"-L{tmp_path}", "-lhelper"])):

@@ -12,7 +12,7 @@ FOLDER = ROOT / "tests" / "typing"
 
 @node_module("pyright")
 def test_pyright_sees_every_methods_parameters_and_results() -> None:
-    """In strict mode; a complaint that is missing is one. (mypy reads the same file in `make check`.)"""
+    """In strict mode, pyright reports exactly the expected errors. mypy reads the same file in `make check`."""
     ended = subprocess.run(
         [
             NODE_MODULES / ".bin" / "pyright",
@@ -27,7 +27,7 @@ def test_pyright_sees_every_methods_parameters_and_results() -> None:
     assert ended.returncode == 0, ended.stdout
 
 
-def test_both_distributions_say_that_they_are_typed() -> None:
-    """PEP 561."""
+def test_both_distributions_are_marked_as_typed() -> None:
+    """The marker is the py.typed of PEP 561."""
     for package in ("keyferry", "keyferry_agent"):
         assert files(package).joinpath("py.typed").is_file()

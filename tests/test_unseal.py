@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.agent import PATIENCE, RawConnection, RunningAgent
-from support.calls import ok
+from support.calls import call_ok, error
 from support.fake_service_manager import Manager
 from support.keyring import change, configuration, opened
 from support.other_user import OTHER_USER, line_of, running_as
@@ -63,7 +63,7 @@ def manager(tmp_path: Path) -> Iterator[Manager]:
 
 
 def test_a_sealed_agent_refuses_calls_until_it_is_unsealed(keyring: Path, socket_path: Path) -> None:
-    """It says so to callers, answers its status, and records who unsealed it."""
+    """A sealed agent's refusals name the seal, its status is served, and the unsealing operator is recorded."""
     audit = keyring.parent / "audit.jsonl"
     with RunningAgent(manual(keyring, f'[audit]\npath = "{audit}"\n'), socket_path) as agent:
         assert "keyferry-agent unseal" in agent.wait_for("unseal.absent")["what"]
@@ -87,8 +87,8 @@ def test_a_sealed_agent_refuses_calls_until_it_is_unsealed(keyring: Path, socket
     assert main(["audit", "verify", str(audit)]) == 0
 
 
-def test_a_wrong_secret_leaves_the_agent_sealed_and_recorded(keyring: Path, socket_path: Path) -> None:
-    """The command says why; the next attempt may succeed."""
+def test_wrong_secret_is_recorded_and_leaves_the_agent_sealed(keyring: Path, socket_path: Path) -> None:
+    """The command has the reason, and the next attempt may succeed."""
     audit = keyring.parent / "audit.jsonl"
     with RunningAgent(manual(keyring, f'[audit]\npath = "{audit}"\n'), socket_path) as agent:
         ended = unseal(keyring, given=b"a wrong passphrase\n")
@@ -106,7 +106,7 @@ def test_a_wrong_secret_leaves_the_agent_sealed_and_recorded(keyring: Path, sock
 
 
 def test_a_passphrase_unseals_a_keyring(keyring: Path, socket_path: Path) -> None:
-    """The first line of standard input, as in a file."""
+    """The passphrase is the first line of standard input."""
     document = opened(keyring)
     document.recipients = []
     keyring.write_bytes(seal(document.to_json(), [], "several words for a test"))
@@ -118,8 +118,7 @@ def test_a_passphrase_unseals_a_keyring(keyring: Path, socket_path: Path) -> Non
 @pytest.mark.parametrize(
     ("given", "why"), [(b"", "empty"), (b"x" * 70_000, "longer than 65536 bytes")], ids=["empty", "long"]
 )
-def test_what_is_no_secret_is_not_sent(keyring: Path, socket_path: Path, given: bytes, why: str) -> None:
-    """The command says what is wrong with it."""
+def test_invalid_secret_is_not_sent(keyring: Path, socket_path: Path, given: bytes, why: str) -> None:
     with RunningAgent(manual(keyring), socket_path) as agent:
         ended = unseal(keyring, given=given)
         assert ended.returncode == 1
@@ -128,7 +127,7 @@ def test_what_is_no_secret_is_not_sent(keyring: Path, socket_path: Path, given: 
 
 
 def test_an_open_secret_file_is_not_sent(keyring: Path, socket_path: Path) -> None:
-    """Others can read it."""
+    """Other users can read such a file."""
     with RunningAgent(manual(keyring), socket_path):
         (keyring.parent / "identity").chmod(0o644)
         ended = unseal(keyring, "--secret", keyring.parent / "identity")
@@ -136,8 +135,8 @@ def test_an_open_secret_file_is_not_sent(keyring: Path, socket_path: Path) -> No
         assert b"chmod 600" in ended.stderr
 
 
-def test_without_an_agent_the_command_says_where_it_looked(keyring: Path) -> None:
-    """And what has to be configured."""
+def test_unseal_without_an_agent_names_the_socket(keyring: Path) -> None:
+    """The message has the setting that the agent needs."""
     ended = unseal(keyring, given=b"x")
     assert ended.returncode == 1
     assert b'unseal = "manual"' in ended.stderr
@@ -146,7 +145,7 @@ def test_without_an_agent_the_command_says_where_it_looked(keyring: Path) -> Non
 @root("to count the descriptors of a hardened process")
 @pytest.mark.parametrize("descriptors", ["none", "file", "two"])
 def test_a_message_without_one_pipe_is_refused(keyring: Path, socket_path: Path, descriptors: str) -> None:
-    """The agent goes on, and keeps no descriptor of it."""
+    """The agent goes on, and keeps no descriptor of the message."""
     with RunningAgent(manual(keyring), socket_path) as agent:
         before = len(os.listdir(f"/proc/{agent.process.pid}/fd"))
         reader, writer = os.pipe()
@@ -165,7 +164,7 @@ def test_a_message_without_one_pipe_is_refused(keyring: Path, socket_path: Path,
 
 @root()
 def test_another_user_cannot_unseal_even_an_open_socket(keyring: Path, socket_path: Path) -> None:
-    """The mode keeps others out; where someone changed it, the kernel's evidence does."""
+    """The mode keeps others out; after a change of the mode, the kernel's evidence does."""
     with RunningAgent(manual(keyring), socket_path) as agent:
         path = keyring.parent / "unseal"
         assert path.stat().st_mode & 0o777 == 0o600
@@ -177,10 +176,8 @@ def test_another_user_cannot_unseal_even_an_open_socket(keyring: Path, socket_pa
         assert agent.wait_for("unseal.refused")["uid"] == OTHER_USER
 
 
-def test_kept_keys_serve_after_a_restart_without_asking_again(
-    keyring: Path, socket_path: Path, manager: Manager
-) -> None:
-    """The manager reads of each state; a stop forgets the keys, and the next agent is sealed."""
+def test_kept_keys_serve_after_a_restart_without_a_secret(keyring: Path, socket_path: Path, manager: Manager) -> None:
+    """The manager has each state; a stop discards the keys, and the next agent is sealed."""
     what = manual(keyring, "keep_keys = true")
     with manager.start(what, path=socket_path) as agent, agent.client() as kms:
         assert any(line.startswith("STATUS=Sealed: no keyring is open; calls are refused") for line in manager.heard)
@@ -198,8 +195,8 @@ def test_kept_keys_serve_after_a_restart_without_asking_again(
         assert not [line for line in agent.log if line["event"] in ("reload.failed", "unseal.absent")]
 
 
-def test_a_keyring_changed_meanwhile_waits_for_the_operator(keyring: Path, socket_path: Path) -> None:
-    """The keyring before it serves, and every place says so; the secret takes the new one up."""
+def test_changed_keyring_waits_for_the_operator(keyring: Path, socket_path: Path) -> None:
+    """The old keyring serves, log and status report it, and the secret loads the new one."""
     with RunningAgent(manual(keyring), socket_path) as agent, agent.client() as kms:
         assert unseal(keyring, given=secret(keyring)).returncode == 0
         change(keyring, "create-key", "--alias", "alias/b")
@@ -214,31 +211,29 @@ def test_a_keyring_changed_meanwhile_waits_for_the_operator(keyring: Path, socke
 
 
 def test_a_grant_is_revoked_while_the_secret_is_absent(keyring: Path, socket_path: Path) -> None:
-    """A decision that was remembered ends, too; the absence is logged once, and is no failure."""
+    """Remembered decisions end too; the absence is logged once, and is not a failure."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring))
     with RunningAgent(["--config", str(config)], socket_path) as agent, RawConnection(agent.socket) as connection:
         request = ("GenerateDataKeyWithoutPlaintext", {"KeyId": "alias/a"})
         for _ in range(3):
-            ok(connection, *request)
+            call_ok(connection, *request)
         (keyring.parent / "identity").unlink()
         agent.wait_for("unseal.absent")
-        names = [each["Name"] for each in ok(connection, "GetAgentStatus", {})["Conditions"]]
+        names = [each["Name"] for each in call_ok(connection, "GetAgentStatus", {})["Conditions"]]
         assert names == ["UnsealAbsent"]
-        ok(connection, *request)
+        call_ok(connection, *request)
         done = sum(line["event"] == "reload.done" for line in agent.log)
         config.write_text(configuration(keyring, actions="kms:DescribeKey"))
         agent.wait_for("reload.done", count=done + 1)
-        error = connection.call(*request).error
-        assert error is not None
-        assert error["Code"] == "Forbidden.NoPermission"
-        ok(connection, *DESCRIBE)
+        assert error(connection.call(*request))["Code"] == "Forbidden.NoPermission"
+        call_ok(connection, *DESCRIBE)
         events = [line["event"] for line in agent.log]
         assert (events.count("unseal.absent"), events.count("reload.failed")) == (1, 0)
 
 
 def test_a_grant_is_revoked_while_a_changed_keyring_is_broken(keyring: Path, socket_path: Path) -> None:
-    """The old keyring serves under the new grants; the failure is an error, and in the status."""
+    """The old keyring serves under the new grants; the failure is logged as an error, and in the status."""
     config = keyring.parent / "agent.toml"
     config.write_text(configuration(keyring))
     with RunningAgent(["--config", str(config)], socket_path) as agent, RawConnection(agent.socket) as connection:
@@ -250,17 +245,17 @@ def test_a_grant_is_revoked_while_a_changed_keyring_is_broken(keyring: Path, soc
         error = connection.call(*DESCRIBE).error
         assert error is not None
         assert error["Code"] == "Forbidden.NoPermission"
-        names = [each["Name"] for each in ok(connection, "GetAgentStatus", {})["Conditions"]]
+        names = [each["Name"] for each in call_ok(connection, "GetAgentStatus", {})["Conditions"]]
         assert names == ["ReloadFailed", "KeyringStale"]
         keyring.write_bytes(whole)
         config.write_text(configuration(keyring))
         agent.wait_for("reload.done")
-        ok(connection, *DESCRIBE)
-        assert ok(connection, "GetAgentStatus", {})["Conditions"] == []
+        call_ok(connection, *DESCRIBE)
+        assert call_ok(connection, "GetAgentStatus", {})["Conditions"] == []
 
 
-def test_a_manual_secret_is_no_fault_to_check(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its socket's folder is looked at; an unseal_socket without it is an error."""
+def test_check_accepts_a_manual_secret(keyring: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`check` inspects the socket's folder; an unseal_socket without the setting is an error."""
     (_, config) = manual(keyring)
     assert main(["check", config]) == 0
     assert "unseal" not in capsys.readouterr().err

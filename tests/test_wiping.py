@@ -27,7 +27,7 @@ Encrypt: TypeAlias = Callable[[memoryview, memoryview], object]
 
 
 class Buffers:
-    """Keeps every bytearray that a module gives to the functions of a library, with what was in it."""
+    """Keeps every bytearray that a module passes to the functions of a library, with its content."""
 
     def __init__(self) -> None:
         self.kept: list[bytearray] = []
@@ -69,14 +69,14 @@ class _Watching:
 
 @pytest.fixture
 def buffers(monkeypatch: pytest.MonkeyPatch) -> Buffers:
-    """Watch what the passphrase encryption gives to its library."""
+    """Watch the buffers that the passphrase encryption passes to its library."""
     kept = Buffers()
     kept.watch(monkeypatch, age_passphrase, "Scrypt", "HKDF", "ChaCha20Poly1305")
     return kept
 
 
 def test_sealing_wipes_every_key_and_the_passphrase(buffers: Buffers) -> None:
-    """The encoded passphrase, the keys of the wrapping, the header and the payload, and the file key."""
+    """The encoded passphrase, the keys of wrapping, header and payload, and the file key are wiped."""
     age_passphrase._seal(b"payload", PASSPHRASE, COST)
     assert PASSPHRASE.encode() in buffers.contents
     assert len({content for content in buffers.contents if any(content)}) >= 4
@@ -85,7 +85,7 @@ def test_sealing_wipes_every_key_and_the_passphrase(buffers: Buffers) -> None:
 
 @pytest.mark.parametrize("damage", ["none", "passphrase", "header", "content"])
 def test_unsealing_wipes_every_key_whether_it_succeeds(buffers: Buffers, damage: str) -> None:
-    """All but the payload that it returns."""
+    """Only the returned payload stays."""
     sealed = bytearray(age_passphrase._seal(b"payload", PASSPHRASE, COST))
     buffers.kept.clear()
     buffers.contents.clear()
@@ -105,7 +105,7 @@ def test_unsealing_wipes_every_key_whether_it_succeeds(buffers: Buffers, damage:
 
 
 def test_unsealing_wipes_chunks_before_a_damaged_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first chunk was authentic, and is not left in memory."""
+    """The first chunk was authentic, and is wiped as well."""
     opened = Buffers()
     size = age_passphrase._CHUNK_SIZE
     sealed = bytearray(age_passphrase._seal(bytes([1]) * (size + 1), PASSPHRASE, COST))
@@ -151,7 +151,7 @@ def ders(monkeypatch: pytest.MonkeyPatch) -> list[bytearray]:
 
 
 def test_a_saved_private_key_is_wiped(tmp_path: Path, module: SoftwareModule, ders: list[bytearray]) -> None:
-    """In the buffer that is sealed, and in the one that a file is unsealed into."""
+    """The buffer that is sealed is wiped, and the one that a file is unsealed into."""
     module.save(tmp_path / "module", PASSPHRASE)
     loaded = SoftwareModule.load(tmp_path / "module", PASSPHRASE)
     assert loaded.public_key_blob == module.public_key_blob
@@ -162,7 +162,7 @@ def test_a_saved_private_key_is_wiped(tmp_path: Path, module: SoftwareModule, de
 def test_a_private_key_that_is_not_saved_is_wiped(
     tmp_path: Path, module: SoftwareModule, ders: list[bytearray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory is short for scrypt, or the file cannot be written."""
+    """Saving fails for lack of scrypt's memory, or because the file cannot be written."""
 
     def short(*_: object) -> bytes:
         raise age_passphrase.PassphraseError("not enough memory")
@@ -177,7 +177,7 @@ def test_a_private_key_that_is_not_saved_is_wiped(
 
 
 def test_a_file_that_is_not_a_module_is_wiped(tmp_path: Path, ders: list[bytearray]) -> None:
-    """Its content may be another secret."""
+    """The file's content may be another secret."""
     new_files.create(tmp_path / "other", age_passphrase._seal(b"another secret", PASSPHRASE, COST))
     with pytest.raises(ModuleError, match="not a module file"):
         SoftwareModule.load(tmp_path / "other", PASSPHRASE)
@@ -210,7 +210,7 @@ def test_a_decoded_message_is_zeros_in_the_buffer(scanner: HeaderScanner | None)
 
 @pytest.fixture(scope="session")
 def registers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], bytes]:
-    """Return a function that returns what is in this thread's vector registers."""
+    """Return a function that returns the content of this thread's vector registers."""
     library, source = tmp_path_factory.mktemp("registers") / "libregisters.so", Path(__file__).parent / "support"
     command = ["gcc", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(library), str(source / "registers.c")]
     subprocess.run(command, check=True)
@@ -240,7 +240,7 @@ def leaves(encrypt: Encrypt, registers: Callable[[], bytes]) -> int:
 
 @program("gcc", "gcc")
 def test_no_round_key_stays_in_a_register(registers: Callable[[], bytes]) -> None:
-    """After sealing and opening with AES. The library alone leaves round keys in registers, which shows that the test looks."""
+    """Encryption and decryption leave none; the AES library alone does, which shows that the search works."""
     nonce, sealed = bytes(12), bytearray(48)
 
     def opening(key: memoryview, plaintext: memoryview) -> None:

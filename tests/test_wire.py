@@ -1,4 +1,4 @@
-"""The codec: any bytes give messages or ProtocolError, in whatever pieces they come."""
+"""The codec: any bytes are messages or ProtocolError, in any pieces."""
 
 import sys
 import tracemalloc
@@ -34,8 +34,8 @@ def decode(data: bytes, step: int | None = None) -> list[wire.Message]:
     return messages
 
 
-def test_a_message_decodes_whole_byte_by_byte_and_with_what_follows_it() -> None:
-    """However a stream is cut, the same messages come out."""
+def test_message_decodes_however_the_stream_is_cut() -> None:
+    """A message decodes whole, byte by byte, and with following bytes."""
     assert decode(REQUEST) == [DECODED]
     assert decode(REQUEST, step=1) == [DECODED]
     assert decode(REQUEST * 3) == [DECODED] * 3
@@ -43,7 +43,7 @@ def test_a_message_decodes_whole_byte_by_byte_and_with_what_follows_it() -> None
         assert decode(REQUEST * 3, step=step) == [DECODED] * 3
 
 
-def test_a_cut_off_message_is_incomplete_and_nothing_else() -> None:
+def test_truncated_message_is_incomplete() -> None:
     """Half a message is neither a message nor an error."""
     for end in range(1, len(REQUEST)):
         decoder = wire.Decoder()
@@ -56,8 +56,8 @@ def test_a_cut_off_message_is_incomplete_and_nothing_else() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), text, st.dictionaries(text, shallow, max_size=5))
-def test_what_is_encoded_decodes_to_itself(msgid: int, method: str, params: dict[str, object]) -> None:
-    """Requests survive the wire."""
+def test_encoded_request_decodes_to_itself(msgid: int, method: str, params: dict[str, object]) -> None:
+    """A request is equal to its decoded encoding."""
     packed = wire.encode_request(msgid, method, params)
     assert decode(packed) == [wire.Request(msgid, method, params)]
 
@@ -65,8 +65,8 @@ def test_what_is_encoded_decodes_to_itself(msgid: int, method: str, params: dict
 @given(
     st.lists(st.binary(max_size=30) | st.sampled_from([REQUEST, REQUEST[:5], b"\x94\0\x01", b"\xdd\xff\xff\xff\xff"]))
 )
-def test_any_bytes_give_messages_or_a_protocol_error_however_they_are_cut(pieces: list[bytes]) -> None:
-    """The codec's one promise."""
+def test_any_bytes_are_messages_or_a_protocol_error(pieces: list[bytes]) -> None:
+    """The codec raises no other exception, however the bytes are cut."""
     data = b"".join(pieces)
     outcomes = []
     for step in (None, 1, 3):
@@ -90,7 +90,7 @@ def test_any_bytes_give_messages_or_a_protocol_error_however_they_are_cut(pieces
     st.integers(1, 40),
 )
 def test_equal_requests_have_equal_bodies_however_they_are_cut(asked: list[tuple[int, str]], step: int) -> None:
-    """A request that was seen before is known by its body, and has a message ID of its own."""
+    """The decision cache recognises a repeated request by its body; the message ID is separate."""
     data = b"".join(wire.encode_request(msgid, method, {"k": method * 9}) for msgid, method in asked)
     known: dict[bytes, wire.Request | wire.InvalidRequest] = {}
     decoder = wire.Decoder()
@@ -106,8 +106,8 @@ def test_equal_requests_have_equal_bodies_however_they_are_cut(asked: list[tuple
     assert len(known) == len({method for _, method in asked})
 
 
-def test_a_message_that_is_not_a_request_is_never_left_packed() -> None:
-    """A response, a notification, a request of three and one that begins with true have nothing to be known by."""
+def test_only_requests_are_left_packed() -> None:
+    """A response, a notification, an array of three and one that begins with true have no body to compare."""
     decoder = wire.Decoder()
     bodies: list[list[object]] = [[1, 5, None, {}], [2, "m", [{}]], [0, 5, "m"], [True, 5, "m", [{}]]]
     for body in bodies:
@@ -117,8 +117,8 @@ def test_a_message_that_is_not_a_request_is_never_left_packed() -> None:
     assert not [message for message in got if isinstance(message, wire.PackedRequest)]
 
 
-def test_a_decoder_shows_one_request_and_skips_it() -> None:
-    """A body that is known needs no parsing; what else was received is not shown as a request."""
+def test_decoder_peeks_at_a_request_and_skips_it() -> None:
+    """A known body needs no parsing; other received bytes are not shown as a request."""
     decoder = wire.Decoder()
     assert decoder.peek() is None
     decoder.feed(REQUEST)
@@ -132,8 +132,8 @@ def test_a_decoder_shows_one_request_and_skips_it() -> None:
     assert decode(REQUEST) == [packed.parse()] if packed else False
 
 
-def test_half_a_request_is_not_shown_after_it_was_looked_at() -> None:
-    """The decoder is in the middle of it."""
+def test_partly_parsed_request_is_not_peeked_at() -> None:
+    """The decoder is in the middle of the request."""
     decoder = wire.Decoder()
     decoder.feed(REQUEST[:-1])
     assert [*decoder.packed_messages()] == []
@@ -143,8 +143,8 @@ def test_half_a_request_is_not_shown_after_it_was_looked_at() -> None:
 
 
 @given(values)
-def test_any_well_formed_message_gives_a_message_or_a_protocol_error(body: object) -> None:
-    """The same promise, for bytes that are msgpack."""
+def test_any_well_formed_message_decodes_or_is_refused(body: object) -> None:
+    """The codec raises no exception but ProtocolError for valid MessagePack."""
     with suppress(ProtocolError):
         assert len(decode(msgpack.packb(body))) == 1
 
@@ -179,8 +179,8 @@ def test_any_well_formed_message_gives_a_message_or_a_protocol_error(body: objec
         (b"\x94\0\xc0\xa1x\x90", "msgid"),
     ],
 )
-def test_what_is_no_message_is_refused_with_the_reason(data: bytes, why: str) -> None:
-    """Limits and refused types are noticed at their header, without what it announces, and however it arrives."""
+def test_invalid_message_is_refused_with_the_reason(data: bytes, why: str) -> None:
+    """Limits and refused types are noticed at the header, before the announced bytes, in pieces of any size."""
     for step in (None, 1):
         with pytest.raises(ProtocolError, match=why):
             decode(data, step)
@@ -206,8 +206,8 @@ def test_what_is_no_message_is_refused_with_the_reason(data: bytes, why: str) ->
         (b"\x94\x02\xa1x\x91\x80\x05", wire.Notification()),
     ],
 )
-def test_well_formed_messages_are_told_apart(data: bytes, message: wire.Message) -> None:
-    """What has a usable msgid can be answered, and the stream goes on."""
+def test_well_formed_messages_are_classified(data: bytes, message: wire.Message) -> None:
+    """A message with a usable msgid can be answered, and the stream goes on."""
     assert decode(data + REQUEST) == [message, DECODED]
 
 
@@ -231,8 +231,8 @@ def test_fast_reader_is_used_where_map_keys_are_released() -> None:
     assert (sys.getrefcount(key) < 10_000) is fast_reader._IS_ENABLED
 
 
-def test_the_limits_themselves_are_allowed() -> None:
-    """At most means at most: the largest map, array, nesting and message pass."""
+def test_largest_allowed_values_are_accepted() -> None:
+    """The largest map, array, nesting and message are decoded."""
     nested: object = {}
     for _ in range(4):
         nested = [nested]
@@ -249,8 +249,8 @@ def test_the_limits_themselves_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("claim", [b"\xde\x04\x00\xa0", b"\xdc\x00\x40", b"\x8f\xa0", b"\x9f"])
-def test_what_nested_headers_claim_is_not_allocated(claim: bytes) -> None:
-    """A few hundred bytes for each that was sent, whatever they say: no more than the smallest values take."""
+def test_claimed_sizes_of_nested_headers_are_not_allocated(claim: bytes) -> None:
+    """Each sent byte takes a few hundred bytes at most, which is as much as the smallest values take."""
     sent = claim * 1_000
     tracemalloc.start()
     try:
@@ -262,8 +262,8 @@ def test_what_nested_headers_claim_is_not_allocated(claim: bytes) -> None:
     assert most < 256 * len(sent) + 65_536
 
 
-def test_a_message_one_byte_too_long_is_refused_before_its_end_arrives() -> None:
-    """The limit is on the message, wherever in it the bytes are."""
+def test_overlong_message_is_refused_before_its_end() -> None:
+    """The limit applies to the whole message, wherever its bytes are."""
     long = msgpack.packb([0, 1, "x", [{"long": "x" * (wire.MAX_MESSAGE - 14)}]])
     assert len(long) == wire.MAX_MESSAGE + 1
     for received in (long[:100], long, REQUEST + long):
@@ -274,8 +274,8 @@ def test_a_message_one_byte_too_long_is_refused_before_its_end_arrives() -> None
         decode(many, step=1000)
 
 
-def test_messages_before_an_error_come_out_and_none_after_it() -> None:
-    """An error ends the stream, not what was before it."""
+def test_messages_before_an_error_are_returned() -> None:
+    """An error ends the stream, and does not affect the messages before it."""
     decoder = wire.Decoder()
     decoder.feed(REQUEST + b"\xc1" + REQUEST)
     received = decoder.messages()
@@ -285,20 +285,20 @@ def test_messages_before_an_error_come_out_and_none_after_it() -> None:
             next(decoder.messages())
 
 
-def test_a_string_that_is_not_utf_8_keeps_its_bytes_for_whoever_refuses_it() -> None:
-    """Neovim sends raw bytes as strings: the parameter is at fault, not the connection."""
+def test_string_that_is_not_utf_8_keeps_its_bytes() -> None:
+    """Neovim sends raw bytes as strings, so the parameter is refused and the connection stays."""
     (message,) = decode(b"\x94\0\x01\xa1x\x91\x81\xa1k\xa2\xff\xfe")
     assert message == wire.Request(1, "x", {"k": "\udcff\udcfe"})
 
 
 def test_an_answer_that_is_too_long_is_not_sent() -> None:
-    """The limit holds both ways."""
+    """The limit on messages holds in both directions."""
     with pytest.raises(ProtocolError, match="longer"):
         wire.encode_response(1, None, {"x": "y" * wire.MAX_MESSAGE})
 
 
-def test_a_notification_is_encoded_as_one() -> None:
-    """Type 2, method, params."""
+def test_notification_is_encoded_with_type_2() -> None:
+    """A notification is an array of type 2, method and params."""
     assert msgpack.unpackb(wire.encode_notification("x", {})) == [2, "x", [{}]]
 
 

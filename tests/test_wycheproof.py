@@ -29,7 +29,7 @@ NONCE_SIZES = range(8, 129)
 
 
 def vectors(name: str) -> Iterator[tuple[Group, Vector]]:
-    """Every vector of a file with its group; what is hexadecimal is bytes."""
+    """Return every vector of a file with its group; hexadecimal fields become bytes."""
     with skip_unless.wycheproof(name).open(encoding="utf-8") as file:
         document = json.load(file)
     assert document["numberOfTests"] == sum(len(group["tests"]) for group in document["testGroups"])
@@ -107,7 +107,7 @@ def test_hmac_sm3() -> None:
 
 
 def own_options(group: Group, test: Vector) -> tuple[tuple[bytes, bytes], ...]:
-    """What libcrypto has to be told for this vector's hashes and label."""
+    """Set libcrypto's options for this vector's hashes and label."""
     names = {name: group[name].replace("SHA-", "sha").lower().encode() for name in ("sha", "mgfSha")}
     options = ((b"rsa_padding_mode", b"oaep"), (b"rsa_oaep_md", names["sha"]), (b"rsa_mgf1_md", names["mgfSha"]))
     return (*options, (b"rsa_oaep_label", test["label"].hex().encode())) if test["label"] else options
@@ -150,7 +150,7 @@ def by_key(name: str) -> Iterator[tuple[libcrypto.Key, Group, Vector]]:
     ],
 )
 def test_rsa_oaep_with_each_vectors_own_hashes_and_label(name: str, expected: dict[str, int]) -> None:
-    """All of them: libcrypto's options reach every hash and every label."""
+    """Libcrypto's options reach every hash and every label."""
     ran: Counter[str] = Counter()
     for key, group, test in by_key(name):
         message = opened(key, group, test, own_options(group, test))
@@ -167,15 +167,15 @@ def test_rsa_oaep_with_each_vectors_own_hashes_and_label(name: str, expected: di
         ("rsa_oaep_2048_sha256_mgf1sha256_test.json", "SHA-1", {"refused": 37}),
         ("rsa_oaep_2048_sha1_mgf1sha1_test.json", "SHA-1", {"opened": 10, "refused": 26}),
         ("rsa_oaep_2048_sha1_mgf1sha1_test.json", "SHA-256", {"refused": 36}),
-        # One hash for the label, the other for the mask: what a library does that is told of one hash only.
+        # One hash for the label, the other for the mask: libraries with a single setting use such a pair.
         ("rsa_oaep_2048_sha256_mgf1sha1_test.json", "SHA-256", {"refused": 31}),
         ("rsa_oaep_2048_sha256_mgf1sha1_test.json", "SHA-1", {"refused": 31}),
     ],
 )
-def test_rsa_oaep_as_the_software_module_decrypts_opens_its_own_algorithm_only(
+def test_software_modules_rsa_oaep_opens_only_its_algorithm(
     name: str, algorithm: str, expected: dict[str, int]
 ) -> None:
-    """Another hash, another hash of the mask, and any label are refused, and so is every invalid vector."""
+    """Another hash or mask hash, any label, and every invalid vector are refused."""
     ran: Counter[str] = Counter()
     for key, group, test in by_key(name):
         message = opened_as_a_module_does(key, group, test, algorithm.replace("-", "").lower().encode())

@@ -31,7 +31,7 @@ CHECKED = ("throughput", "sm2", "client", "module")
 
 
 def main() -> int:
-    """Measure, print one table, write results and pictures; with --check, compare with what is kept."""
+    """Measure, print one table, write results and pictures; with --check, compare with the kept results."""
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument(
         "--quick", action="store_true", help="fewer and shorter rounds; docs/performance.md stays as it is"

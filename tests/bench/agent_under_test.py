@@ -92,7 +92,7 @@ def _configuration(folder: Path, grants: int) -> str:
 def startable(
     *, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER
 ) -> Iterator[Callable[[], AbstractContextManager[Subject]]]:
-    """All that an agent needs; what it gives starts one, on its core, and stops it at the end of a `with` block."""
+    """Yield a starter that runs an agent on its core for the time of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="keyferry-bench-") as name:
         folder = Path(name)
         aliases = _keyring(folder, keys)

@@ -1,6 +1,6 @@
 """Everything that is timed inside one process, as a step that is repeated. `worker` runs them by name.
 
-The *bare loop* is what GenerateAndExportDataKey computes, and nothing of what makes it safe: one data key, sealed under a
+The *bare loop* computes GenerateAndExportDataKey without its protection: one data key, sealed under a
 master key exactly as a CiphertextBlob is (HKDF, AES-256-GCM, docs/ciphertext.md), encrypted to a public key that is parsed
 once, both in Base64. No socket, no parameters, no caller, no grants, no record; keys are ordinary Python objects.
 """

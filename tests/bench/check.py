@@ -12,7 +12,7 @@ MARGIN: Final = 1.5
 
 
 def worse(now: Iterable[Figure], kept: Iterable[Figure]) -> list[str]:
-    """A line for each figure with a target that is `MARGIN` times worse than what is kept, and misses its target too."""
+    """Return a line for each figure that misses its target and is `MARGIN` times worse than the kept one."""
     before = {(figure.part, figure.name): figure for figure in kept if figure.samples}
     found = []
     for figure in now:

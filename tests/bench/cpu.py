@@ -1,6 +1,6 @@
-"""Who runs where, and whether anybody else ran there too.
+"""The cores of agent and clients, and the interference of other processes.
 
-The agent, the bare loop and every peer run on one core; whoever asks runs on another. On a machine with one core they share
+The agent, the bare loop and every peer run on one core; the clients run on another. On a machine with one core they share
 it, and the figures say more about the scheduler than about the agent.
 """
 

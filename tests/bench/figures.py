@@ -1,4 +1,4 @@
-"""What a figure is: samples of several rounds, their median and spread, and the target they are held against."""
+"""A figure: samples of several rounds, their median and spread, and their target."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -64,7 +64,7 @@ class Figure:
         return self.target.met(self.median) if self.target and self.samples else None
 
     def to_json(self) -> dict[str, Any]:
-        """As it is kept, with what follows from the samples beside them."""
+        """Return the figure as it is kept, with the values that follow from its samples."""
         if not self.samples:
             return asdict(self)
         low, high = self.spread
@@ -72,7 +72,7 @@ class Figure:
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> Self:
-        """What `to_json` gave."""
+        """Return the figure of a `to_json`."""
         target = kept["target"]
         fields = {name: kept[name] for name in ("part", "name", "samples", "unit", "absolute", "note")}
         return cls(**fields, target=Target(**target) if target else None)
@@ -88,7 +88,7 @@ class Point:
 
 @dataclass
 class Curve:
-    """One line of a plot; curves of one `plot` share axes. `y` is what the samples are."""
+    """One line of a plot; curves of one `plot` share axes. `y` names the samples."""
 
     plot: str
     name: str
@@ -102,5 +102,5 @@ class Curve:
 
     @classmethod
     def from_json(cls, kept: dict[str, Any]) -> Self:
-        """What `asdict` gave."""
+        """Return the curve of an `asdict`."""
         return cls(**{**kept, "points": [Point(**point) for point in kept["points"]]})

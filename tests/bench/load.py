@@ -61,7 +61,7 @@ class Connection:
         raise ConnectionError("the agent hung up")
 
     def next(self, count: int = 1) -> bytes:
-        """The next requests of all, over and over: what was asked last is the last to come again."""
+        """Return the next requests of an endless cycle: the last sent request is the last to repeat."""
         made = []
         for _ in range(count):
             made.append(self.requests[self._turn])
@@ -69,7 +69,7 @@ class Connection:
         return b"".join(made)
 
     def receive(self) -> int:
-        """Take what has come; give how many bytes."""
+        """Receive the available answers; return the number of bytes."""
         received = len(self.socket.recv(_RECEIVE))
         if not received:
             raise ConnectionError("the agent hung up")

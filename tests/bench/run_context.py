@@ -1,4 +1,4 @@
-"""What all measurements share: how long, how often, and the bare loop beside each of them."""
+"""The context of all measurements: duration, rounds, and the bare loop beside each of them."""
 
 import os
 import statistics
@@ -38,7 +38,7 @@ _BARE: Final = Bare()
 
 
 class Measured(NamedTuple):
-    """What rounds gave of one thing: its own values, and each over the bare loop's around it."""
+    """The rounds of one measurement: its own values, and each over the bare loop's around it."""
 
     values: list[float]
     ratios: list[float]
@@ -128,5 +128,5 @@ class Session:
         self.figures.append(Figure(part, name, samples, unit, absolute, target, note))
 
     def say(self, what: str) -> None:
-        """Tell whoever waits what is going on."""
+        """Report progress on standard error."""
         print(f"{time.strftime('%H:%M:%S')} {what}", file=sys.stderr, flush=True)

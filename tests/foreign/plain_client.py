@@ -20,7 +20,7 @@ PATIENCE = 60.0
 
 CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 NUMBERS = {0xCC: "B", 0xCD: "H", 0xCE: "I", 0xCF: "Q", 0xD0: "b", 0xD1: "h", 0xD2: "i", 0xD3: "q"}
-# What has a length: where its marks with the length inside begin, how many there are, and the marks that a length follows.
+# Types with a length: the first mark with a length inside, their number, and the marks that a length follows.
 SIZED: dict[type, tuple[int, int, dict[int, str]]] = {
     dict: (0x80, 16, {0xDE: "H", 0xDF: "I"}),
     list: (0x90, 16, {0xDC: "H", 0xDD: "I"}),
@@ -123,7 +123,7 @@ def exchange(path: str, data: bytes, answers: int) -> Iterator[Any]:
 
 
 def with_binary(value: Any) -> Any:
-    """What JSON said, with bytes for {"$hex": "…"}."""
+    """Return the JSON, with bytes for {"$hex": "…"}."""
     if isinstance(value, list):
         return [with_binary(item) for item in value]
     if isinstance(value, dict):

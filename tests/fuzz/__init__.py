@@ -1,6 +1,6 @@
-"""Fuzzing: everything that reads what somebody else wrote, fed with what nobody would write. docs/fuzzing.md has the results.
+"""Fuzzing: each reader of other programs' data, with arbitrary input. docs/fuzzing.md has the results.
 
-    targets/        what is fuzzed: a function for each reader, which takes bytes and raises when a promise is broken
+    targets/        the targets: a function for each reader, which takes bytes and raises when a promise is broken
     corpus/         for each target, inputs that reach different parts of it, and every input that ever broke a promise
     corpus.py       reads them, and begins them
     frugal.py       the promise about memory

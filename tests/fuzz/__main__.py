@@ -48,7 +48,7 @@ def _replay(target: str, path: Path) -> int:
 
 
 def _fuzz(target: str, seconds: int) -> int:
-    """Fuzz one target in a process of its own, which what it finds may end."""
+    """Fuzz one target in a process of its own, which a finding may end."""
     grown, findings, log = FOUND / target, FOUND / "findings", FOUND / f"{target}.log"
     for folder in (grown, findings):
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
-"""The corpora: for each target a few small inputs that together reach what was ever reached, and all that ever broke a promise.
+"""The corpora: for each target a few small inputs with all coverage so far, and all inputs that broke a promise.
 
-What the fuzzer found is called by its SHA-1; whatever has another name stays. Nothing here needs the fuzzer.
+A file that the fuzzer found has its SHA-1 as its name; files with other names stay. The fuzzer is not needed here.
 """
 
 import hashlib
@@ -80,7 +80,7 @@ def _reached(run: Callable[[bytes], None], data: bytes) -> Reached:
     before = sys.gettrace()
     sys.settrace(enter)
     try:
-        with suppress(AssertionError):  # what is noted down here is memory that the target may count
+        with suppress(AssertionError):  # the target's memory count includes these entries
             run(data)
     finally:
         sys.settrace(before)

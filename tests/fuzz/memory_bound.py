@@ -1,4 +1,4 @@
-"""The promise about memory: what a reader takes is bounded by what it was given, whatever is claimed in there."""
+"""The promise about memory: a reader takes memory in proportion to its input, and not to any claimed size."""
 
 import tracemalloc
 from collections.abc import Callable

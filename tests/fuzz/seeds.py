@@ -1,4 +1,4 @@
-"""What each target begins with: a few inputs that are right, so that the fuzzer knows what right looks like.
+"""The seeds of each target: a few valid inputs, from which the fuzzer starts.
 
 PYTHONPATH=tests python -m fuzz.seeds       writes them into the corpora
 """

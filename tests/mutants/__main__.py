@@ -27,7 +27,7 @@ from .modules import MODULES
 ROOT = Path(__file__).parents[2]
 COPY = ROOT / ".cache" / "mutants"
 LOG = COPY / "pytest.log"
-"""What the last run of tests printed."""
+"""The output of the last run of tests."""
 _TIMES_BASELINE = 3
 _MARGIN_SECONDS = 20
 """A mutant whose tests take so many times what they take without it, and so many seconds more, counts as caught: it hangs."""
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def _copy() -> None:
-    """Copy what git knows: the faults are never in the checkout itself."""
+    """Copy the files that git knows: faults are never in the checkout itself."""
     shutil.rmtree(COPY, ignore_errors=True)
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True, text=True).stdout
     for name in filter(None, names.split("\0")):

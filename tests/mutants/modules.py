@@ -1,4 +1,4 @@
-"""What is mutated, and the tests that have to notice: each module with the test files for it, the quickest first."""
+"""The mutated modules and their tests: each module with the test files for it, the quickest first."""
 
 from typing import Final
 

@@ -109,7 +109,7 @@ def associated_data(header: bytes, key_id: str, context: Mapping[str, str] | Non
 
 
 def read_associated_data(encoded: bytes) -> tuple[bytes, str, dict[str, str]]:
-    """The way back: header, key ID and context. Raises ValueError, also for what `associated_data` would not have written."""
+    """Return header, key ID and context. Raises ValueError, also for data that `associated_data` never returns."""
     position = 37
 
     def take(size: int) -> bytes:
@@ -148,7 +148,7 @@ def seal_blob(
     salt: bytes,
     format_byte: int = 0x01,
 ) -> bytes:
-    """The CiphertextBlob, before Base64, that has this salt. Only what is to be refused has another format byte."""
+    """Return the CiphertextBlob, before Base64, with this salt. Only blobs to be refused have another format byte."""
     header = version_id.encode("ascii") + bytes([format_byte])
     block, commitment = _derive(SUITES[key_spec], cmk, salt)
     ciphertext = _counter_mode(block, plaintext)

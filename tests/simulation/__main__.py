@@ -14,7 +14,7 @@ _SAY_EVERY = 60.0
 
 
 def main() -> int:
-    """Run one seed and print all that happens in it, or run many and print what is wrong with them. 1 if anything is."""
+    """Run one seed and print its trace, or run many and print their violations. Returns 1 for a violation."""
     parser = argparse.ArgumentParser(prog="simulation", description=__doc__)
     parser.add_argument("--seed", type=int, help="this one, with everything that happens in it")
     parser.add_argument("--minutes", type=float, help="as many as fit into so many minutes")

@@ -1,4 +1,4 @@
-"""What has to be true at the end of a simulation: of every request, of every answer, of the record, and of what is left."""
+"""The checks at the end of a simulation: of every request and answer, the audit log, and leaked resources."""
 
 import base64
 from collections import Counter
@@ -16,21 +16,21 @@ from keyferry.errors import CODES
 
 from . import fixtures
 from .clients import Client, Sent
-from .connection_trace import Answer, Line
+from .connection_trace import AgentConnection, Answer
 from .fixtures import EPOCH, RINGS, MasterKey, Ring, Version
-from .oracle import judge
-from .requests import Ask
+from .oracle import expected_outcome
+from .requests import GeneratedRequest
 from .world import World
 
 __all__ = ["check_clients", "check_record"]
 
 _DRAIN: Final = 10.0
 _GRACE_AND_MORE: Final = 10.0 + 4.0
-"""Seconds that a drain may take: its grace, and what a thread that was begun in it may take to its end."""
+"""Seconds that a drain may take: its grace, and the end of a thread that started in it."""
 _LONGEST_GARBAGE: Final = 16
 _AT_ONCE: Final = 2.5
 _A_ROUND: Final = 0.01
-"""Seconds of the round that is being served when a connection is closed, without what a hanging file system takes."""
+"""Seconds of the round that is served when a connection is closed, without the delay of a hanging file system."""
 
 
 def check_clients(world: World) -> None:
@@ -40,31 +40,31 @@ def check_clients(world: World) -> None:
         if client.line is not None:
             _check_line(world, client, client.line, fresh)
         elif client.connected is not None and not (client.fault or world.stops or _accept_failed(world)):
-            world.violate(f"{client.name} was never accepted")
+            world.report_violation(f"{client.name} was never accepted")
     if any(count > 1 for count in fresh.values()):
-        world.violate("a data key was given twice")
+        world.report_violation("a data key was given twice")
     if world.rate:
         _check_rate(world)
 
 
-def _check_line(world: World, client: Client, line: Line, fresh: Counter[bytes]) -> None:
+def _check_line(world: World, client: Client, line: AgentConnection, fresh: Counter[bytes]) -> None:
     if not line.sent.startswith(client.received):
-        world.violate(f"{client.name} received what was not sent")
+        world.report_violation(f"{client.name} received what was not sent")
     closed = world.now if line.closed is None else line.closed
     if line.process_ended is not None and closed > line.process_ended + _AT_ONCE + world.stalled:
-        world.violate(f"{client.name}: its process ended, and its connection did not")
+        world.report_violation(f"{client.name}: its process ended, and its connection did not")
     if line.closed is None:
-        world.violate(f"{client.name}: its connection is still open in the agent")
+        world.report_violation(f"{client.name}: its connection is still open in the agent")
     at = client.garbage_at
     unexplained = not _excuse(world, client, line, 0 if at is None else at) and not line.last_words
     if at is not None and line.received > at + _LONGEST_GARBAGE and unexplained:
-        world.violate(f"{client.name} sent garbage, and was not told")
+        world.report_violation(f"{client.name} sent garbage, and was not told")
     for msgid, sent in client.asks.items():
         answer = line.answers.get(msgid)
         if answer is not None:
             _check_answer(world, line, sent, answer, fresh)
         elif not _excuse(world, client, line, sent.end):
-            world.violate(f"{client.name}: {msgid} ({sent.ask.method}) was not answered")
+            world.report_violation(f"{client.name}: {msgid} ({sent.ask.method}) was not answered")
 
 
 def _check_rate(world: World) -> None:
@@ -72,7 +72,7 @@ def _check_rate(world: World) -> None:
     for uid in {client.uid for client in world.clients.values()}:
         served = sorted(
             (line.arrived(line.client.asks[msgid].end), answer.when)
-            for line in world.all_lines
+            for line in world.all_connections
             if line.client.uid == uid
             for msgid, answer in line.answers.items()
             if answer.outcome not in ("Rejected.Throttling", "ServiceUnavailableTemporary")
@@ -80,15 +80,15 @@ def _check_rate(world: World) -> None:
         latest = max((when for _, when in served), default=0.0)
         for place, (arrived, _) in enumerate(served):
             if len(served) - place > world.rate * (1 + latest - arrived) + 1:
-                world.violate(f"user {uid} had {len(served) - place} answers in {latest - arrived:.2f} s")
+                world.report_violation(f"user {uid} had {len(served) - place} answers in {latest - arrived:.2f} s")
                 break
 
 
 def _accept_failed(world: World) -> bool:
-    return any(world.plan.struck[point] for point in ("accept", "ask who it is")) or world.was_starved
+    return any(world.plan.injected[point] for point in ("accept", "ask who it is")) or world.was_starved
 
 
-def _excuse(world: World, client: Client, line: Line, end: int) -> str:
+def _excuse(world: World, client: Client, line: AgentConnection, end: int) -> str:
     """Why a request was not answered, if there is a reason."""
     at = client.garbage_at
     return (
@@ -103,7 +103,7 @@ def _excuse(world: World, client: Client, line: Line, end: int) -> str:
     )
 
 
-def _made_room(world: World, line: Line) -> bool:
+def _made_room(world: World, line: AgentConnection) -> bool:
     """Whether it was closed as another connection came, and its caller has no grant."""
     closed = line.closed
     return (
@@ -111,13 +111,13 @@ def _made_room(world: World, line: Line) -> bool:
         and not world.is_granted(line.client.uid, closed)
         and any(
             other is not line and other.opened <= closed <= other.opened + _A_ROUND + world.stalled
-            for other in world.all_lines
+            for other in world.all_connections
         )
     )
 
 
-def _check_answer(world: World, line: Line, sent: Sent, answer: Answer, fresh: Counter[bytes]) -> None:
-    """The outcome is one that the judge gives for some moment of the request's time; and what is in it is right."""
+def _check_answer(world: World, line: AgentConnection, sent: Sent, answer: Answer, fresh: Counter[bytes]) -> None:
+    """Check an answer: the oracle has its outcome for some moment of the request's time, and its content is right."""
     ask, arrived = sent.ask, line.arrived(sent.end)
     if answer.outcome in _ALWAYS and _may_happen(world, answer):
         _check_error(world, line, answer)
@@ -129,9 +129,9 @@ def _check_answer(world: World, line: Line, sent: Sent, answer: Answer, fresh: C
         and (place + 1 == len(world.adopted) or world.adopted[place + 1].since >= arrived)
     ]
     times = (arrived, answer.when)
-    possible = {judge(ask, line.client.uid, *adopted.state, when) for adopted in seen for when in times}
+    possible = {expected_outcome(ask, line.client.uid, *adopted.state, when) for adopted in seen for when in times}
     if answer.outcome not in possible:
-        world.violate(f"{line}: {ask.method} {ask.alias} gave {answer.outcome}; expected {sorted(possible)}")
+        world.report_violation(f"{line}: {ask.method} {ask.alias} gave {answer.outcome}; expected {sorted(possible)}")
     _check_decided(world, line, ask, answer)
     if answer.error is not None:
         _check_error(world, line, answer)
@@ -140,23 +140,23 @@ def _check_answer(world: World, line: Line, sent: Sent, answer: Answer, fresh: C
             _check_result(ask, answer.result, fresh)
             _check_key(ask, answer.result, [RINGS[adopted.ring] for adopted in seen])
         except Exception as error:
-            world.violate(f"{line}: {ask.method} has a wrong result: {error!r}")
+            world.report_violation(f"{line}: {ask.method} has a wrong result: {error!r}")
 
 
-def _check_decided(world: World, line: Line, ask: Ask, answer: Answer) -> None:
+def _check_decided(world: World, line: AgentConnection, ask: GeneratedRequest, answer: Answer) -> None:
     """Nothing that was decided before a reload, or before a key's date, is done after it: not queued, recalled or waiting."""
     fields = world.record.lines.get(answer.request_id)
     if fields is None:
         return
     recorded = datetime.fromisoformat(fields["time"]).timestamp() - EPOCH
     possible = {
-        judge(ask, line.client.uid, *adopted.state, when)
+        expected_outcome(ask, line.client.uid, *adopted.state, when)
         for adopted in world.in_force(recorded)
         for when in (recorded, recorded + 0.001)
     }
     if answer.outcome not in possible:
         was = f"is recorded at {recorded:.3f} as {answer.outcome}"
-        world.violate(f"{line}: {ask.method} {ask.alias} {was}, when it was {sorted(possible)}")
+        world.report_violation(f"{line}: {ask.method} {ask.alias} {was}, when it was {sorted(possible)}")
 
 
 _ALWAYS: Final = {"ServiceUnavailableTemporary", "Rejected.Throttling", "InternalFailure"}
@@ -164,20 +164,20 @@ _ALWAYS: Final = {"ServiceUnavailableTemporary", "Rejected.Throttling", "Interna
 
 def _may_happen(world: World, answer: Answer) -> bool:
     if answer.outcome == "InternalFailure":
-        return world.plan.struck["thread"] > 0
+        return world.plan.injected["thread"] > 0
     return world.rate > 0 if answer.outcome == "Rejected.Throttling" else answer.request_id in world.record.failed
 
 
-def _check_error(world: World, line: Line, answer: Answer) -> None:
+def _check_error(world: World, line: AgentConnection, answer: Answer) -> None:
     error = answer.error or {}
     known = CODES.get(error.get("Code", ""))
     if error.keys() != {"Code", "Message", "RequestId", "HttpStatus"} or known is None:
-        world.violate(f"{line}: not a documented error: {error}")
+        world.report_violation(f"{line}: not a documented error: {error}")
     elif error["HttpStatus"] != known.http_status:
-        world.violate(f"{line}: {error['Code']} with status {error['HttpStatus']}")
+        world.report_violation(f"{line}: {error['Code']} with status {error['HttpStatus']}")
 
 
-def _check_result(ask: Ask, result: Mapping[str, Any], fresh: Counter[bytes]) -> None:
+def _check_result(ask: GeneratedRequest, result: Mapping[str, Any], fresh: Counter[bytes]) -> None:
     opened = None
     if ask.method in ("DescribeKey", "ListKeys", "ListAliases", "GetAgentStatus"):
         return
@@ -208,8 +208,8 @@ def _check_result(ask: Ask, result: Mapping[str, Any], fresh: Counter[bytes]) ->
         assert fixtures.recipients()[ask.to].unwrap(result["ExportedDataKey"]) == opened, "another data key"
 
 
-def _check_key(ask: Ask, result: Mapping[str, Any], rings: list[Ring]) -> None:
-    """What was sealed is under the primary version of the key that was named, in one of the keyrings of the time."""
+def _check_key(ask: GeneratedRequest, result: Mapping[str, Any], rings: list[Ring]) -> None:
+    """Check that the ciphertext is under the primary version of the named key in one of the keyrings of the time."""
     if "CiphertextBlob" not in result:
         return
     prefix = "Destination" if ask.method == "ReEncrypt" else ""
@@ -244,51 +244,51 @@ def _open_blob(key: MasterKey, version: Version, context: Mapping[str, str], blo
 def check_record(world: World) -> None:
     """One line for each answer, and none but for requests that the agent had received."""
     world.record.check(cut_off=world.record.may_be_cut_off)
-    lines = {line.client.pid: line for line in world.all_lines}
+    lines = {line.client.pid: line for line in world.all_connections}
     recorded: Counter[int] = Counter()
-    answers = {answer.request_id: answer for line in world.all_lines for answer in line.answers.values()}
+    answers = {answer.request_id: answer for line in world.all_connections for answer in line.answers.values()}
     for request_id, fields in world.record.lines.items():
         line = lines.get(fields["pid"])
         if line is None:
-            world.violate(f"recorded of nobody: {fields}")
+            world.report_violation(f"recorded of an unknown caller: {fields}")
             continue
         recorded[line.client.pid] += 1
         if request_id not in answers and not (
             line.fault or line.client.fault or world.grace_over or _made_room(world, line)
         ):
-            world.violate(f"{line}: recorded, and not answered: {fields['operation']} {fields['outcome']}")
+            world.report_violation(f"{line}: recorded, and not answered: {fields['operation']} {fields['outcome']}")
     for pid, count in recorded.items():
         line = lines[pid]
         received = sum(sent.end <= line.received for sent in line.client.asks.values())
         if count > received:
-            world.violate(f"{line}: {count} lines of {received} requests")
+            world.report_violation(f"{line}: {count} lines of {received} requests")
 
 
 def check_end(world: World, left: Mapping[str, Any]) -> None:
     """The agent has ended in its time, and has said what it was to say. `left`: what is not to be there any more."""
     for what, value in left.items():
         if value:
-            world.violate(f"{what} left: {value}")
+            world.report_violation(f"{what} left: {value}")
     if not world.stops or world.ended is None:
         return
     took = world.ended - world.stops[0]
     if took > _GRACE_AND_MORE + world.stalled:
-        world.violate(f"the drain took {took:.1f} s")
+        world.report_violation(f"the drain took {took:.1f} s")
     if len(world.stops) > 1 and world.ended - world.stops[1] > _AT_ONCE + world.stalled:
-        world.violate(f"it was told to stop at once, and took {world.ended - world.stops[1]:.1f} s")
+        world.report_violation(f"it was told to stop at once, and took {world.ended - world.stops[1]:.1f} s")
     if world.grace_over and len(world.stops) < 2 and took < _DRAIN:
-        world.violate(f"the grace was over after {took:.1f} s")
+        world.report_violation(f"the grace was over after {took:.1f} s")
     _check_told(world)
 
 
 def _check_told(world: World) -> None:
-    if not world.watchdog or world.plan.struck["tell the manager"]:
+    if not world.watchdog or world.plan.injected["tell the manager"]:
         return
     told = [(when, text.split("\n")[0]) for when, text in world.told]
     states = [text for _, text in told if text != "WATCHDOG=1"]
     if states[:1] != ["READY=1"] or "STOPPING=1" not in states:
-        world.violate(f"the manager was told {states}")
+        world.report_violation(f"the manager was told {states}")
     alive = [when for when, text in told if text == "WATCHDOG=1" and when <= world.stops[0]]
     for before, after in pairwise([*alive, world.stops[0]]):
         if after - before > world.watchdog + world.stalled:
-            world.violate(f"the watchdog was not fed for {after - before:.1f} s")
+            world.report_violation(f"the watchdog was not fed for {after - before:.1f} s")

@@ -12,11 +12,11 @@ import trio
 from keyferry.protocol import wire
 
 from . import fixtures
-from .requests import Ask, random_ask
+from .requests import GeneratedRequest, random_request
 from .world import World
 
 if TYPE_CHECKING:
-    from .connection_trace import Line
+    from .connection_trace import AgentConnection
 
 __all__ = ["Client", "Sent"]
 
@@ -29,7 +29,7 @@ _TOO_SLOW: Final = 12.0
 class Sent(NamedTuple):
     """A request, and up to which byte of a connection it goes."""
 
-    ask: Ask
+    ask: GeneratedRequest
     end: int
 
 
@@ -46,10 +46,10 @@ class Client:
         self.garbage_at: int | None = None
         self.notifies = False
         self.process_ended = False
-        self.line: Line | None = None
+        self.line: AgentConnection | None = None
         self.received = bytearray()
         self.fault = ""
-        """What it does that may cost it answers."""
+        """The client's own fault, which may cost it answers."""
         self.sent = 0
         """Bytes that it could send."""
         self.connected: float | None = None
@@ -79,10 +79,10 @@ class Client:
                 total += len(self._pieces[-1])
                 continue
             if kind < 0.06:
-                ask = Ask("", {}, always="InvalidParameter")
+                ask = GeneratedRequest("", {}, always="InvalidParameter")
                 data = msgpack.packb([0, msgid, "DescribeKey", [], 1])
             else:
-                ask = random_ask(rng, slow=slow and rng.random() < 0.6)
+                ask = random_request(rng, slow=slow and rng.random() < 0.6)
                 data = wire.encode_request(msgid, ask.method, dict(ask.params))
             total += len(data)
             self.asks[msgid] = Sent(ask, total)
@@ -122,13 +122,13 @@ class Client:
             try:
                 sock.connect(str(world.directory / self.listener))
             except OSError as error:
-                world.note("cannot connect", self.name, type(error).__name__)
+                world.add_event("cannot connect", self.name, type(error).__name__)
                 if not world.stops and world.ended is None:
-                    world.violate(f"{self.name} cannot connect: {error}")
+                    world.report_violation(f"{self.name} cannot connect: {error}")
                 self.done = True
                 return
             self.connected = world.now
-            world.note("connected", self.name, self.uid, self.listener, self._way)
+            world.add_event("connected", self.name, self.uid, self.listener, self._way)
             with trio.move_on_after(_PATIENCE) as patience:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._read, sock, nursery.cancel_scope)
@@ -140,8 +140,8 @@ class Client:
             if patience.cancelled_caught:
                 self.fault = self.fault or "waited in vain"
                 if self.fault == "waited in vain":
-                    world.violate(f"{self.name} waits in vain for an answer, or for the end of its connection")
-            world.note("leaves", self.name, len(self.received))
+                    world.report_violation(f"{self.name} waits in vain for an answer, or for the end of its connection")
+            world.add_event("leaves", self.name, len(self.received))
         self.done = True
 
     async def _write(self, sock: socket.socket) -> None:
@@ -172,7 +172,7 @@ class Client:
         waits = line is not None and line.quiet and line.received == self.sent
         await trio.sleep(_TOO_SLOW)
         if waits and line is not None and line.closed is None and self._world.stalled - stalled < 1:
-            self._world.violate(f"{self.name} is waited for in the middle of a request")
+            self._world.report_violation(f"{self.name} is waited for in the middle of a request")
 
     async def _until_answered(self, count: int) -> None:
         while self._answered < count and not self._ended:
@@ -209,7 +209,7 @@ class Client:
             try:
                 received = sock.recv(500 if slow else 65_536)
             except OSError as error:
-                self._world.note("reset", self.name, type(error).__name__)
+                self._world.add_event("reset", self.name, type(error).__name__)
                 received = b""
             self.received += received
             unpacker.feed(received)

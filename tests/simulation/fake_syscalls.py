@@ -1,7 +1,7 @@
-"""What the agent calls when it touches the outside world, replaced for one simulation: by the same, with faults, and noted.
+"""The agent's system calls in a simulation: the same calls, with faults, and traced.
 
 Sockets, files and epoll are the kernel's own; time, chance, threads, the loader's process and who is calling are not. The agent
-is unchanged: what is replaced are names of the standard library and of trio, and one function that starts a process.
+is unchanged: names of the standard library and of trio are replaced, and one function that starts a process.
 """
 
 import errno
@@ -28,19 +28,19 @@ from keyferry_agent.server import thread_pool
 from keyferry_agent.state import OFFLOAD_THREADS, ServerState
 
 from . import fixtures
-from .connection_trace import Line
+from .connection_trace import AgentConnection
 from .faults import DAMAGED, DIES, HANGS, NO_MEMORY, SHORT, STOPS
 from .threads import simulated_run_sync
 from .world import World
 
-__all__ = ["REAL", "SLOW", "Outside"]
+__all__ = ["REAL", "SLOW", "FakeSyscalls"]
 
 SLOW: Final = "a thread at a slow job"
 """The name of a task that stands for one: it goes on to its end, although its connection may have ended."""
 
 
 class _Real:
-    """What the world itself uses."""
+    """The real system calls, for the world's own use."""
 
     open, close, read, write = os.open, os.close, os.read, os.write
     pread, ftruncate, fstat = os.pread, os.ftruncate, os.fstat
@@ -62,7 +62,7 @@ def _error(number: int) -> OSError:
     return OSError(number, os.strerror(number))
 
 
-class Outside:
+class FakeSyscalls:
     """The replacements, for one world."""
 
     def __init__(self, world: World) -> None:
@@ -74,8 +74,8 @@ class Outside:
         self._socketpair = trio.socket.socketpair
         self._selftest = selftest.run
         self._adopt = ServerState.adopt
-        self._random = world.weather.__class__(f"{world.seed}: chance")
-        self._weather = world.weather
+        self._random = world.faults_rng.__class__(f"{world.seed}: chance")
+        self._weather = world.faults_rng
         self._slow = trio.CapacityLimiter(OFFLOAD_THREADS)
 
     # --- files -----------------------------------------------------------------------------------------------------
@@ -86,33 +86,33 @@ class Outside:
         if record:
             self._at_record("open the record", world.record.path)
         elif path == os.devnull:
-            world.fails("keep a reserve")
+            world.inject_fault("keep a reserve")
         elif flags & os.O_DIRECTORY:
-            world.fails("open the folder")
+            world.inject_fault("open the folder")
         elif self._ours(path) and flags & os.O_ACCMODE == os.O_RDONLY:
-            world.fails("read the configuration")
-            world.takes_descriptor()
-            world.gives_descriptor()  # a file object closes it
+            world.inject_fault("read the configuration")
+            world.allocate_descriptor()
+            world.release_descriptor()  # a file object closes it
             world.read = world.on_disk[1]
-            world.note("read the configuration", world.read)
+            world.add_event("read the configuration", world.read)
             return REAL.open(path, flags, mode, dir_fd=dir_fd)
-        world.takes_descriptor()
+        world.allocate_descriptor()
         descriptor = REAL.open(path, flags, mode, dir_fd=dir_fd)
         if record:
             world.record.descriptors.add(descriptor)
-            world.note("opened the record")
+            world.add_event("opened the record")
         return descriptor
 
     def _at_record(self, point: str, *_: Any) -> int:
         """A point of the thread that writes the record. Gives SHORT, or 0."""
         world = self.world
-        fault = world.plan.strike(point)
+        fault = world.plan.next_fault(point)
         if fault:
-            world.note("fault", point, errno.errorcode.get(fault, fault))
+            world.add_event("fault", point, errno.errorcode.get(fault, fault))
         if fault == HANGS:
             world.record.hung = True
-            world.lockstep.hang()
-            world.note("goes on", point)
+            world.stepwise_threads.hang()
+            world.add_event("goes on", point)
             return 0
         if fault > 0:
             raise _error(fault)
@@ -121,7 +121,7 @@ class Outside:
     def close(self, descriptor: int) -> None:
         world = self.world
         REAL.close(descriptor)
-        world.gives_descriptor()
+        world.release_descriptor()
         if descriptor in world.record.descriptors:
             world.record.descriptors.discard(descriptor)
             self._at_record("close the record")
@@ -134,7 +134,7 @@ class Outside:
         if self._weather.random() < 0.1:  # as if the rest came a moment later
             count = self._weather.randrange(1, 200)
         data = REAL.read(descriptor, count)
-        line.takes(data)
+        line.on_received(data)
         return data
 
     def write(self, descriptor: int, data: Any) -> int:
@@ -154,7 +154,7 @@ class Outside:
             world.record.may_be_cut_off = True
             part = data[: self._weather.randrange(len(data))]
         written = REAL.write(descriptor, part)
-        world.note("recorded", data.count(b"\n"), written)
+        world.add_event("recorded", data.count(b"\n"), written)
         world.record.written(part)
         return written
 
@@ -166,7 +166,7 @@ class Outside:
     def ftruncate(self, descriptor: int, length: int) -> None:
         if descriptor in self.world.record.descriptors:
             self._at_record("take back")
-            self.world.note("taken back", length)
+            self.world.add_event("taken back", length)
             self.world.record.may_be_cut_off = False
             self.world.record.taken_back(REAL.pread(descriptor, 2**24, length))
         REAL.ftruncate(descriptor, length)
@@ -178,20 +178,20 @@ class Outside:
 
     def stat(self, path: Any, **more: Any) -> os.stat_result:
         if self._ours(path):
-            self.world.fails("look")
+            self.world.inject_fault("look")
         return REAL.stat(path, **more)
 
     def lstat(self, path: Any, **more: Any) -> os.stat_result:
         if self._ours(path):
-            self.world.fails("look")
+            self.world.inject_fault("look")
         return REAL.lstat(path, **more)
 
     def chmod(self, path: Any, mode: int, **more: Any) -> None:
-        self.world.fails("set the mode")
+        self.world.inject_fault("set the mode")
         REAL.chmod(path, mode, **more)
 
     def unlink(self, path: Any, **more: Any) -> None:
-        self.world.fails("remove the socket")
+        self.world.inject_fault("remove the socket")
         REAL.unlink(path, **more)
 
     def _ours(self, path: Any) -> bool:
@@ -199,13 +199,13 @@ class Outside:
 
     # --- sockets ---------------------------------------------------------------------------------------------------
 
-    def _at_line(self, point: str, line: Line) -> int:
+    def _at_line(self, point: str, line: AgentConnection) -> int:
         """A point of one connection. Gives SHORT, or 0."""
         world = self.world
-        fault = world.plan.strike(point)
+        fault = world.plan.next_fault(point)
         if not fault:
             return 0
-        world.note("fault", point, line, errno.errorcode.get(fault, fault))
+        world.add_event("fault", point, line, errno.errorcode.get(fault, fault))
         if fault == DIES:
             line.fault = line.fault or "its process ended"
             line.end_process()
@@ -218,12 +218,12 @@ class Outside:
             raise _error(fault)
         return fault
 
-    def _send(self, point: str, line: Line, data: Any, send: Callable[[Any], int]) -> int:
+    def _send(self, point: str, line: AgentConnection, data: Any, send: Callable[[Any], int]) -> int:
         self._maybe_later()
         if self._at_line(point, line) == SHORT and len(data) > 1:
             data = data[: self._weather.randrange(1, len(data))]
         sent = send(data)
-        line.gives(bytes(data[:sent]))
+        line.on_sent(bytes(data[:sent]))
         return sent
 
     def _maybe_later(self) -> None:
@@ -242,7 +242,7 @@ class Outside:
                 return self._send("send the rest", line, arguments[0], lambda part: function(raw, part))
             self._at_line("read the rest", line)
             data = function(raw, *arguments, **more)
-            line.takes(data)
+            line.on_received(data)
             return data
 
         return await self._helper(sock, wait, call, *arguments, **more)
@@ -250,27 +250,27 @@ class Outside:
     def _accept(self, listening: socket.socket, accept: Callable[[Any], tuple[socket.socket, Any]]) -> tuple[Any, Any]:
         world = self.world
         listener = Path(listening.getsockname()).name
-        fault = world.plan.strike("accept")
+        fault = world.plan.next_fault("accept")
         if fault:
-            world.note("fault", "accept", errno.errorcode.get(fault, fault))
+            world.add_event("fault", "accept", errno.errorcode.get(fault, fault))
         if fault == STOPS:
             world.stop()
             world.stop(signal.SIGINT)
         elif fault:
             raise _error(fault)
-        world.takes_descriptor()
+        world.allocate_descriptor()
         try:
             connection, address = accept(listening)
         except OSError:
-            world.gives_descriptor()
+            world.release_descriptor()
             raise
         if world.stops and world.now > world.stops[0] + _WHILE_IT_HEARS:
-            world.violate("a connection is accepted in a drain")
-        line = Line(world, world.clients[connection.getpeername()], listener)
+            world.report_violation("a connection is accepted in a drain")
+        line = AgentConnection(world, world.clients[connection.getpeername()], listener)
         if world.small_buffers:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SMALL)
         world.lines[connection.fileno()] = line
-        world.note("accepted", line)
+        world.add_event("accepted", line)
         return connection, address
 
     def getsockopt(self, sock: Any, level: int, name: int, *size: int) -> Any:
@@ -280,8 +280,8 @@ class Outside:
             return self._getsockopt(sock, level, name, *size)
         client = line.client
         if name == _PEERPIDFD:
-            world.fails("hold the process")
-            world.takes_descriptor()
+            world.inject_fault("hold the process")
+            world.allocate_descriptor()
             return struct.pack("i", line.hold_process())
         if name == _PEERGROUPS:
             return struct.pack("I", client.uid)
@@ -293,9 +293,9 @@ class Outside:
         line = world.lines.pop(sock.fileno(), None)
         if line is not None:
             line.closed = world.now
-            world.note("closed", line)
+            world.add_event("closed", line)
         if sock.fileno() != -1:
-            world.gives_descriptor()
+            world.release_descriptor()
         self._close(sock)
 
     def shutdown(self, sock: Any, how: int) -> None:
@@ -305,15 +305,15 @@ class Outside:
         self._shutdown(sock, how)
 
     def socketpair(self, *arguments: Any) -> Any:
-        self.world.takes_descriptor()
-        self.world.takes_descriptor()
+        self.world.allocate_descriptor()
+        self.world.allocate_descriptor()
         return self._socketpair(*arguments)
 
     def send_fds(self, _sock: socket.socket, buffers: Any, *_: Any) -> int:
-        self.world.fails("tell the manager")
+        self.world.inject_fault("tell the manager")
         text = b"".join(buffers).decode()
         self.world.told.append((self.world.now, text))
-        self.world.note("told", text.split("\n", maxsplit=1)[0])
+        self.world.add_event("told", text.split("\n", maxsplit=1)[0])
         return len(text)
 
     # --- time, chance, threads, processes ----------------------------------------------------------------------------
@@ -347,17 +347,17 @@ class Outside:
         trio.lowlevel.spawn_system_task(work, name=SLOW)
 
     def load(self, path: Path, _unseal: Path, **_: Any) -> keyring.Keyring:
-        """What a loader's process gives."""
+        """Return the keyring of a loader's process."""
         world = self.world
-        fault = world.plan.strike("load the keyring")
+        fault = world.plan.next_fault("load the keyring")
         number = -1 if fault == DAMAGED else world.on_disk[0]
-        world.note("load the keyring", number, errno.errorcode.get(fault, fault))
+        world.add_event("load the keyring", number, errno.errorcode.get(fault, fault))
         if fault > 0:
             raise _error(fault)
         if fault == NO_MEMORY:
             raise SecretMemoryError("no locked memory", 4096)
-        world.takes_descriptor()
-        world.gives_descriptor()
+        world.allocate_descriptor()
+        world.release_descriptor()
         if number < 0:
             raise KeyringError(f"{path}: it does not open")
         world.loaded = number
@@ -373,8 +373,8 @@ class Outside:
         return keyring.build_keyring(keys, fill, memory)
 
     def adopt(self, itself: ServerState, settings: Settings, keyring: Keyring) -> None:
-        """Note what the agent goes by from now on."""
-        self.world.adopts(keyring=keyring is not itself.keyring)
+        """Trace the state that the agent adopts."""
+        self.world.record_adoption(keyring=keyring is not itself.keyring)
         self._adopt(itself, settings, keyring)
 
     def self_test(self, *arguments: Any, **more: Any) -> list[str]:

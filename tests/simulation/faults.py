@@ -1,16 +1,16 @@
-"""Where the agent touches the outside world, and what can go wrong there. A seed says what does, and when."""
+"""The points where the agent calls the outside world, and their possible faults. A seed chooses faults and times."""
 
 import errno
 import random
 from collections import Counter
 from typing import Final
 
-__all__ = ["DIES", "HANGS", "NO_THREAD", "POINTS", "SHORT", "STOPS", "Plan"]
+__all__ = ["DIES", "HANGS", "NO_THREAD", "POINTS", "SHORT", "STOPS", "FaultPlan"]
 
 SHORT: Final = -1
 """Only a part is taken."""
 HANGS: Final = -2
-"""It does not return, until somebody sees to it."""
+"""The call hangs until the simulated operator releases it."""
 NO_THREAD: Final = -3
 """A thread cannot be started."""
 DIES: Final = -4
@@ -65,16 +65,16 @@ _WHILE_IT_SERVES: Final = [
 _OFTEN: Final = ["receive", "send", "send", "send the rest", "write the record", "write the record", "write the record"]
 
 
-class Plan:
-    """What goes wrong in one simulation: nothing; one thing, or two, in an exact place; or anything, now and then."""
+class FaultPlan:
+    """The faults of one simulation: none; one or a few in exact places; or random ones at a rate."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
         self._crossed: Counter[str] = Counter()
         self._planned: dict[tuple[str, int], int] = {}
         self._rate = 0.0
-        self.struck: Counter[str] = Counter()
-        """What has gone wrong so far, by point."""
+        self.injected: Counter[str] = Counter()
+        """The number of injected faults, by point."""
         self.started = rng.random() < 0.15
         """Whether the agent serves; in some simulations things go wrong before, too."""
         kind = rng.random()
@@ -95,8 +95,8 @@ class Plan:
         self.hangs = HANGS in self._planned.values() or (self._rate > 0 and rng.random() < 0.25)
         """Whether anything can hang."""
 
-    def strike(self, point: str) -> int:
-        """What goes wrong at this point, this time; 0 for nothing."""
+    def next_fault(self, point: str) -> int:
+        """Return the fault of this call at this point; 0 for none."""
         if self.over or not self.started:
             return 0
         self._crossed[point] += 1
@@ -106,5 +106,5 @@ class Plan:
             if fault == HANGS and not self.hangs:
                 fault = 0
         if fault:
-            self.struck[point] += 1
+            self.injected[point] += 1
         return fault

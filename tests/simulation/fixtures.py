@@ -1,7 +1,7 @@
-"""What every simulated agent has: the same few master keys, in keyrings and configurations that follow each other.
+"""The fixtures of every simulated agent: the same few master keys, in keyrings and configurations in sequence.
 
-All of it is a function of nothing, so that a seed alone says what happens. Only the recipients' key pairs are fresh in each
-process: nothing that happens depends on what is in them.
+All of them are constants, so the seed alone decides a simulation. Only the recipients' key pairs are fresh in each
+process: no event depends on their values.
 """
 
 import functools
@@ -193,7 +193,7 @@ def toml(grants: tuple[Grant, ...]) -> str:
 
 
 class Blob(NamedTuple):
-    """A CiphertextBlob that somebody kept from earlier. `opens`: whether it is whole."""
+    """A CiphertextBlob that a client kept from earlier. `opens`: whether it is whole."""
 
     key: MasterKey
     version: Version

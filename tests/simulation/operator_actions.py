@@ -1,4 +1,4 @@
-"""What a simulated operator, and the system, do to an agent while it serves: files, signals, shortages, and its end."""
+"""The actions of a simulated operator and system on a serving agent: files, signals, shortages, and its end."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ import trio
 from . import fixtures
 from .world import World
 
-__all__ = ["act", "calm_down", "write_files"]
+__all__ = ["act", "end_faults", "write_files"]
 
 _SEES_IT: Final = 12
 """Seconds in which a reload comes to its end, however long its threads take."""
@@ -17,13 +17,13 @@ _DAMAGED: Final = "this = is = no configuration"
 
 
 def write_files(world: World) -> None:
-    """What is there before the agent starts; in some worlds the record was begun before, and cut off."""
+    """Write the files of the start; in some worlds the audit log exists already, with a partial last line."""
     _configure(world, 0)
     _replace(world.directory / "keyring", "0")
     (world.directory / "identity").write_text("")
-    if world.weather.random() < 0.3:
+    if world.faults_rng.random() < 0.3:
         first = '{"request_id": "FIRST", "previous": "' + "0" * 64 + '"}\n'
-        world.record.path.write_text(first + world.weather.choice(("", '{"request_id": "CUT')))
+        world.record.path.write_text(first + world.faults_rng.choice(("", '{"request_id": "CUT')))
 
 
 def _configure(world: World, number: int) -> None:
@@ -41,7 +41,7 @@ def _configure(world: World, number: int) -> None:
 
 
 def _replace(path: Path, text: str) -> None:
-    # What was there stays, under another name: the number of a file is not given to another one, or not every time.
+    # The old file stays under another name, so that its inode number is not reused in some runs only.
     new = path.with_suffix(".new")
     new.write_text(text)
     if _is_there(path):
@@ -55,13 +55,13 @@ def _is_there(path: Path) -> bool:
 
 async def act(world: World) -> None:
     """Do a few things, one after the other."""
-    rng = world.weather
+    rng = world.faults_rng
     for _ in range(rng.choice((0, 1, 2, 4))):
         await trio.sleep(rng.choice((0, 0.01, 0.3, 1)))
         if world.plan.over or world.stops:
             return
         what = rng.choice(("keyring", "keyring", "grants", "hang up", "rotate", "starve", "end a process", "wake"))
-        world.note("operator", what)
+        world.add_event("operator", what)
         if what == "keyring":
             number = rng.choice((-1, *range(len(fixtures.RINGS))))
             world.on_disk = (number, world.on_disk[1])
@@ -71,7 +71,7 @@ async def act(world: World) -> None:
             world.on_disk = (world.on_disk[0], number)
             _configure(world, number)
         elif what == "hang up":
-            world.hang_up()
+            world.send_sighup()
         elif what == "rotate":
             _rotate(world)
         elif what == "starve":
@@ -79,8 +79,8 @@ async def act(world: World) -> None:
             await trio.sleep(rng.choice((0.05, 0.5, 2)))
             world.starved, world.spare = False, 0
         elif what == "wake":
-            world.lockstep.release()
-        elif lines := [line for line in world.all_lines if line.closed is None]:
+            world.stepwise_threads.release()
+        elif lines := [line for line in world.all_connections if line.closed is None]:
             line = rng.choice(lines)
             line.client.spoiled("its process ended")
             line.end_process()
@@ -92,23 +92,23 @@ def _rotate(world: World) -> None:
         to = record.path.with_suffix(f".{len(record.rotated)}")
         record.path.rename(to)
         record.rotated.append(to)
-        if world.weather.random() < 0.5:  # as logrotate's `create` does
+        if world.faults_rng.random() < 0.5:  # as logrotate's `create` does
             record.path.write_text("")
 
 
-async def see_to_hangs(world: World) -> None:
-    """Have whatever hangs go on after a while."""
+async def release_hangs(world: World) -> None:
+    """Release hanging calls after a while."""
     while True:
-        await trio.sleep(world.weather.choice((0.2, 1, 5)))
-        world.lockstep.release()
+        await trio.sleep(world.faults_rng.choice((0.2, 1, 5)))
+        world.stepwise_threads.release()
 
 
-async def calm_down(world: World) -> None:
-    """Nothing fails any more, and all files are good. Give the agent the time that it may take to see it."""
-    world.note("calm")
+async def end_faults(world: World) -> None:
+    """End all faults, make all files good, and give the agent the time to notice."""
+    world.add_event("calm")
     world.plan.over = True
     world.starved, world.spare = False, 0
-    world.lockstep.release()
+    world.stepwise_threads.release()
     world.on_disk = (world.on_disk[0] % len(fixtures.RINGS), world.on_disk[1] % len(fixtures.CONFIGURATIONS))
     _replace(world.directory / "keyring", str(world.on_disk[0]))
     _configure(world, world.on_disk[1])

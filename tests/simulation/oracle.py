@@ -1,6 +1,6 @@
 """A second judge of every request, much simpler than the agent, with which it shares no code.
 
-It knows what the documentation says of operations, grants and states; keyring and configuration are plain data to it.
+It implements the documentation of operations, grants and states; keyring and configuration are plain data to it.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,9 +8,9 @@ from typing import Final
 
 from . import fixtures
 from .fixtures import Blob, Grant, Ring, RingKey
-from .requests import Ask
+from .requests import GeneratedRequest
 
-__all__ = ["judge"]
+__all__ = ["expected_outcome"]
 
 _PLAIN: Final = "plaintext"
 _DRY: Final = {
@@ -20,7 +20,7 @@ _DRY: Final = {
 }
 
 
-def judge(ask: Ask, uid: int, ring: Ring, grants: tuple[Grant, ...], when: float) -> str:
+def expected_outcome(ask: GeneratedRequest, uid: int, ring: Ring, grants: tuple[Grant, ...], when: float) -> str:
     """The outcome of a request that this user makes at a time: `OK`, or the code of the error."""
     code = ask.always
     if not code:
@@ -40,7 +40,7 @@ class _Refused(Exception):
 class _Case:
     """A request, before keys and grants as they are at its time."""
 
-    def __init__(self, ask: Ask, uid: int, ring: Ring, grants: tuple[Grant, ...], when: float) -> None:
+    def __init__(self, ask: GeneratedRequest, uid: int, ring: Ring, grants: tuple[Grant, ...], when: float) -> None:
         self.ask = ask
         self._present = [entry for entry in ring if not (entry.delete_date and when >= fixtures.DELETED_AFTER)]
         self._mine = [grant for grant in grants if grant.uid == uid]

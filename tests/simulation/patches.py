@@ -27,8 +27,8 @@ from keyferry_agent.keyring import loader
 from keyferry_agent.server import dispatch, rounds, thread_pool
 from keyferry_agent.state import ServerState
 
-from .fake_syscalls import REAL, Outside
-from .threads import Lockstep
+from .fake_syscalls import REAL, FakeSyscalls
+from .threads import StepwiseThreads
 from .world import MONOTONIC, World
 
 __all__ = ["replaced"]
@@ -38,14 +38,14 @@ _DATED: Final = [
     for name, module in [*sys.modules.items()]
     if name.startswith("keyferry_agent") and getattr(module, "datetime", None) is dt.datetime
 ]
-"""The agent's modules that ask what time it is."""
+"""The agent's modules that read the time."""
 
 
 @contextmanager
 def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
     """Have the agent live in this world. `run` stands in for `trio.run`."""
-    outside = Outside(world)
-    world.lockstep = Lockstep(world)
+    outside = FakeSyscalls(world)
+    world.stepwise_threads = StepwiseThreads(world)
     mine = threading.get_ident()
 
     class Datetime(dt.datetime):
@@ -54,7 +54,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
             return dt.datetime.fromtimestamp(world.wall, tz)
 
     def method(function: Callable[..., Any]) -> Any:
-        # A function, which becomes a method of the class that it is put into; what is bound already would not.
+        # A function becomes a method of the class that it is put into; a bound method would not.
         def call(itself: Any, *arguments: Any, **more: Any) -> Any:
             return function(itself, *arguments, **more)
 
@@ -76,13 +76,13 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (trio, "run", run),
         (time, "monotonic", lambda: MONOTONIC + world.now if threading.get_ident() == mine else REAL.monotonic()),
         (time, "time", lambda: world.wall),
-        (writer_thread, "threading", world.lockstep),
-        (writer_thread, "SimpleQueue", world.lockstep.queue),
+        (writer_thread, "threading", world.stepwise_threads),
+        (writer_thread, "SimpleQueue", world.stepwise_threads.queue),
         (loader, "load", outside.load),
         (selftest, "run", outside.self_test),
         (ServerState, "adopt", method(outside.adopt)),
         (process_hardening, "harden", lambda **_: []),
-        (gc, "freeze", lambda: None),  # this process goes on, and has to be rid of what this agent leaves
+        (gc, "freeze", lambda: None),  # this process continues, and has to release the resources of the agent
         (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         *((module, "datetime", Datetime) for module in _DATED),
     ]
@@ -91,8 +91,8 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
     processors = [*logging]
     state = trio_run._r.getstate()
     trio_run._r.seed(f"{world.seed}: who goes first")
-    logging[:] = [lambda logger, name, event: world.logs(logger, name, event, structlog.DropEvent())]
-    # A signal in the agent's last moment, when it takes none any more, is not to end this process.
+    logging[:] = [lambda logger, name, event: world.capture_log(logger, name, event, structlog.DropEvent())]
+    # A signal after the agent has removed its handlers must not end this process.
     handlers = {number: signal.signal(number, _nobody) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     for owner, name, value in names:
         setattr(owner, name, value)
@@ -103,10 +103,10 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
             setattr(owner, name, value)
         logging[:] = processors
         trio_run._r.setstate(state)
-        world.lockstep.end()
+        world.stepwise_threads.end()
         for number, handler in handlers.items():
             if signal.signal(number, handler) is not _nobody:
-                world.violate(f"{number.name} is still taken")
+                world.report_violation(f"{number.name} is still taken")
 
 
 def _nobody(_number: int, _frame: object) -> None:

@@ -1,4 +1,4 @@
-"""The record of requests, as its file says, seen from outside: what is in it when an answer leaves, and at the end."""
+"""The audit log by its file, seen from outside: its content when an answer is sent, and at the end."""
 
 import hashlib
 import json
@@ -15,16 +15,16 @@ LONGEST = 4_096
 
 
 class Record:
-    """The files of the record. `violate` is told what is wrong with them."""
+    """The files of the audit log. `report_violation` is called with their faults."""
 
-    def __init__(self, path: Path, violate: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, report_violation: Callable[[str], None]) -> None:
         self.path = path
-        self._violate = violate
+        self._violate = report_violation
         self.rotated: list[Path] = []
         self.descriptors: set[int] = set()
         """The agent's, of the record."""
         self.lines: dict[str, dict[str, Any]] = {}
-        """What is recorded by now, by RequestId."""
+        """The recorded entries so far, by RequestId."""
         self.failed: set[str] = set()
         """The requests of which the log says that they could not be recorded."""
         self.may_be_cut_off = False

@@ -1,4 +1,4 @@
-"""What a simulated client asks for: any operation, of any key, rightly and wrongly."""
+"""The requests of a simulated client: any operation, of any key, valid and invalid."""
 
 import random
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from keyferry.parameters import encode_base64
 from . import fixtures
 from .fixtures import Blob
 
-__all__ = ["Ask", "random_ask"]
+__all__ = ["GeneratedRequest", "random_request"]
 
 
-class Ask(NamedTuple):
-    """One request. What is not part of its operation is as it is by default."""
+class GeneratedRequest(NamedTuple):
+    """One request. Fields that its operation does not use have their defaults."""
 
     method: str
     params: Mapping[str, Any]
@@ -51,12 +51,12 @@ _ALIASES: Final = ("alias/orders",) * 4 + ("alias/pay", "alias/off", "alias/goin
 _RECIPIENTS: Final = ("RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_256", "RSAES_OAEP_SHA_1", "SM2PKE", "SM2PKE")
 
 
-def random_ask(rng: random.Random, *, slow: bool = False) -> Ask:
+def random_request(rng: random.Random, *, slow: bool = False) -> GeneratedRequest:
     """Any request; or one that takes a thread."""
     if slow:
         params = {"KeyId": "alias/orders", **fixtures.recipients()["SM2PKE"].params}
-        return Ask("GenerateAndExportDataKey", params, "alias/orders", to="SM2PKE")
-    ask = Ask(rng.choices([*_METHODS], [*_METHODS.values()])[0], {})
+        return GeneratedRequest("GenerateAndExportDataKey", params, "alias/orders", to="SM2PKE")
+    ask = GeneratedRequest(rng.choices([*_METHODS], [*_METHODS.values()])[0], {})
     if ask.method == "Nonsense":
         return ask._replace(always="InvalidAction.NotFound")
     ask = _of_a_blob(ask, rng) if ask.method in _OF_A_BLOB else _of_a_key(ask, rng)
@@ -70,7 +70,7 @@ def random_ask(rng: random.Random, *, slow: bool = False) -> Ask:
     return ask
 
 
-def _of_a_blob(ask: Ask, rng: random.Random) -> Ask:
+def _of_a_blob(ask: GeneratedRequest, rng: random.Random) -> GeneratedRequest:
     blob = rng.choice(fixtures.blobs())
     context = dict(blob.context if rng.random() < 0.9 else rng.choice(fixtures.CONTEXTS))
     params: dict[str, Any] = {"CiphertextBlob": blob.blob if rng.random() < 0.3 else encode_base64(blob.blob)}
@@ -84,7 +84,7 @@ def _of_a_blob(ask: Ask, rng: random.Random) -> Ask:
     return ask
 
 
-def _of_a_key(ask: Ask, rng: random.Random) -> Ask:
+def _of_a_key(ask: GeneratedRequest, rng: random.Random) -> GeneratedRequest:
     if ask.method in _PLAIN:
         return ask
     alias, context, size = rng.choice(_ALIASES), rng.choice(fixtures.CONTEXTS), rng.choice((1, 16, 32, 64))

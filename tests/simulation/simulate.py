@@ -1,4 +1,4 @@
-"""One simulation, from its seed to what is wrong with it: the whole daemon, its clients, its operator, its end."""
+"""One simulation, from its seed to its violations: the whole daemon, its clients, its operator, its end."""
 
 import fcntl
 import gc
@@ -28,7 +28,7 @@ from .world import World
 __all__ = ["Result", "simulate"]
 
 _TOO_LONG: Final = 60
-"""Seconds of real time, for what takes milliseconds: a turn without end in the agent is ended there."""
+"""Seconds of real time for a simulation that takes milliseconds: the limit ends an endless loop of the agent."""
 _FOLDER: Final = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where files are in memory: on a disk, removing them takes as long as all the rest."""
 _EVERY: Final = 200
@@ -39,7 +39,7 @@ _real_run: Final = trio.run
 
 
 class Result(NamedTuple):
-    """What happened, line by line, and what should not have."""
+    """The trace of a simulation, line by line, and its violations."""
 
     seed: int
     trace: list[str]
@@ -52,7 +52,7 @@ class Result(NamedTuple):
         return hashlib.sha256("\n".join(self.trace).encode()).hexdigest()
 
     def report(self) -> str:
-        """For a person: what is wrong, what led to it, and how to see it again."""
+        """Return the violations, their trace, and the command that repeats it."""
         last = "\n".join(self.trace[-25:])
         wrong = "\n".join(f"  {violation}" for violation in self.violations)
         return f"seed {self.seed}:\n{wrong}\n\nwhat happened last:\n{last}\n\nto see it again: make simulate SEED={self.seed}"
@@ -63,7 +63,7 @@ class _Stuck(BaseException):
 
 
 def simulate(seed: int) -> Result:
-    """Live through one seed's world. Raises nothing: what is wrong is in the result."""
+    """Run one seed's world. Raises nothing: violations are in the result."""
     directory = Path(tempfile.mkdtemp(prefix="keyferry-simulation-", dir=_FOLDER))
     world = World(seed, directory)
     gc.disable()
@@ -72,7 +72,9 @@ def simulate(seed: int) -> Result:
     try:
         _live(world)
     except* _Stuck:
-        world.violate(f"it did not end in {_TOO_LONG} seconds of real time, or in its steps:\n{traceback.format_exc()}")
+        world.report_violation(
+            f"it did not end in {_TOO_LONG} seconds of real time, or in its steps:\n{traceback.format_exc()}"
+        )
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -104,7 +106,7 @@ def _live(world: World) -> None:
 
 def _live_with(world: World, manager: str) -> None:
     descriptors, threads = _descriptors(), threading.active_count()
-    play = _Play(world)
+    play = _Run(world)
     with replaced(world, play.run):
         if world.watchdog:
             os.environ["NOTIFY_SOCKET"] = manager
@@ -114,12 +116,12 @@ def _live_with(world: World, manager: str) -> None:
                 Options(config=world.directory / "agent.toml", socket=None, keyring=None, unseal=None, dev=False)
             )
         except* StartError as errors:
-            world.note("not started", errors.exceptions)
-            if not world.plan.struck or world.serving.is_set():
-                world.violate(f"it did not start, and nothing was wrong: {errors.exceptions}")
+            world.add_event("not started", errors.exceptions)
+            if not world.plan.injected or world.serving.is_set():
+                world.report_violation(f"it did not start, and nothing was wrong: {errors.exceptions}")
         except* Exception as errors:
-            world.violate(f"the agent failed: {''.join(traceback.format_exception(errors))}")
-    for line in world.all_lines:
+            world.report_violation(f"the agent failed: {''.join(traceback.format_exception(errors))}")
+    for line in world.all_connections:
         line.end_process()
     left = {
         "descriptors": _kept(world, descriptors),
@@ -134,9 +136,9 @@ def _live_with(world: World, manager: str) -> None:
 
 
 def _kept(world: World, before: set[int]) -> list[str]:
-    """What descriptors were left behind, but for the two that an agent has until its process ends. They are closed here."""
+    """Return the leaked descriptors, except the two that an agent keeps until its process ends, and close them."""
     left = _descriptors() - before
-    if len(left) > _ONCE:  # an exception that ended a start may hold on to what it came through
+    if len(left) > _ONCE:  # an exception that ended a start may hold on to frames
         gc.collect()
         left = _descriptors() - before
     names = [os.readlink(f"/proc/self/fd/{descriptor}") for descriptor in sorted(left)]
@@ -150,7 +152,7 @@ def _kept(world: World, before: set[int]) -> list[str]:
 
 
 def _sockets(world: World) -> set[str]:
-    if world.plan.struck["look"] or world.plan.struck["remove the socket"]:
+    if world.plan.injected["look"] or world.plan.injected["remove the socket"]:
         return set()
     return {"first", "second"} & {*os.listdir(world.directory)}
 
@@ -166,7 +168,7 @@ def _descriptors() -> set[int]:
     return found
 
 
-class _Play:
+class _Run:
     """The order of events around the agent's main task."""
 
     def __init__(self, world: World) -> None:
@@ -193,12 +195,12 @@ class _Play:
                     failed.append(error)
                 finally:
                     world.ended = world.now
-                    world.note("the agent ended")
+                    world.add_event("the agent ended")
                     world.serving.set() if world.adopted else None
                     ended.set()
 
             everything.start_soon(agent)
-            everything.start_soon(operator_actions.see_to_hangs, world)
+            everything.start_soon(operator_actions.release_hangs, world)
             async with trio.open_nursery() as start:
                 start.start_soon(_until, ended, start.cancel_scope)
                 await world.serving.wait()
@@ -217,7 +219,7 @@ class _Play:
             raise failed[0]
 
     async def _around(self, around: trio.Nursery, ended: trio.Event) -> None:
-        world, rng = self._world, self._world.weather
+        world, rng = self._world, self._world.faults_rng
         clients = [Client(world, world.rng, number) for number in range(rng.choice((1, 1, 2, 3, 5)))]
         around.start_soon(operator_actions.act, world)
         if world.early:
@@ -229,7 +231,7 @@ class _Play:
                 for client in clients:
                     all_of_it.start_soon(client.run)
             if not world.stops and world.ended is None:
-                await operator_actions.calm_down(world)
+                await operator_actions.end_faults(world)
             if not world.stops and world.ended is None:
                 await self._probe(len(clients))
         world.stop()
@@ -239,21 +241,21 @@ class _Play:
         with trio.move_on_after(_TOO_LONG):
             await ended.wait()
         if world.ended is None:
-            world.violate("the drain does not end")
+            world.report_violation("the drain does not end")
             around.cancel_scope.cancel()
 
     async def _probe(self, number: int) -> None:
         """When all is well again, the agent is as its files say, and answers."""
         world = self._world
         if world.adopted[-1][1:] != world.on_disk:
-            world.violate(f"it goes by {world.adopted[-1][1:]}, and the files are {world.on_disk}")
+            world.report_violation(f"it goes by {world.adopted[-1][1:]}, and the files are {world.on_disk}")
         probe = Client(world, world.rng, number, well_behaved=True)
         await probe.run()
         silenced = probe.notifies and world.rate
         if probe.line is None or (len(probe.line.answers) != len(probe.asks) and not silenced):
-            world.violate("all is well, and a client is not answered")
+            world.report_violation("all is well, and a client is not answered")
         if world.ended is None and not world.record.in_place:
-            world.violate("the record's file was moved away, and is not opened anew")
+            world.report_violation("the record's file was moved away, and is not opened anew")
 
 
 async def _until(ended: trio.Event, scope: trio.CancelScope) -> None:

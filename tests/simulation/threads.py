@@ -12,20 +12,20 @@ import trio
 from .faults import NO_THREAD
 from .world import World
 
-__all__ = ["Lockstep", "simulated_run_sync"]
+__all__ = ["StepwiseThreads", "simulated_run_sync"]
 
 T = TypeVar("T")
 
 
-class _ProcessEnds(BaseException):
-    """What ends a thread that has no end of its own."""
+class _ProcessExit(BaseException):
+    """Ends a thread that never returns by itself."""
 
 
-class _StandsStill(BaseException):
-    """What brings a thread that has nothing to do back to whoever let it work."""
+class _Idle(BaseException):
+    """Returns from an idle thread to the one that let it run."""
 
 
-class Lockstep:
+class StepwiseThreads:
     """Threads of the record's kind: each runs only while the event loop's stands still and waits for it.
 
     It stands in for `threading`, and makes the queues between such a thread and the event loop's. Without hangs, one thread
@@ -46,7 +46,7 @@ class Lockstep:
         """Return a queue between such a thread and the event loop's."""
         return _Queue(self)
 
-    def Thread(self, *, target: Callable[[], None], name: str, daemon: bool) -> "Lockstep":  # noqa: N802 - threading's name
+    def Thread(self, *, target: Callable[[], None], name: str, daemon: bool) -> "StepwiseThreads":  # noqa: N802 - threading's name
         """Such a thread; there is one."""
         assert self._target is None
         self._target = target
@@ -64,7 +64,7 @@ class Lockstep:
         try:
             if not self._over and self._target is not None:
                 self._target()
-        except _ProcessEnds:
+        except _ProcessExit:
             pass
         finally:
             self._ended = True
@@ -76,7 +76,7 @@ class Lockstep:
         return self._inside or threading.current_thread() is self._thread
 
     def let_work(self) -> None:
-        """Have the thread do what it can."""
+        """Let the thread run until it is idle."""
         if self._thread is not None:
             if not self._parked:
                 self._go.release()
@@ -85,7 +85,7 @@ class Lockstep:
             self._inside = True
             try:
                 self._target()
-            except _StandsStill:
+            except _Idle:
                 pass
             finally:
                 self._inside = False
@@ -93,11 +93,11 @@ class Lockstep:
     def wait_for_turn(self) -> None:
         """In the thread: stand still until the other lets it work."""
         if self._thread is None:
-            raise _StandsStill
+            raise _Idle
         self._still.release()
         self._go.acquire()
         if self._over:
-            raise _ProcessEnds
+            raise _ProcessExit
 
     def hang(self) -> None:
         """In the thread: do not come back from a system call, until `release`."""
@@ -113,7 +113,7 @@ class Lockstep:
 
     def wait(self, seconds: float) -> None:
         """Time passes while the event loop's thread waits in vain."""
-        self._world.note("waited in vain", seconds)
+        self._world.add_event("waited in vain", seconds)
         self._world.stall(seconds)
 
     def end(self) -> None:
@@ -131,7 +131,7 @@ class Lockstep:
 class _Queue:
     """`queue.SimpleQueue`, between two threads of which one runs at a time."""
 
-    def __init__(self, lockstep: Lockstep) -> None:
+    def __init__(self, lockstep: StepwiseThreads) -> None:
         self._lockstep = lockstep
         self._items: deque[Any] = deque()
         self.put = self._items.append
@@ -162,14 +162,14 @@ async def simulated_run_sync(
     limiter: trio.CapacityLimiter | None = None,
 ) -> T:
     """`trio.to_thread.run_sync`: a thread that begins and ends when the seed says. Nothing else happens while it works."""
-    rng: random.Random = world.weather
+    rng: random.Random = world.faults_rng
     await trio.lowlevel.checkpoint_if_cancelled()
     me = object()
     if limiter is not None:
         await limiter.acquire_on_behalf_of(me)
     try:
-        if world.plan.strike("thread") == NO_THREAD:
-            world.note("fault", "thread")
+        if world.plan.next_fault("thread") == NO_THREAD:
+            world.add_event("fault", "thread")
             await trio.lowlevel.cancel_shielded_checkpoint()
             raise RuntimeError("can't start new thread")
         with trio.CancelScope(shield=not abandon_on_cancel):

@@ -1,4 +1,4 @@
-"""What one simulation knows: its seed, its time, what has happened so far, and what should not have."""
+"""The world of one simulation: its seed, its time, its trace, and its violations."""
 
 import errno
 import os
@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import trio
 import trio.testing
 
-from .faults import Plan
+from .faults import FaultPlan
 from .fixtures import CONFIGURATIONS, EPOCH, RINGS, Grant, Ring
 from .record import Record
 
 if TYPE_CHECKING:
     from .clients import Client
-    from .connection_trace import Line
-    from .threads import Lockstep
+    from .connection_trace import AgentConnection
+    from .threads import StepwiseThreads
 
 __all__ = ["Adopted", "World"]
 
 MONOTONIC: Final = 1_000.0
-"""What the steady clock says at the beginning."""
+"""The monotonic clock at the beginning."""
 _TICK: Final = 0.001
-"""Seconds: what the record's times are told in."""
-_MOST: Final = 20_000
+"""Seconds: the resolution of the times in audit entries."""
+_MAX_TRACE_LINES: Final = 20_000
 """Lines of a trace: an agent that does more than that turns in a circle."""
 
 
@@ -39,7 +39,7 @@ class Adopted(NamedTuple):
 
     @property
     def state(self) -> tuple[Ring, tuple[Grant, ...]]:
-        """What is in them."""
+        """The keyring and the grants."""
         return RINGS[self.ring], CONFIGURATIONS[self.grants]
 
 
@@ -55,14 +55,14 @@ class World:
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"{self.seed}: what is asked")
-        self.weather = random.Random(f"{self.seed}: what happens")
-        self.plan = Plan(random.Random(f"{self.seed}: what fails"))
+        self.faults_rng = random.Random(f"{self.seed}: what happens")
+        self.plan = FaultPlan(random.Random(f"{self.seed}: what fails"))
         self.clock = trio.testing.MockClock(autojump_threshold=0)
-        self.record = Record(self.directory / "audit.jsonl", self.violate)
-        self.lines: dict[int, Line] = {}
-        self.all_lines: list[Line] = []
+        self.record = Record(self.directory / "audit.jsonl", self.report_violation)
+        self.lines: dict[int, AgentConnection] = {}
+        self.all_connections: list[AgentConnection] = []
         self.clients: dict[bytes, Client] = {}
-        self.lockstep: Lockstep
+        self.stepwise_threads: StepwiseThreads
         self.adopted: list[Adopted] = []
         self.on_disk = (0, 0)
         """The keyring and the configuration that are in the files; -1 for one that is damaged."""
@@ -110,18 +110,18 @@ class World:
             if adopted.since <= when + _TICK and (after is None or after.since >= when - _TICK)
         ]
 
-    def note(self, what: str, *details: Any) -> None:
+    def add_event(self, what: str, *details: Any) -> None:
         """Add a line to the trace."""
-        if len(self.trace) == _MOST:
+        if len(self.trace) == _MAX_TRACE_LINES:
             self.trace.append("...")
             self.violations.append("the agent turns in a circle")
             signal.raise_signal(signal.SIGALRM)
         text = " ".join(str(detail) for detail in details).replace(str(self.directory), "~")
         self.trace.append(f"{self.now:10.6f} {what} {text}")
 
-    def violate(self, what: str) -> None:
+    def report_violation(self, what: str) -> None:
         """Something happened that is promised never to happen."""
-        self.note("VIOLATION", what)
+        self.add_event("VIOLATION", what)
         self.violations.append(what)
 
     def stall(self, seconds: float) -> None:
@@ -133,45 +133,45 @@ class World:
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """Tell the agent to stop."""
         if self.serving.is_set() and self.ended is None:
-            self.note("signal", number.name)
+            self.add_event("signal", number.name)
             self.stops.append(self.now)
             signal.raise_signal(number)
 
-    def hang_up(self) -> None:
+    def send_sighup(self) -> None:
         """Tell the agent to read its files again."""
         if self.ended is None:
-            self.note("signal", "SIGHUP")
+            self.add_event("signal", "SIGHUP")
             signal.raise_signal(signal.SIGHUP)
 
-    def fails(self, point: str) -> None:
+    def inject_fault(self, point: str) -> None:
         """Fail here, if that is planned, as a system call does. For points at which nothing else can happen."""
-        fault = self.plan.strike(point)
+        fault = self.plan.next_fault(point)
         if fault:
-            self.note("fault", point, errno.errorcode.get(fault, fault))
+            self.add_event("fault", point, errno.errorcode.get(fault, fault))
             raise OSError(fault, os.strerror(fault))
 
-    def takes_descriptor(self) -> None:
-        """Raise EMFILE, if there is none left."""
+    def allocate_descriptor(self) -> None:
+        """Raise EMFILE if no descriptor is left."""
         if self.starved:
             if not self.spare:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             self.spare -= 1
 
-    def gives_descriptor(self) -> None:
+    def release_descriptor(self) -> None:
         """One was closed."""
         if self.starved:
             self.spare += 1
 
-    def adopts(self, *, keyring: bool) -> None:
+    def record_adoption(self, *, keyring: bool) -> None:
         """Note that the agent goes by the configuration that it read last, and by the `keyring` that it loaded last, if so."""
         self.adopted.append(Adopted(self.now, self.loaded if keyring else self.adopted[-1].ring, self.read))
 
-    def logs(self, _logger: Any, _method: str, event: dict[str, Any], drop: BaseException) -> Any:
+    def capture_log(self, _logger: Any, _method: str, event: dict[str, Any], drop: BaseException) -> Any:
         """Take a line of the agent's log."""
         name = str(event.pop("event"))
         self.logged.append((self.now, name))
         details = [f"{key}={event[key]}" for key in sorted(event) if key not in ("exc_info", "libcrypto")]
-        self.note("log", name, *details)
+        self.add_event("log", name, *details)
         if name == "agent.serving":
             self.adopted.append(Adopted(self.now, self.loaded, self.read))
             self.serving.set()
@@ -181,19 +181,19 @@ class World:
         elif name == "drain.grace_over":
             self.grace_over = True
             if len(self.stops) < 2:
-                self._judge_grace()
+                self._check_grace()
         elif name in ("connection.failed", "request.failed") and not self._excused(name):
-            self.violate(f"{name}: {event.get('exc_info')!r}")
+            self.report_violation(f"{name}: {event.get('exc_info')!r}")
         raise drop
 
-    def _judge_grace(self) -> None:
-        """Until the end of the grace somebody was waited for, and each for something."""
-        until_then = [line for line in self.all_lines if line.closed == self.now]
+    def _check_grace(self) -> None:
+        """Check that connections were open until the end of the grace period, and each for a reason."""
+        until_then = [line for line in self.all_connections if line.closed == self.now]
         if not until_then:
-            self.violate("the grace was over, and there was nobody to wait for")
+            self.report_violation("the grace period ended without a connection to wait for")
         for line in until_then:
             if line.quiet and not (line.client.fault or line.fault or line.half_received):
-                self.violate(f"{line} had nothing to wait for, and was there until the grace was over")
+                self.report_violation(f"{line} had nothing to wait for, and was there until the grace was over")
 
     def _excused(self, name: str) -> bool:
-        return name == "request.failed" and bool(self.plan.struck["thread"])
+        return name == "request.failed" and bool(self.plan.injected["thread"])

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parents[2] / ".cache" / "soak" / "results.json"
 _WITH_RESTARTS = 1 / 6
 _SAMPLES = 120
 _LEAST = 12
-"""Samples in each third from which on its median is held against what is not flat."""
+"""Samples in each third, from which on its median is compared with the first."""
 _SHOWN = 20
 
 
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _soak(host: Host, seconds: float) -> list[Sample]:
-    """Let things happen for so long; give what was seen while one agent served, to the end."""
+    """Run the soak for so many seconds; return the samples of the last agent's time."""
     began = time.monotonic()
     steady = began + seconds * _WITH_RESTARTS
     troubles = itertools.cycle((Host.restart, Host.kill_client, Host.crash, Host.grants))

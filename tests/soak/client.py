@@ -30,7 +30,7 @@ _TOGETHER = 3
 
 
 class Asker:
-    """Asks what a mix wants, at its pace, and notes the answers. One for each thread, or task."""
+    """Sends the requests of a workload at its pace, and notes the answers. One for each thread, or task."""
 
     def __init__(self, asking: Generator[Any, Any, None], journal: Journal, pace: float) -> None:
         self._asking = asking

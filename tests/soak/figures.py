@@ -1,4 +1,4 @@
-"""What should be flat: the first third of the time that one agent served, against the last."""
+"""The figures that should be flat: the first third of the time that one agent served, against the last."""
 
 from collections.abc import Sequence
 from math import inf
@@ -15,7 +15,7 @@ _LATENCY_GROWS = 2.0
 
 
 class Sample(NamedTuple):
-    """What was seen at one moment. `latency`: seconds of the calls since the sample before, fast and slow ones apart."""
+    """One sample. `latency`: seconds of the calls since the previous sample, fast and slow ones apart."""
 
     at: float
     resident: float
@@ -33,7 +33,7 @@ class Figure(NamedTuple):
     first: float
     last: float
     most: float
-    """What the last third may be."""
+    """The limit on the last third."""
 
     @property
     def flat(self) -> bool:
@@ -71,7 +71,7 @@ def _quantile(values: Sequence[float], percent: int) -> float:
 
 
 def not_flat(figures: Sequence[Figure]) -> list[str]:
-    """What has not stayed, a line each."""
+    """Return a line for each figure that is not flat."""
     return [
         f"{figure.name}: {figure.last:.2f} {figure.unit} in the last third, {figure.first:.2f} in the first"
         for figure in figures

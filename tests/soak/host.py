@@ -48,7 +48,7 @@ keys = ["alias/sometimes"]
 
 
 class Host:
-    """Everything on it. `counts`: what was done, and how often."""
+    """The host of a soak. `counts`: the number of each action."""
 
     def __init__(self, folder: Path, clients: int, pace: float, seed: int) -> None:
         self.folder = folder
@@ -122,7 +122,7 @@ class Host:
         self.agent.signal(signal.SIGHUP)
         self.agent.wait_for("reload.done", before + 1)
 
-    # --- what an operator does ----------------------------------------------------------------------------------------
+    # --- actions of the operator --------------------------------------------------------------------------------------
 
     def grants(self) -> None:
         """Grant something to the clients, or take it from them again."""
@@ -168,10 +168,10 @@ class Host:
         self.agent.wait_for("audit.reopened", before + 1)
         self.count("records moved away")
 
-    # --- and what happens ---------------------------------------------------------------------------------------------
+    # --- events -------------------------------------------------------------------------------------------------------
 
     def kill_client(self) -> None:
-        """A client dies in the middle of whatever it is doing, and another one like it begins."""
+        """Kill a client in the middle of its work, and start another like it."""
         place = self._random.randrange(len(self._clients))
         kind, algorithm, process = self._clients[place]
         process.kill()
@@ -200,7 +200,7 @@ class Host:
         self.agent = self._start()
 
     def end(self) -> None:
-        """End the agent, if it has not ended, and note what it has complained of."""
+        """Stop the agent if it still runs, and note its logged faults."""
         if self.agent.process.poll() is None and self.agent.stop():
             self.wrong.append("the agent did not end as it should")
         self.agent.kill()

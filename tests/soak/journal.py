@@ -1,4 +1,4 @@
-"""What a client writes down of all that it was answered, line by line: one that is killed loses no more than its last line."""
+"""A client's journal of its answers, line by line: a killed client loses at most its last line."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ __all__ = ["Answer", "Journal", "Made", "Wrong", "digest", "read"]
 
 
 class Answer(NamedTuple):
-    """One answered request: its RequestId, when (on the host's monotonic clock), how long it took in seconds, what came."""
+    """One answered request: its RequestId, its time (on the host's monotonic clock), its seconds, and its outcome."""
 
     request_id: str
     operation: str
@@ -23,7 +23,7 @@ class Answer(NamedTuple):
 
 
 class Made(NamedTuple):
-    """One ciphertext, and what it has to open to: `plaintext` is the SHA-256 of that."""
+    """One ciphertext, and `plaintext`, the SHA-256 of its plaintext."""
 
     blob: str
     context: dict[str, str]
@@ -63,13 +63,13 @@ class Journal:
         self.write(Answer(outcome.request_id, operation, at, seconds, code))
 
     def expect(self, what: str, *, right: bool) -> None:
-        """Note what is wrong, unless it is right."""
+        """Note a failed expectation."""
         if not right:
             self.write(Wrong(what))
 
 
 def read(paths: list[Path]) -> Iterator[Answer | Made | Wrong]:
-    """All entries of journals. A last line that was cut off is none."""
+    """Yield all entries of journals, without partial last lines."""
     for path in paths:
         with path.open() as file:
             for line in file:
@@ -79,5 +79,5 @@ def read(paths: list[Path]) -> Iterator[Answer | Made | Wrong]:
 
 
 def digest(plaintext: str | bytes) -> str:
-    """What is kept of a plaintext, which comes as bytes or in Base64."""
+    """Return the digest of a plaintext, which is bytes or Base64."""
     return hashlib.sha256(decode_base64(plaintext) if isinstance(plaintext, str) else plaintext).hexdigest()

@@ -17,11 +17,11 @@ __all__ = ["Opened", "Recorded", "check_record", "open_listeners"]
 
 _AT_ONCE = 200
 _UNDER_WAY = 256
-"""Requests that may have been recorded, and not answered, when an agent was killed: what its clients may have had under way."""
+"""Requests that may be recorded without an answer when an agent is killed: those that its clients had in flight."""
 
 
 class Opened(NamedTuple):
-    """Ciphertexts that were tried, and what was wrong with some of them."""
+    """The number of opened ciphertexts, and the faults of some of them."""
 
     tried: int
     wrong: list[str]
@@ -56,12 +56,12 @@ def _batches(entries: Iterable[Made]) -> Iterator[list[Made]]:
 
 
 class Recorded(NamedTuple):
-    """The record, beside what clients were answered."""
+    """The audit log, compared with the clients' answers."""
 
     lines: int
     answered: int
     unanswered: int
-    """Lines of what nobody was answered: whoever asked, or the agent, was killed just then."""
+    """Entries without an answer: the client or the agent was killed before it."""
     wrong: list[str]
 
 

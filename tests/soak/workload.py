@@ -1,6 +1,6 @@
-"""What a client asks: every operation, with right and wrong contexts, under keys that are there, disabled, rotated, or none.
+"""The workload of a client: every operation, with right and wrong contexts, keys of each state and unknown ones.
 
-It asks nobody itself: it yields requests, and is sent what came of each.
+It connects to no agent itself: it yields requests, and is sent their outcomes.
 """
 
 import random

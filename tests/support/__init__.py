@@ -1,1 +1,1 @@
-"""What tests share: real agents, keys, and what they need of the machine."""
+"""Support shared by tests: real agents, keys, and requirements of the machine."""

@@ -16,13 +16,13 @@ ROOT: Final = Path(__file__).parents[2]
 FILES: Final = sorted([*ROOT.glob(".ci/requirements*.txt"), *ROOT.glob("deploy/requirements*.txt")])
 SERVICES: Final = ("pypi", "osv")
 KNOWN: Final = ("cryptography==42.0.0", "CVE-2024-26130")
-"""A release, and what is known of it for good."""
+"""A release and its known, permanent advisories."""
 CLEAN, VULNERABLE, UNKNOWN = 0, 1, 3
 _PATIENCE: Final = 600.0
 
 Report: TypeAlias = list[dict[str, Any]]
 Ask: TypeAlias = Callable[[str, Sequence[Path]], Report | None]
-"""What a service knows of each requirement in some files; None where it does not answer."""
+"""Return a service's advisories for each requirement in some files; None if it does not answer."""
 
 
 def pip_audit(service: str, files: Sequence[Path]) -> Report | None:
@@ -43,7 +43,7 @@ def pip_audit(service: str, files: Sequence[Path]) -> Report | None:
 
 
 def main(ask: Ask = pip_audit) -> int:
-    """Find a service that knows what there is to know, and ask it for everything."""
+    """Find a service that knows the permanent advisories, and query it for all files."""
     service = next((service for service in SERVICES if _knows(service, ask)), None)
     if service is None:
         return _unknown(

@@ -152,7 +152,7 @@ class RawConnection:
         self.socket.sendall(data)
 
     def response(self) -> wire.Response | None:
-        """The next answer; None when the agent has closed the connection."""
+        """Return the next response, or None if the agent has closed the connection."""
         while not self._messages:
             received = self.socket.recv(65_536)
             if not received:
@@ -163,12 +163,16 @@ class RawConnection:
         assert isinstance(message, wire.Response)
         return message
 
-    def call(self, method: str, params: dict[str, Any], msgid: int = 1) -> wire.Response:
-        """One request, one answer."""
-        self.send(wire.encode_request(msgid, method, params))
+    def answer(self) -> wire.Response:
+        """Return the next response of a connection that has to be open."""
         response = self.response()
         assert response is not None
         return response
+
+    def call(self, method: str, params: dict[str, Any], msgid: int = 1) -> wire.Response:
+        """Send a request and return its response."""
+        self.send(wire.encode_request(msgid, method, params))
+        return self.answer()
 
 
 def configured(path: Path, tables: str) -> list[str]:

@@ -4,27 +4,43 @@ import uuid
 from typing import Any
 
 from keyferry.errors import CODES
+from keyferry.protocol import wire
 
 from .agent import RawConnection
 
 
-def ok(connection: RawConnection, method: str, params: dict[str, Any]) -> dict[str, Any]:
-    """The result of a call that has to succeed."""
-    response = connection.call(method, params)
+def result(response: wire.Response | None) -> dict[str, Any]:
+    """Return the result of a response, which has to be there and no error."""
+    assert response is not None
     assert response.error is None, response.error
     assert response.result is not None
-    assert str(uuid.UUID(response.result["RequestId"])).upper() == response.result["RequestId"]
     return response.result
 
 
-def refused(connection: RawConnection, method: str, params: dict[str, Any], code: str, *words: str) -> str:
-    """The message of a call that has to be refused with this code; it begins as documented, and holds the words."""
-    error = connection.call(method, params).error
-    assert error is not None
-    assert error.keys() == {"Code", "Message", "RequestId", "HttpStatus"}
-    assert (error["Code"], error["HttpStatus"]) == (code, CODES[code].http_status), error
+def error(response: wire.Response | None) -> dict[str, Any]:
+    """Return the error of a response, which has to be there and a refusal."""
+    assert response is not None
+    assert response.error is not None, response.result
+    return response.error
+
+
+def call_ok(connection: RawConnection, method: str, params: dict[str, Any]) -> dict[str, Any]:
+    """Return the result of a call that has to succeed."""
+    answer = result(connection.call(method, params))
+    assert str(uuid.UUID(answer["RequestId"])).upper() == answer["RequestId"]
+    return answer
+
+
+def call_refused(connection: RawConnection, method: str, params: dict[str, Any], code: str, *words: str) -> str:
+    """Return the message of a call that has to be refused with this code.
+
+    The message has to begin as documented, and to contain the words.
+    """
+    refusal = error(connection.call(method, params))
+    assert refusal.keys() == {"Code", "Message", "RequestId", "HttpStatus"}
+    assert (refusal["Code"], refusal["HttpStatus"]) == (code, CODES[code].http_status), refusal
     if code != "MissingParameter":
-        assert error["Message"].startswith(CODES[code].message)
-    assert all(word in error["Message"] for word in words), error
-    message: str = error["Message"]
+        assert refusal["Message"].startswith(CODES[code].message)
+    assert all(word in refusal["Message"] for word in words), refusal
+    message: str = refusal["Message"]
     return message

@@ -15,15 +15,15 @@ POINTS = ("re-encrypted", "checked", "replacing", "committing", "committed")
 PAGE = 20
 
 
-class Death:
-    """Comes at one point."""
+class CrashPoint:
+    """Kills this process at one point, the COUNTth time."""
 
     def __init__(self, point: str, count: int) -> None:
         self._point = point
         self._left = count
 
-    def at(self, point: str) -> None:
-        """Be there."""
+    def reach(self, point: str) -> None:
+        """Kill this process if the point is the chosen one."""
         if point == self._point:
             self._left -= 1
             if not self._left:
@@ -31,8 +31,8 @@ class Death:
 
 
 def main(url: str, socket: str, point: str, count: str) -> None:
-    """Rewrap, with death on the way."""
-    death = Death(point, int(count))
+    """Rewrap, and die at a point."""
+    crash = CrashPoint(point, int(count))
     store._PAGE_RECORDS = PAGE  # type: ignore[misc]
     asked = Client.pipeline
 
@@ -40,7 +40,7 @@ def main(url: str, socket: str, point: str, count: str) -> None:
         requests = list(wanted)
         answers = asked(kms, requests)
         if requests and isinstance(requests[0], operations.ReEncrypt):
-            death.at("checked" if requests[0].dry_run else "re-encrypted")
+            crash.reach("checked" if requests[0].dry_run else "re-encrypted")
         return answers
 
     Client.pipeline = pipeline  # type: ignore[assignment,method-assign]
@@ -52,17 +52,17 @@ def main(url: str, socket: str, point: str, count: str) -> None:
         def updated(*arguments: Any) -> None:
             if "UPDATE" in arguments[2]:
                 written.append(True)
-                death.at("replacing")
+                crash.reach("replacing")
 
         event.listen(records._engine, "after_cursor_execute", updated)
         committing: Callable[[Any], None] = dialect.do_commit
 
         def commit(connection: Any) -> None:
             if written:
-                death.at("committing")
+                crash.reach("committing")
             committing(connection)
             if written:
-                death.at("committed")
+                crash.reach("committed")
             written.clear()
 
         dialect.do_commit = commit  # type: ignore[assignment,method-assign]

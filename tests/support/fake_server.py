@@ -1,4 +1,4 @@
-"""A peer that plays a script instead of being an agent."""
+"""A server that runs a script in place of an agent."""
 
 import socket
 import threading
@@ -16,10 +16,10 @@ Part: TypeAlias = Callable[[socket.socket], None]
 
 
 @contextmanager
-def scripted(path: Path, *script: Part) -> Iterator[None]:
-    """Listen, and play one part of the script for each connection, once its first bytes have come.
+def scripted_server(path: Path, *script: Part) -> Iterator[None]:
+    """Listen, and run one part of the script for each connection after its first bytes.
 
-    Raises AssertionError at the end of the block where the client did not make as many connections.
+    Raises AssertionError at the end of the block if the client made fewer connections.
     """
     played = 0
     with socket.socket(socket.AF_UNIX) as listening:
@@ -43,7 +43,7 @@ def scripted(path: Path, *script: Part) -> Iterator[None]:
         try:
             yield
         finally:
-            listening.shutdown(socket.SHUT_RDWR)  # `accept` takes what is in the queue, and then fails
+            listening.shutdown(socket.SHUT_RDWR)  # `accept` returns queued connections, and then fails
             thread.join(PATIENCE)
         assert not thread.is_alive(), f"the peer did not finish part {played} of its script in {PATIENCE} s"
         assert played == len(script), f"the client made {played} connections of {len(script)}"
@@ -51,13 +51,13 @@ def scripted(path: Path, *script: Part) -> Iterator[None]:
 
 @contextmanager
 def client_of(path: Path, *script: Part) -> Iterator[Client]:
-    """A client of such a peer."""
-    with scripted(path, *script), Client(path, timeout=5) as client:
+    """Yield a client of a scripted server."""
+    with scripted_server(path, *script), Client(path, timeout=5) as client:
         yield client
 
 
-def says(data: bytes) -> Part:
-    """A part that answers the first bytes with some bytes, and hangs up."""
+def send_bytes(data: bytes) -> Part:
+    """Return a part that answers the first bytes with `data`, and closes the connection."""
 
     def part(connection: socket.socket) -> None:
         connection.recv(65_536)
@@ -66,8 +66,8 @@ def says(data: bytes) -> Part:
     return part
 
 
-def answers(count: int) -> Part:
-    """A part that answers `count` requests each with its method's name as RequestId, the last one first, and hangs up."""
+def respond_in_reverse(count: int) -> Part:
+    """Return a part that answers `count` requests, the last one first, with the method as RequestId, and closes."""
 
     def part(connection: socket.socket) -> None:
         decoder, requests = wire.Decoder(), list[wire.Request]()
@@ -80,8 +80,8 @@ def answers(count: int) -> Part:
     return part
 
 
-def outcomes(*codes: str) -> Part:
-    """A part that answers one request after another: with an error of this code, or a result where that is empty."""
+def respond_with(*codes: str) -> Part:
+    """Return a part that answers requests in order: with an error of each code, or a result for an empty code."""
 
     def part(connection: socket.socket) -> None:
         decoder, remaining = wire.Decoder(), list(codes)

@@ -1,4 +1,4 @@
-"""A service manager for one agent, on real sockets: what systemd does with sockets, states, watchdog and descriptors."""
+"""A service manager for one agent, on real sockets: systemd's sockets, states, watchdog and stored descriptors."""
 
 import os
 import socket
@@ -20,7 +20,7 @@ os.execv(sys.argv[3], sys.argv[3:])
 
 
 class Manager:
-    """Starts agents, and hears what they tell. `kept`: descriptors that they had stored, by name."""
+    """Starts agents, and receives their notifications. `kept`: the stored descriptors, by name."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "notify"
@@ -69,7 +69,7 @@ class Manager:
         return agent
 
     def wait_for(self, line: str) -> list[str]:
-        """Hear until somebody tells this; give the lines that came with it."""
+        """Receive until a notification has this line; return the lines of that notification."""
         return self._hear(lambda lines: line in lines)
 
     def wait_for_status(self, beginning: str) -> list[str]:

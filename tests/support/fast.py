@@ -1,4 +1,4 @@
-"""Which tests start no process: what `make test-fast` runs (pytest's `--fast`).
+"""The tests that start no process, which `make test-fast` runs (pytest's `--fast`).
 
 A test starts a process where it, one of its fixtures, or a function of the tests that these use, names one of `STARTING`.
 """
@@ -50,7 +50,7 @@ def _leads(name: str, where: dict[str, Any]) -> bool:
 
 
 def _names(thing: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the names that a function, or a method of a class, uses, and what they are names in."""
+    """Yield the names that a function, or a method of a class, uses, with the objects that hold them."""
     functions: Iterable[Any] = [thing]
     if isinstance(thing, type):
         functions = [inspect.unwrap(getattr(each, "__func__", each)) for each in vars(thing).values() if callable(each)]

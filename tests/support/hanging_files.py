@@ -22,7 +22,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _NOSUID_NODEV: Final = 2 | 4
 _DETACH: Final = 2
 
-# linux/fuse.h: what a request and an answer begin with, and the operations that running a program takes.
+# linux/fuse.h: the headers of requests and answers, and the operations that running a program needs.
 _IN: Final = struct.Struct("<IIQQIIIHH")
 _OUT: Final = struct.Struct("<IiQ")
 _ATTRIBUTES: Final = struct.Struct("<QQQQQQIIIIIIIIII")

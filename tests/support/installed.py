@@ -1,4 +1,4 @@
-"""An agent on a machine with systemd, installed by the commands of systemd/README.md, and what an operator does with it."""
+"""An agent on a machine with systemd, installed by the commands of systemd/README.md, and an operator's actions."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def commands(heading: str) -> list[str]:
 
 
 def typed(machine: Machine, heading: str) -> str:
-    """Type the commands of a heading as root, in one shell, which ends at the first that fails. Return what they print."""
+    """Run the commands of a heading as root in one shell, which ends at the first failure. Return their output."""
     return machine.run("bash", "-ec", "\n".join(["cd /srv", *commands(heading)]))
 
 

@@ -11,7 +11,7 @@ _AGAIN = 10.0
 
 
 def interrupted(process: "subprocess.Popen[bytes]") -> tuple[int, bytes, bytes]:
-    """Interrupt a process until it has ended; return its exit code and what it wrote.
+    """Interrupt a process until it has ended; return its exit code and output.
 
     A single SIGINT may be lost. Python runs its handlers between instructions; a signal that comes after the last of them and
     before a blocking system call is found only when the call returns.

@@ -52,12 +52,12 @@ def new_keyring(folder: Path) -> Path:
 
 
 def opened(keyring: Path) -> Document:
-    """What the file says."""
+    """Return the content of the file."""
     return file.read(keyring, Unsealer.read(keyring.parent / "identity"))
 
 
 def rewritten(keyring: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Change the content by hand, as somebody with the age program would."""
+    """Change the content by hand, as an operator with the age program would."""
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
     edit(raw)
     keyring.write_bytes(seal(json.dumps(raw).encode(), raw["Recipients"], None))
@@ -71,7 +71,7 @@ def copied(path: Path, content: bytes) -> None:
 
 
 def configuration(keyring: Path, *, actions: str = "kms:*", more: str = "", to: str = f"uid={os.getuid()}") -> str:
-    """The text of a configuration that grants this user, or somebody else, actions on all keys."""
+    """Return a configuration that grants a user, by default this one, actions on all keys."""
     return (
         f'keyring = "{keyring}"\nunseal = "{keyring.parent / "identity"}"\nmemory = "prefer"\n{more}\n'
         f'[[grant]]\nname="me"\nto={{{to}}}\nactions=["{actions}"]\nkeys=["*"]\n'

@@ -1,4 +1,4 @@
-"""What a cluster does with deploy/'s manifests, as far as a pod in podman needs it: render, make a pod, mount secrets."""
+"""A cluster's handling of deploy/'s manifests, as far as a pod in podman needs it: render, make a pod, mount secrets."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ Manifest: TypeAlias = dict[str, Any]
 
 
 def rendered(folder: Path) -> str:
-    """What `kubectl kustomize` makes of a folder."""
+    """Return the output of `kubectl kustomize` for a folder."""
     return subprocess.run(["kubectl", "kustomize", folder], check=True, capture_output=True, text=True).stdout
 
 
@@ -52,7 +52,7 @@ def pod_of(documents: list[Manifest], name: str) -> Manifest:
 
 
 def for_podman(pod: Manifest, mounted: Mapping[str, Path]) -> Manifest:
-    """Change in a pod what podman 4 does otherwise than a kubelet. `mounted`: folders for secrets and for paths of the host."""
+    """Change a pod where podman 4 differs from a kubelet. `mounted`: folders for secrets and for paths of the host."""
     spec = pod["spec"]
     # It waits for every init container to end, sidecars too.
     sidecars = [container for container in spec.get("initContainers", []) if container.pop("restartPolicy", None)]
@@ -68,7 +68,7 @@ def for_podman(pod: Manifest, mounted: Mapping[str, Path]) -> Manifest:
             # The machine's own /run is left alone.
             volume["hostPath"]["path"] = str(mounted[volume["hostPath"]["path"]])
         elif "emptyDir" in volume:
-            # Its own are on disk, whatever the medium, and belong to whoever touches them first: see `Podman.play`.
+            # podman's volumes are on disk, whatever their medium, and their first user owns them: see `Podman.play`.
             del volume["emptyDir"]
             volume["persistentVolumeClaim"] = {"claimName": f"{pod['metadata']['name']}-{volume['name']}"}
     return pod

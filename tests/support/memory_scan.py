@@ -1,8 +1,8 @@
 """Looks for key bytes in the memory of another process, in core dumps and in swap files.
 
-What is sought is given as secrets with names; every form that a library may keep one in becomes needles: windows of eight
-bytes. A haystack is read as words of eight bytes at aligned addresses. So every copy of fifteen bytes or more is found
-wherever it lies, and every aligned fragment of eight.
+Each form in which a library may keep a named secret becomes search patterns: windows of eight bytes. Memory is read as
+aligned words of eight bytes. So every copy of fifteen bytes or more is found at any address, and every aligned fragment of
+eight.
 
 Eight hexadecimal digits are 32 bits only, and memory is full of others' digits: RequestIds, hashes. Of 100,000 windows, some
 would be found by chance. So digits are found where two words follow each other: in every copy of 23 digits or more.
@@ -27,11 +27,11 @@ from keyferry.parameters import decode_base64
 _WORD = 8
 _CHUNK = 1 << 22
 _BYTES_IN_DIGITS = 100
-"""The beginning of a long secret that is sought in digits."""
+"""Bytes at the beginning of a long secret that are searched for in digits."""
 
 
-class Needles:
-    """What is sought, by its eight-byte windows."""
+class SearchPatterns:
+    """The secrets to search for, by their eight-byte windows."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
@@ -44,15 +44,15 @@ class Needles:
         return len(self._names) + len(self._pairs)
 
     def add(self, name: str, secret: bytes) -> None:
-        """Seek one form of a secret, eight bytes or longer, in either byte order."""
+        """Add one form of a secret, eight bytes or longer, in either byte order."""
         for form, text in _forms(name, secret):
             for at in range(len(text) - _WORD + 1):
                 window = text[at : at + _WORD]
-                if len(set(window)) > 3:  # what is all alike is found everywhere
+                if len(set(window)) > 3:  # uniform bytes occur everywhere
                     self._names[_number(window)] = form
 
     def add_digits(self, name: str, digits: str) -> None:
-        """Seek a secret that is written in hexadecimal digits, 16 or more, in either byte order."""
+        """Add a secret that is written in hexadecimal digits, 16 or more, in either byte order."""
         for form, text in _forms(name, digits.encode()):
             for at in range(len(text) - 2 * _WORD + 1):
                 window = text[at : at + 2 * _WORD]
@@ -74,7 +74,7 @@ class Needles:
             self.add(f"{name} as SM4 round keys", sm4_round_keys(key))
 
     def add_blob(self, key_spec: str, cmk: bytes, blob: str, plaintext: bytes) -> None:
-        """Seek what a CiphertextBlob was sealed with: the one-time key, and the keystream."""
+        """Add the secrets that sealed a CiphertextBlob: the one-time key and the keystream."""
         raw = decode_base64(blob)
         suite, salt, sealed = SUITES[key_spec], raw[37:69], raw[101:-16]
         self.add("HKDF's pseudorandom key", suite.hmac(salt, cmk))
@@ -82,11 +82,11 @@ class Needles:
         self.add("keystream", bytes(a ^ b for a, b in zip(sealed, plaintext, strict=True)))
 
     def add_oaep(self, encoded: bytes) -> None:
-        """Seek an OAEP encoded message: whoever has it has the data key."""
+        """Add an OAEP encoded message, which contains the data key."""
         self.add("OAEP encoded message", encoded)
 
     def in_words(self, data: bytes) -> Counter[str]:
-        """What is in some memory that begins at an aligned address."""
+        """Return the names of patterns in memory that begins at an aligned address, with their counts."""
         words = memoryview(data[: len(data) // _WORD * _WORD]).cast("Q")
         there = set(words)
         found = Counter(self._names[word] for word in self._names.keys() & there)
@@ -112,7 +112,7 @@ def _swapped(text: bytes) -> bytes:
 
 
 class Mapping(NamedTuple):
-    """A mapping of a process: where it is, what the kernel calls it, and its flags."""
+    """A mapping of a process: its addresses, the kernel's name of it, and its flags."""
 
     start: int
     end: int
@@ -136,7 +136,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
 
 
 def snapshot(pid: int) -> list[tuple[str, bytes]]:
-    """The memory of a process that stands still, but for its secret memory: what the kernel calls it, and what is in it."""
+    """Return the ordinary memory of a stopped process: the kernel's name of each mapping, and its bytes."""
     pieces = []
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for mapping in mappings(pid):
@@ -148,30 +148,30 @@ def snapshot(pid: int) -> list[tuple[str, bytes]]:
     return pieces
 
 
-def search(pieces: list[tuple[str, bytes]], needles: Needles) -> Counter[str]:
-    """What is in a snapshot, by its name and where it is, and how many words of it."""
+def search(pieces: list[tuple[str, bytes]], patterns: SearchPatterns) -> Counter[str]:
+    """Return the patterns in a snapshot, by their names and mappings, with their counts of words."""
     found: Counter[str] = Counter()
     for where, data in pieces:
-        for name, count in needles.in_words(data).items():
+        for name, count in patterns.in_words(data).items():
             found[f"{name} in {where}"] += count
     return found
 
 
-def scan(pid: int, needles: Needles) -> Counter[str]:
-    """What is in the memory of a process that stands still, outside its secret memory."""
-    return search(snapshot(pid), needles)
+def scan(pid: int, patterns: SearchPatterns) -> Counter[str]:
+    """Return the patterns in the memory of a stopped process, outside its secret memory."""
+    return search(snapshot(pid), patterns)
 
 
-def scan_file(path: Path, needles: Needles) -> Counter[str]:
-    """What is in a file: a core dump, or a swap file. Notes of registers are not aligned to eight bytes there, but to four."""
+def scan_file(path: Path, patterns: SearchPatterns) -> Counter[str]:
+    """Return the patterns in a core dump or a swap file. Notes of registers there are aligned to four bytes, not to eight."""
     found: Counter[str] = Counter()
     data = path.read_bytes()
     for offset in (0, 4):
-        found += needles.in_words(data[offset:])
+        found += patterns.in_words(data[offset:])
     return found
 
 
-# --- what libraries make of keys --------------------------------------------------------------------------------------
+# --- key schedules of libraries ---------------------------------------------------------------------------------------
 
 
 def sm4_round_keys(key: bytes) -> bytes:

@@ -16,7 +16,7 @@ from .skip_unless import ROOT
 HOME = "/opt/keyferry"
 """Where the product is installed in the machine: a virtual environment of the system's Python."""
 _OF_THE_KERNEL = ["--capability=CAP_IPC_LOCK", "--system-call-filter=memfd_secret @keyring @memlock"]
-"""What nspawn takes away from its machines, and no host takes away from its services."""
+"""The capabilities that nspawn takes from its machines, and no host takes from its services."""
 
 
 class Machine:
@@ -56,7 +56,7 @@ class Machine:
         self._folder.rmdir()
 
     def _mount(self) -> None:
-        """A tmpfs under the overlay: what the machine writes is gone with it."""
+        """A tmpfs for the overlay: the machine's writes are discarded with it."""
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", self._folder], check=True)
         upper, work = self._folder / "upper", self._folder / "work"
         for made in (upper, work, self.root):
@@ -87,7 +87,7 @@ class Machine:
             script.chmod(0o755)
 
     def install(self) -> None:
-        """Install what was built, or install it anew: for the machine's Python, which need not be this one."""
+        """Install the built distributions, again if need be, for the machine's Python, which may be another version."""
         target = f"{self.root}{HOME}/lib/python{self._python}/site-packages"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--target", target, *self._wheels]
         options = ["--python-version", self._python, "--only-binary=:all:", "--disable-pip-version-check"]
@@ -109,7 +109,7 @@ class Machine:
             self._leader = self._first()
 
     def _first(self) -> int:
-        """The machine's first process; 0 where there is none yet."""
+        """Return the machine's first process; 0 before its start."""
         assert self._process is not None
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
         for child in children:
@@ -119,7 +119,7 @@ class Machine:
         return 0
 
     def run(self, *command: str, check: bool = True, user: str | None = None, given: str | None = None) -> str:
-        """Run a command in the machine, as root or another user; give what it printed. `given` is its standard input."""
+        """Run a command in the machine, as root or another user; return its output. `given` is its standard input."""
         become = ["runuser", "-u", user, "--"] if user else []
         enter = ["nsenter", "--target", str(self._leader), "--all", "--", "/usr/bin/env", "-i"]
         if not self._leader:
@@ -138,7 +138,7 @@ class Machine:
         return ended.stdout.strip()
 
     def start(self, *command: str) -> "subprocess.Popen[str]":
-        """Start a command in the machine; whoever does waits for it."""
+        """Start a command in the machine; the caller waits for it."""
         enter = ["nsenter", "--target", str(self._leader), "--all", "--", *command]
         pipe = subprocess.PIPE
         return subprocess.Popen(enter, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)

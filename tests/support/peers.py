@@ -1,6 +1,6 @@
 """Peers in processes of their own: `python peers.py HOW SOCKET COUNT`, started by `peers`.
 
-short    COUNT processes, each of which connects, says a little, and ends; nobody waits for anything
+short    COUNT processes, each of which connects, sends a little, and exits without reading
 greedy   connects COUNT times, and asks on all of them without end, reading only what comes
 deaf     connects COUNT times, and asks without ever reading; says so on standard output when nobody takes more
 once     connects COUNT times, asks once on each, says so, and waits for the answers

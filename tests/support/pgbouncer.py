@@ -79,5 +79,5 @@ class Bouncer:
             time.sleep(0.01)
 
     def _stop(self) -> None:
-        self._process.send_signal(signal.SIGTERM)  # at once, with whatever clients do
+        self._process.send_signal(signal.SIGTERM)  # immediately, with clients connected
         self._process.wait(PATIENCE)

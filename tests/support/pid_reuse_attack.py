@@ -1,6 +1,6 @@
 """An attack, to be run as root in a pid namespace of its own: connect, end, and let a trusted program have the number.
 
-Arguments: the agent's configuration, its socket, and a program that it trusts. Prints what a request over the connection got.
+Arguments: the agent's configuration, its socket, and a program that it trusts. Prints the answer to a request.
 """
 
 import os
@@ -17,7 +17,7 @@ from support.agent import PATIENCE, RunningAgent
 
 
 def connect_and_end(path: str) -> tuple[int, socket.socket]:
-    """A connection that a process has made that is no more, and that process's number."""
+    """Return the connection of an exited process, and that process's number."""
     here, there = socket.socketpair(socket.AF_UNIX)
     child = os.fork()
     if child == 0:
@@ -31,7 +31,7 @@ def connect_and_end(path: str) -> tuple[int, socket.socket]:
 
 
 def start_with_number(number: int, program: str) -> "subprocess.Popen[bytes]":
-    """A program that has this number. Nobody else is in this namespace to take it."""
+    """Start a program with this number, which no other process of this namespace takes."""
     Path("/proc/sys/kernel/ns_last_pid").write_text(str(number - 1))
     process = subprocess.Popen([program, "60"])
     assert process.pid == number

@@ -19,7 +19,7 @@ _BASE_IMAGE = "localhost/keyferry-base:test"
 _LIMITS = {"nofile": 4_096, "nproc": 4_096, "memlock": 65_536}
 """Of every container. Memory to lock: the least that a node allows (systemd's default before Linux 5.16)."""
 _BUILDING = 300.0
-"""Seconds for what takes longer than anything else: to unpack a file system, and to build an image on it."""
+"""Seconds for the slowest steps: unpacking a file system, and building an image on it."""
 
 
 class Podman:
@@ -31,7 +31,7 @@ class Podman:
         self._volumes: list[str] = []
         self._images: list[str] = []
         configuration = folder / "containers.conf"
-        # podman asks for limits of its own, above what a machine's root may have; and in cgroups it would ask systemd.
+        # podman sets limits of its own above those of a machine's root; with cgroups it would need systemd.
         ulimits = ", ".join(f'"{name}={value}:{value}"' for name, value in _LIMITS.items())
         configuration.write_text(
             f"[containers]\ndefault_ulimits = [{ulimits}]\npids_limit = 0\n"
@@ -88,7 +88,7 @@ class Podman:
         return json.loads(self.run("inspect", "--format", f"{{{{json {what}}}}}", container).stdout)
 
     def log(self, container: str) -> list[dict[str, Any]]:
-        """What an agent in a container has logged."""
+        """Return the log of an agent in a container."""
         return [json.loads(line) for line in self.run("logs", container).stderr.splitlines() if line.startswith("{")]
 
     def play(self, pod: dict[str, Any], configuration: Sequence[dict[str, Any]], path: Path) -> None:
@@ -136,7 +136,7 @@ class Podman:
 
 
 def download(python: str) -> Path:
-    """Download what the agent needs for a version of Python, into a folder that is kept. Return the folder."""
+    """Download the agent's dependencies for a version of Python, into a folder that is kept. Return the folder."""
     wheels = CACHE / "wheels"
     command = [sys.executable, "-m", "pip", "--quiet", "download", "--python-version", python, "--only-binary=:all:"]
     options = ["--require-hashes", "--dest", str(wheels), "-r", str(ROOT / "deploy" / "requirements.txt")]

@@ -48,7 +48,7 @@ class Cluster:
         self._run("pg_ctl", "start", "--wait", "-D", str(self._data), "-l", log, "-o", self._settings)
 
     def stop(self) -> None:
-        """Stop it in this moment, with whatever it is doing: it recovers at its next start."""
+        """Stop the server immediately, whatever it is doing: it recovers at its next start."""
         self._run("pg_ctl", "stop", "--wait", "-m", "immediate", "-D", str(self._data))
 
     def new_database(self) -> str:

@@ -1,4 +1,4 @@
-"""Stores full of records, and what is in them."""
+"""Stores with records, and their contents."""
 
 from collections.abc import Callable, Iterable
 
@@ -26,7 +26,7 @@ def fill(store: Store, kms: Client, count: int, *, key_id: str = "alias/a", star
 
 
 def opened(records: Iterable[Record], kms: Client) -> dict[str, str]:
-    """The data key of each record in plaintext, by name, as whoever may decrypt gets it."""
+    """Return the data key of each record in plaintext, by name, as a caller of Decrypt gets it."""
     read = list(records)
     answers = kms.pipeline(
         operations.Decrypt(ciphertext_blob=record.ciphertext_blob, encryption_context=record.encryption_context or None)
@@ -39,7 +39,7 @@ def opened(records: Iterable[Record], kms: Client) -> dict[str, str]:
 
 
 def damage(store: Store, name: str, column: str, change_of: Callable[[str], str]) -> None:
-    """Change one column of one row, as somebody with the database's own shell would."""
+    """Change one column of one row, as an administrator with the database's shell would."""
     with store._engine.begin() as connection:
         table = store_module._records
         (text,) = connection.execute(sqlalchemy.select(table.c[column]).where(table.c.name == name)).one()

@@ -17,7 +17,7 @@ class UnixHTTP(HTTPConnection):
 
 
 def scraped(path: Path) -> dict[str, float]:
-    """What a scrape gives: each sample by its name and labels."""
+    """Return the samples of a scrape by their names and labels."""
     connection = UnixHTTP(str(path))
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()

@@ -1,4 +1,4 @@
-"""What a test needs beyond Python packages: it skips with a reason that names it, and the run ends with the list."""
+"""Requirements beyond Python packages: a test skips with a reason that names its need, and the run ends with the list."""
 
 import functools
 import importlib
@@ -29,7 +29,7 @@ PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)
 
 
 def program(name: str, package: str) -> pytest.MarkDecorator:
-    """Skip where a program is not installed; `package` is Debian's name of what brings it."""
+    """Skip where a program is not installed; `package` is Debian's package of it."""
     return pytest.mark.skipif(shutil.which(name) is None, reason=f"needs the program {name} (Debian package {package})")
 
 
@@ -40,7 +40,7 @@ def installed(name: str, how: str) -> pytest.MarkDecorator:
 
 
 def base_image() -> pytest.MarkDecorator:
-    """Skip where there is no file system to build an image on."""
+    """Skip without a file system to build an image on."""
     return pytest.mark.skipif(not BASE.is_file(), reason=f"needs {BASE.relative_to(ROOT)}, which .ci/provide makes")
 
 
@@ -107,12 +107,12 @@ def openssl_sm2() -> pytest.MarkDecorator:
 
 
 def postgresql() -> pytest.MarkDecorator:
-    """Skip where there is no PostgreSQL server to start."""
+    """Skip without a PostgreSQL server."""
     return pytest.mark.skipif(POSTGRESQL is None, reason="needs a PostgreSQL server (Debian package postgresql)")
 
 
 def pgbouncer() -> pytest.MarkDecorator:
-    """Skip where there is no PgBouncer, or no PostgreSQL server behind it."""
+    """Skip without PgBouncer or a PostgreSQL server."""
     missing = PGBOUNCER is None or POSTGRESQL is None
     return pytest.mark.skipif(missing, reason="needs PgBouncer and PostgreSQL (Debian packages pgbouncer, postgresql)")
 
@@ -138,7 +138,7 @@ def fuse() -> pytest.MarkDecorator:
 
 
 def unified_cgroups() -> Path:
-    """The folder of the unified control groups; skips where there is none to make a group in."""
+    """Return the folder of the unified control groups; skip if no group can be made there."""
     for line in Path("/proc/mounts").read_text().splitlines():
         _, folder, kind, *_ = line.split()
         if kind == "cgroup2" and os.access(folder, os.W_OK):

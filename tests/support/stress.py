@@ -1,4 +1,4 @@
-"""An agent under siege: an honest client beside whatever is done to it, and what has to be true afterwards."""
+"""An agent under stress, with a background client beside the test, and the checks of its recovery."""
 
 import os
 import socket
@@ -19,21 +19,21 @@ from .scrape import scraped
 HEAVY = "KEYFERRY_HOSTILE" in os.environ
 PING = wire.encode_request(1, "DescribeKey", {"KeyId": "alias/dev"})
 _LEISURE = 0.02
-"""Seconds between the honest client's requests while nobody waits for it: the machine is the test's, too."""
+"""Seconds between the background client's requests while no test waits for them."""
 _FAULTS = ("connection.failed", "request.failed", "audit.failed", "accept.failed")
 
 
-def many(usual: int, heavy: int) -> int:
-    """How many: as usual, or in a run that may take minutes (`make hostile`)."""
+def scale(usual: int, heavy: int) -> int:
+    """Return the usual number, or the heavy one in a run that may take minutes (`make hostile`)."""
     return heavy if HEAVY else usual
 
 
-_GROWS = many(16, 64) * 2**20
-"""Bytes that resident memory may differ by after something new: an allocator gives little back, but uses it again."""
+_GROWS = scale(16, 64) * 2**20
+"""Bytes that resident memory may grow by: an allocator returns little memory, but uses it again."""
 
 
-class Honest:
-    """A client that encrypts and decrypts, one request after the other, in a thread, and compares."""
+class BackgroundClient:
+    """A client in a thread that encrypts, decrypts and compares, one request at a time."""
 
     def __init__(self, path: Path) -> None:
         self._kms = Client(path, timeout=PATIENCE)
@@ -45,7 +45,7 @@ class Honest:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self.is_served(1)
+        self.wait_served(1)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -66,15 +66,15 @@ class Honest:
                 with self._changed:
                     self._count += 1
                     self._changed.notify_all()
-                    if self._count >= self._wanted:  # nobody waits for more: it goes on at its leisure
+                    if self._count >= self._wanted:  # no test waits for more
                         self._changed.wait(_LEISURE)
         except BaseException as error:
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
-    def is_served(self, more: int = 20) -> None:
-        """Wait until it got so many more right answers. Raises what went wrong for it."""
+    def wait_served(self, more: int = 20) -> None:
+        """Wait for `more` further correct answers; raise the exception of the client's thread."""
         with self._changed:
             until = self._count + more
             self._wanted = max(until, self._wanted)
@@ -84,42 +84,42 @@ class Honest:
                 raise self._error
 
 
-class Siege:
-    """One agent, with a record and metrics, and the honest client beside."""
+class AgentUnderTest:
+    """An agent with an audit log, metrics and a background client."""
 
-    def __init__(self, agent: RunningAgent, folder: Path, honest: Honest) -> None:
+    def __init__(self, agent: RunningAgent, folder: Path, honest: BackgroundClient) -> None:
         self.agent = agent
         self.socket = agent.socket
         self.record = folder / "audit.jsonl"
-        self.honest = honest
+        self.background = honest
         self._metrics = folder / "metrics.sock"
         self._before = self.look()
 
     def look(self) -> tuple[int, int, int]:
-        """Connections, descriptors, and resident memory in bytes, as the agent itself says."""
+        """Return connections, descriptors and resident memory in bytes from the agent's metrics."""
         samples = scraped(self._metrics)
         names = ("keyferry_connections", "process_open_fds", "process_resident_memory_bytes")
         connections, descriptors, memory = (int(samples[name]) for name in names)
         return connections, descriptors, memory
 
     def connect(self) -> RawConnection:
-        """One more connection."""
+        """Return a new connection."""
         return RawConnection(self.socket)
 
-    def answered(self, operation: str = "") -> int:
-        """How many requests are in the record: all, or of one operation."""
+    def count_audited(self, operation: str = "") -> int:
+        """Return the number of audited requests, of one operation or of all."""
         return self.record.read_bytes().count(f'"operation": "{operation}'.encode())
 
-    def begins_here(self) -> None:
-        """What is to be come back to is what is there now."""
+    def set_baseline(self) -> None:
+        """Make the current use of resources the one that the agent has to return to."""
         self._before = self.look()
 
-    def is_over(self, grows: int = _GROWS) -> None:
-        """The honest client is served, all that the peers took has come back, and nothing was the agent's fault."""
-        self.honest.is_served()
+    def assert_recovered(self, grows: int = _GROWS) -> None:
+        """Assert that the background client is served, resources are released, and the agent logged no fault."""
+        self.background.wait_served()
         connections, descriptors, memory = self._before
         while self.look()[:2] != (connections, descriptors):  # it has not seen all of them leave yet
-            self.honest.is_served(1)
+            self.background.wait_served(1)
         grown = self.look()[2] - memory
         assert grown < grows, f"{grown / 2**20:.1f} MiB more than before"
         assert not [line for line in self.agent.log if line["event"] in _FAULTS]
@@ -127,7 +127,7 @@ class Siege:
 
 
 def limits(folder: Path, tables: str, mode: str = "0660") -> list[str]:
-    """Arguments for an agent with a development keyring, a record, metrics, and these limits."""
+    """Return arguments for an agent with a development keyring, an audit log, metrics and limits."""
     return configured(
         folder / "agent.sock",
         f'mode = "{mode}"\n[limits]\n{tables}\n'
@@ -136,20 +136,22 @@ def limits(folder: Path, tables: str, mode: str = "0660") -> list[str]:
 
 
 @contextmanager
-def besieged(folder: Path, tables: str = "connections_per_user = 1024", mode: str = "0660") -> Iterator[Siege]:
-    """An agent of a test's own, with these limits; at the end it has to be as it was, and to stop as it should."""
+def agent_under_stress(
+    folder: Path, tables: str = "connections_per_user = 1024", mode: str = "0660"
+) -> Iterator[AgentUnderTest]:
+    """Run an agent with limits; at the end it has to recover, and to stop cleanly."""
     path = folder / "agent.sock"
     with RunningAgent(limits(folder, tables, mode), path) as agent:
-        with Honest(path) as honest:
-            siege = Siege(agent, folder, honest)
-            yield siege
-            siege.is_over()
+        with BackgroundClient(path) as honest:
+            target = AgentUnderTest(agent, folder, honest)
+            yield target
+            target.assert_recovered()
         assert agent.stop() == 0
-    assert chain.verify([siege.record]).beginning
+    assert chain.verify([target.record]).beginning
 
 
 def until_closed(connection: RawConnection) -> list[wire.Response]:
-    """All answers until the agent hangs up."""
+    """Return all answers until the agent closes the connection."""
     answers = []
     try:
         while (answer := connection.response()) is not None:
@@ -160,7 +162,7 @@ def until_closed(connection: RawConnection) -> list[wire.Response]:
 
 
 def fill(connection: RawConnection, data: bytes) -> int:
-    """Send data again and again until nobody takes any more; give how many bytes went."""
+    """Send data repeatedly until the socket takes no more; return the number of bytes."""
     connection.socket.setblocking(False)
     sent = 0
     try:
@@ -173,7 +175,7 @@ def fill(connection: RawConnection, data: bytes) -> int:
 
 
 def half_open(path: Path) -> socket.socket:
-    """A bare socket that has connected."""
+    """Return a connected socket."""
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     made.settimeout(PATIENCE)
     made.connect(str(path))

@@ -1,4 +1,4 @@
-"""Real PKCS#11 tokens, made with their own programs, and what else may happen to them in a process."""
+"""Real PKCS#11 tokens, made with their own programs, and events that they meet in a process."""
 
 import ctypes
 import os
@@ -20,14 +20,14 @@ PIN = "1234-Abcd"
 SO_PIN = "5678-Efgh"
 KEY = "wrapping"
 PROGRAMS = {"softhsm": ("softhsm2-util", "softhsm2"), "softokn": ("certutil", "libnss3-tools")}
-"""What makes each kind of token, and Debian's package of it."""
+"""The program that makes each kind of token, and its Debian package."""
 FIND_TOKEN = token_module._find_token
 """The product's way to a token, for tests that put something in front of it."""
 
 _FINALIZE, _CLOSE_ALL_SESSIONS, _LOGOUT = 2, 15, 20
 """Places in CK_FUNCTION_LIST."""
 _NOT_LOGGED_IN = 0x101
-"""What NSS says of the second logout, because it goes on with a key that it has, and needs no login for it."""
+"""NSS's error at the second logout, because it continues with a key that needs no login."""
 
 
 class RealToken(NamedTuple):
@@ -50,12 +50,12 @@ class RealToken(NamedTuple):
         )
 
     def tool(self, *arguments: str) -> str:
-        """What OpenSC's pkcs11-tool, in a process of its own, says of the token."""
+        """Return the output of OpenSC's pkcs11-tool, in a process of its own."""
         login = ["--module", str(self.library), "--token-label", self.label, "--login", "--pin", PIN]
         return subprocess.run(["pkcs11-tool", *login, *arguments], check=True, capture_output=True, text=True).stdout
 
     def logout(self) -> None:
-        """Somebody else in this process logs out of the token."""
+        """Log out of the token, as other code in this process might."""
         library = Library(self.library, self.parameters).pkcs11
         (slot,) = [slot for slot in library.get_slots(token_present=True) if slot.get_token().label == self.label]
         session: Any = slot.get_token().open()
@@ -69,7 +69,7 @@ class RealToken(NamedTuple):
             _call(self.library, _CLOSE_ALL_SESSIONS, slot.slot_id)
 
     def finalize(self) -> None:
-        """Somebody else in this process finalises the library."""
+        """Finalise the library, as other code in this process might."""
         _call(self.library, _FINALIZE, None)
 
 
@@ -141,7 +141,7 @@ def softhsm(folder: Path, *labels: str) -> list[RealToken]:
 
 
 def odd_library(folder: Path) -> Path:
-    """A PKCS#11 library that answers what the environment says: odd_token.c explains it."""
+    """Return a PKCS#11 library whose answers the environment sets: odd_token.c explains it."""
     path, source = folder / "libodd.so", Path(__file__).with_name("odd_token.c")
     command = ["gcc", "-D_GNU_SOURCE", "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(path), str(source)]
     subprocess.run(command, check=True)

@@ -1,4 +1,4 @@
-"""Bounded waits for what no event reports."""
+"""Bounded waits for conditions that no event reports."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _STEP = 0.005
 
 
 def wait_until(what: str, holds: Callable[[], object]) -> None:
-    """Wait until `holds` returns something true. Raises AssertionError, which names `what`, after PATIENCE seconds."""
+    """Wait until `holds` returns something true. Raises AssertionError with `what` after PATIENCE seconds."""
     deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not in {PATIENCE:g} s"

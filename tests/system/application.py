@@ -16,11 +16,11 @@ from keyferry.module import DataKeyRecord, SoftwareModule
 PLAINTEXT = b"what the application has to keep"
 KEY = "alias/orders"
 RETRY = 0.02
-"""Seconds from one attempt to the next, while nobody answers."""
+"""Seconds from one attempt to the next without an answer."""
 
 
 class Application:
-    """Makes data keys, encrypts with them, gets them back, and counts what comes of it."""
+    """Generates data keys, encrypts with them, recovers them, and counts the outcomes."""
 
     def __init__(self, wrapping_key_spec: str) -> None:
         self._module = SoftwareModule.generate(wrapping_key_spec)
@@ -62,7 +62,7 @@ class Application:
 
 
 def say(**what: Any) -> None:
-    """One line for whoever watches."""
+    """Print one line for the test."""
     print(json.dumps(what), flush=True)
 
 

@@ -30,7 +30,7 @@ class Builder:
         self.commit()
 
     def run(self, script: str, **environment: str) -> str:
-        """Run a script in the tree, and return what it prints."""
+        """Run a script in the tree, and return its output."""
         for place, instead in self._places.items():
             script = script.replace(place, instead)
         own = {

@@ -1,6 +1,6 @@
-"""The pods of deploy/, run for real by podman: applications get their keys, whatever is rotated, killed or stopped meanwhile.
+"""The pods of deploy/, run by podman: applications get their keys during rotations, kills and stops.
 
-There is no kubelet here. What of it matters to the agent, `support/manifests.py` does in its place.
+No kubelet runs here. `support/manifests.py` does the part of it that matters to the agent.
 """
 
 import json
@@ -70,7 +70,7 @@ class Pods:
 
 
 class Load:
-    """An application that works in a container, and what it says. To be entered: then it has its first key."""
+    """An application in a container, and its output. Entering the block waits for its first key."""
 
     def __init__(self, podman: Podman, container: str, wrapping_key_spec: str = "RSA_2048") -> None:
         self._process = podman.popen("exec", "-i", container, "python", "-c", APPLICATION, wrapping_key_spec)
@@ -109,7 +109,7 @@ class Load:
         return self.wait_for("sum")
 
     def interrupted(self) -> bool:
-        """Whether it ever said that nobody answered."""
+        """Return whether the application ever reported a missing agent."""
         return any(line["event"] == "unavailable" for line in self._said)
 
     def _close(self) -> None:
@@ -166,7 +166,7 @@ def test_an_agent_without_any_capability_has_all_its_protection_in_64_kib(podman
 
 
 @pytest.mark.parametrize("wrapping_key_spec", ["RSA_2048", "EC_SM2"])
-def test_an_application_generates_imports_uses_and_recovers_data_keys(
+def test_application_generates_uses_and_recovers_data_keys(
     podman: Podman, sidecar: Pods, wrapping_key_spec: str
 ) -> None:
     """An application does its main job through a socket in a shared volume that it mounts read-only."""

@@ -1,4 +1,4 @@
-"""The manifests of deploy/: what the API's schema says of them, and what they take away from the agent."""
+"""The manifests of deploy/: their validity by the API's schema, and the privileges that they drop."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def template(base: str) -> Any:
 
 
 def metered(folder: Path, base: str) -> list[Any]:
-    """What a base makes with its component for metrics; `folder` is for the overlay."""
+    """Return the output of a base with its component for metrics; `folder` is for the overlay."""
     folder.mkdir()
     at = os.path.relpath(DEPLOY / base, folder)
     (folder / "kustomization.yaml").write_text(f"resources: [{at}]\ncomponents: [{at}/metrics]\n")
@@ -45,7 +45,7 @@ def test_every_manifest_is_as_the_api_has_it(tmp_path: Path, version: str) -> No
     files = [DEPLOY / "daemonset" / "application.yaml"]
     for base in BASES:
         files.append(tmp_path / f"{base}.yaml")
-        # A PodMonitor is no part of the API itself.
+        # A PodMonitor does not belong to the API itself.
         made = [each for each in metered(tmp_path / base, base) if each["kind"] != "PodMonitor"]
         files[-1].write_text(yaml.safe_dump_all(made))
     validator = Path(sys.executable).with_name("kubernetes-validate")

@@ -108,7 +108,7 @@ def test_logrotate_loses_no_entry_of_an_agent_that_writes(machine: Machine) -> N
 
 
 def errors(machine: Machine) -> list[Any]:
-    """Return what the journal has of the agent with the priority of an error."""
+    """Return the agent's lines in the journal with the priority of an error."""
     return journal(machine, "-p", "err")
 
 

@@ -1,4 +1,4 @@
-"""The steps of systemd/README.md after a leak: afterwards the leaked secret, and what was made with it, open nothing."""
+"""The steps of systemd/README.md after a leak: afterwards the leaked secret and its ciphertexts open nothing."""
 
 import json
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def opens(machine: Machine, identity: str, keyring: str = KEYRING) -> bool:
 
 
 def test_after_the_steps_the_leak_opens_nothing_new(machine: Machine) -> None:
-    """Neither the identity nor the version; files, records and calls of the application are as before."""
+    """Neither the leaked identity nor the leaked version opens anything new, and the application's calls go on."""
     leak = "/root/leaked.key"
     machine.run("cp", IDENTITY, leak)
     machine.run("cp", KEYRING, "/root/leaked.age")

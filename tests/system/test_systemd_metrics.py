@@ -48,12 +48,12 @@ def afresh(machine: Machine) -> Iterator[None]:
 
 
 def scraped(machine: Machine, address: str) -> str:
-    """Return what a scrape answers."""
+    """Return the answer to a scrape."""
     return machine.run("/usr/bin/python3", "/srv/scrape.py", address)
 
 
 def test_metrics_on_a_socket_need_no_change_of_the_unit(machine: Machine) -> None:
-    """RestrictAddressFamilies=AF_UNIX and PrivateNetwork=yes are in force."""
+    """Metrics on a Unix socket work under RestrictAddressFamilies=AF_UNIX and PrivateNetwork=yes."""
     assert machine.show(AGENT, "RestrictAddressFamilies") == "AF_UNIX"
     configure(machine, f'[metrics]\nlisten = "{UNIX}"\n')
     assert status(machine)["State"] == "Serving"
@@ -79,7 +79,7 @@ def test_metrics_on_a_port_work_with_the_commands_of_the_page(machine: Machine) 
     assert "agent.serving" in [line["event"] for line in journal(machine)]
 
 
-def test_a_metrics_folder_that_is_missing_is_named(machine: Machine) -> None:
+def test_missing_metrics_folder_is_named(machine: Machine) -> None:
     """The message names the setting and the folder."""
     configure(machine, '[metrics]\nlisten = "/run/nowhere/metrics.sock"\n')
     machine.run("systemctl", "start", AGENT, check=False)

@@ -105,7 +105,7 @@ def test_the_installed_host_is_ready_for_the_next_boot(machine: Machine) -> None
 
 
 def test_a_broken_keyring_shows_at_the_start_of_the_service(machine: Machine) -> None:
-    """The journal has the reason as an error before any client has asked."""
+    """The journal has the reason as an error before any client has connected."""
     machine.run("mv", "/etc/keyferry/keyring.age", "/root/away")
     try:
         machine.run("systemctl", "restart", AGENT, check=False)
@@ -156,7 +156,7 @@ def secret(machine: Machine) -> Iterator[None]:
 
 
 def test_a_removed_grant_is_refused_on_an_open_connection(machine: Machine) -> None:
-    """Without a restart; the first step of the page."""
+    """The page's first step takes effect without a restart."""
     script = """
 import sys
 from keyferry import Client, AccessDenied
@@ -210,8 +210,8 @@ def test_an_operator_is_added_and_recorded(machine: Machine) -> None:
     machine.run("keyferry-agent", "audit", "verify", "/etc/keyferry/keyring.age.changes.jsonl")
 
 
-def test_check_finds_what_the_service_would_not_start_with(machine: Machine) -> None:
-    """A socket without a listener, a folder that the service may not write to, and a credential that the unit does not load."""
+def test_check_finds_faults_that_stop_the_service(machine: Machine) -> None:
+    """`check` names a socket without a listener, a folder that is not writable for the service, and a missing credential."""
     assert machine.run("sh", "-c", CHECK) == f"{CONFIGURATION}: good; grants: 1"
     configure(machine, '[audit]\npath = "/var/tmp/audit.jsonl"\n[[listener]]\nname = "a"\npath = "/run/keyferry/a.sock"\n'
               '[[listener]]\nname = "b"\npath = "/run/keyferry/b.sock"\n')  # fmt: skip
@@ -246,7 +246,7 @@ def test_the_secret_becomes_a_credential_without_failures(machine: Machine) -> N
 
 
 def test_an_upgrade_by_the_page_refuses_no_client(machine: Machine) -> None:
-    """The packages are installed anew, and then the units."""
+    """An upgrade installs first the packages and then the units, and no client is refused meanwhile."""
     with load(machine):
         machine.install()
         typed(machine, "Upgrade")
@@ -255,7 +255,7 @@ def test_an_upgrade_by_the_page_refuses_no_client(machine: Machine) -> None:
 
 
 def test_an_uninstalled_agent_leaves_keys_until_deletion(machine: Machine) -> None:
-    """The last test: afterwards there is no unit, no user and no file."""
+    """After the page's last steps, unit, user and files are gone. This is the last test of the file."""
     try:
         typed(machine, "Uninstall")
         assert machine.run("sh", "-c", "ls /etc/keyferry").split() == [

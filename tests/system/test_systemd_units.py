@@ -96,7 +96,7 @@ def drop_in(machine: Machine, text: str) -> None:
 
 
 def call(machine: Machine, *arguments: str, user: str = "orders") -> Any:
-    """What `keyferry` answers a user."""
+    """Return the output of `keyferry` for a user."""
     return json.loads(machine.run("keyferry", *arguments, user=user))
 
 
@@ -119,8 +119,8 @@ def load(machine: Machine, path: str = SOCKET) -> Iterator[None]:
         assert out.strip() == "none failed True"
 
 
-def test_the_units_are_right_and_leave_little_exposed(machine: Machine) -> None:
-    """By systemd's own tools."""
+def test_units_are_valid_and_have_low_exposure(machine: Machine) -> None:
+    """systemd-analyze verifies the units and rates their exposure."""
     units = [str(SYSTEMD / name) for name in (AGENT, "keyferry-agent.socket")]
     said = machine.run("systemd-analyze", "verify", f"/etc/systemd/system/{AGENT}")
     assert "keyferry" not in said
@@ -129,8 +129,8 @@ def test_the_units_are_right_and_leave_little_exposed(machine: Machine) -> None:
     assert ended.returncode == 0, ended.stdout
 
 
-def test_the_first_connection_starts_the_agent_and_it_protects_its_keys(machine: Machine) -> None:
-    """As a user of its own, with nothing that it does not need."""
+def test_first_connection_starts_a_protected_agent(machine: Machine) -> None:
+    """Socket activation starts the agent under its own user and with minimal privileges."""
     assert machine.run("systemctl", "is-active", AGENT, check=False) == "inactive"
     assert status(machine)["MemoryProtection"] == "memfd_secret"
     assert machine.run("systemctl", "is-active", AGENT) == "active"
@@ -145,8 +145,8 @@ def test_the_first_connection_starts_the_agent_and_it_protects_its_keys(machine:
     machine.run("keyferry-agent", "audit", "verify", "--config", "/etc/keyferry/agent.toml")
 
 
-def test_who_may_not_open_the_socket_is_not_heard(machine: Machine) -> None:
-    """A user outside the agent's group."""
+def test_user_outside_the_group_cannot_connect(machine: Machine) -> None:
+    """The socket's mode keeps a user outside the agent's group out."""
     machine.run("useradd", "--system", "stranger")
     said = machine.run("sh", "-c", "runuser -u stranger -- keyferry status 2>&1; echo $?")
     assert "may not open" in said
@@ -154,7 +154,7 @@ def test_who_may_not_open_the_socket_is_not_heard(machine: Machine) -> None:
 
 
 def test_restarts_and_crashes_under_load_fail_no_request(machine: Machine) -> None:
-    """The socket is the manager's: who connects meanwhile waits."""
+    """The manager owns the socket, so clients that connect during a restart wait."""
     with load(machine):
         for _ in range(2):
             before = machine.show(AGENT, "MainPID")
@@ -167,8 +167,8 @@ def test_restarts_and_crashes_under_load_fail_no_request(machine: Machine) -> No
     assert machine.show(AGENT, "NRestarts") != "0"
 
 
-def test_an_agent_that_hangs_is_killed_by_the_watchdog_and_comes_back(machine: Machine) -> None:
-    """One that stands still answers nobody, and feeds nothing."""
+def test_watchdog_restarts_a_hanging_agent(machine: Machine) -> None:
+    """A hanging agent answers no request and sends no watchdog notification, so systemd restarts it."""
     drop_in(machine, "[Service]\nWatchdogSec=1\n")
     status(machine)
     before = machine.show(AGENT, "MainPID")
@@ -180,7 +180,7 @@ def test_an_agent_that_hangs_is_killed_by_the_watchdog_and_comes_back(machine: M
 
 
 def test_a_reload_swaps_the_keyring_under_load(machine: Machine) -> None:
-    """And says in the status what it is that serves; a configuration that is wrong changes nothing."""
+    """The unit's status names the reloaded keyring; an invalid configuration changes nothing."""
     with load(machine):
         machine.run(
             "keyferry-agent", "keyring", "create-key", "/etc/keyferry/keyring.age", "--unseal", "/etc/keyferry/host.key"
@@ -193,8 +193,8 @@ def test_a_reload_swaps_the_keyring_under_load(machine: Machine) -> None:
     assert machine.run("systemctl", "is-active", AGENT) == "active"
 
 
-def test_kept_keys_survive_restart_and_crash_without_the_secret_and_are_forgotten_by_a_stop(machine: Machine) -> None:
-    """Systemd holds the locked memory; `systemctl stop` lets it go."""
+def test_kept_keys_survive_restarts_and_end_with_a_stop(machine: Machine) -> None:
+    """Systemd holds the locked memory across restarts and crashes; `systemctl stop` releases it."""
     machine.write("/etc/keyferry/agent.toml", SETTINGS.format(more="keep_keys = true", to='user = "orders"'))
     made = call(machine, "call", "GenerateDataKey", "--KeyId", "alias/orders")
     assert machine.show(AGENT, "NFileDescriptorStore") == "2"
@@ -216,7 +216,7 @@ def test_kept_keys_survive_restart_and_crash_without_the_secret_and_are_forgotte
     assert status(machine)["State"] == "Serving"  # it was tried again all the time
 
 
-def test_a_unit_is_told_by_its_control_group(machine: Machine) -> None:
+def test_unit_is_identified_by_its_control_group(machine: Machine) -> None:
     """The same user in another unit is refused."""
     machine.write("/etc/keyferry/agent.toml", SETTINGS.format(more="", to='user = "orders", unit = "orders.service"'))
     ask = ["keyferry", "call", "DescribeKey", "--KeyId", "alias/orders"]
@@ -229,7 +229,7 @@ def test_a_unit_is_told_by_its_control_group(machine: Machine) -> None:
 
 
 def test_an_application_has_a_socket_of_its_own(machine: Machine) -> None:
-    """The example: only its user opens it, and grants are to the listener."""
+    """Only the application's user opens the example's socket, and its grants name the listener."""
     settings = SETTINGS.format(more="", to='listener = "orders"')
     listeners = "".join(
         f'[[listener]]\nname = "{name}"\npath = "/run/keyferry/{file}.sock"\n'
@@ -255,7 +255,7 @@ def test_an_application_has_a_socket_of_its_own(machine: Machine) -> None:
 
 
 def test_the_package_is_upgraded_while_the_agent_serves(machine: Machine) -> None:
-    """Its files are replaced under it; then it is restarted, and nobody notices."""
+    """The agent serves while pip replaces its files, and a restart then runs the new ones without a failed request."""
     status(machine)
     with load(machine):
         machine.install()

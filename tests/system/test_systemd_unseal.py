@@ -26,7 +26,7 @@ def told(machine: Machine) -> str:
 
 
 def test_an_operator_unseals_the_agent_by_the_page(machine: Machine) -> None:
-    """A restart asks for nothing; a stop seals the agent, and systemd shows each state."""
+    """A restart needs no secret, a stop seals the agent, and systemd shows each state."""
     secret = (machine.root / "etc/keyferry/host.key").read_text()
     typed(machine, "A secret that an operator gives")
     assert not (machine.root / "etc/keyferry/host.key").exists()

@@ -1,4 +1,4 @@
-"""What type checkers see of both clients. Never run: mypy and pyright read it, and each complaint that is missing is one."""
+"""Both clients for type checkers. Never run: mypy and pyright read it, and each missing complaint is one."""
 
 from collections.abc import Coroutine
 from typing import Any, assert_type

@@ -1,7 +1,7 @@
 """Writes ciphertext.json with the second implementation only: `PYTHONPATH=tests python tests/vectors/make_ciphertext.py`.
 
 Format 0x01 is frozen: cases may be added, and none may ever change. Every run gives the same bytes. Keys and salts are
-SHAKE-256 of what they are for, so that none of them can have been picked.
+SHAKE-256 of their purposes, so that none of them can have been chosen.
 """
 
 import hashlib
@@ -98,7 +98,7 @@ def sealed(case: Case, format_byte: int = 0x01) -> Case:
 
 
 def self_test(key_spec: str) -> Case:
-    """What the agent checks at every start: values that are easy to write down."""
+    """The agent's checks at every start: values that are easy to write."""
     case = valid("the agent's self-test", key_spec, None, b"keyferry self-test", bytes(range(0xA0, 0xC0)))
     case["cmk"] = bytes(range(KEY_SIZES[key_spec])).hex()
     case["key_version_id"] = "00000000-0000-4000-8000-000000000001"
@@ -177,7 +177,7 @@ def misused(base: Case) -> Iterator[Case]:
 
 
 def forged(base: Case) -> Iterator[Case]:
-    """Blobs that somebody made who knows a key: what is wrong with them is not a tag that does not match."""
+    """Blobs of an author who knows the key: their fault is not a wrong tag."""
     empty = sealed({**base, "plaintext": ""})
     yield invalid(empty, "no ciphertext, with the tag that belongs to none")
     yield invalid(sealed(base, 0x02), "format 0x02, with the tag that belongs to it")
@@ -196,7 +196,7 @@ def cases() -> Iterator[Case]:
         for size in (1, 16, 32, 1024):
             plaintext = value(f"plaintext of {size}", size)
             yield valid(f"{size} byte{'s'[: size > 1]} of plaintext, no context", key_spec, None, plaintext)
-        # One plaintext and one salt: the blobs differ in nothing but what their contexts bind.
+        # One plaintext and one salt: the blobs differ only by the bound contexts.
         shared = value("plaintext", 32), value(f"{key_spec} salt", 32)
         yield valid("no context", key_spec, None, *shared)
         for comment, context in CONTEXTS.items():

@@ -1,7 +1,7 @@
 """Writes files.json with the second implementation only: `PYTHONPATH=tests python tests/vectors/make_files.py`.
 
 Format 1 is frozen: cases may be added, and none may ever change. Every run gives the same bytes. Keys and nonces are SHAKE-256
-of what they are for, so that none of them can have been picked.
+of their purposes, so that none of them can have been chosen.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ LENGTHS = (0, 1, 1_000, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 17)
 
 
 def drawn(label: str, length: int) -> bytes:
-    """Bytes that nobody picked."""
+    """Bytes that are not chosen."""
     return hashlib.shake_256(label.encode()).digest(length)
 
 

@@ -1,4 +1,4 @@
-"""What is measured: each module is a part of the table, and has a `run` that adds its lines to a session."""
+"""The measurements: each module is a part of the table, and has a `run` that adds its lines to a session."""
 
 from collections.abc import Callable
 from typing import Final

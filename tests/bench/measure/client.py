@@ -1,4 +1,4 @@
-"""The Python client: what a call takes against the agent, and what of that is the client itself; what importing it takes."""
+"""The Python client: the time of a call, the client's own share of it, and the time of its import."""
 
 import os
 import subprocess

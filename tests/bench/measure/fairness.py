@@ -1,4 +1,4 @@
-"""What an honest client, who asks one thing at a time, notices of a greedy one beside it whose pipeline is always full."""
+"""The latency of a client with one request at a time beside a greedy client whose pipeline is always full."""
 
 from ..agent_under_test import requests, subject
 from ..figures import percentile, ratios
@@ -9,14 +9,14 @@ PART = "Fairness"
 
 
 def run(session: Session) -> None:
-    """The honest client's 99th percentile, over what it is alone."""
+    """Measure the 99th percentile of the single client, over its value alone."""
     alone, beside = [], []
     with subject() as agent, Connection(agent.path, requests(agent.aliases)) as honest:
         for _ in range(session.rounds):
             alone.append(percentile(one_at_a_time(honest, 2 * session.seconds), 99))
             with Connection(agent.path, requests(agent.aliases)) as greedy:
                 beside.append(percentile(beside_greedy(honest, greedy, 2 * session.seconds), 99))
-            one_at_a_time(honest, session.seconds / 4)  # until what the greedy one left has been answered
+            one_at_a_time(honest, session.seconds / 4)  # until the requests of the greedy client are answered
     session.add(
         PART,
         "one at a time beside a full pipeline, 99th percentile",

@@ -1,4 +1,4 @@
-"""What an agent takes that does nothing: memory at rest and for each idle connection, and the time until it is ready."""
+"""The resources of an idle agent: memory at rest and for each connection, and the time until it is ready."""
 
 import time
 from contextlib import ExitStack

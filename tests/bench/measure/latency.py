@@ -17,7 +17,7 @@ SELDOM = 200
 
 
 def run(session: Session) -> None:
-    """Median and 99th percentile at shares of what the agent can do."""
+    """Measure median and 99th percentile at shares of the agent's capacity."""
     curves = [
         Curve("latency", f"{percent}th percentile", "offered load, × bare loop", "latency, × bare loop's turn")
         for percent in PERCENTILES

@@ -1,4 +1,4 @@
-"""The software module, against what it is made of."""
+"""The software module, against the primitives that it consists of."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What connections, keys and grants cost: the same load on agents that have few and many of them."""
+"""The cost of connections, keys and grants: the same load on agents with few and with many of them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack

@@ -1,6 +1,6 @@
 """Other programs that make a data key, encrypt it under a key they hold, and under a module's public key.
 
-Each says exactly what it does and what it does not. One that is not installed is a line in the table that says so.
+Each describes exactly its work and its omissions. One that is not installed is a line in the table.
 """
 
 from typing import Final

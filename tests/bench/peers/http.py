@@ -63,7 +63,7 @@ def exchange(dial: Dial, asked: bytes) -> Any:
 
 
 def wait_until_listening(dial: Dial) -> None:
-    """Wait until somebody accepts. Raises TimeoutError."""
+    """Wait until the server accepts. Raises TimeoutError."""
     until = time.monotonic() + PATIENCE
     while time.monotonic() < until:
         try:

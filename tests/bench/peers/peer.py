@@ -1,4 +1,4 @@
-"""What a peer is."""
+"""The interface of a peer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ __all__ = ["Peer"]
 
 
 class Peer(ABC):
-    """A program that is measured as the agent is: it runs on the agent's core, whoever asks on the other."""
+    """A program that is measured like the agent: it runs on the agent's core, and its clients on the other."""
 
     name: str
     does: str
-    """What it does, what it does not, and what whoever asks has to do besides."""
+    """Its work, its omissions, and the further work of its client."""
     bare: Bare = Bare()
-    """What its figures are ratios to."""
+    """The base of the ratios of its figures."""
 
     @abstractmethod
     def missing(self) -> str:

@@ -1,4 +1,4 @@
-"""What is fuzzed. To add a target: a function that takes bytes, a line here, and what it begins with in `fuzz.corpus`."""
+"""The targets. To add one: a function that takes bytes, a line here, and its seeds in `fuzz.seeds`."""
 
 from collections.abc import Callable
 from typing import NamedTuple

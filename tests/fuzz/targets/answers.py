@@ -1,4 +1,4 @@
-"""What a client is answered: by an agent, or by something else that listens on its socket."""
+"""A client's answers: from an agent, or from another program on its socket."""
 
 from typing import Any
 

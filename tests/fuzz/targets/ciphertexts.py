@@ -80,7 +80,7 @@ def _base64(data: bytes) -> None:
 
 
 def context(data: bytes) -> None:
-    """The text of a context: what is taken is bound in one form, which a second reader reads back."""
+    """Check the text of a context: an accepted text is bound in one form, which a second reader reads back."""
     text = data.decode("utf-8", "surrogateescape")
     taken = frugal(lambda: _taken(text), len(data), times=100)
     if taken is None:
@@ -110,7 +110,7 @@ def _taken(value: Any) -> dict[str, str] | None:
 
 
 def sm2_ciphertext(data: bytes) -> None:
-    """Some bytes in each of the three forms: what one reader takes is the one text of what it is."""
+    """Check bytes in each of the three forms: an accepted text is the only encoding of its ciphertext."""
     raws = frugal(lambda: [_raw(read, data) for read in (sm2.der_to_raw, sm2.sdf_to_raw)], len(data), times=16)
     for raw, write in zip(raws, (sm2.raw_to_der, sm2.raw_to_sdf), strict=True):
         assert raw is None or write(raw) == data

@@ -69,7 +69,7 @@ def _opened(file: bytes, header: Header | None) -> bytes | None:
 
 
 def _second(file: bytes, header: Header | None) -> bytes | None:
-    """It does not check what is in the record, which the first does before anything else."""
+    """Open the file by the reference decoder, which does not check the record's content."""
     if header is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Keyrings: what is in one, as somebody with the age program may have written it, and what seals and opens it."""
+"""Keyrings: content that the age program may have sealed, and the secrets that seal and open it."""
 
 import copy
 import functools
@@ -22,7 +22,7 @@ from ..memory_bound import frugal
 from .operators import in_a_file
 
 IDENTITY = "AGE-SECRET-KEY-1WPLMEMA7G9KRZEMLLPXMZP6WNSS6PKW85DZS3KXFDVXM28JS66RQQWFWFG"
-"""Of nobody: what is sealed in the corpus is sealed to it."""
+"""A public test identity: the keyrings of the corpus are sealed to it."""
 PASSPHRASE = "of nobody"
 _CHEAP = 4
 """The highest work factor that an input's file is opened with: the time is for parsing, and not for scrypt."""
@@ -155,7 +155,7 @@ def identity(data: bytes) -> None:
 
 
 def _sealed_to_a_passphrase(data: bytes) -> None:
-    """A header that is accepted has one form; whatever else is in the file, only one error comes out."""
+    """Check a header: an accepted one has a single form, and any other file raises the one error."""
     factor = age_passphrase.work_factor(data)
     if factor is not None:
         binary = age_passphrase._without_armor(data)

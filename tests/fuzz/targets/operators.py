@@ -1,4 +1,4 @@
-"""What operators write and read: the configuration, and the record of requests."""
+"""Files of operators: the configuration and the audit log."""
 
 import argparse
 import functools

@@ -1,4 +1,4 @@
-"""Public keys: what is taken is the one encoding of a key that two other parsers read as the same."""
+"""Public keys: an accepted key is the one encoding that two other parsers read as the same key."""
 
 from contextlib import suppress
 from typing import Any

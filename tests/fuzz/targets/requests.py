@@ -90,12 +90,12 @@ def _agents() -> tuple[ServerState, ServerState]:
 
 
 def answered(request: wire.Request) -> dict[str, Any] | tuple[str, str]:
-    """What the one with keys answers to somebody who may do much."""
+    """Return the answer of the agent with keys to a caller with many grants."""
     return _answered(_agents()[0], Caller(KNOWN), request)
 
 
 def agent(data: bytes) -> None:
-    """What a client sends."""
+    """Check the messages of a client."""
     decoder = wire.Decoder()
     decoder.feed(data)
     try:
@@ -112,7 +112,7 @@ def _asked(request: wire.Request) -> None:
     if isinstance(outcome, dict):
         _right(request, outcome)
     refused, nothing = (_answered(each, Caller(NOBODY), request) for each in (full, empty))
-    if request.method != "GetAgentStatus":  # which everybody may ask, and which says no more than how the agent is
+    if request.method != "GetAgentStatus":  # granted to every caller, with nothing but the agent's condition
         assert isinstance(refused, tuple)
         assert refused == nothing, "a caller without a grant has learnt something of the keys"
 
@@ -162,7 +162,7 @@ def _recorded(peer: Peer, audited: AuditEntry, outcome: str, body: dict[str, Any
 
 
 def _right(request: wire.Request, result: dict[str, Any]) -> None:
-    """What is sealed here opens elsewhere, and what is opened here was sealed so."""
+    """Check that another implementation opens new ciphertexts, and that opened ones were sealed so."""
     assert request.method in OPERATIONS
     if request.method not in ("Encrypt", "Decrypt", "GenerateDataKey"):
         return

@@ -19,7 +19,7 @@ _CLIENT = 100
 
 
 def codec(data: bytes) -> None:
-    """The first two bytes say how the rest is cut into what is received at a time."""
+    """Check a stream, which the first two bytes cut into received pieces."""
     cuts, stream = data[:2], data[2:]
     for most in (wire.MAX_ARRAY, _CLIENT):
         whole = frugal(functools.partial(_whole, stream, most), len(stream), times=256)
@@ -109,7 +109,7 @@ def _plain(message: wire.Message) -> tuple[Any, ...]:
 
 
 def _goes_round(message: wire.Message) -> None:
-    """What was read can be written, and is read as the same: but for bytes in strings that are not UTF-8."""
+    """Check that a message is encoded and read back the same, except for bytes in strings that are not UTF-8."""
     try:
         if isinstance(message, wire.Request):
             packed = wire.encode_request(*message[:3])
