@@ -83,7 +83,7 @@ def test_the_primary_version_cannot_be_disabled(
 ) -> None:
     """Also with --yes: the message says to rotate first. A version that is not there is named."""
     version = primary(said)
-    assert "is the primary version, which encrypts: `rotate`" in refusal(
+    assert "is the primary version, which encrypts; run `rotate`" in refusal(
         keyring, capsys, "disable-version", version, "--yes"
     )
     for verb in ("disable-version", "enable-version"):

@@ -72,7 +72,7 @@ def parse(text: str) -> Recipient:
     text = text.strip()
     found = resemblance(text.encode(errors="replace"))
     if (found is not None and found.kind in SECRETS) or "PRIVATE KEY" in text:  # a message may be logged
-        raise KeyringError("an identity was given as a recipient: it is secret; give its public half")
+        raise KeyringError("an identity was given as a recipient: an identity is secret; name its recipient")
     if len(_SSH_KEY.findall(text)) + len(_AGE_KEY.findall(text)) > 1 or len(text.splitlines()) > 1:
         raise KeyringError(
             f"{_shown(text)} is more than one line or recipient; repeat --recipient for each, or use --recipients-file"

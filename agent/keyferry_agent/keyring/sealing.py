@@ -30,15 +30,15 @@ _SUPPORTED: Final = (
 )
 
 _UNSUPPORTED: Final = {
-    content.AGE_FILE: "encrypted identities are not opened here; write the identity to a file with `age -d`",
+    content.AGE_FILE: "encrypted identities are not supported; write the identity to a file with `age -d`",
     content.PQ_IDENTITY: "post-quantum identities are not supported",
     content.PLUGIN_IDENTITY: "identities of age plugins are not supported",
-    content.ENCRYPTED_KEY: "encrypted keys are not opened here; write a copy without a passphrase with `ssh-keygen -p`",
+    content.ENCRYPTED_KEY: "encrypted keys are not supported; write a copy without a passphrase with `ssh-keygen -p`",
     content.PEM_KEY: "`ssh-keygen -p -f FILE` converts a PKCS#8 file of an RSA key to the form of OpenSSH",
     content.PUTTY_KEY: "PuTTYgen converts it to the form of OpenSSH",
-    content.PUBLIC_KEY: "a public key opens nothing; give the private half",
-    content.SSH_PUBLIC_KEY: "a public key opens nothing; give the private half",
-    content.RECIPIENT: "a recipient opens nothing; give its identity",
+    content.PUBLIC_KEY: "a public key cannot open a keyring; name the private key",
+    content.SSH_PUBLIC_KEY: "a public key cannot open a keyring; name the private key",
+    content.RECIPIENT: "a recipient cannot open a keyring; name its identity",
 }
 """The advice in a message, for each kind of file that contains no supported identity."""
 
@@ -72,8 +72,8 @@ class Unsealer:
         return cls(
             [],
             _passphrase(path, data),
-            taken_for=f"{path} holds no identity known here, so it was taken for a passphrase",
-            why=_why_unknown(data),
+            taken_for=f"{path} contains no supported identity, so it was taken for a passphrase",
+            why=_advice_on_unknown(data),
         )
 
     def unseal(self, sealed: bytes) -> bytes | bytearray:
@@ -114,8 +114,7 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
         return _seal_to_recipients(payload, recipients)
     if passphrase is None:
         raise KeyringError(
-            "the keyring names no recipients, and was not opened with a passphrase: "
-            "`keyring reseal` it to all that are to open it"
+            "the keyring names no recipients, and was not opened with a passphrase; run `keyring reseal` with all recipients"
         )
     try:
         return age_passphrase.seal(payload, passphrase)
@@ -131,11 +130,11 @@ def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
     try:
         parsed = [parse(recipient).parsed for recipient in recipients]
     except KeyringError as error:
-        raise KeyringError(f"{error}; the keyring names it: `keyring reseal` it to all that are to open it") from None
+        raise KeyringError(f"{error}; the keyring names it; run `keyring reseal` with all recipients") from None
     try:
         sealed = bytes(pyrage.encrypt(payload, parsed))
     except pyrage.EncryptError as error:
-        raise KeyringError(f"age does not seal to these recipients together: {error}") from None
+        raise KeyringError(f"age cannot seal to these recipients together: {error}") from None
     if count_recipients(sealed) != len(recipients):
         raise KeyringError(
             f"nothing was written: the keyring would be sealed to {count_recipients(sealed)} of {len(recipients)} recipients"
@@ -186,7 +185,7 @@ def recipients_of(path: Path, owners: Collection[int] = ()) -> list[str]:
         return [_ssh_recipient(data)]
     if identities := _age_identities(path, _text(path, data)):
         return [str(identity.to_public()) for identity in identities]
-    raise KeyringError(f"{path}: holds no identity, and only an identity has a recipient{_why_unknown(data)}")
+    raise KeyringError(f"{path}: contains no identity, and only an identity has a recipient{_advice_on_unknown(data)}")
 
 
 def _ssh_recipient(data: bytes) -> str:
@@ -214,7 +213,7 @@ def _ssh_identity(path: Path, data: bytes) -> Any:
         return pyrage.ssh.Identity.from_buffer(data)
     except pyrage.IdentityError:
         raise KeyringError(
-            f"{path}: not an age identity or an unencrypted SSH private key{_why_unknown(data)}"
+            f"{path}: not an age identity or an unencrypted SSH private key{_advice_on_unknown(data)}"
         ) from None
 
 
@@ -230,23 +229,23 @@ def _age_identities(path: Path, text: str) -> list[Any]:
                 identities.append(pyrage.x25519.Identity.from_str(line))
             except pyrage.IdentityError:
                 raise KeyringError(
-                    f"{path}, line {number}: not an age identity or a comment{_why_unknown(line.encode())}"
+                    f"{path}, line {number}: not an age identity or a comment{_advice_on_unknown(line.encode())}"
                 ) from None
     return identities
 
 
-def _why_unknown(data: bytes) -> str:
+def _advice_on_unknown(data: bytes) -> str:
     """Return the end of a message: the kind that the content resembles, and advice; an empty text for a passphrase."""
     reasons = []
     if encoding := content.byte_order_mark(data):
         reasons.append(f"it begins with a byte order mark ({encoding}): save it as UTF-8 without one")
     found = content.resemblance(data)
     if found is not None:
-        reasons.append(f"it looks like {found}: {_what_to_do(found)}")
+        reasons.append(f"it looks like {found}: {_advice(found)}")
     return f"; {'; '.join(reasons)}" if reasons else ""
 
 
-def _what_to_do(found: content.Resemblance) -> str:
+def _advice(found: content.Resemblance) -> str:
     if found.key_type not in _SSH_TYPES and found.kind == content.OPENSSH_KEY:
         return f"keys of this type are not supported; {_SUPPORTED}"
     if found.encrypted:
@@ -272,7 +271,7 @@ def _text(path: Path, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise KeyringError(
-            f"{path}: not text; an age identity, an SSH key or a passphrase is expected{_why_unknown(data)}"
+            f"{path}: not text; an age identity, an SSH key or a passphrase is expected{_advice_on_unknown(data)}"
         ) from None
 
 
