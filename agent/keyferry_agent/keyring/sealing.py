@@ -46,13 +46,15 @@ _UNSUPPORTED: Final = {
 class Unsealer:
     """The identities or the passphrase that open a keyring, read from a file whose kind is detected. The repr has no secret."""
 
-    __slots__ = ("_identities", "_taken_for", "_why", "passphrase")
+    __slots__ = ("_advice", "_assumption", "_identities", "passphrase")
 
-    def __init__(self, identities: list[Any], passphrase: str | None, *, taken_for: str = "", why: str = "") -> None:
+    def __init__(
+        self, identities: list[Any], passphrase: str | None, *, assumption: str = "", advice: str = ""
+    ) -> None:
         self._identities = identities
         self.passphrase = passphrase
-        self._taken_for = taken_for
-        self._why = why
+        self._assumption = assumption
+        self._advice = advice
 
     def __repr__(self) -> str:
         return "Unsealer(passphrase)" if self.passphrase is not None else "Unsealer(identity)"
@@ -65,15 +67,15 @@ class Unsealer:
         """
         data = _read(path, owners)
         if data.startswith(_PEM):
-            return cls([_ssh_identity(path, data)], None, taken_for=f"{path} was taken for an SSH private key")
+            return cls([_ssh_identity(path, data)], None, assumption=f"{path} was taken for an SSH private key")
         text = _text(path, data)
         if identities := _age_identities(path, text):
-            return cls(identities, None, taken_for=f"{path} was taken for an age identity")
+            return cls(identities, None, assumption=f"{path} was taken for an age identity")
         return cls(
             [],
             _passphrase(path, data),
-            taken_for=f"{path} contains no supported identity, so it was taken for a passphrase",
-            why=_advice_on_unknown(data),
+            assumption=f"{path} contains no supported identity, so it was taken for a passphrase",
+            advice=_remark(data),
         )
 
     def unseal(self, sealed: bytes) -> bytes | bytearray:
@@ -83,16 +85,16 @@ class Unsealer:
                 return age_passphrase.unseal(sealed, self.passphrase)
             if age_passphrase.work_factor(sealed) is not None:
                 raise KeyringError(
-                    f"the keyring does not open: {self._taken_for}; this keyring is sealed to a passphrase"
+                    f"the keyring does not open: {self._assumption}; this keyring is sealed to a passphrase"
                 )
             return bytes(pyrage.decrypt(sealed, self._identities))
         except SealedToRecipientsError:
-            why = f"{self._taken_for}; this keyring is sealed to recipients{self._why}"
+            reason = f"{self._assumption}; this keyring is sealed to recipients{self._advice}"
         except PassphraseError as error:
-            why = f"{error}; {self._taken_for}{self._why}" if self._why else str(error)
+            reason = f"{error}; {self._assumption}{self._advice}" if self._advice else str(error)
         except pyrage.DecryptError as error:
-            why = str(error)
-        raise KeyringError(f"the keyring does not open: {why}")
+            reason = str(error)
+        raise KeyringError(f"the keyring does not open: {reason}")
 
     def opens(self, sealed: bytes) -> bool:
         """Return True if this unsealer can open `sealed`. For a passphrase, only the header is checked: scrypt is slow."""
@@ -185,7 +187,7 @@ def recipients_of(path: Path, owners: Collection[int] = ()) -> list[str]:
         return [_ssh_recipient(data)]
     if identities := _age_identities(path, _text(path, data)):
         return [str(identity.to_public()) for identity in identities]
-    raise KeyringError(f"{path}: contains no identity, and only an identity has a recipient{_advice_on_unknown(data)}")
+    raise KeyringError(f"{path}: contains no identity, and only an identity has a recipient{_remark(data)}")
 
 
 def _ssh_recipient(data: bytes) -> str:
@@ -212,9 +214,7 @@ def _ssh_identity(path: Path, data: bytes) -> Any:
     try:
         return pyrage.ssh.Identity.from_buffer(data)
     except pyrage.IdentityError:
-        raise KeyringError(
-            f"{path}: not an age identity or an unencrypted SSH private key{_advice_on_unknown(data)}"
-        ) from None
+        raise KeyringError(f"{path}: not an age identity or an unencrypted SSH private key{_remark(data)}") from None
 
 
 def _age_identities(path: Path, text: str) -> list[Any]:
@@ -229,30 +229,30 @@ def _age_identities(path: Path, text: str) -> list[Any]:
                 identities.append(pyrage.x25519.Identity.from_str(line))
             except pyrage.IdentityError:
                 raise KeyringError(
-                    f"{path}, line {number}: not an age identity or a comment{_advice_on_unknown(line.encode())}"
+                    f"{path}, line {number}: not an age identity or a comment{_remark(line.encode())}"
                 ) from None
     return identities
 
 
-def _advice_on_unknown(data: bytes) -> str:
+def _remark(data: bytes) -> str:
     """Return the end of a message: the kind that the content resembles, and advice; an empty text for a passphrase."""
     reasons = []
     if encoding := content.byte_order_mark(data):
         reasons.append(f"it begins with a byte order mark ({encoding}): save it as UTF-8 without one")
-    found = content.resemblance(data)
-    if found is not None:
-        reasons.append(f"it looks like {found}: {_advice(found)}")
+    likeness = content.resemblance(data)
+    if likeness is not None:
+        reasons.append(f"it looks like {likeness}: {_advice(likeness)}")
     return f"; {'; '.join(reasons)}" if reasons else ""
 
 
-def _advice(found: content.Resemblance) -> str:
-    if found.key_type not in _SSH_TYPES and found.kind == content.OPENSSH_KEY:
+def _advice(likeness: content.Resemblance) -> str:
+    if likeness.key_type not in _SSH_TYPES and likeness.kind == content.OPENSSH_KEY:
         return f"keys of this type are not supported; {_SUPPORTED}"
-    if found.encrypted:
+    if likeness.encrypted:
         return _UNSUPPORTED[content.ENCRYPTED_KEY]
-    if found.kind in _UNSUPPORTED:
-        return f"{_UNSUPPORTED[found.kind]}; {_SUPPORTED}"
-    if found.kind == content.AGE_IDENTITY:
+    if likeness.kind in _UNSUPPORTED:
+        return f"{_UNSUPPORTED[likeness.kind]}; {_SUPPORTED}"
+    if likeness.kind == content.AGE_IDENTITY:
         return "an identity is one line in upper case, without quotes or other text"
     return _SUPPORTED
 
@@ -271,7 +271,7 @@ def _text(path: Path, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise KeyringError(
-            f"{path}: not text; an age identity, an SSH key or a passphrase is expected{_advice_on_unknown(data)}"
+            f"{path}: not text; an age identity, an SSH key or a passphrase is expected{_remark(data)}"
         ) from None
 
 
