@@ -216,8 +216,8 @@ UNKNOWN: dict[str, tuple[bytes, str]] = {
     "a mark before the key": (f"\ufeff{IDENTITY}".encode(), "byte order mark"),
     "an identity in quotes": (f"'{IDENTITY}'".encode(), "in upper case, without quotes"),
     "an identity in lower case": (IDENTITY.lower().encode(), "in upper case"),
-    "a recipient": (RECIPIENT.encode(), "a recipient opens nothing"),
-    "an SSH public key": (SSH, "a public key opens nothing"),
+    "a recipient": (RECIPIENT.encode(), "a recipient cannot open a keyring"),
+    "an SSH public key": (SSH, "a public key cannot open a keyring"),
     "a mark before PEM": (b"\xef\xbb\xbf" + PKCS8, "byte order mark"),
     "a passphrase": (GOOD.encode(), "sealed to recipients"),
 }
@@ -232,7 +232,7 @@ def test_file_without_a_known_identity_is_explained(
     run("list", keyring, "--unseal", path, code=1)
     said = capsys.readouterr().err
     assert (
-        f"{path} holds no identity known here, so it was taken for a passphrase; this keyring is sealed to recip"
+        f"{path} contains no supported identity, so it was taken for a passphrase; this keyring is sealed to recip"
         in said
     )
     assert why in said
@@ -250,9 +250,9 @@ NOT_READ: dict[str, tuple[bytes, str]] = {
     "text behind one": (f"{IDENTITY}\nsome text".encode(), "line 2: "),
     "an armoured age -p file": (
         b"-----BEGIN AGE ENCRYPTED FILE-----\nYWdl\n",
-        "encrypted identities are not opened here",
+        "encrypted identities are not supported",
     ),
-    "an age -p file": (b"age-encryption.org/v1\n-> scrypt \xff\xfe", "encrypted identities are not opened here"),
+    "an age -p file": (b"age-encryption.org/v1\n-> scrypt \xff\xfe", "encrypted identities are not supported"),
     "PKCS#8": (PKCS8, "private key in PEM: `ssh-keygen -p"),
     "a certificate": (b"-----BEGIN CERTIFICATE-----\n", "looks like a certificate"),
 }

@@ -209,7 +209,7 @@ def test_an_ssh_identity_has_the_recipient_of_ssh_keygen(
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("correct horse battery", "holds no identity"),
+        ("correct horse battery", "contains no identity"),
         (ONE.recipient, "it looks like"),
         (f"{ONE.identity}\nnonsense", "line 2: not an age identity"),
         ("-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA", "not an age identity or an unencrypted SSH private key"),

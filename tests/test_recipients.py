@@ -243,7 +243,7 @@ def test_a_keyring_for_fewer_recipients_is_not_written(tmp_path: Path, monkeypat
         raise pyrage.EncryptError("no")
 
     monkeypatch.setattr(pyrage, "encrypt", refuse)
-    with pytest.raises(KeyringError, match="does not seal to these recipients together"):
+    with pytest.raises(KeyringError, match="cannot seal to these recipients together"):
         sealing.seal(b"x", [ONE.recipient], None)
 
 

@@ -31,27 +31,27 @@ _shtab_keyferry_agent_audit_commands() {
 
 _shtab_keyferry_agent_keyring_commands() {
   local _commands=(
-    add-recipient:'Seal to further recipients, too.'
-    cancel-deletion:'Keep a key after all.'
-    create-alias:'Give a key a further name.'
+    add-recipient:'Add recipients to the keyring.'
+    cancel-deletion:'Cancel the scheduled deletion of a key.'
+    create-alias:'Create an alias for a key.'
     create-key:'Add a key.'
-    delete-alias:'Take a name away; the key stays.'
+    delete-alias:'Delete an alias, but not its key.'
     disable:'Disable a key.'
     disable-version:'Disable a key version for decryption, too.'
-    enable:'Let a key be used again.'
+    enable:'Enable a disabled key again.'
     enable-version:'Enable a disabled key version again.'
     history:'Print the changes of a keyring, and verify their chain; nothing is unsealed.'
-    import-key:'Add a key of material that you have.'
+    import-key:'Add a key with existing key material.'
     init:'Create an empty keyring.'
     list:'List all keys.'
-    new-identity:'Make an age identity in a new file, and print its recipient.'
-    promote:'Make a staged version the primary one, once every host has it.'
+    new-identity:'Generate an age identity into a new file, and print its recipient.'
+    promote:'Make a staged version the primary version, once all hosts have loaded it.'
     recipient-of:'Print the recipient of an age or SSH identity.'
     recipients:'List the keyring'"'"'s recipients, in the form of --recipients-file.'
-    remove-recipient:'Seal to all recipients but some.'
-    reseal:'Seal to other recipients, or to a passphrase, from now on.'
-    rotate:'Give a key a new version, which is its primary one at once.'
-    schedule-deletion:'Delete a key, some days from now.'
+    remove-recipient:'Remove recipients from the keyring.'
+    reseal:'Replace the recipients or the passphrase of the keyring.'
+    rotate:'Add a version to a key, and make it the primary version.'
+    schedule-deletion:'Schedule the deletion of a key.'
     show:'Show a key with its versions.'
     update-alias:'Point an alias to another key.'
   )
@@ -291,7 +291,7 @@ _shtab_keyferry_agent_keyring_init_options=(
   "*"{-R,--recipients-file}"[the recipients in a file, one on each line\; - is standard input\; may be repeated]:F:_files"
   "--passphrase-file[seal to the passphrase that the file contains]:F:_files"
   "--generate-passphrase[seal to a new, strong passphrase, and print it\; with --passphrase-file, write it to that new file instead]"
-  "--new-identity[make an age identity in a new file, and seal to it, too]:OUT:_files"
+  "--new-identity[generate an age identity into a new file, and add its recipient]:OUT:_files"
   ":the keyring:_files"
 )
 
@@ -380,7 +380,7 @@ _shtab_keyferry_agent_keyring_rotate_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
-  "--stage[it decrypts, and is not primary until promoted]"
+  "--stage[the new version only decrypts until it is promoted]"
   ":the keyring:_files"
   ":a key ID or an alias:"
 )
@@ -392,7 +392,7 @@ _shtab_keyferry_agent_keyring_schedule_deletion_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
   "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
-  "--days[until then it can be cancelled]:7..366:"
+  "--days[days until the deletion, which can be cancelled until then]:7..366:"
   ":the keyring:_files"
   ":a key ID or an alias:"
 )

@@ -65,7 +65,7 @@ def _read_file(path: Path, *, is_folder_safe: bool) -> File:
         table.problems.append(loaded.problem)
     for name in raw:
         if name != _ONLY:
-            table.error(
+            table.add_problem(
                 name, "a file of grants has [[grant]] tables only; move this into the configuration, or remove it"
             )
     return File(path, table, loaded.open_to_others if is_folder_safe else [])

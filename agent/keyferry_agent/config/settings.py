@@ -172,16 +172,16 @@ def _settings(table: ConfigTable, files: Sequence[grant_files.File]) -> Settings
     listeners = tuple(_named_listener(entry) for entry in table.tables("listener"))
     for name in ("socket", "mode"):
         if listeners and table.has(name):
-            table.error(name, "either socket and mode, or [[listener]] tables; not both")
+            table.add_problem(name, "either socket and mode, or [[listener]] tables; not both")
     for attribute in ("name", "path"):
         values = [getattr(listener, attribute) for listener in listeners]
         if len(set(values)) != len(values):
-            table.error("listener", f"two listeners have the same {attribute}")
+            table.add_problem("listener", f"two listeners have the same {attribute}")
     names: dict[tuple[str, str], int] = {}
     manual = table.has("unseal") and table.get("unseal", "", lambda value: value, None) == MANUAL
     unseal_socket = table.get("unseal_socket", "the path of a socket", validators.socket_path, DEFAULT_UNSEAL_SOCKET)
     if table.has("unseal_socket") and not manual:
-        table.error("unseal_socket", 'has no effect without unseal = "manual"')
+        table.add_problem("unseal_socket", 'has no effect without unseal = "manual"')
     limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
     settings = Settings(
         listeners=listeners or (only_listener,),
@@ -212,9 +212,9 @@ def _settings(table: ConfigTable, files: Sequence[grant_files.File]) -> Settings
     table.check_unknown()
     paths = {str(listener.path) for listener in settings.listeners}
     if settings.metrics in paths:
-        table.error("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
+        table.add_problem("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
     if str(settings.unseal_socket) in paths | {settings.metrics}:
-        table.error("unseal_socket", f"another socket has the path {settings.unseal_socket}; name another one")
+        table.add_problem("unseal_socket", f"another socket has the path {settings.unseal_socket}; name another one")
     return settings
 
 
@@ -231,7 +231,7 @@ def _metrics(table: ConfigTable) -> str:
     check = validators.remote_address if remote else validators.address
     address: str = table.get("listen", 'an absolute path, or an address like "127.0.0.1:9464"', check, "")
     if remote and not table.has("listen"):
-        table.error("remote", "has no effect without listen")
+        table.add_problem("remote", "has no effect without listen")
     table.check_unknown()
     return address
 
@@ -263,7 +263,7 @@ def _listener(table: ConfigTable, path: str) -> Listener:
 def _named_listener(table: ConfigTable) -> Listener:
     listener = _listener(table, "path")
     if not table.has("path"):
-        table.error("path", "missing")
+        table.add_problem("path", "missing")
     named = Listener(
         name=table.get("name", "a name", validators.string, ""),
         path=listener.path,
@@ -272,7 +272,7 @@ def _named_listener(table: ConfigTable) -> Listener:
         gid=table.get("group", "a group of this host, by name or number", validators.gid, None),
     )
     if not table.has("name"):
-        table.error("name", "missing")
+        table.add_problem("name", "missing")
     table.check_unknown()
     return named
 
@@ -281,10 +281,10 @@ def _grant(table: ConfigTable, names: dict[tuple[str, str], int], file: Path | N
     name = table.get("name", "a name", validators.string, "")
     for required in ("name", "to", "actions", "keys"):
         if not table.has(required):
-            table.error(required, "missing")
+            table.add_problem(required, "missing")
     to = table.table("to")
     if table.has("to") and to.is_empty:
-        table.error("to", "empty; name the caller that the grant is to, for example uid = 1000")
+        table.add_problem("to", "empty; name the caller that the grant is to, for example uid = 1000")
     grant = Grant(
         name=name,
         to=_to(to, names),
@@ -355,6 +355,6 @@ def _to(table: ConfigTable, names: dict[tuple[str, str], int]) -> Mapping[str, A
             # A missing user or group is not an error, because several hosts may share a file. The grant matches no caller then.
             to[selector] = names[selector, name] = _number_of(selector, name)
             if to[selector] == _NO_ID:
-                table.warn(selector, f"this host has no {selector} {name!r}; the grant matches no caller")
+                table.add_warning(selector, f"this host has no {selector} {name!r}; the grant matches no caller")
     table.check_unknown()
     return MappingProxyType(to)

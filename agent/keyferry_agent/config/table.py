@@ -72,11 +72,11 @@ class ConfigTable:
         """Return whether the table has this name."""
         return name in self._raw
 
-    def error(self, name: str, why: str) -> None:
+    def add_problem(self, name: str, why: str) -> None:
         """Add a problem with a value."""
         self.problems.append(f"{self._at(name)}: {why}")
 
-    def warn(self, name: str, why: str) -> None:
+    def add_warning(self, name: str, why: str) -> None:
         """Add a warning about a value."""
         self.warnings.append(f"{self._at(name)}: {why}")
 
@@ -92,7 +92,7 @@ class ConfigTable:
             return check(self._raw[name])
         except (ValueError, TypeError, KeyError) as error:
             # KeyError: a user or a group that this host does not have.
-            self.error(
+            self.add_problem(
                 name,
                 str(error)
                 if isinstance(error, InvalidValue)
@@ -105,7 +105,7 @@ class ConfigTable:
         self._known.append(name)
         values = self._raw.get(name, [])
         if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-            self.error(name, f"expected tables: [[{name}]]")
+            self.add_problem(name, f"expected tables: [[{name}]]")
             return []
         return [
             ConfigTable(f"{self._at(name)}[{i}]", value, self.problems, self.warnings) for i, value in enumerate(values)
@@ -116,7 +116,7 @@ class ConfigTable:
         self._known.append(name)
         value = self._raw.get(name, {})
         if not isinstance(value, dict):
-            self.error(name, f"expected a table: [{name}]")
+            self.add_problem(name, f"expected a table: [{name}]")
             value = {}
         return ConfigTable(self._at(name), value, self.problems, self.warnings)
 
@@ -124,7 +124,7 @@ class ConfigTable:
         """Add a problem for every name that no call has read: it is unknown."""
         for name in self._raw:
             if name not in self._known:
-                self.error(name, f"unknown; expected one of {', '.join(self._known)}")
+                self.add_problem(name, f"unknown; expected one of {', '.join(self._known)}")
 
     def _at(self, name: str) -> str:
         printable = name if name.isprintable() else ascii(name)[1:-1]  # a problem is one line

@@ -64,20 +64,20 @@ def file_hash(content: bytes | None) -> str | None:
 
 def picture(document: Document) -> Picture:
     """Return the values of a document that an entry may contain."""
-    seen: Picture = {(("recipient", text[:MAX_VALUE_CHARACTERS]),): {} for text in document.recipients}
+    values: Picture = {(("recipient", text[:MAX_VALUE_CHARACTERS]),): {} for text in document.recipients}
     for key in document.keys:
-        named = ("key_id", key.key_id)
-        seen[(named,)] = _values(key)
-        seen |= {(named, ("key_version_id", version.version_id)): _values(version) for version in key.versions}
-    return seen | {(("alias", alias),): {"key_id": owner} for alias, owner in document.aliases.items()}
+        key_name = ("key_id", key.key_id)
+        values[(key_name,)] = _values(key)
+        values |= {(key_name, ("key_version_id", version.version_id)): _values(version) for version in key.versions}
+    return values | {(("alias", alias),): {"key_id": owner} for alias, owner in document.aliases.items()}
 
 
 def _values(entry: Any) -> dict[str, Any]:
     """Return the values of a key or a version: texts, numbers and flags, without the material, which its repr leaves out."""
     return {
-        each.name: getattr(entry, each.name)
-        for each in dataclasses.fields(entry)
-        if each.repr and isinstance(getattr(entry, each.name), str | bool | int)
+        field.name: getattr(entry, field.name)
+        for field in dataclasses.fields(entry)
+        if field.repr and isinstance(getattr(entry, field.name), str | bool | int)
     }
 
 
@@ -92,12 +92,12 @@ class Change:
 
     def entry(self) -> dict[str, Any]:
         """Return the entry of the change, without its result."""
-        listed: list[dict[str, Any]] = []
+        changes: list[dict[str, Any]] = []
         size, omitted = 0, 0
         for change in self._differences():
             size += len(json.dumps(change)) + len(", ")
             if size <= MAX_CHANGES_BYTES:
-                listed.append(change)
+                changes.append(change)
             else:
                 omitted += 1
         return {
@@ -105,7 +105,7 @@ class Change:
             "event": EVENT,  # without a level: `audit verify` would then expect the start of an agent before the entry
             "verb": _verb.get(),
             **_operator(),
-            "changes": listed,
+            "changes": changes,
             "omitted_changes": omitted,
             "recipients": sum(names[0][0] == "recipient" for names in self.now),
             "before": file_hash(self.before),
@@ -202,16 +202,16 @@ def _open(log: Path, keyring: Path) -> "RecordFile":
     owners = private_files.owner_of(keyring) or private_files.owner_of(
         keyring.parent
     )  # root manages keyrings of other users
-    if found := private_files.problems(log, owners=owners):
-        raise KeyringError(f"{'; '.join(found)}; the keyring was not changed")
+    if problems := private_files.problems(log, owners=owners):
+        raise KeyringError(f"{'; '.join(problems)}; the keyring was not changed")
     return RecordFile(str(log))
 
 
 def _append(file: "RecordFile", entry: dict[str, Any]) -> None:
     """Write an entry to the disk. Raises OSError."""
-    written = file.append([json.dumps(entry)[:-1]])
-    if written.error is not None:
-        raise written.error
+    result = file.append([json.dumps(entry)[:-1]])
+    if result.error is not None:
+        raise result.error
     file.sync()
 
 

@@ -106,18 +106,18 @@ class Document:
 
     def find(self, key_id: str) -> KeyEntry:
         """Return the key with this ID or alias. Raises `KeyringError`."""
-        wanted = self.aliases.get(key_id, key_id)
+        owner = self.aliases.get(key_id, key_id)
         for key in self.keys:
-            if key.key_id == wanted:
+            if key.key_id == owner:
                 return key
         raise KeyringError(f"the keyring has no key or alias {key_id!r}")
 
     def aliases_by_key(self) -> dict[str, list[str]]:
         """Return the sorted aliases of each key that has at least one."""
-        found: dict[str, list[str]] = {}
+        by_key: dict[str, list[str]] = {}
         for alias, owner in sorted(self.aliases.items()):
-            found.setdefault(owner, []).append(alias)
-        return found
+            by_key.setdefault(owner, []).append(alias)
+        return by_key
 
     def describe(self) -> list[KeyDescription]:
         """Return all keys without their material."""
@@ -127,10 +127,10 @@ class Document:
     def purge(self) -> None:
         """Remove the keys whose deletion date has come, and their aliases."""
         today = now()
-        gone = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
-        if gone:
-            self.keys = [key for key in self.keys if key.key_id not in gone]
-            self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in gone}
+        expired = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
+        if expired:
+            self.keys = [key for key in self.keys if key.key_id not in expired]
+            self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in expired}
 
     def to_json(self) -> bytes:
         """Return the document as JSON, which contains key material."""
@@ -168,13 +168,13 @@ class Document:
     def _check(self) -> None:
         ids = [key.key_id for key in self.keys]
         versions = [version.version_id for key in self.keys for version in key.versions]
-        for what, values in (("KeyId", ids), ("KeyVersionId", versions)):
+        for name, values in (("KeyId", ids), ("KeyVersionId", versions)):
             if len(set(values)) != len(values):
-                raise KeyringError(f"keyring: the same {what} twice")
-        known = set(ids)
+                raise KeyringError(f"keyring: the same {name} twice")
+        key_ids = set(ids)
         for alias, owner in self.aliases.items():
             check_alias(alias)
-            if owner not in known:
+            if owner not in key_ids:
                 raise KeyringError(f"keyring: {alias} points to a key that is not there")
 
 

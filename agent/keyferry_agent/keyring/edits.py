@@ -55,12 +55,12 @@ def import_key(
 ) -> KeyEntry:
     """Add a key with imported material: 32 bytes for Aliyun_AES_256, 16 for Aliyun_SM4. Raises `KeyringError`."""
     specs = {size: spec for spec, size in KEY_SIZES.items()}
-    fits = specs.get(len(material))
-    if fits is None or key_spec not in (None, fits):
-        wanted = f"{KEY_SIZES[key_spec]} ({key_spec})" if key_spec else "32 (Aliyun_AES_256) or 16 (Aliyun_SM4)"
+    spec = specs.get(len(material))
+    if spec is None or key_spec not in (None, spec):
+        expected = f"{KEY_SIZES[key_spec]} ({key_spec})" if key_spec else "32 (Aliyun_AES_256) or 16 (Aliyun_SM4)"
         size = f"{len(material)} bytes" if len(material) <= 64 else "more than 64 bytes"
-        raise KeyringError(f"the material has {size}; {wanted} raw bytes are expected")
-    return _add(document, fits, material, "EXTERNAL", alias, description)
+        raise KeyringError(f"the material has {size}; {expected} raw bytes are expected")
+    return _add(document, spec, material, "EXTERNAL", alias, description)
 
 
 def _add(
@@ -107,10 +107,12 @@ def promote(document: Document, key_id: str, version_id: str) -> KeyEntry:
     key = _enabled(document.find(key_id))
     version = _version(key, version_id)
     if version.disabled:
-        raise KeyringError(f"Rejected.Disabled: {version_id} is disabled: `enable-version` it first")
+        raise KeyringError(f"Rejected.Disabled: {version_id} is disabled; run `enable-version` first")
     if not version.staged:
-        what = "is the primary version already" if key.primary == version_id else "was primary before: it is not staged"
-        raise KeyringError(f"{version_id} {what}")
+        reason = (
+            "is the primary version already" if key.primary == version_id else "was primary before: it is not staged"
+        )
+        raise KeyringError(f"{version_id} {reason}")
     version.staged = False
     key.primary = version_id
     return key
@@ -121,7 +123,7 @@ def disable_version(document: Document, key_id: str, version_id: str, *, confirm
     key = _switchable(document.find(key_id))
     version = _version(key, version_id)
     if version_id == key.primary:
-        raise KeyringError(f"{version_id} is the primary version, which encrypts: `rotate` the key first")
+        raise KeyringError(f"{version_id} is the primary version, which encrypts; run `rotate` first")
     if not confirmed and not version.disabled:
         raise KeyringError(
             f"nothing was changed: without {version_id}, everything that it encrypted fails with Rejected.Disabled in every "
@@ -201,7 +203,7 @@ def create_alias(document: Document, alias: str, key_id: str) -> KeyEntry:
 
 def update_alias(document: Document, alias: str, key_id: str) -> KeyEntry:
     """Point an alias to another key. Raises `KeyringError` if the alias is missing, or that key is scheduled for deletion."""
-    _check_known(document, alias)
+    _check_existing(document, alias)
     key = document.find(key_id)
     if key.state == "PendingDeletion":
         raise _rejected(key)
@@ -211,7 +213,7 @@ def update_alias(document: Document, alias: str, key_id: str) -> KeyEntry:
 
 def delete_alias(document: Document, alias: str) -> KeyEntry:
     """Delete an alias, but not its key. Raises `KeyringError` if the alias does not exist."""
-    _check_known(document, alias)
+    _check_existing(document, alias)
     key = document.find(alias)
     del document.aliases[alias]
     return key
@@ -240,10 +242,10 @@ def _state_modified_failed(key: KeyEntry) -> KeyringError:
 def _check_new(document: Document, alias: str) -> None:
     check_alias(alias)
     if alias in document.aliases:
-        raise KeyringError(f"{alias} exists already: it names {document.aliases[alias]}")
+        raise KeyringError(f"{alias} exists already, for {document.aliases[alias]}")
 
 
-def _check_known(document: Document, alias: str) -> None:
+def _check_existing(document: Document, alias: str) -> None:
     check_alias(alias)
     if alias not in document.aliases:
         raise KeyringError(f"the keyring has no alias {alias!r}")

@@ -153,16 +153,15 @@ def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[st
         removed = missing(before, after)
         raise KeyringError(
             f"{path}: nothing was changed: {', and '.join(reasons)}"
-            + (f"; removed would be: {shortened(removed)}" if removed else "")
-            + "; `keyring add-recipient` keeps all that are there, and --yes does it all the same"
+            + (f"; it would remove: {shortened(removed)}" if removed else "")
+            + "; `keyring add-recipient` keeps all recipients, and --yes makes the change nevertheless"
         )
 
 
 def _sealed_by_hand(path: Path) -> KeyringError:
     return KeyringError(
-        f"{path} was sealed by hand: its recipients differ from the list inside it, and a change would lock "
-        "some of them out. Run "
-        "`keyring reseal` first, with all recipients"
+        f"{path} was sealed by hand: its recipients differ from the list inside it, and a change would lock some of them out. "
+        "Run `keyring reseal` first, with all recipients"
     )
 
 

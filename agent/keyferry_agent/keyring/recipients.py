@@ -70,9 +70,9 @@ def parse(text: str) -> Recipient:
     Raises `KeyringError`, whose message contains no secret, and at most a short part of the text.
     """
     text = text.strip()
-    found = resemblance(text.encode(errors="replace"))
-    if (found is not None and found.kind in SECRETS) or "PRIVATE KEY" in text:  # a message may be logged
-        raise KeyringError("an identity was given as a recipient: it is secret; give its public half")
+    likeness = resemblance(text.encode(errors="replace"))
+    if (likeness is not None and likeness.kind in SECRETS) or "PRIVATE KEY" in text:  # a message may be logged
+        raise KeyringError("an identity was given as a recipient: an identity is secret; name its recipient")
     if len(_SSH_KEY.findall(text)) + len(_AGE_KEY.findall(text)) > 1 or len(text.splitlines()) > 1:
         raise KeyringError(
             f"{_shown(text)} is more than one line or recipient; repeat --recipient for each, or use --recipients-file"
@@ -102,8 +102,8 @@ def added(before: list[str], named: Collection[Recipient]) -> list[str]:
     if not before:
         raise KeyringError("the keyring is sealed to a passphrase: `keyring reseal` seals it to recipients instead")
     keys = {_key(text) for text in before}
-    if there := [recipient.text for recipient in named if recipient.key in keys]:
-        raise KeyringError(f"{shortened(there)}: a recipient of the keyring already")
+    if duplicates := [recipient.text for recipient in named if recipient.key in keys]:
+        raise KeyringError(f"{shortened(duplicates)}: a recipient of the keyring already")
     return [*before, *distinct(named)]
 
 
@@ -199,22 +199,22 @@ def _age(text: str) -> Recipient:
 def _reason(text: str, error: str) -> str:
     """Return the reason why a text is not a recipient, as the end of the message of `parse`."""
     kind = text.lower().rpartition("1")[0]
-    found = resemblance(text.encode(errors="replace"))
+    likeness = resemblance(text.encode(errors="replace"))
     if "pyrage 1.4" in error:
-        why = f": {error}"
+        reason = f": {error}"
     elif kind in _POST_QUANTUM:
-        why = f" that is supported: it is a hybrid post-quantum recipient ({kind}1...); {SUPPORTED}"
+        reason = f" that is supported: it is a hybrid post-quantum recipient ({kind}1...); {SUPPORTED}"
     elif (plugin := _PLUGIN.fullmatch(kind)) and kind != _TAG:
-        why = f" that is supported: it is a recipient of the age plugin {plugin.group(1)!r}; {SUPPORTED}"
+        reason = f" that is supported: it is a recipient of the age plugin {plugin.group(1)!r}; {SUPPORTED}"
     elif "RsaModulus" in error:
-        why = ": its RSA key is too short or too long; one of 2,048 to 4,096 bits is expected"
-    elif found is not None and found.kind == SSH_PUBLIC_KEY and found.key_type in _SSH_TYPES:
-        why = ": it is damaged, or has text before the key; expected age1... or an SSH public key"
-    elif found is not None and found.kind != RECIPIENT:
-        why = f" that is supported: it looks like {found}; {SUPPORTED}"
+        reason = ": its RSA key is too short or too long; one of 2,048 to 4,096 bits is expected"
+    elif likeness is not None and likeness.kind == SSH_PUBLIC_KEY and likeness.key_type in _SSH_TYPES:
+        reason = ": it is damaged, or has text before the key; expected age1... or an SSH public key"
+    elif likeness is not None and likeness.kind != RECIPIENT:
+        reason = f" that is supported: it looks like {likeness}; {SUPPORTED}"
     else:
-        why = f": expected age1... or an SSH public key; {SUPPORTED}"
-    return why
+        reason = f": expected age1... or an SSH public key; {SUPPORTED}"
+    return reason
 
 
 def _shown(text: str) -> str:

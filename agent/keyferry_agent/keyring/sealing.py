@@ -30,15 +30,15 @@ _SUPPORTED: Final = (
 )
 
 _UNSUPPORTED: Final = {
-    content.AGE_FILE: "encrypted identities are not opened here; write the identity to a file with `age -d`",
+    content.AGE_FILE: "encrypted identities are not supported; write the identity to a file with `age -d`",
     content.PQ_IDENTITY: "post-quantum identities are not supported",
     content.PLUGIN_IDENTITY: "identities of age plugins are not supported",
-    content.ENCRYPTED_KEY: "encrypted keys are not opened here; write a copy without a passphrase with `ssh-keygen -p`",
+    content.ENCRYPTED_KEY: "encrypted keys are not supported; write a copy without a passphrase with `ssh-keygen -p`",
     content.PEM_KEY: "`ssh-keygen -p -f FILE` converts a PKCS#8 file of an RSA key to the form of OpenSSH",
     content.PUTTY_KEY: "PuTTYgen converts it to the form of OpenSSH",
-    content.PUBLIC_KEY: "a public key opens nothing; give the private half",
-    content.SSH_PUBLIC_KEY: "a public key opens nothing; give the private half",
-    content.RECIPIENT: "a recipient opens nothing; give its identity",
+    content.PUBLIC_KEY: "a public key cannot open a keyring; name the private key",
+    content.SSH_PUBLIC_KEY: "a public key cannot open a keyring; name the private key",
+    content.RECIPIENT: "a recipient cannot open a keyring; name its identity",
 }
 """The advice in a message, for each kind of file that contains no supported identity."""
 
@@ -46,13 +46,15 @@ _UNSUPPORTED: Final = {
 class Unsealer:
     """The identities or the passphrase that open a keyring, read from a file whose kind is detected. The repr has no secret."""
 
-    __slots__ = ("_identities", "_taken_for", "_why", "passphrase")
+    __slots__ = ("_advice", "_assumption", "_identities", "passphrase")
 
-    def __init__(self, identities: list[Any], passphrase: str | None, *, taken_for: str = "", why: str = "") -> None:
+    def __init__(
+        self, identities: list[Any], passphrase: str | None, *, assumption: str = "", advice: str = ""
+    ) -> None:
         self._identities = identities
         self.passphrase = passphrase
-        self._taken_for = taken_for
-        self._why = why
+        self._assumption = assumption
+        self._advice = advice
 
     def __repr__(self) -> str:
         return "Unsealer(passphrase)" if self.passphrase is not None else "Unsealer(identity)"
@@ -65,15 +67,15 @@ class Unsealer:
         """
         data = _read(path, owners)
         if data.startswith(_PEM):
-            return cls([_ssh_identity(path, data)], None, taken_for=f"{path} was taken for an SSH private key")
+            return cls([_ssh_identity(path, data)], None, assumption=f"{path} was taken for an SSH private key")
         text = _text(path, data)
         if identities := _age_identities(path, text):
-            return cls(identities, None, taken_for=f"{path} was taken for an age identity")
+            return cls(identities, None, assumption=f"{path} was taken for an age identity")
         return cls(
             [],
             _passphrase(path, data),
-            taken_for=f"{path} holds no identity known here, so it was taken for a passphrase",
-            why=_why_unknown(data),
+            assumption=f"{path} contains no supported identity, so it was taken for a passphrase",
+            advice=_remark(data),
         )
 
     def unseal(self, sealed: bytes) -> bytes | bytearray:
@@ -83,16 +85,16 @@ class Unsealer:
                 return age_passphrase.unseal(sealed, self.passphrase)
             if age_passphrase.work_factor(sealed) is not None:
                 raise KeyringError(
-                    f"the keyring does not open: {self._taken_for}; this keyring is sealed to a passphrase"
+                    f"the keyring does not open: {self._assumption}; this keyring is sealed to a passphrase"
                 )
             return bytes(pyrage.decrypt(sealed, self._identities))
         except SealedToRecipientsError:
-            why = f"{self._taken_for}; this keyring is sealed to recipients{self._why}"
+            reason = f"{self._assumption}; this keyring is sealed to recipients{self._advice}"
         except PassphraseError as error:
-            why = f"{error}; {self._taken_for}{self._why}" if self._why else str(error)
+            reason = f"{error}; {self._assumption}{self._advice}" if self._advice else str(error)
         except pyrage.DecryptError as error:
-            why = str(error)
-        raise KeyringError(f"the keyring does not open: {why}")
+            reason = str(error)
+        raise KeyringError(f"the keyring does not open: {reason}")
 
     def opens(self, sealed: bytes) -> bool:
         """Return True if this unsealer can open `sealed`. For a passphrase, only the header is checked: scrypt is slow."""
@@ -114,8 +116,7 @@ def seal(payload: bytes, recipients: list[str], passphrase: str | None) -> bytes
         return _seal_to_recipients(payload, recipients)
     if passphrase is None:
         raise KeyringError(
-            "the keyring names no recipients, and was not opened with a passphrase: "
-            "`keyring reseal` it to all that are to open it"
+            "the keyring names no recipients, and was not opened with a passphrase; run `keyring reseal` with all recipients"
         )
     try:
         return age_passphrase.seal(payload, passphrase)
@@ -131,11 +132,11 @@ def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
     try:
         parsed = [parse(recipient).parsed for recipient in recipients]
     except KeyringError as error:
-        raise KeyringError(f"{error}; the keyring names it: `keyring reseal` it to all that are to open it") from None
+        raise KeyringError(f"{error}; the keyring names it; run `keyring reseal` with all recipients") from None
     try:
         sealed = bytes(pyrage.encrypt(payload, parsed))
     except pyrage.EncryptError as error:
-        raise KeyringError(f"age does not seal to these recipients together: {error}") from None
+        raise KeyringError(f"age cannot seal to these recipients together: {error}") from None
     if count_recipients(sealed) != len(recipients):
         raise KeyringError(
             f"nothing was written: the keyring would be sealed to {count_recipients(sealed)} of {len(recipients)} recipients"
@@ -186,7 +187,7 @@ def recipients_of(path: Path, owners: Collection[int] = ()) -> list[str]:
         return [_ssh_recipient(data)]
     if identities := _age_identities(path, _text(path, data)):
         return [str(identity.to_public()) for identity in identities]
-    raise KeyringError(f"{path}: holds no identity, and only an identity has a recipient{_why_unknown(data)}")
+    raise KeyringError(f"{path}: contains no identity, and only an identity has a recipient{_remark(data)}")
 
 
 def _ssh_recipient(data: bytes) -> str:
@@ -213,9 +214,7 @@ def _ssh_identity(path: Path, data: bytes) -> Any:
     try:
         return pyrage.ssh.Identity.from_buffer(data)
     except pyrage.IdentityError:
-        raise KeyringError(
-            f"{path}: not an age identity or an unencrypted SSH private key{_why_unknown(data)}"
-        ) from None
+        raise KeyringError(f"{path}: not an age identity or an unencrypted SSH private key{_remark(data)}") from None
 
 
 def _age_identities(path: Path, text: str) -> list[Any]:
@@ -230,30 +229,30 @@ def _age_identities(path: Path, text: str) -> list[Any]:
                 identities.append(pyrage.x25519.Identity.from_str(line))
             except pyrage.IdentityError:
                 raise KeyringError(
-                    f"{path}, line {number}: not an age identity or a comment{_why_unknown(line.encode())}"
+                    f"{path}, line {number}: not an age identity or a comment{_remark(line.encode())}"
                 ) from None
     return identities
 
 
-def _why_unknown(data: bytes) -> str:
+def _remark(data: bytes) -> str:
     """Return the end of a message: the kind that the content resembles, and advice; an empty text for a passphrase."""
     reasons = []
     if encoding := content.byte_order_mark(data):
         reasons.append(f"it begins with a byte order mark ({encoding}): save it as UTF-8 without one")
-    found = content.resemblance(data)
-    if found is not None:
-        reasons.append(f"it looks like {found}: {_what_to_do(found)}")
+    likeness = content.resemblance(data)
+    if likeness is not None:
+        reasons.append(f"it looks like {likeness}: {_advice(likeness)}")
     return f"; {'; '.join(reasons)}" if reasons else ""
 
 
-def _what_to_do(found: content.Resemblance) -> str:
-    if found.key_type not in _SSH_TYPES and found.kind == content.OPENSSH_KEY:
+def _advice(likeness: content.Resemblance) -> str:
+    if likeness.key_type not in _SSH_TYPES and likeness.kind == content.OPENSSH_KEY:
         return f"keys of this type are not supported; {_SUPPORTED}"
-    if found.encrypted:
+    if likeness.encrypted:
         return _UNSUPPORTED[content.ENCRYPTED_KEY]
-    if found.kind in _UNSUPPORTED:
-        return f"{_UNSUPPORTED[found.kind]}; {_SUPPORTED}"
-    if found.kind == content.AGE_IDENTITY:
+    if likeness.kind in _UNSUPPORTED:
+        return f"{_UNSUPPORTED[likeness.kind]}; {_SUPPORTED}"
+    if likeness.kind == content.AGE_IDENTITY:
         return "an identity is one line in upper case, without quotes or other text"
     return _SUPPORTED
 
@@ -272,7 +271,7 @@ def _text(path: Path, data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise KeyringError(
-            f"{path}: not text; an age identity, an SSH key or a passphrase is expected{_why_unknown(data)}"
+            f"{path}: not text; an age identity, an SSH key or a passphrase is expected{_remark(data)}"
         ) from None
 
 

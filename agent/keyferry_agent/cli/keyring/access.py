@@ -87,7 +87,7 @@ def init(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if len(sealed_to) == 1:
         warn(
             f"{arguments.file} is sealed to one recipient: if its identity is lost, with a disk for example, every key is "
-            f"lost; `keyring add-recipient {arguments.file} --recipient R` adds that of an identity which is kept offline"
+            f"lost; `keyring add-recipient {arguments.file} --recipient R` adds the recipient of an offline identity"
         )
     return None if _was_printed(arguments) else result
 
@@ -126,7 +126,7 @@ def list_recipients(arguments: argparse.Namespace) -> dict[str, Any]:
     if count != len(named):
         warn(
             f"{arguments.file} was sealed by hand: it is sealed to {count} recipients and names {len(named)}. age does not "
-            "reveal the others; `keyring reseal` it once, to all that are to open it"
+            "reveal the others; run `keyring reseal` once, with all recipients"
         )
     return {"Keyring": str(arguments.file), "SealedTo": "Recipients" if count else "Passphrase", "Recipients": named}
 

@@ -65,13 +65,16 @@ def _add_access_verbs(verb: _Verb) -> None:
     init = verb("init", "Create an empty keyring.", access.init)
     access.add_sealed_to(init)
     init.add_argument(
-        "--new-identity", type=Path, metavar="OUT", help="make an age identity in a new file, and seal to it, too"
+        "--new-identity",
+        type=Path,
+        metavar="OUT",
+        help="generate an age identity into a new file, and add its recipient",
     )
-    reseal = verb("reseal", "Seal to other recipients, or to a passphrase, from now on.", access.reseal)
+    reseal = verb("reseal", "Replace the recipients or the passphrase of the keyring.", access.reseal)
     access.add_sealed_to(reseal)
     verb("recipients", "List the keyring's recipients, in the form of --recipients-file.", access.list_recipients)
-    add = verb("add-recipient", "Seal to further recipients, too.", access.add_recipient)
-    remove = verb("remove-recipient", "Seal to all recipients but some.", access.remove_recipient)
+    add = verb("add-recipient", "Add recipients to the keyring.", access.add_recipient)
+    remove = verb("remove-recipient", "Remove recipients from the keyring.", access.remove_recipient)
     for parser in (add, remove):
         access.add_recipients(parser)
     for parser in (reseal, add, remove):
@@ -86,7 +89,12 @@ def _add_identity_verbs(subparsers: Any) -> None:
     act: _Act
     for name, help_text, metavar, act in (
         ("recipient-of", "Print the recipient of an age or SSH identity.", "IDENTITY", access.recipient_of),
-        ("new-identity", "Make an age identity in a new file, and print its recipient.", "OUT", access.new_identity),
+        (
+            "new-identity",
+            "Generate an age identity into a new file, and print its recipient.",
+            "OUT",
+            access.new_identity,
+        ),
     ):
         parser = subparsers.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
         parser.add_argument("identity", type=Path, metavar=metavar, help="the file of the identity")
@@ -97,7 +105,7 @@ def _add_identity_verbs(subparsers: Any) -> None:
 def _add_key_verbs(verb: _Verb) -> None:
     create_key = verb("create-key", "Add a key.", _changing(_create_key))
     create_key.add_argument("--key-spec", choices=tuple(KEY_SIZES), default=_DEFAULT_SPEC)
-    import_key = verb("import-key", "Add a key of material that you have.", _import_key)
+    import_key = verb("import-key", "Add a key with existing key material.", _import_key)
     import_key.add_argument(
         "--material", required=True, metavar="FILE|-", help="32 (Aliyun_AES_256) or 16 (Aliyun_SM4) raw bytes"
     )
@@ -110,19 +118,25 @@ def _add_key_verbs(verb: _Verb) -> None:
 
     for name, help_text, act in (
         ("show", "Show a key with its versions.", _show),
-        ("rotate", "Give a key a new version, which is its primary one at once.", _rotate),
-        ("promote", "Make a staged version the primary one, once every host has it.", _changing(_promote)),
-        ("enable", "Let a key be used again.", _changing(lambda d, a: edits.enable(d, a.key))),
+        ("rotate", "Add a version to a key, and make it the primary version.", _rotate),
+        ("promote", "Make a staged version the primary version, once all hosts have loaded it.", _changing(_promote)),
+        ("enable", "Enable a disabled key again.", _changing(lambda d, a: edits.enable(d, a.key))),
         ("disable", "Disable a key.", _changing(lambda d, a: edits.disable(d, a.key))),
         ("disable-version", "Disable a key version for decryption, too.", _changing(_disable_version)),
         ("enable-version", "Enable a disabled key version again.", _changing(_enable_version)),
-        ("schedule-deletion", "Delete a key, some days from now.", _changing(_schedule_deletion)),
-        ("cancel-deletion", "Keep a key after all.", _changing(lambda d, a: edits.cancel_deletion(d, a.key))),
+        ("schedule-deletion", "Schedule the deletion of a key.", _changing(_schedule_deletion)),
+        (
+            "cancel-deletion",
+            "Cancel the scheduled deletion of a key.",
+            _changing(lambda d, a: edits.cancel_deletion(d, a.key)),
+        ),
     ):
         parser = verb(name, help_text, act)
         parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
         if name == "rotate":
-            parser.add_argument("--stage", action="store_true", help="it decrypts, and is not primary until promoted")
+            parser.add_argument(
+                "--stage", action="store_true", help="the new version only decrypts until it is promoted"
+            )
         elif name == "promote":
             parser.add_argument("version", metavar="VERSION", help="the staged version's ID")
         elif name.endswith("-version"):
@@ -134,15 +148,19 @@ def _add_key_verbs(verb: _Verb) -> None:
         elif name == "schedule-deletion":
             days = f"{edits.DAYS[0]}..{edits.DAYS[-1]}"
             parser.add_argument(
-                "--days", type=whole_number, required=True, metavar=days, help="until then it can be cancelled"
+                "--days",
+                type=whole_number,
+                required=True,
+                metavar=days,
+                help="days until the deletion, which can be cancelled until then",
             )
 
 
 def _add_alias_verbs(verb: _Verb) -> None:
     for name, help_text, do in (
-        ("create-alias", "Give a key a further name.", lambda d, a: edits.create_alias(d, a.alias, a.key)),
+        ("create-alias", "Create an alias for a key.", lambda d, a: edits.create_alias(d, a.alias, a.key)),
         ("update-alias", "Point an alias to another key.", lambda d, a: edits.update_alias(d, a.alias, a.key)),
-        ("delete-alias", "Take a name away; the key stays.", lambda d, a: edits.delete_alias(d, a.alias)),
+        ("delete-alias", "Delete an alias, but not its key.", lambda d, a: edits.delete_alias(d, a.alias)),
     ):
         parser = verb(name, help_text, _changing(do))
         parser.add_argument("alias", metavar="alias/NAME")
@@ -171,8 +189,8 @@ def _warn_of_weak_work_factor(path: Path) -> None:
         factor = age_passphrase.work_factor(file.read_sealed(path))
     if factor is not None and factor < age_passphrase.MIN_STRONG_WORK_FACTOR:
         warn(
-            f"{path}: its passphrase is sealed with work factor {factor}, which is low; "
-            f"`keyring reseal` it with a new passphrase: work factor {age_passphrase.WORK_FACTOR} is used then"
+            f"{path}: sealed to a passphrase with the low work factor {factor}; run `keyring reseal` with a new passphrase, "
+            f"which uses work factor {age_passphrase.WORK_FACTOR}"
         )
 
 
@@ -214,8 +232,8 @@ def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
 def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
     with file.change(arguments.file, access.unsealer(arguments)) as document:
         key = edits.rotate(document, arguments.key, stage=arguments.stage)
-    made = version_of(key, key.versions[-1])
-    return {"KeyVersion": made, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
+    new = version_of(key, key.versions[-1])
+    return {"KeyVersion": new, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
 
 
 def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:

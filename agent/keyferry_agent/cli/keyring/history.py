@@ -39,7 +39,7 @@ def _history(arguments: argparse.Namespace) -> int:
         now = None
     code = 0
     try:
-        changes = _judged([each for each in chain.read([log]) if each.get("event") == EVENT], now)
+        changes = _with_results([entry for entry in chain.read([log]) if entry.get("event") == EVENT], now)
         if not chain.verify([log]).beginning:
             raise chain.ChainError(f"{log}: the beginning is missing")
     except chain.ChainError as error:
@@ -48,31 +48,31 @@ def _history(arguments: argparse.Namespace) -> int:
     except OSError as error:
         complain(_PROGRAM, f"{log}: {error.strerror}")
         return FAILED
-    shown = show_json(_PROGRAM, {"Changes": changes}) if arguments.json else show_lines(_PROGRAM, _lines(changes))
-    return shown or code
+    printed = show_json(_PROGRAM, {"Changes": changes}) if arguments.json else show_lines(_PROGRAM, _lines(changes))
+    return printed or code
 
 
-def _judged(entries: list[dict[str, Any]], now: str | None) -> list[dict[str, Any]]:
+def _with_results(entries: list[dict[str, Any]], now: str | None) -> list[dict[str, Any]]:
     """Return one entry for each change, with its result, and one for each replacement of the file by other means."""
-    begun: list[dict[str, Any]] = []
+    changes: list[dict[str, Any]] = []
     for entry in entries:
         if entry.get("result") == "begun":
-            begun.append(dict(entry))
-        elif begun and begun[-1].get("after") == entry.get("after"):
-            begun[-1]["result"] = entry.get("result")
-    judged: list[dict[str, Any]] = []
-    following = [*(entry.get("before") for entry in begun[1:]), now]
-    for entry, later in zip(begun, following, strict=True):
+            changes.append(dict(entry))
+        elif changes and changes[-1].get("after") == entry.get("after"):
+            changes[-1]["result"] = entry.get("result")
+    results: list[dict[str, Any]] = []
+    following = [*(entry.get("before") for entry in changes[1:]), now]
+    for entry, later in zip(changes, following, strict=True):
         before, after = entry.get("before"), entry.get("after")
         if later == after:  # also after a crash between the replacement and the second entry
             entry["result"] = "done"
         elif entry["result"] == "begun":
             entry["result"] = "not done" if later == before else "unknown"
-        judged.append(entry)
-        left = after if entry["result"] == "done" else before
-        if later != left and entry["result"] != "unknown":
-            judged.append({"result": _OTHER, "before": left, "after": later})
-    return judged
+        results.append(entry)
+        expected = after if entry["result"] == "done" else before
+        if later != expected and entry["result"] != "unknown":
+            results.append({"result": _OTHER, "before": expected, "after": later})
+    return results
 
 
 def _lines(changes: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -99,7 +99,7 @@ def _line(change: dict[str, Any]) -> str:
         for name in ("recipient", "alias", "key_id", "key_version_id")
         if name in change
     ]
-    what = str(change.get("change"))
+    text = str(change.get("change"))
     if "before" in change:
-        what = f"{what} from {change['before']} to {change['after']}"
-    return f"{', '.join(names)}: {what}"
+        text = f"{text} from {change['before']} to {change['after']}"
+    return f"{', '.join(names)}: {text}"
