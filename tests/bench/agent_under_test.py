@@ -21,7 +21,16 @@ from keyferry_agent.keyring.sealing import Unsealer
 from .baselines import CONTEXT
 from .cpu import SERVER
 
-__all__ = ["CONTEXT", "GRANTS", "KEYS", "Subject", "requests", "startable", "subject", "unlike"]
+__all__ = [
+    "CONTEXT",
+    "GRANTS",
+    "KEYS",
+    "AgentUnderTest",
+    "agent_starter",
+    "agent_under_test",
+    "distinct_requests",
+    "requests",
+]
 
 KEYS = 10
 """Keys in the keyring, where nothing else is said."""
@@ -34,7 +43,7 @@ MSGID = 1 << 16
 """Message IDs from here on are packed in five bytes each."""
 
 
-class Subject(NamedTuple):
+class AgentUnderTest(NamedTuple):
     """A running agent, and the aliases of its keys."""
 
     agent: RunningAgent
@@ -89,9 +98,9 @@ def _configuration(folder: Path, grants: int) -> str:
 
 
 @contextmanager
-def startable(
+def agent_starter(
     *, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER
-) -> Iterator[Callable[[], AbstractContextManager[Subject]]]:
+) -> Iterator[Callable[[], AbstractContextManager[AgentUnderTest]]]:
     """Yield a starter that runs an agent on its core for the time of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="keyferry-bench-") as name:
         folder = Path(name)
@@ -100,23 +109,25 @@ def startable(
         config.write_text(_configuration(folder, grants))
 
         @contextmanager
-        def start() -> Iterator[Subject]:
+        def start() -> Iterator[AgentUnderTest]:
             arguments, path = ["--config", str(config)], folder / "agent.sock"
             with RunningAgent(arguments, path, preexec=lambda: os.sched_setaffinity(0, cores)) as agent:
                 assert agent.wait_for("agent.serving")["memory_protection"] != "none"
-                yield Subject(agent, aliases)
+                yield AgentUnderTest(agent, aliases)
 
         yield start
 
 
 @contextmanager
-def subject(*, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER) -> Iterator[Subject]:
+def agent_under_test(
+    *, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER
+) -> Iterator[AgentUnderTest]:
     """An agent that serves, on its core."""
-    with startable(keys=keys, grants=grants, cores=cores) as start, start() as agent:
+    with agent_starter(keys=keys, grants=grants, cores=cores) as start, start() as agent:
         yield agent
 
 
-def unlike(aliases: Sequence[str]) -> list[bytes]:
+def distinct_requests(aliases: Sequence[str]) -> list[bytes]:
     """The same, each under a context that no other has: so many that none is remembered until it comes again."""
     params = recipient("RSAES_OAEP_SHA_256").params
     return [

@@ -14,7 +14,15 @@ from typing import Final, Self
 
 from keyferry.protocol import wire
 
-__all__ = ["Connection", "beside_greedy", "many", "one_at_a_time", "open_loop", "pipelined", "serially"]
+__all__ = [
+    "Connection",
+    "closed_loop_latencies",
+    "closed_loop_rate",
+    "concurrent_rate",
+    "latencies_beside_greedy",
+    "open_loop",
+    "pipelined",
+]
 
 _RECEIVE: Final = 1 << 18
 _TURNS: Final = 4
@@ -83,7 +91,7 @@ class Connection:
             raise ValueError("the answers are not as long as they should be: some are errors")
 
 
-def one_at_a_time(connection: Connection, seconds: float) -> list[float]:
+def closed_loop_latencies(connection: Connection, seconds: float) -> list[float]:
     """Ask, wait for the answer, ask again. Gives the seconds that each took."""
     took: list[float] = []
     until = time.perf_counter() + seconds
@@ -94,18 +102,18 @@ def one_at_a_time(connection: Connection, seconds: float) -> list[float]:
     return took
 
 
-def serially(connection: Connection, seconds: float) -> float:
+def closed_loop_rate(connection: Connection, seconds: float) -> float:
     """The same, as answers each second."""
-    took = one_at_a_time(connection, seconds)
+    took = closed_loop_latencies(connection, seconds)
     return len(took) / sum(took)
 
 
 def pipelined(connection: Connection, depth: int, seconds: float, *, fewest: int = 0) -> float:
     """Keep `depth` requests under way on one connection; give the answers each second."""
-    return many([connection], depth, seconds, fewest=fewest)
+    return concurrent_rate([connection], depth, seconds, fewest=fewest)
 
 
-def many(connections: Sequence[Connection], depth: int, seconds: float, *, fewest: int = 0) -> float:
+def concurrent_rate(connections: Sequence[Connection], depth: int, seconds: float, *, fewest: int = 0) -> float:
     """Keep `depth` requests under way on each of many connections; give the answers each second.
 
     In two halves, each sent when all answers to it have come: so that the agent always has the other. It takes longer than so
@@ -170,7 +178,7 @@ def open_loop(connection: Connection, rate: float, seconds: float) -> list[float
     return took
 
 
-def beside_greedy(honest: Connection, greedy: Connection, seconds: float) -> list[float]:
+def latencies_beside_greedy(honest: Connection, greedy: Connection, seconds: float) -> list[float]:
     """One at a time on one connection, while another is sent as much as it takes; it is of no use afterwards.
 
     Gives the seconds that each honest request took. One thread does both, and looks at the honest one first: the scheduler has

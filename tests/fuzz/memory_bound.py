@@ -4,7 +4,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["frugal"]
+__all__ = ["assert_memory_bounded"]
 
 T = TypeVar("T")
 
@@ -12,9 +12,10 @@ _FREE = 64 * 1024
 """Bytes that a reader may take for nothing: the buffers that it begins with."""
 
 
-def frugal(read: Callable[[], T], given: int, *, times: int) -> T:
-    """What `read` gives. Fails if it takes more than `times` the given bytes of memory at once, besides 64 KiB, twice in
-    a row: the first time it may import something, or the interpreter's own tables may grow.
+def assert_memory_bounded(read: Callable[[], T], given: int, *, times: int) -> T:
+    """Return the result of `read`. Fails if it takes more than `times` the given bytes of memory, plus 64 KiB, twice.
+
+    The first run may import modules, or grow the interpreter's own tables.
     """
     result, most = _measured(read)
     if most > times * given + _FREE:
