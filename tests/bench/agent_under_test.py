@@ -67,7 +67,7 @@ class AgentUnderTest(NamedTuple):
 
 
 def _keyring(folder: Path, keys: int) -> list[str]:
-    """A keyring of so many keys, made by the verbs: alias/k0, alias/k1 and so on."""
+    """Make a keyring of some keys by the verbs: alias/k0, alias/k1 and so on; return the aliases."""
     path, identity = folder / "keyring.age", folder / "identity"
     with contextlib.redirect_stdout(io.StringIO()):
         run("init", path, "--new-identity", identity)
@@ -128,7 +128,7 @@ def agent_under_test(
 
 
 def distinct_requests(aliases: Sequence[str]) -> list[bytes]:
-    """The same, each under a context that no other has: so many that none is remembered until it comes again."""
+    """Return requests with a context each, so many that none is remembered when it repeats."""
     params = recipient("RSAES_OAEP_SHA_256").params
     return [
         wire.encode_request(
@@ -146,7 +146,7 @@ def distinct_requests(aliases: Sequence[str]) -> list[bytes]:
 
 
 def requests(aliases: Sequence[str], *, algorithm: str = "RSAES_OAEP_SHA_256", size: int = 32) -> list[bytes]:
-    """The bytes of GenerateAndExportDataKey, for each of some keys once, or for few keys in turn; at least a hundred."""
+    """Return at least a hundred GenerateAndExportDataKey requests: for each of many keys once, or for few keys in turn."""
     params: dict[str, Any] = {"NumberOfBytes": size, "EncryptionContext": CONTEXT, **recipient(algorithm).params}
     return [
         wire.encode_request(MSGID + turn, "GenerateAndExportDataKey", {"KeyId": aliases[turn % len(aliases)], **params})

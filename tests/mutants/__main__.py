@@ -46,7 +46,7 @@ class Mutant(NamedTuple):
 
 
 def main() -> int:
-    """Return 0: survivors are for people to judge. 1 where the tests fail without a fault; 2: usage."""
+    """Return 0, as survivors are judged by people; 1 if the tests fail without a fault; 2 for wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m mutants")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all modules together")
     parser.add_argument("--seed", type=int, default=dt.datetime.now(dt.UTC).toordinal())
@@ -80,7 +80,7 @@ def _copy() -> None:
 
 
 def _try(module: str, seed: int, end: float) -> Counter[str] | None:
-    """Plant faults in a module until the time is over; return how many were caught, and how."""
+    """Plant faults in a module until the time has passed; return how many were caught, and how."""
     source = (COPY / module).read_text()
     before = time.monotonic()
     if _run(module, None) != 0:

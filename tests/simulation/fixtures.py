@@ -182,7 +182,7 @@ def description(ring: Ring) -> list[dict[str, Any]]:
 
 
 def toml(grants: tuple[Grant, ...]) -> str:
-    """Grants as a configuration says them."""
+    """Return grants in the form of a configuration."""
     text = ""
     for grant in grants:
         text += f'[[grant]]\nname = "{grant.name}"\nto = {{ uid = {grant.uid} }}\n'

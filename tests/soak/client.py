@@ -49,7 +49,7 @@ class Caller:
         return self._next - now
 
     def answer(self, request: Any, outcome: Any, began: float) -> Any:
-        """Note an answer; give the next request."""
+        """Note an answer, and return the next request."""
         operation = request[0] if type(request) is tuple else type(request).__name__
         self._journal.answered(operation, outcome, began, time.monotonic() - began)
         return self._asking.send(outcome)

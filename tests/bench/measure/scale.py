@@ -30,7 +30,7 @@ def run(session: Session) -> None:
 
 
 def _connections(session: Session) -> None:
-    """The same number of requests under way, over few connections and over many; and one busy among idle ones."""
+    """Measure equal numbers of requests in flight over few and many connections, and one busy among idle ones."""
     with agent_under_test() as agent, ExitStack() as stack:
         lines = [
             stack.enter_context(Connection(agent.path, requests(agent.aliases)[at % 10 :]))
@@ -80,7 +80,7 @@ def _connections(session: Session) -> None:
 def _of(
     session: Session, what: str, numbers: tuple[int, ...], make: Callable[[int], AbstractContextManager[AgentUnderTest]]
 ) -> None:
-    """Agents with few and many, side by side, each in turn."""
+    """Measure agents with few and many, side by side, in turn."""
     curve = Curve(what, "RSA_2048", what, "throughput, × bare loop")
     with ExitStack() as stack:
         agents: dict[int, AgentUnderTest] = {number: stack.enter_context(make(number)) for number in numbers}

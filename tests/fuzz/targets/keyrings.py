@@ -64,9 +64,7 @@ VALUES: list[Any] = [
 
 
 def keyring(data: bytes) -> None:
-    """A keyring's content. With FF before it, a whole keyring of which some values are replaced: each byte that says which is
-    followed by one that says by what.
-    """
+    """Check a keyring's content. After FF, the bytes are pairs of a place in a whole keyring and its new value."""
     if data[:1] == b"\xff":
         data = _changed(data[1:])
     document = assert_memory_bounded(lambda: _read(data), len(data), times=64)
