@@ -202,7 +202,7 @@ def postgres() -> Iterator[Cluster]:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=postgresql())])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where a test's own records go: to each kind of database in turn."""
+    """Return the URL of a test's own store, for each kind of database in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'records.sqlite'}"
     postgres: Cluster = request.getfixturevalue("postgres")

@@ -25,7 +25,7 @@ said: dict[str, Any] = {"wrong sizes": []}
 
 
 def state(key: Any) -> list[Any]:
-    """Sensitive, extractable, and the value if the token gives it."""
+    """Return sensitive, extractable, and the value if the token shows it."""
     try:
         value = key[Attribute.VALUE].hex()
     except PKCS11Error:

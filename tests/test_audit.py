@@ -35,7 +35,7 @@ PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
 
 @pytest.fixture
 def record(tmp_path: Path) -> Path:
-    """Where the record of a test goes."""
+    """Return the path of a test's audit log."""
     return tmp_path / "audit.jsonl"
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from bench import baselines, check, table
-from bench.agent_under_test import Subject, requests, subject
+from bench.agent_under_test import AgentUnderTest, agent_under_test, requests
 from bench.canned_server import answer_to
 from bench.figures import Curve, Figure, Target, percentile, ratios
-from bench.load import Connection, beside_greedy, many, one_at_a_time, open_loop
+from bench.load import Connection, closed_loop_latencies, concurrent_rate, latencies_beside_greedy, open_loop
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -148,27 +148,27 @@ def test_the_canned_answer_has_the_request_s_message_id(msgid: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured() -> Iterator[Subject]:
+def measured() -> Iterator[AgentUnderTest]:
     """The agent as it is measured."""
-    with subject(keys=2, grants=3) as agent:
+    with agent_under_test(keys=2, grants=3) as agent:
         yield agent
 
 
-def test_load_generators_leave_no_answer_unread(measured: Subject) -> None:
+def test_load_generators_leave_no_answer_unread(measured: AgentUnderTest) -> None:
     """A generator can follow another on one connection."""
     with (
         Connection(measured.path, requests(measured.aliases)) as line,
         Connection(measured.path, line.requests) as other,
     ):
-        assert many([line, other], 1, 0) > 0
-        assert many([line], 16, 0) > 0
-        assert len(one_at_a_time(line, 0.001)) >= 1
+        assert concurrent_rate([line, other], 1, 0) > 0
+        assert concurrent_rate([line], 16, 0) > 0
+        assert len(closed_loop_latencies(line, 0.001)) >= 1
         assert all(took > 0 for took in open_loop(line, 1_000, 0.02))
-        assert len(beside_greedy(line, other, 0.001)) >= 1
-        assert len(one_at_a_time(line, 0.001)) >= 1
+        assert len(latencies_beside_greedy(line, other, 0.001)) >= 1
+        assert len(closed_loop_latencies(line, 0.001)) >= 1
 
 
-def test_a_load_generator_notices_errors(measured: Subject) -> None:
+def test_a_load_generator_notices_errors(measured: AgentUnderTest) -> None:
     """A refusal does not count as an answer."""
     with pytest.raises(ValueError, match="not the answer"):
         Connection(measured.path, requests(["alias/nothing"]))

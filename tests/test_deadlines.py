@@ -24,7 +24,7 @@ Pieces: TypeAlias = Callable[[wire.Request], Iterator[tuple[float, bytes]]]
 
 
 class TickingTime:
-    """The module `time` for a client: a tenth of a second passes with each look at the clock."""
+    """A module `time` for a client, in which each reading takes a tenth of a second."""
 
     sleep = staticmethod(time.sleep)
 

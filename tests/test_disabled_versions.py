@@ -83,7 +83,7 @@ def test_the_primary_version_cannot_be_disabled(
 ) -> None:
     """The message advises a rotation first, also with --yes; an unknown version is named."""
     version = primary(keyring_json)
-    assert "is the primary version, which encrypts: `rotate`" in refusal(
+    assert "is the primary version, which encrypts; run `rotate`" in refusal(
         keyring, capsys, "disable-version", version, "--yes"
     )
     for verb in ("disable-version", "enable-version"):

@@ -47,7 +47,7 @@ def few(descriptors: int) -> Callable[[], None]:
 
 @contextmanager
 def room_for(descriptors: int) -> Iterator[None]:
-    """Leave this process so many descriptors to open."""
+    """Leave this process some descriptors to open."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened: list[int] = []
     try:

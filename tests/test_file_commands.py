@@ -336,7 +336,7 @@ def test_unwritable_directory_is_named(tmp_path: Path, kind: str) -> None:
 
 @pytest.fixture
 def stalled(tmp_path: Path, agent: RunningAgent) -> Iterator[tuple[Path, "subprocess.Popen[bytes]", int]]:
-    """An encryption whose input, a pipe, has given some chunks and gives no more."""
+    """An encryption whose input pipe has delivered some chunks and stays open."""
     place = Place(tmp_path, agent)
     secret_file(tmp_path / "passphrase", PASSPHRASE)
     SoftwareModule.generate("RSA_2048").save(tmp_path / "module", PASSPHRASE)

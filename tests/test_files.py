@@ -52,7 +52,7 @@ def decrypted(file: bytes, key: DataKey = KEY) -> bytes:
 
 
 def refused(file: bytes, key: DataKey = KEY) -> str:
-    """The one error that a file has to give."""
+    """Assert the one error of an invalid file."""
     with pytest.raises(FileError) as caught:
         decrypted(file, key)
     return str(caught.value)
@@ -231,7 +231,7 @@ def test_record_with_a_duplicate_key_is_refused() -> None:
 
 
 class Dripping(io.RawIOBase):
-    """A pipe that gives a few bytes at a time, and of those never as many as it is asked for."""
+    """A pipe that returns a few bytes at a time, always fewer than requested."""
 
     def __init__(self, data: bytes) -> None:
         self._data = memoryview(data)

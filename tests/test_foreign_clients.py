@@ -36,14 +36,14 @@ def _run(*arguments: str, data: bytes = b"", folder: Path | None = None, **envir
 
 
 def send_plain(socket: Path, folder: Path, messages: list[Message]) -> list[Message]:
-    """Python with nothing but its standard library (-I and -S): all at once, and all that comes back."""
+    """Exchange bytes with the agent in Python without any packages (-I and -S)."""
     arguments = [sys.executable, "-I", "-S", str(HERE / "plain_client.py"), str(socket)]
     printed, _ = _run(*arguments, data=json.dumps(messages).encode())
     return list(json.loads(printed))
 
 
 def send_node(socket: Path, folder: Path, messages: list[Message]) -> list[Message]:
-    """JavaScript with npm's @msgpack/msgpack: all at once, and all that comes back."""
+    """Exchange bytes with the agent in JavaScript with npm's @msgpack/msgpack."""
     arguments = ["node", str(HERE / "client.mjs"), str(socket)]
     printed, _ = _run(*arguments, data=json.dumps(messages).encode(), NODE_PATH=NODE_MODULES)
     return list(json.loads(printed))

@@ -201,7 +201,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
 
 
 def asked_as(uid: int, path: Path, calls: list[tuple[str, dict[str, object]]]) -> list[str]:
-    """The codes that another user's calls end in ("OK" for success): asked in a child that becomes that user."""
+    """Return the codes of another user's calls ("OK" for success), made by a child that becomes that user."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:

@@ -156,7 +156,7 @@ if sys.argv[3] == "exec":
 def connected_by_another(
     path: Path, then: str
 ) -> Iterator[tuple[RawConnection, "subprocess.Popen[bytes]", socket.socket]]:
-    """A connection that another process has made, and its other end handed to this one; it waits for a byte to go on."""
+    """A connection that another process made and passed to this one; that process waits for a byte."""
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:
         arguments = [sys.executable, "-c", CONNECTING, str(path), str(there.fileno()), then]

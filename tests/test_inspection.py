@@ -51,7 +51,7 @@ for connection in connections:
 
 @contextmanager
 def calling(program: Path | str, path: Path, count: int) -> Iterator["subprocess.Popen[str]"]:
-    """Run a copy of this Python as another user: it waits for a line, and then asks over so many connections."""
+    """Run a copy of this Python as another user, which waits for a line, and then calls over some connections."""
     request = wire.encode_request(1, *DESCRIBE).hex()
     arguments = [program, "-S", "-c", CALLING, str(path), str(OTHER_USER), str(count), request]
     environment = {**os.environ, "PYTHONHOME": sys.base_prefix}
@@ -150,7 +150,7 @@ async def inspecting() -> AsyncIterator[Inspector]:
 
 
 class Standing:
-    """A process that takes requests and answers them when it is told to."""
+    """A process that accepts requests and answers them on demand."""
 
     def __init__(self) -> None:
         ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -179,7 +179,7 @@ class Standing:
 
 @pytest.fixture
 def standing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Standing]:
-    """All inspections stand still, and are late soon."""
+    """Let all inspections hang, and be late soon."""
     made = Standing()
     monkeypatch.setattr(inspection, "_start", lambda: (made.socket, os.getpid()))
     yield made

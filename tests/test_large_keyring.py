@@ -32,7 +32,7 @@ RSA = recipient("RSAES_OAEP_SHA_256")
 
 
 def document(keys: int, recipients: list[str]) -> Document:
-    """A keyring of alias/k0, alias/k1 and so on, of both kinds in turn, with five versions each."""
+    """Return a keyring of alias/k0, alias/k1 and so on, with alternating key specs and five versions each."""
     made = Document(recipients)
     for number in range(keys):
         spec, size = (("Aliyun_AES_256", 32), ("Aliyun_SM4", 16))[number % 2]

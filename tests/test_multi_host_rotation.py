@@ -47,7 +47,7 @@ def hosts(tmp_path: Path, keyring: Path) -> Iterator[list[Host]]:
 
 @contextmanager
 def traffic(hosts: list[Host]) -> Iterator[list[KmsError]]:
-    """Encrypt on each host and decrypt on each, all the time; give the refusals."""
+    """Encrypt and decrypt on each host until the end of the block; yield the refusals."""
     refusals: list[KmsError] = []
     done = threading.Event()
 

@@ -90,7 +90,7 @@ def place(keyring: Path) -> Path:
 
 
 def without_capabilities() -> None:
-    """Make a process of root as powerless over other processes of root as any user is over its own."""
+    """Give a process of root no more power over other processes of root than a user has over its own."""
     for capability in range(64):
         ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 

@@ -67,7 +67,7 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 def delays(retry: Retry, error: KmsError, *, left: float = 1e9) -> Iterator[float]:
-    """The delays of a call that fails until no further attempt is made, at once each time."""
+    """Return the delays of a call whose attempts all fail immediately, until the last."""
     attempts, now = Attempts(retry), 0.0
     while (delay := attempts.after_failure(error, now, left - now)) is not None:
         yield delay

@@ -94,7 +94,7 @@ async def answers(sock: socket.socket, count: int) -> list[int | None]:
 
 
 def asked(method: str, count: int = 1) -> bytes:
-    """The bytes of so many requests."""
+    """Return the bytes of some requests."""
     return b"".join(wire.encode_request(number, method, {"KeyId": "alias/dev"}) for number in range(count))
 
 

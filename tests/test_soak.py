@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 from soak.figures import Sample, compare, not_flat, table
-from soak.journal import Answer, Journal, Made, Wrong, digest, read
+from soak.journal import Answer, CiphertextEntry, Journal, Violation, digest, read
 from soak.verify import check_record, open_listeners
-from soak.workload import Mix
+from soak.workload import Workload
 from support.agent import RunningAgent
 from support.keys import recipient
 
@@ -29,10 +29,10 @@ def notes(tmp_path: Path) -> Path:
 
 def test_journal_keeps_all_whole_lines(notes: Path) -> None:
     """The writer of a journal may be killed at any moment, so the last line may be partial."""
-    entries: list[Answer | Made | Wrong] = [
+    entries: list[Answer | CiphertextEntry | Violation] = [
         Answer("id", "Decrypt", 1.5, 0.25, "OK"),
-        Made("b", {"k": "v"}, "d", "key", "version"),
-        Wrong("this"),
+        CiphertextEntry("b", {"k": "v"}, "d", "key", "version"),
+        Violation("this"),
     ]
     with Journal(notes) as journal:
         for entry in entries:
@@ -59,7 +59,7 @@ def test_verification_finds_a_wrong_plaintext(
     """A ciphertext that opens under another context is found, too."""
     with agent.client() as kms, Journal(notes) as journal, Journal(notes.with_name("checks")) as checks:
         sealed = kms.encrypt(key_id="alias/dev", plaintext=encode_base64(TEXT), encryption_context={"n": "1"})
-        made = Made(sealed.ciphertext_blob, {"n": "1"}, digest(TEXT), sealed.key_id, sealed.key_version_id)
+        made = CiphertextEntry(sealed.ciphertext_blob, {"n": "1"}, digest(TEXT), sealed.key_id, sealed.key_version_id)
         journal.write(made)
         journal.write(made._replace(**change))
         opened = open_listeners(kms, [notes], checks)
@@ -117,7 +117,7 @@ def test_workload_covers_all_operations_and_notes_failures(agent: RunningAgent, 
     """An agent with none of the workload's keys fails every request that should succeed."""
     operations = set()
     with agent.client() as kms, Journal(notes) as journal:
-        asked = Mix(1, recipient("SM2PKE"), journal).requests()
+        asked = Workload(1, recipient("SM2PKE"), journal).requests()
         request = next(asked)
         for _ in range(100):
             operations.add(request[0] if type(request) is tuple else type(request).__name__)
@@ -125,4 +125,4 @@ def test_workload_covers_all_operations_and_notes_failures(agent: RunningAgent, 
             assert isinstance(outcome, KmsError) or outcome.request_id
             request = asked.send(outcome)
     assert {"GenerateAndExportDataKey", "Encrypt", "GenerateDataKey", "DescribeKey", "Explode"} <= operations
-    assert any("Forbidden.AliasNotFound" in each.what for each in read([notes]) if isinstance(each, Wrong))
+    assert any("Forbidden.AliasNotFound" in each.what for each in read([notes]) if isinstance(each, Violation))

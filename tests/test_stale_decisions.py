@@ -52,7 +52,7 @@ def stalled(
 
 
 def codes_until(connection: RawConnection, count: int) -> Counter[str]:
-    """How so many requests end."""
+    """Return the counts of the outcomes of some requests."""
     codes: Counter[str] = Counter()
     for _ in range(count):
         answer = connection.answer()

@@ -1,7 +1,7 @@
 """Wycheproof's vectors against the primitives that the product calls, as it calls them.
 
-Every test counts what it ran and what it left out, by a stated condition, and compares both with the file as it was when the
-test was written: a file that shrinks, and a condition that swallows more than it should, fail.
+Every test counts the vectors that it ran and those that a stated condition left out, and compares both with the file of the
+time of writing: a smaller file, and a condition that leaves out more, fail.
 """
 
 import itertools

@@ -21,7 +21,16 @@ from keyferry_agent.keyring.sealing import Unsealer
 from .baselines import CONTEXT
 from .cpu import SERVER
 
-__all__ = ["CONTEXT", "GRANTS", "KEYS", "Subject", "requests", "startable", "subject", "unlike"]
+__all__ = [
+    "CONTEXT",
+    "GRANTS",
+    "KEYS",
+    "AgentUnderTest",
+    "agent_starter",
+    "agent_under_test",
+    "distinct_requests",
+    "requests",
+]
 
 KEYS = 10
 """Keys in the keyring, where nothing else is said."""
@@ -34,7 +43,7 @@ MSGID = 1 << 16
 """Message IDs from here on are packed in five bytes each."""
 
 
-class Subject(NamedTuple):
+class AgentUnderTest(NamedTuple):
     """A running agent, and the aliases of its keys."""
 
     agent: RunningAgent
@@ -58,7 +67,7 @@ class Subject(NamedTuple):
 
 
 def _keyring(folder: Path, keys: int) -> list[str]:
-    """A keyring of so many keys, made by the verbs: alias/k0, alias/k1 and so on."""
+    """Make a keyring of some keys by the verbs: alias/k0, alias/k1 and so on; return the aliases."""
     path, identity = folder / "keyring.age", folder / "identity"
     with contextlib.redirect_stdout(io.StringIO()):
         run("init", path, "--new-identity", identity)
@@ -89,9 +98,9 @@ def _configuration(folder: Path, grants: int) -> str:
 
 
 @contextmanager
-def startable(
+def agent_starter(
     *, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER
-) -> Iterator[Callable[[], AbstractContextManager[Subject]]]:
+) -> Iterator[Callable[[], AbstractContextManager[AgentUnderTest]]]:
     """Yield a starter that runs an agent on its core for the time of a `with` block."""
     with tempfile.TemporaryDirectory(prefix="keyferry-bench-") as name:
         folder = Path(name)
@@ -100,24 +109,26 @@ def startable(
         config.write_text(_configuration(folder, grants))
 
         @contextmanager
-        def start() -> Iterator[Subject]:
+        def start() -> Iterator[AgentUnderTest]:
             arguments, path = ["--config", str(config)], folder / "agent.sock"
             with RunningAgent(arguments, path, preexec=lambda: os.sched_setaffinity(0, cores)) as agent:
                 assert agent.wait_for("agent.serving")["memory_protection"] != "none"
-                yield Subject(agent, aliases)
+                yield AgentUnderTest(agent, aliases)
 
         yield start
 
 
 @contextmanager
-def subject(*, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER) -> Iterator[Subject]:
+def agent_under_test(
+    *, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER
+) -> Iterator[AgentUnderTest]:
     """An agent that serves, on its core."""
-    with startable(keys=keys, grants=grants, cores=cores) as start, start() as agent:
+    with agent_starter(keys=keys, grants=grants, cores=cores) as start, start() as agent:
         yield agent
 
 
-def unlike(aliases: Sequence[str]) -> list[bytes]:
-    """The same, each under a context that no other has: so many that none is remembered until it comes again."""
+def distinct_requests(aliases: Sequence[str]) -> list[bytes]:
+    """Return requests with a context each, so many that none is remembered when it repeats."""
     params = recipient("RSAES_OAEP_SHA_256").params
     return [
         wire.encode_request(
@@ -135,7 +146,7 @@ def unlike(aliases: Sequence[str]) -> list[bytes]:
 
 
 def requests(aliases: Sequence[str], *, algorithm: str = "RSAES_OAEP_SHA_256", size: int = 32) -> list[bytes]:
-    """The bytes of GenerateAndExportDataKey, for each of some keys once, or for few keys in turn; at least a hundred."""
+    """Return at least a hundred GenerateAndExportDataKey requests: for each of many keys once, or for few keys in turn."""
     params: dict[str, Any] = {"NumberOfBytes": size, "EncryptionContext": CONTEXT, **recipient(algorithm).params}
     return [
         wire.encode_request(MSGID + turn, "GenerateAndExportDataKey", {"KeyId": aliases[turn % len(aliases)], **params})

@@ -45,7 +45,7 @@ def _seal(data_key: bytes) -> bytes:
 
 
 def bare(wrap: Callable[[bytes], bytes], size: int) -> Callable[[], tuple[bytes, bytes]]:
-    """One turn of the bare loop, with the given last step."""
+    """Return one iteration of the bare loop, with the given last step."""
 
     def step() -> tuple[bytes, bytes]:
         data_key = os.urandom(size)

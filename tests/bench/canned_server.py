@@ -10,7 +10,7 @@ from typing import Final, Self
 
 from .cpu import SERVER, pin
 
-__all__ = ["Stub", "answer_to"]
+__all__ = ["CannedServer", "answer_to"]
 
 _WIDTHS: Final = {0xCC: 2, 0xCD: 3, 0xCE: 5}
 _HEAD: Final = 2
@@ -26,7 +26,7 @@ def answer_to(request: bytes, answer: bytes) -> bytes:
     return answer[:_HEAD] + _msgid(request) + answer[_HEAD + len(_msgid(answer)) :]
 
 
-class Stub:
+class CannedServer:
     """Such a server in a process of its own, on the agent's core."""
 
     def __init__(self, answer: bytes) -> None:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-__all__ = ["ALL", "CLIENT", "SERVER", "Disturbance", "pin", "processor_seconds"]
+__all__ = ["ALL", "CLIENT", "SERVER", "Interference", "pin", "processor_seconds"]
 
 ALL: Final = frozenset(os.sched_getaffinity(0))
 SERVER: Final = frozenset({min(ALL)})
@@ -29,7 +29,7 @@ def processor_seconds(pid: int) -> float:
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 
-class Disturbance:
+class Interference:
     """How much of the time some processes were ready to run, and had to wait because another ran on their core.
 
     A quiet machine is near 0: each has a core of its own. (`/proc/PID/schedstat`: nanoseconds on the core, and waiting for it.)

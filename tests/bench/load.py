@@ -14,7 +14,15 @@ from typing import Final, Self
 
 from keyferry.protocol import wire
 
-__all__ = ["Connection", "beside_greedy", "many", "one_at_a_time", "open_loop", "pipelined", "serially"]
+__all__ = [
+    "Connection",
+    "closed_loop_latencies",
+    "closed_loop_rate",
+    "concurrent_rate",
+    "latencies_beside_greedy",
+    "open_loop",
+    "pipelined",
+]
 
 _RECEIVE: Final = 1 << 18
 _TURNS: Final = 4
@@ -76,14 +84,14 @@ class Connection:
         return received
 
     def finish(self, left: int) -> None:
-        """Take the rest of answers that are still to come: so many bytes, and no other number."""
+        """Receive the remaining bytes of answers, and check that there are no more."""
         while left > 0:
             left -= self.receive()
         if left:
             raise ValueError("the answers are not as long as they should be: some are errors")
 
 
-def one_at_a_time(connection: Connection, seconds: float) -> list[float]:
+def closed_loop_latencies(connection: Connection, seconds: float) -> list[float]:
     """Ask, wait for the answer, ask again. Gives the seconds that each took."""
     took: list[float] = []
     until = time.perf_counter() + seconds
@@ -94,23 +102,22 @@ def one_at_a_time(connection: Connection, seconds: float) -> list[float]:
     return took
 
 
-def serially(connection: Connection, seconds: float) -> float:
+def closed_loop_rate(connection: Connection, seconds: float) -> float:
     """The same, as answers each second."""
-    took = one_at_a_time(connection, seconds)
+    took = closed_loop_latencies(connection, seconds)
     return len(took) / sum(took)
 
 
 def pipelined(connection: Connection, depth: int, seconds: float, *, fewest: int = 0) -> float:
-    """Keep `depth` requests under way on one connection; give the answers each second."""
-    return many([connection], depth, seconds, fewest=fewest)
+    """Keep `depth` requests in flight on one connection; return the answers per second."""
+    return concurrent_rate([connection], depth, seconds, fewest=fewest)
 
 
-def many(connections: Sequence[Connection], depth: int, seconds: float, *, fewest: int = 0) -> float:
-    """Keep `depth` requests under way on each of many connections; give the answers each second.
+def concurrent_rate(connections: Sequence[Connection], depth: int, seconds: float, *, fewest: int = 0) -> float:
+    """Keep `depth` requests in flight on each of many connections; return the answers per second.
 
-    In two halves, each sent when all answers to it have come: so that the agent always has the other. It takes longer than so
-    many seconds until there were as many answers as `fewest`, and where there are many connections: each is to be answered a
-    few times.
+    Requests are sent in two halves, each again when all its answers have come, so that the agent always has the other. The
+    run takes longer than `seconds` until there are `fewest` answers, and until each connection was answered a few times.
     """
     half = max(1, depth // 2)
     by_number = {each.socket.fileno(): each for each in connections}
@@ -137,10 +144,10 @@ def many(connections: Sequence[Connection], depth: int, seconds: float, *, fewes
 
 
 def open_loop(connection: Connection, rate: float, seconds: float) -> list[float]:
-    """Send at a rate that does not wait for answers; give each request's seconds from when it was *due*.
+    """Send at a rate that does not wait for answers; return each request's seconds since it was *due*.
 
-    Arrivals are independent of each other (exponential gaps). What a slow agent holds up is late from the moment at which it
-    should have been sent, so its slowness is not left out of the figures (no "coordinated omission").
+    Arrivals are independent of each other (exponential gaps). A request that a slow agent delays counts from the time at which
+    it was due, so the delay is part of the figures (no "coordinated omission").
     """
     clock, due = 0.0, []
     chance = random.Random(rate)
@@ -170,11 +177,10 @@ def open_loop(connection: Connection, rate: float, seconds: float) -> list[float
     return took
 
 
-def beside_greedy(honest: Connection, greedy: Connection, seconds: float) -> list[float]:
-    """One at a time on one connection, while another is sent as much as it takes; it is of no use afterwards.
+def latencies_beside_greedy(honest: Connection, greedy: Connection, seconds: float) -> list[float]:
+    """Return the seconds of single requests on one connection, while another is flooded, which is unusable afterwards.
 
-    Gives the seconds that each honest request took. One thread does both, and looks at the honest one first: the scheduler has
-    no say.
+    One thread does both, and serves the single requests first, so that the scheduler has no influence.
     """
     took: list[float] = []
     flood = memoryview(b"".join(greedy.requests))

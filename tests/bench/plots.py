@@ -16,7 +16,7 @@ _DOUBLING = ("connections", "keys", "grants", "depth")
 
 
 def draw(curves: Iterable[Curve], folder: Path) -> list[Path]:
-    """Write the pictures; give their paths."""
+    """Write the pictures, and return their paths."""
     mpl.use("Agg")
     plots: dict[str, list[Curve]] = {}
     for curve in curves:

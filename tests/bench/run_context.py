@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeAlias
 
-from .cpu import Disturbance
+from .cpu import Interference
 from .figures import Curve, Figure, Target
 from .worker import Worker
 
@@ -101,7 +101,7 @@ class Session:
     def _once(self, made: "Measured", way: Way, kind: Bare, watched: tuple[int, ...]) -> None:
         tries = []
         for _ in range(1 if self.quick or not watched else _TRIES):
-            watch = Disturbance(self.alone.pid, os.getpid(), *watched) if watched else None
+            watch = Interference(self.alone.pid, os.getpid(), *watched) if watched else None
             before, value, after = self.bare(kind), way(self.seconds), self.bare(kind)
             tries.append((watch.share() if watch else 0.0, value, (before + after) / 2))
             if tries[-1][0] <= DISTURBED:

@@ -45,7 +45,7 @@ class Worker:
         self._process.stdout.close()
 
     def rate(self, loop: str, seconds: float, *, size: int = 32, threads: int = 1) -> float:
-        """Steps each second of a loop, repeated for so many seconds by so many threads."""
+        """Return the steps per second of a loop that `threads` threads repeat for `seconds`."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         asked = {"loop": loop, "size": size, "seconds": seconds, "threads": threads}
@@ -55,7 +55,7 @@ class Worker:
 
 
 def repeat(step: Step, seconds: float) -> float:
-    """Repeat a step for so many seconds; give how many there were each second."""
+    """Repeat a step for some seconds; return the steps per second."""
     began = time.perf_counter()
     step()
     burst = max(1, round(_BURST / (time.perf_counter() - began)))

@@ -62,7 +62,7 @@ def _first_that_fits(forms: dict[int, str], number: int) -> bytes:
 
 
 def decode(read: Read) -> Any:
-    """One value, of bytes that `read` provides in the number asked for."""
+    """Return one value, of bytes that `read` returns in the requested number."""
     mark = read(1)[0]
     if mark < 0x80 or mark >= 0xE0:
         return mark if mark < 0x80 else mark - 0x100

@@ -2,9 +2,10 @@
 
     targets/        the targets: a function for each reader, which takes bytes and raises when a promise is broken
     corpus/         for each target, inputs that reach different parts of it, and every input that ever broke a promise
-    corpus.py       reads them, and begins them
-    frugal.py       the promise about memory
-    engine.py       one target under a coverage-guided fuzzer, in a process of its own
+    corpus.py       reads the corpora, and adds to them
+    seeds.py        the first inputs of each corpus
+    memory_bound.py the promise about memory
+    run_atheris.py  one target under a coverage-guided fuzzer, in a process of its own
     __main__.py     the command: `make fuzz`, and how a finding is replayed
 
 `tests/test_fuzz.py` replays the corpora and varies them for a few seconds, without the fuzzer: in `make test`.

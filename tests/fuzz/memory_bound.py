@@ -4,7 +4,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import TypeVar
 
-__all__ = ["frugal"]
+__all__ = ["assert_memory_bounded"]
 
 T = TypeVar("T")
 
@@ -12,7 +12,7 @@ _FREE = 96 * 1024
 """Bytes that a reader may take for nothing: the buffers that it begins with. msgpack's parser takes 42 KB; two can exist."""
 
 
-def frugal(read: Callable[[], T], given: int, *, times: int) -> T:
+def assert_memory_bounded(read: Callable[[], T], given: int, *, times: int) -> T:
     """Return the result of `read`. Fails if it allocates more than `times` the given bytes and 96 KiB, twice in a row.
 
     The first time, it may import a module, or the interpreter's own tables may grow.

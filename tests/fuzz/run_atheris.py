@@ -8,7 +8,7 @@ _INSTRUMENTED = ["keyferry", "keyferry_agent", "tomllib"]
 
 
 def main(name: str, options: list[str]) -> None:
-    """Fuzz until an option says that it is enough, or something is found."""
+    """Fuzz until the limit of an option, or a finding."""
     with atheris.instrument_imports(include=_INSTRUMENTED):  # modules imported in this block report their branches
         from .targets import TARGETS  # noqa: PLC0415
     atheris.Setup([sys.argv[0], *options], TARGETS[name].run)

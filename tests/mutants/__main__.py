@@ -94,7 +94,7 @@ def _copy() -> None:
 
 
 def _try(module: str, seed: int, end: float) -> Counter[str] | None:
-    """Plant faults in a module until the time is over; return how many were caught, and how."""
+    """Plant faults in a module until the time has passed; return how many were caught, and how."""
     source = (COPY / module).read_text()
     before = time.monotonic()
     if _run(module, None) != 0:

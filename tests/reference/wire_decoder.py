@@ -14,7 +14,7 @@ SHORT = {"map": range(0x80, 0x90), "array": range(0x90, 0xA0), "str": range(0xA0
 
 
 class Refused(Exception):
-    """These bytes are no message, or it is over a limit."""
+    """The bytes are not a message, or it exceeds a limit."""
 
 
 class Unfinished(Exception):

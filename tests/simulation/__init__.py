@@ -1,4 +1,5 @@
 """A whole agent in this process, in simulated time, under faults that a seed chooses: docs/simulation.md.
 
-Arrows point one way: stock, asking, judge, faults, record; world; clients, line, threads; outside; operator, checks; simulate.
+Imports point one way: fixtures, requests, oracle, faults, record; world; clients, connection_trace, threads;
+fake_syscalls, patches; operator_actions, checks; simulate.
 """

@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def _in_processes(arguments: argparse.Namespace) -> int:
-    """The same in several processes, with seeds that take turns."""
+    """Run several processes, with interleaved seeds."""
     command = [sys.executable, "-m", "simulation", "--processes", "1", "--step", str(arguments.processes)]
     command += ["--runs", str(arguments.runs)] if arguments.minutes is None else ["--minutes", str(arguments.minutes)]
     children = [

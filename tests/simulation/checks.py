@@ -68,7 +68,7 @@ def _check_line(world: World, client: Client, line: AgentConnection, fresh: Coun
 
 
 def _check_rate(world: World) -> None:
-    """No user had more answers than the rate allows: so many at once, and so many a second."""
+    """Check that no user had more answers than the rate allows, in a burst and per second."""
     for uid in {client.uid for client in world.clients.values()}:
         served = sorted(
             (line.arrived(line.client.asks[msgid].end), answer.when)
@@ -265,7 +265,7 @@ def check_record(world: World) -> None:
 
 
 def check_end(world: World, left: Mapping[str, Any]) -> None:
-    """The agent has ended in its time, and has said what it was to say. `left`: what is not to be there any more."""
+    """Check that the agent ended in time and notified the manager. `left`: resources that must be released."""
     for what, value in left.items():
         if value:
             world.report_violation(f"{what} left: {value}")

@@ -12,7 +12,7 @@ __all__ = ["AgentConnection", "Answer"]
 
 
 class Answer(NamedTuple):
-    """An answer that has left the agent, and when."""
+    """An answer that the agent has sent, and its time."""
 
     error: dict[str, Any] | None
     result: dict[str, Any] | None
@@ -25,7 +25,7 @@ class Answer(NamedTuple):
 
     @property
     def request_id(self) -> str:
-        """The RequestId."""
+        """The answer's RequestId."""
         return str((self.error or self.result or {}).get("RequestId"))
 
 
@@ -63,12 +63,12 @@ class AgentConnection:
         return self.closed is None and not self.refused
 
     def arrived(self, end: int) -> float:
-        """When it had received everything up to this byte."""
+        """Return the time when the agent had received everything up to this byte."""
         return next((when for received, when in self._arrivals if received >= end), self._world.now)
 
     @property
     def being_closed(self) -> bool:
-        """Whether it may have been told to make room, by a connection that has come since: it ends at its next wait."""
+        """Whether a later connection may have displaced this one, which then ends at its next wait."""
         return not self._world.is_granted(self.client.uid, self._world.now) and bool(self._later())
 
     def could_make_room(self, other: "AgentConnection") -> bool:
@@ -80,23 +80,23 @@ class AgentConnection:
 
     @property
     def quiet(self) -> bool:
-        """Whether all requests that have come whole are answered."""
+        """Whether all completely received requests are answered."""
         return all(msgid in self.answers for msgid, sent in self.client.asks.items() if sent.end <= self.received)
 
     @property
     def half_received(self) -> bool:
-        """Whether it has received a part of something that it has not received whole."""
+        """Whether the agent has received a part of a message only."""
         return self.received < self.client.sent or self.received not in self.client.boundaries
 
     def hold_process(self) -> int:
-        """A descriptor that becomes readable when the process at the other end ends."""
+        """Return a descriptor that becomes readable when the process at the other end exits."""
         readable, self._process = os.pipe2(os.O_CLOEXEC)
         if self.client.process_ended:
             self.end_process()
         return readable
 
     def end_process(self) -> None:
-        """The process ends."""
+        """End the process at the other end."""
         self.client.process_ended = True
         if self._process is not None:
             self.process_ended, self._alive_until = self._world.now, self.received
@@ -104,7 +104,7 @@ class AgentConnection:
             self._process = None
 
     def on_received(self, data: bytes) -> None:
-        """The agent has received this."""
+        """Trace bytes that the agent has received, and check the limits."""
         world = self._world
         self.received += len(data)
         self._arrivals.append((self.received, world.now))
@@ -117,7 +117,7 @@ class AgentConnection:
             world.report_violation(f"{len(together)} connections are served, {len(of_user)} of one user")
 
     def on_sent(self, data: bytes) -> None:
-        """The agent has sent this."""
+        """Trace bytes that the agent has sent, and check its answers."""
         self.sent += data
         self._world.add_event("sent", self, len(data))
         try:

@@ -104,7 +104,7 @@ class FakeSyscalls:
         return descriptor
 
     def _at_record(self, point: str, *_: Any) -> int:
-        """A point of the thread that writes the record. Gives SHORT, or 0."""
+        """Pass a point of the audit log's thread. Returns SHORT, or 0."""
         world = self.world
         fault = world.plan.next_fault(point)
         if fault:
@@ -331,7 +331,7 @@ class FakeSyscalls:
         job: Callable[[], Any],
         done: Callable[[Any, Exception | None], None],
     ) -> None:
-        """A slow job's thread, which begins and ends when the seed says."""
+        """Run an offloaded job, which begins and ends at times of the seed."""
 
         async def work() -> None:
             result: Any = None

@@ -180,7 +180,7 @@ def described(ring: Ring) -> list[KeyDescription]:
 
 
 def toml(grants: tuple[Grant, ...]) -> str:
-    """Grants as a configuration says them."""
+    """Return grants in the form of a configuration."""
     text = ""
     for grant in grants:
         text += f'[[grant]]\nname = "{grant.name}"\nto = {{ uid = {grant.uid} }}\n'

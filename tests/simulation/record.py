@@ -34,7 +34,7 @@ class Record:
 
     @property
     def in_place(self) -> bool:
-        """Whether the agent has the file open that is at the record's path."""
+        """Whether the agent has the file at the audit log's path open."""
         if self.path.name not in os.listdir(self.path.parent):
             return False
         there = os.stat(self.path)

@@ -59,7 +59,7 @@ class Result(NamedTuple):
 
 
 class _Stuck(BaseException):
-    """The agent turns without end."""
+    """The agent is in an endless loop."""
 
 
 def simulate(seed: int) -> Result:

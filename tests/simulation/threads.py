@@ -26,7 +26,7 @@ class _Idle(BaseException):
 
 
 class StepwiseThreads:
-    """Threads of the record's kind: each runs only while the event loop's stands still and waits for it.
+    """The audit log's thread, which runs only while the event loop's thread waits for it.
 
     It stands in for `threading`, and makes the queues between such a thread and the event loop's. Without hangs, one thread
     does both, because a second one would take most of a simulation's time. The function is called when the event loop waits,
@@ -55,7 +55,7 @@ class StepwiseThreads:
         return self
 
     def start(self) -> None:
-        """Start the thread: it waits for its turn."""
+        """Start the thread, which waits until the event loop lets it run."""
         if self._thread is not None:
             self._thread.start()
 
@@ -72,7 +72,7 @@ class StepwiseThreads:
 
     @property
     def inside(self) -> bool:
-        """Whether this is such a thread."""
+        """Whether the current code runs in this thread."""
         return self._inside or threading.current_thread() is self._thread
 
     def let_work(self) -> None:
@@ -91,7 +91,7 @@ class StepwiseThreads:
                 self._inside = False
 
     def wait_for_turn(self) -> None:
-        """In the thread: stand still until the other lets it work."""
+        """Block the thread until the event loop lets it run."""
         if self._thread is None:
             raise _Idle
         self._still.release()
@@ -100,7 +100,7 @@ class StepwiseThreads:
             raise _ProcessExit
 
     def hang(self) -> None:
-        """In the thread: do not come back from a system call, until `release`."""
+        """Block the thread in a system call until `release`."""
         self._parked = True
         while self._parked:
             self.wait_for_turn()
@@ -161,7 +161,7 @@ async def simulated_run_sync(
     abandon_on_cancel: bool = False,
     limiter: trio.CapacityLimiter | None = None,
 ) -> T:
-    """`trio.to_thread.run_sync`: a thread that begins and ends when the seed says. Nothing else happens while it works."""
+    """Replace `trio.to_thread.run_sync` by a thread that begins and ends at times of the seed, while all else waits."""
     rng: random.Random = world.faults_rng
     await trio.lowlevel.checkpoint_if_cancelled()
     me = object()

@@ -31,7 +31,7 @@ _MAX_TRACE_LINES: Final = 20_000
 
 
 class Adopted(NamedTuple):
-    """A keyring and a configuration, and since when the agent goes by them."""
+    """A keyring and a configuration, and the time from which the agent uses them."""
 
     since: float
     ring: int
@@ -98,11 +98,11 @@ class World:
         return EPOCH + self.now
 
     def is_granted(self, uid: int, when: float) -> bool:
-        """Whether a user has any grant in the configurations that the agent goes by around this time."""
+        """Whether a user has any grant in the configurations that the agent uses around this time."""
         return any(grant.uid == uid for adopted in self.in_force(when) for grant in adopted.state[1])
 
     def in_force(self, when: float) -> list[Adopted]:
-        """The keyrings and configurations that the agent goes by at a time that is known to the millisecond."""
+        """Return the keyrings and configurations that the agent uses at a time with a precision of a millisecond."""
         following = [*self.adopted[1:], None]
         return [
             adopted
@@ -120,31 +120,31 @@ class World:
         self.trace.append(f"{self.now:10.6f} {what} {text}")
 
     def report_violation(self, what: str) -> None:
-        """Something happened that is promised never to happen."""
+        """Record that a promise was broken."""
         self.add_event("VIOLATION", what)
         self.violations.append(what)
 
     def stall(self, seconds: float) -> None:
-        """Let time pass while the agent stands still."""
+        """Let time pass while the agent waits for a system call."""
         if seconds:
             self.stalled += seconds
             self.clock.jump(seconds)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Tell the agent to stop."""
+        """Send the agent a signal to stop."""
         if self.serving.is_set() and self.ended is None:
             self.add_event("signal", number.name)
             self.stops.append(self.now)
             signal.raise_signal(number)
 
     def send_sighup(self) -> None:
-        """Tell the agent to read its files again."""
+        """Send the agent a SIGHUP to reload its files."""
         if self.ended is None:
             self.add_event("signal", "SIGHUP")
             signal.raise_signal(signal.SIGHUP)
 
     def inject_fault(self, point: str) -> None:
-        """Fail here, if that is planned, as a system call does. For points at which nothing else can happen."""
+        """Raise the planned fault of a point at which no other fault can happen."""
         fault = self.plan.next_fault(point)
         if fault:
             self.add_event("fault", point, errno.errorcode.get(fault, fault))
@@ -158,16 +158,16 @@ class World:
             self.spare -= 1
 
     def release_descriptor(self) -> None:
-        """One was closed."""
+        """Count a closed descriptor."""
         if self.starved:
             self.spare += 1
 
     def record_adoption(self, *, keyring: bool) -> None:
-        """Note that the agent goes by the configuration that it read last, and by the `keyring` that it loaded last, if so."""
+        """Record that the agent uses its last configuration, and its last loaded keyring if `keyring` is set."""
         self.adopted.append(Adopted(self.now, self.loaded if keyring else self.adopted[-1].ring, self.read))
 
     def capture_log(self, _logger: Any, _method: str, event: dict[str, Any], drop: BaseException) -> Any:
-        """Take a line of the agent's log."""
+        """Trace an event of the agent's log, and check it."""
         name = str(event.pop("event"))
         self.logged.append((self.now, name))
         details = [f"{key}={event[key]}" for key in sorted(event) if key not in ("exc_info", "libcrypto")]

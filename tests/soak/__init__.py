@@ -1,4 +1,5 @@
-"""A soak: clients of every kind ask one agent for everything, for as long as one likes, while its operator does what operators
-do and things go wrong. Afterwards every ciphertext is opened, every answer looked for in the record, and what should be flat is
+"""A soak: clients of every kind send one agent every operation for a given time, beside an operator's actions and accidents.
+
+Afterwards every ciphertext is opened, every answer is compared with the audit log, and the figures that should be flat are
 compared. `make soak MINUTES=60`; docs/soak.md has the results.
 """

@@ -20,7 +20,7 @@ from keyferry import Client
 from .client import PATIENCE
 from .figures import Sample, compare, not_flat, table
 from .host import ACTIONS, Host
-from .journal import Answer, Journal, Wrong, read
+from .journal import Answer, Journal, Violation, read
 from .verify import Opened, Recorded, check_record, open_listeners
 
 RESULTS = Path(__file__).parents[2] / ".cache" / "soak" / "results.json"
@@ -47,7 +47,7 @@ def main() -> int:
         finally:
             host.close()
         samples = _with_latencies(samples, host.journals)
-        wrong = [entry.what for entry in read(host.journals) if isinstance(entry, Wrong)]
+        wrong = [entry.what for entry in read(host.journals) if isinstance(entry, Violation)]
     return _report(vars(arguments), host, samples, opened, recorded, wrong + host.wrong)
 
 

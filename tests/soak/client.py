@@ -18,8 +18,8 @@ from support.keys import recipient
 
 from keyferry import Client, aio
 
-from .journal import Journal, Wrong
-from .workload import Mix
+from .journal import Journal, Violation
+from .workload import Workload
 
 __all__ = ["KINDS", "PATIENCE"]
 
@@ -29,7 +29,7 @@ _TOGETHER = 3
 """Threads that share a client, and tasks."""
 
 
-class Asker:
+class Caller:
     """Sends the requests of a workload at its pace, and notes the answers. One for each thread, or task."""
 
     def __init__(self, asking: Generator[Any, Any, None], journal: Journal, pace: float) -> None:
@@ -49,7 +49,7 @@ class Asker:
         return self._next - now
 
     def answer(self, request: Any, outcome: Any, began: float) -> Any:
-        """Note an answer; give the next request."""
+        """Note an answer, and return the next request."""
         operation = request[0] if type(request) is tuple else type(request).__name__
         self._journal.answered(operation, outcome, began, time.monotonic() - began)
         return self._asking.send(outcome)
@@ -64,7 +64,7 @@ class _Stop:
         self.asked = True
 
 
-def _blocking(kms: Client, asker: Asker, stop: _Stop) -> None:
+def _blocking(kms: Client, asker: Caller, stop: _Stop) -> None:
     request = asker.first()
     while not stop.asked:
         time.sleep(asker.wait())
@@ -73,7 +73,7 @@ def _blocking(kms: Client, asker: Asker, stop: _Stop) -> None:
         request = asker.answer(request, outcome, began)
 
 
-async def _awaited(kms: aio.Client, asker: Asker, stop: _Stop, sleep: Any) -> None:
+async def _awaited(kms: aio.Client, asker: Caller, stop: _Stop, sleep: Any) -> None:
     request = asker.first()
     while not stop.asked:
         await sleep(asker.wait())
@@ -82,23 +82,23 @@ async def _awaited(kms: aio.Client, asker: Asker, stop: _Stop, sleep: Any) -> No
         request = asker.answer(request, outcome, began)
 
 
-async def _in_trio(path: str, askers: list[Asker], stop: _Stop) -> None:
+async def _in_trio(path: str, askers: list[Caller], stop: _Stop) -> None:
     async with aio.Client(path, timeout=PATIENCE) as kms, trio.open_nursery() as nursery:
         for asker in askers:
             nursery.start_soon(_awaited, kms, asker, stop, trio.sleep)
 
 
-async def _in_asyncio(path: str, askers: list[Asker], stop: _Stop) -> None:
+async def _in_asyncio(path: str, askers: list[Caller], stop: _Stop) -> None:
     async with aio.Client(path, timeout=PATIENCE) as kms:
         await asyncio.gather(*(_awaited(kms, asker, stop, asyncio.sleep) for asker in askers))
 
 
-def _in_threads(path: str, askers: list[Asker], stop: _Stop, journal: Journal) -> None:
-    def ask(asker: Asker) -> None:
+def _in_threads(path: str, askers: list[Caller], stop: _Stop, journal: Journal) -> None:
+    def ask(asker: Caller) -> None:
         try:
             _blocking(kms, asker, stop)
         except Exception as error:
-            journal.write(Wrong(repr(error)))
+            journal.write(Violation(repr(error)))
 
     with Client(path, timeout=PATIENCE) as kms:
         threads = [threading.Thread(target=ask, args=(asker,)) for asker in askers]
@@ -114,7 +114,7 @@ def main(kind: str, algorithm: str, path: str, notes: str, pace: str, seed: str)
     count = 1 if kind == "blocking" else _TOGETHER
     with Journal(Path(notes)) as journal:
         askers = [
-            Asker(Mix(int(seed) * _TOGETHER + number, to, journal).requests(), journal, float(pace) / count)
+            Caller(Workload(int(seed) * _TOGETHER + number, to, journal).requests(), journal, float(pace) / count)
             for number in range(count)
         ]
         try:
@@ -125,7 +125,7 @@ def main(kind: str, algorithm: str, path: str, notes: str, pace: str, seed: str)
             else:
                 _in_threads(path, askers, stop, journal)
         except BaseException as error:
-            journal.write(Wrong(repr(error)))
+            journal.write(Violation(repr(error)))
             raise
 
 

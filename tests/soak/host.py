@@ -131,7 +131,7 @@ class Host:
         self.count("reloads with other grants")
 
     def rotate(self) -> None:
-        """Rotate a key: at once, or a version that is staged first."""
+        """Rotate a key, directly or by a staged version."""
         if self._random.random() < 0.5:
             with self._reloaded():
                 self._change("rotate", self._random.choice(KEYS))
@@ -162,7 +162,7 @@ class Host:
         self.count("aliases made or deleted")
 
     def rotate_record(self) -> None:
-        """Move the record away, as logrotate does."""
+        """Move the audit log away, as logrotate does."""
         before = sum(line["event"] == "audit.reopened" for line in self.agent.log)
         (self.folder / "audit.jsonl").rename(self.folder / f"audit.jsonl.{next(self._rotated)}")
         self.agent.wait_for("audit.reopened", before + 1)
@@ -216,7 +216,7 @@ class Host:
         )
 
     def records(self) -> list[Path]:
-        """The files of the record, oldest first."""
+        """Return the files of the audit log, oldest first."""
         moved = self.counts.get("records moved away", 0)
         return [self.folder / f"audit.jsonl.{number}" for number in range(1, moved + 1)] + [self.folder / "audit.jsonl"]
 

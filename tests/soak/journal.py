@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 from keyferry import KmsError
 from keyferry.parameters import decode_base64
 
-__all__ = ["Answer", "Journal", "Made", "Wrong", "digest", "read"]
+__all__ = ["Answer", "CiphertextEntry", "Journal", "Violation", "digest", "read"]
 
 
 class Answer(NamedTuple):
@@ -22,7 +22,7 @@ class Answer(NamedTuple):
     outcome: str
 
 
-class Made(NamedTuple):
+class CiphertextEntry(NamedTuple):
     """One ciphertext, and `plaintext`, the SHA-256 of its plaintext."""
 
     blob: str
@@ -32,13 +32,13 @@ class Made(NamedTuple):
     version: str
 
 
-class Wrong(NamedTuple):
+class Violation(NamedTuple):
     """Something that should not have been."""
 
     what: str
 
 
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Answer, Made, Wrong)}
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (Answer, CiphertextEntry, Violation)}
 
 
 class Journal:
@@ -53,7 +53,7 @@ class Journal:
     def __exit__(self, *exc_info: object) -> None:
         self._file.close()
 
-    def write(self, entry: Answer | Made | Wrong) -> None:
+    def write(self, entry: Answer | CiphertextEntry | Violation) -> None:
         """Write an entry down."""
         self._file.write(json.dumps([type(entry).__name__, *entry]).encode() + b"\n")
 
@@ -65,10 +65,10 @@ class Journal:
     def expect(self, what: str, *, right: bool) -> None:
         """Note a failed expectation."""
         if not right:
-            self.write(Wrong(what))
+            self.write(Violation(what))
 
 
-def read(paths: list[Path]) -> Iterator[Answer | Made | Wrong]:
+def read(paths: list[Path]) -> Iterator[Answer | CiphertextEntry | Violation]:
     """Yield all entries of journals, without partial last lines."""
     for path in paths:
         with path.open() as file:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from keyferry import Client, KmsError, operations
 from keyferry_agent.chained_log import chain
 
-from .journal import Answer, Journal, Made, digest, read
+from .journal import Answer, CiphertextEntry, Journal, digest, read
 
 __all__ = ["Opened", "Recorded", "check_record", "open_listeners"]
 
@@ -30,7 +30,7 @@ class Opened(NamedTuple):
 def open_listeners(kms: Client, journals: Sequence[Path], notes: Journal) -> Opened:
     """Open every ciphertext in journals with its context, and with another one. `notes` gets the answers."""
     count, wrong = 0, list[str]()
-    for made in _batches(entry for entry in read([*journals]) if isinstance(entry, Made)):
+    for made in _batches(entry for entry in read([*journals]) if isinstance(entry, CiphertextEntry)):
         count += len(made)
         contexts = [each.context for each in made] + [{**each.context, "n": "another"} for each in made]
         outcomes = kms.pipeline(
@@ -49,7 +49,7 @@ def open_listeners(kms: Client, journals: Sequence[Path], notes: Journal) -> Ope
     return Opened(count, wrong)
 
 
-def _batches(entries: Iterable[Made]) -> Iterator[list[Made]]:
+def _batches(entries: Iterable[CiphertextEntry]) -> Iterator[list[CiphertextEntry]]:
     waiting = iter(entries)
     while batch := list(islice(waiting, _AT_ONCE)):
         yield batch

@@ -13,9 +13,9 @@ from support.keys import Recipient
 from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64
 
-from .journal import Journal, Made, digest
+from .journal import CiphertextEntry, Journal, digest
 
-__all__ = ["KEYS", "SELDOM", "SOMETIMES", "Mix"]
+__all__ = ["KEYS", "SELDOM", "SOMETIMES", "Workload"]
 
 KEYS = ("alias/a", "alias/sm4")
 SOMETIMES = "alias/sometimes"
@@ -28,14 +28,14 @@ _TENANTS = 50
 Asking: TypeAlias = Generator[Any, Any, None]
 
 
-class Mix:
+class Workload:
     """One client's requests."""
 
     def __init__(self, seed: int, to: Recipient, journal: Journal) -> None:
         self._random = random.Random(seed)
         self._to = to
         self._journal = journal
-        self._kept: deque[Made] = deque(maxlen=_KEPT)
+        self._kept: deque[CiphertextEntry] = deque(maxlen=_KEPT)
 
     def requests(self) -> Asking:
         """Requests without end."""
@@ -49,7 +49,7 @@ class Mix:
             self._move,
             self._look,
             self._refused,
-            self._whatever_the_operator_did,
+            self._affected_by_operator,
         )
         while True:
             for each in self._random.sample(rounds, len(rounds)):
@@ -58,8 +58,10 @@ class Mix:
     def _context(self) -> dict[str, str]:
         return {"tenant": str(self._random.randrange(_TENANTS)), "n": self._random.randbytes(4).hex()}
 
-    def _make(self, result: Any, context: dict[str, str], plaintext: str | bytes, *, keep: bool = True) -> Made:
-        made = Made(result.ciphertext_blob, context, digest(plaintext), result.key_id, result.key_version_id)
+    def _make(
+        self, result: Any, context: dict[str, str], plaintext: str | bytes, *, keep: bool = True
+    ) -> CiphertextEntry:
+        made = CiphertextEntry(result.ciphertext_blob, context, digest(plaintext), result.key_id, result.key_version_id)
         self._journal.write(made)
         if keep:
             self._kept.append(made)
@@ -69,7 +71,7 @@ class Mix:
         self._journal.expect(f"refused: {outcome!r}", right=not isinstance(outcome, KmsError))
         return not isinstance(outcome, KmsError)
 
-    def _same(self, made: Made, plaintext: str | bytes, outcome: Any) -> None:
+    def _same(self, made: CiphertextEntry, plaintext: str | bytes, outcome: Any) -> None:
         right = (made.plaintext, made.key_id, made.version) == (
             digest(plaintext),
             outcome.key_id,
@@ -145,7 +147,7 @@ class Mix:
                 destination_encryption_context=context,
             )
             if self._good(moved):
-                here = Made(
+                here = CiphertextEntry(
                     moved.ciphertext_blob,
                     context,
                     made.plaintext,
@@ -168,7 +170,7 @@ class Mix:
         self._code((yield operations.GenerateDataKey(key_id=KEYS[0], number_of_bytes=2_000)), "InvalidParameter")
         self._code((yield "Explode", {}), "InvalidAction.NotFound")
 
-    def _whatever_the_operator_did(self) -> Asking:
+    def _affected_by_operator(self) -> Asking:
         context = self._context()
         result = yield operations.GenerateDataKey(key_id=SELDOM, encryption_context=context)
         self._code(result, "OK", "Rejected.Disabled")

@@ -74,7 +74,7 @@ class RunningAgent:
             self._changed.notify_all()
 
     def wait_for(self, event: str, count: int = 1) -> dict[str, Any]:
-        """Wait until the log has `count` lines of an event; give the last of them."""
+        """Wait until the log has `count` lines of an event, and return the last of them."""
 
         def found() -> list[dict[str, Any]]:
             return [line for line in self.log if line.get("event") == event]
@@ -95,29 +95,29 @@ class RunningAgent:
             return self._changed.wait_for(lambda: self._ended or found(), PATIENCE) and found()
 
     def client(self) -> Client:
-        """A client of this agent."""
+        """Return a client of this agent."""
         return Client(self.socket, timeout=PATIENCE)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send it a signal."""
+        """Send the agent a signal."""
         pid = self.process.pid
         if self._forks:  # unshare is deaf while it waits for the agent
             pid = int(Path(f"/proc/{pid}/task/{pid}/children").read_text() or pid)
         os.kill(pid, number)
 
     def stop(self) -> int:
-        """Ask it to stop; give its exit code once it has."""
+        """Send SIGTERM, and return the agent's exit code."""
         self.signal(signal.SIGTERM)
         return self.wait()
 
     def wait(self) -> int:
-        """Wait for its end; give its exit code."""
+        """Wait for the agent's end, and return its exit code."""
         code = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return code
 
     def kill(self) -> None:
-        """End it, if it has not ended: first as an operator would, then for good."""
+        """End the agent if it runs: by SIGTERM, and then by SIGKILL."""
         if self.process.poll() is None:
             self.signal(signal.SIGCONT)
             self.signal(signal.SIGTERM)
@@ -148,7 +148,7 @@ class RawConnection:
         self.socket.close()
 
     def send(self, data: bytes) -> None:
-        """Send bytes as they are."""
+        """Send raw bytes."""
         self.socket.sendall(data)
 
     def response(self) -> wire.Response | None:
@@ -176,7 +176,7 @@ class RawConnection:
 
 
 def configured(path: Path, tables: str) -> list[str]:
-    """Arguments for an agent with a development keyring and a configuration."""
+    """Return arguments for an agent with a development keyring and a configuration."""
     config = path.with_suffix(".toml")
     config.write_text(tables)
     return ["--dev", "--config", str(config)]
@@ -184,6 +184,6 @@ def configured(path: Path, tables: str) -> list[str]:
 
 @contextmanager
 def dev_agent(path: Path) -> Iterator[RunningAgent]:
-    """An agent started with --dev."""
+    """Run an agent with --dev."""
     with RunningAgent(["--dev"], path) as agent:
         yield agent

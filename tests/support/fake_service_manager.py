@@ -46,7 +46,7 @@ class Manager:
         watchdog: float = 0,
         ready: bool = True,
     ) -> RunningAgent:
-        """Start an agent with these sockets, and all that is kept; wait until it says that it is `ready`."""
+        """Start an agent with these sockets and the kept descriptors; wait for its `ready`."""
         given = [(name, each.fileno()) for name, each in sockets] + list(self.kept.items())
         numbers = [number for _, number in given]
         environment = {"NOTIFY_SOCKET": str(self._path)}
@@ -73,7 +73,7 @@ class Manager:
         return self._hear(lambda lines: line in lines)
 
     def wait_for_status(self, beginning: str) -> list[str]:
-        """Hear until the status begins so; give the lines that came with it."""
+        """Receive until a status begins with this text; return the lines of that notification."""
         return self._hear(lambda lines: any(line.startswith(f"STATUS={beginning}") for line in lines))
 
     def _hear(self, wanted: Callable[[list[str]], bool]) -> list[str]:

@@ -2,8 +2,8 @@
 
     python hanging_files.py FOLDER PROGRAM FLAG
 
-mounts it on FOLDER, with a copy of PROGRAM called `program`, and prints a line. While FLAG exists, nobody is told its
-attributes: stat(2) does not return.
+mounts it on FOLDER, with a copy of PROGRAM called `program`, and prints a line. While FLAG exists, stat(2) of it
+does not return.
 """
 
 import ctypes
@@ -85,7 +85,7 @@ def _serve(device: int, content: bytes, flag: Path) -> None:
 
 @contextmanager
 def hanging_program(folder: Path, program: str, flag: Path) -> Iterator[Path]:
-    """The path of a copy of a program in such a file system, for the time of a block. It hangs while `flag` exists."""
+    """Yield the path of a copy of a program in such a file system. It hangs while `flag` exists."""
     folder.mkdir()
     with subprocess.Popen(
         [sys.executable, "-S", __file__, str(folder), program, str(flag)], stdout=subprocess.PIPE

@@ -21,7 +21,7 @@ def rendered(folder: Path) -> str:
 
 
 def overlay(folder: Path, base: Path, images: Mapping[str, str]) -> Path:
-    """An operator's own folder on top of a base, which says which images these are."""
+    """Make an operator's folder on top of a base, which sets the images."""
     folder.mkdir()
     lines = [
         f"  - {{name: {name}, newName: {image.split(':')[0]}, newTag: {image.split(':')[1]}}}"

@@ -39,6 +39,6 @@ def running_as(
 
 
 def line_of(process: "subprocess.Popen[str]") -> str:
-    """Return the next line that such a process prints; empty when it ended."""
+    """Return the next line of such a process; empty if it has ended."""
     assert process.stdout is not None
     return process.stdout.readline().strip()

@@ -1,10 +1,10 @@
 """Peers in processes of their own: `python peers.py HOW SOCKET COUNT`, started by `peers`.
 
 short    COUNT processes, each of which connects, sends a little, and exits without reading
-greedy   connects COUNT times, and asks on all of them without end, reading only what comes
-deaf     connects COUNT times, and asks without ever reading; says so on standard output when nobody takes more
-once     connects COUNT times, asks once on each, says so, and waits for the answers
-gone     COUNT processes, one after the other, each of which asks and is killed; says their IDs
+greedy   connects COUNT times, and sends requests endlessly on each, reading available answers
+deaf     connects COUNT times, and sends without reading; prints a line when the buffers are full
+once     connects COUNT times, sends a request on each, prints a line, and waits for the answers
+gone     COUNT processes in sequence, each of which sends a request and is killed; prints their IDs
 """
 
 import os

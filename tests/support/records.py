@@ -12,7 +12,7 @@ from keyferry.store.record import context_text, now
 
 
 def fill(store: Store, kms: Client, count: int, *, key_id: str = "alias/a", start: int = 0) -> dict[str, str]:
-    """Add records r0, r1 and so on, each with a context of its own; give the plaintext of each data key by name."""
+    """Add records r0, r1 and so on, each with its own context; return the plaintext data keys by name."""
     contexts = [{"tenant": f"t{number}", "é": '"'} if number % 3 else {} for number in range(start, start + count)]
     made = kms.pipeline(
         operations.GenerateDataKey(key_id=key_id, encryption_context=context or None) for context in contexts

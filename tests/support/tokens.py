@@ -90,7 +90,7 @@ RESETS: dict[str, Callable[[RealToken], None]] = {
 
 
 class ReadWrite:
-    """A token whose sessions may all write: only in such a one is an object of the token made."""
+    """A token whose sessions are all read-write, which token objects need."""
 
     def __init__(self, token: Any) -> None:
         self._token = token

@@ -1,7 +1,7 @@
 """An application as it runs in a container of a pod: gets data keys from the agent and uses them, until its input ends.
 
-usage: application.py WRAPPING_KEY_SPEC. Says what happens as JSON lines: a key version that was not seen before, an agent that
-does not answer, an agent that answers again; and in the end, the sum of it.
+usage: application.py WRAPPING_KEY_SPEC. Prints events as JSON lines: a new key version, an agent that does not answer, an
+agent that answers again; and the totals at the end.
 """
 
 import json

@@ -61,7 +61,7 @@ class Pods:
         self.play(pod, configuration)
 
     def play(self, pod: dict[str, Any], configuration: Sequence[dict[str, Any]] = ()) -> None:
-        """Run a pod, whose applications do nothing until they are told to."""
+        """Run a pod, whose applications wait for their input."""
         pod = for_podman(pod, self.mounted)
         made = containers(pod)
         for name in {"orders", "reports"} & set(made):
@@ -103,7 +103,7 @@ class Load:
         raise AssertionError(f"no {event} in {self._said}: {self._process.stderr.read()}")
 
     def end(self) -> dict[str, Any]:
-        """Let it come to its end; give the sum of it."""
+        """End the application, and return its totals."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         return self.wait_for("sum")

@@ -65,7 +65,7 @@ print(failures or "none failed", min(counts) > 0)
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    """A machine on which the agent is installed as systemd/README.md says, with a user whose application may use it."""
+    """Yield a machine with the agent installed by systemd/README.md, and a user for an application."""
     with Machine() as made:
         install(made)
         made.write("/srv/load.py", LOAD)

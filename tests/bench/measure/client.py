@@ -10,10 +10,10 @@ from support.keys import recipient
 
 from keyferry import Client
 
-from ..agent_under_test import CONTEXT, requests, subject
-from ..canned_server import Stub
+from ..agent_under_test import CONTEXT, agent_under_test, requests
+from ..canned_server import CannedServer
 from ..figures import Target, percentile, ratios
-from ..load import Connection, one_at_a_time
+from ..load import Connection, closed_loop_latencies
 from ..run_context import Session
 
 PART = "The Python client"
@@ -21,9 +21,9 @@ PART = "The Python client"
 
 def run(session: Session) -> None:
     """Latency of calls one at a time, overhead, import."""
-    with subject() as agent, Client(agent.path) as kms:
+    with agent_under_test() as agent, Client(agent.path) as kms:
         asked = _call(kms, agent.aliases[0])
-        with Connection(agent.path, requests(agent.aliases)) as line, Stub(line.answer) as stub:
+        with Connection(agent.path, requests(agent.aliases)) as line, CannedServer(line.answer) as stub:
             _latency(session, asked, agent.pid)
             _overhead(session, stub)
     _import(session)
@@ -70,14 +70,14 @@ def _latency(session: Session, asked: Callable[[], object], pid: int) -> None:
     )
 
 
-def _overhead(session: Session, stub: Stub) -> None:
+def _overhead(session: Session, stub: CannedServer) -> None:
     """Beside a bare socket, against a server that computes nothing."""
     overheads: list[float] = []
     seconds = session.seconds
     with Client(stub.path) as kms, Connection(stub.path, requests(["alias/k0"])) as line:
         asked = _call(kms, "alias/k0")
         for _ in range(session.rounds):
-            whole, socket = _calls(asked, seconds), one_at_a_time(line, seconds)
+            whole, socket = _calls(asked, seconds), closed_loop_latencies(line, seconds)
             overheads.append((percentile(whole, 50) - percentile(socket, 50)) * 1e6)
     session.add(
         PART,

@@ -3,7 +3,7 @@
 import time
 from contextlib import ExitStack
 
-from ..agent_under_test import KEYS, requests, startable, subject
+from ..agent_under_test import KEYS, agent_starter, agent_under_test, requests
 from ..figures import Target
 from ..load import Connection, pipelined
 from ..run_context import Session
@@ -16,7 +16,7 @@ def run(session: Session) -> None:
     """Resident memory, and the start."""
     rest, each = [], []
     for _ in range(1 if session.quick else 3):
-        with subject() as agent, ExitStack() as stack:
+        with agent_under_test() as agent, ExitStack() as stack:
             rest.append(agent.resident() / 1e6)
             some = requests(agent.aliases)
             with Connection(agent.path, some) as line:
@@ -35,7 +35,7 @@ def run(session: Session) -> None:
         note=f"{IDLE:,} connections that have asked two things each",
     )
     took = []  # by now everything is compiled
-    with startable() as start:
+    with agent_starter() as start:
         for _ in range(session.rounds):
             began = time.perf_counter()
             with start():

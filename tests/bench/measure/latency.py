@@ -2,7 +2,7 @@
 
 import math
 
-from ..agent_under_test import requests, subject
+from ..agent_under_test import agent_under_test, requests
 from ..cpu import processor_seconds
 from ..figures import Curve, percentile
 from ..load import Connection, open_loop, pipelined
@@ -22,7 +22,7 @@ def run(session: Session) -> None:
         Curve("latency", f"{percent}th percentile", "offered load, × bare loop", "latency, × bare loop's turn")
         for percent in PERCENTILES
     ]
-    with subject() as agent, Connection(agent.path, requests(agent.aliases)) as line:
+    with agent_under_test() as agent, Connection(agent.path, requests(agent.aliases)) as line:
         for load in (0.2, 0.5, 0.8) if session.quick else LOADS:
             offered: list[float] = []
             took: dict[int, list[float]] = {percent: [] for percent in PERCENTILES}

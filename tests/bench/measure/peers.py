@@ -7,7 +7,7 @@ PART = "Peers, beside the same bare loop"
 
 
 def run(session: Session) -> None:
-    """A line, or two, for each; one that is not there says so."""
+    """Add a line or two for each peer, and one line for a missing peer."""
     for peer in PEERS:
         missing = peer.missing()
         if missing:

@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from statistics import median
 
-from ..agent_under_test import Subject, requests, subject
+from ..agent_under_test import AgentUnderTest, agent_under_test, requests
 from ..figures import Curve, Target, ratios
-from ..load import Connection, many, pipelined, serially
+from ..load import Connection, closed_loop_rate, concurrent_rate, pipelined
 from ..run_context import Bare, Session
 from .throughput import DEPTH
 
@@ -25,32 +25,32 @@ _SETTLE = 1.0
 def run(session: Session) -> None:
     """Connections, keys, grants."""
     _connections(session)
-    _of(session, "keys", session.places(KEYS), lambda number: subject(keys=number))
-    _of(session, "grants", session.places(GRANTS), lambda number: subject(grants=number))
+    _of(session, "keys", session.places(KEYS), lambda number: agent_under_test(keys=number))
+    _of(session, "grants", session.places(GRANTS), lambda number: agent_under_test(grants=number))
 
 
 def _connections(session: Session) -> None:
-    """The same number of requests under way, over few connections and over many; and one busy among idle ones."""
-    with subject() as agent, ExitStack() as stack:
+    """Measure equal numbers of requests in flight over few and many connections, and one busy among idle ones."""
+    with agent_under_test() as agent, ExitStack() as stack:
         lines = [
             stack.enter_context(Connection(agent.path, requests(agent.aliases)[at % 10 :]))
             for at in range(CONNECTIONS[-1])
         ]
         active = session.beside(
             {
-                str(number): partial(many, lines[:number], 1)
+                str(number): partial(concurrent_rate, lines[:number], 1)
                 for number in (CONNECTIONS[2:] if session.quick else CONNECTIONS)
             },
             watched=[agent.pid],
         )
         together = session.beside(
-            {name: partial(many, lines[:number], depth) for name, (number, depth) in TOGETHER.items()},
+            {name: partial(concurrent_rate, lines[:number], depth) for name, (number, depth) in TOGETHER.items()},
             watched=[agent.pid],
         )
         among = session.beside({"among": partial(pipelined, lines[0], DEPTH)}, watched=[agent.pid])["among"]
         for line in lines[1:]:
             line.socket.close()
-        serially(lines[0], _SETTLE)
+        closed_loop_rate(lines[0], _SETTLE)
         alone = session.beside({"alone": partial(pipelined, lines[0], DEPTH)}, watched=[agent.pid])["alone"]
     curve = Curve("connections", "all active", "connections", "throughput, × bare loop")
     for number, measured in active.items():
@@ -78,12 +78,12 @@ def _connections(session: Session) -> None:
 
 
 def _of(
-    session: Session, what: str, numbers: tuple[int, ...], make: Callable[[int], AbstractContextManager[Subject]]
+    session: Session, what: str, numbers: tuple[int, ...], make: Callable[[int], AbstractContextManager[AgentUnderTest]]
 ) -> None:
-    """Agents with few and many, side by side, each in turn."""
+    """Measure agents with few and many, side by side, in turn."""
     curve = Curve(what, "RSA_2048", what, "throughput, × bare loop")
     with ExitStack() as stack:
-        agents: dict[int, Subject] = {number: stack.enter_context(make(number)) for number in numbers}
+        agents: dict[int, AgentUnderTest] = {number: stack.enter_context(make(number)) for number in numbers}
         lines = {
             number: stack.enter_context(Connection(agent.path, requests(agent.aliases)))
             for number, agent in agents.items()

@@ -2,10 +2,10 @@
 
 from functools import partial
 
-from ..agent_under_test import requests, subject
+from ..agent_under_test import agent_under_test, requests
 from ..cpu import ALL
 from ..figures import Target
-from ..load import Connection, pipelined, serially
+from ..load import Connection, closed_loop_rate, pipelined
 from ..run_context import Bare, Session
 
 PART = "EC_SM2, agent on all cores"
@@ -16,13 +16,13 @@ def run(session: Session) -> None:
     """One at a time against one thread; several in flight against as many threads as cores."""
     alone, together = Bare("bare EC_SM2"), Bare("bare EC_SM2", threads=len(ALL))
     with (
-        subject(cores=ALL) as agent,
+        agent_under_test(cores=ALL) as agent,
         Connection(agent.path, requests(agent.aliases, algorithm="SM2PKE")) as line,
     ):
         made = session.beside(
             {
                 "many": partial(pipelined, line, IN_FLIGHT),
-                "one": partial(serially, line),
+                "one": partial(closed_loop_rate, line),
             },
             {"one": alone, "many": together},
         )

@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from ..agent_under_test import requests, subject, unlike
+from ..agent_under_test import agent_under_test, distinct_requests, requests
 from ..figures import Curve, Target
-from ..load import Connection, pipelined, serially
+from ..load import Connection, closed_loop_rate, pipelined
 from ..run_context import Bare, Session
 
 PART = "RSA_2048, agent on one core"
@@ -16,14 +16,14 @@ SIZES = (16, 32, 64, 128, 190)
 
 def run(session: Session) -> None:
     """One at a time and pipelined; by depth of the pipeline; by size of the data key."""
-    with subject() as agent:
+    with agent_under_test() as agent:
         with (
             Connection(agent.path, requests(agent.aliases)) as line,
-            Connection(agent.path, unlike(agent.aliases)) as other,
+            Connection(agent.path, distinct_requests(agent.aliases)) as other,
         ):
             made = session.beside(
                 {
-                    "one": partial(serially, line),
+                    "one": partial(closed_loop_rate, line),
                     "many": partial(pipelined, line, DEPTH),
                     "unlike": partial(pipelined, other, DEPTH),
                 },

@@ -81,7 +81,7 @@ class OpenBao(Peer):
 
 
 def _prepared(dial: http.Dial) -> str:
-    """Initialise and unseal it, make a key; give a token that may do this one thing."""
+    """Initialise and unseal the server, and make a key; return a token for that key only."""
 
     def ask(method: str, path: str, body: dict[str, Any], token: str = "") -> Any:
         return http.exchange(dial, http.request(method, path, body, {"X-Vault-Token": token}))

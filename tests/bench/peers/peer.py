@@ -24,4 +24,4 @@ class Peer(ABC):
 
     @abstractmethod
     def running(self) -> AbstractContextManager[Mapping[str, Way]]:
-        """Start it, and give the ways to ask it, by name; stop it at the end of the `with` block."""
+        """Start the peer, yield its named calls, and stop it at the end of the block."""

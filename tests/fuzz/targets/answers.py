@@ -6,14 +6,14 @@ from keyferry.errors import KmsError, ProtocolError
 from keyferry.operations import OPERATIONS
 from keyferry.protocol.rpc import Call, PendingCall, PendingResponse, RpcSession
 
-from ..memory_bound import frugal
+from ..memory_bound import assert_memory_bounded
 
 CALLS = [Call(operation.name, {}, operation.result) for operation in OPERATIONS.values()]
 
 
 def answers(data: bytes) -> None:
     """To one request of each operation, whose msgids are 1, 2, and so on: results, errors, or the end of the connection."""
-    frugal(lambda: _received(data), len(data), times=256)
+    assert_memory_bounded(lambda: _received(data), len(data), times=256)
 
 
 def _received(data: bytes) -> None:

@@ -15,7 +15,7 @@ from keyferry.secret import SecretMemory
 from keyferry_agent.crypto import ciphertext_blob
 from keyferry_agent.crypto.aad import associated_data
 
-from ..memory_bound import frugal
+from ..memory_bound import assert_memory_bounded
 
 KEY_ID = str(uuid.UUID(int=1))
 VERSION_ID = str(uuid.UUID(int=2))
@@ -49,7 +49,7 @@ def ciphertext(data: bytes) -> None:
         assert blob == blob_decoder.seal_blob(spec, cmk(spec), VERSION_ID, KEY_ID, context, plaintext, salt)
         assert _opened(spec, context, blob) == plaintext
         return
-    mine = frugal(lambda: _opened(spec, context, rest), len(rest), times=8)
+    mine = assert_memory_bounded(lambda: _opened(spec, context, rest), len(rest), times=8)
     try:
         second: bytes | None = blob_decoder.open_blob(spec, cmk(spec), KEY_ID, context, rest)
     except blob_decoder.NotAuthentic:
@@ -82,7 +82,7 @@ def _base64(data: bytes) -> None:
 def context(data: bytes) -> None:
     """Check the text of a context: an accepted text is bound in one form, which a second reader reads back."""
     text = data.decode("utf-8", "surrogateescape")
-    taken = frugal(lambda: _taken(text), len(data), times=100)
+    taken = assert_memory_bounded(lambda: _taken(text), len(data), times=100)
     if taken is None:
         return
     assert _taken(taken) == taken, "as a map it is taken as it is as text"
@@ -111,7 +111,9 @@ def _taken(value: Any) -> dict[str, str] | None:
 
 def sm2_ciphertext(data: bytes) -> None:
     """Check bytes in each of the three forms: an accepted text is the only encoding of its ciphertext."""
-    raws = frugal(lambda: [_raw(read, data) for read in (sm2.der_to_raw, sm2.sdf_to_raw)], len(data), times=16)
+    raws = assert_memory_bounded(
+        lambda: [_raw(read, data) for read in (sm2.der_to_raw, sm2.sdf_to_raw)], len(data), times=16
+    )
     for raw, write in zip(raws, (sm2.raw_to_der, sm2.raw_to_sdf), strict=True):
         assert raw is None or write(raw) == data
     assert raws[0] == _second_der(data)

@@ -11,7 +11,7 @@ from support.keys import RecipientFor
 from keyferry.files import FileError, Header, decrypt, read_header, stream
 from keyferry.module import DataKey, SoftwareModule
 
-from ..memory_bound import frugal
+from ..memory_bound import assert_memory_bounded
 
 DATA_KEY = bytes(range(32))
 CHUNK = 32
@@ -28,7 +28,7 @@ def encrypted_file(data: bytes) -> None:
     """A file as it is. With FF before it, it is the plaintext of a file, and opens: in pieces, after its length in a byte."""
     if data[:1] == b"\xff":
         return _written(data[1:])
-    header = frugal(lambda: _header(data), len(data), times=64)
+    header = assert_memory_bounded(lambda: _header(data), len(data), times=64)
     if header is not None:
         assert data.startswith(header.to_bytes())
         assert file_decoder.record_of(data) == {"Name": header.name, **header.record}

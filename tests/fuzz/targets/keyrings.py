@@ -18,7 +18,7 @@ from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, Ve
 from keyferry_agent.keyring.keyring import build_keyring, required_bytes
 from keyferry_agent.keyring.sealing import Unsealer, count_recipients, seal
 
-from ..memory_bound import frugal
+from ..memory_bound import assert_memory_bounded
 from .operators import in_a_file
 
 IDENTITY = "AGE-SECRET-KEY-1WPLMEMA7G9KRZEMLLPXMZP6WNSS6PKW85DZS3KXFDVXM28JS66RQQWFWFG"
@@ -65,12 +65,10 @@ VALUES: list[Any] = [
 
 
 def keyring(data: bytes) -> None:
-    """A keyring's content. With FF before it, a whole keyring of which some values are replaced: each byte that says which is
-    followed by one that says by what.
-    """
+    """Check a keyring's content. After FF, the bytes are pairs of a place in a whole keyring and its new value."""
     if data[:1] == b"\xff":
         data = _changed(data[1:])
-    document = frugal(lambda: _read(data), len(data), times=64)
+    document = assert_memory_bounded(lambda: _read(data), len(data), times=64)
     if isinstance(document, str):
         document.encode()
         materials = _MATERIAL.findall(data.decode(errors="replace"))
@@ -164,7 +162,7 @@ def _sealed_to_a_passphrase(data: bytes) -> None:
     if factor is not None and _CHEAP < factor <= age_passphrase.MAX_WORK_FACTOR:
         return
     try:
-        payload = frugal(lambda: age_passphrase.unseal(data, PASSPHRASE), len(data), times=8)
+        payload = assert_memory_bounded(lambda: age_passphrase.unseal(data, PASSPHRASE), len(data), times=8)
     except PassphraseError as error:
         assert len(str(error)) < 200
         assert PASSPHRASE not in str(error)

@@ -17,7 +17,7 @@ from keyferry_agent.cli.audit import command
 from keyferry_agent.config import settings
 from keyferry_agent.peer import Peer
 
-from ..memory_bound import frugal
+from ..memory_bound import assert_memory_bounded
 
 PEER = Peer(uid=1000, gids=frozenset({1000}), pid=7, listener="default", unit="orders.service")
 LONGEST_NAME = "alias/" + "a" * 500
@@ -62,7 +62,7 @@ def audit(data: bytes) -> None:
     if data[:1] == b"\xff" and len(data) > 4:
         return _changed(data[4:], int.from_bytes(data[1:3], "big"), data[3] or 1)
     with in_a_file(data) as path:
-        assert frugal(lambda: _verified(path), len(data), times=64) == _second(data)
+        assert assert_memory_bounded(lambda: _verified(path), len(data), times=64) == _second(data)
         assert _searched(path) in (0, command.FAILED)
     return None
 

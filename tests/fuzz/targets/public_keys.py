@@ -11,7 +11,7 @@ from keyferry.protocol.rpc import pem_to_der
 from keyferry_agent.crypto import wrapping
 from keyferry_agent.crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2
 
-from ..memory_bound import frugal
+from ..memory_bound import assert_memory_bounded
 
 _OAEP = wrapping.find("RSA_2048", "RSAES_OAEP_SHA_256")
 _SM2PKE = wrapping.find("EC_SM2", "SM2PKE")
@@ -22,7 +22,7 @@ def public_key(data: bytes) -> None:
     """The DER of a SubjectPublicKeyInfo, for both kinds of key; or a PEM, which the client takes the armour off."""
     with suppress(ValueError):
         pem_to_der(data)
-    as_rsa, as_sm2 = frugal(
+    as_rsa, as_sm2 = assert_memory_bounded(
         lambda: [_accepts(check, data) for check in (check_rsa_2048, check_sm2)], len(data), times=64
     )
     assert as_rsa == _is_rsa(data)

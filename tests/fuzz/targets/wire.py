@@ -11,7 +11,7 @@ from reference import wire_decoder
 from keyferry.errors import ProtocolError
 from keyferry.protocol import fast_reader, wire
 
-from ..memory_bound import frugal
+from ..memory_bound import assert_memory_bounded
 
 _MOST_STEPS = 256
 _CLIENT = 100
@@ -22,7 +22,7 @@ def codec(data: bytes) -> None:
     """Check a stream, which the first two bytes cut into received pieces."""
     cuts, stream = data[:2], data[2:]
     for most in (wire.MAX_ARRAY, _CLIENT):
-        whole = frugal(functools.partial(_whole, stream, most), len(stream), times=256)
+        whole = assert_memory_bounded(functools.partial(_whole, stream, most), len(stream), times=256)
         step = 1 + len(stream) // _MOST_STEPS
         stepwise = _decoded((stream[at : at + step] for at in range(0, len(stream), step)), most)
         assert stepwise == whole
