@@ -19,7 +19,7 @@ from support.keys import recipient
 from support.skip_unless import root
 
 from keyferry.parameters import decode_base64
-from keyferry_agent.authz.grants import PLAINTEXT, CallerGrants, Grant, Policy
+from keyferry_agent.authz.grants import PLAINTEXT, SELECTORS, CallerGrants, Grant, Policy
 from keyferry_agent.crypto.public_key import fingerprint
 from keyferry_agent.peer import Groups, Peer
 
@@ -359,6 +359,35 @@ def test_what_a_policy_remembers_of_callers_is_bounded() -> None:
     for number in range(2**13):
         more.granted(Peer(1, Groups(n for n in range(13) if number >> n & 1), 1, "default"))
     assert len(more._sets) <= 1_024
+
+
+def test_policy_looks_6990_callers_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 MiB hold the evidence of 6,990 callers without groups. One more, and all are looked up again."""
+    looked_up: set[int | None] = set()
+
+    def is_listener(caller: Peer, _name: str) -> bool:
+        looked_up.add(caller.uid)
+        return True
+
+    monkeypatch.setitem(SELECTORS, "listener", is_listener)
+    policy = Policy([Grant("g", {"listener": "default"}, ("kms:*",), ("*",))])
+
+    def look_ups(*uids: int) -> set[int | None]:
+        looked_up.clear()
+        for uid in uids:
+            policy.granted(Peer(uid, Groups([]), uid, "default"))
+        return looked_up
+
+    assert look_ups(*range(6_990)) == {*range(6_990)}
+    assert look_ups(0, 6_989) == set()
+    assert look_ups(6_990, 6_989, 0, 6_990) == {6_990, 6_989, 0}
+    assert look_ups(0, 6_989, 6_990) == set()
+
+
+def test_policy_names_the_users_of_grants_to_programs() -> None:
+    """Users whose grants ask for no program are not waited for, and neither is a grant without a user."""
+    to: list[dict[str, Any]] = [{"uid": 1}, {"uid": 2, "exe": "/bin/a"}, {"unit": "a.service", "exe": "/bin/a"}]
+    assert Policy([Grant("g", each, ("kms:*",), ("*",)) for each in to]).users_by_program == {2}
 
 
 PLANTED: dict[str, dict[str, Any]] = {

@@ -1,6 +1,7 @@
 """The command: `python -m mutants [--minutes M] [--seed N] [PART...]` plants faults, one at a time, in a copy of the product.
 
-Cosmic Ray's operators make the faults. A seed draws a sample of them: without one the date, so that each day has another.
+Cosmic Ray's operators make the faults. A seed draws a sample of them. Without one, the date is the seed, so that each day has
+another sample, and a second run on that day has the same one.
 """
 
 import argparse
@@ -27,7 +28,9 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
+from .equivalent import EQUIVALENT
 from .modules import MODULES
+from .sample import MIN_SAMPLE, is_enough, rotated
 
 ROOT = Path(__file__).parents[2]
 COPY = ROOT / ".cache" / "mutants"
@@ -43,11 +46,6 @@ _LEFT_OUT = re.compile(
 """Operators whose mutants say little: unions in annotations; handlers of an exception that is never raised; arithmetic and
 comparisons that are not written by mistake, and that often have the same value.
 """
-
-_MIN_CAUGHT = 0.8
-_MIN_SAMPLE = 40
-"""The share that a run has to catch, and the faults from which on it counts: chance is larger in fewer."""
-
 FORK = multiprocessing.get_context("fork")
 PRELOADED = (
     "anyio._backends._asyncio",
@@ -75,14 +73,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mutants")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all modules together")
     parser.add_argument("--seed", type=int, default=dt.datetime.now(dt.UTC).toordinal())
-    parser.add_argument("--sample", type=int, metavar="N", help="only N of the modules, which the seed chooses")
+    parser.add_argument("--sample", type=int, metavar="N", help="only N of the modules; the next seed has the next N")
     parser.add_argument("part", nargs="*", help="part of a module's path: only such modules")
     arguments = parser.parse_args()
     chosen = [module for module in MODULES if not arguments.part or any(part in module for part in arguments.part)]
-    if arguments.sample:
-        chosen = random.Random(arguments.seed).sample(chosen, min(arguments.sample, len(chosen)))
     if not chosen:
         parser.error(f"no module has such a path; there are {', '.join(MODULES)}")
+    if arguments.sample:
+        chosen = rotated(chosen, arguments.sample, arguments.seed)
     for package in PRELOADED:
         importlib.import_module(package)
     gc.freeze()  # nothing of it is garbage: collections in the children pass it over
@@ -97,8 +95,9 @@ def main() -> int:
             return 1
         total += counts
     _report("all", total)
-    few = total.total() < _MIN_SAMPLE
-    return int(not few and total.total() - total["survived"] < _MIN_CAUGHT * total.total())
+    if total.total() < MIN_SAMPLE:
+        print(f"a sample of fewer than {MIN_SAMPLE} is not judged; take more minutes")
+    return 0 if is_enough(total) else 1
 
 
 def _copy() -> None:
@@ -114,13 +113,13 @@ def _copy() -> None:
 def _try(module: str, seed: int, end: float) -> Counter[str] | None:
     """Plant faults in a module until the time is over; return how many were caught, and how."""
     source = (COPY / module).read_text()
-    before = time.monotonic()
+    began = time.monotonic()
     if _run(module, None) != 0:
         print(f"{module}: the tests fail without a fault: see {LOG}")
         return None
     for cached in (COPY / module).parent.glob(f"__pycache__/{Path(module).stem}.*.pyc"):
         cached.unlink()
-    patience = _TIMES_BASELINE * (time.monotonic() - before) + _MARGIN_SECONDS
+    patience = _TIMES_BASELINE * (time.monotonic() - began) + _MARGIN_SECONDS
     mutants = sorted(_mutants(source))
     random.Random(f"{seed} {module}").shuffle(mutants)
     counts: Counter[str] = Counter()
@@ -130,6 +129,9 @@ def _try(module: str, seed: int, end: float) -> Counter[str] | None:
         changed = mutate_code(source, get_operator(mutant.operator)(), mutant.occurrence)
         if changed is None:
             continue
+        before, after = (text.splitlines()[mutant.line - 1].strip() for text in (source, changed))
+        if (module, before, after) in EQUIVALENT:
+            continue
         (COPY / module).write_text(changed)
         try:
             code = _run(module, patience)
@@ -138,7 +140,6 @@ def _try(module: str, seed: int, end: float) -> Counter[str] | None:
         outcome = {None: "hung", 0: "survived"}.get(code, "caught")
         counts[outcome] += 1
         if outcome == "survived":
-            after = changed.splitlines()[mutant.line - 1].strip()
             print(f"{module}:{mutant.line}: {mutant.operator.removeprefix('core/')}: {after}", flush=True)
     _report(f"{module} ({len(mutants)} in all)", counts)
     return counts
