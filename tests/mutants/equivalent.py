@@ -25,6 +25,11 @@ EQUIVALENT: Final = {
         "if len(self._buckets) >= _MAX_USERS or user not in self._buckets:",
     ): _ONLY_SLOWER,
     (
+        f"{AGENT}/server/rate_limit.py",
+        "if len(self._buckets) >= _MAX_USERS and user not in self._buckets:",
+        "if len(self._buckets) == _MAX_USERS and user not in self._buckets:",
+    ): "users are added one at a time",
+    (
         f"{AGENT}/authz/decision_cache.py",
         "_ENTRY_OVERHEAD_BYTES: Final = 2_000",
         "_ENTRY_OVERHEAD_BYTES: Final = 1999",
