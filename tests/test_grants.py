@@ -20,7 +20,7 @@ from support.keys import recipient
 from support.skip_unless import root
 
 from keyferry.parameters import decode_base64
-from keyferry_agent.authz.grants import PLAINTEXT, CallerGrants, Grant, Policy
+from keyferry_agent.authz.grants import PLAINTEXT, SELECTORS, CallerGrants, Grant, Policy, numbered
 from keyferry_agent.crypto.public_key import fingerprint
 from keyferry_agent.peer import Groups, Peer
 
@@ -62,7 +62,11 @@ def test_missing_evidence_matches_nothing() -> None:
             assert not Grant("g", {selector: value}, ("kms:*",), ("*",)).matches_caller(nobody)
 
 
-EVIDENCE = {
+EVIDENCE: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "uid": (1000, (0, 999, 1001)),
+    "user": (1000, (0, 999, 1001)),
+    "gid": (5, (0, 4, 6)),
+    "group": (5, (0, 4, 6)),
     "unit": ("orders.service", ("a.service", "orders.servic", "orders.service2", "z.service", "")),
     "pod": ("0b", ("0a", "0", "0bc", "")),
     "exe": ("/usr/bin/orders", ("/usr/bin/a", "/usr/bin/order", "/usr/bin/orders2", "/usr/bin/z", "")),
@@ -75,9 +79,14 @@ EVIDENCE = {
 def test_selector_matches_exactly_its_value(selector: str) -> None:
     """Neither a smaller nor a larger value matches, nor a part of it, nor evidence that is not there."""
     value, others = EVIDENCE[selector]
-    grant = Grant("g", {"uid": 1000, selector: value}, ("kms:*",), ("*",))
-    evidence: list[Any] = [value, *others, None]
-    assert [each for each in evidence if grant.matches_caller(peer()._replace(**{selector: each}))] == [value]
+    grant = Grant("g", {selector: value}, ("kms:*",), ("*",))
+
+    def with_evidence(of: Any) -> Peer:
+        if selector in ("gid", "group"):
+            return peer(gids=frozenset() if of is None else frozenset({of}))
+        return peer()._replace(**{"uid" if selector == "user" else selector: of})
+
+    assert [each for each in (value, *others, None) if grant.matches_caller(with_evidence(each))] == [value]
 
 
 @pytest.mark.parametrize(
@@ -355,6 +364,42 @@ def test_memory_of_a_policy_for_callers_is_bounded() -> None:
     for number in range(2**13):
         more.granted(Peer(1, Groups(n for n in range(13) if number >> n & 1), 1, "default"))
     assert len(more._sets) <= 1_024
+
+
+def test_policy_looks_6990_callers_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 MiB hold the evidence of 6,990 callers without groups. One more, and all are looked up again."""
+    looked_up: set[int | None] = set()
+
+    def is_listener(caller: Peer, _name: str) -> bool:
+        looked_up.add(caller.uid)
+        return True
+
+    monkeypatch.setitem(SELECTORS, "listener", is_listener)
+    policy = Policy([Grant("g", {"listener": "default"}, ("kms:*",), ("*",))])
+
+    def look_ups(*uids: int) -> set[int | None]:
+        looked_up.clear()
+        for uid in uids:
+            policy.granted(Peer(uid, Groups([]), uid, "default"))
+        return looked_up
+
+    assert look_ups(*range(6_990)) == {*range(6_990)}
+    assert look_ups(0, 6_989) == set()
+    assert look_ups(6_990, 6_989, 0, 6_990) == {6_990, 6_989, 0}
+    assert look_ups(0, 6_989, 6_990) == set()
+
+
+def test_grants_are_numbered_per_file_from_0() -> None:
+    """A message names the grant of the file that the operator opens."""
+    plain, filed = Grant("a", {"uid": 1}, (), ()), Grant("b", {"uid": 1}, (), (), file=Path("/g/b"))
+    places = [place for place, _ in numbered([plain, filed, plain, filed, plain])]
+    assert places == ["grant[0]", "/g/b: grant[0]", "grant[1]", "/g/b: grant[1]", "grant[2]"]
+
+
+def test_policy_names_the_users_of_grants_to_programs() -> None:
+    """Users whose grants ask for no program are not waited for, and neither is a grant without a user."""
+    to: list[dict[str, Any]] = [{"uid": 1}, {"uid": 2, "exe": "/bin/a"}, {"unit": "a.service", "exe": "/bin/a"}]
+    assert Policy([Grant("g", each, ("kms:*",), ("*",)) for each in to]).users_by_program == {2}
 
 
 PLANTED: dict[str, dict[str, Any]] = {

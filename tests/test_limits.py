@@ -44,8 +44,18 @@ def test_users_whose_allowance_is_full_again_are_forgotten_first() -> None:
     """No user who has used up an allowance has it back, although the others were seen later."""
     rate, half = Rate(8), rate_limit._MAX_USERS // 2
     quiet, busy = range(half), range(half, 2 * half)
-    assert all(rate.allows(user, 9.75, 8) for user in busy)
+    assert all(rate.allows(user, 9.75, 6) for user in busy)
     assert all(rate.allows(user, 9.875) for user in quiet)
-    assert rate.allows(-1, 10.0)  # now the quiet ones have all eight again, and the busy ones two
-    assert not any(rate.allows(user, 10.0, 3) for user in busy)
+    assert rate.allows(-1, 10.0)  # now the quiet ones have all eight again, and the busy ones four
+    assert not any(rate.allows(user, 10.0, 5) for user in busy)
     assert rate._buckets.keys() == {*busy, -1}
+
+
+def test_users_seen_longest_ago_are_forgotten_whatever_is_left() -> None:
+    """A user who has used up the allowance a moment ago is remembered longer than one who sent a single request before."""
+    rate, half = Rate(8), rate_limit._MAX_USERS // 2
+    assert all(rate.allows(user, 0.0, 1) for user in range(half))
+    assert all(rate.allows(user, 0.01, 8) for user in range(half, 2 * half))
+    assert rate.allows(-1, 0.02)
+    assert not any(rate.allows(user, 0.02) for user in range(half, 2 * half))
+    assert rate.allows(half - 1, 0.02, 8)  # half of the users, and no more
