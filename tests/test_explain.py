@@ -47,7 +47,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changed", "line"),
+    ("changed", "expected"),
     [
         ({}, "export: allows it"),
         ({"--uid": "1001"}, "export: to.uid: the grant is to 1000; the caller's is 1001"),
@@ -67,13 +67,13 @@ def config(tmp_path: Path) -> Path:
     ],
 )
 def test_first_mismatch_of_each_grant_is_named(
-    config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], line: str
+    config: Path, capsys: pytest.CaptureFixture[str], changed: dict[str, str], expected: str
 ) -> None:
     """Every grant has its line, and the exit code is 0 if one allows the request."""
     arguments = [part for pair in {**GOOD, **changed}.items() for part in pair]
     code = main(["explain", "--config", str(config), *arguments])
     out = capsys.readouterr().out
-    assert line in out
+    assert expected in out
     assert (code == 0) == ("allows it" in out) == out.splitlines()[2].startswith("Allowed: ")
     assert (len(out.splitlines()) == 3) == (code == 0)
 

@@ -82,7 +82,7 @@ SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not b
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "code", "output"),
+    ("first", "then", "code", "expected"),
     [
         ([KNOWN_ONE], [GOOD], CLEAN, "No vulnerability is known"),
         ([KNOWN_ONE], [GOOD, BAD], VULNERABLE, "trio 0.35.0: PYSEC-2; fixed in: 0.36.0"),
@@ -95,7 +95,7 @@ SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not b
     ],
 )
 def test_uninformed_advisory_service_is_not_used(
-    capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, output: str
+    capsys: pytest.CaptureFixture[str], first: Report | None, then: Report | None, code: int, expected: str
 ) -> None:
     """A service that does not find a known vulnerability is not queried further."""
 
@@ -105,7 +105,7 @@ def test_uninformed_advisory_service_is_not_used(
 
     assert advisories.main(ask) == code
     captured = capsys.readouterr()
-    assert output in captured.out + captured.err
+    assert expected in captured.out + captured.err
 
 
 def test_program_without_a_report_is_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
