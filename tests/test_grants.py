@@ -2,6 +2,7 @@
 
 import os
 import re
+import tempfile
 import tracemalloc
 import uuid
 from collections.abc import Iterator
@@ -199,14 +200,14 @@ encryption_context = {{ tenant = "acme" }}
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningAgent]:
+def shared() -> Iterator[RunningAgent]:
     """An agent that any user can reach, with one grant to another user."""
-    folder = tmp_path_factory.mktemp("grants")
-    for parent in (folder, *list(folder.parents)[:-2]):
-        parent.chmod(0o755)
-    (folder / "agent.toml").write_text(CONFIG)
-    with RunningAgent(["--dev", "--config", str(folder / "agent.toml")], folder / "agent.sock") as agent:
-        yield agent
+    with tempfile.TemporaryDirectory(prefix="keyferry-test-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        (folder / "agent.toml").write_text(CONFIG)
+        with RunningAgent(["--dev", "--config", str(folder / "agent.toml")], folder / "agent.sock") as agent:
+            yield agent
 
 
 def asked_as(uid: int, path: Path, calls: list[tuple[str, dict[str, object]]]) -> list[str]:

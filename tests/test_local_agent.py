@@ -262,7 +262,20 @@ def pytest_of(folder: Path, *arguments: str, **files: str) -> "subprocess.Comple
     for name, text in files.items():
         (folder / f"{name}.py").write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "KEYFERRY"))}
-    command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:randomly",
+    ]
     return subprocess.run(
         [*command, *arguments, "--rootdir", str(folder), str(folder)],
         capture_output=True,
