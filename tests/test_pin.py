@@ -162,7 +162,7 @@ def test_a_wrong_pin_is_noticed_although_the_process_is_logged_in_already(
 
 
 LOCKED = {
-    TokenFlag.USER_PIN_LOCKED: "its security officer unlocks it",
+    TokenFlag.USER_PIN_LOCKED: "its security officer can unlock it",
     TokenFlag.USER_PIN_FINAL_TRY: "one more wrong PIN locks the token",
 }
 
