@@ -160,7 +160,7 @@ def test_wrong_pin_is_noticed_in_a_logged_in_process(spare: RealToken, logins: l
 
 
 LOCKED = {
-    TokenFlag.USER_PIN_LOCKED: "its security officer unlocks it",
+    TokenFlag.USER_PIN_LOCKED: "its security officer can unlock it",
     TokenFlag.USER_PIN_FINAL_TRY: "one more wrong PIN locks the token",
 }
 

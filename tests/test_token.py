@@ -156,7 +156,7 @@ STUBBORN = {
 def test_a_key_that_stays_readable_is_refused(case: str) -> None:
     """The token may refuse the change of attributes with any error."""
     key, reason = STUBBORN[case]
-    with pytest.raises(ModuleError, match=f"leaves an imported data key readable .{reason}."):
+    with pytest.raises(ModuleError, match=f"keeps an imported data key readable .{reason}."):
         token_module._harden(key, "an imported data key")
 
 

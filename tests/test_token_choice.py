@@ -110,7 +110,7 @@ def test_unmatched_attributes_are_refused_with_a_list(refusal: Open, arguments: 
 
 
 INVALID: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing": ({}, "give token_label, token_serial, slot or token_uri"),
+    "nothing": ({}, "pass token_label, token_serial, slot or token_uri"),
     "empty label": ({"token_label": ""}, "token_label must not be empty"),
     "label of spaces": ({"token_label": "  "}, "token_label must not be empty"),
     "empty serial": ({"token_serial": ""}, "token_serial must not be empty"),

@@ -152,7 +152,7 @@ class Pkcs11Session:
     def unwrap(self, wrapped: bytes, algorithm: str) -> Any:
         """Call C_UnwrapKey; return a key object of this session, which cannot be read out of the token.
 
-        Raises `ModuleError` if the token leaves the key readable, or if the key does not have the size of an AES key.
+        Raises `ModuleError` if the token keeps the key readable, or if the key does not have the size of an AES key.
         """
         try:
             key = self._private.unwrap_key(
