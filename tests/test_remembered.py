@@ -312,3 +312,16 @@ def test_handlers_decide_without_counting(asking: Asking) -> None:
     asking.caller.refresh(asking.agent.policy)
     handlers.prepare(asking.agent, asking.caller, "DescribeKey", {"KeyId": "alias/dev"}, AuditEntry("id", 0.0))
     assert asking.agent.counters.requests_total == 0
+
+
+@pytest.mark.parametrize("operation", ["ListKeys", "ListAliases", "DescribeKey"])
+def test_audit_entry_names_the_program_of_a_list(asking: Asking, operation: str) -> None:
+    """The entry of a list has the caller's program, as that of any other request that a grant on a program allows."""
+    grant = Grant("program", {"uid": os.geteuid(), "exe": "/bin/true"}, ("kms:*",), ("*",))
+    asking.agent.adopt(replace(asking.agent.settings, grants=(grant,)), asking.agent.keyring)
+    asking.caller.know(ME._replace(exe="/bin/true"))
+    asking.caller.refresh(asking.agent.policy)
+    entry = AuditEntry("id", 0.0)
+    params = {"KeyId": "alias/dev"} if operation == "DescribeKey" else {}
+    handlers.prepare(asking.agent, asking.caller, operation, params, entry)
+    assert (entry.grant, entry.by_program) == ("program", True)

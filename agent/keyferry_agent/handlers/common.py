@@ -13,7 +13,7 @@ from keyferry.secret import Secret, SecretMemory
 
 from ..audit.entry import AuditEntry
 from ..authz.caller import Caller
-from ..authz.grants import first_matching
+from ..authz.grants import Grant, first_matching
 from ..crypto import ciphertext_blob
 from ..crypto.ciphertext_blob import BlobError
 from ..keyring.keyring import Key, KeyVersion
@@ -71,6 +71,11 @@ class Request(NamedTuple):
         known = self.audited.context_keys
         self.audited.context_keys = (*known, *[key for key in context if key not in known]) if known else tuple(context)
         return context
+
+    def set_grant(self, grant: Grant) -> None:
+        """Name the grant that allows the request in its audit entry."""
+        self.audited.grant = grant.name
+        self.audited.by_program = bool(grant.program)
 
 
 def find_key(
@@ -148,8 +153,7 @@ def _grant(
     grant = first_matching(may, fingerprint, context)
     if grant is None:
         return False
-    request.audited.grant = grant.name
-    request.audited.by_program = bool(grant.program)
+    request.set_grant(grant)
     return True
 
 

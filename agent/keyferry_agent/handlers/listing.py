@@ -50,7 +50,7 @@ def _may_list(request: Request) -> None:
     may = request.caller.granted.with_action(request.action)
     if not may:
         raise no_permission()
-    request.audited.grant = may[0].name
+    request.set_grant(may[0])
 
 
 def _page(request: Request, entries: Sequence[T]) -> tuple[int, int, Sequence[T]]:
