@@ -147,7 +147,7 @@ def test_recipient_named_twice_counts_once(keyring: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick_scrypt")
-def test_a_keyring_that_names_no_recipients_and_has_no_passphrase_says_reseal(
+def test_keyring_without_recipients_or_passphrase_says_reseal(
     keyring: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And one that names recipients, opened by a passphrase, does too."""

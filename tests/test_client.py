@@ -250,7 +250,7 @@ def test_signals_do_not_extend_a_timeout(socket_path: Path) -> None:
     assert 0 < len(signals) < 300
 
 
-def test_fresh_connections_that_break_are_tried_again_a_few_times(socket_path: Path) -> None:
+def test_broken_new_connections_are_retried_a_few_times(socket_path: Path) -> None:
     """One can meet an agent that goes, another its crash; more of them are a fault."""
     with client_of(socket_path, *[send_bytes(b"")] * MAX_LOST_CONNECTIONS) as client, pytest.raises(AgentUnavailable):
         client.call("GetAgentStatus", {})

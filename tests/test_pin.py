@@ -101,7 +101,7 @@ def test_invalid_pin_is_never_sent_to_the_token(
     assert not logins
 
 
-def test_a_token_that_wants_a_pin_says_so_and_two_sources_are_one_too_many(spare: RealToken) -> None:
+def test_token_asks_for_one_source_of_the_pin(spare: RealToken) -> None:
     """Neither is guessed."""
     with pytest.raises(ModuleError, match="requires a PIN; pass pin_file, or pin to prompt for it"):
         spare_open(spare)

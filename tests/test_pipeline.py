@@ -133,7 +133,7 @@ def test_unanswered_requests_are_repeated_after_a_disconnect(socket_path: Path) 
     assert [each["RequestId"] for each in got] == [f"Method{n}" for n in range(8)]
 
 
-def test_a_fresh_connection_that_answers_nothing_ends_the_pipeline(socket_path: Path) -> None:
+def test_silent_new_connection_ends_the_pipeline(socket_path: Path) -> None:
     """It would go on for ever."""
     with (
         client_of(socket_path, respond_in_reverse(1), *[send_bytes(b"")] * MAX_LOST_CONNECTIONS) as kms,

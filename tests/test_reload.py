@@ -242,7 +242,7 @@ def watchful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, R
     ],
     ids=["damaged", "empty", "from the future", "of somebody else", "removed"],
 )
-def test_what_is_wrong_with_a_replaced_keyring_is_reported_once_and_the_old_one_serves(
+def test_fault_of_a_replaced_keyring_is_reported_once(
     watchful: tuple[Path, RunningAgent], broken: Callable[[Path], bytes] | None, why: str
 ) -> None:
     """Until a good one is there, which is loaded as if nothing had been."""

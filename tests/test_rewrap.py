@@ -165,7 +165,7 @@ def test_a_record_with_a_damaged_column_is_reported_or_repaired(
     ],
     indirect=["store_url"],
 )
-def test_a_rewrap_that_was_killed_lost_nothing_and_is_gone_on_with(
+def test_killed_rewrap_lost_nothing_and_is_resumed(
     store: Store, store_url: str, kms: Client, rotatable_agent: RotatableAgent, point: str
 ) -> None:
     """After SIGKILL at any point of the second page, each record opens to its data key, and the next run moves all."""

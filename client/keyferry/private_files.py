@@ -149,7 +149,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
     for name, status in _hops(os.path.abspath(path)):
         if stat.S_ISLNK(status.st_mode):
             if status.st_uid not in trusted:
-                yield f"{path}: the link {name} belongs to user {status.st_uid}, who can point it to another file; remove it"
+                yield f"{path}: the link {name} belongs to user {status.st_uid}: that user can point it to another file; remove it"
             continue
         try:
             read_only = _is_read_only(name)
@@ -157,7 +157,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
             continue
         mode = stat.S_IMODE(status.st_mode)
         if status.st_uid not in trusted:
-            yield f"{path}: its folder {name} belongs to user {status.st_uid}, who can replace the file; chown {name}"
+            yield f"{path}: its folder {name} belongs to user {status.st_uid}: that user can replace the file; chown {name}"
         # In a sticky folder users replace only files of their own. A read-only mount has its writers, if any, elsewhere: the
         # folder of a Kubernetes ConfigMap has mode 0777, below a folder of the host that only root can enter.
         elif mode & (stat.S_IWGRP | stat.S_IWOTH) and not mode & stat.S_ISVTX and not read_only:

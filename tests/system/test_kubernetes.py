@@ -143,7 +143,7 @@ def sidecar(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Pods:
     return pods
 
 
-def test_the_image_holds_nothing_that_builds_and_runs_as_nobody_of_importance(podman: Podman) -> None:
+def test_image_has_no_build_tools_and_an_ordinary_user(podman: Podman) -> None:
     """The image has no compiler and no pip, and its numeric user has no meaning on other systems."""
     tools = ("cc", "gcc", "c++", "make", "pip", "pip3", "keyferry-agent")
     script = f'id -u; id -g; for tool in {" ".join(tools)}; do command -v "$tool"; done; true'
@@ -151,7 +151,7 @@ def test_the_image_holds_nothing_that_builds_and_runs_as_nobody_of_importance(po
     assert said.split() == ["10001", "10001", "/opt/keyferry/bin/keyferry-agent"]
 
 
-def test_an_agent_without_any_capability_has_all_its_protection_in_64_kib(podman: Podman, sidecar: Pods) -> None:
+def test_agent_without_capabilities_is_protected_in_64_kib(podman: Podman, sidecar: Pods) -> None:
     """Without capabilities, an agent has memfd_secret under the default seccomp profile, clears freed memory, and has SM2."""
     log = podman.log("app-keyferry-agent")
     assert [line["memory_protection"] for line in log if line["event"] == "agent.serving"] == ["memfd_secret"]
@@ -177,7 +177,7 @@ def test_application_generates_uses_and_recovers_data_keys(
     assert done["wrong"] == done["refused"] == 0
 
 
-def test_a_container_has_what_its_own_listener_is_granted_and_no_other_one_s(podman: Podman, sidecar: Pods) -> None:
+def test_container_has_only_the_grants_of_its_listener(podman: Podman, sidecar: Pods) -> None:
     """`reports` recovers what `orders` generated and generates nothing; neither of them gets a plaintext."""
     module = SoftwareModule.generate("RSA_2048")
     to_module = (
@@ -198,7 +198,7 @@ def test_a_container_has_what_its_own_listener_is_granted_and_no_other_one_s(pod
         assert "Read-only" in podman.run("exec", container, "rm", "/run/keyferry/agent.sock", check=False).stderr
 
 
-def test_the_agent_sees_the_user_and_the_listener_of_a_caller_and_no_process(podman: Podman, sidecar: Pods) -> None:
+def test_agent_sees_user_and_listener_but_no_process(podman: Podman, sidecar: Pods) -> None:
     """Containers of one pod have separate pid namespaces, so a sidecar's grants name listeners."""
     podman.run("exec", "app-orders", *DESCRIBE)
     (*_, record) = (line for line in podman.log("app-keyferry-agent") if line.get("operation") == "DescribeKey")
@@ -210,7 +210,7 @@ def test_the_agent_sees_the_user_and_the_listener_of_a_caller_and_no_process(pod
     }
 
 
-def test_a_keyring_s_secret_that_is_rotated_under_load_fails_no_request(podman: Podman, sidecar: Pods) -> None:
+def test_rotated_keyring_secret_fails_no_request_under_load(podman: Podman, sidecar: Pods) -> None:
     """Under load, the application gets data keys of each new version, and its first CiphertextBlobs still open."""
     with Load(podman, "app-orders") as application:
         for _ in range(3):
@@ -222,9 +222,7 @@ def test_a_keyring_s_secret_that_is_rotated_under_load_fails_no_request(podman: 
     assert not application.interrupted()
 
 
-def test_an_agent_that_is_killed_under_load_comes_back_and_nothing_wrong_is_answered(
-    podman: Podman, sidecar: Pods
-) -> None:
+def test_killed_agent_returns_without_wrong_answers(podman: Podman, sidecar: Pods) -> None:
     """A restarted agent replaces the socket of the killed one, and clients reconnect by themselves."""
     with Load(podman, "app-orders") as application:
         for _ in range(2):

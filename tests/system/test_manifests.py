@@ -81,7 +81,7 @@ def test_no_container_has_more_than_it_needs(base: str) -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_no_two_applications_share_a_socket_volume_and_none_can_replace_a_socket(base: str) -> None:
+def test_applications_share_no_socket_volume(base: str) -> None:
     """Each application's container mounts at most one socket volume, read-only, and neither of the secrets."""
     pod = template(base)
     seen: list[str] = []

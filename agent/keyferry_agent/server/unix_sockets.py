@@ -184,7 +184,7 @@ def _check_directory(directory: Path) -> None:
         ) from None
     open_to_all = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
     if open_to_all:
-        raise ListeningError(f"{directory} is writable by all users, who could replace the socket. chmod o-w it")
+        raise ListeningError(f"{directory} is writable by all users: they could replace the socket. chmod o-w it")
 
 
 def _remove_stale(path: Path) -> None:
