@@ -149,7 +149,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
     for name, status in _hops(os.path.abspath(path)):
         if stat.S_ISLNK(status.st_mode):
             if status.st_uid not in trusted:
-                yield f"{path}: the link {name} belongs to user {status.st_uid}: that user can point it to another file; remove it"
+                yield f"{path}: user {status.st_uid} owns the link {name}, and can point it to another file; remove it"
             continue
         try:
             read_only = _is_read_only(name)
