@@ -57,8 +57,8 @@ class VisibleKeys(NamedTuple):
     @classmethod
     def of(cls, keys: Iterable[Key]) -> Self:
         """Return these keys with their aliases."""
-        made = tuple(keys)
-        return cls(made, tuple((alias, key) for key in made for alias in key.aliases))
+        visible = tuple(keys)
+        return cls(visible, tuple((alias, key) for key in visible for alias in key.aliases))
 
 
 @dataclass
@@ -127,8 +127,12 @@ class ServerState:
             visible_keys = self._covered[granted] = VisibleKeys.of(
                 key for key in keys if any(grant.has_key(self.names_of_key(key)) for grant in grants)
             )
-        gone = self.keyring.gone()
-        return VisibleKeys.of(key for key in visible_keys.keys if key.key_id not in gone) if gone else visible_keys
+        expired_ids = self.keyring.gone()
+        return (
+            VisibleKeys.of(key for key in visible_keys.keys if key.key_id not in expired_ids)
+            if expired_ids
+            else visible_keys
+        )
 
     @property
     def memory_protection(self) -> Protection:
@@ -192,4 +196,4 @@ class ServerState:
 
     def names_of_key(self, key: Key) -> list[str]:
         """Return all names of a key that a grant can contain: its ID, its aliases, and the ARNs of both."""
-        return [each for name in (key.key_id, *key.aliases) for each in self.settings.names_of(name)]
+        return [form for name in (key.key_id, *key.aliases) for form in self.settings.names_of(name)]

@@ -166,7 +166,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
 
 def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
     """Yield each folder and each symbolic link that the kernel goes through to open an absolute path, once."""
-    seen: set[str] = set()
+    visited: set[str] = set()
     components, place = [part for part in reversed(path.split("/")) if part], "/"
     links = 0
     while True:
@@ -178,8 +178,8 @@ def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
             links += 1
             if links > _MAX_LINKS:
                 return
-            if place not in seen:
-                seen.add(place)
+            if place not in visited:
+                visited.add(place)
                 yield place, status
             try:
                 target = os.readlink(place)
@@ -188,8 +188,8 @@ def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
             components += [part for part in reversed(target.split("/")) if part]
             place = "/" if target.startswith("/") else os.path.dirname(place)
             continue
-        if stat.S_ISDIR(status.st_mode) and place not in seen:
-            seen.add(place)
+        if stat.S_ISDIR(status.st_mode) and place not in visited:
+            visited.add(place)
             yield place, status
         if not components:
             return

@@ -121,9 +121,11 @@ def joined_to_raw(ciphertext: bytes, *, order: Order, point: PointForm = "uncomp
     size = _C1_SIZES[point]
     if len(ciphertext) <= size + _C3_BYTES:
         raise ValueError(f"not an SM2 ciphertext: expected {size} bytes of C1, 32 of C3 and at least one byte of C2")
-    c1, others = ciphertext[:size], ciphertext[size:]
+    c1, after_point = ciphertext[:size], ciphertext[size:]
     c3, c2 = (
-        (others[:_C3_BYTES], others[_C3_BYTES:]) if order == "C1C3C2" else (others[-_C3_BYTES:], others[:-_C3_BYTES])
+        (after_point[:_C3_BYTES], after_point[_C3_BYTES:])
+        if order == "C1C3C2"
+        else (after_point[-_C3_BYTES:], after_point[:-_C3_BYTES])
     )
     return b"".join((b"\x04", *_read_point(c1, point), c3, c2))
 

@@ -36,11 +36,11 @@ class AuditEntry:
         if blob is None:
             return
         # Strict decoding takes longer, and is not needed for a blob that the agent has encoded itself.
-        made = ciphertext_hash(a2b_base64(blob))
+        blob_hash = ciphertext_hash(a2b_base64(blob))
         if self.destination_key_id:
-            self.destination_ciphertext = made
+            self.destination_ciphertext = blob_hash
         else:
-            self.ciphertext = made
+            self.ciphertext = blob_hash
 
     def again(self, request_id: str, started: float) -> "AuditEntry":
         """Return the fields for an equal request with another ID and start time, without the hashes of CiphertextBlobs."""

@@ -62,7 +62,7 @@ def find(current: Path) -> Found:
 
 def not_among(files: Iterable[Path]) -> list[Path]:
     """Return the rotated files that belong to `files` and are missing from them."""
-    known: dict[Identity, File] = {}
+    by_identity: dict[Identity, File] = {}
     paths = []
     for path in files:
         try:
@@ -70,13 +70,13 @@ def not_among(files: Iterable[Path]) -> list[Path]:
         except OSError:
             continue
         if stat.S_ISREG(status.st_mode):
-            known[identity(status)] = File(path)
+            by_identity[identity(status)] = File(path)
             paths.append(path)
-    count = len(known)
+    count = len(by_identity)
     for path in paths:
-        _look_beside(path, known, [], sniff=False)
-        _look_before(path, known)
-    return [file.path for file in [*known.values()][count:]]
+        _look_beside(path, by_identity, [], sniff=False)
+        _look_before(path, by_identity)
+    return [file.path for file in [*by_identity.values()][count:]]
 
 
 def _look_beside(current: Path, files: dict[Identity, File], problems: list[str], *, sniff: bool = True) -> None:

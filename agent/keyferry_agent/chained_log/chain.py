@@ -37,12 +37,14 @@ def verify(paths: list[Path]) -> Verified:
             fields = entry(path, line)
             if fields is None:
                 continue
-            held = fields.get("previous")
+            previous_hash = fields.get("previous")
             if not count:
-                beginning = held == BEGINNING  # if not, older files are missing, and the chain is verified from here on
-            elif held != previous:
-                what = "begins a new chain" if held == BEGINNING else "does not follow the line before it"
-                raise ChainError(f"{path}, line {line.number}: {what}: a line was changed, removed or moved")
+                beginning = (
+                    previous_hash == BEGINNING
+                )  # if not, older files are missing, and the chain is verified from here on
+            elif previous_hash != previous:
+                problem = "begins a new chain" if previous_hash == BEGINNING else "does not follow the line before it"
+                raise ChainError(f"{path}, line {line.number}: {problem}: a line was changed, removed or moved")
             previous, count = link(line.text), count + 1
     if not count:
         raise ChainError("the audit log has no entry")

@@ -96,8 +96,8 @@ def entry(path: Path, line: Line) -> dict[str, Any] | None:
         if not isinstance(fields, dict):
             fault = "not a line of an audit log"
     if fields is None or fault:
-        other = not line.fault and not any(claim in line.text for claim in _CLAIMS)
-        raise (OtherLineError if other else ChainError)(f"{path}, line {line.number}: {fault}")
+        is_other = not line.fault and not any(claim in line.text for claim in _CLAIMS)
+        raise (OtherLineError if is_other else ChainError)(f"{path}, line {line.number}: {fault}")
     return fields if fields.get("event") == "audit" or "previous" in fields else None
 
 

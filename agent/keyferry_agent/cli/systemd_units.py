@@ -62,19 +62,23 @@ class Unit:
 def read() -> Unit:
     """Return systemd's description of the service. Each `systemctl` may block for `TIMEOUT_SECONDS`. Raises `UnitError`."""
     properties = ("LoadState", "Wants", "Requires", "TriggeredBy", *_FOLDERS, *_PROTECTION)
-    (shown,) = _show([SERVICE], properties)
-    if shown.get("LoadState") != "loaded":
+    (unit_properties,) = _show([SERVICE], properties)
+    if unit_properties.get("LoadState") != "loaded":
         raise UnitError(f"{SERVICE} is not loaded; install it and run systemctl daemon-reload")
-    needed = {name for name in (*shown["Wants"].split(), *shown["Requires"].split()) if name.endswith(".socket")}
-    triggers = {name for name in shown["TriggeredBy"].split() if name.endswith(".socket")}
+    needed = {
+        name
+        for name in (*unit_properties["Wants"].split(), *unit_properties["Requires"].split())
+        if name.endswith(".socket")
+    }
+    triggers = {name for name in unit_properties["TriggeredBy"].split() if name.endswith(".socket")}
     folders = [
         Path(parent, name.split(":")[0])
         for setting, parent in _FOLDERS.items()
-        for name in shown.get(setting, "").split()
+        for name in unit_properties.get(setting, "").split()
     ]
     writable = None
-    if shown.get("ProtectSystem") == "strict":
-        writable = (*folders, *(Path(name.lstrip("-+")) for name in shown.get("ReadWritePaths", "").split()))
+    if unit_properties.get("ProtectSystem") == "strict":
+        writable = (*folders, *(Path(name.lstrip("-+")) for name in unit_properties.get("ReadWritePaths", "").split()))
     credentials = frozenset(_CREDENTIAL.findall(_systemctl("cat", "--no-pager", SERVICE)))
     return Unit(_sockets(sorted(triggers | needed), needed), tuple(folders), writable, credentials, is_known=True)
 
@@ -85,10 +89,10 @@ def _sockets(names: list[str], needed: set[str]) -> tuple[Socket, ...]:
         return ()
     properties = ("Id", "ActiveState", "FileDescriptorName", "Listen")
     sockets = []
-    for shown in _show(names, properties):
-        if shown["ActiveState"] in _LISTENS or shown["Id"] in needed:
-            name = shown.get("FileDescriptorName") or shown["Id"].removesuffix(".socket")
-            paths = [line.removesuffix(" (Stream)") for line in shown.get("Listen", "").splitlines()]
+    for unit_properties in _show(names, properties):
+        if unit_properties["ActiveState"] in _LISTENS or unit_properties["Id"] in needed:
+            name = unit_properties.get("FileDescriptorName") or unit_properties["Id"].removesuffix(".socket")
+            paths = [line.removesuffix(" (Stream)") for line in unit_properties.get("Listen", "").splitlines()]
             sockets += [Socket(name, Path(path)) for path in paths]
     return tuple(sockets)
 
@@ -97,11 +101,11 @@ def _show(names: list[str], properties: tuple[str, ...]) -> list[dict[str, str]]
     """Return properties of units. The values of a repeated property are lines. Raises `UnitError`."""
     units: list[dict[str, str]] = []
     for block in _systemctl("show", f"--property={','.join(properties)}", "--", *names).strip().split("\n\n"):
-        shown: dict[str, str] = {}
+        unit_properties: dict[str, str] = {}
         for line in block.splitlines():
             name, _, value = line.partition("=")
-            shown[name] = f"{shown[name]}\n{value}" if name in shown else value
-        units.append(shown)
+            unit_properties[name] = f"{unit_properties[name]}\n{value}" if name in unit_properties else value
+        units.append(unit_properties)
     return units
 
 

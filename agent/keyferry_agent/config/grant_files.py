@@ -41,13 +41,13 @@ def read(folder: Path) -> list[File]:
     entry = File(folder, ConfigTable("", {}, [], []), private_files.folder_problems(folder))
     try:
         paths = find(folder)
-        others = [name for name in _names(folder) if not name.endswith(_EXTENSION)]
+        ignored_names = [name for name in _names(folder) if not name.endswith(_EXTENSION)]
     except OSError as error:
         if not os.path.lexists(folder):
             return []
         entry.table.problems.append(f"this folder cannot be read: {error.strerror}")
         return [entry]
-    for name in others:
+    for name in ignored_names:
         entry.table.warnings.append(f"{name!r} is not read: the name of a file of grants ends in {_EXTENSION}")
     return [entry, *(_read_file(path, is_folder_safe=not entry.open_to_others) for path in paths)]
 

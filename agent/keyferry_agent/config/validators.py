@@ -72,12 +72,12 @@ def path(value: Any) -> Path:
 
 def socket_path(value: Any) -> Path:
     """Return an absolute path that fits into a socket's address."""
-    made = path(value)
-    if len(os.fsencode(made)) > _MAX_SOCKET_PATH_BYTES:
+    resolved = path(value)
+    if len(os.fsencode(resolved)) > _MAX_SOCKET_PATH_BYTES:
         raise InvalidValue(
-            f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes; this has {len(os.fsencode(made))}"
+            f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes; this has {len(os.fsencode(resolved))}"
         )
-    return made
+    return resolved
 
 
 def identity(value: Any) -> int:

@@ -154,8 +154,8 @@ def _log_startup_warnings(options: Options, agent: ServerState, unavailable: lis
     for why, selectors in lacking().items():
         names = [grant.name for grant in settings.grants if selectors & grant.to.keys()]
         if names:
-            shown = ", ".join(sorted(selectors))
-            log.warning("startup.limited", what=f"{why}: {shown} cannot match other users", grants=names)
+            selector_names = ", ".join(sorted(selectors))
+            log.warning("startup.limited", what=f"{why}: {selector_names} cannot match other users", grants=names)
     if options.dev:
         log.warning(
             "startup.development",

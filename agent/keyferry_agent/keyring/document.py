@@ -156,8 +156,8 @@ class Document:
             raise KeyringError(f'the content is not a keyring: "Format" is not "{FORMAT}"')
         version = raw.get("Version")
         if type(version) is not int or version != VERSION:  # to Python, true and 1.0 are 1
-            shown = f"format version {version}" if type(version) is int else "a format version that is not a number"
-            raise KeyringError(f"the keyring has {shown}; this program knows version {VERSION}: upgrade it")
+            listed = f"format version {version}" if type(version) is int else "a format version that is not a number"
+            raise KeyringError(f"the keyring has {listed}; this program knows version {VERSION}: upgrade it")
         reader = _Reader("keyring", raw)
         document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
         document.aliases = reader.mapping("Aliases")
@@ -295,8 +295,8 @@ class _Reader:
     def done(self, *also: str) -> None:
         unknown = self._raw.keys() - self._taken - set(also)
         if unknown:
-            shown = sorted(name[:_MAX_SHOWN] for name in unknown)[:_MAX_SHOWN]
-            raise KeyringError(f"{self.path}: unknown fields {shown}: written by a newer program?")
+            listed = sorted(name[:_MAX_SHOWN] for name in unknown)[:_MAX_SHOWN]
+            raise KeyringError(f"{self.path}: unknown fields {listed}: written by a newer program?")
 
 
 def check_alias(alias: str) -> None:

@@ -18,24 +18,24 @@ _HEADER_BYTES: Final = 1_024
 
 def lacking() -> Mapping[str, frozenset[str]]:
     """Return the reasons why evidence is unavailable here, each with the selectors that therefore match few or no callers."""
-    found = {}
+    names = {}
     here, there = socket.socketpair(socket.AF_UNIX)
     with here, there:
         if not _has_groups(here):
-            found["the kernel does not report a peer's supplementary groups (SO_PEERGROUPS)"] = frozenset(
+            names["the kernel does not report a peer's supplementary groups (SO_PEERGROUPS)"] = frozenset(
                 {"gid", "group"}
             )
         if not _has_processes(here):
             why = (
                 "the kernel, or a seccomp profile, does not provide pidfds, so the agent cannot hold a caller's process"
             )
-            found[why] = frozenset({"unit", "pod", "exe", "sha256"})
-            return found
+            names[why] = frozenset({"unit", "pod", "exe", "sha256"})
+            return names
     if not _control_groups_visible():
-        found["/proc does not show other users' processes (hidepid)"] = frozenset({"unit", "pod", "exe", "sha256"})
+        names["/proc does not show other users' processes (hidepid)"] = frozenset({"unit", "pod", "exe", "sha256"})
     elif not has_capability(_CAP_SYS_PTRACE):
-        found["without CAP_SYS_PTRACE, the agent cannot see other users' programs"] = frozenset({"exe", "sha256"})
-    return found
+        names["without CAP_SYS_PTRACE, the agent cannot see other users' programs"] = frozenset({"exe", "sha256"})
+    return names
 
 
 def _has_groups(peer: socket.socket) -> bool:

@@ -90,8 +90,8 @@ def unit_of(cgroups: str) -> str | None:
 
     The unit itself controls all parts below: a user's service manager may give its own unit the name of a system unit.
     """
-    found = next(filter(None, (hierarchy.search(cgroups) for hierarchy in _HIERARCHIES)), None)
-    parts = found[1].split("/")[1:] if found else []
+    match = next(filter(None, (hierarchy.search(cgroups) for hierarchy in _HIERARCHIES)), None)
+    parts = match[1].split("/")[1:] if match else []
     first = next((part for part in parts if not part.endswith(".slice")), "")
     return first if first.endswith(_UNITS) else None
 
@@ -99,7 +99,7 @@ def unit_of(cgroups: str) -> str | None:
 def pod_of(cgroups: str) -> str | None:
     """Return the UID of the Kubernetes pod in the text of /proc/PID/cgroup, or None. Only `kubepods` at the root counts."""
     for line in cgroups.split("\n"):
-        found = _POD.match(line.split(":", 2)[-1])
-        if found:
-            return found[1].replace("_", "-")
+        match = _POD.match(line.split(":", 2)[-1])
+        if match:
+            return match[1].replace("_", "-")
     return None

@@ -58,15 +58,15 @@ def _hash(pid: int) -> str | None:
         identity = _identity(file.fileno())
         if os.fstat(file.fileno()).st_size > _LARGEST:
             return None
-        known = _hashes.get(identity)
-        if known is None:
+        digest_text = _hashes.get(identity)
+        if digest_text is None:
             digest = hashlib.file_digest(file, "sha256")
             if _identity(file.fileno()) != identity:
                 return None  # the file was written to meanwhile
             if len(_hashes) >= _MAX_CACHED_HASHES:
                 _hashes.clear()
-            known = _hashes[identity] = f"sha256:{digest.hexdigest()}"
-        return known
+            digest_text = _hashes[identity] = f"sha256:{digest.hexdigest()}"
+        return digest_text
 
 
 _hashes: dict[tuple[int, ...], str] = {}

@@ -114,8 +114,8 @@ class Admission:
         if not self._ungranted:
             return False
         per_user = Counter(place.user for place in self._ungranted)
-        most = max(per_user.values())
-        place = next(place for place in self._ungranted if per_user[place.user] == most)
+        largest = max(per_user.values())
+        place = next(place for place in self._ungranted if per_user[place.user] == largest)
         self.leave(place)
         place.close()
         return True

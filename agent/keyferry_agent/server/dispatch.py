@@ -157,7 +157,9 @@ class Dispatcher:
         self._decisions: DecisionCache[Decision] = DecisionCache()
         self._agent.on_adopt.append(self._decisions.clear)  # decisions refer to keys of the old keyring
 
-    def take(self, exchange: Exchange, messages: Iterator[wire.PackedRequest | wire.Message], most: int) -> Batch:
+    def take(
+        self, exchange: Exchange, messages: Iterator[wire.PackedRequest | wire.Message], max_requests: int
+    ) -> Batch:
         """Move a connection's next messages into its exchange, with `most` requests at most.
 
         Looks up the decision about each request, and parses the requests without one. A protocol error is returned, not raised.
@@ -177,7 +179,7 @@ class Dispatcher:
                     raise ProtocolError("a response, where a request is expected")
                 else:
                     exchange.pending.append(Message(message.msgid, None, message))
-                if len(exchange.pending) >= most or count == _MAX_BATCH_MESSAGES:
+                if len(exchange.pending) >= max_requests or count == _MAX_BATCH_MESSAGES:
                     return Batch(None, count, notifications, last=False)
         except ProtocolError as error:
             return Batch(error, count, notifications, last=True)
@@ -349,9 +351,9 @@ def _request_ids() -> Iterator[str]:
     while True:
         digits = os.urandom(16 * _REQUEST_ID_BATCH).hex().upper()
         for at in range(0, len(digits), 32):
-            each = digits[at : at + 32]
-            variant = "89AB"[int(each[16], 16) & 3]
-            yield f"{each[:8]}-{each[8:12]}-4{each[13:16]}-{variant}{each[17:20]}-{each[20:]}"
+            part = digits[at : at + 32]
+            variant = "89AB"[int(part[16], 16) & 3]
+            yield f"{part[:8]}-{part[8:12]}-4{part[13:16]}-{variant}{part[17:20]}-{part[20:]}"
 
 
 new_request_id: Final = _request_ids().__next__

@@ -67,10 +67,10 @@ class _Stream(io.RawIOBase):
         return len(data)
 
     def _limit(self) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        remaining = self._deadline - time.monotonic()
+        if remaining <= 0:
             raise TimeoutError
-        self._connection.settimeout(left)
+        self._connection.settimeout(remaining)
 
 
 def _handler(metrics: Metrics) -> Callable[[socket.socket, float], object]:

@@ -27,12 +27,12 @@ class Rate:
         """
         if not self._per_second or not count:
             return True
-        left, since = self._buckets.get(user, (float(self._per_second), now))
-        left = min(self._per_second, left + (now - since) * self._per_second)
+        tokens, since = self._buckets.get(user, (float(self._per_second), now))
+        tokens = min(self._per_second, tokens + (now - since) * self._per_second)
         if len(self._buckets) >= _MAX_USERS and user not in self._buckets:
             self._forget(now)
-        enough = left >= count
-        self._buckets[user] = (left - count if enough else left, now)
+        enough = tokens >= count
+        self._buckets[user] = (tokens - count if enough else tokens, now)
         return enough
 
     def _forget(self, now: float) -> None:

@@ -161,22 +161,22 @@ class Rounds:
             lines[line] = None
         if self._incomplete:
             self._add_late(lines, now)
-        most = self._share(lines)
+        max_requests = self._share(lines)
         backlog = [line for line in lines if line.asks]
-        await self._serve([line for line in lines if not line.asks] if backlog else lines, most)
+        await self._serve([line for line in lines if not line.asks] if backlog else lines, max_requests)
         if backlog:
-            await self._serve(backlog, most)  # last, since they were served in the round before, too
+            await self._serve(backlog, max_requests)  # last, since they were served in the round before, too
         if now >= self._last_look:
             self._last_look, self._drained = math.inf, True
             for line in [*self._lines.values()]:
                 self._settle(line)
 
-    async def _serve(self, lines: Iterable[Line], most: int) -> None:
+    async def _serve(self, lines: Iterable[Line], max_requests: int) -> None:
         """Serve each of these lines once, in groups of about `MAX_BATCH` requests with a checkpoint after each group."""
         serving: list[Line] = []
         requests = 0
         for line in lines:
-            if self._prepare(line) and self._take(line, most):
+            if self._prepare(line) and self._take(line, max_requests):
                 serving.append(line)
                 requests += len(line.exchange.pending) + len(line.exchange.finished) + line.notifications // 8
             if requests >= MAX_BATCH:
@@ -238,7 +238,7 @@ class Rounds:
             self._end(line)
         return bool(confirmed)
 
-    def _take(self, line: Line, most: int) -> bool:
+    def _take(self, line: Line, max_requests: int) -> bool:
         """Take the next batch of a line's messages. Return False if that failed."""
         if line.messages is None or line.exchange.pending or line.full:
             return True
@@ -247,7 +247,7 @@ class Rounds:
                 line.messages = None
                 return True
             line.unread = False
-            batch = self._dispatcher.take(line.exchange, line.messages, most)
+            batch = self._dispatcher.take(line.exchange, line.messages, max_requests)
         except Exception as error:
             self._fail(line, error)
             return False

@@ -72,8 +72,8 @@ def parse(text: str) -> URL:
         raise _unreadable(f"expected {_FORMS}")
     database, driver = name.group(1), name.group(2)
     if database not in _DRIVERS:
-        other = database if database in _OTHER_DATABASES else "another kind of database"
-        raise StoreError(f"a store is in sqlite or postgresql, not in {other}: {_FORMS}")
+        database_kind = database if database in _OTHER_DATABASES else "another kind of database"
+        raise StoreError(f"a store is in sqlite or postgresql, not in {database_kind}: {_FORMS}")
     drivername = _DRIVERS[database]
     if driver:
         drivername = drivername.partition("+")[0] + driver

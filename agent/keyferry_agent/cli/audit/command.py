@@ -75,8 +75,8 @@ def _verify(arguments: argparse.Namespace, settings: Settings | None) -> int:
     whole = history.only_older_missing and arguments.since is None
     whole = whole or history.is_complete(arguments.since)
     lines = []
-    if len(history.chains) > 1 and any(each.start is not None for each in history.chains):
-        lines = [f"chain {number}: {_line(each)}" for number, each in enumerate(history.chains, 1)]
+    if len(history.chains) > 1 and any(chain.start is not None for chain in history.chains):
+        lines = [f"chain {number}: {_line(chain)}" for number, chain in enumerate(history.chains, 1)]
     if whole:
         since = f"from {time_text(history.healed)} on" if history.problems else "from the beginning"
         chains = f" in {len(lines)} chains" if lines else ""

@@ -193,9 +193,9 @@ def _group(group: dict[str, Any]) -> str:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    again = f" as {entry['destination_ciphertext']}" if entry.get("destination_ciphertext") else ""
+    destination = f" as {entry['destination_ciphertext']}" if entry.get("destination_ciphertext") else ""
     return (
         f"{entry.get('time')} {entry.get('request_id')} {_caller(entry)}: {entry.get('operation')} "
-        f"{entry.get('ciphertext') or 'a data key without a hash'}{again}, key {entry.get('key_id')}, "
+        f"{entry.get('ciphertext') or 'a data key without a hash'}{destination}, key {entry.get('key_id')}, "
         f"version {entry.get('key_version_id')}, {_to(entry)}, by grant {entry.get('grant')}"
     )

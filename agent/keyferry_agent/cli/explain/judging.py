@@ -14,13 +14,15 @@ from ...peer import Peer
 __all__ = ["EXPORTS", "WITHOUT_CONTEXT", "WITHOUT_KEY", "Decision", "Question", "Verdict", "decide", "mismatch"]
 
 WITHOUT_CONTEXT: Final = frozenset(
-    each.action
-    for each in OPERATIONS.values()
-    if not any(name.endswith(ENCRYPTION_CONTEXT.name) for name in each.parameters)
+    operation.action
+    for operation in OPERATIONS.values()
+    if not any(name.endswith(ENCRYPTION_CONTEXT.name) for name in operation.parameters)
 )
 WITHOUT_KEY: Final = frozenset({"kms:ListKeys", "kms:ListAliases", "kms:GetAgentStatus"})
 """Actions that do not name a key. A grant covers them with any list of keys."""
-EXPORTS: Final = frozenset(each.action for each in OPERATIONS.values() if PUBLIC_KEY_BLOB.name in each.parameters)
+EXPORTS: Final = frozenset(
+    operation.action for operation in OPERATIONS.values() if PUBLIC_KEY_BLOB.name in operation.parameters
+)
 """Actions that export a data key to a recipient."""
 _RE_ENCRYPTS: Final = frozenset({"kms:ReEncryptFrom", "kms:ReEncryptTo"})
 _NO_SUCH_NUMBER: Final = -1
@@ -129,8 +131,10 @@ def mismatch(
         never = f"a grant with recipients never covers {action}: the caller would learn or choose a data key"
         return f"recipients: {never if fingerprint == PLAINTEXT else f'{fingerprint} is not in the list'}"
     if not grant.has_context(context):
-        wanted = {key: value for key, value in grant.encryption_context.items() if (context or {}).get(key) != value}
-        return f"encryption_context: the grant requires {', '.join(f'{key}={value}' for key, value in wanted.items())}"
+        missing_pairs = {
+            key: value for key, value in grant.encryption_context.items() if (context or {}).get(key) != value
+        }
+        return f"encryption_context: the grant requires {', '.join(f'{key}={value}' for key, value in missing_pairs.items())}"
     return None
 
 
