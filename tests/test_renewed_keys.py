@@ -214,7 +214,7 @@ def test_a_damaged_file_is_not_replaced(place: Place, capsys: pytest.CaptureFixt
     ):
         sealed.write_bytes(wrong)
         assert command.main(moving(place)) == 1
-        assert f"{sealed}: it is damaged" in capsys.readouterr().err
+        assert f"{sealed}: damaged, cut off" in capsys.readouterr().err
         assert sealed.read_bytes() == wrong
         assert place.files() == {"plain", "sealed"}
 

@@ -14,7 +14,7 @@ _shtab_keyferry_commands() {
     decrypt-file:'Decrypt IN to OUT. The file itself holds its record. OUT appears only when all of IN was authentic.'
     encrypt-file:'Encrypt IN to OUT in a module, with the data key of a record. OUT appears when it is complete.'
     module:'cryptographic modules in files'
-    records:'data keys in a database, by their names'
+    records:'data-key records in a database'
     reencrypt-file:'Decrypt IN in memory and encrypt it with the data key of a record, to OUT or in the place of IN. The new file is read back before it appears: it must decrypt to the same content.'
     status:'Ask the agent for its health. For probes.'
   )

@@ -106,7 +106,7 @@ def _direct(descriptor: int) -> Iterator[BinaryIO]:
 def _spooled(descriptor: int) -> Iterator[BinaryIO]:
     """Lend an unnamed file in $TMPDIR, and copy it to the descriptor at the end of the block."""
     with _naming_tmpdir():
-        file = tempfile.TemporaryFile()  # noqa: SIM115 - only the errors of opening are about $TMPDIR
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - only the errors of opening are about $TMPDIR
     with file, _Spool(file.fileno()) as spool:
         yield spool
         spool.finish()

@@ -34,7 +34,7 @@ _NO_PORT: Final = re.compile(r"\[[0-9A-Fa-f:.]*\]|:[0-9]*(?=[,/]|$)")
 
 def add_parsers(commands: Any) -> None:
     """Add `records` and its verbs."""
-    records = commands.add_parser("records", help="data keys in a database, by their names", allow_abbrev=False)
+    records = commands.add_parser("records", help="data-key records in a database", allow_abbrev=False)
     verbs = records.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(

@@ -18,6 +18,7 @@ __all__ = ["display_url", "resolve_url", "url_secrets"]
 
 _SQLITE: Final = "sqlite"
 _MAX_LINE_BYTES: Final = 4 * (MAX_URL + 1)
+"""Holds a URL that is too long, so that `parse` refuses it: UTF-8 takes at most four bytes for a character."""
 
 
 def resolve_url(argument: str | None = None) -> URL:
