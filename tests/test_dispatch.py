@@ -13,6 +13,7 @@ from keyferry.protocol import wire
 from keyferry_agent.audit import Appended
 from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.authz.caller import Caller
+from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
 from keyferry_agent.server.dispatch import MAX_OFFLOADED, Batch, Dispatcher, Exchange, ServerContext, new_request_id
@@ -212,3 +213,23 @@ def test_connection_has_at_most_16_offloaded_jobs(line: Line) -> None:
     assert [answer.msgid for answer in line.run()] == [0]
     assert [job.msgid for job in exchange.offloaded] == [16]
     assert exchange.in_flight == 16
+
+
+def test_recipients_forbid_re_encrypt_between_any_two_keys(line: Line) -> None:
+    """A grant with recipients covers ReEncrypt under one key alone, whichever of two key IDs is the larger one."""
+    blobs = {}
+    for alias in ("alias/dev", "alias/dev-sm4"):
+        line.take(request("Encrypt", KeyId=alias, Plaintext="AAAA"))
+        blobs[alias] = line.run()[0].result["CiphertextBlob"]  # type: ignore[index]
+    uid = line.exchange.caller.peer.uid
+    bound = Grant("bound", {"uid": uid}, ("kms:*",), ("*",), recipients=frozenset({"sha256:" + "0" * 64}))
+    line.agent.adopt(dataclasses.replace(line.agent.settings, grants=(bound,)), line.agent.keyring)
+    codes = {}
+    for source, blob in blobs.items():
+        for destination in blobs:
+            line.take(request("ReEncrypt", CiphertextBlob=blob, DestinationKeyId=destination))
+            (answer,) = line.run()
+            codes[source == destination, source] = "OK" if answer.error is None else answer.error["Code"]
+    assert codes == {
+        (same, alias): "OK" if same else "Forbidden.NoPermission" for same in (True, False) for alias in blobs
+    }

@@ -12,8 +12,8 @@ MODULES: Final = {
     f"{AGENT}/crypto/aad.py": ("test_ciphertext",),
     f"{AGENT}/crypto/ciphertext_blob.py": ("test_ciphertext", "test_wiping"),
     f"{AGENT}/crypto/public_key.py": ("test_public_key", "test_wycheproof"),
-    f"{AGENT}/crypto/wrapping.py": ("test_public_key", "test_sm2", "test_openssl_configuration"),
-    f"{AGENT}/handlers/encryption.py": ("test_encrypt_decrypt_reencrypt", "test_key_states"),
+    f"{AGENT}/crypto/wrapping.py": ("test_public_key", "test_dispatch", "test_sm2", "test_openssl_configuration"),
+    f"{AGENT}/handlers/encryption.py": ("test_dispatch", "test_encrypt_decrypt_reencrypt", "test_key_states"),
     f"{AGENT}/handlers/export.py": ("test_remembered", "test_operations", "test_sm2", "test_openssl_configuration"),
     f"{AGENT}/handlers/data_keys.py": ("test_remembered", "test_operations", "test_encrypt_decrypt_reencrypt"),
     f"{AGENT}/handlers/common.py": (
