@@ -138,7 +138,7 @@ def test_process_bound_objects_refuse_to_be_pickled(tmp_path: Path) -> None:
                 use(thing)
 
 
-# --- one client is for one event loop -----------------------------------------------------------------------------------
+# --- is in use in another event loop -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", ["asyncio", "trio"])
@@ -164,7 +164,7 @@ def test_second_event_loop_is_refused(first: str, second: str, agent: RunningAge
         ready.wait(PATIENCE)
         try:
             for call in (ask, kms.aclose):
-                with pytest.raises(KeyferryError, match="one client is for one event loop"):
+                with pytest.raises(KeyferryError, match="is in use in another event loop"):
                     anyio.run(call, backend=second)
         finally:
             leave.set()
@@ -197,7 +197,7 @@ def test_threads_with_own_loops_do_not_deadlock(agent: RunningAgent) -> None:
     for thread in threads:
         thread.join()
     assert outcomes.count("Serving") == 1
-    assert sum("one event loop" in str(each) for each in outcomes) == 3
+    assert sum("another event loop" in str(each) for each in outcomes) == 3
     anyio.run(kms.aclose)
 
 

@@ -195,7 +195,7 @@ def test_file_with_the_new_data_key_is_skipped(place: Place, capsys: pytest.Capt
     """A warning is printed, so a loop over many files can be repeated, also after a rewrap."""
     before = (place.folder / "sealed").stat()
     assert command.main(moving(place)) == 0
-    assert "encrypted with this record's data key already" in capsys.readouterr().err
+    assert "already encrypted with this record's data key" in capsys.readouterr().err
     assert (place.folder / "sealed").stat() == before
     assert command.main(moving(place, place.folder / "copy")) == 0
     assert plaintext(place, place.folder / "copy") == (place.folder / "plain").read_bytes()
@@ -258,7 +258,7 @@ def test_file_changed_meanwhile_is_not_replaced(
         renewed(place)
         monkeypatch.setattr(files, "plaintext_hash", lambda *arguments, act=act: (act(), check(*arguments))[1])
         assert command.main(moving(place)) == 1
-        assert "another process changed it meanwhile" in capsys.readouterr().err
+        assert "another process changed the file meanwhile" in capsys.readouterr().err
         assert sealed.read_bytes().endswith(b"newer")
 
 
