@@ -38,7 +38,7 @@ test-bare:  ## (as root) make demo and make test on a Debian with nothing but Py
 	.ci/bare
 
 test-hosts: $(VENV)/.hosts  ## (as root) what an operator installs, run for real: units on systemd, pods in podman; minutes
-	$(BIN)/pytest -o faulthandler_timeout=300 tests/system  # one test may build an image, or boot a system
+	$(BIN)/pytest -p no:randomly -o faulthandler_timeout=300 tests/system  # a test may build an image or boot a system; some are steps of one story
 
 check: $(VENV)/.development
 	$(BIN)/ruff format --check --quiet .
