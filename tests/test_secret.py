@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from support.agent import PATIENCE
 
 from keyferry import secret
 from keyferry.secret import Backing, SecretMemory, SecretMemoryError, fill_random
@@ -171,7 +172,9 @@ for _ in range(100):
 stop.set()
 os._exit(status != 0)
 """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    # coverage has locks of its own, which a child that is forked beside other threads may never get
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, check=True, timeout=PATIENCE)
 
 
 def test_random_bytes_are_random_at_every_size() -> None:
