@@ -14,6 +14,7 @@ import pytest
 from support.agent import RawConnection
 from support.audit_log import requests
 from support.calls import call_ok, call_refused
+from support.inside import new_audit_log
 from support.keyring import change, serving
 from support.keys import recipient
 
@@ -193,3 +194,13 @@ def test_delayed_start_entry_precedes_the_first_request(record: Path, monkeypatc
     assert (events[0], events[-1]) == ("audit.start", "audit")
     assert events.count("audit.keys") < 10
     assert chain.verify([record]).beginning
+
+
+def test_log_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    """The mode of a new audit log is 0600 under any umask."""
+    before = os.umask(0)
+    try:
+        new_audit_log(tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "audit.jsonl").stat().st_mode & 0o777 == 0o600

@@ -233,3 +233,14 @@ def test_recipients_forbid_re_encrypt_between_any_two_keys(line: Line) -> None:
     assert codes == {
         (same, alias): "OK" if same else "Forbidden.NoPermission" for same in (True, False) for alias in blobs
     }
+
+
+@pytest.mark.parametrize("operation", ["GenerateDataKey", "GenerateDataKeyWithoutPlaintext"])
+def test_recipients_forbid_data_keys_in_plaintext(line: Line, operation: str) -> None:
+    """A grant with recipients covers a data key that its caller does not learn, and no other."""
+    uid = line.exchange.caller.peer.uid
+    bound = Grant("bound", {"uid": uid}, ("kms:*",), ("*",), recipients=frozenset({"sha256:" + "0" * 64}))
+    line.agent.adopt(dataclasses.replace(line.agent.settings, grants=(bound,)), line.agent.keyring)
+    line.take(request(operation, KeyId="alias/dev"))
+    (answer,) = line.run()
+    assert (answer.error is None) == (operation == "GenerateDataKeyWithoutPlaintext")

@@ -15,7 +15,12 @@ MODULES: Final = {
     f"{AGENT}/crypto/wrapping.py": ("test_public_key", "test_dispatch", "test_sm2", "test_openssl_configuration"),
     f"{AGENT}/handlers/encryption.py": ("test_dispatch", "test_encrypt_decrypt_reencrypt", "test_key_states"),
     f"{AGENT}/handlers/export.py": ("test_remembered", "test_operations", "test_sm2", "test_openssl_configuration"),
-    f"{AGENT}/handlers/data_keys.py": ("test_remembered", "test_operations", "test_encrypt_decrypt_reencrypt"),
+    f"{AGENT}/handlers/data_keys.py": (
+        "test_remembered",
+        "test_operations",
+        "test_encrypt_decrypt_reencrypt",
+        "test_grants",
+    ),
     f"{AGENT}/handlers/common.py": (
         "test_remembered",
         "test_operations",
@@ -23,7 +28,13 @@ MODULES: Final = {
         "test_key_states",
     ),
     f"{AGENT}/keyring/document.py": ("test_remembered", "test_keyring", "test_keyring_edits", "test_disabled_versions"),
-    f"{AGENT}/keyring/keyring.py": ("test_remembered", "test_key_states", "test_large_keyring"),
+    f"{AGENT}/keyring/keyring.py": (
+        "test_remembered",
+        "test_key_states",
+        "test_large_keyring",
+        "test_unseal",
+        "test_health",
+    ),
     f"{AGENT}/chained_log/chain.py": (
         "test_audit",
         "test_audit_entries",
