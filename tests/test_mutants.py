@@ -35,8 +35,8 @@ def test_consecutive_seeds_measure_all_modules() -> None:
 
 @pytest.mark.parametrize(
     ("caught", "hung", "survived", "enough"),
-    [(33, 1, 6, True), (33, 0, 7, False), (0, 0, 39, True), (0, 40, 0, True), (0, 0, 0, True), (84, 0, 16, False)],
+    [(23, 1, 16, True), (23, 0, 17, False), (0, 0, 39, True), (0, 40, 0, True), (0, 0, 0, True), (59, 0, 41, False)],
 )
-def test_run_fails_below_85_percent_of_40_mutants(caught: int, hung: int, survived: int, *, enough: bool) -> None:
+def test_run_fails_below_60_percent_of_40_mutants(caught: int, hung: int, survived: int, *, enough: bool) -> None:
     """A fault that hangs is caught. A sample of fewer than 40 faults says too little to fail."""
     assert is_enough(Counter(caught=caught, hung=hung, survived=survived)) is enough

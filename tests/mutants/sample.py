@@ -3,11 +3,12 @@
 from collections import Counter
 from typing import Final
 
-_MIN_CAUGHT: Final = 0.85
+_MIN_CAUGHT: Final = 0.6
 MIN_SAMPLE: Final = 40
 """The share that a run has to catch, and the number of faults from which it counts.
 
-If the tests catch 95 % of all faults, a sample of 40 has less than 85 % in one run of 300.
+The tests catch 84 % of all faults, and 67 % in the weakest module (docs/notes/mutants.md). A sample of 40 from the weakest has
+less than 60 % in one run of five, but four modules share a sample. Raise the bound with the rate.
 """
 
 
