@@ -375,3 +375,12 @@ def test_data_key_above_the_capacity_of_oaep_is_refused() -> None:
         encrypt(bytearray(191), bytearray(256))
     with pytest.raises(libcrypto.LibcryptoError):
         libcrypto.generate_rsa_2048().oaep_encryptor(b"no such hash")
+
+
+@pytest.mark.parametrize(("plaintext", "padded"), [(0, 256), (32, 255), (32, 257)])
+def test_oaep_refuses_buffers_of_other_sizes(plaintext: int, padded: int) -> None:
+    """Libcrypto pads to the modulus' length, past the end of a shorter buffer."""
+    buffer = bytearray(padded)
+    with pytest.raises(libcrypto.LibcryptoError):
+        libcrypto.generate_rsa_2048().oaep_encryptor(b"sha256")(bytearray(plaintext), buffer)
+    assert buffer == bytearray(padded)

@@ -213,11 +213,12 @@ class Key:
         and encrypts in a second step. In one step, libcrypto would free the padded message, which shows the plaintext, without
         wiping it. The function raises `LibcryptoError`.
         """
-        library, size, algorithm = self._library, self._size, _digest(digest)
+        library, size, hashes = self._library, self._size, 2 * (_digest(digest),)
         pad, encrypt = library.RSA_padding_add_PKCS1_OAEP_mgf1, self.encryptor(_NO_PADDING)
 
         def oaep_encrypt(plaintext: Buffer, padded: Buffer) -> bytes:
-            if pad(_reference(padded), size, _reference(plaintext), len(plaintext), None, 0, algorithm, algorithm) != 1:
+            count = len(plaintext) if len(padded) == size else 0  # libcrypto does not check the size of its output
+            if not count or pad(_reference(padded), size, _reference(plaintext), count, None, 0, *hashes) != 1:
                 library.ERR_clear_error()
                 raise LibcryptoError("libcrypto could not encrypt")
             return encrypt(padded)
