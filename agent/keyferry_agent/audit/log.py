@@ -151,7 +151,7 @@ class AuditLog:
         last: Peer | None = None
         caller = ""
         for peer, entry, outcome in requests:
-            if peer is not last:  # a batch has one peer
+            if peer is not last:  # the requests of one connection come together
                 last, caller = peer, _of_peer(peer)
             lines.append(_line(now, caller, entry, outcome, _of_program(peer) if entry.by_program else ""))
         appended = self._append(lines)

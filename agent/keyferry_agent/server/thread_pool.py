@@ -74,9 +74,8 @@ class FairThreadPool:
                 except Exception as error:
                     self._results.append((on_done, None, error))
                 del job, on_done  # free the objects that the job refers to, before waiting for the next job
-                if (
-                    not self._wakeup_pending
-                ):  # each wake-up of the event loop costs a system call, also a superfluous one
+                # Each wake-up of the event loop costs a system call, also a superfluous one.
+                if not self._wakeup_pending:
                     self._wakeup_pending = True
                     token.run_sync_soon(self._deliver)
 

@@ -85,9 +85,8 @@ class HeaderScanner:
         self._max_array = max_array
         self.position = 0
         """Bytes scanned so far; each header is scanned once, in pieces of any size. At the end, the size of the message."""
-        self._remaining = (
-            1  # entries still to come in the innermost container; keys and values of a map count separately
-        )
+        # Entries still to come in the innermost container. Keys and values of a map count separately.
+        self._remaining = 1
         self._in_map = False  # whether the innermost container is a map
         self._containers: list[tuple[int, bool]] = []  # (remaining, in_map) of each enclosing container
 
