@@ -1,104 +1,29 @@
 """Rounds: the order of service, the entries of a batch, and the work of a connection's own task."""
 
 import dataclasses
-import gc
 import os
 import socket
 import threading
-import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from support.server_in_process import STATUS, Batches, answers, asked, connected, granting_all, served
 
-from keyferry.protocol import wire
 from keyferry_agent import handlers
-from keyferry_agent.audit import Appended
-from keyferry_agent.audit.entry import AuditEntry
-from keyferry_agent.authz.grants import Grant
-from keyferry_agent.config.settings import Limits, Settings
-from keyferry_agent.keyring.keyring import development_keyring
-from keyferry_agent.peer import Peer
+from keyferry_agent.config.settings import Limits
 from keyferry_agent.server import rounds
 from keyferry_agent.server.dispatch import MAX_OFFLOADED
 from keyferry_agent.server.identity import Identity
-from keyferry_agent.server.server import Server
 from keyferry_agent.state import MAX_BATCH, ServerState
-
-STATUS = "GetAgentStatus"
-
-
-class Batches:
-    """An audit log in memory, which keeps its batches."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[str]] = []
-
-    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
-        """Note the operations."""
-        self.batches.append([audited.operation for _, audited, _ in requests])
-        return Appended(len(requests))
 
 
 @pytest.fixture
 def agent() -> ServerState:
     """An agent's state, in this process, that grants everything to this user."""
-    everything = Grant("all", {"uid": os.geteuid()}, ("kms:*",), ("*",))
-    settings = Settings(memory="prefer", grants=(everything,), limits=Limits(request_timeout=0.2))
-    return ServerState(settings, development_keyring(backing="auto", require=False))
-
-
-@asynccontextmanager
-async def served(agent: ServerState, path: Path, audit: Any) -> AsyncIterator[Server]:
-    """A server of this agent, on a real socket, for the time of a block."""
-    listening = socket.socket(socket.AF_UNIX)
-    listening.bind(str(path))
-    listening.listen()
-    server = Server(agent, audit)
-    async with trio.open_nursery() as nursery:
-        listeners = [("default", trio.SocketListener(trio.socket.from_stdlib_socket(listening)))]
-        await nursery.start(server.serve, listeners)
-        yield server
-        server.drain(grace=5)
-
-
-@asynccontextmanager
-async def connected(path: Path, count: int) -> AsyncIterator[list[socket.socket]]:
-    """So many connections that the server serves."""
-    made = []
-    try:
-        for _ in range(count):
-            made.append(socket.socket(socket.AF_UNIX))
-            made[-1].connect(str(path))
-            made[-1].setblocking(False)
-        await trio.testing.wait_all_tasks_blocked()
-        yield made
-    finally:
-        for each in made:
-            each.close()
-
-
-async def answers(sock: socket.socket, count: int) -> list[int | None]:
-    """The message IDs of the next answers."""
-    decoder = wire.Decoder()
-    msgids: list[int | None] = []
-    with trio.fail_after(30):
-        while len(msgids) < count:
-            await trio.lowlevel.wait_readable(sock)
-            received = sock.recv(65_536)
-            assert received
-            decoder.feed(received)
-            msgids += [message.msgid for message in decoder.messages() if isinstance(message, wire.Response)]
-    return msgids
-
-
-def asked(method: str, count: int = 1) -> bytes:
-    """Return the bytes of some requests."""
-    return b"".join(wire.encode_request(number, method, {"KeyId": "alias/dev"}) for number in range(count))
+    return granting_all()
 
 
 async def test_round_is_recorded_as_one_batch(agent: ServerState, socket_path: Path) -> None:
@@ -244,123 +169,6 @@ async def test_drain_serves_requests_sent_before_it(agent: ServerState, socket_p
             assert await answers(client, 5) == [*range(5)]
             await trio.lowlevel.wait_readable(client)
             assert client.recv(1) == b""
-
-
-class HeldJobs:
-    """A thread pool that runs no job before `finish` is called, without threads."""
-
-    busy = 0
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[[], Any], Callable[[Any, Exception | None], None]]] = []
-
-    def submit(self, _user: Any, job: Callable[[], Any], on_done: Callable[[Any, Exception | None], None]) -> None:
-        """Keep a job."""
-        self.jobs.append((job, on_done))
-
-    def finish(self) -> None:
-        """Run all jobs."""
-        jobs, self.jobs = self.jobs, []
-        for job, on_done in jobs:
-            on_done(job(), None)
-
-
-@pytest.fixture
-def held(agent: ServerState, monkeypatch: pytest.MonkeyPatch) -> HeldJobs:
-    """Offload each DescribeKey, to jobs that the test finishes; half a request has ten seconds."""
-    jobs = HeldJobs()
-    agent.settings = dataclasses.replace(agent.settings, limits=Limits(request_timeout=10))
-    status = handlers.HANDLERS[STATUS]
-    monkeypatch.setitem(
-        handlers.HANDLERS, "DescribeKey", lambda request: status(request)._replace(offload=True, repeatable=False)
-    )
-    monkeypatch.setattr("keyferry_agent.server.server.FairThreadPool", lambda _threads: jobs)
-    return jobs
-
-
-async def closed_after(client: socket.socket) -> float:
-    """Wait until the agent closes a connection, and return the time on trio's clock."""
-    with trio.fail_after(600):
-        await trio.lowlevel.wait_readable(client)
-    assert client.recv(1) == b""
-    return trio.current_time()
-
-
-async def test_half_requests_time_out_in_the_order_they_began(
-    agent: ServerState, socket_path: Path, autojump_clock: trio.testing.MockClock
-) -> None:
-    """A connection that begins its next request does not keep another one, which began earlier, past its time."""
-    agent.settings = dataclasses.replace(agent.settings, limits=Limits(request_timeout=10))
-    request = asked(STATUS)
-    async with served(agent, socket_path, Batches()), connected(socket_path, 2) as (first, second):
-        start = trio.current_time()
-        first.send(request[:-1])
-        await trio.sleep(1)
-        second.send(request[:-1])
-        await trio.sleep(1)
-        first.send(request[-1:] + request[:-1])
-        assert await answers(first, 1) == [0]
-        assert await closed_after(second) - start == pytest.approx(11)
-        assert await closed_after(first) - start == pytest.approx(12)
-
-
-async def test_half_a_request_has_time_while_jobs_are_awaited(
-    agent: ServerState, socket_path: Path, held: HeldJobs, autojump_clock: trio.testing.MockClock
-) -> None:
-    """The agent reads nothing of a connection that has all the offloaded jobs it may have, so that time does not count."""
-    async with served(agent, socket_path, Batches()), connected(socket_path, 1) as (client,):
-        client.send(asked("DescribeKey", MAX_OFFLOADED) + asked(STATUS)[:-1])
-        await trio.sleep(35)
-        held.finish()
-        assert len(await answers(client, MAX_OFFLOADED)) == MAX_OFFLOADED
-        client.send(asked(STATUS)[-1:])
-        assert await answers(client, 1) == [0]
-
-
-async def test_half_a_request_has_new_time_after_unread_answers(
-    agent: ServerState, socket_path: Path, held: HeldJobs, autojump_clock: trio.testing.MockClock
-) -> None:
-    """While answers wait for the client, its next request is not read, so that time does not count."""
-    async with served(agent, socket_path, Batches()) as server, connected(socket_path, 1) as (client,):
-        (number,) = server._rounds._lines
-        with socket.socket(fileno=os.dup(number)) as end:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
-        client.send(asked("DescribeKey", 15) + asked(STATUS)[:-1])
-        await trio.sleep(8)
-        held.finish()
-        await trio.sleep(4)
-        assert len(await answers(client, 15)) == 15
-        await trio.sleep(4)
-        client.send(asked(STATUS)[-1:])
-        assert await answers(client, 1) == [0]
-
-
-async def test_last_error_of_a_connection_comes_after_its_answers(
-    agent: ServerState, socket_path: Path, held: HeldJobs
-) -> None:
-    """A protocol error is answered when all offloaded jobs before it are."""
-    async with served(agent, socket_path, Batches()), connected(socket_path, 1) as (client,):
-        client.send(asked("DescribeKey", 2) + b"\x00")
-        await trio.testing.wait_all_tasks_blocked()
-        held.finish()
-        assert await answers(client, 3) == [0, 1, None]
-
-
-@pytest.mark.parametrize("sent", [b"", asked(STATUS), asked(STATUS)[:-1]], ids=["nothing", "request", "half"])
-async def test_closed_connection_leaves_nothing_in_rounds(agent: ServerState, socket_path: Path, sent: bytes) -> None:
-    """Neither the deadline of half a request nor the memory of who was served last refers to it."""
-    agent.settings = dataclasses.replace(agent.settings, limits=Limits(request_timeout=60))
-    async with served(agent, socket_path, Batches()) as server:
-        async with connected(socket_path, 1) as (client,):
-            (serving,) = server._rounds._lines.values()
-            line = weakref.ref(serving)
-            del serving
-            client.send(sent)
-            await trio.testing.wait_all_tasks_blocked()
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(server._rounds) == 0
-        gc.collect()
-        assert line() is None
 
 
 async def test_sole_client_has_large_batches_at_once(agent: ServerState, socket_path: Path) -> None:

@@ -19,7 +19,7 @@ MODULES: Final = {
         "test_remembered",
         "test_operations",
         "test_encrypt_decrypt_reencrypt",
-        "test_grants",
+        "test_granted_callers",
     ),
     f"{AGENT}/handlers/common.py": (
         "test_remembered",
