@@ -193,7 +193,7 @@ def test_wrong_identity_or_passphrase_does_not_open_a_keyring(
     ("change", "why"),
     [
         (lambda raw: raw.update(Format="x"), "not a keyring"),
-        (lambda raw: raw.update(Version=2), "version 2; .* upgrade"),
+        (lambda raw: raw.update(Version=3), "version 3; .* upgrade"),
         (lambda raw: raw.update(Version=True), "upgrade"),
         (lambda raw: raw.update(Version=1.0), "upgrade"),
         (lambda raw: raw.update(Version={"Material": "*secret*"}), "upgrade"),

@@ -214,7 +214,7 @@ def test_replaced_configuration_is_read_without_a_signal(keyring: Path, socket_p
 def from_the_future(keyring: Path) -> bytes:
     """A keyring of a format that this version does not know."""
     raw = json.loads(Unsealer.read(keyring.parent / "identity").unseal(keyring.read_bytes()))
-    return seal(json.dumps({**raw, "Version": 2}).encode(), raw["Recipients"], None)
+    return seal(json.dumps({**raw, "Version": 3}).encode(), raw["Recipients"], None)
 
 
 def of_somebody_else(keyring: Path) -> bytes:

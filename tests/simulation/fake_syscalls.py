@@ -22,6 +22,7 @@ from keyferry_agent.config.settings import Settings
 from keyferry_agent.crypto import selftest
 from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agent's modules are there
 from keyferry_agent.keyring import keyring
+from keyferry_agent.keyring.description import KeyringDescription
 from keyferry_agent.keyring.document import KeyringError
 from keyferry_agent.keyring.keyring import Keyring
 from keyferry_agent.server import thread_pool
@@ -361,7 +362,7 @@ class FakeSyscalls:
         if number < 0:
             raise KeyringError(f"{path}: it does not open")
         world.loaded = number
-        keys = fixtures.described(fixtures.RINGS[number])
+        keys = KeyringDescription(tuple(fixtures.described(fixtures.RINGS[number])))
         material = iter(
             [version.material for entry in fixtures.RINGS[number] for version in entry.key.versions[: entry.versions]]
         )

@@ -37,7 +37,7 @@ _MAX_UID: Final = 2**32 - 1
 """(uid_t) -1: the kernel's number for a process that no login began."""
 
 Picture: TypeAlias = dict[tuple[tuple[str, str], ...], dict[str, Any]]
-"""Keys, versions, aliases and recipients, each by its names, with all its values that are not secret."""
+"""Keys, versions, aliases, recipients, hosts and access keys, each by its names, with all its values that are not secret."""
 
 _verb: ContextVar[str] = ContextVar("verb", default="")
 
@@ -69,6 +69,15 @@ def picture(document: Document) -> Picture:
         key_name = ("key_id", key.key_id)
         values[(key_name,)] = _values(key)
         values |= {(key_name, ("key_version_id", version.version_id)): _values(version) for version in key.versions}
+    for access_key in document.access_keys:
+        values[(("access_key_id", access_key.access_key_id),)] = _values(access_key)
+    for receipt_key in document.receipt_keys:
+        key_name = ("receipt_key_id", receipt_key.key_id)
+        values[(key_name,)] = _values(receipt_key)
+        values |= {
+            (key_name, ("key_version_id", version.version_id)): _values(version) for version in receipt_key.versions
+        }
+    values |= {(("host", name),): {"recipient": recipient} for name, recipient in document.hosts.items()}
     return values | {(("alias", alias),): {"key_id": owner} for alias, owner in document.aliases.items()}
 
 

@@ -6,15 +6,18 @@ identity can read everything without this program.
 
 import json
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from keyferry.parameters import decode_base64, encode_base64, unique_pairs
+from keyferry.parameters import encode_base64, unique_pairs
 
 from ..crypto.ciphertext_blob import KEY_SIZES
-from .description import KeyDescription, VersionDescription
+from .access_keys import AccessKeyEntry
+from .description import KeyDescription, KeyringDescription, VersionDescription
+from .reading import DATE_FORMAT, KeyringError, ObjectReader, check_description
+from .receipt_keys import ReceiptKeyEntry
 
 __all__ = [
     "ALIAS",
@@ -31,20 +34,16 @@ __all__ = [
 ]
 
 FORMAT: Final = "keyferry-keyring"
-VERSION: Final = 1
+VERSIONS: Final = (1, 2)
+"""Versions of the format. Only version 2 has `Hosts`, `AccessKeys`, `ReceiptKeys` and sections that this program does not know.
+
+A keyring without them is written as version 1, which earlier programs read.
+"""
 STATES: Final = ("Enabled", "Disabled", "PendingDeletion", "PendingImport")
 ORIGINS: Final = ("Aliyun_KMS", "EXTERNAL")
 ALIAS: Final = "alias/"
 _MAX_ALIAS_LENGTH: Final = 255
 _RESERVED: Final = "acs"
-_MAX_DESCRIPTION_LENGTH: Final = 8_192
-_MAX_SHOWN: Final = 24
-"""Most unknown fields that a message names, and most characters of each."""
-_DATE: Final = "%Y-%m-%dT%H:%M:%SZ"
-
-
-class KeyringError(Exception):
-    """The keyring cannot be read, is not valid, or does not allow the change. The message is for the operator."""
 
 
 @dataclass
@@ -97,12 +96,17 @@ class Document:
     """A whole keyring: keys in the order of their creation, and alias -> key ID.
 
     `recipients` is empty when the keyring is sealed to a passphrase. The document contains the recipients because age does not
-    reveal them, and every change seals the keyring again.
+    reveal them, and every change seals the keyring again. `hosts`: the recipient of each host of a fleet, by the host's name.
+    `other_sections`: sections that this program does not know. They are kept as they are, and may contain secrets.
     """
 
     recipients: list[str]
     keys: list[KeyEntry] = field(default_factory=list)
     aliases: dict[str, str] = field(default_factory=dict)
+    hosts: dict[str, str] = field(default_factory=dict)
+    access_keys: list[AccessKeyEntry] = field(default_factory=list)
+    receipt_keys: list[ReceiptKeyEntry] = field(default_factory=list)
+    other_sections: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def find(self, key_id: str) -> KeyEntry:
         """Return the key with this ID or alias. Raises `KeyringError`."""
@@ -119,10 +123,23 @@ class Document:
             by_key.setdefault(owner, []).append(alias)
         return by_key
 
-    def describe(self) -> list[KeyDescription]:
-        """Return all keys without their material."""
+    def describe(self) -> KeyringDescription:
+        """Return all that the daemon keeps of the document but the material."""
         aliases = self.aliases_by_key()
-        return [key.describe(aliases.get(key.key_id, ())) for key in self.keys]
+        return KeyringDescription(
+            keys=tuple(key.describe(aliases.get(key.key_id, ())) for key in self.keys),
+            access_keys=tuple(access_key.describe() for access_key in self.access_keys),
+            receipt_keys=tuple(key.describe() for key in self.receipt_keys),
+        )
+
+    def material(self) -> Iterator[bytearray]:
+        """Yield the secret bytes of all keys, in the order of `KeyringDescription.material_sizes`."""
+        for key in self.keys:
+            yield from (version.material for version in key.versions)
+        for access_key in self.access_keys:
+            yield from access_key.material
+        for receipt_key in self.receipt_keys:
+            yield from (version.material for version in receipt_key.versions)
 
     def purge(self) -> None:
         """Remove the keys whose deletion date has come, and their aliases."""
@@ -134,13 +151,21 @@ class Document:
 
     def to_json(self) -> bytes:
         """Return the document as JSON, which contains key material."""
+        sections = {
+            "Hosts": self.hosts,
+            "AccessKeys": [access_key.to_json() for access_key in self.access_keys],
+            "ReceiptKeys": [key.to_json() for key in self.receipt_keys],
+            **self.other_sections,
+        }
+        optional = {name: section for name, section in sections.items() if section or name in self.other_sections}
         return json.dumps(
             {
                 "Format": FORMAT,
-                "Version": VERSION,
+                "Version": 2 if optional else 1,
                 "Recipients": self.recipients,
                 "Keys": [_to_json(key) for key in self.keys],
                 "Aliases": self.aliases,
+                **optional,
             },
             indent=1,
         ).encode()
@@ -155,23 +180,37 @@ class Document:
         if not isinstance(raw, dict) or raw.get("Format") != FORMAT:
             raise KeyringError(f'the content is not a keyring: "Format" is not "{FORMAT}"')
         version = raw.get("Version")
-        if type(version) is not int or version != VERSION:  # to Python, true and 1.0 are 1
+        if type(version) is not int or version not in VERSIONS:  # to Python, true and 1.0 are 1
             listed = f"format version {version}" if type(version) is int else "a format version that is not a number"
-            raise KeyringError(f"the keyring has {listed}; this program knows version {VERSION}: upgrade it")
-        reader = _Reader("keyring", raw)
+            raise KeyringError(f"the keyring has {listed}; this program knows versions 1 and 2: upgrade it")
+        reader = ObjectReader("keyring", raw)
         document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
         document.aliases = reader.mapping("Aliases")
-        reader.done("Format", "Version")
+        if version > 1:
+            document.hosts = reader.mapping("Hosts", absent={})
+            document.access_keys = [
+                AccessKeyEntry.from_json(entry) for entry in reader.objects("AccessKeys", absent=[])
+            ]
+            document.receipt_keys = [
+                ReceiptKeyEntry.from_json(entry) for entry in reader.objects("ReceiptKeys", absent=[])
+            ]
+            document.other_sections = reader.unknown("Format", "Version")
+        else:
+            reader.done("Format", "Version")
         document._check()
         return document
 
     def _check(self) -> None:
-        ids = [key.key_id for key in self.keys]
-        versions = [version.version_id for key in self.keys for version in key.versions]
-        for name, values in (("KeyId", ids), ("KeyVersionId", versions)):
+        receipt_versions = [version.version_id for key in self.receipt_keys for version in key.versions]
+        key_ids = {key.key_id for key in self.keys}
+        for name, values in (
+            ("KeyId", [key.key_id for key in self.keys] + [key.key_id for key in self.receipt_keys]),
+            ("KeyVersionId", [version.version_id for key in self.keys for version in key.versions] + receipt_versions),
+            ("AccessKeyId", [access_key.access_key_id for access_key in self.access_keys]),
+            ("KeySpec of a receipt key", [key.key_spec for key in self.receipt_keys]),
+        ):
             if len(set(values)) != len(values):
                 raise KeyringError(f"keyring: the same {name} twice")
-        key_ids = set(ids)
         for alias, owner in self.aliases.items():
             check_alias(alias)
             if owner not in key_ids:
@@ -187,7 +226,7 @@ def _to_json(key: KeyEntry) -> dict[str, Any]:
     return fields
 
 
-def _key(reader: "_Reader") -> KeyEntry:
+def _key(reader: ObjectReader) -> KeyEntry:
     spec = reader.one_of("KeySpec", tuple(KEY_SIZES))
     key = KeyEntry(
         key_id=reader.uuid("KeyId"),
@@ -209,94 +248,16 @@ def _key(reader: "_Reader") -> KeyEntry:
     return key
 
 
-def _version(reader: "_Reader", size: int) -> VersionEntry:
-    material = reader.string("Material")
-    try:
-        decoded = bytearray(decode_base64(material))
-    except ValueError:
-        decoded = bytearray()
-    if len(decoded) != size:
-        raise KeyringError(f"{reader.path}.Material: not the Base64 of {size} bytes")
+def _version(reader: ObjectReader, size: int) -> VersionEntry:
     version = VersionEntry(
         version_id=reader.uuid("KeyVersionId"),
         created=reader.date("CreationDate"),
         staged=reader.boolean("Staged"),
-        material=decoded,
+        material=reader.base64("Material", range(size, size + 1)),
         disabled=reader.boolean("Disabled", absent=False),
     )
     reader.done()
     return version
-
-
-class _Reader:
-    """Reads the fields of one JSON object by name and type; `done` refuses fields that were not read."""
-
-    def __init__(self, path: str, raw: Any) -> None:
-        if not isinstance(raw, dict):
-            raise KeyringError(f"{path}: an object is expected")
-        self.path = path
-        self._raw = raw
-        self._taken: set[str] = set()
-
-    def _take(self, name: str, kind: type | tuple[type, ...], absent: Any = None) -> Any:
-        self._taken.add(name)
-        value = self._raw.get(name, absent)
-        if not isinstance(value, kind):
-            raise KeyringError(f"{self.path}.{name}: missing, or of the wrong type")
-        return value
-
-    def string(self, name: str) -> str:
-        value: str = self._take(name, str)
-        return value
-
-    def boolean(self, name: str, *, absent: bool | None = None) -> bool:
-        value: bool = self._take(name, bool, absent)
-        return value
-
-    def strings(self, name: str) -> list[str]:
-        values: list[str] = self._take(name, list)
-        if not all(isinstance(value, str) for value in values):
-            raise KeyringError(f"{self.path}.{name}: strings are expected")
-        return values
-
-    def mapping(self, name: str) -> dict[str, str]:
-        values: dict[str, str] = self._take(name, dict)
-        if not all(isinstance(value, str) for value in values.values()):
-            raise KeyringError(f"{self.path}.{name}: strings are expected")
-        return values
-
-    def objects(self, name: str) -> list["_Reader"]:
-        return [_Reader(f"{self.path}.{name}[{i}]", entry) for i, entry in enumerate(self._take(name, list))]
-
-    def one_of(self, name: str, values: tuple[str, ...]) -> str:
-        value = self.string(name)
-        if value not in values:
-            raise KeyringError(f"{self.path}.{name}: one of {', '.join(values)} is expected")
-        return value
-
-    def uuid(self, name: str) -> str:
-        value = self.string(name)
-        try:
-            if str(uuid.UUID(value)) == value:
-                return value
-        except ValueError:
-            pass
-        raise KeyringError(f"{self.path}.{name}: a lower-case UUID is expected")
-
-    def date(self, name: str, *, empty: bool = False) -> str:
-        value = self.string(name)
-        try:
-            if not (empty and not value) and datetime.strptime(value, _DATE).strftime(_DATE) != value:  # noqa: DTZ007
-                raise ValueError  # strptime also accepts 2026-1-1
-        except ValueError:
-            raise KeyringError(f"{self.path}.{name}: a date like 2026-01-31T12:00:00Z is expected") from None
-        return value
-
-    def done(self, *also: str) -> None:
-        unknown = self._raw.keys() - self._taken - set(also)
-        if unknown:
-            listed = sorted(name[:_MAX_SHOWN] for name in unknown)[:_MAX_SHOWN]
-            raise KeyringError(f"{self.path}: unknown fields {listed}: written by a newer program?")
 
 
 def check_alias(alias: str) -> None:
@@ -316,12 +277,6 @@ def check_alias(alias: str) -> None:
         raise KeyringError(f"{alias!r}: names that begin with alias/acs are the cloud's own")
 
 
-def check_description(description: str) -> None:
-    """Raise `KeyringError` unless a description has at most 8,192 characters, all of them printable."""
-    if len(description) > _MAX_DESCRIPTION_LENGTH or not description.isprintable():
-        raise KeyringError(f"a description has at most {_MAX_DESCRIPTION_LENGTH} characters, all of them printable")
-
-
 def new_id() -> str:
     """Return a fresh ID for a key or a version: a random UUID of 36 characters."""
     return str(uuid.uuid4())
@@ -334,4 +289,4 @@ def now() -> str:
 
 def iso(moment: datetime) -> str:
     """Return a time in UTC in the format of documents. Texts in this format sort in the order of time."""
-    return moment.strftime(_DATE)
+    return moment.strftime(DATE_FORMAT)

@@ -31,7 +31,7 @@ from typing import Any, Final, TypeAlias
 
 from keyferry.secret import SecretMemory, SecretMemoryError
 
-from .description import KeyDescription
+from .description import KeyringDescription
 from .keyring import KEPT, Keyring, build_keyring, required_bytes
 
 __all__ = ["FileStatus", "KeyringPersister"]
@@ -42,6 +42,8 @@ _FORMAT_WITH_DISABLED: Final = 2
 """The format of a description with disabled versions. An agent that knows only format 1 must not decrypt with a disabled
 version; it does not accept this format, and opens the keyring's file instead.
 """
+_FORMAT_WITH_SECTIONS: Final = 3
+"""The format of a description with access keys or receipt keys, whose material follows that of the master keys."""
 _MAX_DESCRIPTION_BYTES: Final = 1 << 28
 
 FileStatus: TypeAlias = Sequence[int] | None
@@ -132,15 +134,18 @@ def _restore(memory: int, description_file: int) -> tuple[Keyring, FileStatus] |
         closing.callback(os.close, memory)
         try:
             content = json.loads(description)
-            if content["Format"] not in (_FORMAT, _FORMAT_WITH_DISABLED):
+            if content["Format"] not in (_FORMAT, _FORMAT_WITH_DISABLED, _FORMAT_WITH_SECTIONS):
                 return None
-            keys = [KeyDescription.from_json(fields) for fields in content["Keys"]]
-            size = required_bytes(keys)
+            description_of_keys = KeyringDescription.from_json(
+                content["Keys"],
+                content if content["Format"] == _FORMAT_WITH_SECTIONS else KeyringDescription().sections(),
+            )
+            size = required_bytes(description_of_keys)
         except (ValueError, KeyError, TypeError):
             return None
         closing.pop_all()
     try:
-        keyring = build_keyring(keys, _leave_unchanged, SecretMemory(size, descriptor=memory))
+        keyring = build_keyring(description_of_keys, _leave_unchanged, SecretMemory(size, descriptor=memory))
     except (SecretMemoryError, ValueError, KeyError, TypeError):
         return None
     with keyring.check.lend() as check:
@@ -157,20 +162,20 @@ def _leave_unchanged(_view: memoryview) -> None:
 def _digest(keyring: Keyring, description: bytes) -> bytes:
     """Return the SHA-256 over the description and the material. It detects incomplete memory and memory of another keyring."""
     digest = hashlib.sha256(description)
-    for key in keyring.keys.values():
-        for version in key.versions.values():
-            with version.material.lend() as material:
-                digest.update(material)
+    for piece in keyring.material():
+        with piece.lend() as material:
+            digest.update(material)
     return digest.digest()
 
 
 def _describe(keyring: Keyring, file_status: FileStatus) -> dict[str, Any]:
-    keys = [key.describe() for key in keyring.keys.values()]
-    disabled = any(version.disabled for key in keys for version in key.versions)
-    number = _FORMAT_WITH_DISABLED if disabled else _FORMAT
+    content = keyring.describe()
+    disabled = any(version.disabled for key in content.keys for version in key.versions)
+    sections = content.sections() if content.access_keys or content.receipt_keys else {}
     return {
-        "Format": number,
+        "Format": _FORMAT_WITH_SECTIONS if sections else _FORMAT_WITH_DISABLED if disabled else _FORMAT,
         "LoadedAt": keyring.loaded_at,
         "File": file_status,
-        "Keys": [key.to_json() for key in keys],
+        "Keys": [key.to_json() for key in content.keys],
+        **sections,
     }

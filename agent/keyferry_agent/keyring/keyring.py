@@ -4,7 +4,7 @@ A keyring is immutable; a reload makes a new keyring. States and dates are evalu
 deletion date is unusable at once, without a reload.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -12,15 +12,24 @@ from typing import Final
 from keyferry.secret import Backing, Secret, SecretMemory, fill_random
 
 from ..crypto.ciphertext_blob import KEY_SIZES
-from .description import KeyDescription, VersionDescription
+from .description import (
+    RECEIPT_MATERIAL_BYTES,
+    AccessKeyDescription,
+    KeyDescription,
+    KeyringDescription,
+    ReceiptKeyDescription,
+    VersionDescription,
+)
 from .document import new_id, now
 
 __all__ = [
     "DEVELOPMENT_ALIASES",
     "KEPT",
+    "AccessKey",
     "Key",
     "KeyVersion",
     "Keyring",
+    "ReceiptKey",
     "build_keyring",
     "development_keyring",
     "required_bytes",
@@ -94,11 +103,37 @@ class Key:
         return self.state() == "Enabled"
 
 
+@dataclass(frozen=True, slots=True)
+class AccessKey:
+    """One access key of a gateway. An `&` follows the secret. `token` is None for an access key without one."""
+
+    description: AccessKeyDescription
+    secret: Secret = field(repr=False)
+    token: Secret | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptKey:
+    """One receipt key. `materials` has the material of each version: an Ed25519 seed, or an SM2 private scalar."""
+
+    description: ReceiptKeyDescription
+    materials: Mapping[str, Secret] = field(repr=False)
+
+
 class Keyring:
     """All keys, with look-ups by ID, alias or version. Owns the secret memory of their material."""
 
-    def __init__(self, keys: Iterable[Key], memory: SecretMemory, check: Secret) -> None:
+    def __init__(
+        self,
+        keys: Iterable[Key],
+        memory: SecretMemory,
+        check: Secret,
+        access_keys: Iterable[AccessKey] = (),
+        receipt_keys: Iterable[ReceiptKey] = (),
+    ) -> None:
         self.keys = {key.key_id: key for key in keys}
+        self.access_keys = {access_key.description.access_key_id: access_key for access_key in access_keys}
+        self.receipt_keys = {key.description.key_id: key for key in receipt_keys}
         self.by_alias = {alias: key for key in self.keys.values() for alias in key.aliases}
         self.by_version = {
             version.version_id: (key, version) for key in self.keys.values() for version in key.versions.values()
@@ -124,30 +159,49 @@ class Keyring:
         """Return the IDs of the loaded keys whose deletion date has come."""
         return {key.key_id for key in self._dated if key.state() == "Deleted"}
 
+    def describe(self) -> KeyringDescription:
+        """Return all keys without their material."""
+        return KeyringDescription(
+            tuple(key.describe() for key in self.keys.values()),
+            tuple(access_key.description for access_key in self.access_keys.values()),
+            tuple(key.description for key in self.receipt_keys.values()),
+        )
+
+    def material(self) -> Iterator[Secret]:
+        """Yield all pieces of material, in the order of `KeyringDescription.material_sizes`."""
+        for key in self.keys.values():
+            yield from (version.material for version in key.versions.values())
+        for access_key in self.access_keys.values():
+            yield from [access_key.secret, access_key.token] if access_key.token else [access_key.secret]
+        for receipt_key in self.receipt_keys.values():
+            yield from receipt_key.materials.values()
+
     def __repr__(self) -> str:
         return f"Keyring({len(self.keys)} keys)"
 
 
-def required_bytes(descriptions: Iterable[KeyDescription]) -> int:
+def required_bytes(description: KeyringDescription) -> int:
     """Return the bytes of memory for the material of these keys, and for the digest of 32 bytes after it (`fdstore`)."""
-    return CHECK_SIZE + sum(key.material_size for key in descriptions)
+    return CHECK_SIZE + description.allocated_bytes
 
 
-def build_keyring(
-    descriptions: Iterable[KeyDescription], fill: Callable[[memoryview], None], memory: SecretMemory
-) -> Keyring:
-    """Return a keyring with these keys. `fill` writes each version's material, in order.
+def build_keyring(description: KeyringDescription, fill: Callable[[memoryview], None], memory: SecretMemory) -> Keyring:
+    """Return a keyring with these keys. `fill` writes each piece of material, in the order of the description.
 
     `memory` is fresh, and has the size that `required_bytes` returns.
     """
+
+    def filled(size: int) -> Secret:
+        material = memory.allocate(size)
+        with material.lend() as view:
+            fill(view)
+        return material
+
     keys = []
-    for key in descriptions:
-        versions = {}
-        for version in key.versions:
-            material = memory.allocate(KEY_SIZES[key.key_spec])
-            with material.lend() as view:
-                fill(view)
-            versions[version.version_id] = KeyVersion(*version, material)
+    for key in description.keys:
+        versions = {
+            version.version_id: KeyVersion(*version, filled(KEY_SIZES[key.key_spec])) for version in key.versions
+        }
         keys.append(
             Key(
                 key_id=key.key_id,
@@ -162,7 +216,17 @@ def build_keyring(
                 aliases=key.aliases,
             )
         )
-    return Keyring(keys, memory, memory.allocate(CHECK_SIZE))
+    access_keys = []
+    for access_key in description.access_keys:
+        secret, *token = [filled(size) for size in access_key.material_sizes]
+        access_keys.append(AccessKey(access_key, secret, token[0] if token else None))
+    receipt_keys = [
+        ReceiptKey(
+            receipt_key, {version.version_id: filled(RECEIPT_MATERIAL_BYTES) for version in receipt_key.versions}
+        )
+        for receipt_key in description.receipt_keys
+    ]
+    return Keyring(keys, memory, memory.allocate(CHECK_SIZE), access_keys, receipt_keys)
 
 
 def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str, str] | None = None) -> Keyring:
@@ -179,14 +243,17 @@ def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str
                 new_id(), key_spec, version.created, version.version_id, (version,), (alias,), description=description
             )
         )
-    memory = SecretMemory(required_bytes(keys), backing=backing, require=require)
-    keyring = build_keyring(keys, fill_random, memory)
+    content = KeyringDescription(tuple(keys))
+    keyring = build_keyring(
+        content, fill_random, SecretMemory(required_bytes(content), backing=backing, require=require)
+    )
     keyring.source = DEVELOPMENT
     return keyring
 
 
 def sealed_keyring(*, backing: Backing, require: bool) -> Keyring:
     """Return the keyring of an agent that is sealed: it has no keys, and was never loaded."""
-    keyring = build_keyring([], fill_random, SecretMemory(required_bytes([]), backing=backing, require=require))
+    empty = KeyringDescription()
+    keyring = build_keyring(empty, fill_random, SecretMemory(required_bytes(empty), backing=backing, require=require))
     keyring.loaded_at, keyring.source = "", NOWHERE
     return keyring

@@ -24,7 +24,7 @@ from keyferry.secret import Backing, SecretMemory
 
 from ..config.settings import Settings
 from . import loader_process
-from .description import KeyDescription
+from .description import KeyringDescription
 from .document import KeyringError
 from .fdstore import FileStatus, KeyringPersister
 from .keyring import Keyring, build_keyring, development_keyring, required_bytes
@@ -109,10 +109,11 @@ def load(
             descriptions = bytearray(int.from_bytes(length, "big"))
             fill(memoryview(descriptions))
             # A line at a time: to parse one text of megabytes would block every other thread.
-            keys = [KeyDescription.from_json(json.loads(line)) for line in descriptions.splitlines()]
+            sections, *lines = descriptions.splitlines()
+            description = KeyringDescription.from_json(map(json.loads, lines), json.loads(sections))
             share = persister.store_memory if persister else None
-            memory = SecretMemory(required_bytes(keys), backing=backing, require=require, share=share)
-            keyring = build_keyring(keys, fill, memory)
+            memory = SecretMemory(required_bytes(description), backing=backing, require=require, share=share)
+            keyring = build_keyring(description, fill, memory)
         except EOFError:
             message = child.stderr.read().decode(errors="replace").strip()
             raise KeyringError(message or f"{path}: {deadline.why_ended(factor[0])}") from None

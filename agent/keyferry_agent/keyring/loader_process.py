@@ -4,7 +4,8 @@ It reads both files and writes to its standard output, in this order:
 
     1 byte      the passphrase's work factor, or 0 for an identity; then the process opens the keyring
     8 bytes     the length of the descriptions, big-endian
-    the rest    the descriptions of all keys in JSON, one line for each key; then each version's raw material, in the same order
+    the rest    the descriptions in JSON: one line with access keys and receipt keys, then one line for each master key; then
+                the raw material of all of them, in the order of `KeyringDescription.material_sizes`
 
 A failure is one line on standard error. Copies that libraries left in the memory of this process disappear when it ends.
 """
@@ -50,11 +51,12 @@ def main(path: str, unseal: str) -> None:
         document = open_sealed(sealed, unsealer)
     except KeyringError as error:
         sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_MAX_MESSAGE])
-    description = b"".join(json.dumps(key.to_json()).encode() + b"\n" for key in document.describe())
+    content = document.describe()
+    lines = [content.sections(), *(key.to_json() for key in content.keys)]
+    description = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
     with open(1, "wb", buffering=_BUFFER_BYTES) as output:
         output.write(len(description).to_bytes(LENGTH_BYTES, "big") + description)
-        for key in document.keys:
-            output.writelines(version.material for version in key.versions)
+        output.writelines(document.material())
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from keyferry import age_passphrase
 from keyferry.age_passphrase import PassphraseError
 from keyferry.secret import SecretMemory
 from keyferry_agent.keyring import recipients
-from keyferry_agent.keyring.description import KeyDescription
+from keyferry_agent.keyring.access_keys import AccessKeyEntry
+from keyferry_agent.keyring.description import KeyringDescription
 from keyferry_agent.keyring.document import Document, KeyEntry, KeyringError, VersionEntry
 from keyferry_agent.keyring.keyring import build_keyring, required_bytes
+from keyferry_agent.keyring.receipt_keys import ReceiptKeyEntry, ReceiptVersionEntry
 from keyferry_agent.keyring.sealing import Unsealer, count_recipients, seal
 
 from ..memory_bound import assert_memory_bounded
@@ -28,7 +30,7 @@ _CHEAP = 4
 """The highest work factor that an input's file is opened with: the time is for parsing, and not for scrypt."""
 _DATE = "2026-01-31T12:00:00Z"
 _FAR = "2999-01-31T12:00:00Z"
-_IDS = [str(uuid.UUID(int=number)) for number in range(1, 7)]
+_IDS = [str(uuid.UUID(int=number)) for number in range(1, 10)]
 WHOLE = Document(
     [],
     [
@@ -49,6 +51,23 @@ WHOLE = Document(
         )
     ],
     {"alias/a": _IDS[0], "alias/b/c-d_e": _IDS[1]},
+    {"web-1": "age1"},
+    [
+        AccessKeyEntry("LTAI1", _DATE, bytearray(b"0123456789abcdef")),
+        AccessKeyEntry("STS.2", _DATE, bytearray(b"f" * 128), bytearray(b"t" * 64), enabled=False),
+    ],
+    [
+        ReceiptKeyEntry(
+            _IDS[6],
+            "Ed25519",
+            _IDS[7],
+            [
+                ReceiptVersionEntry(_IDS[7], _DATE, b"first", bytearray(range(32, 64))),
+                ReceiptVersionEntry(_IDS[8], _DATE, b"second", bytearray(range(64, 96)), staged=True),
+            ],
+        )
+    ],
+    {"Unknown": [1]},
 )
 """A keyring with all there can be in one."""
 _MATERIAL = re.compile(r'"([A-Za-z0-9+/]{22}==|[A-Za-z0-9+/]{43}=)"')
@@ -109,8 +128,10 @@ def _places(content: Any) -> list[tuple[Any, Any]]:
 def _built(document: Document) -> None:
     """What the daemon makes of it: the same keys, with the same material."""
     described = document.describe()
-    assert [KeyDescription.from_json(json.loads(json.dumps(key.to_json()))) for key in described] == described
-    materials = [version.material for key in document.keys for version in key.versions]
+    lines = json.loads(json.dumps([key.to_json() for key in described.keys]))
+    assert KeyringDescription.from_json(iter(lines), json.loads(json.dumps(described.sections()))) == described
+    materials = list(document.material())
+    assert [len(material) for material in materials] == list(described.material_sizes())
     left = iter(materials)
 
     def fill(view: memoryview) -> None:

@@ -24,7 +24,7 @@ from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
-from keyferry_agent.keyring.description import KeyDescription, VersionDescription
+from keyferry_agent.keyring.description import KeyDescription, KeyringDescription, VersionDescription
 from keyferry_agent.keyring.keyring import Keyring, build_keyring, required_bytes
 from keyferry_agent.peer import Peer
 from keyferry_agent.state import ServerState
@@ -79,7 +79,8 @@ def _keyring(count: int) -> Keyring:
     def fill(view: memoryview) -> None:
         view[:] = next(left)
 
-    return build_keyring(described, fill, SecretMemory(required_bytes(described), backing="mlock", require=False))
+    content = KeyringDescription(tuple(described))
+    return build_keyring(content, fill, SecretMemory(required_bytes(content), backing="mlock", require=False))
 
 
 @functools.cache

@@ -96,7 +96,7 @@ def _lines(changes: Iterable[dict[str, Any]]) -> Iterator[str]:
 def _line(change: dict[str, Any]) -> str:
     names = [
         f"{name.removesuffix('_id').replace('_', ' ')} {change[name]}"
-        for name in ("recipient", "alias", "key_id", "key_version_id")
+        for name in ("recipient", "host", "alias", "access_key_id", "receipt_key_id", "key_id", "key_version_id")
         if name in change
     ]
     text = str(change.get("change"))
