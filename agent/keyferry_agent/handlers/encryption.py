@@ -41,7 +41,7 @@ def encrypt(request: Request) -> Job:
     key = find_key(request, KEY_ID, fingerprint=PLAINTEXT, context=context)
     require_usable(key)
     version, encryptor = key.primary, BlobEncryptor.of(request, key, context)
-    request.audited.key_version_id = version.version_id
+    request.key_version_id = version.version_id
 
     def run() -> operations.EncryptResult:
         blob = encryptor.encrypt(memoryview(plaintext))
@@ -85,8 +85,8 @@ def re_encrypt(request: Request) -> Job:
     require_usable(source, old)
     require_usable(destination)
     new = destination.primary
-    request.audited.destination_key_id = destination.key_id
-    request.audited.destination_key_version_id = new.version_id
+    request.destination_key_id = destination.key_id
+    request.destination_key_version_id = new.version_id
     decryptor = BlobDecryptor(source, old, old_context, blob, request.agent.scratch)
     encryptor = BlobEncryptor.of(request, destination, new_context)
 

@@ -31,7 +31,7 @@ def generate_and_export_data_key(request: Request) -> Job:
     _check_capacity(recipient, size, NUMBER_OF_BYTES.name)
     key = find_key(request, KEY_ID, fingerprint=recipient.fingerprint, context=context)
     require_usable(key)
-    request.audited.key_version_id = key.primary.version_id
+    request.key_version_id = key.primary.version_id
     generation = _DataKeyGeneration(
         key, size, BlobEncryptor.of(request, key, context), recipient, request.agent.scratch
     )
@@ -101,7 +101,7 @@ def _recipient(request: Request) -> wrapping.Recipient:
         raise invalid_parameter(PUBLIC_KEY_BLOB.name, str(error)) from None
     except wrapping.WrappingError as error:
         raise kms_error("UnsupportedOperation", str(error)) from None
-    request.audited.recipient = recipient.fingerprint
+    request.recipient = recipient.fingerprint
     return recipient
 
 

@@ -357,7 +357,7 @@ class Rounds:
             return job.job.run() if agent.generation == generation else None
 
         def done(result: Any, error: Exception | None) -> None:
-            line.exchange.finished.append((job, result if error is None else refusal(error, job.audited)))
+            line.exchange.finished.append((job, result if error is None else refusal(error, job.request_id, job.entry)))
             self._call(line)
 
         try:
