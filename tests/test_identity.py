@@ -358,8 +358,8 @@ def test_groups_take_four_bytes_each() -> None:
     for absent in (5, -1, 2**32, None):
         assert absent not in groups
     assert 0x0200_0000 not in Groups([0x0000_0002, 0x0000_0000])  # across two numbers
-    assert 7 not in Groups([7, 8], without=7)
-    assert Groups([7, 8], without=7) == {8}
+    assert 7 not in Groups([7, 8], excluded_gid=7)
+    assert Groups([7, 8], excluded_gid=7) == {8}
     assert sorted(groups) == [1, 2, 2, 3, 4_294_967_294]
     assert repr(Groups([1])) == "Groups([1])"
 

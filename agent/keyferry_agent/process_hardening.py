@@ -28,8 +28,8 @@ def harden(keep: Collection[int] = ()) -> list[str]:
     open_closed()  # so that no socket or key file gets the descriptor of a standard stream
     _close_inherited(keep)
     os.umask(0o077)  # other users can read a new file only after an explicit chmod
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _DESCRIPTORS)), hard))
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft_limit, min(hard_limit, _DESCRIPTORS)), hard_limit))
     return protect()
 
 

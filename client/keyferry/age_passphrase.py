@@ -131,18 +131,18 @@ def _seal(payload: bytes | bytearray, passphrase: str, factor: int) -> bytes:
     with _key(_FILE_KEY_SIZE) as file_key:
         file_key[:] = os.urandom(_FILE_KEY_SIZE)
         with _wrap_key(passphrase, salt, factor) as wrap_key:
-            wrapped = ChaCha20Poly1305(wrap_key).encrypt(_WRAP_NONCE, file_key, None)
-        covered = b"%b-> scrypt %b %d\n%b\n---" % (_VERSION, _encode(salt), factor, _encode(wrapped))
-        mac = _mac(file_key, covered).finalize()
+            wrapped_key = ChaCha20Poly1305(wrap_key).encrypt(_WRAP_NONCE, file_key, None)
+        header = b"%b-> scrypt %b %d\n%b\n---" % (_VERSION, _encode(salt), factor, _encode(wrapped_key))
+        mac = _mac(file_key, header).finalize()
         with _derived(file_key, nonce, b"payload") as payload_key:
             cipher = ChaCha20Poly1305(payload_key)
-            last = max(0, len(payload) - 1) // _CHUNK_SIZE
+            last_index = max(0, len(payload) - 1) // _CHUNK_SIZE
             view = memoryview(payload)
             chunks = [
-                cipher.encrypt(_chunk_nonce(i, i == last), view[i * _CHUNK_SIZE : (i + 1) * _CHUNK_SIZE], None)
-                for i in range(last + 1)
+                cipher.encrypt(_chunk_nonce(i, i == last_index), view[i * _CHUNK_SIZE : (i + 1) * _CHUNK_SIZE], None)
+                for i in range(last_index + 1)
             ]
-    return b"".join([covered, b" ", _encode(mac), b"\n", nonce, *chunks])
+    return b"".join([header, b" ", _encode(mac), b"\n", nonce, *chunks])
 
 
 def _parse(sealed: bytes) -> _Header:
@@ -166,18 +166,18 @@ def _parse(sealed: bytes) -> _Header:
 
 def _open_payload(file_key: bytearray, payload: memoryview) -> bytearray:
     nonce, body = payload[:_NONCE_SIZE], payload[_NONCE_SIZE:]
-    last = max(0, len(body) - 1) // _SEALED_CHUNK_SIZE
-    last_size = len(body) - last * _SEALED_CHUNK_SIZE
+    last_index = max(0, len(body) - 1) // _SEALED_CHUNK_SIZE
+    last_size = len(body) - last_index * _SEALED_CHUNK_SIZE
     # Only an empty payload has an empty last chunk: otherwise one payload would have two forms.
-    if last_size < _TAG_SIZE or (last_size == _TAG_SIZE and last > 0):
+    if last_size < _TAG_SIZE or (last_size == _TAG_SIZE and last_index > 0):
         raise PassphraseError("the content is cut off")
-    opened = bytearray(len(body) - (last + 1) * _TAG_SIZE)
-    with _derived(file_key, bytes(nonce), b"payload") as payload_key, memoryview(opened) as view:
+    plaintext = bytearray(len(body) - (last_index + 1) * _TAG_SIZE)
+    with _derived(file_key, bytes(nonce), b"payload") as payload_key, memoryview(plaintext) as view:
         cipher = ChaCha20Poly1305(payload_key)
         try:
-            for i in range(last + 1):
+            for i in range(last_index + 1):
                 cipher.decrypt_into(
-                    _chunk_nonce(i, i == last),
+                    _chunk_nonce(i, i == last_index),
                     body[i * _SEALED_CHUNK_SIZE : (i + 1) * _SEALED_CHUNK_SIZE],
                     None,
                     view[i * _CHUNK_SIZE : (i + 1) * _CHUNK_SIZE],
@@ -185,7 +185,7 @@ def _open_payload(file_key: bytearray, payload: memoryview) -> bytearray:
         except InvalidTag:
             view[:] = bytes(len(view))  # the chunks decrypted before were authentic, and are secret
             raise PassphraseError("the content is damaged or cut off") from None
-    return opened
+    return plaintext
 
 
 @contextmanager
@@ -214,12 +214,12 @@ def _key(size: int) -> Iterator[bytearray]:
 @contextmanager
 def _wrap_key(passphrase: str, salt: bytes, factor: int) -> Iterator[bytearray]:
     try:
-        encoded = bytearray(passphrase.encode())
+        passphrase_bytes = bytearray(passphrase.encode())
     except UnicodeEncodeError:  # whose attributes hold the passphrase
         raise PassphraseError("the passphrase is not text") from None
     with _key(32) as key:
         try:
-            Scrypt(_SCRYPT_LABEL + salt, 32, 1 << factor, 8, 1).derive_into(encoded, key)
+            Scrypt(_SCRYPT_LABEL + salt, 32, 1 << factor, 8, 1).derive_into(passphrase_bytes, key)
         except MemoryError:
             if not _offers_hash():
                 raise PassphraseError(
@@ -227,7 +227,7 @@ def _wrap_key(passphrase: str, salt: bytes, factor: int) -> Iterator[bytearray]:
                 ) from None
             raise PassphraseError(f"not enough memory: work factor {factor} takes {memory_mib(factor)} MiB") from None
         finally:
-            encoded[:] = bytes(len(encoded))
+            passphrase_bytes[:] = bytes(len(passphrase_bytes))
         yield key
 
 
@@ -247,10 +247,10 @@ def _derived(file_key: bytearray, salt: bytes, info: bytes) -> Iterator[bytearra
         yield key
 
 
-def _mac(file_key: bytearray, covered: bytes) -> HMAC:
+def _mac(file_key: bytearray, header: bytes) -> HMAC:
     with _derived(file_key, b"", b"header") as key:
         mac = HMAC(key, SHA256())
-    mac.update(covered)
+    mac.update(header)
     return mac
 
 

@@ -148,24 +148,24 @@ class AuditLog:
         """
         now = _now()
         lines = []
-        last: Peer | None = None
+        last_peer: Peer | None = None
         caller = ""
         for request in requests:
-            if request.peer is not last:  # the requests of one connection come together
-                last, caller = request.peer, _of_peer(request.peer)
+            if request.peer is not last_peer:  # the requests of one connection come together
+                last_peer, caller = request.peer, _of_peer(request.peer)
             lines.append(_line(now, caller, request))
-        appended = self._append(lines)
-        if appended.error is not None:
-            self.failures += len(lines) - appended.lines
-        return appended
+        result = self._append(lines)
+        if result.error is not None:
+            self.failures += len(lines) - result.lines
+        return result
 
     def _append(self, lines: list[str]) -> Appended:
         try:
-            appended = self._writer.call(self._file.append, lines)
+            result = self._writer.call(self._file.append, lines)
         except OSError as error:
-            appended = Appended(0, error)
-        self.failing = appended.error is not None
-        return appended
+            result = Appended(0, error)
+        self.failing = result.error is not None
+        return result
 
 
 def _now() -> str:

@@ -133,8 +133,8 @@ def find_key(
     if _grant(request, key, name, action, fingerprint=fingerprint, context=context) and key is not None:
         return key
     # A refused caller could measure a shorter way, so the look-ups are the same whether the key exists or not.
-    may = request.caller.granted.would_cover(action, agent.settings.names_of(name))
-    if first_matching(may, fingerprint, context) and key is None:
+    grants = request.caller.granted.would_cover(action, agent.settings.names_of(name))
+    if first_matching(grants, fingerprint, context) and key is None:
         raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
     raise no_permission()
 
@@ -182,11 +182,11 @@ def _grant(
     """
     agent, granted = request.agent, request.caller.granted
     if key is None:
-        may = granted.covering(action, name, None)
+        grants = granted.covering(action, name, None)
     else:
         request.key_id = key.key_id
-        may = granted.covering(action, key.key_id, functools.partial(agent.names_of_key, key))
-    grant = first_matching(may, fingerprint, context)
+        grants = granted.covering(action, key.key_id, functools.partial(agent.names_of_key, key))
+    grant = first_matching(grants, fingerprint, context)
     if grant is None:
         return False
     request.grant = grant

@@ -56,9 +56,9 @@ class _DataKeyGeneration(NamedTuple):
         with self.scratch.borrow(self.size) as data_key:
             fill_random(data_key)
             blob = self.encryptor.encrypt(data_key)
-            exported = self.recipient.wrap(data_key, self.scratch)
+            wrapped_key = self.recipient.wrap(data_key, self.scratch)
         return operations.GenerateAndExportDataKeyResult(
-            self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(exported)
+            self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(wrapped_key)
         )
 
 
@@ -79,8 +79,8 @@ def export_data_key(request: Request) -> Job:
         with decryptor.scratch.borrow(decryptor.size) as data_key:
             decryptor.decrypt_into(data_key)
             _check_capacity(recipient, decryptor.size, CIPHERTEXT_BLOB.name)
-            exported = recipient.wrap(data_key, decryptor.scratch)
-        return operations.ExportDataKeyResult(key.key_id, version.version_id, encode_base64(exported))
+            wrapped_key = recipient.wrap(data_key, decryptor.scratch)
+        return operations.ExportDataKeyResult(key.key_id, version.version_id, encode_base64(wrapped_key))
 
     return Job(run, recipient.wrapping.offload, key.enabled, verify=verify)
 

@@ -93,20 +93,20 @@ class Change:
     def entry(self) -> dict[str, Any]:
         """Return the entry of the change, without its result."""
         changes: list[dict[str, Any]] = []
-        size, omitted = 0, 0
+        size, omitted_count = 0, 0
         for change in self._differences():
             size += len(json.dumps(change)) + len(", ")
             if size <= MAX_CHANGES_BYTES:
                 changes.append(change)
             else:
-                omitted += 1
+                omitted_count += 1
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": EVENT,  # without a level: `audit verify` would then expect the start of an agent before the entry
             "verb": _verb.get(),
             **_operator(),
             "changes": changes,
-            "omitted_changes": omitted,
+            "omitted_changes": omitted_count,
             "recipients": sum(names[0][0] == "recipient" for names in self.now),
             "before": file_hash(self.before),
             "after": file_hash(self.after),
@@ -114,9 +114,9 @@ class Change:
 
     def _differences(self) -> Iterator[dict[str, Any]]:
         """Yield an entry's single changes: each addition, each removal, and each changed value."""
-        for kind, some, others in (("added", self.now, self.was), ("removed", self.was, self.now)):
-            for names, values in some.items():
-                if names not in others:
+        for kind, new_rows, old_rows in (("added", self.now, self.was), ("removed", self.was, self.now)):
+            for names, values in new_rows.items():
+                if names not in old_rows:
                     owner = {"key_id": values["key_id"]} if names[0][0] == "alias" else {}
                     yield {**dict(names), **owner, "change": kind}
         for names, values in self.now.items():
@@ -138,12 +138,14 @@ def _operator() -> dict[str, Any]:
         user = pwd.getpwuid(uid).pw_name
     with suppress(OSError, ValueError):
         login = int(Path("/proc/self/loginuid").read_text())
-    claimed = os.environ.get("SUDO_UID", "")
+    sudo_uid = os.environ.get("SUDO_UID", "")
     return {
         "uid": uid,
         "user": user,
         "login_uid": None if login == _MAX_UID else login,
-        "claimed_sudo_uid": int(claimed) if claimed.isascii() and claimed.isdecimal() and len(claimed) <= 10 else None,
+        "claimed_sudo_uid": int(sudo_uid)
+        if sudo_uid.isascii() and sudo_uid.isdecimal() and len(sudo_uid) <= 10
+        else None,
     }
 
 

@@ -127,10 +127,10 @@ class Document:
     def purge(self) -> None:
         """Remove the keys whose deletion date has come, and their aliases."""
         today = now()
-        expired = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
-        if expired:
-            self.keys = [key for key in self.keys if key.key_id not in expired]
-            self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in expired}
+        expired_ids = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
+        if expired_ids:
+            self.keys = [key for key in self.keys if key.key_id not in expired_ids]
+            self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in expired_ids}
 
     def to_json(self) -> bytes:
         """Return the document as JSON, which contains key material."""
@@ -156,8 +156,10 @@ class Document:
             raise KeyringError(f'the content is not a keyring: "Format" is not "{FORMAT}"')
         version = raw.get("Version")
         if type(version) is not int or version != VERSION:  # to Python, true and 1.0 are 1
-            listed = f"format version {version}" if type(version) is int else "a format version that is not a number"
-            raise KeyringError(f"the keyring has {listed}; this program knows version {VERSION}: upgrade it")
+            version_text = (
+                f"format version {version}" if type(version) is int else "a format version that is not a number"
+            )
+            raise KeyringError(f"the keyring has {version_text}; this program knows version {VERSION}: upgrade it")
         reader = _Reader("keyring", raw)
         document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
         document.aliases = reader.mapping("Aliases")
@@ -212,17 +214,17 @@ def _key(reader: "_Reader") -> KeyEntry:
 def _version(reader: "_Reader", size: int) -> VersionEntry:
     material = reader.string("Material")
     try:
-        decoded = bytearray(decode_base64(material))
+        key_bytes = bytearray(decode_base64(material))
     except ValueError:
-        decoded = bytearray()
-    if len(decoded) != size:
+        key_bytes = bytearray()
+    if len(key_bytes) != size:
         raise KeyringError(f"{reader.path}.Material: not the Base64 of {size} bytes")
     version = VersionEntry(
         version_id=reader.uuid("KeyVersionId"),
         created=reader.date("CreationDate"),
         staged=reader.boolean("Staged"),
-        material=decoded,
-        disabled=reader.boolean("Disabled", absent=False),
+        material=key_bytes,
+        disabled=reader.boolean("Disabled", default=False),
     )
     reader.done()
     return version
@@ -238,9 +240,9 @@ class _Reader:
         self._raw = raw
         self._taken: set[str] = set()
 
-    def _take(self, name: str, kind: type | tuple[type, ...], absent: Any = None) -> Any:
+    def _take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         self._taken.add(name)
-        value = self._raw.get(name, absent)
+        value = self._raw.get(name, default)
         if not isinstance(value, kind):
             raise KeyringError(f"{self.path}.{name}: missing, or of the wrong type")
         return value
@@ -249,8 +251,8 @@ class _Reader:
         value: str = self._take(name, str)
         return value
 
-    def boolean(self, name: str, *, absent: bool | None = None) -> bool:
-        value: bool = self._take(name, bool, absent)
+    def boolean(self, name: str, *, default: bool | None = None) -> bool:
+        value: bool = self._take(name, bool, default)
         return value
 
     def strings(self, name: str) -> list[str]:
@@ -292,11 +294,11 @@ class _Reader:
             raise KeyringError(f"{self.path}.{name}: a date like 2026-01-31T12:00:00Z is expected") from None
         return value
 
-    def done(self, *also: str) -> None:
-        unknown = self._raw.keys() - self._taken - set(also)
-        if unknown:
-            listed = sorted(name[:_MAX_SHOWN] for name in unknown)[:_MAX_SHOWN]
-            raise KeyringError(f"{self.path}: unknown fields {listed}: written by a newer program?")
+    def done(self, *extra_names: str) -> None:
+        unknown_names = self._raw.keys() - self._taken - set(extra_names)
+        if unknown_names:
+            names = sorted(name[:_MAX_SHOWN] for name in unknown_names)[:_MAX_SHOWN]
+            raise KeyringError(f"{self.path}: unknown fields {names}: written by a newer program?")
 
 
 def check_alias(alias: str) -> None:
@@ -305,11 +307,11 @@ def check_alias(alias: str) -> None:
     The names `alias/acs...` are reserved for the cloud, and refused too.
     """
     name = alias.removeprefix(ALIAS)
-    plain = name.replace("_", "").replace("-", "").replace("/", "")
+    letters = name.replace("_", "").replace("-", "").replace("/", "")
     if (
         not alias.startswith(ALIAS)
         or not 1 <= len(name) <= _MAX_ALIAS_LENGTH
-        or (plain and not (plain.isascii() and plain.isalnum()))
+        or (letters and not (letters.isascii() and letters.isalnum()))
     ):
         raise KeyringError(f"{alias!r} is not an alias: expected alias/NAME, NAME of letters, digits, _ - and /")
     if name.startswith(_RESERVED):

@@ -57,9 +57,9 @@ def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:
 def _opened(sealed: bytes, unsealer: Unsealer) -> tuple[Document, Picture]:
     """Return the document of `open_sealed`, and the picture of the file, which includes keys that the next change removes."""
     document = Document.from_json(unsealer.unseal(sealed))
-    was = changes.picture(document)
+    picture = changes.picture(document)
     document.purge()
-    return document, was
+    return document, picture
 
 
 def create(path: Path, document: Document, passphrase: str | None) -> None:
@@ -93,12 +93,12 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
     path = _real(path)
     with _locked(path):
         before = read_sealed(path)
-        document, was = _opened(before, unsealer)
+        document, picture = _opened(before, unsealer)
         yield document
         after = seal(document.to_json(), document.recipients, unsealer.passphrase)
         if not unsealer.opens(after) or count_recipients(before) != count_recipients(after):
             raise _sealed_by_hand(path)
-        with _replacing(path, Change(before, after, was, changes.picture(document))):
+        with _replacing(path, Change(before, after, picture, changes.picture(document))):
             pass
 
 
@@ -130,7 +130,7 @@ def reseal(
     path = _real(path)
     with _locked(path):
         sealed = read_sealed(path)
-        document, was = _opened(sealed, unsealer)
+        document, picture = _opened(sealed, unsealer)
         before = Before(document.recipients, count_recipients(sealed) - len(document.recipients))
         if keeps_others and before.unnamed:
             raise _sealed_by_hand(path)
@@ -138,7 +138,7 @@ def reseal(
         after = seal(document.to_json(), document.recipients, passphrase)
         if not confirmed:
             _check_access(path, unsealer, after, before.recipients, document.recipients)
-        with _replacing(path, Change(sealed, after, was, changes.picture(document))):
+        with _replacing(path, Change(sealed, after, picture, changes.picture(document))):
             yield before
 
 
@@ -150,10 +150,10 @@ def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[st
     if len(after) == 1:
         reasons.append("one recipient would be left, whose identity may be lost, and every key with it")
     if reasons:
-        removed = missing(before, after)
+        lost_recipients = missing(before, after)
         raise KeyringError(
             f"{path}: nothing was changed: {', and '.join(reasons)}"
-            + (f"; it would remove: {shortened(removed)}" if removed else "")
+            + (f"; it would remove: {shortened(lost_recipients)}" if lost_recipients else "")
             + "; `keyring add-recipient` keeps all recipients, and --yes makes the change nevertheless"
         )
 

@@ -112,20 +112,20 @@ def without(before: list[str], named: Collection[Recipient]) -> list[str]:
 
     Raises `KeyringError` for a recipient that is not in `before`, and if no recipient would be left.
     """
-    if absent := missing([recipient.text for recipient in named], before):
-        raise KeyringError(f"{shortened(absent)}: not a recipient of the keyring; `keyring recipients` lists them")
+    if strangers := missing([recipient.text for recipient in named], before):
+        raise KeyringError(f"{shortened(strangers)}: not a recipient of the keyring; `keyring recipients` lists them")
     keys = {recipient.key for recipient in named}
-    left = [text for text in before if _key(text) not in keys]
-    if not left:
+    rest = [text for text in before if _key(text) not in keys]
+    if not rest:
         raise KeyringError("that removes every recipient, and nothing would open the keyring; nothing was changed")
-    return left
+    return rest
 
 
 def shortened(recipients: Collection[str]) -> str:
     """Return recipients for a message: at most four, and only the ends of long ones. An SSH key has its comment at the end."""
     texts = [text if len(text) <= _MAX_WHOLE else f"{text[:_MAX_SHOWN]}...{text[-_MAX_SHOWN:]}" for text in recipients]
-    more = len(texts) - _MAX_LISTED
-    return ", ".join(texts[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    omitted_count = len(texts) - _MAX_LISTED
+    return ", ".join(texts[:_MAX_LISTED]) + (f" and {omitted_count} more" if omitted_count > 0 else "")
 
 
 def _key(text: str) -> str:

@@ -130,11 +130,11 @@ def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
     The recipients in the sealed file are counted: a keyring must not name a recipient that cannot open the file.
     """
     try:
-        parsed = [parse(recipient).parsed for recipient in recipients]
+        pyrage_recipients = [parse(recipient).parsed for recipient in recipients]
     except KeyringError as error:
         raise KeyringError(f"{error}; the keyring names it; run `keyring reseal` with all recipients") from None
     try:
-        sealed = bytes(pyrage.encrypt(payload, parsed))
+        sealed = bytes(pyrage.encrypt(payload, pyrage_recipients))
     except pyrage.EncryptError as error:
         raise KeyringError(f"age cannot seal to these recipients together: {error}") from None
     if count_recipients(sealed) != len(recipients):

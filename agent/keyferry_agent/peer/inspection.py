@@ -69,8 +69,8 @@ class Inspector:
         before, are always inspected, unless a request of the same user is late. Other users are refused while `_MAX_LATE`
         users have a late thread.
         """
-        known = user in named or user in self._answered
-        if user in self._late or (len(self._late) >= _MAX_LATE and not known):
+        is_known = user in named or user in self._answered
+        if user in self._late or (len(self._late) >= _MAX_LATE and not is_known):
             return None
         with trio.move_on_after(INSPECTION_SECONDS):
             self._wanted.set()
@@ -126,12 +126,12 @@ class Inspector:
                 os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - WNOHANG: does not block
 
     def _take(self, packet: bytes) -> None:
-        number, found = json.loads(packet)
+        number, program_fields = json.loads(packet)
         request = self._requests.pop(number, None)
         if request is None:  # the requesting task was cancelled while it sent the packet
             return
-        if found is not None:
-            path, identity, sha256 = found
+        if program_fields is not None:
+            path, identity, sha256 = program_fields
             request.program = Program(path, tuple(identity), sha256)
         if request.user not in self._late:
             self._answered.pop(request.user, None)
@@ -153,21 +153,21 @@ class Inspector:
 
 def _start() -> tuple[trio.socket.SocketType, int]:
     """Start the inspector's process; return the socket to it, and its pid. Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    own_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with child_end:
         try:
             pid = os.posix_spawn(
                 sys.executable,
                 [sys.executable, *_COMMAND],
                 os.environ,
                 file_actions=[
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
+                    (os.POSIX_SPAWN_DUP2, child_end.fileno(), 0),
+                    (os.POSIX_SPAWN_DUP2, child_end.fileno(), 1),
                     # Not the agent's stderr: its reader waits for the end of the stream, which a blocked thread would delay.
                     (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
                 ],
             )
         except BaseException:
-            ours.close()
+            own_end.close()
             raise
-    return trio.socket.from_stdlib_socket(ours), pid
+    return trio.socket.from_stdlib_socket(own_end), pid

@@ -196,15 +196,15 @@ class Dispatcher:
 
         Return False, and take nothing, if it is not.
         """
-        packed = decoder.peek()
-        if packed is None:
+        request = decoder.peek()
+        if request is None:
             return False
         exchange.caller.refresh(self._agent.policy)
-        decision = self._recall(exchange.caller, packed.body)
+        decision = self._recall(exchange.caller, request.body)
         if decision is None:
             return False
         decoder.skip()
-        exchange.pending.append(Message(packed.msgid, packed, None, decision))
+        exchange.pending.append(Message(request.msgid, request, None, decision))
         return True
 
     def notified(self, caller: Caller, count: int) -> bool:
@@ -227,8 +227,8 @@ class Dispatcher:
     def _complete(self, exchange: Exchange) -> None:
         """Complete requests. A request whose job has finished, but whose decision no longer holds, is decided again first."""
         caller, completed = exchange.caller, exchange.completed
-        finished, exchange.finished = exchange.finished, []
-        for job, outcome in finished:
+        jobs, exchange.finished = exchange.finished, []
+        for job, outcome in jobs:
             exchange.in_flight -= 1
             if self._holds(caller, job):
                 completed.append(CompletedRequest(job.msgid, job.request_id, job.started, job.entry, outcome))
@@ -242,13 +242,13 @@ class Dispatcher:
         decision = self._decisions.get(caller.granted, body)
         return decision if decision is not None and self._holds(caller, decision) else None
 
-    def _holds(self, caller: Caller, decided: Decision | OffloadedJob) -> bool:
+    def _holds(self, caller: Caller, decision: Decision | OffloadedJob) -> bool:
         """Return whether a decision still holds: same policy and keyring, same evidence about the caller, same key state."""
         agent = self._agent
         caller.refresh(agent.policy)
-        if decided.generation != agent.generation or decided.granted is not caller.granted:
+        if decision.generation != agent.generation or decision.granted is not caller.granted:
             return False
-        return decided.job.holds is None or decided.job.holds()
+        return decision.job.holds is None or decision.job.holds()
 
     def _begin(self, exchange: Exchange, message: Message) -> None:
         request_id, started = new_request_id(), time.monotonic()
@@ -301,13 +301,13 @@ class Dispatcher:
         """Write the audit entries of completed requests, and only then encode their answers."""
         if not exchanges:
             return
-        audited = [
+        requests = [
             _audited(exchange.caller.peer, request)
             for exchange in exchanges
             for request in exchange.completed
             if type(request.outcome) is not _UNRECORDED
         ]
-        entries, failure = self._context.audit.record(audited) if audited else Appended(0)
+        entries, failure = self._context.audit.record(requests) if requests else Appended(0)
         if self._context.metrics is not None:
             now = time.monotonic()
             for exchange in exchanges:
@@ -316,7 +316,7 @@ class Dispatcher:
                     self._context.metrics.observe(request.entry.operation, code, now - request.started)
         refused_ids: set[str] = set()
         if failure is not None:
-            ids = [request.request_id for request in audited[entries:]]
+            ids = [request.request_id for request in requests[entries:]]
             log.error("audit.failed", error=failure.strerror, request_ids=ids)
             if self._agent.settings.audit.on_failure == "refuse":
                 refused_ids = set(ids)

@@ -232,8 +232,8 @@ def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
 def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
     with file.change(arguments.file, access.unsealer(arguments)) as document:
         key = edits.rotate(document, arguments.key, stage=arguments.stage)
-    new = version_of(key, key.versions[-1])
-    return {"KeyVersion": new, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
+    version = version_of(key, key.versions[-1])
+    return {"KeyVersion": version, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
 
 
 def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:
