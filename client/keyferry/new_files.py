@@ -81,11 +81,11 @@ def _written(path: str, real_path: str, mode: int, *, replaces: bool) -> Iterato
             with contextlib.suppress(OSError):
                 os.unlink(temporary_name, dir_fd=folder)
         with naming(path):
-            sync_folder(folder)
+            sync_folder(".", folder)
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int, folder: int | None = None) -> Iterator[int]:
+def _opened(path: str | os.PathLike[str], flags: int, folder: int | None = None) -> Iterator[int]:
     """Lend a descriptor. That of a folder, as a dir_fd, stays valid when the folder is moved."""
     descriptor = os.open(path, flags, dir_fd=folder)
     try:
@@ -107,13 +107,16 @@ def _link(descriptor: int, name: str, folder: int) -> None:
     os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
 
 
-def sync_folder(folder: int) -> None:
-    """Sync a folder's names to the disk, where the file system supports it. Raises OSError for a fault of the disk."""
+def sync_folder(path: str | os.PathLike[str], folder: int | None = None, *, tolerant: bool = True) -> None:
+    """Sync the names in the folder at `path` to the disk. `folder`: the descriptor to which a relative path refers.
+
+    If `tolerant`, the function ignores that a folder cannot be synced at all. Raises OSError.
+    """
     try:
-        with _opened(".", os.O_RDONLY | _FOLDER, folder) as descriptor:
+        with _opened(path, os.O_RDONLY | _FOLDER, folder) as descriptor:
             os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NOT_SYNCED:
+        if not tolerant or error.errno not in _NOT_SYNCED:
             raise
 
 

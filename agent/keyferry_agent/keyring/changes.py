@@ -19,14 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from keyferry import private_files
+from keyferry import new_files, private_files
 
 from .document import Document, KeyringError
 
 if TYPE_CHECKING:
     from ..chained_log.file import RecordFile
 
-__all__ = ["EVENT", "Change", "Picture", "attributed", "file_hash", "log_of", "picture", "recorded", "sync_folder"]
+__all__ = ["EVENT", "Change", "Picture", "attributed", "copy_owner", "file_hash", "log_of", "picture", "recorded"]
 
 EVENT: Final = "keyring.change"
 MAX_CHANGES_BYTES: Final = 3_072
@@ -194,16 +194,12 @@ def _open(log: Path, keyring: Path) -> "RecordFile":
         pass
     else:
         try:
-            with suppress(FileNotFoundError):  # the keyring is new, too
-                status = keyring.lstat()
-                if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(descriptor, status.st_uid, status.st_gid)
+            copy_owner(keyring, descriptor)
         finally:
             os.close(descriptor)
-        sync_folder(log.parent)
-    owners = private_files.owner_of(keyring) or private_files.owner_of(
-        keyring.parent
-    )  # root manages keyrings of other users
+        new_files.sync_folder(log.parent, tolerant=False)
+    # Root manages the keyrings of other users.
+    owners = private_files.owner_of(keyring) or private_files.owner_of(keyring.parent)
     if problems := private_files.problems(log, owners=owners):
         raise KeyringError(f"{'; '.join(problems)}; the keyring was not changed")
     return RecordFile(str(log))
@@ -217,10 +213,10 @@ def _append(file: "RecordFile", entry: dict[str, Any]) -> None:
     file.sync()
 
 
-def sync_folder(folder: Path) -> None:
-    """Write the names in a folder to the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def copy_owner(keyring: Path, descriptor: int) -> None:
+    """Give an open file the owner and group of a keyring, if the keyring exists. Raises OSError."""
+    with suppress(FileNotFoundError):
+        status = keyring.lstat()
+        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            # By the descriptor: another user may own the folder, and replace the file of this name.
+            os.fchown(descriptor, status.st_uid, status.st_gid)

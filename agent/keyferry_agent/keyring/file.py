@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from keyferry import descriptors, private_files
+from keyferry import descriptors, new_files, private_files
 
 from ..locking import Lock, LockError
 from . import changes
@@ -194,11 +194,11 @@ def _replacing(path: Path, change: Change) -> Iterator[None]:
 
     Raises `KeyringError`, and then leaves the old file in place, unless the message states that the keyring was changed.
     """
-    beside = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with suppress(FileNotFoundError):
-            beside.unlink()  # left by a killed process: a live one would hold the lock, which this process has now
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            temporary.unlink()  # left by a killed process: a live one would hold the lock, which this process has now
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
                 file.write(change.after)
@@ -206,29 +206,25 @@ def _replacing(path: Path, change: Change) -> Iterator[None]:
                 os.fsync(descriptor)
                 with changes.recorded(path, change):
                     yield
-                    _rename(beside, path, descriptor)
+                    _rename(temporary, path, descriptor)
         except BaseException:
             with suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
             raise
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
 
 
-def _rename(beside: Path, path: Path, descriptor: int) -> None:
+def _rename(temporary: Path, path: Path, descriptor: int) -> None:
     """Change the owner and the name of the new file to those of the old file. Raises `KeyringError` or OSError.
 
     `descriptor`: the open new file.
     """
-    with suppress(FileNotFoundError):  # the owner of the old file can read the new file; its mode remains 0600
-        status = path.lstat()
-        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-            # By its descriptor: another user may own the folder, and replace the file of this name.
-            os.fchown(descriptor, status.st_uid, status.st_gid)
-    os.replace(beside, path)
+    changes.copy_owner(path, descriptor)  # the owner of the old file can read the new file; its mode remains 0600
+    os.replace(temporary, path)
     if not os.path.samestat(path.lstat(), os.fstat(descriptor)):
         raise KeyringError(f"{path}: another user replaced the file while it was written; check its folder")
     try:
-        changes.sync_folder(path.parent)
+        new_files.sync_folder(path.parent, tolerant=False)
     except OSError as error:
         raise KeyringError(f"{path} was changed, but a power failure may undo it: {error.strerror}") from None
