@@ -89,12 +89,12 @@ def seal(payload: bytes | bytearray, passphrase: str) -> bytes:
         return _seal(payload, passphrase, WORK_FACTOR)
 
 
-def unseal(sealed: bytes, passphrase: str) -> bytearray:
+def unseal(sealed_bytes: bytes, passphrase: str) -> bytearray:
     """Return the payload of a sealed file, in a buffer that the caller can overwrite.
 
     Raises `PassphraseError` for a wrong passphrase, a damaged file, a work factor above `MAX_WORK_FACTOR`, or short memory.
     """
-    header = _parse(_without_armor(sealed))
+    header = _parse(_without_armor(sealed_bytes))
     if header.work_factor > MAX_WORK_FACTOR:
         raise PassphraseError(
             f"work factor {header.work_factor} is too high: at most {MAX_WORK_FACTOR} "
@@ -113,10 +113,10 @@ def unseal(sealed: bytes, passphrase: str) -> bytearray:
         return _open_payload(file_key, header.payload)
 
 
-def work_factor(sealed: bytes) -> int | None:
+def work_factor(sealed_bytes: bytes) -> int | None:
     """Return the work factor in the header of a file that is sealed to a passphrase, and None for any other bytes."""
     try:
-        return _parse(_without_armor(sealed)).work_factor
+        return _parse(_without_armor(sealed_bytes)).work_factor
     except PassphraseError:
         return None
 
@@ -145,12 +145,12 @@ def _seal(payload: bytes | bytearray, passphrase: str, factor: int) -> bytes:
     return b"".join([header, b" ", _encode(mac), b"\n", nonce, *chunks])
 
 
-def _parse(sealed: bytes) -> _Header:
-    match = _HEADER.match(sealed)
+def _parse(sealed_bytes: bytes) -> _Header:
+    match = _HEADER.match(sealed_bytes)
     if match is None:
-        if not sealed.startswith(_VERSION):
+        if not sealed_bytes.startswith(_VERSION):
             raise PassphraseError("not a file that age sealed")
-        if b"\n" + _SCRYPT_LINE not in sealed.split(b"\n---", 1)[0]:
+        if b"\n" + _SCRYPT_LINE not in sealed_bytes.split(b"\n---", 1)[0]:
             raise SealedToRecipientsError("the file is not sealed to a passphrase")
         raise PassphraseError("the header is damaged: one scrypt stanza is expected, and no other")
     salt, factor, wrapped_key, mac = match.groups()
@@ -160,7 +160,7 @@ def _parse(sealed: bytes) -> _Header:
         _decode(wrapped_key),
         match.group(),
         _decode(mac),
-        memoryview(sealed)[match.end() + _MAC_LINE_REST :],
+        memoryview(sealed_bytes)[match.end() + _MAC_LINE_REST :],
     )
 
 
@@ -265,11 +265,11 @@ def _decode(text: bytes) -> bytes:
     return data
 
 
-def _without_armor(sealed: bytes) -> bytes:
+def _without_armor(sealed_bytes: bytes) -> bytes:
     """Return the binary form of an armored file (strict PEM), and any other bytes unchanged."""
-    text = sealed.strip(_WHITESPACE)
+    text = sealed_bytes.strip(_WHITESPACE)
     if not text.startswith(b"-----BEGIN"):
-        return sealed
+        return sealed_bytes
     lines = text.replace(b"\r\n", b"\n").split(b"\n")
     try:
         data = b64decode(b"".join(lines[1:-1]), validate=True)

@@ -123,9 +123,9 @@ class Client(Operations, Awaiting):
         answer: dict[str, Any] = await self._call_one(Call(operation, dict(params)))
         return answer
 
-    async def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
+    async def pipeline(self, requests: Iterable[Any]) -> list[Any]:
         """Send many requests together and return the outcome of each, like `keyferry.Client.pipeline`."""
-        calls = pending_calls(wanted)
+        calls = pending_calls(requests)
         if calls:
             await self._exchange(calls)
         return [call.outcome() for call in calls]

@@ -76,9 +76,9 @@ def unsealing(now: str, peer: Peer, outcome: str, loaded_at: str) -> str:
     )
 
 
-def resumed(now: str, unrecorded: int) -> str:
+def resumed(now: str, unrecorded_requests: int) -> str:
     """Return the entry that follows a gap, with the number of requests without an audit entry."""
-    return _opened({"time": now, "event": RESUMED, "level": "warning", "unrecorded": unrecorded})
+    return _opened({"time": now, "event": RESUMED, "level": "warning", "unrecorded": unrecorded_requests})
 
 
 def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:

@@ -126,7 +126,7 @@ class History:
                 text = "the entry of the agent's start is missing before this line: a line was removed or changed"
                 yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins)
             elif number is not None and not scan.is_started and (number or scan.previous != BEGINNING):
-                text = self._why(scan.previous, rank, 0, oldest=not number)
+                text = self._why(scan.previous, rank, 0, is_oldest=not number)
                 # Entries of a stream's chain are not deleted as a rule, so the chain has to be whole from its start entry.
                 is_oldest = not number and scan.previous not in self._places and not self._streams
                 yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins, older=is_oldest)
@@ -152,7 +152,7 @@ class History:
         for text in unnamed_files:
             yield Problem(text, self.begins)
 
-    def _why(self, previous_hash: str, rank: int, index: int, *, oldest: bool = False) -> str:
+    def _why(self, previous_hash: str, rank: int, index: int, *, is_oldest: bool = False) -> str:
         """Return why an entry does not follow the entry before it. `rank` and `index`: its file and its place in the file."""
         if previous_hash == BEGINNING:
             return (
@@ -169,7 +169,7 @@ class History:
                     "two agents wrote to this audit log"
                 )
             return f"does not follow the line before it, but a later one, {location}: a line was moved"
-        if oldest:
+        if is_oldest:
             return (
                 "the beginning of the audit log is missing: this line follows a line that was not found. "
                 "If older files are in another folder, name all files"
@@ -182,11 +182,11 @@ class History:
         for scan in sorted(
             scans, key=lambda candidate: (-candidate.count, len(candidate.faults), candidate.file.optional)
         ):
-            original = next((kept_scan for kept_scan in originals if self._contains(kept_scan, scan)), None)
-            if original is None:
+            other_scan = next((kept_scan for kept_scan in originals if self._contains(kept_scan, scan)), None)
+            if other_scan is None:
                 originals.append(scan)
             else:
-                self.notes.append(f"{scan.path}: all its entries are also in {original.path}; left out")
+                self.notes.append(f"{scan.path}: all its entries are also in {other_scan.path}; left out")
         return [scan for scan in scans if scan in originals]
 
     def _contains(self, other: Scan, scan: Scan) -> bool:

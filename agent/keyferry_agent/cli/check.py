@@ -200,10 +200,10 @@ def _keyring(settings: Settings) -> Document | None:
     keyring, unseal = settings.keyring, settings.unseal
     if keyring is None or unseal is None or not (os.access(keyring, os.R_OK) and os.access(unseal, os.R_OK)):
         return None
-    sealed = read_sealed(keyring)
-    if age_passphrase.work_factor(sealed) is not None:
+    sealed_bytes = read_sealed(keyring)
+    if age_passphrase.work_factor(sealed_bytes) is not None:
         return None
-    return open_sealed(sealed, Unsealer.read(unseal, private_files.owner_of(keyring)))
+    return open_sealed(sealed_bytes, Unsealer.read(unseal, private_files.owner_of(keyring)))
 
 
 def _keys(settings: Settings, document: Document) -> list[str]:

@@ -279,9 +279,9 @@ def _named_listener(table: ConfigTable) -> Listener:
 
 def _grant(table: ConfigTable, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
     name = table.get("name", "a name", validators.string, "")
-    for item in ("name", "to", "actions", "keys"):
-        if not table.has(item):
-            table.add_problem(item, "missing")
+    for required_name in ("name", "to", "actions", "keys"):
+        if not table.has(required_name):
+            table.add_problem(required_name, "missing")
     to = table.table("to")
     if table.has("to") and to.is_empty:
         table.add_problem("to", "empty; name the caller that the grant is to, for example uid = 1000")

@@ -126,8 +126,8 @@ class Document:
 
     def purge(self) -> None:
         """Remove the keys whose deletion date has come, and their aliases."""
-        today = now()
-        expired_ids = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
+        date = now()
+        expired_ids = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= date}
         if expired_ids:
             self.keys = [key for key in self.keys if key.key_id not in expired_ids]
             self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in expired_ids}
@@ -198,7 +198,7 @@ def _key(reader: "_Reader") -> KeyEntry:
         description=reader.string("Description"),
         origin=reader.one_of("Origin", ORIGINS),
         created=reader.date("CreationDate"),
-        delete_date=reader.date("DeleteDate", empty=True),
+        delete_date=reader.date("DeleteDate", may_be_empty=True),
         primary=reader.string("PrimaryKeyVersion"),
         versions=[_version(entry, KEY_SIZES[spec]) for entry in reader.objects("KeyVersions")],
     )
@@ -285,10 +285,10 @@ class _Reader:
             pass
         raise KeyringError(f"{self.path}.{name}: a lower-case UUID is expected")
 
-    def date(self, name: str, *, empty: bool = False) -> str:
+    def date(self, name: str, *, may_be_empty: bool = False) -> str:
         value = self.string(name)
         try:
-            if not (empty and not value) and datetime.strptime(value, _DATE).strftime(_DATE) != value:  # noqa: DTZ007
+            if not (may_be_empty and not value) and datetime.strptime(value, _DATE).strftime(_DATE) != value:  # noqa: DTZ007
                 raise ValueError  # strptime also accepts 2026-1-1
         except ValueError:
             raise KeyringError(f"{self.path}.{name}: a date like 2026-01-31T12:00:00Z is expected") from None

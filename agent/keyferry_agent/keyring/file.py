@@ -48,15 +48,15 @@ def read_sealed(path: Path) -> bytes:
         raise KeyringError(str(error)) from None
 
 
-def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:
+def open_sealed(sealed_bytes: bytes, unsealer: Unsealer) -> Document:
     """Unseal and check a keyring, without the keys whose deletion date has come. Raises `KeyringError`."""
-    document, _ = _opened(sealed, unsealer)
+    document, _ = _opened(sealed_bytes, unsealer)
     return document
 
 
-def _opened(sealed: bytes, unsealer: Unsealer) -> tuple[Document, Picture]:
+def _opened(sealed_bytes: bytes, unsealer: Unsealer) -> tuple[Document, Picture]:
     """Return the document of `open_sealed`, and the picture of the file, which includes keys that the next change removes."""
-    document = Document.from_json(unsealer.unseal(sealed))
+    document = Document.from_json(unsealer.unseal(sealed_bytes))
     picture = changes.picture(document)
     document.purge()
     return document, picture
@@ -129,23 +129,23 @@ def reseal(
     """
     path = _real(path)
     with _locked(path):
-        sealed = read_sealed(path)
-        document, picture = _opened(sealed, unsealer)
-        before = Before(document.recipients, count_recipients(sealed) - len(document.recipients))
+        sealed_bytes = read_sealed(path)
+        document, picture = _opened(sealed_bytes, unsealer)
+        before = Before(document.recipients, count_recipients(sealed_bytes) - len(document.recipients))
         if keeps_others and before.unnamed:
             raise _sealed_by_hand(path)
         document.recipients = choose(list(before.recipients))
         after = seal(document.to_json(), document.recipients, passphrase)
         if not confirmed:
             _check_access(path, unsealer, after, before.recipients, document.recipients)
-        with _replacing(path, Change(sealed, after, picture, changes.picture(document))):
+        with _replacing(path, Change(sealed_bytes, after, picture, changes.picture(document))):
             yield before
 
 
-def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[str], after: list[str]) -> None:
+def _check_access(path: Path, unsealer: Unsealer, sealed_bytes: bytes, before: list[str], after: list[str]) -> None:
     """Raise `KeyringError` for a change that may lock out the operator, or all operators."""
     reasons = []
-    if not unsealer.opens(sealed):
+    if not unsealer.opens(sealed_bytes):
         reasons.append("--unseal could no longer open it")
     if len(after) == 1:
         reasons.append("one recipient would be left, whose identity may be lost, and every key with it")

@@ -61,15 +61,15 @@ class Inspector:
         """Users that had an answer in time, the latest last."""
 
     async def inspect(
-        self, process: Process, user: int | None, named: Container[int | None], *, hashed: bool
+        self, process: Process, user: int | None, users: Container[int | None], *, with_hash: bool
     ) -> Program | None:
-        """Return the program that a process runs, with its hash if `hashed`; None if the evidence is not available in time.
+        """Return the program that a process runs, with its hash if `with_hash`; None if the evidence is not available in time.
 
-        `named`: the users that a grant names beside a program. The programs of these users, and of users that had an answer
+        `users`: the users that a grant names beside a program. The programs of these users, and of users that had an answer
         before, are always inspected, unless a request of the same user is late. Other users are refused while `_MAX_LATE`
         users have a late thread.
         """
-        is_known = user in named or user in self._answered
+        is_known = user in users or user in self._answered
         if user in self._late or (len(self._late) >= _MAX_LATE and not is_known):
             return None
         with trio.move_on_after(INSPECTION_SECONDS):
@@ -78,19 +78,19 @@ class Inspector:
             while (before := self._under_way.get(user)) is not None:
                 await before.done.wait()
             with suppress(OSError):  # the inspector's process has ended, and `run` ends all requests
-                return await self._ask(process, user, hashed=hashed)
+                return await self._ask(process, user, with_hash=with_hash)
             return None
         if user in self._under_way:
             self._late.add(user)
         log.warning("inspection.late", uid=user, pid=process.pid, seconds=INSPECTION_SECONDS)
         return None
 
-    async def _ask(self, process: Process, user: int | None, *, hashed: bool) -> Program | None:
+    async def _ask(self, process: Process, user: int | None, *, with_hash: bool) -> Program | None:
         if self._socket is None:
             return None
         self._last_number += 1
         number, request = self._last_number, _Request(user)
-        packet = json.dumps([number, user, process.pid, hashed]).encode()
+        packet = json.dumps([number, user, process.pid, with_hash]).encode()
         self._requests[number] = self._under_way[user] = request
         try:
             async with self._sending:

@@ -226,12 +226,12 @@ class Dispatcher:
 
     def _complete(self, exchange: Exchange) -> None:
         """Complete requests. A request whose job has finished, but whose decision no longer holds, is decided again first."""
-        caller, completed = exchange.caller, exchange.completed
         jobs, exchange.finished = exchange.finished, []
         for job, outcome in jobs:
             exchange.in_flight -= 1
-            if self._holds(caller, job):
-                completed.append(CompletedRequest(job.msgid, job.request_id, job.started, job.entry, outcome))
+            if self._holds(exchange.caller, job):
+                request = CompletedRequest(job.msgid, job.request_id, job.started, job.entry, outcome)
+                exchange.completed.append(request)
             else:  # not `_begin`: its rate counts a request once
                 self._decide(exchange, job.message, job.request_id, job.started)
         while exchange.pending and exchange.in_flight < MAX_OFFLOADED:

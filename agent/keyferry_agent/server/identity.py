@@ -70,7 +70,7 @@ class Identity:
         """Inspect the program, and add the findings to the evidence. Return False if the program has changed."""
         caller = self._caller
         program = await self._inspector.inspect(
-            process, caller.peer.uid, self._agent.policy.users_by_program, hashed="sha256" in selectors
+            process, caller.peer.uid, self._agent.policy.users_by_program, with_hash="sha256" in selectors
         )
         self._inspected |= selectors
         if self._program is not None and not self._program.runs_in(program):

@@ -54,11 +54,11 @@ class ListeningSocket(NamedTuple):
         except OSError:
             return True
         # The file system soon reuses the inode number of a removed file. The time distinguishes the two files.
-        original = self.original_stat
+        old_status = self.original_stat
         return (status.st_dev, status.st_ino, status.st_mtime_ns) != (
-            original.st_dev,
-            original.st_ino,
-            original.st_mtime_ns,
+            old_status.st_dev,
+            old_status.st_ino,
+            old_status.st_mtime_ns,
         )
 
 

@@ -147,8 +147,8 @@ def _take_back(descriptor: int, written_bytes: int) -> bool:
 class _Writer:
     """The thread that takes lines from the queue and writes them."""
 
-    def __init__(self, waiting: _Queue, processors: list[Any]) -> None:
-        self._waiting = waiting
+    def __init__(self, log_queue: _Queue, processors: list[Any]) -> None:
+        self._waiting = log_queue
         self._output = _StandardError()
         self._log = structlog.wrap_logger(self._output, processors=processors, wrapper_class=structlog.BoundLogger)
         self._unwritten = 0

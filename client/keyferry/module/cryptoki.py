@@ -184,7 +184,7 @@ class Library:
         """
         return self._gcm("Decrypt", session, key, nonce, ciphertext, aad, len(ciphertext) - _TAG)
 
-    def _gcm(self, verb: str, session: int, key: int, nonce: bytes, data: bytes, aad: bytes, expected: int) -> bytes:
+    def _gcm(self, verb: str, session: int, key: int, nonce: bytes, data: bytes, aad: bytes, result_size: int) -> bytes:
         parameter = _GcmParams(nonce, len(nonce), 8 * len(nonce), aad or None, len(aad), 8 * _TAG)
         mechanism = _Mechanism(_AES_GCM, ctypes.addressof(parameter), ctypes.sizeof(parameter))
         _check(self._functions[f"C_{verb}Init"](session, ctypes.byref(mechanism), key))
@@ -192,9 +192,9 @@ class Library:
         out = (c_ubyte * (len(data) + _TAG))()
         size = c_ulong(len(out))
         _check(self._functions[f"C_{verb}"](session, data, len(data), out, ctypes.byref(size)))
-        if size.value != expected:
-            raise pkcs11.PKCS11Error(f"C_{verb} returned {size.value} bytes instead of {expected}")
-        return bytes(memoryview(out)[:expected])
+        if size.value != result_size:
+            raise pkcs11.PKCS11Error(f"C_{verb} returned {size.value} bytes instead of {result_size}")
+        return bytes(memoryview(out)[:result_size])
 
 
 def _function_list(path: str) -> Any:

@@ -78,9 +78,9 @@ class SoftwareModule(CryptographicModule):
                 private_files.check(file.fileno(), path, secret=True, owners=None)
             except private_files.PrivateFileError as error:
                 raise ModuleError(str(error)) from None
-            sealed = file.read()
+            sealed_bytes = file.read()
         try:
-            der = age_passphrase.unseal(sealed, passphrase)
+            der = age_passphrase.unseal(sealed_bytes, passphrase)
         except age_passphrase.PassphraseError as error:
             raise ModuleError(f"{os.fspath(path)}: not a module file, or it does not open: {error}") from None
         try:

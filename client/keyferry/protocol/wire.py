@@ -75,14 +75,14 @@ class PackedRequest(NamedTuple):
 
     def parse(self, max_array: int = MAX_ARRAY) -> "Request | InvalidRequest":
         """Return the request. Raises `ProtocolError`; after that, the rest of the stream cannot be trusted."""
-        packed = bytearray((_ARRAY_OF_FOUR, 0))
-        packed += msgpack.Packer(**_PACKER_OPTIONS).pack(self.msgid)  # never longer than the msgid was when received
-        packed += self.body
-        elements = parse_fast(packed, max_array)
+        buffer = bytearray((_ARRAY_OF_FOUR, 0))
+        buffer += msgpack.Packer(**_PACKER_OPTIONS).pack(self.msgid)  # never longer than the msgid was when received
+        buffer += self.body
+        elements = parse_fast(buffer, max_array)
         if elements is None:
-            if not HeaderScanner(max_array).scan(packed):
+            if not HeaderScanner(max_array).scan(buffer):
                 raise ProtocolError("a message ends before its last value")
-            elements = parse_strictly(packed)
+            elements = parse_strictly(buffer)
         message = _to_message(elements)
         assert isinstance(message, Request | InvalidRequest)  # the message begins with 0 and a msgid
         return message

@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     """Add `audit` and its verbs to the agent's command."""
     parser = commands.add_parser("audit", help="verify and search the audit log", epilog=_EPILOG, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, text, do in (
+    for name, text, handler in (
         ("verify", "Verify the chain of audit entries.", _verify),
         ("who", "List the callers that received data keys, with the master keys and the recipients.", who.who),
     ):
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
             metavar="FILE",
             help="the agent's configuration, which names the audit log; rotated files beside it are read, too",
         )
-        verb.set_defaults(run=_guarded, verb_action=do)
+        verb.set_defaults(run=_guarded, verb_action=handler)
         verb.add_argument(
             "--since",
             type=times.since,

@@ -166,10 +166,10 @@ def _judge(grant: Grant, question: Question) -> Verdict:
     return Verdict(grant.name, "", None, tuple(conditions))
 
 
-def _completed(peer: Peer, grant: Grant, unknown: frozenset[str], conditions: list[str]) -> Peer:
+def _completed(peer: Peer, grant: Grant, unknown_selectors: frozenset[str], conditions: list[str]) -> Peer:
     """Return the caller with unknown evidence replaced by the grant's values. Adds a condition for each replacement."""
     for selector, value in grant.to.items():
-        if selector not in unknown or SELECTORS[selector](peer, value):
+        if selector not in unknown_selectors or SELECTORS[selector](peer, value):
             continue
         conditions.append(f"the caller's {selector} is {value}, which is not recorded")
         evidence = {"gids": peer.gids | {value}} if selector in ("gid", "group") else {selector: value}

@@ -120,9 +120,9 @@ def remove_recipient(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def list_recipients(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the recipients that a keyring's content names, and warn if its header has a different number of recipients."""
-    sealed = file.read_sealed(arguments.file)
-    names = file.open_sealed(sealed, unsealer(arguments)).recipients
-    count = sealing.count_recipients(sealed)
+    sealed_bytes = file.read_sealed(arguments.file)
+    names = file.open_sealed(sealed_bytes, unsealer(arguments)).recipients
+    count = sealing.count_recipients(sealed_bytes)
     if count != len(names):
         warn(
             f"{arguments.file} was sealed by hand: it is sealed to {count} recipients and names {len(names)}. age does not "
