@@ -33,11 +33,11 @@ def state(key: Any) -> list[Any]:
     return [key[Attribute.SENSITIVE], key[Attribute.EXTRACTABLE], value]
 
 
-def watched(key: Any, what: str) -> None:
+def watched(key: Any, purpose: str) -> None:
     """Harden a key, and keep its attributes from before."""
-    if "data key" in what:
+    if "data key" in purpose:
         said.setdefault("before", state(key))
-    harden(key, what)
+    harden(key, purpose)
 
 
 harden, token_module._harden = token_module._harden, watched

@@ -23,7 +23,7 @@ from support.keyring import configuration, serving
 from support.keys import recipient
 
 from keyferry_agent.audit import AuditLog
-from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.audit.entry import AuditedRequest, AuditEntry
 from keyferry_agent.chained_log import chain
 from keyferry_agent.cli.main import main
 from keyferry_agent.config.settings import Audit
@@ -43,8 +43,9 @@ def written(path: Path, count: int = 5) -> list[bytes]:
     """A record of some requests; its lines."""
     audit = AuditLog(Audit(str(path)))
     audit.begin("2026-11-30T12:00:00Z")
+    entry = AuditEntry("Decrypt", key_id="k", context_keys=("tenant",))
     for number in range(count - 1):
-        audit.record([(PEER, AuditEntry(f"id{number}", 0.0, "Decrypt", key_id="k", context_keys=("tenant",)), "OK")])
+        audit.record([AuditedRequest(PEER, f"id{number}", 0.0, entry, "OK")])
     return path.read_bytes().splitlines(keepends=True)
 
 
@@ -78,12 +79,10 @@ def test_line_fits_an_atomic_pipe_write(record: Path, letter: str) -> None:
     """An entry leaves out context keys that would make it longer than PIPE_BUF."""
     peer = Peer(4294967294, frozenset(range(2**32 - 100, 2**32)), 2**22, "default", unit="u" * 255 + ".service")
     keys = tuple(f"{letter * 39}{number}" for number in range(40))
-    audited = AuditEntry(
-        "i" * 36, 0.0, "GenerateDataKeyWithoutPlaintext", "g" * 64, recipient="p" * 71, context_keys=keys
-    )
-    for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
-        setattr(audited, name, "k" * 36)
-    AuditLog(Audit(str(record))).record([(peer, audited, "Rejected.PendingDeletion")])
+    ids = ("k" * 36,) * 4
+    entry = AuditEntry("GenerateDataKeyWithoutPlaintext", "g" * 64, False, *ids, "p" * 71, keys)
+    request = AuditedRequest(peer, "i" * 36, 0.0, entry, "Rejected.PendingDeletion")
+    AuditLog(Audit(str(record))).record([request])
     assert record.stat().st_size <= select.PIPE_BUF
     listed = json.loads(record.read_bytes())["context_keys"]
     assert listed == sorted(key[:40] for key in keys)[: len(listed)]
@@ -169,7 +168,7 @@ def test_deleted_audit_log_is_created_again(recording: tuple[RunningAgent, RawCo
 def test_line_cut_off_by_a_full_disk_is_removed(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is recorded until a partial line is truncated, also where truncating fails at first."""
     audit = AuditLog(Audit(str(record)))
-    request = [(PEER, AuditEntry("id", 0.0, "Decrypt"), "OK")]
+    request = [AuditedRequest(PEER, "id", 0.0, AuditEntry("Decrypt"), "OK")]
     assert audit.record(request).lines == 1
     with monkeypatch.context() as patch:
         real = os.write
@@ -185,7 +184,7 @@ def test_line_cut_off_by_a_full_disk_is_removed(record: Path, monkeypatch: pytes
 def test_rotation_is_noticed_although_close_fails(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """close(2) may report a delayed write error; the descriptor is closed all the same."""
     audit = AuditLog(Audit(str(record)))
-    request = [(PEER, AuditEntry("id", 0.0, "Decrypt"), "OK")]
+    request = [AuditedRequest(PEER, "id", 0.0, AuditEntry("Decrypt"), "OK")]
     record.rename(record.with_suffix(".1"))
     with monkeypatch.context() as patch:
         real = os.close
@@ -230,7 +229,7 @@ def test_full_pipe_blocks_the_audit_log_for_a_bounded_time(tmp_path: Path) -> No
     os.mkfifo(fifo)
     audit = AuditLog(Audit(str(fifo)))
     lines = 0
-    three = [(PEER, AuditEntry("id", 0.0), "OK")] * 3
+    three = [AuditedRequest(PEER, "id", 0.0, AuditEntry(""), "OK")] * 3
     while (appended := audit.record(three)).error is None:
         lines += appended.lines
     assert appended.error.errno == errno.EAGAIN
@@ -246,7 +245,7 @@ def test_full_pipe_blocks_the_audit_log_for_a_bounded_time(tmp_path: Path) -> No
 def test_hanging_audit_file_delays_requests_only_once(record: Path) -> None:
     """A write that hangs ends at some time, and the chain then continues behind it."""
     audit = AuditLog(Audit(str(record)))
-    one = [(PEER, AuditEntry("id", 0.0), "OK")]
+    one = [AuditedRequest(PEER, "id", 0.0, AuditEntry(""), "OK")]
     hanging, begun = threading.Event(), threading.Event()
 
     def hangs() -> None:
@@ -275,7 +274,7 @@ def test_signal_does_not_end_the_audit_thread(record: Path) -> None:
         audit = AuditLog(Audit(str(record)))
         for number in range(20):
             signal.pthread_kill(audit._writer.thread.ident or 0, signal.SIGHUP)
-            assert audit.record([(PEER, AuditEntry(f"{number}", 0.0), "OK")]) == (1, None)
+            assert audit.record([AuditedRequest(PEER, f"{number}", 0.0, AuditEntry(""), "OK")]) == (1, None)
     finally:
         signal.signal(signal.SIGHUP, before)
     assert chain.verify([record]).lines == 20

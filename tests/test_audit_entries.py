@@ -20,7 +20,7 @@ from support.keys import recipient
 
 from keyferry import __version__
 from keyferry_agent.audit import AuditLog, agent_entries, log
-from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.audit.entry import AuditedRequest, AuditEntry
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
@@ -96,7 +96,8 @@ def test_level_separates_refusals_from_failures() -> None:
         "Another": "warning",
     }
     for outcome, level in expected.items():
-        line = log._line("2026-11-30T12:00:00.000+00:00", log._of_peer(PEER), AuditEntry("id", 0.0), outcome)
+        request = AuditedRequest(PEER, "id", 0.0, AuditEntry(""), outcome)
+        line = log._line("2026-11-30T12:00:00.000+00:00", log._of_peer(PEER), request)
         fields = json.loads(f"{line}}}")
         assert (fields["outcome"], fields["level"]) == (outcome, level)
 
@@ -113,11 +114,10 @@ def test_longest_entry_fits_an_atomic_pipe_write(record: Path) -> None:
         sha256="sha256:" + "0" * 64,
     )
     keys = tuple(f"{chr(0x1F600)}{number}" * 20 for number in range(40))
-    audited = AuditEntry("i" * 36, 0.0, "G" * 64, "g" * 64, recipient="p" * 71, context_keys=keys, by_program=True)
-    for name in ("key_id", "key_version_id", "destination_key_id", "destination_key_version_id"):
-        setattr(audited, name, "k" * 36)
-    audited.ciphertext = audited.destination_ciphertext = "sha256:" + "0" * 64
-    AuditLog(Audit(str(record))).record([(peer, audited, "Rejected.PendingDeletion")])
+    ids, blob_hash = ("k" * 36,) * 4, "sha256:" + "0" * 64
+    entry = AuditEntry("G" * 64, "g" * 64, True, *ids, "p" * 71, keys, blob_hash)
+    request = AuditedRequest(peer, "i" * 36, 0.0, entry, "Rejected.PendingDeletion", blob_hash)
+    AuditLog(Audit(str(record))).record([request])
     assert record.stat().st_size < select.PIPE_BUF
     assert requests(record)[0]["sha256"] == "sha256:" + "0" * 64
 
@@ -186,10 +186,10 @@ def test_delayed_start_entry_precedes_the_first_request(record: Path, monkeypatc
     audit.begin("2026-11-30T12:00:00Z")
     for _ in range(20):
         audit._announce(['{"event": "audit.keys", "level": "info", "keys": {}'])
-    assert audit.record([(PEER, AuditEntry("id", 0.0), "OK")]).lines == 0
+    assert audit.record([AuditedRequest(PEER, "id", 0.0, AuditEntry(""), "OK")]).lines == 0
     assert record.read_bytes() == b""
     full = False
-    assert audit.record([(PEER, AuditEntry("id", 0.0), "OK")]) == (1, None)
+    assert audit.record([AuditedRequest(PEER, "id", 0.0, AuditEntry(""), "OK")]) == (1, None)
     events = [entry["event"] for entry in entries(record)]
     assert (events[0], events[-1]) == ("audit.start", "audit")
     assert events.count("audit.keys") < 10

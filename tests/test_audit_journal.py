@@ -14,7 +14,7 @@ from support.calls import call_ok
 from support.keyring import serving
 
 from keyferry_agent.audit import AuditLog
-from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.audit.entry import AuditedRequest, AuditEntry
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
 
@@ -40,11 +40,13 @@ def written(folder: Path, starts: int = 3, each: int = 4) -> list[list[bytes]]:
     found = []
     for start in range(starts):
         code = (
-            "import sys; from keyferry_agent.audit import AuditLog; from keyferry_agent.audit.entry import AuditEntry;"
+            "import sys; from keyferry_agent.audit import AuditLog;"
+            "from keyferry_agent.audit.entry import AuditedRequest, AuditEntry;"
             "from keyferry_agent.peer import Peer; from keyferry_agent.config.settings import Audit;"
             "audit = AuditLog(Audit()); audit.begin('2026-11-30T12:00:00Z');"
             "peer = Peer(uid=1, gids=frozenset({1}), pid=1, listener='default');"
-            f"[audit.record([(peer, AuditEntry(f'id{start}-{{n}}', 0.0, 'Decrypt', key_id='k'), 'OK')]) for n in range({each})]"
+            "entry = AuditEntry('Decrypt', key_id='k');"
+            f"[audit.record([AuditedRequest(peer, f'id{start}-{{n}}', 0.0, entry, 'OK')]) for n in range({each})]"
         )
         ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=True, cwd=folder)
         found.append(ended.stderr.splitlines(keepends=True))
@@ -149,7 +151,7 @@ def test_a_new_chain_in_a_file_is_not_excused(log: Log, tmp_path: Path) -> None:
     for name in ("audit.jsonl.1", "audit.jsonl"):
         audit = AuditLog(Audit(str(tmp_path / name)))
         audit.begin("2026-11-30T12:00:00Z")
-        audit.record([(PEER, AuditEntry("id", 0.0, "Decrypt"), "OK")])
+        audit.record([AuditedRequest(PEER, "id", 0.0, AuditEntry("Decrypt"), "OK")])
     assert log.run("verify") == 1
     assert "begins a new chain" in log.err
     (stream,) = written(log.folder, 1)

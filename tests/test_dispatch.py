@@ -11,7 +11,7 @@ from support.keys import recipient
 
 from keyferry.protocol import wire
 from keyferry_agent.audit import Appended
-from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.audit.entry import AuditedRequest
 from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Audit
@@ -32,9 +32,9 @@ class Recorder:
         self.room: int | None = None
         self.entries: list[tuple[str, str]] = []
 
-    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
+    def record(self, requests: Sequence[AuditedRequest]) -> Appended:
         """Keep entries; return how many, and the failure."""
-        self.entries += [(audited.operation, outcome) for _, audited, outcome in requests[: self.room]]
+        self.entries += [(request.entry.operation, request.outcome) for request in requests[: self.room]]
         if self.room is None or self.room >= len(requests):
             return Appended(len(requests))
         return Appended(self.room, OSError(28, "No space left on device"))

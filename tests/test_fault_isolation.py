@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import json
 import os
 import socket
 import threading
@@ -93,6 +94,30 @@ async def test_failing_handler_affects_only_its_request(
                 assert (await ask(stream, *STATUS)).error is None
 
 
+async def test_fault_of_a_handler_keeps_the_audit_fields(
+    agent: ServerState,
+    audit: AuditLog,
+    socket_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The audit entry of an internal error names the grant and the key, if they were known before the fault."""
+
+    def fails(*_arguments: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("keyferry_agent.handlers.encryption.require_usable", fails)
+    async with served(agent, audit, socket_path), await trio.open_unix_socket(str(socket_path)) as stream:
+        with structlog.testing.capture_logs() as logged:
+            response = await ask(stream, "Encrypt", {"KeyId": "alias/dev", "Plaintext": "AAAA"})
+    assert error(response)["Code"] == "InternalFailure"
+    assert [(entry["event"], entry["operation"]) for entry in logged] == [("request.failed", "Encrypt")]
+    (entry,) = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+    assert entry["outcome"] == "InternalFailure"
+    assert entry["key_id"] in agent.keyring.keys
+    assert entry["grant"]
+
+
 async def test_agents_time_does_not_count_against_a_request(
     agent: ServerState,
     audit: AuditLog,
@@ -121,9 +146,14 @@ async def test_agents_time_does_not_count_against_a_request(
 
 
 async def test_a_refusal_keeps_nothing_of_its_request_alive(
-    agent: ServerState, audit: AuditLog, socket_path: Path
+    agent: ServerState, audit: AuditLog, socket_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No exception keeps the frames of a request alive until the next garbage collection."""
+
+    def fails(_request: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setitem(handlers.HANDLERS, "DescribeKey", fails)
     gc.collect()
     gc.disable()
     before = {id(each) for each in gc.get_objects() if isinstance(each, KmsError)}  # of other tests
@@ -133,6 +163,7 @@ async def test_a_refusal_keeps_nothing_of_its_request_alive(
                 ("Encrypt", {"KeyId": "alias/none", "Plaintext": "AAAA"}),
                 ("Decrypt", {"CiphertextBlob": "AAAA"}),
                 ("Encrypt", {"KeyId": "alias/dev", "Plaintext": "AAAA", "DryRun": True}),
+                ("DescribeKey", {"KeyId": "alias/dev"}),
                 ("Explode", {}),
             ):
                 assert (await ask(stream, method, params)).error is not None

@@ -218,7 +218,7 @@ def test_exited_process_has_no_evidence(tmp_path: Path) -> None:
             if process is not None:
                 assert not process.alive()
                 with pytest.raises(OSError, match="No such"):
-                    inspect(process.pid, hashed=True)
+                    inspect(process.pid, with_hash=True)
                 process.close()
 
 
@@ -269,7 +269,7 @@ def test_program_of_another_mount_namespace_has_no_path(
             deadline = time.monotonic() + PATIENCE
             while os.readlink(f"/proc/{other.pid}/exe") != str(trusted):
                 assert time.monotonic() < deadline
-            program = inspect(other.pid, hashed=True)
+            program = inspect(other.pid, with_hash=True)
             assert program is not None
             assert program.path is None
             assert program.sha256 == f"sha256:{hashlib.sha256(forged.read_bytes()).hexdigest()}"
@@ -283,12 +283,12 @@ def test_replaced_program_has_no_path(tmp_path: Path) -> None:
     shutil.copy("/bin/sleep", tmp_path / "program")
     with subprocess.Popen([tmp_path / "program", "60"]) as other:
         try:
-            before = inspect(other.pid, hashed=True)
+            before = inspect(other.pid, with_hash=True)
             assert before is not None
             assert before.path == str(tmp_path / "program")
             (tmp_path / "program").unlink()
             shutil.copy("/bin/true", tmp_path / "program")
-            now = inspect(other.pid, hashed=True)
+            now = inspect(other.pid, with_hash=True)
             assert now is not None
             assert now.path is None
             assert now.sha256 == before.sha256
@@ -358,8 +358,8 @@ def test_groups_take_four_bytes_each() -> None:
     for absent in (5, -1, 2**32, None):
         assert absent not in groups
     assert 0x0200_0000 not in Groups([0x0000_0002, 0x0000_0000])  # across two numbers
-    assert 7 not in Groups([7, 8], without=7)
-    assert Groups([7, 8], without=7) == {8}
+    assert 7 not in Groups([7, 8], excluded_gid=7)
+    assert Groups([7, 8], excluded_gid=7) == {8}
     assert sorted(groups) == [1, 2, 2, 3, 4_294_967_294]
     assert repr(Groups([1])) == "Groups([1])"
 

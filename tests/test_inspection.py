@@ -191,16 +191,16 @@ async def test_late_inspection_is_waited_for_only_once(
 ) -> None:
     """Until the late answer arrives, the user's connections have no evidence immediately."""
     async with inspecting() as inspector:
-        assert await inspector.inspect(process, 1, (), hashed=False) is None
+        assert await inspector.inspect(process, 1, (), with_hash=False) is None
         assert trio.current_time() == pytest.approx(inspection.INSPECTION_SECONDS)
         for _ in range(100):
-            assert await inspector.inspect(process, 1, (), hashed=True) is None
+            assert await inspector.inspect(process, 1, (), with_hash=True) is None
         assert trio.current_time() == pytest.approx(inspection.INSPECTION_SECONDS)
         assert standing.take() == 1
         standing.answer_all()
         await trio.sleep(0.1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), with_hash=False))
             await trio.sleep(0.1)
             assert standing.take() == 1
             standing.answer_all()
@@ -214,12 +214,12 @@ async def test_late_inspections_of_strangers_spare_granted_users(
         async with trio.open_nursery() as nursery:
             monkeypatch.setattr(inspection, "_MAX_LATE", 64)
             for user in range(100, 100 + inspection._MAX_LATE):
-                nursery.start_soon(functools.partial(inspector.inspect, process, user, (), hashed=False))
+                nursery.start_soon(functools.partial(inspector.inspect, process, user, (), with_hash=False))
         asked = standing.take()
         assert asked == inspection._MAX_LATE
-        assert await inspector.inspect(process, 2, {3}, hashed=False) is None
+        assert await inspector.inspect(process, 2, {3}, with_hash=False) is None
         assert standing.take() == asked
-        assert await inspector.inspect(process, 2, {2}, hashed=False) is None
+        assert await inspector.inspect(process, 2, {2}, with_hash=False) is None
         assert standing.take() == asked + 1
 
 
@@ -230,18 +230,18 @@ async def test_users_with_an_earlier_answer_are_still_inspected(
     monkeypatch.setattr(inspection, "_MAX_LATE", 3)
     async with inspecting() as inspector:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), with_hash=False))
             await trio.sleep(0.1)
             standing.answer_all()
         async with trio.open_nursery() as nursery:
             for user in range(100, 103):
-                nursery.start_soon(functools.partial(inspector.inspect, process, user, (), hashed=False))
+                nursery.start_soon(functools.partial(inspector.inspect, process, user, (), with_hash=False))
         standing.take()
         standing.asked = []
-        assert await inspector.inspect(process, 2, (), hashed=False) is None
+        assert await inspector.inspect(process, 2, (), with_hash=False) is None
         assert standing.take() == 0
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+            nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), with_hash=False))
             await trio.sleep(0.1)
             assert standing.take() == 1
             standing.answer_all()
@@ -252,7 +252,7 @@ async def test_connections_closed_during_inspection_do_not_pile_up(standing: Sta
     async with inspecting() as inspector:
         for _ in range(50):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), hashed=False))
+                nursery.start_soon(functools.partial(inspector.inspect, process, 1, (), with_hash=False))
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
         assert standing.take() == 1
@@ -272,22 +272,22 @@ async def test_failed_start_of_the_inspector_is_retried(process: Process, monkey
     monkeypatch.setattr(inspection, "_RESTART_SECONDS", 0.01)
     async with inspecting() as inspector:
         with trio.fail_after(inspection.INSPECTION_SECONDS / 2):
-            assert await inspector.inspect(process, 1, (), hashed=True) is None
+            assert await inspector.inspect(process, 1, (), with_hash=True) is None
         assert not inspector._late
         with trio.fail_after(PATIENCE):
-            assert await inspector.inspect(process, 1, (), hashed=True) is not None
+            assert await inspector.inspect(process, 1, (), with_hash=True) is not None
 
 
 async def test_exited_inspector_is_restarted(process: Process) -> None:
     """Waiting callers have no evidence, and the next caller has."""
     async with inspecting() as inspector:
-        before = await inspector.inspect(process, 1, (), hashed=True)
+        before = await inspector.inspect(process, 1, (), with_hash=True)
         assert before is not None
         assert before.path == PYTHON
         (child,) = children(os.getpid(), "keyferry_agent.peer.inspector")
         os.kill(child, signal.SIGKILL)
         with trio.fail_after(PATIENCE):
-            while (after := await inspector.inspect(process, 1, (), hashed=True)) is None:  # noqa: ASYNC110 - a process starts
+            while (after := await inspector.inspect(process, 1, (), with_hash=True)) is None:  # noqa: ASYNC110 - a process starts
                 await trio.sleep(0.01)
         assert after == before
 
@@ -295,11 +295,11 @@ async def test_exited_inspector_is_restarted(process: Process) -> None:
 async def test_an_inspector_ends_with_its_agent_and_not_by_signals(process: Process) -> None:
     """A terminal sends its signals to all processes of a group."""
     async with inspecting() as inspector:
-        assert await inspector.inspect(process, 1, (), hashed=False) is not None
+        assert await inspector.inspect(process, 1, (), with_hash=False) is not None
         (child,) = children(os.getpid(), "keyferry_agent.peer.inspector")
         os.kill(child, signal.SIGINT)
         os.kill(child, signal.SIGTERM)
-        assert await inspector.inspect(process, 1, (), hashed=False) is not None
+        assert await inspector.inspect(process, 1, (), with_hash=False) is not None
     assert await trio.to_thread.run_sync(os.waitpid, child, 0) == (child, 0)
 
 
@@ -313,7 +313,7 @@ async def test_without_an_inspector_callers_have_no_evidence(
 
     monkeypatch.setattr(inspection, "_start", start)
     async with inspecting() as inspector:
-        assert await inspector.inspect(process, 1, (), hashed=True) is None
+        assert await inspector.inspect(process, 1, (), with_hash=True) is None
 
 
 def children(pid: int, module: str) -> list[int]:

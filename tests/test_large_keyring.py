@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,7 +15,6 @@ from keyferry import KmsError, operations
 from keyferry.parameters import encode_base64
 from keyferry.secret import SecretMemory, fill_random
 from keyferry_agent import handlers
-from keyferry_agent.audit.entry import AuditEntry
 from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
@@ -75,6 +73,13 @@ def agent_with(keys: int) -> tuple[ServerState, Caller]:
     return agent, caller
 
 
+def job_of(agent: ServerState, caller: Caller, name: str, params: dict[str, Any]) -> handlers.Job:
+    """Return the job of a request that is allowed."""
+    job = handlers.prepare(agent, caller, name, params).outcome
+    assert isinstance(job, handlers.Job)
+    return job
+
+
 def work(agent: ServerState, caller: Caller, name: str, params: dict[str, Any]) -> int:
     """How many calls of functions one request takes."""
     count = 0
@@ -84,7 +89,7 @@ def work(agent: ServerState, caller: Caller, name: str, params: dict[str, Any]) 
         count += event in ("call", "c_call")
 
     def ask() -> None:
-        handlers.prepare(agent, caller, name, params, AuditEntry("id", time.monotonic())).run()
+        job_of(agent, caller, name, params).run()
 
     ask()  # the decision cache is filled now
     sys.setprofile(profile)
@@ -128,7 +133,6 @@ def test_steps_of_a_request_do_not_grow_with_the_keyring(
         asked = dict(params)
         if name in ("Decrypt", "ExportDataKey", "ReEncrypt"):
             sealing = {"KeyId": "alias/k8", "Plaintext": "AAAA"}
-            audited = AuditEntry("id", time.monotonic())
-            asked["CiphertextBlob"] = handlers.prepare(agent, caller, "Encrypt", sealing, audited).run().ciphertext_blob
+            asked["CiphertextBlob"] = job_of(agent, caller, "Encrypt", sealing).run().ciphertext_blob
         steps.append(work(agent, caller, name, asked))
     assert steps[0] == steps[1] > 10

@@ -310,7 +310,7 @@ def test_counters_separate_refused_requests(asking: Asking) -> None:
 def test_handlers_decide_without_counting(asking: Asking) -> None:
     """A decision alone is not an answer."""
     asking.caller.refresh(asking.agent.policy)
-    handlers.prepare(asking.agent, asking.caller, "DescribeKey", {"KeyId": "alias/dev"}, AuditEntry("id", 0.0))
+    handlers.prepare(asking.agent, asking.caller, "DescribeKey", {"KeyId": "alias/dev"})
     assert asking.agent.counters.requests_total == 0
 
 
@@ -321,7 +321,32 @@ def test_audit_entry_names_the_program_of_a_list(asking: Asking, operation: str)
     asking.agent.adopt(replace(asking.agent.settings, grants=(grant,)), asking.agent.keyring)
     asking.caller.know(ME._replace(exe="/bin/true"))
     asking.caller.refresh(asking.agent.policy)
-    entry = AuditEntry("id", 0.0)
     params = {"KeyId": "alias/dev"} if operation == "DescribeKey" else {}
-    handlers.prepare(asking.agent, asking.caller, operation, params, entry)
+    entry = handlers.prepare(asking.agent, asking.caller, operation, params).entry
     assert (entry.grant, entry.by_program) == ("program", True)
+
+
+def test_equal_requests_share_an_audit_entry(asking: Asking) -> None:
+    """Requests that the decision cache answers have the entry of its decision, which cannot be changed."""
+    method, params = REPEATABLE[0]
+    message = asking.remembered(method, params)
+    first, second = asking.outcome_of(message), asking.outcome_of(message)
+    assert message.decision is not None
+    assert first.entry is second.entry is message.decision.entry
+    assert first.request_id != second.request_id
+    with pytest.raises(AttributeError):
+        first.entry.grant = "another"  # type: ignore[misc]
+
+
+def test_refused_request_keeps_its_audit_fields(asking: Asking) -> None:
+    """The entry of a refusal has the fields that were known when the request was refused."""
+    disabled(asking.agent)
+    asking.caller.refresh(asking.agent.policy)
+    outcome, entry = handlers.prepare(asking.agent, asking.caller, "Encrypt", GENERATE | {"Plaintext": "AAAA"})
+    assert isinstance(outcome, KmsError)
+    assert outcome.code == "Rejected.Disabled"
+    assert entry.grant
+    assert entry.key_id
+    assert entry.context_keys == tuple(CONTEXT)
+    unknown = handlers.prepare(asking.agent, asking.caller, "密" * 100, {}).entry
+    assert unknown == AuditEntry("\\u5bc6" * 64)

@@ -14,7 +14,7 @@ from support.keys import recipient
 from keyferry import KmsError
 from keyferry.parameters import encode_base64
 from keyferry_agent.audit import AuditLog
-from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.audit.entry import AuditedRequest, AuditEntry
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
 
@@ -75,7 +75,7 @@ def test_verification_finds_missing_answers_and_entries(tmp_path: Path, notes: P
     audit = AuditLog(Audit(str(record)))
     for number, pid in enumerate((1, 1, 2, 1)):
         peer = Peer(uid=1, gids=frozenset(), pid=pid, listener="default")
-        audit.record([(peer, AuditEntry(f"id{number}", 0.0, "Decrypt"), "OK")])
+        audit.record([AuditedRequest(peer, f"id{number}", 0.0, AuditEntry("Decrypt"), "OK")])
     lines = record.read_text().splitlines()
     noted(notes, "id0", "id3")
     assert check_record([record], [notes], {2}, [lines[1]]) == (4, 2, 2, [])

@@ -38,13 +38,13 @@ MESSAGES: Final = {
 """All conditions with their messages, the most important first."""
 
 
-def state(conditions: list[str], *, refusing: bool) -> str:
-    """Return the state in one word. `refusing`: whether the agent refuses calls whose audit entries cannot be written."""
+def state(conditions: list[str], *, is_refusing: bool) -> str:
+    """Return the state in one word. `is_refusing`: whether the agent refuses calls whose audit entries cannot be written."""
     if DRAINING in conditions:
         return "Draining"
     if SEALED in conditions:
         return "Sealed"
-    return "Refusing" if AUDIT_FAILING in conditions and refusing else "Serving"
+    return "Refusing" if AUDIT_FAILING in conditions and is_refusing else "Serving"
 
 
 def is_ready(state: str) -> bool:

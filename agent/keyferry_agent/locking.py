@@ -93,8 +93,8 @@ class Lock:
             why = "a symbolic link; remove it" if error.errno == errno.ELOOP else error.strerror
             raise LockError(f"{self._file}: cannot be opened to lock {path}: {why}") from error
         status = os.fstat(descriptor)
-        trusted = {os.geteuid(), _ROOT, *([owner.st_uid] if owner else [])}
-        if stat.S_ISREG(status.st_mode) and status.st_uid in trusted and not status.st_mode & 0o077:
+        trusted_uids = {os.geteuid(), _ROOT, *([owner.st_uid] if owner else [])}
+        if stat.S_ISREG(status.st_mode) and status.st_uid in trusted_uids and not status.st_mode & 0o077:
             return descriptor
         os.close(descriptor)
         raise LockError(

@@ -20,20 +20,20 @@ class HardeningError(Exception):
     """A step that is required to start the agent has failed. The message names the step and a remedy."""
 
 
-def harden(keep: Collection[int] = ()) -> list[str]:
-    """Harden this process, and close all inherited descriptors except `keep`. Return one message for each failed step.
+def harden(descriptors: Collection[int] = ()) -> list[str]:
+    """Harden this process, and close all inherited descriptors except `descriptors`. Return one message for each failed step.
 
     Raises `HardeningError` if the process cannot list its descriptors.
     """
     open_closed()  # so that no socket or key file gets the descriptor of a standard stream
-    _close_inherited(keep)
+    _close_inherited(descriptors)
     os.umask(0o077)  # other users can read a new file only after an explicit chmod
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _DESCRIPTORS)), hard))
+    soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft_limit, min(hard_limit, _DESCRIPTORS)), hard_limit))
     return protect()
 
 
-def _close_inherited(keep: Collection[int]) -> None:
+def _close_inherited(descriptors: Collection[int]) -> None:
     """Close descriptors that a parent process left open by mistake: a connection, a terminal, a file with a secret."""
     try:
         names = os.listdir("/proc/self/fd")
@@ -43,6 +43,6 @@ def _close_inherited(keep: Collection[int]) -> None:
             "mount /proc (a chroot or a container may lack it)"
         ) from None
     for name in names:
-        if int(name) >= _FIRST_FREE and int(name) not in keep:
+        if int(name) >= _FIRST_FREE and int(name) not in descriptors:
             with suppress(OSError):  # the descriptor of the listing itself is closed already
                 os.close(int(name))

@@ -57,8 +57,8 @@ class VisibleKeys(NamedTuple):
     @classmethod
     def of(cls, keys: Iterable[Key]) -> Self:
         """Return these keys with their aliases."""
-        visible = tuple(keys)
-        return cls(visible, tuple((alias, key) for key in visible for alias in key.aliases))
+        visible_keys = tuple(keys)
+        return cls(visible_keys, tuple((alias, key) for key in visible_keys for alias in key.aliases))
 
 
 @dataclass
@@ -143,7 +143,7 @@ class ServerState:
     @property
     def conditions(self) -> list[str]:
         """The conditions that hold now (`health`), the most important first."""
-        holding = {
+        settings_with_conditions = {
             health.DRAINING: self.draining,
             health.SEALED: self.keyring.is_sealed,
             health.AUDIT_FAILING: self.audit_fails(),
@@ -151,12 +151,12 @@ class ServerState:
             health.KEYRING_STALE: self.keyring_stale,
             health.UNSEAL_ABSENT: self.unseal_absent,
         }
-        return [name for name in health.MESSAGES if holding[name]]
+        return [name for name in health.MESSAGES if settings_with_conditions[name]]
 
     @property
     def state(self) -> str:
         """The state in one word: Serving, Sealed, Refusing or Draining."""
-        return health.state(self.conditions, refusing=self.settings.audit.on_failure == "refuse")
+        return health.state(self.conditions, is_refusing=self.settings.audit.on_failure == "refuse")
 
     def status(self) -> str:
         """Return the agent's state in one line for an operator."""

@@ -89,12 +89,12 @@ def seal(payload: bytes | bytearray, passphrase: str) -> bytes:
         return _seal(payload, passphrase, WORK_FACTOR)
 
 
-def unseal(sealed: bytes, passphrase: str) -> bytearray:
+def unseal(sealed_bytes: bytes, passphrase: str) -> bytearray:
     """Return the payload of a sealed file, in a buffer that the caller can overwrite.
 
     Raises `PassphraseError` for a wrong passphrase, a damaged file, a work factor above `MAX_WORK_FACTOR`, or short memory.
     """
-    header = _parse(_without_armor(sealed))
+    header = _parse(_without_armor(sealed_bytes))
     if header.work_factor > MAX_WORK_FACTOR:
         raise PassphraseError(
             f"work factor {header.work_factor} is too high: at most {MAX_WORK_FACTOR} "
@@ -113,10 +113,10 @@ def unseal(sealed: bytes, passphrase: str) -> bytearray:
         return _open_payload(file_key, header.payload)
 
 
-def work_factor(sealed: bytes) -> int | None:
+def work_factor(sealed_bytes: bytes) -> int | None:
     """Return the work factor in the header of a file that is sealed to a passphrase, and None for any other bytes."""
     try:
-        return _parse(_without_armor(sealed)).work_factor
+        return _parse(_without_armor(sealed_bytes)).work_factor
     except PassphraseError:
         return None
 
@@ -131,26 +131,26 @@ def _seal(payload: bytes | bytearray, passphrase: str, factor: int) -> bytes:
     with _key(_FILE_KEY_SIZE) as file_key:
         file_key[:] = os.urandom(_FILE_KEY_SIZE)
         with _wrap_key(passphrase, salt, factor) as wrap_key:
-            wrapped = ChaCha20Poly1305(wrap_key).encrypt(_WRAP_NONCE, file_key, None)
-        covered = b"%b-> scrypt %b %d\n%b\n---" % (_VERSION, _encode(salt), factor, _encode(wrapped))
-        mac = _mac(file_key, covered).finalize()
+            wrapped_key = ChaCha20Poly1305(wrap_key).encrypt(_WRAP_NONCE, file_key, None)
+        header = b"%b-> scrypt %b %d\n%b\n---" % (_VERSION, _encode(salt), factor, _encode(wrapped_key))
+        mac = _mac(file_key, header).finalize()
         with _derived(file_key, nonce, b"payload") as payload_key:
             cipher = ChaCha20Poly1305(payload_key)
-            last = max(0, len(payload) - 1) // _CHUNK_SIZE
+            last_index = max(0, len(payload) - 1) // _CHUNK_SIZE
             view = memoryview(payload)
             chunks = [
-                cipher.encrypt(_chunk_nonce(i, i == last), view[i * _CHUNK_SIZE : (i + 1) * _CHUNK_SIZE], None)
-                for i in range(last + 1)
+                cipher.encrypt(_chunk_nonce(i, i == last_index), view[i * _CHUNK_SIZE : (i + 1) * _CHUNK_SIZE], None)
+                for i in range(last_index + 1)
             ]
-    return b"".join([covered, b" ", _encode(mac), b"\n", nonce, *chunks])
+    return b"".join([header, b" ", _encode(mac), b"\n", nonce, *chunks])
 
 
-def _parse(sealed: bytes) -> _Header:
-    match = _HEADER.match(sealed)
+def _parse(sealed_bytes: bytes) -> _Header:
+    match = _HEADER.match(sealed_bytes)
     if match is None:
-        if not sealed.startswith(_VERSION):
+        if not sealed_bytes.startswith(_VERSION):
             raise PassphraseError("not a file that age sealed")
-        if b"\n" + _SCRYPT_LINE not in sealed.split(b"\n---", 1)[0]:
+        if b"\n" + _SCRYPT_LINE not in sealed_bytes.split(b"\n---", 1)[0]:
             raise SealedToRecipientsError("the file is not sealed to a passphrase")
         raise PassphraseError("the header is damaged: one scrypt stanza is expected, and no other")
     salt, factor, wrapped_key, mac = match.groups()
@@ -160,24 +160,24 @@ def _parse(sealed: bytes) -> _Header:
         _decode(wrapped_key),
         match.group(),
         _decode(mac),
-        memoryview(sealed)[match.end() + _MAC_LINE_REST :],
+        memoryview(sealed_bytes)[match.end() + _MAC_LINE_REST :],
     )
 
 
 def _open_payload(file_key: bytearray, payload: memoryview) -> bytearray:
     nonce, body = payload[:_NONCE_SIZE], payload[_NONCE_SIZE:]
-    last = max(0, len(body) - 1) // _SEALED_CHUNK_SIZE
-    last_size = len(body) - last * _SEALED_CHUNK_SIZE
+    last_index = max(0, len(body) - 1) // _SEALED_CHUNK_SIZE
+    last_size = len(body) - last_index * _SEALED_CHUNK_SIZE
     # Only an empty payload has an empty last chunk: otherwise one payload would have two forms.
-    if last_size < _TAG_SIZE or (last_size == _TAG_SIZE and last > 0):
+    if last_size < _TAG_SIZE or (last_size == _TAG_SIZE and last_index > 0):
         raise PassphraseError("the content is cut off")
-    opened = bytearray(len(body) - (last + 1) * _TAG_SIZE)
-    with _derived(file_key, bytes(nonce), b"payload") as payload_key, memoryview(opened) as view:
+    plaintext = bytearray(len(body) - (last_index + 1) * _TAG_SIZE)
+    with _derived(file_key, bytes(nonce), b"payload") as payload_key, memoryview(plaintext) as view:
         cipher = ChaCha20Poly1305(payload_key)
         try:
-            for i in range(last + 1):
+            for i in range(last_index + 1):
                 cipher.decrypt_into(
-                    _chunk_nonce(i, i == last),
+                    _chunk_nonce(i, i == last_index),
                     body[i * _SEALED_CHUNK_SIZE : (i + 1) * _SEALED_CHUNK_SIZE],
                     None,
                     view[i * _CHUNK_SIZE : (i + 1) * _CHUNK_SIZE],
@@ -185,7 +185,7 @@ def _open_payload(file_key: bytearray, payload: memoryview) -> bytearray:
         except InvalidTag:
             view[:] = bytes(len(view))  # the chunks decrypted before were authentic, and are secret
             raise PassphraseError("the content is damaged or cut off") from None
-    return opened
+    return plaintext
 
 
 @contextmanager
@@ -214,12 +214,12 @@ def _key(size: int) -> Iterator[bytearray]:
 @contextmanager
 def _wrap_key(passphrase: str, salt: bytes, factor: int) -> Iterator[bytearray]:
     try:
-        encoded = bytearray(passphrase.encode())
+        passphrase_bytes = bytearray(passphrase.encode())
     except UnicodeEncodeError:  # whose attributes hold the passphrase
         raise PassphraseError("the passphrase is not text") from None
     with _key(32) as key:
         try:
-            Scrypt(_SCRYPT_LABEL + salt, 32, 1 << factor, 8, 1).derive_into(encoded, key)
+            Scrypt(_SCRYPT_LABEL + salt, 32, 1 << factor, 8, 1).derive_into(passphrase_bytes, key)
         except MemoryError:
             if not _offers_hash():
                 raise PassphraseError(
@@ -227,7 +227,7 @@ def _wrap_key(passphrase: str, salt: bytes, factor: int) -> Iterator[bytearray]:
                 ) from None
             raise PassphraseError(f"not enough memory: work factor {factor} takes {memory_mib(factor)} MiB") from None
         finally:
-            encoded[:] = bytes(len(encoded))
+            passphrase_bytes[:] = bytes(len(passphrase_bytes))
         yield key
 
 
@@ -247,10 +247,10 @@ def _derived(file_key: bytearray, salt: bytes, info: bytes) -> Iterator[bytearra
         yield key
 
 
-def _mac(file_key: bytearray, covered: bytes) -> HMAC:
+def _mac(file_key: bytearray, header: bytes) -> HMAC:
     with _derived(file_key, b"", b"header") as key:
         mac = HMAC(key, SHA256())
-    mac.update(covered)
+    mac.update(header)
     return mac
 
 
@@ -265,11 +265,11 @@ def _decode(text: bytes) -> bytes:
     return data
 
 
-def _without_armor(sealed: bytes) -> bytes:
+def _without_armor(sealed_bytes: bytes) -> bytes:
     """Return the binary form of an armored file (strict PEM), and any other bytes unchanged."""
-    text = sealed.strip(_WHITESPACE)
+    text = sealed_bytes.strip(_WHITESPACE)
     if not text.startswith(b"-----BEGIN"):
-        return sealed
+        return sealed_bytes
     lines = text.replace(b"\r\n", b"\n").split(b"\n")
     try:
         data = b64decode(b"".join(lines[1:-1]), validate=True)

@@ -123,9 +123,9 @@ class Client(Operations, Awaiting):
         answer: dict[str, Any] = await self._call_one(Call(operation, dict(params)))
         return answer
 
-    async def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
+    async def pipeline(self, requests: Iterable[Any]) -> list[Any]:
         """Send many requests together and return the outcome of each, like `keyferry.Client.pipeline`."""
-        calls = pending_calls(wanted)
+        calls = pending_calls(requests)
         if calls:
             await self._exchange(calls)
         return [call.outcome() for call in calls]
@@ -135,9 +135,9 @@ class Client(Operations, Awaiting):
         return result
 
     async def _call_one(self, call: Call) -> Any:
-        pending = PendingCall.of(call)
-        await self._exchange([pending])
-        return pending.result()
+        pending_call = PendingCall.of(call)
+        await self._exchange([pending_call])
+        return pending_call.result()
 
     async def _exchange(self, calls: Sequence[PendingCall]) -> None:
         """Send all calls and wait for their answers. Every failure is raised as a `KeyferryError`."""
@@ -186,8 +186,8 @@ class Client(Operations, Awaiting):
                 except ConnectionAbortedError:
                     pass  # another task was cancelled while it sent; do not count that as a loss
                 except ConnectionError:
-                    before, progress = progress, count_answered(calls)
-                    losses += is_new and progress == before
+                    last_progress, progress = progress, count_answered(calls)
+                    losses += is_new and progress == last_progress
                     if losses == MAX_LOST_CONNECTIONS:
                         raise
         except OSError as error:
@@ -200,8 +200,8 @@ class Client(Operations, Awaiting):
         for chunk in connection.session.chunks(calls):
             await connection.send(chunk)
             self._extend(timeout_scope)
-        for _, pending in calls:
-            await connection.answer(pending)
+        for _, response in calls:
+            await connection.answer(response)
             self._extend(timeout_scope)
 
     def _extend(self, timeout_scope: anyio.CancelScope) -> None:

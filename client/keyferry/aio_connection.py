@@ -78,9 +78,9 @@ class SharedConnection:
         finally:
             self._send_lock.release()
 
-    async def answer(self, pending: PendingResponse) -> None:
+    async def answer(self, response: PendingResponse) -> None:
         """Wait for the answer to a request that was sent. Raises ConnectionError, and the errors of `RpcSession.receive`."""
-        await self._wait(pending, lambda: pending.response is not None)
+        await self._wait(response, lambda: response.response is not None)
 
     async def _enter_window(self, chunk: Chunk) -> None:
         """Wait for space in the window, and count the chunk in it. On failure, withdraw its requests."""
@@ -93,9 +93,9 @@ class SharedConnection:
             self.session.withdraw(chunk)
             raise
         self._bytes_in_flight += in_flight.size
-        for pending in chunk.requests:
-            if pending.response is None:
-                self._chunks[pending] = in_flight
+        for response in chunk.requests:
+            if response.response is None:
+                self._chunks[response] = in_flight
                 in_flight.unanswered += 1
 
     async def _write(self, data: bytearray) -> None:
@@ -133,15 +133,15 @@ class SharedConnection:
         except KeyferryError as error:
             self._fail(error)
         else:
-            for pending in answers:
-                self._leave_window(pending)
-                self._wake(pending)
+            for response in answers:
+                self._leave_window(response)
+                self._wake(response)
             self._wake(None)
         finally:
             self._has_reader = False
 
-    def _leave_window(self, pending: PendingResponse) -> None:
-        chunk = self._chunks.pop(pending)
+    def _leave_window(self, response: PendingResponse) -> None:
+        chunk = self._chunks.pop(response)
         chunk.unanswered -= 1
         if not chunk.unanswered:
             self._bytes_in_flight -= chunk.size

@@ -110,14 +110,14 @@ class Client(Operations, Blocking):
         answer: dict[str, Any] = self._call_one(Call(operation, dict(params)))
         return answer
 
-    def pipeline(self, wanted: Iterable[Any]) -> list[Any]:
+    def pipeline(self, requests: Iterable[Any]) -> list[Any]:
         """Send many requests together and return, in their order, the result of each or the `KmsError` that refused it.
 
         A request is a tuple of `keyferry.operations`, such as `operations.Decrypt(ciphertext_blob=blob)`; its result is that of
         the method. Or a request is a pair of an operation's name and its parameters by the API's own names, as for `call`.
         Raises the same errors as a call, except for refusals, and TypeError for a value that is not a request.
         """
-        calls = pending_calls(wanted)
+        calls = pending_calls(requests)
         if calls:
             self._exchange(calls)
         return [call.outcome() for call in calls]

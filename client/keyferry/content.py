@@ -226,8 +226,8 @@ def _with_details(kind: str, content: bytes) -> Resemblance:
     if not key.startswith(_OPENSSH_MAGIC):
         return Resemblance(kind)
     key_type = _OPENSSH_TYPE.search(key)
-    encrypted = not key.startswith(_OPENSSH_MAGIC + b"\0\0\0\x04none")
-    return Resemblance(kind, _known_type(key_type.group(1).decode()) if key_type else "", encrypted)
+    is_encrypted = not key.startswith(_OPENSSH_MAGIC + b"\0\0\0\x04none")
+    return Resemblance(kind, _known_type(key_type.group(1).decode()) if key_type else "", is_encrypted)
 
 
 def _known_type(key_type: str) -> str:

@@ -92,7 +92,7 @@ class Operation(Generic[P, R]):
         Raises `MissingParameter` or `InvalidParameter`, with the parameter's name. An unknown name is refused, so that a
         misspelt EncryptionContext is never ignored. None counts as absent.
         """
-        checked: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for name, value in params.items():
             parameter = self.parameters.get(name)
             if parameter is None:
@@ -100,11 +100,11 @@ class Operation(Generic[P, R]):
                     ascii(name[:_MAX_SHOWN_NAME])[1:-1], f"{self.name} does not have this parameter."
                 )
             if value is not None:
-                checked[name] = parameter.check(name, value)
+                values[name] = parameter.check(name, value)
         for name in self.required:
-            if name not in checked:
+            if name not in values:
                 raise missing_parameter(name)
-        return Values(checked)
+        return Values(values)
 
 
 @functools.cache
@@ -190,5 +190,5 @@ def _converter(hint: Any) -> Callable[[Any], Any] | None:
     if Ellipsis in arguments:  # tuple[KeyListEntry, ...]
         kind = arguments[0]
         return lambda value: tuple(result_from_wire(kind, entry) for entry in value)
-    nested = next((argument for argument in arguments if hasattr(argument, "_fields")), None)  # Counters | None
-    return None if nested is None else functools.partial(result_from_wire, nested)
+    counters = next((argument for argument in arguments if hasattr(argument, "_fields")), None)  # Counters | None
+    return None if counters is None else functools.partial(result_from_wire, counters)

@@ -39,9 +39,9 @@ def find(path: str | os.PathLike[str]) -> int | None:
     # The path leads to a descriptor of another process. A shell's descriptor (/proc/$$/fd/1) was often inherited from it.
     with suppress(OSError):
         status = os.stat(link)
-        for inherited in (0, *_OUTPUTS):
-            if _is_same(status, inherited):
-                return inherited
+        for standard_descriptor in (0, *_OUTPUTS):
+            if _is_same(status, standard_descriptor):
+                return standard_descriptor
     raise OSError(errno.EBADF, "not an open descriptor of this process", os.fspath(path))
 
 

@@ -155,11 +155,11 @@ def kms_error(
     `message` replaces the whole text, for errors from the wire. For an unknown code, the function returns a plain `KmsError`.
     """
     entry = CODES.get(code)
-    raises = entry.raises if entry else KmsError
+    error_class = entry.raises if entry else KmsError
     if message is None:
         text = entry.message if entry else ""
         message = f"{text.removesuffix('.')}. {why}" if why else text
-    return raises(code, message, request_id, http_status)
+    return error_class(code, message, request_id, http_status)
 
 
 def invalid_parameter(name: str, why: str) -> KmsError:

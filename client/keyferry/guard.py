@@ -40,12 +40,12 @@ def guarded(program: str, run: Callable[[], int]) -> int:
 
 def parse(program: str, parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     """Parse arguments. Print the texts of --help and --version with `stdout.show`, like every other result."""
-    printed = io.StringIO()
+    traceback_text = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(traceback_text):
             return parser.parse_args(argv)
     except SystemExit:
-        if text := printed.getvalue():
+        if text := traceback_text.getvalue():
             raise SystemExit(show(program, text.removesuffix("\n"))) from None
         raise
 
@@ -89,8 +89,8 @@ def _code_of(program: str, error: BaseException) -> int:
 def _leaves(error: BaseException) -> Iterator[BaseException]:
     """Yield the exceptions of a group, which trio raises, or the one exception."""
     if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
+        for cause in error.exceptions:
+            yield from _leaves(cause)
     else:
         yield error
 

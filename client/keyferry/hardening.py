@@ -105,8 +105,8 @@ def has_capability(number: int) -> bool:
         users = Path("/proc/self/uid_map").read_text().split()
     except OSError:
         return False
-    effective = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
-    return bool(effective >> number & 1) and users == _ALL_USERS
+    capabilities = next((int(line.split()[1], 16) for line in status if line.startswith("CapEff:")), 0)
+    return bool(capabilities >> number & 1) and users == _ALL_USERS
 
 
 def _may_lock_everything() -> bool:

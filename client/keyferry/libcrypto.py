@@ -189,20 +189,20 @@ class Key:
             if not plaintext:
                 raise LibcryptoError("libcrypto could not encrypt")
             context = self._context("encrypt", options, contexts)
-            pointer, out, out_address, used, used_address = context
+            pointer, out, out_address, used_bytes, used_address = context
             length, address = len(plaintext), _reference(plaintext)
-            used.value = size
+            used_bytes.value = size
             if (
                 not size
             ):  # libcrypto's SM2 does not check the size of the buffer, so the buffer has the size that it returns
                 if function(pointer, None, used_address, address, length) <= 0:
                     raise self._failed("encrypt", context)
-                out = bytearray(used.value)
+                out = bytearray(used_bytes.value)
                 out_address = _reference(out)
             if function(pointer, out_address, used_address, address, length) <= 0:
                 raise self._failed("encrypt", context)
             contexts.append(context)
-            return bytes(out) if used.value == len(out) else bytes(out[: used.value])
+            return bytes(out) if used_bytes.value == len(out) else bytes(out[: used_bytes.value])
 
         return encrypt
 
@@ -230,11 +230,11 @@ class Key:
         if not (ciphertext and out):  # without an output buffer, libcrypto would return the length and succeed
             raise LibcryptoError("libcrypto could not decrypt")
         function, contexts = self._library.EVP_PKEY_decrypt, self._contexts.setdefault(("decrypt", options), [])
-        context, used = self._context("decrypt", options, contexts), c_size_t(len(out))
-        if function(context.pointer, _address(out), byref(used), _address(ciphertext), len(ciphertext)) <= 0:
+        context, used_bytes = self._context("decrypt", options, contexts), c_size_t(len(out))
+        if function(context.pointer, _address(out), byref(used_bytes), _address(ciphertext), len(ciphertext)) <= 0:
             raise self._failed("decrypt", context)
         contexts.append(context)
-        return used.value
+        return used_bytes.value
 
     def decrypt_oaep_into(self, ciphertext: Buffer, padded: Buffer, out: Buffer, digest: bytes) -> int:
         """Decrypt RSAES-OAEP (RFC 8017; MGF1 with the same hash, empty label) into `out`, and return the number of bytes.
@@ -292,8 +292,8 @@ class Key:
             library.EVP_PKEY_CTX_free(context)
             library.ERR_clear_error()
             raise
-        out, used = bytearray(self._size if verb == "encrypt" else 0), c_size_t()
-        return _Context(c_void_p(context), out, _reference(out) if out else None, used, byref(used))
+        out, used_bytes = bytearray(self._size if verb == "encrypt" else 0), c_size_t()
+        return _Context(c_void_p(context), out, _reference(out) if out else None, used_bytes, byref(used_bytes))
 
 
 class _Context(NamedTuple):

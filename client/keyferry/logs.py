@@ -46,8 +46,8 @@ def repeating(calls: Iterable[PendingCall], error: KeyferryError | None, delay: 
     """Log that calls are repeated after a delay in seconds. `error` is the reason, unless each call was refused on its own."""
     logger = _logger()
     if logger is not None and logger.isEnabledFor(_INFO):
-        why = "refused" if error is None else _description(error)
-        logger.info("%s: %s, repeated in %.0f ms", _names(calls), why, delay * 1_000)
+        reason = "refused" if error is None else _description(error)
+        logger.info("%s: %s, repeated in %.0f ms", _names(calls), reason, delay * 1_000)
 
 
 _DEBUG = 10

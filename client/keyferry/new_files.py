@@ -58,34 +58,34 @@ def replacing(path: str | os.PathLike[str], mode: int = 0o600) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _written(path: str, real: str, mode: int, *, replaces: bool) -> Iterator[int]:
-    """Lend the descriptor of a new file, which gets the name `real` at the end of the block. Errors have the `path`."""
-    parent, name = os.path.split(real)
+def _written(path: str, real_path: str, mode: int, *, replaces: bool) -> Iterator[int]:
+    """Lend the descriptor of a new file, which gets the name `real_path` at the end of the block. Errors have the `path`."""
+    parent, name = os.path.split(real_path)
     with contextlib.ExitStack() as stack:
         with naming(path):
             folder = stack.enter_context(_opened(parent or ".", os.O_PATH | _FOLDER))
-            beside = f".keyferry-{secrets.token_hex(8)}.partial"
-            unnamed, descriptor = _open_beside(beside, mode, folder)
+            temporary_name = f".keyferry-{secrets.token_hex(8)}.partial"
+            has_no_name, descriptor = _open_beside(temporary_name, mode, folder)
             stack.callback(os.close, descriptor)
         try:
             yield descriptor
             with naming(path):
                 os.fsync(descriptor)
-                if unnamed:
-                    _link(descriptor, beside if replaces else name, folder)
+                if has_no_name:
+                    _link(descriptor, temporary_name if replaces else name, folder)
                 if replaces:
-                    os.replace(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
-                elif not unnamed:
-                    _name(beside, name, folder)
+                    os.replace(temporary_name, name, src_dir_fd=folder, dst_dir_fd=folder)
+                elif not has_no_name:
+                    _name(temporary_name, name, folder)
         finally:
             with contextlib.suppress(OSError):
-                os.unlink(beside, dir_fd=folder)
+                os.unlink(temporary_name, dir_fd=folder)
         with naming(path):
-            sync_folder(folder)
+            sync_folder(".", folder)
 
 
 @contextlib.contextmanager
-def _opened(path: str, flags: int, folder: int | None = None) -> Iterator[int]:
+def _opened(path: str | os.PathLike[str], flags: int, folder: int | None = None) -> Iterator[int]:
     """Lend a descriptor. That of a folder, as a dir_fd, stays valid when the folder is moved."""
     descriptor = os.open(path, flags, dir_fd=folder)
     try:
@@ -107,25 +107,28 @@ def _link(descriptor: int, name: str, folder: int) -> None:
     os.link(f"/proc/self/fd/{descriptor}", name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=True)
 
 
-def sync_folder(folder: int) -> None:
-    """Sync a folder's names to the disk, where the file system supports it. Raises OSError for a fault of the disk."""
+def sync_folder(path: str | os.PathLike[str], folder: int | None = None, *, tolerant: bool = True) -> None:
+    """Sync the names in the folder at `path` to the disk. `folder`: the descriptor to which a relative path refers.
+
+    If `tolerant`, the function ignores that a folder cannot be synced at all. Raises OSError.
+    """
     try:
-        with _opened(".", os.O_RDONLY | _FOLDER, folder) as descriptor:
+        with _opened(path, os.O_RDONLY | _FOLDER, folder) as descriptor:
             os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NOT_SYNCED:
+        if not tolerant or error.errno not in _NOT_SYNCED:
             raise
 
 
-def _name(beside: str, name: str, folder: int) -> None:
+def _name(temporary_name: str, name: str, folder: int) -> None:
     """Move a complete file to a name that must not exist."""
     try:
-        os.link(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.link(temporary_name, name, src_dir_fd=folder, dst_dir_fd=folder)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
         os.close(os.open(name, _NAMED, 0o600, dir_fd=folder))  # no hard links: claim the name, then take it
-        os.replace(beside, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.replace(temporary_name, name, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 @contextlib.contextmanager

@@ -93,11 +93,11 @@ def _key_id(name: str, value: Any) -> str:
 
 def decode_base64(value: str) -> bytes:
     """Decode canonical Base64: the standard alphabet, padded, no white space, no stray bits. Raises ValueError."""
-    decoded = binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
+    data = binascii.a2b_base64(value.encode("ascii"), strict_mode=True)
     # strict_mode does not check the unused bits of the last character, so several texts would decode to these bytes.
-    if binascii.b2a_base64(decoded, newline=False).decode() != value:
+    if binascii.b2a_base64(data, newline=False).decode() != value:
         raise ValueError("not the canonical Base64 of its bytes")
-    return decoded
+    return data
 
 
 def encode_base64(data: bytes | bytearray | memoryview) -> str:
@@ -133,10 +133,10 @@ def _ciphertext(name: str, value: Any) -> bytes:
 def _plaintext(name: str, value: Any) -> bytes:
     if isinstance(value, bytes):
         raise invalid_parameter(name, "Base64 text is expected, not binary.")
-    decoded = _blob(name, value)
-    if not 1 <= len(decoded) <= MAX_PLAINTEXT:
-        raise invalid_parameter(name, f"it has {len(decoded)} bytes; 1 to {MAX_PLAINTEXT} are allowed.")
-    return decoded
+    data = _blob(name, value)
+    if not 1 <= len(data) <= MAX_PLAINTEXT:
+        raise invalid_parameter(name, f"it has {len(data)} bytes; 1 to {MAX_PLAINTEXT} are allowed.")
+    return data
 
 
 def _data_key_spec(name: str, value: Any) -> int:

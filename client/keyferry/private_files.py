@@ -75,13 +75,13 @@ def problems(
         return []
     if status.st_nlink == 0 and os.path.abspath(path).startswith(_DESCRIPTORS):
         return []  # only processes that were given the descriptor have this file
-    trusted = {_ROOT, os.geteuid()}
+    trusted_uids = {_ROOT, os.geteuid()}
     if os.geteuid() == _ROOT:
-        trusted.update([status.st_uid] if owners is None else owners)
+        trusted_uids.update([status.st_uid] if owners is None else owners)
     return [
-        *_owner_problems(os.fspath(path), status, trusted),
+        *_owner_problems(os.fspath(path), status, trusted_uids),
         *_mode_problems(os.fspath(path), status, secret=secret),
-        *_folder_problems(os.fspath(path), trusted),
+        *_folder_problems(os.fspath(path), trusted_uids),
     ]
 
 
@@ -93,8 +93,8 @@ def folder_problems(path: _Path) -> list[str]:
     """
     if allowed() or not os.path.isdir(path):
         return []
-    name, trusted = os.fspath(path), {_ROOT, os.geteuid()}
-    messages = list(_folder_problems(f"{name}/*", trusted))
+    name, trusted_uids = os.fspath(path), {_ROOT, os.geteuid()}
+    messages = list(_folder_problems(f"{name}/*", trusted_uids))
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & stat.S_ISVTX and mode & (stat.S_IWGRP | stat.S_IWOTH) and not _is_read_only(name):
         messages.append(f"{name}: mode {mode:04o}: other users can put files into it; chmod go-w {name}")
@@ -114,8 +114,8 @@ def owner_of(path: _Path | None) -> tuple[int, ...]:
         return ()
 
 
-def _owner_problems(path: str, status: os.stat_result, trusted: Collection[int]) -> Iterator[str]:
-    if status.st_uid not in trusted:
+def _owner_problems(path: str, status: os.stat_result, trusted_uids: Collection[int]) -> Iterator[str]:
+    if status.st_uid not in trusted_uids:
         yield f"{path}: belongs to user {status.st_uid}, not to root or to the user running this; chown it"
 
 
@@ -124,7 +124,7 @@ def _mode_problems(path: str, status: os.stat_result, *, secret: bool) -> Iterat
     writable = bool(mode & (stat.S_IWGRP | stat.S_IWOTH))
     readable = bool(mode & stat.S_IROTH) or (bool(mode & stat.S_IRGRP) and not _group_may_read(path, status))
     if secret and (readable or writable):
-        verbs = " and ".join(verb for verb, can in (("read", readable), ("write", writable)) if can)
+        verbs = " and ".join(verb for verb, is_allowed in (("read", readable), ("write", writable)) if is_allowed)
         yield f"{path}: mode {mode:04o}: other users can {verbs} it; chmod 600 {path}"
     elif writable:
         yield f"{path}: mode {mode:04o}: other users can write it; chmod go-w {path}"
@@ -144,11 +144,11 @@ def _groups() -> set[int]:
     return {os.getegid(), *os.getgroups()}
 
 
-def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
+def _folder_problems(path: str, trusted_uids: Collection[int]) -> Iterator[str]:
     """Yield one message for each folder and each link on the way to the file with which others can replace it."""
     for name, status in _hops(os.path.abspath(path)):
         if stat.S_ISLNK(status.st_mode):
-            if status.st_uid not in trusted:
+            if status.st_uid not in trusted_uids:
                 yield f"{path}: user {status.st_uid} owns the link {name}, and can point it to another file; remove it"
             continue
         try:
@@ -156,7 +156,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
         except OSError:
             continue
         mode = stat.S_IMODE(status.st_mode)
-        if status.st_uid not in trusted:
+        if status.st_uid not in trusted_uids:
             yield f"{path}: its folder {name} belongs to user {status.st_uid}: that user can replace the file; chown {name}"
         # In a sticky folder users replace only files of their own. A read-only mount has its writers, if any, elsewhere: the
         # folder of a Kubernetes ConfigMap has mode 0777, below a folder of the host that only root can enter.
@@ -166,7 +166,7 @@ def _folder_problems(path: str, trusted: Collection[int]) -> Iterator[str]:
 
 def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
     """Yield each folder and each symbolic link that the kernel goes through to open an absolute path, once."""
-    visited: set[str] = set()
+    visited_paths: set[str] = set()
     components, place = [part for part in reversed(path.split("/")) if part], "/"
     links = 0
     while True:
@@ -178,8 +178,8 @@ def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
             links += 1
             if links > _MAX_LINKS:
                 return
-            if place not in visited:
-                visited.add(place)
+            if place not in visited_paths:
+                visited_paths.add(place)
                 yield place, status
             try:
                 target = os.readlink(place)
@@ -188,8 +188,8 @@ def _hops(path: str) -> Iterator[tuple[str, os.stat_result]]:
             components += [part for part in reversed(target.split("/")) if part]
             place = "/" if target.startswith("/") else os.path.dirname(place)
             continue
-        if stat.S_ISDIR(status.st_mode) and place not in visited:
-            visited.add(place)
+        if stat.S_ISDIR(status.st_mode) and place not in visited_paths:
+            visited_paths.add(place)
             yield place, status
         if not components:
             return

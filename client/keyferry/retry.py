@@ -76,8 +76,8 @@ class Attempts:
         ]
         delay = self._delay([error for _, error in refusals], now, remaining) if refusals else None
         if delay is not None:
-            for pending, _ in refusals:
-                pending.response = None
+            for response, _ in refusals:
+                response.response = None
         return delay
 
     def _delay(self, errors: Iterable[KeyferryError], now: float, remaining: float) -> float | None:

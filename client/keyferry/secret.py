@@ -316,14 +316,14 @@ class SecretMemory:
 
     def _map_descriptor(self, descriptor: int) -> str:
         flags = mmap.MAP_SHARED | _MAP_FIXED
-        mapped = _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
-        return _errno() if mapped == _MAP_FAILED else ""
+        address = _libc.mmap(self._address, self.size, mmap.PROT_READ | mmap.PROT_WRITE, flags, descriptor, 0)
+        return _errno() if address == _MAP_FAILED else ""
 
 
-def _release(reserved: int, size: int) -> None:
-    if _libc.mprotect(reserved + mmap.PAGESIZE, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0:  # memory was mapped
-        ctypes.memset(reserved + mmap.PAGESIZE, 0, size)
-    _libc.munmap(reserved, size + 2 * mmap.PAGESIZE)
+def _release(address: int, size: int) -> None:
+    if _libc.mprotect(address + mmap.PAGESIZE, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0:  # memory was mapped
+        ctypes.memset(address + mmap.PAGESIZE, 0, size)
+    _libc.munmap(address, size + 2 * mmap.PAGESIZE)
 
 
 def whole_pages(size: int) -> int:
@@ -333,11 +333,11 @@ def whole_pages(size: int) -> int:
 
 def fill_random(view: memoryview) -> None:
     """Fill a lent view with random bytes from the kernel's generator, without a copy. Raises OSError."""
-    filled, size = 0, len(view)
-    while filled < size:
-        count = _getrandom(ctypes.byref(ctypes.c_char.from_buffer(view, filled)), size - filled, 0)
+    position, size = 0, len(view)
+    while position < size:
+        count = _getrandom(ctypes.byref(ctypes.c_char.from_buffer(view, position)), size - position, 0)
         if count > 0:
-            filled += count
+            position += count
         elif ctypes.get_errno() != errno.EINTR:
             raise OSError(ctypes.get_errno(), "getrandom failed")
 
@@ -347,8 +347,8 @@ def _errno() -> str:
 
 
 def _advice(size: int, failures: list[str]) -> str:
-    soft, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    limit = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // 1024} KiB"
+    soft_limit, _hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    limit = "unlimited" if soft_limit == resource.RLIM_INFINITY else f"{soft_limit // 1024} KiB"
     return (
         f"{size // 1024} KiB of memory could not be locked ({'; '.join(failures)}). RLIMIT_MEMLOCK is {limit} for all "
         f"of this process's locked memory together: raise it (systemd: LimitMEMLOCK=, shell: ulimit -l), grant "

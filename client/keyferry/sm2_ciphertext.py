@@ -142,11 +142,13 @@ def _read_point(c1: bytes, form: PointForm) -> tuple[bytes, bytes]:
     if form == "bare":
         x, y = c1[:_COORDINATE_BYTES], c1[_COORDINATE_BYTES:]
     else:
-        if c1[0] not in (expected := _FIRST_BYTES[form]):
-            actual = next((f", which is {name}" for name, first in _FIRST_BYTES.items() if c1[0] in first), "")
-            first_bytes = expected.hex(" ").replace(" ", " or ")
+        if c1[0] not in (valid_bytes := _FIRST_BYTES[form]):
+            form_name = next(
+                (f", which is {name}" for name, first_byte in _FIRST_BYTES.items() if c1[0] in first_byte), ""
+            )
+            first_bytes = valid_bytes.hex(" ").replace(" ", " or ")
             raise ValueError(
-                f"the point C1 begins with {c1[0]:02x}{actual}; in the {form} form it begins with {first_bytes}"
+                f"the point C1 begins with {c1[0]:02x}{form_name}; in the {form} form it begins with {first_bytes}"
             )
         x = c1[1 : 1 + _COORDINATE_BYTES]
         y = c1[1 + _COORDINATE_BYTES :] if form == "uncompressed" else _other_coordinate(x, is_odd=c1[0] == 0x03)

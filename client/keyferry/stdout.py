@@ -91,9 +91,9 @@ def _write(stream: TextIO | None, text: str, *, utf8: bool) -> None:
 
 def _failed(program: str, error: OSError) -> int:
     with suppress(OSError, AttributeError):  # or Python repeats the error when it ends
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+        null_descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_descriptor, sys.stdout.fileno())
+        os.close(null_descriptor)
     if not isinstance(error, BrokenPipeError):
         why = "it is closed" if error.errno == errno.EBADF else error.strerror or str(error)
         complain(program, f"standard output: {why}")

@@ -41,10 +41,10 @@ def open_closed() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            opened = _null(flags)
-            if opened != descriptor:
-                os.dup2(opened, descriptor)
-                os.close(opened)
+            null_descriptor = _null(flags)
+            if null_descriptor != descriptor:
+                os.dup2(null_descriptor, descriptor)
+                os.close(null_descriptor)
             os.set_inheritable(descriptor, True)  # the command is started over, and its child processes have it too
 
 
@@ -94,12 +94,12 @@ class _Messages(_Descriptor):
             return memoryview(data).nbytes
 
 
-def _text(raw: io.FileIO, before: Any, *, lines: bool) -> io.TextIOWrapper:
+def _text(raw: io.FileIO, old_stream: Any, *, lines: bool) -> io.TextIOWrapper:
     """Return a text stream on a descriptor, in the encoding that the stream before had."""
-    encoding = getattr(before, "encoding", None) or "utf-8"
-    if before is not None:
+    encoding = getattr(old_stream, "encoding", None) or "utf-8"
+    if old_stream is not None:
         with suppress(OSError, ValueError):
-            before.flush()
+            old_stream.flush()
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding=encoding, errors=ESCAPE, line_buffering=lines)
 
 

@@ -12,11 +12,10 @@ import trio.testing
 
 from keyferry.protocol import wire
 from keyferry_agent.audit import Appended
-from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.audit.entry import AuditedRequest
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Limits, Settings
 from keyferry_agent.keyring.keyring import development_keyring
-from keyferry_agent.peer import Peer
 from keyferry_agent.server.server import Server
 from keyferry_agent.state import ServerState
 
@@ -29,9 +28,9 @@ class Batches:
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
 
-    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
+    def record(self, requests: Sequence[AuditedRequest]) -> Appended:
         """Note the operations."""
-        self.batches.append([audited.operation for _, audited, _ in requests])
+        self.batches.append([request.entry.operation for request in requests])
         return Appended(len(requests))
 
 

@@ -76,9 +76,9 @@ def unsealing(now: str, peer: Peer, outcome: str, loaded_at: str) -> str:
     )
 
 
-def resumed(now: str, unrecorded: int) -> str:
+def resumed(now: str, unrecorded_requests: int) -> str:
     """Return the entry that follows a gap, with the number of requests without an audit entry."""
-    return _opened({"time": now, "event": RESUMED, "level": "warning", "unrecorded": unrecorded})
+    return _opened({"time": now, "event": RESUMED, "level": "warning", "unrecorded": unrecorded_requests})
 
 
 def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:
@@ -87,17 +87,17 @@ def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:
     Two of these members never share an entry, since the second begins with an alias that did not fit into the first.
     """
     names = [quoted(alias) for alias in aliases]
-    whole = f"{quoted(key_id)}: [{', '.join(names)}]"
-    if len(whole) <= _MAX_KEYS:
-        yield whole
+    member = f"{quoted(key_id)}: [{', '.join(names)}]"
+    if len(member) <= _MAX_KEYS:
+        yield member
         return
     piece = ""
     for name in names:
-        longer = f"{piece}, {name}" if piece else f"{quoted(key_id)}: [{name}"
-        if len(longer) >= _MAX_KEYS:
+        extension = f"{piece}, {name}" if piece else f"{quoted(key_id)}: [{name}"
+        if len(extension) >= _MAX_KEYS:
             yield f"{piece}]"
-            longer = f"{quoted(key_id)}: [{name}"
-        piece = longer
+            extension = f"{quoted(key_id)}: [{name}"
+        piece = extension
     yield f"{piece}]"
 
 

@@ -63,7 +63,7 @@ class History:
         files: Iterable[File],
         *,
         problems: Iterable[str] = (),
-        not_given: Iterable[str] = (),
+        unnamed_files: Iterable[str] = (),
         current: Path | None = None,
         tally: Callable[[], Tally] | None = None,
     ) -> None:
@@ -74,14 +74,16 @@ class History:
         """Whether a log rotation has renamed files meanwhile, so that the files have to be found again."""
         self.notes: list[str] = []
         self._places: dict[str, list[_Place]] = {}
-        whole = [scan for scan in scans if scan.count]
-        chains = _chains(whole)
-        if len(chains) > 1 or any(fault.held is not None for scan in whole for fault in scan.faults):
-            self._places = _locate(whole)
-            chains = _chains(self._without_copies(whole))
+        scans_with_entries = [scan for scan in scans if scan.count]
+        chains = _chains(scans_with_entries)
+        if len(chains) > 1 or any(fault.held is not None for scan in scans_with_entries for fault in scan.faults):
+            self._places = _locate(scans_with_entries)
+            chains = _chains(self._without_copies(scans_with_entries))
         chains = self._connected(chains)
         self.notes += [
-            f"{scan.path}: skipped {scan.others} lines that are not audit entries" for scan in whole if scan.others
+            f"{scan.path}: skipped {scan.others} lines that are not audit entries"
+            for scan in scans_with_entries
+            if scan.others
         ]
         self._scans = [scan for chain in chains for scan in chain]
         self._unreadable = [scan for scan in scans if not scan.count and scan.faults]
@@ -96,7 +98,7 @@ class History:
         self.beginning = bool(self._scans) and self._scans[0].previous == BEGINNING
         self.begins = self._scans[0].begins if self._scans else None
         self.ends = self._scans[-1].ends if self._scans else None
-        self.problems = [*self._of_chains(chains), *self._of_files(problems, not_given, current)]
+        self.problems = [*self._of_chains(chains), *self._of_files(problems, unnamed_files, current)]
         if not self.count:
             self.problems.append(Problem("the audit log has no entry", None))
 
@@ -113,59 +115,61 @@ class History:
 
     def is_complete(self, since: datetime | None = None) -> bool:
         """Return whether no entry is missing (since a time, if given) between the first file's beginning and the last's end."""
-        healed = self.healed
-        return not self.problems or (since is not None and healed is not None and healed <= since)
+        heal_time = self.healed
+        return not self.problems or (since is not None and heal_time is not None and heal_time <= since)
 
     def _of_chains(self, chains: Sequence[Sequence[Scan]]) -> Iterable[Problem]:
-        heads = {id(chain[0]): number for number, chain in enumerate(chains)}
+        numbers = {id(chain[0]): number for number, chain in enumerate(chains)}
         for rank, scan in enumerate(self._scans):
-            number = heads.get(id(scan))
+            number = numbers.get(id(scan))
             if number is not None and scan.unstarted:
                 text = "the entry of the agent's start is missing before this line: a line was removed or changed"
                 yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins)
             elif number is not None and not scan.is_started and (number or scan.previous != BEGINNING):
-                text = self._why(scan.previous, rank, 0, oldest=not number)
+                text = self._why(scan.previous, rank, 0, is_oldest=not number)
                 # Entries of a stream's chain are not deleted as a rule, so the chain has to be whole from its start entry.
-                oldest = not number and scan.previous not in self._places and not self._streams
-                yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins, older=oldest)
-            after = self._scans[rank + 1].begins if rank + 1 < len(self._scans) else None
-            for place, fault in enumerate(scan.faults):
+                is_oldest = not number and scan.previous not in self._places and not self._streams
+                yield Problem(f"{scan.path}, line {scan.first_line}: {text}", scan.begins, older=is_oldest)
+            next_begin = self._scans[rank + 1].begins if rank + 1 < len(self._scans) else None
+            for fault_index, fault in enumerate(scan.faults):
                 text = fault.text
                 if fault.held is not None:
                     text = f"{scan.path}, line {fault.number}: {self._why(fault.held, rank, fault.index)}"
-                if scan.omitted and place + 1 == len(scan.faults):
+                if scan.omitted and fault_index + 1 == len(scan.faults):
                     text += f"; and {scan.omitted} more such lines"
-                yield Problem(text, fault.healed or after)
+                yield Problem(text, fault.healed or next_begin)
 
-    def _of_files(self, problems: Iterable[str], not_given: Iterable[str], current: Path | None) -> Iterable[Problem]:
+    def _of_files(
+        self, problems: Iterable[str], unnamed_files: Iterable[str], current: Path | None
+    ) -> Iterable[Problem]:
         # If the chain reaches from the first entry to the file that the agent writes, an unreadable file must be older.
-        continued = current is not None and bool(self._scans) and self._scans[-1].path == current
-        older = self.begins if continued else None
+        is_continuous = current is not None and bool(self._scans) and self._scans[-1].path == current
+        older_time = self.begins if is_continuous else None
         for scan in self._unreadable:
-            yield Problem(scan.faults[0].text, older)
+            yield Problem(scan.faults[0].text, older_time)
         for text in problems:
-            yield Problem(text, older)
-        for text in not_given:
+            yield Problem(text, older_time)
+        for text in unnamed_files:
             yield Problem(text, self.begins)
 
-    def _why(self, held: str, rank: int, index: int, *, oldest: bool = False) -> str:
+    def _why(self, previous_hash: str, rank: int, index: int, *, is_oldest: bool = False) -> str:
         """Return why an entry does not follow the entry before it. `rank` and `index`: its file and its place in the file."""
-        if held == BEGINNING:
+        if previous_hash == BEGINNING:
             return (
                 "begins a new chain: the agent was started without the older entries, or a line was removed or moved; "
                 "entries between may be missing"
             )
-        ranks = {id(each): number for number, each in enumerate(self._scans)}
-        places = [place for place in self._places.get(held, []) if id(place.scan) in ranks]
+        ranks = {id(scan): number for number, scan in enumerate(self._scans)}
+        places = [place for place in self._places.get(previous_hash, []) if id(place.scan) in ranks]
         for place in places:
-            there = f"{place.scan.path}, line {place.line}"
+            location = f"{place.scan.path}, line {place.line}"
             if (ranks[id(place.scan)], place.order) <= (rank, index):
                 return (
-                    f"does not follow the line before it, but {there}, and another line follows that one, too: a fork; "
+                    f"does not follow the line before it, but {location}, and another line follows that one, too: a fork; "
                     "two agents wrote to this audit log"
                 )
-            return f"does not follow the line before it, but a later one, {there}: a line was moved"
-        if oldest:
+            return f"does not follow the line before it, but a later one, {location}: a line was moved"
+        if is_oldest:
             return (
                 "the beginning of the audit log is missing: this line follows a line that was not found. "
                 "If older files are in another folder, name all files"
@@ -174,23 +178,25 @@ class History:
 
     def _without_copies(self, scans: Sequence[Scan]) -> list[Scan]:
         """Return the files without those whose entries are all in another file, too."""
-        kept: list[Scan] = []
-        for scan in sorted(scans, key=lambda each: (-each.count, len(each.faults), each.file.optional)):
-            original = next((other for other in kept if self._contains(other, scan)), None)
-            if original is None:
-                kept.append(scan)
+        originals: list[Scan] = []
+        for scan in sorted(
+            scans, key=lambda candidate: (-candidate.count, len(candidate.faults), candidate.file.optional)
+        ):
+            other_scan = next((kept_scan for kept_scan in originals if self._contains(kept_scan, scan)), None)
+            if other_scan is None:
+                originals.append(scan)
             else:
-                self.notes.append(f"{scan.path}: all its entries are also in {original.path}; left out")
-        return [scan for scan in scans if scan in kept]
+                self.notes.append(f"{scan.path}: all its entries are also in {other_scan.path}; left out")
+        return [scan for scan in scans if scan in originals]
 
     def _contains(self, other: Scan, scan: Scan) -> bool:
-        starts = [place.order for place in self._places.get(scan.previous, []) if place.scan is other]
+        start_orders = [place.order for place in self._places.get(scan.previous, []) if place.scan is other]
         if scan.previous == other.previous:
-            starts.append(0)
+            start_orders.append(0)
         if scan.is_started:
-            starts += [part.index for part in other.parts if part.start is not None]
-        ends = [place.order for place in self._places.get(scan.last, []) if place.scan is other]
-        return any(start + scan.count in ends for start in starts)
+            start_orders += [part.index for part in other.parts if part.start is not None]
+        end_orders = [place.order for place in self._places.get(scan.last, []) if place.scan is other]
+        return any(start + scan.count in end_orders for start in start_orders)
 
     def _connected(self, chains: Sequence[list[Scan]]) -> list[list[Scan]]:
         """Return the chains without those that have only optional files: these belong to another log with a similar name."""
@@ -202,23 +208,25 @@ class History:
 
 def _chains(scans: Iterable[Scan]) -> list[list[Scan]]:
     """Group the files into chains, in which each file follows the one before it. The chain that begins first comes first."""
-    ordered = sorted(scans, key=_begins)
+    sorted_scans = sorted(scans, key=_begins)
     followers: dict[str, list[Scan]] = {}
-    for scan in ordered:
+    for scan in sorted_scans:
         followers.setdefault(scan.previous, []).append(scan)
-    ends = {scan.last for scan in ordered}
+    last_hashes = {scan.last for scan in sorted_scans}
     chains: list[list[Scan]] = []
-    used: set[int] = set()
-    for start in sorted(ordered, key=lambda scan: scan.previous in ends):  # files that follow another one come last
+    chained_ids: set[int] = set()
+    for start in sorted(
+        sorted_scans, key=lambda scan: scan.previous in last_hashes
+    ):  # files that follow another one come last
         chain: list[Scan] = []
-        following = [start]
-        while following := [scan for scan in following if id(scan) not in used]:
-            chain.append(following[0])
-            used.add(id(following[0]))
-            following = followers.get(following[0].last, [])
+        successors = [start]
+        while successors := [scan for scan in successors if id(scan) not in chained_ids]:
+            chain.append(successors[0])
+            chained_ids.add(id(successors[0]))
+            successors = followers.get(successors[0].last, [])
         if chain:
             chains.append(chain)
-    return sorted(chains, key=lambda chain: (chain[0].previous in ends, _begins(chain[0])))
+    return sorted(chains, key=lambda chain: (chain[0].previous in last_hashes, _begins(chain[0])))
 
 
 def _joined(scans: Iterable[Scan]) -> list[Chain]:
@@ -231,9 +239,9 @@ def _joined(scans: Iterable[Scan]) -> list[Chain]:
                 chain.ends, chain.count, chain.last = part.ends, chain.count + part.count, part.last
                 chain.whole = chain.whole and not part.broken
             else:
-                begins = part.start is not None or (scan.previous == BEGINNING and not scan.unstarted)
-                whole = begins and not part.broken
-                chains.append(Chain(part.start, part.begins, part.ends, part.count, part.last, whole))
+                has_start = part.start is not None or (scan.previous == BEGINNING and not scan.unstarted)
+                is_whole = has_start and not part.broken
+                chains.append(Chain(part.start, part.begins, part.ends, part.count, part.last, is_whole))
     return chains
 
 
@@ -255,9 +263,9 @@ def _locate(scans: Collection[Scan]) -> dict[str, list[_Place]]:
     """Read the files again, and return the places of entries by their hash, for the hashes that other entries contain."""
     places: dict[str, list[_Place]] = {scan.last: [] for scan in scans}
     for scan in scans:
-        for held in (scan.previous, *(fault.held for fault in scan.faults)):
-            if held is not None:
-                places[held] = []
+        for previous_hash in (scan.previous, *(fault.held for fault in scan.faults)):
+            if previous_hash is not None:
+                places[previous_hash] = []
     for scan in scans:
         if not os.path.isfile(scan.path):  # a pipe can be read only once
             continue
@@ -266,9 +274,9 @@ def _locate(scans: Collection[Scan]) -> dict[str, list[_Place]]:
             for line in lines(scan.path, scan.file.identity):
                 if _is_entry(scan.path, line):
                     index += 1
-                    found = places.get(link(line.text))
-                    if found is not None and len(found) < MAX_PLACES:
-                        found.append(_Place(scan, index, line.number))
+                    hash_places = places.get(link(line.text))
+                    if hash_places is not None and len(hash_places) < MAX_PLACES:
+                        hash_places.append(_Place(scan, index, line.number))
         except (ChainError, OSError):
             continue  # the error was reported when the file was read the first time
     return places

@@ -26,14 +26,14 @@ class Period(NamedTuple):
     last: datetime | None
 
     def __str__(self) -> str:
-        first, last = (time.isoformat(timespec="seconds") if time else "an unknown time" for time in self)
-        return f"at {first}" if first == last else f"from {first} to {last}"
+        first_time, last_time = (time.isoformat(timespec="seconds") if time else "an unknown time" for time in self)
+        return f"at {first_time}" if first_time == last_time else f"from {first_time} to {last_time}"
 
     def joined(self, other: "Period") -> "Period":
         """Return the shortest period that contains both periods."""
-        firsts = [time for time in (self.first, other.first) if time is not None]
-        lasts = [time for time in (self.last, other.last) if time is not None]
-        return Period(min(firsts, default=None), max(lasts, default=None))
+        first_times = [time for time in (self.first, other.first) if time is not None]
+        last_times = [time for time in (self.last, other.last) if time is not None]
+        return Period(min(first_times, default=None), max(last_times, default=None))
 
 
 class LoggedNames:
@@ -64,14 +64,14 @@ class LoggedNames:
 
     def current(self, name: str) -> list[str]:
         """Return the ID and all aliases of the key with the ID or alias `name`, by the newest entries. Empty if unknown."""
-        now = {
+        key_ids = {
             alias: key_id
             for alias, keys in self.aliases.items()
             for key_id, period in keys.items()
             if self.newest is not None and period.last == self.newest
         }
-        key_id = now.get(name, name)
-        aliases = [alias for alias, owner in now.items() if owner == key_id]
+        key_id = key_ids.get(name, name)
+        aliases = [alias for alias, owner in key_ids.items() if owner == key_id]
         return [key_id, *aliases] if aliases else []
 
     def _add(self, alias: str, key_id: str, period: Period) -> None:
@@ -81,8 +81,8 @@ class LoggedNames:
 
 def plain_name(name: str) -> str:
     """Return the key ID or alias in an ARN, or after `key/`. An ID is in lower case, as the agent writes it."""
-    plain = (name.rpartition(":")[2] if name.startswith("acs:") else name).removeprefix("key/")
-    return plain.lower() if _KEY_ID.fullmatch(plain) else plain
+    key_name = (name.rpartition(":")[2] if name.startswith("acs:") else name).removeprefix("key/")
+    return key_name.lower() if _KEY_ID.fullmatch(key_name) else key_name
 
 
 def open_keyring(settings: Settings | None) -> Document:
@@ -90,10 +90,10 @@ def open_keyring(settings: Settings | None) -> Document:
     if settings is None:
         raise KeyringError("--config is missing, which names the keyring")
     if settings.keyring is None or settings.unseal is None:
-        missing = "keyring" if settings.keyring is None else "unseal"
+        setting = "keyring" if settings.keyring is None else "unseal"
         if settings.unseal_socket is not None:
             raise KeyringError('an operator has the secret that opens the keyring (unseal = "manual")')
-        raise KeyringError(f"the configuration has no {missing}")
+        raise KeyringError(f"the configuration has no {setting}")
     try:
         return file.read(settings.keyring, Unsealer.read(settings.unseal, owner_of(settings.keyring)))
     except OSError as error:

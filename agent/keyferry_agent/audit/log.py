@@ -25,7 +25,7 @@ from ..keyring.keyring import Keyring
 from ..locking import Lock
 from ..peer import Peer
 from . import agent_entries
-from .entry import AuditEntry
+from .entry import AuditedRequest
 from .writer_thread import WriterThread
 
 __all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
@@ -140,32 +140,32 @@ class AuditLog:
         if self._lock is not None:
             self._writer.finish(self._lock.release)
 
-    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
-        """Write an entry for each request, with its peer and its outcome, in one call of the writer thread.
+    def record(self, requests: Sequence[AuditedRequest]) -> Appended:
+        """Write an entry for each request, in one call of the writer thread.
 
         Returns the number of entries that were written, and the error if not all were. After a timeout, an entry may still be
         written although its request was refused because of the timeout.
         """
         now = _now()
         lines = []
-        last: Peer | None = None
+        last_peer: Peer | None = None
         caller = ""
-        for peer, entry, outcome in requests:
-            if peer is not last:  # the requests of one connection come together
-                last, caller = peer, _of_peer(peer)
-            lines.append(_line(now, caller, entry, outcome, _of_program(peer) if entry.by_program else ""))
-        appended = self._append(lines)
-        if appended.error is not None:
-            self.failures += len(lines) - appended.lines
-        return appended
+        for request in requests:
+            if request.peer is not last_peer:  # the requests of one connection come together
+                last_peer, caller = request.peer, _of_peer(request.peer)
+            lines.append(_line(now, caller, request))
+        result = self._append(lines)
+        if result.error is not None:
+            self.failures += len(lines) - result.lines
+        return result
 
     def _append(self, lines: list[str]) -> Appended:
         try:
-            appended = self._writer.call(self._file.append, lines)
+            result = self._writer.call(self._file.append, lines)
         except OSError as error:
-            appended = Appended(0, error)
-        self.failing = appended.error is not None
-        return appended
+            result = Appended(0, error)
+        self.failing = result.error is not None
+        return result
 
 
 def _now() -> str:
@@ -173,20 +173,26 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _line(now: str, caller: str, entry: AuditEntry, outcome: str, program: str = "") -> str:
+def _line(now: str, caller: str, request: AuditedRequest) -> str:
     """Return a line without the hash of the line before it and without its closing brace.
 
     Formatted by hand because every request needs a line: json.dumps of a dictionary takes eight microseconds instead of one.
     """
+    peer, request_id, started, entry, outcome, blob_hash = request
+    program = _of_program(peer) if entry.by_program else ""
+    if entry.destination_key_id:
+        ciphertext, destination_ciphertext = entry.ciphertext, blob_hash
+    else:
+        ciphertext, destination_ciphertext = blob_hash or entry.ciphertext, ""
     return (
-        f'{{"time": "{now}", "event": "audit", "request_id": {quoted(entry.request_id)}, '
+        f'{{"time": "{now}", "event": "audit", "request_id": {quoted(request_id)}, '
         f'"operation": {quoted(entry.operation)}, {caller}, {program}"grant": {quoted(entry.grant)}, '
         f'"key_id": {quoted(entry.key_id)}, "key_version_id": {quoted(entry.key_version_id)}, '
         f'"context_keys": {_context_keys(entry.context_keys)}, "recipient": {quoted(entry.recipient)}, '
         f'"destination_key_id": {quoted(entry.destination_key_id)}, '
         f'"destination_key_version_id": {quoted(entry.destination_key_version_id)}, '
-        f'"ciphertext": "{entry.ciphertext}", "destination_ciphertext": "{entry.destination_ciphertext}", '
-        f'{_of_outcome(outcome)}, "microseconds": {round((time.monotonic() - entry.started) * 1e6)}'
+        f'"ciphertext": "{ciphertext}", "destination_ciphertext": "{destination_ciphertext}", '
+        f'{_of_outcome(outcome)}, "microseconds": {round((time.monotonic() - started) * 1e6)}'
     )
 
 

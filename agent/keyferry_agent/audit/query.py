@@ -55,8 +55,8 @@ class Query(NamedTuple):
             return False
         if self.context_key[:MAX_KEY_CHARACTERS] in keys:
             return True
-        full = len(keys) >= MAX_CONTEXT_KEYS or len(json.dumps(keys)) >= _MAYBE_MORE_BYTES
-        return None if full else False
+        is_full = len(keys) >= MAX_CONTEXT_KEYS or len(json.dumps(keys)) >= _MAYBE_MORE_BYTES
+        return None if is_full else False
 
 
 def _one_of(value: str | None, fields: dict[str, Any], *names: str) -> bool:
@@ -87,9 +87,9 @@ class _Matching(NamesOnly, ABC):
         """Take an entry."""
         super().__call__(fields, time)
         if self._query.matches(fields, time):
-            has = self._query.has_context_key(fields)
-            self.undecided += has is None
-            if has:
+            match = self._query.has_context_key(fields)
+            self.undecided += match is None
+            if match:
                 self._found(fields)
 
     @abstractmethod
@@ -116,9 +116,9 @@ class Counted(_Matching):
         super().__init__(query)
         self._groups: dict[str, dict[str, Any]] = {}
 
-    def add(self, later: "Counted") -> None:
+    def add(self, later_file: "Counted") -> None:
         """Add the groups of a later file."""
-        for group in later.of(None):
+        for group in later_file.of(None):
             self._add(group)
 
     def of(self, keys: Collection[str] | None) -> list[dict[str, Any]]:
@@ -126,8 +126,10 @@ class Counted(_Matching):
         return [group for group in self._groups.values() if is_of(group, keys)]
 
     def _found(self, fields: dict[str, Any]) -> None:
-        when = fields.get("time")
-        self._add({**{name: fields.get(name) for name in self.NAMES}, "count": 1, "first": when, "last": when})
+        time_text = fields.get("time")
+        self._add(
+            {**{name: fields.get(name) for name in self.NAMES}, "count": 1, "first": time_text, "last": time_text}
+        )
 
     def _add(self, group: dict[str, Any]) -> None:
         key = json.dumps([group[name] for name in self.NAMES])
@@ -156,13 +158,13 @@ class Spool:
             self._file = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed at the end of the `with` block
         self.size += self._file.write(line)
 
-    def lines(self, begin: int, end: int) -> Iterator[bytes]:
+    def lines(self, start: int, end: int) -> Iterator[bytes]:
         """Yield the lines between two places."""
-        while begin < end:
+        while start < end:
             assert self._file is not None
-            self._file.seek(begin)
+            self._file.seek(start)
             line = self._file.readline()
-            begin += len(line)
+            start += len(line)
             yield line
 
 
@@ -203,10 +205,10 @@ class Listed(_Matching):
                 yield fields
 
     def _found(self, fields: dict[str, Any]) -> None:
-        selected = {name: fields[name] for name in self.NAMES if name in fields}
+        fields_of_entry = {name: fields[name] for name in self.NAMES if name in fields}
         if not self._end:  # files are read one after the other, so the entries of one file are contiguous
             self._begin = self._spool.size
-        self._spool.append(json.dumps(selected).encode() + b"\n")
+        self._spool.append(json.dumps(fields_of_entry).encode() + b"\n")
         self._end = self._spool.size
 
 

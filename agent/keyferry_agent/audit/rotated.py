@@ -86,23 +86,23 @@ def _look_beside(current: Path, files: dict[Identity, File], problems: list[str]
         problems.append(f"{current.parent}: {error.strerror}, so rotated files cannot be found")
         return
     for name in names:
-        rotated, similar, extended = _likeness(name, current.name)
+        is_rotated, has_prefix, has_infix = _likeness(name, current.name)
         path = current.with_name(name)
-        if not (rotated or (sniff and (similar or extended))):
+        if not (is_rotated or (sniff and (has_prefix or has_infix))):
             continue
         try:
             status = path.stat()
         except OSError as error:
-            if rotated:
+            if is_rotated:
                 problems.append(f"{path}: {error.strerror}")
             continue
         if stat.S_ISDIR(status.st_mode) or identity(status) in files:
             continue
         if not stat.S_ISREG(status.st_mode):
-            if rotated:
+            if is_rotated:
                 problems.append(f"{path}: not a file")
-        elif rotated or _has_entries(path):
-            files[identity(status)] = File(path, identity(status), optional=extended and not rotated)
+        elif is_rotated or _has_entries(path):
+            files[identity(status)] = File(path, identity(status), optional=has_infix and not is_rotated)
 
 
 def _look_before(path: Path, files: dict[Identity, File]) -> None:
@@ -129,14 +129,14 @@ def _likeness(name: str, current: str) -> tuple[bool, bool, bool]:
     Return whether logrotate may have made the name, whether it begins with the current name, and whether the two differ only in
     the middle.
     """
-    plain = next((name.removesuffix(end) for end in _COMPRESSED if name.endswith(end)), name)
+    base_name = next((name.removesuffix(end) for end in _COMPRESSED if name.endswith(end)), name)
     if name == current:
         return False, False, False
     if name.startswith(current):
-        return plain != name or bool(_AFTER_NAME.fullmatch(name[len(current) :])), True, False
+        return base_name != name or bool(_AFTER_NAME.fullmatch(name[len(current) :])), True, False
     stem, extension = os.path.splitext(current)
-    if extension and plain.startswith(stem) and plain.endswith(extension):
-        middle = plain[len(stem) : -len(extension)]
+    if extension and base_name.startswith(stem) and base_name.endswith(extension):
+        middle = base_name[len(stem) : -len(extension)]
         return bool(_BEFORE_EXTENSION.fullmatch(middle)), False, middle[:1] in ("-", ".", "_")
     return False, False, False
 

@@ -86,31 +86,31 @@ class Scan:
 
     def read(self) -> None:
         """Read the file up to its end, or to an error, which is noted as a fault."""
-        unhealed: list[Fault] = []
+        open_faults: list[Fault] = []
         try:
             for line in lines(self.path, self.file.identity):
-                fields = self._entry(unhealed, line)
+                fields = self._entry(open_faults, line)
                 if fields is None:
                     continue
                 time = moment(fields.get("time"))
-                self._follow(unhealed, fields, line.number, time)
+                self._follow(open_faults, fields, line.number, time)
                 self.count, self.last, self.ends = self.count + 1, link(line.text), time
                 part = self.parts[-1]
                 part.count, part.last, part.ends = part.count + 1, self.last, time
                 if time is not None:
-                    for fault in unhealed:
+                    for fault in open_faults:
                         fault.healed = time
-                    unhealed.clear()
+                    open_faults.clear()
                 if self.tally is not None:
                     self.tally(fields, time)
         except (ChainError, OSError) as error:
             text = str(error) if isinstance(error, ChainError) else f"{self.path}: {error.strerror}"
-            self._fault(unhealed, Fault(0, text))
+            self._fault(open_faults, Fault(0, text))
             self.moved = isinstance(error, MovedError)
         if self._other is not None and not self.count:
             self.faults.insert(0, self._other)
 
-    def _entry(self, unhealed: list[Fault], line: Line) -> dict[str, Any] | None:
+    def _entry(self, open_faults: list[Fault], line: Line) -> dict[str, Any] | None:
         try:
             return entry(self.path, line)
         except ChainError as error:
@@ -119,26 +119,26 @@ class Scan:
                 self.others += 1
                 self._other = self._other or fault
             else:
-                self._fault(unhealed, fault)
+                self._fault(open_faults, fault)
         return None
 
-    def _follow(self, unhealed: list[Fault], fields: Mapping[str, Any], number: int, time: datetime | None) -> None:
+    def _follow(self, open_faults: list[Fault], fields: Mapping[str, Any], number: int, time: datetime | None) -> None:
         """Check whether an entry follows the entry before it, or begins a chain, and note a fault if neither is so."""
-        held = fields.get("previous")
-        held = held if isinstance(held, str) else ""
-        starts = fields.get("event") == START
+        previous_hash = fields.get("previous")
+        previous_hash = previous_hash if isinstance(previous_hash, str) else ""
+        is_start = fields.get("event") == START
         # An agent that can read back its log continues the chain. So only in a stream, one chain can begin after another.
-        stream = starts and held == BEGINNING and fields.get("chain") == "stream" and self.file.mixed
+        stream = is_start and previous_hash == BEGINNING and fields.get("chain") == "stream" and self.file.mixed
         if stream or not self.count:
             self.parts.append(Part(self.count, fields if stream else None, time))
         if not self.count:
-            self.previous, self.first_line, self.begins = held, number, time
-            honest = starts and fields.get("chain") != "continued"
-            self.unstarted = held == BEGINNING and "level" in fields and not honest
-        elif held != self.last and not stream:
-            self._fault(unhealed, Fault(number, "", held, self.count))
+            self.previous, self.first_line, self.begins = previous_hash, number, time
+            has_beginning = is_start and fields.get("chain") != "continued"
+            self.unstarted = previous_hash == BEGINNING and "level" in fields and not has_beginning
+        elif previous_hash != self.last and not stream:
+            self._fault(open_faults, Fault(number, "", previous_hash, self.count))
 
-    def _fault(self, unhealed: list[Fault], fault: Fault) -> None:
+    def _fault(self, open_faults: list[Fault], fault: Fault) -> None:
         if self.parts:
             self.parts[-1].broken = True
         if len(self.faults) < MAX_FAULTS:
@@ -147,7 +147,7 @@ class Scan:
             self.omitted += 1
             fault = self.faults[-1]
         fault.healed = None
-        unhealed.append(fault)
+        open_faults.append(fault)
 
 
 def moment(value: object) -> datetime | None:

@@ -28,29 +28,29 @@ def lock(path: str) -> Lock | None:
     Returns None if there is nothing to lock: for "stderr", a device, or a pipe without a name in a folder. Returns None, and
     logs a warning, if the folder cannot contain a lock file. Blocks for `LOCK_SECONDS` at most. Raises `LockError`.
     """
-    real = Path(os.path.realpath(path))
-    if path == "stderr" or not _is_lockable(path, real):
+    real_path = Path(os.path.realpath(path))
+    if path == "stderr" or not _is_lockable(path, real_path):
         return None
     try:
-        return Lock(real, seconds=LOCK_SECONDS)
+        return Lock(real_path, seconds=LOCK_SECONDS)
     except LockError as error:
         number = error.__cause__.errno if isinstance(error.__cause__, OSError) else None
-        exists = os.path.lexists(lock_file_of(real))
-        if number in _NO_LOCKS or (number in _NO_LOCK_FILE and not exists):
+        has_lock_file = os.path.lexists(lock_file_of(real_path))
+        if number in _NO_LOCKS or (number in _NO_LOCK_FILE and not has_lock_file):
             log.warning("startup.limited", what=f"a second agent could write to the same audit log: {error}")
             return None
         raise LockError(f"{path}: another agent may be writing to this audit log: {error}") from None
 
 
-def _is_lockable(path: str, real: Path) -> bool:
+def _is_lockable(path: str, real_path: Path) -> bool:
     """Return whether a path leads to a file or pipe in a folder, or to a file that the agent has still to create."""
     try:
         status = os.stat(path)
     except OSError:
-        return real.parent.is_dir()
+        return real_path.parent.is_dir()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
         return False
     try:
-        return os.path.samestat(status, real.lstat())
+        return os.path.samestat(status, real_path.lstat())
     except OSError:  # for example, /dev/stdout that is a pipe
         return False

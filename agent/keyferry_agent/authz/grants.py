@@ -94,9 +94,9 @@ class Grant:
     _actions: re.Pattern[str] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        wild = tuple(key for key in self.keys if "*" in key)
-        object.__setattr__(self, "_names", frozenset(self.keys).difference(wild))  # most grants name their keys
-        object.__setattr__(self, "_keys", _pattern(wild, part="[^/:]*"))
+        patterns = tuple(key for key in self.keys if "*" in key)
+        object.__setattr__(self, "_names", frozenset(self.keys).difference(patterns))  # most grants name their keys
+        object.__setattr__(self, "_keys", _pattern(patterns, part="[^/:]*"))
         object.__setattr__(self, "_actions", _pattern(self.actions, part=".*"))
 
     def matches_caller(self, peer: Peer) -> bool:
@@ -245,10 +245,10 @@ class CallerGrants:
         index = self._actions.get(action)
         if index is None:
             # Many grants have equal lists of actions, so match each list once.
-            matching = {
+            has_action = {
                 grant.actions: grant.has_action(action) for grant in {g.actions: g for g in self.grants}.values()
             }
-            index = self._actions[action] = _ActionIndex([grant for grant in self.grants if matching[grant.actions]])
+            index = self._actions[action] = _ActionIndex([grant for grant in self.grants if has_action[grant.actions]])
         return index
 
 
@@ -284,17 +284,17 @@ class Policy:
         return granted
 
     def _look_up(self, peer: Peer) -> CallerGrants:
-        own = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
-        candidates = sorted([*own, *self._without_uid], key=lambda pair: pair[0])
-        possible = [(index, grant) for index, grant in candidates if grant.could_be_to(peer)]
-        asks = frozenset[str]().union(*(grant.program for _, grant in possible))
-        matching = [(index, grant) for index, grant in possible if grant.matches_caller(peer)]
-        key = tuple(index for index, _ in matching), asks
+        user_grants = self._by_uid.get(peer.uid, []) if peer.uid is not None else []
+        candidates = sorted([*user_grants, *self._without_uid], key=lambda pair: pair[0])
+        candidates_of_peer = [(index, grant) for index, grant in candidates if grant.could_be_to(peer)]
+        evidence = frozenset[str]().union(*(grant.program for _, grant in candidates_of_peer))
+        peer_grants = [(index, grant) for index, grant in candidates_of_peer if grant.matches_caller(peer)]
+        key = tuple(index for index, _ in peer_grants), evidence
         granted = self._sets.get(key)
         if granted is None:
             if len(self._sets) >= _MAX_CACHED_SETS:
                 self._sets.clear()
-            granted = self._sets[key] = CallerGrants(tuple(grant for _, grant in matching), asks)
+            granted = self._sets[key] = CallerGrants(tuple(grant for _, grant in peer_grants), evidence)
         return granted
 
 

@@ -31,7 +31,7 @@ def link(line: bytes) -> str:
 
 def verify(paths: list[Path]) -> Verified:
     """Follow the chain through files in the given order, up to the first fault. Raises `ChainError`, or OSError."""
-    previous, count, beginning = "", 0, False
+    last_hash, count, beginning = "", 0, False
     for path in paths:
         for line in lines(path):
             fields = entry(path, line)
@@ -39,16 +39,15 @@ def verify(paths: list[Path]) -> Verified:
                 continue
             previous_hash = fields.get("previous")
             if not count:
-                beginning = (
-                    previous_hash == BEGINNING
-                )  # if not, older files are missing, and the chain is verified from here on
-            elif previous_hash != previous:
+                # If not, older files are missing, and the chain is verified from here on.
+                beginning = previous_hash == BEGINNING
+            elif previous_hash != last_hash:
                 problem = "begins a new chain" if previous_hash == BEGINNING else "does not follow the line before it"
                 raise ChainError(f"{path}, line {line.number}: {problem}: a line was changed, removed or moved")
-            previous, count = link(line.text), count + 1
+            last_hash, count = link(line.text), count + 1
     if not count:
         raise ChainError("the audit log has no entry")
-    return Verified(count, previous, beginning)
+    return Verified(count, last_hash, beginning)
 
 
 def read(paths: list[Path]) -> Iterator[dict[str, Any]]:

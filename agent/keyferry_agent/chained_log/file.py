@@ -64,10 +64,10 @@ class RecordFile:
         if self._path != "stderr":
             with suppress(OSError):  # a partial line may stay at the end of the old file, which gets no more lines
                 self._take_back()
-            old, self._descriptor, self.identity, self._cut_off = self._descriptor, _NONE, None, 0
-            if old != _NONE:
+            old_descriptor, self._descriptor, self.identity, self._cut_off = self._descriptor, _NONE, None, 0
+            if old_descriptor != _NONE:
                 with suppress(OSError):  # close(2) may report an earlier write error; it frees the descriptor anyway
-                    os.close(old)
+                    os.close(old_descriptor)
             self._open()
 
     def append(self, records: Sequence[str]) -> Appended:
@@ -77,9 +77,9 @@ class RecordFile:
         """
         while self._waiting:
             announced = self._waiting.popleft()
-            written, error = self._append(announced)
+            written_lines, error = self._append(announced)
             if error is not None:
-                self._waiting.appendleft(announced[written:])
+                self._waiting.appendleft(announced[written_lines:])
                 return Appended(0, error)
         return self._append(records) if records else Appended(0)
 
@@ -99,10 +99,10 @@ class RecordFile:
                 del self._waiting[1]
 
     def _append(self, records: Sequence[str]) -> Appended:
-        lines, previous = [], self._previous
+        lines, previous_hash = [], self._previous
         for record in records:
-            line = f'{record}, "previous": "{previous}"}}'.encode()
-            previous = link(line)
+            line = f'{record}, "previous": "{previous_hash}"}}'.encode()
+            previous_hash = link(line)
             lines.append(line + b"\n")
         if self._waits:  # writes of at most PIPE_BUF (4,096) bytes are atomic: one line is, several may not be
             return self._one_by_one(lines)
@@ -110,16 +110,16 @@ class RecordFile:
             self._write(b"".join(lines))
         except OSError as error:
             return Appended(0, error)
-        self._previous = previous
+        self._previous = previous_hash
         return Appended(len(lines))
 
     def _one_by_one(self, lines: list[bytes]) -> Appended:
         assert self._waits is not None
         for count, line in enumerate(lines):
-            ready = self._waits.poll(self._patience)
+            is_ready = self._waits.poll(self._patience)
             # After a timeout, do not wait again until the reader reads.
-            self._patience = _READER_TIMEOUT_MS if ready else 0
-            if not ready:
+            self._patience = _READER_TIMEOUT_MS if is_ready else 0
+            if not is_ready:
                 return Appended(count, OSError(errno.EAGAIN, "the audit pipe has no reader, or its reader is stalled"))
             try:
                 self._write(line)
@@ -128,11 +128,11 @@ class RecordFile:
             self._previous = link(line[:-1])
         return Appended(len(lines))
 
-    def _write(self, packed: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         self._take_back()
-        written = os.write(self._descriptor, packed)
-        if written != len(packed):
-            self._cut_off = written
+        written_bytes = os.write(self._descriptor, data)
+        if written_bytes != len(data):
+            self._cut_off = written_bytes
             with suppress(OSError):  # if this fails, the next `_write` tries again
                 self._take_back()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -161,14 +161,14 @@ class RecordFile:
     def _continue(self, size: int) -> None:
         """Continue the chain after the file's last line, and remove a line without a newline. Raises OSError."""
         tail = os.pread(self._descriptor, _TAIL, max(0, size - _TAIL))
-        whole = tail.rfind(b"\n") + 1
-        last = tail[:whole].splitlines()[-1] if whole else tail
-        if last and not last.startswith(_OBJECT):  # a user who can rename the file may have replaced it
+        whole_bytes = tail.rfind(b"\n") + 1
+        last_line = tail[:whole_bytes].splitlines()[-1] if whole_bytes else tail
+        if last_line and not last_line.startswith(_OBJECT):  # a user who can rename the file may have replaced it
             raise OSError(errno.EINVAL, "its last line is not an audit entry; name another file", self._path)
-        if whole != len(tail):  # a crash cut this line off, so its answer was never sent
-            os.ftruncate(self._descriptor, size - (len(tail) - whole))
-        if whole:
-            self._previous = link(tail[:whole].splitlines()[-1])
+        if whole_bytes != len(tail):  # a crash cut this line off, so its answer was never sent
+            os.ftruncate(self._descriptor, size - (len(tail) - whole_bytes))
+        if whole_bytes:
+            self._previous = link(tail[:whole_bytes].splitlines()[-1])
 
 
 def _open_to_append(path: str) -> int:

@@ -60,13 +60,13 @@ def identity(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino
 
 
-def lines(path: Path, expected: Identity | None = None) -> Iterator[Line]:
+def lines(path: Path, file_identity: Identity | None = None) -> Iterator[Line]:
     """Yield the lines of a file.
 
-    Raises OSError, `ChainError` if the compressed data is damaged, and `MovedError` if the file is not the `expected` one.
+    Raises OSError, `ChainError` if the compressed data is damaged, and `MovedError` if the file has another identity.
     """
     with open(path, "rb") as file:
-        if expected is not None and identity(os.fstat(file.fileno())) != expected:
+        if file_identity is not None and identity(os.fstat(file.fileno())) != file_identity:
             raise MovedError(
                 f"{path}: another file has this name now, because a log rotation is in progress; try again"
             )
@@ -80,7 +80,7 @@ def lines(path: Path, expected: Identity | None = None) -> Iterator[Line]:
                 yield Line(number, text, "cut off")
             else:
                 yield Line(number, text, f"longer than {MAX_LINE} bytes")
-                while (more := _read_line(path, stream)) and not more.endswith(b"\n"):
+                while (part := _read_line(path, stream)) and not part.endswith(b"\n"):
                     pass
 
 
@@ -109,10 +109,10 @@ def _decompressed(path: Path, file: Any) -> BinaryIO:
     for magic, module in _COMPRESSED:
         if head.startswith(magic):
             try:
-                opened: BinaryIO = importlib.import_module(module).open(file)
+                decompressed: BinaryIO = importlib.import_module(module).open(file)
             except ImportError:
                 raise ChainError(f"{path}: this Python was built without {module}; decompress it first") from None
-            return opened
+            return decompressed
     stream: BinaryIO = file
     return stream
 

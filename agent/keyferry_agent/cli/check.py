@@ -43,14 +43,14 @@ def add_parser(commands: Any) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    settings, problems, open_to_others, missing = examine(arguments.file)
+    settings, problems, open_to_others, missing_files = examine(arguments.file)
     warnings: list[str] = []
     if settings is not None:
         open_to_others += _open_files(settings)
         warnings += settings.warnings
         if not problems:  # with problems, a file may seem to be missing only because its line is invalid
             obstacles, remarks = _of_this_host(settings, systemd=arguments.systemd)
-            obstacles += missing
+            obstacles += missing_files
             if arguments.systemd:
                 problems = [f"{arguments.file}: {obstacle}" for obstacle in obstacles]
             else:
@@ -62,8 +62,8 @@ def _check(arguments: argparse.Namespace) -> int:
         say(f"{arguments.file}: warning: {warning}")
     if settings is None or problems or open_to_others:
         return FAILED
-    counted = f"; warnings: {len(warnings)}" if warnings else ""
-    return show("keyferry-agent", f"{arguments.file}: good; grants: {len(settings.grants)}{counted}")
+    warning_count = f"; warnings: {len(warnings)}" if warnings else ""
+    return show("keyferry-agent", f"{arguments.file}: good; grants: {len(settings.grants)}{warning_count}")
 
 
 def _of_this_host(settings: Settings, *, systemd: bool) -> tuple[list[str], list[str]]:
@@ -73,16 +73,16 @@ def _of_this_host(settings: Settings, *, systemd: bool) -> tuple[list[str], list
     except systemd_units.UnitError as error:
         return [f"--systemd: {error}"], []
     obstacles = [*_packages(settings), *_sockets(settings, unit), *_folders(settings, unit)]
-    missing = _missing_files(settings, unit)
+    missing_files = _missing_files(settings, unit)
     remarks: list[str] = []
-    if not missing:
+    if not missing_files:
         try:
             document = _keyring(settings)
         except KeyringError as error:
-            missing.append(f"keyring: {error}")
+            missing_files.append(f"keyring: {error}")
         else:
             remarks = _keys(settings, document) if document else []
-    return [*obstacles, *missing], remarks
+    return [*obstacles, *missing_files], remarks
 
 
 def _packages(settings: Settings) -> list[str]:
@@ -108,14 +108,16 @@ def _importable(name: str) -> bool:
 def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
     """Return messages about problems with inherited sockets, and with those that the agent has to create."""
     try:
-        handed = unix_sockets.assign(settings.listeners, [(each.name, each.path) for each in unit.sockets])
+        assignment = unix_sockets.assign(
+            settings.listeners, [(unit_socket.name, unit_socket.path) for unit_socket in unit.sockets]
+        )
     except unix_sockets.ListeningError as error:
         return [f"listener: {error}"]
     hint = "no enabled socket unit has it" if unit.is_known else "or let systemd pass the socket (check --systemd)"
     return [
         f"listener {listener.name!r}: {problem}; {hint}"
         for listener in settings.listeners
-        if listener.name not in handed
+        if listener.name not in assignment
         for problem in _unwritable(listener.path, unit)
     ]
 
@@ -123,19 +125,19 @@ def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
 def _folders(settings: Settings, unit: systemd_units.Unit) -> list[str]:
     problems = []
     if settings.metrics.startswith("/"):
-        problems += [f"metrics.listen: {each}" for each in _unwritable(Path(settings.metrics), unit)]
+        problems += [f"metrics.listen: {problem}" for problem in _unwritable(Path(settings.metrics), unit)]
     if settings.unseal_socket is not None:
-        problems += [f"unseal_socket: {each}" for each in _unwritable(settings.unseal_socket, unit)]
+        problems += [f"unseal_socket: {problem}" for problem in _unwritable(settings.unseal_socket, unit)]
     path = Path(settings.audit.path)
     if path.is_absolute():
         if not os.path.exists(path):
-            problems += [f"audit.path: {each}" for each in _unwritable(path, unit)]
+            problems += [f"audit.path: {problem}" for problem in _unwritable(path, unit)]
         elif path.is_dir():
             problems.append(f"audit.path: {path} is a folder; name a file in it")
         elif not os.access(path, os.R_OK | os.W_OK):
             problems.append(f"audit.path: {path}: this user may not write to it")
         else:
-            problems += [f"audit.path: {each}" for each in unit.protected(path)]
+            problems += [f"audit.path: {problem}" for problem in unit.protected(path)]
     return problems
 
 
@@ -198,17 +200,17 @@ def _keyring(settings: Settings) -> Document | None:
     keyring, unseal = settings.keyring, settings.unseal
     if keyring is None or unseal is None or not (os.access(keyring, os.R_OK) and os.access(unseal, os.R_OK)):
         return None
-    sealed = read_sealed(keyring)
-    if age_passphrase.work_factor(sealed) is not None:
+    sealed_bytes = read_sealed(keyring)
+    if age_passphrase.work_factor(sealed_bytes) is not None:
         return None
-    return open_sealed(sealed, Unsealer.read(unseal, private_files.owner_of(keyring)))
+    return open_sealed(sealed_bytes, Unsealer.read(unseal, private_files.owner_of(keyring)))
 
 
 def _keys(settings: Settings, document: Document) -> list[str]:
     """Return one message for each key of a grant that matches no key of the keyring, often because an alias is misspelt."""
-    own = [key.key_id for key in document.keys]
-    own += [alias for aliases in document.aliases_by_key().values() for alias in aliases]
-    names = [each for name in own for each in settings.names_of(name)]
+    key_names = [key.key_id for key in document.keys]
+    key_names += [alias for aliases in document.aliases_by_key().values() for alias in aliases]
+    names = [full_name for name in key_names for full_name in settings.names_of(name)]
     return [
         f"{place}.keys: {key!r} matches no key of the keyring"
         for place, grant in numbered(settings.grants)

@@ -65,12 +65,12 @@ def read() -> Unit:
     (unit_properties,) = _show([SERVICE], properties)
     if unit_properties.get("LoadState") != "loaded":
         raise UnitError(f"{SERVICE} is not loaded; install it and run systemctl daemon-reload")
-    needed = {
+    required_names = {
         name
         for name in (*unit_properties["Wants"].split(), *unit_properties["Requires"].split())
         if name.endswith(".socket")
     }
-    triggers = {name for name in unit_properties["TriggeredBy"].split() if name.endswith(".socket")}
+    trigger_names = {name for name in unit_properties["TriggeredBy"].split() if name.endswith(".socket")}
     folders = [
         Path(parent, name.split(":")[0])
         for setting, parent in _FOLDERS.items()
@@ -80,17 +80,23 @@ def read() -> Unit:
     if unit_properties.get("ProtectSystem") == "strict":
         writable = (*folders, *(Path(name.lstrip("-+")) for name in unit_properties.get("ReadWritePaths", "").split()))
     credentials = frozenset(_CREDENTIAL.findall(_systemctl("cat", "--no-pager", SERVICE)))
-    return Unit(_sockets(sorted(triggers | needed), needed), tuple(folders), writable, credentials, is_known=True)
+    return Unit(
+        _sockets(sorted(trigger_names | required_names), required_names),
+        tuple(folders),
+        writable,
+        credentials,
+        is_known=True,
+    )
 
 
-def _sockets(names: list[str], needed: set[str]) -> tuple[Socket, ...]:
+def _sockets(names: list[str], required_names: set[str]) -> tuple[Socket, ...]:
     """Return the sockets of the units that listen or are started with the service: it inherits them at its next start."""
     if not names:
         return ()
     properties = ("Id", "ActiveState", "FileDescriptorName", "Listen")
     sockets = []
     for unit_properties in _show(names, properties):
-        if unit_properties["ActiveState"] in _LISTENS or unit_properties["Id"] in needed:
+        if unit_properties["ActiveState"] in _LISTENS or unit_properties["Id"] in required_names:
             name = unit_properties.get("FileDescriptorName") or unit_properties["Id"].removesuffix(".socket")
             paths = [line.removesuffix(" (Stream)") for line in unit_properties.get("Listen", "").splitlines()]
             sockets += [Socket(name, Path(path)) for path in paths]

@@ -25,7 +25,7 @@ _OVERFLOW: Final = (
 def problems(grants: Sequence[Grant], configuration: Path, listeners: Collection[str], arns: str) -> Iterator[str]:
     """Yield one message, with the file's path, for each error in grants. `arns`: the prefix of the agent's ARNs."""
     _, _, own_region, own_account, _ = arns.split(":", 4)
-    first: dict[str, str] = {}
+    places: dict[str, str] = {}
     for place, grant in numbered(grants):
         at = place if grant.file is not None else f"{configuration}: {place}"
         listener = grant.to.get("listener")
@@ -41,9 +41,9 @@ def problems(grants: Sequence[Grant], configuration: Path, listeners: Collection
                 _, _, region, account, _ = key.split(":", 4)
                 if not (fnmatchcase(own_region, region) and fnmatchcase(own_account, account)):
                     yield f"{at}.keys: {key!r} is not of this agent, whose ARNs begin with {arns}"
-        if grant.name and first.setdefault(grant.name, at) != at:
+        if grant.name and places.setdefault(grant.name, at) != at:
             yield (
-                f"{at}.name: {grant.name!r} is also the name of {first[grant.name]}: two grants have the same name, and the "
+                f"{at}.name: {grant.name!r} is also the name of {places[grant.name]}: two grants have the same name, and the "
                 "audit log could not tell them apart"
             )
 
@@ -57,10 +57,10 @@ def warnings(grants: Sequence[Grant]) -> Iterator[str]:
                     f"{place}.to: {number} is the overflow {kind}, which stands for every {kind} that the kernel cannot map; "
                     "the grant matches no caller"
                 )
-        excluded = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))
-        if grant.recipients is not None and excluded:
+        actions = sorted(NEVER_WITH_RECIPIENTS.intersection(grant.actions))
+        if grant.recipients is not None and actions:
             yield (
-                f"{place}.actions: a grant with recipients never covers {', '.join(excluded)}: the caller would learn or "
+                f"{place}.actions: a grant with recipients never covers {', '.join(actions)}: the caller would learn or "
                 "choose a data key; leave the action out, or give it a grant of its own"
             )
     yield from _ways_round(grants)
@@ -68,24 +68,24 @@ def warnings(grants: Sequence[Grant]) -> Iterator[str]:
 
 def _ways_round(grants: Sequence[Grant]) -> Iterator[str]:
     """Yield one warning for each grant without recipients by which a caller can evade the recipients of another grant."""
-    placed = list(numbered(grants))
-    pinned = [(place, grant) for place, grant in placed if grant.recipients is not None]
-    others = [(place, grant) for place, grant in placed if grant.recipients is None]
-    if len(pinned) * len(others) > _MAX_COMPARED:
+    numbered_grants = list(numbered(grants))
+    restricted = [(place, grant) for place, grant in numbered_grants if grant.recipients is not None]
+    unrestricted = [(place, grant) for place, grant in numbered_grants if grant.recipients is None]
+    if len(restricted) * len(unrestricted) > _MAX_COMPARED:
         return
-    for place, grant in pinned:
-        for way_round, other in others:
+    for place, grant in restricted:
+        for way_round, other in unrestricted:
             if not any(other.has_action(action) for action in (*NEVER_WITH_RECIPIENTS, "kms:ReEncryptTo")):
                 continue
             if _agree(grant.to, other.to) and _agree(grant.encryption_context, other.encryption_context):
-                shared = sorted({a for a in grant.keys for b in other.keys if fnmatchcase(a, b) or fnmatchcase(b, a)})
-                if shared:
+                patterns = sorted({a for a in grant.keys for b in other.keys if fnmatchcase(a, b) or fnmatchcase(b, a)})
+                if patterns:
                     yield (
-                        f"{place}.recipients: {way_round} has none, and may be to the same caller for {', '.join(shared)}: "
+                        f"{place}.recipients: {way_round} has none, and may be to the same caller for {', '.join(patterns)}: "
                         "through it the caller can learn or choose the data keys that the first grant exports"
                     )
 
 
-def _agree(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _agree(first_rule: Mapping[str, Any], second_rule: Mapping[str, Any]) -> bool:
     """Return whether no name has different values, so that one caller, or one EncryptionContext, can match both."""
-    return all(other.get(name, value) == value for name, value in one.items())
+    return all(second_rule.get(name, value) == value for name, value in first_rule.items())

@@ -58,14 +58,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _read_file(path: Path, *, is_folder_safe: bool) -> File:
-    loaded = load(path, regular=True)
-    raw = loaded.raw or {}
-    table = ConfigTable("", {name: value for name, value in raw.items() if name == _ONLY}, [], [])
-    if loaded.problem:
-        table.problems.append(loaded.problem)
-    for name in raw:
+    file = load(path, regular=True)
+    content = file.raw or {}
+    table = ConfigTable("", {name: value for name, value in content.items() if name == _ONLY}, [], [])
+    if file.problem:
+        table.problems.append(file.problem)
+    for name in content:
         if name != _ONLY:
             table.add_problem(
                 name, "a file of grants has [[grant]] tables only; move this into the configuration, or remove it"
             )
-    return File(path, table, loaded.open_to_others if is_folder_safe else [])
+    return File(path, table, file.open_to_others if is_folder_safe else [])

@@ -54,11 +54,11 @@ class Options:
             if settings.keyring:
                 raise SettingsError(["--dev makes a keyring of its own, for trying out: leave the other one out"])
             # Users who try an agent out may not be allowed to lock memory, and this keyring does not need protection.
-            everything = Grant(_DEV_GRANT, {"uid": os.geteuid()}, ("kms:*",), ("*",))
+            grant = Grant(_DEV_GRANT, {"uid": os.geteuid()}, ("kms:*",), ("*",))
             settings = replace(
                 settings,
                 memory="prefer",
-                grants=(*settings.grants, everything),
+                grants=(*settings.grants, grant),
                 development_aliases=self._aliases,
             )
         return settings

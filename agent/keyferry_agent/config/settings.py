@@ -138,10 +138,10 @@ def read(path: Path) -> Settings:
 
 def examine(path: Path) -> Examined:
     """Return the settings of a configuration file, and all problems of its files and of their content."""
-    loaded = load(path)
-    if loaded.raw is None:
-        return Examined(None, [f"{path}: {loaded.problem}"], loaded.open_to_others, [])
-    table = ConfigTable("", loaded.raw, [], [])
+    content_of_file = load(path)
+    if content_of_file.raw is None:
+        return Examined(None, [f"{path}: {content_of_file.problem}"], content_of_file.open_to_others, [])
+    table = ConfigTable("", content_of_file.raw, [], [])
     setting = table.get("grants_folder", "the path of a folder", validators.path, None)
     folder = grant_files.beside(path) if setting is None else setting
     files = grant_files.read(folder)
@@ -154,7 +154,7 @@ def examine(path: Path) -> Examined:
     return Examined(
         replace(settings, grants_folder=folder, warnings=tuple(warnings)),
         [*problems, *grant_checks.problems(settings.grants, path, names, settings.arn(""))],
-        [*loaded.open_to_others, *(problem for file in files for problem in file.open_to_others)],
+        [*content_of_file.open_to_others, *(problem for file in files for problem in file.open_to_others)],
         [f"grants_folder: {folder} does not exist"] if setting is not None and not os.path.lexists(setting) else [],
     )
 
@@ -264,7 +264,7 @@ def _named_listener(table: ConfigTable) -> Listener:
     listener = _listener(table, "path")
     if not table.has("path"):
         table.add_problem("path", "missing")
-    named = Listener(
+    named_listener = Listener(
         name=table.get("name", "a name", validators.string, ""),
         path=listener.path,
         mode=listener.mode,
@@ -274,14 +274,14 @@ def _named_listener(table: ConfigTable) -> Listener:
     if not table.has("name"):
         table.add_problem("name", "missing")
     table.check_unknown()
-    return named
+    return named_listener
 
 
 def _grant(table: ConfigTable, names: dict[tuple[str, str], int], file: Path | None) -> Grant:
     name = table.get("name", "a name", validators.string, "")
-    for required in ("name", "to", "actions", "keys"):
-        if not table.has(required):
-            table.add_problem(required, "missing")
+    for required_name in ("name", "to", "actions", "keys"):
+        if not table.has(required_name):
+            table.add_problem(required_name, "missing")
     to = table.table("to")
     if table.has("to") and to.is_empty:
         table.add_problem("to", "empty; name the caller that the grant is to, for example uid = 1000")
@@ -345,8 +345,8 @@ def _to(table: ConfigTable, names: dict[tuple[str, str], int]) -> Mapping[str, A
     }
     to: dict[str, Any] = {}
     for selector in SELECTORS:
-        expected, check = checks[selector]
-        value = table.get(selector, expected, check, None)
+        requirement, check = checks[selector]
+        value = table.get(selector, requirement, check, None)
         if table.has(selector):
             to[selector] = value
     for selector in _LOOKUPS:

@@ -80,10 +80,10 @@ class ConfigTable:
         """Add a warning about a value."""
         self.warnings.append(f"{self._at(name)}: {why}")
 
-    def get(self, name: str, expected: str, check: Callable[[Any], Any], default: Any) -> Any:
+    def get(self, name: str, requirement: str, check: Callable[[Any], Any], default: Any) -> Any:
         """Return the value that `check` returns, or the default if the name is absent or the value is invalid.
 
-        `check` raises `InvalidValue` with a reason. ValueError and TypeError mean that `expected` describes the valid values.
+        `check` raises `InvalidValue` with a reason. After ValueError or TypeError, the message has the `requirement`.
         """
         self._known.append(name)
         if name not in self._raw:
@@ -96,7 +96,7 @@ class ConfigTable:
                 name,
                 str(error)
                 if isinstance(error, InvalidValue)
-                else f"expected {expected}, not {short_repr(self._raw[name])}",
+                else f"expected {requirement}, not {short_repr(self._raw[name])}",
             )
             return default
 
@@ -127,5 +127,5 @@ class ConfigTable:
                 self.add_problem(name, f"unknown; expected one of {', '.join(self._known)}")
 
     def _at(self, name: str) -> str:
-        printable = name if name.isprintable() else ascii(name)[1:-1]  # a problem is one line
-        return f"{self._path}.{printable}" if self._path else printable
+        text = name if name.isprintable() else ascii(name)[1:-1]  # a problem is one line
+        return f"{self._path}.{text}" if self._path else text

@@ -72,12 +72,12 @@ def path(value: Any) -> Path:
 
 def socket_path(value: Any) -> Path:
     """Return an absolute path that fits into a socket's address."""
-    resolved = path(value)
-    if len(os.fsencode(resolved)) > _MAX_SOCKET_PATH_BYTES:
+    file_path = path(value)
+    if len(os.fsencode(file_path)) > _MAX_SOCKET_PATH_BYTES:
         raise InvalidValue(
-            f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes; this has {len(os.fsencode(resolved))}"
+            f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes; this has {len(os.fsencode(file_path))}"
         )
-    return resolved
+    return file_path
 
 
 def identity(value: Any) -> int:
@@ -149,11 +149,11 @@ def one_of(*choices: str) -> Callable[[Any], str]:
     return check
 
 
-def at_least(least: int) -> Callable[[Any], int]:
-    """Return a check that accepts integers from `least`."""
+def at_least(minimum: int) -> Callable[[Any], int]:
+    """Return a check that accepts integers from `minimum`."""
 
     def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError
         return value
 
@@ -202,14 +202,14 @@ def matching(pattern: re.Pattern[str]) -> Callable[[Any], str]:
     return check
 
 
-def list_of(pattern: re.Pattern[str], expected: str) -> Callable[[Any], tuple[str, ...]]:
-    """Return a check that accepts lists of strings that all match the pattern. `expected`: the noun for its messages."""
+def list_of(pattern: re.Pattern[str], requirement: str) -> Callable[[Any], tuple[str, ...]]:
+    """Return a check that accepts lists of strings that all match the pattern. `requirement`: the noun for its messages."""
 
     def check(value: Any) -> tuple[str, ...]:
         strings = _strings(value)
         for string in strings:
             if not pattern.fullmatch(string):
-                raise InvalidValue(f"{string!r} is not a valid {expected}")
+                raise InvalidValue(f"{string!r} is not a valid {requirement}")
         return strings
 
     return check

@@ -14,10 +14,10 @@ __all__ = ["associated_data"]
 
 def associated_data(header: bytes, key_id: str, context: Mapping[str, str]) -> bytes:
     """Return `header ‖ key_id ‖ number of pairs ‖ pairs`, each string encoded as a 4-byte big-endian length and its UTF-8."""
-    packed = header + _with_length(key_id.encode()) + _length(len(context))
+    data = header + _with_length(key_id.encode()) + _length(len(context))
     for key, value in sorted([(key.encode(), value.encode()) for key, value in context.items()]):
-        packed += _with_length(key) + _with_length(value)
-    return packed
+        data += _with_length(key) + _with_length(value)
+    return data
 
 
 _length: Final = struct.Struct(">I").pack

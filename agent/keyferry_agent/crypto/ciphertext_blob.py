@@ -132,10 +132,10 @@ class Bound(NamedTuple):
         """
         suite, salt = self.suite, salt or os.urandom(_SALT_SIZE)
         size = suite.key_size
-        with scratch.borrow(size + _COMMITMENT_SIZE) as derived:
-            HKDF(suite.hash, size + _COMMITMENT_SIZE, salt, suite.info).derive_into(cmk, derived)
-            ciphertext = suite.encrypt(derived[:size], plaintext, self.associated)
-            return b"".join((self.header, salt, derived[size:], ciphertext))
+        with scratch.borrow(size + _COMMITMENT_SIZE) as key_bytes:
+            HKDF(suite.hash, size + _COMMITMENT_SIZE, salt, suite.info).derive_into(cmk, key_bytes)
+            ciphertext = suite.encrypt(key_bytes[:size], plaintext, self.associated)
+            return b"".join((self.header, salt, key_bytes[size:], ciphertext))
 
 
 def bind(key_spec: str, version_id: str, key_id: str, context: Mapping[str, str]) -> Bound:
@@ -182,13 +182,16 @@ def decrypt_into(
         view[_HEADER_SIZE + _SALT_SIZE : _HEADER_SIZE + _SALT_SIZE + _COMMITMENT_SIZE],
     )
     ciphertext = view[_HEADER_SIZE + _SALT_SIZE + _COMMITMENT_SIZE :]
-    with scratch.borrow(suite.key_size + _COMMITMENT_SIZE) as derived:
-        HKDF(suite.hash, len(derived), bytes(salt), suite.info).derive_into(cmk, derived)
-        if not hmac.compare_digest(derived[suite.key_size :], commitment):
+    with scratch.borrow(suite.key_size + _COMMITMENT_SIZE) as key_bytes:
+        HKDF(suite.hash, len(key_bytes), bytes(salt), suite.info).derive_into(cmk, key_bytes)
+        if not hmac.compare_digest(key_bytes[suite.key_size :], commitment):
             raise BlobError
         try:
             suite.decrypt_into(
-                derived[: suite.key_size], ciphertext, associated_data(bytes(view[:_HEADER_SIZE]), key_id, context), out
+                key_bytes[: suite.key_size],
+                ciphertext,
+                associated_data(bytes(view[:_HEADER_SIZE]), key_id, context),
+                out,
             )
         except InvalidTag:
             raise BlobError from None

@@ -100,48 +100,48 @@ def run(scratch: SecretMemory, *, sm2_fallback: bool) -> list[str]:
 
     Raises `SelfTestError` for a wrong result, and if the system does not offer AES-256 or RSA with OAEP and SHA-256.
     """
-    unavailable = []
-    for key_spec, expected in _SEALED.items():
+    messages = []
+    for key_spec, known_blob in _SEALED.items():
         try:
-            _check_seal(key_spec, bytes.fromhex(expected), scratch)
+            _check_seal(key_spec, bytes.fromhex(known_blob), scratch)
         except (InternalError, UnsupportedAlgorithm) as error:
             failure = f"{key_spec}: {openssl_configuration.cryptography_failure(error)}"
             if key_spec == "Aliyun_AES_256" or isinstance(error, InternalError):
                 raise SelfTestError(failure) from None
-            unavailable.append(failure)
+            messages.append(failure)
     for pair, way in wrapping.TABLE.items():
-        missing = way.missing()
-        if missing is None:
+        algorithm = way.missing()
+        if algorithm is None:
             _check_sm2() if pair[0] == "EC_SM2" else _check_rsa(*pair, scratch)
         elif pair in _NEEDED:
             raise SelfTestError(
-                f"{way.name}: {libcrypto.why_missing(missing)} ({openssl_configuration.configuration()})"
+                f"{way.name}: {libcrypto.why_missing(algorithm)} ({openssl_configuration.configuration()})"
             )
         elif pair[0] == "EC_SM2" and sm2_fallback:
             _check_sm2_gmssl()
         else:
-            unavailable.append(_unavailable(pair[1], missing))
-    return unavailable
+            messages.append(_unavailable(pair[1], algorithm))
+    return messages
 
 
-def _unavailable(algorithm: str, missing: str) -> str:
-    hint = '; sm2_fallback = "gmssl" is the slow way' if missing == "SM2" else ""
-    why = f"{libcrypto.why_missing(missing)} ({libcrypto.version()}; {openssl_configuration.configuration()})"
-    return f"{algorithm} is not available without {missing}: {why}{hint}"
+def _unavailable(algorithm: str, library_algorithm: str) -> str:
+    hint = '; sm2_fallback = "gmssl" is the slow way' if library_algorithm == "SM2" else ""
+    why = f"{libcrypto.why_missing(library_algorithm)} ({libcrypto.version()}; {openssl_configuration.configuration()})"
+    return f"{algorithm} is not available without {library_algorithm}: {why}{hint}"
 
 
-def _check_seal(key_spec: str, expected: bytes, scratch: SecretMemory) -> None:
+def _check_seal(key_spec: str, known_blob: bytes, scratch: SecretMemory) -> None:
     cmk = memoryview(bytearray(range(ciphertext_blob.KEY_SIZES[key_spec])))
     plaintext = memoryview(bytearray(_PLAINTEXT))
-    sealed = ciphertext_blob.bind(key_spec, _VERSION, _KEY, {}).encrypt(cmk, plaintext, scratch, _SALT)
-    if sealed != expected:
+    blob = ciphertext_blob.bind(key_spec, _VERSION, _KEY, {}).encrypt(cmk, plaintext, scratch, _SALT)
+    if blob != known_blob:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not have the bytes it must have")
-    opened = bytearray(len(_PLAINTEXT))
+    plaintext_buffer = bytearray(len(_PLAINTEXT))
     try:
-        ciphertext_blob.decrypt_into(key_spec, cmk, expected, _KEY, {}, memoryview(opened), scratch)
+        ciphertext_blob.decrypt_into(key_spec, cmk, known_blob, _KEY, {}, memoryview(plaintext_buffer), scratch)
     except ciphertext_blob.BlobError:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob does not open") from None
-    if opened != _PLAINTEXT:
+    if plaintext_buffer != _PLAINTEXT:
         raise SelfTestError(f"{key_spec}: a CiphertextBlob opens to something else")
 
 
@@ -150,13 +150,13 @@ def _check_rsa(key_spec: str, algorithm: str, scratch: SecretMemory) -> None:
     digest = _RSA_DIGESTS[algorithm]
     try:
         key = libcrypto.private_key(bytearray(b64decode(_RSA_PKCS8)))
-        made = wrapping.recipient(way, key.public_der(), sm2_fallback=False).wrap(
+        ciphertext = wrapping.recipient(way, key.public_der(), sm2_fallback=False).wrap(
             memoryview(bytearray(_RSA_MESSAGE)), scratch
         )
-        for wrapped in (b64decode(_RSA_CIPHERTEXTS[algorithm]), made):
-            opened = bytearray(256)
-            size = key.decrypt_into(bytearray(wrapped), opened, libcrypto.oaep(digest))
-            if opened[:size] != _RSA_MESSAGE:
+        for wrapped_key in (b64decode(_RSA_CIPHERTEXTS[algorithm]), ciphertext):
+            buffer = bytearray(256)
+            size = key.decrypt_into(bytearray(wrapped_key), buffer, libcrypto.oaep(digest))
+            if buffer[:size] != _RSA_MESSAGE:
                 raise SelfTestError(f"{algorithm}: a known ciphertext decrypts to something else")
     except (libcrypto.LibcryptoError, wrapping.WrappingError, PublicKeyError) as error:
         raise SelfTestError(f"{algorithm}: {error} ({openssl_configuration.configuration()})") from None
@@ -166,10 +166,10 @@ def _check_sm2() -> None:
     pkcs8 = bytearray.fromhex(_SM2_PKCS8_PREFIX + _SM2_D + _SM2_PKCS8_MIDDLE + _SM2_POINT)
     try:
         key = libcrypto.private_key(pkcs8)
-        for sealed in (bytes.fromhex(_SM2_CIPHERTEXT), der_to_raw(key.encrypt(bytearray(_SM2_MESSAGE)))):
-            opened = bytearray(256)
-            size = key.decrypt_into(bytearray(raw_to_der(sealed)), opened)
-            if opened[:size] != _SM2_MESSAGE:
+        for ciphertext in (bytes.fromhex(_SM2_CIPHERTEXT), der_to_raw(key.encrypt(bytearray(_SM2_MESSAGE)))):
+            buffer = bytearray(256)
+            size = key.decrypt_into(bytearray(raw_to_der(ciphertext)), buffer)
+            if buffer[:size] != _SM2_MESSAGE:
                 raise SelfTestError("SM2PKE: the vector of GB/T 32918.5 decrypts to something else")
     except (libcrypto.LibcryptoError, ValueError) as error:
         raise SelfTestError(f"SM2PKE: {error}") from None
@@ -179,10 +179,10 @@ def _check_sm2_gmssl() -> None:
     from . import sm2_gmssl  # noqa: PLC0415 - as in `wrapping`
 
     d, point = int(_SM2_D, 16), bytes.fromhex(_SM2_POINT)
-    for sealed in (bytes.fromhex(_SM2_CIPHERTEXT), sm2_gmssl.encrypt(point, bytearray(_SM2_MESSAGE))):
+    for ciphertext in (bytes.fromhex(_SM2_CIPHERTEXT), sm2_gmssl.encrypt(point, bytearray(_SM2_MESSAGE))):
         try:
-            opened = sm2_gmssl.decrypt(d, sealed)
+            plaintext = sm2_gmssl.decrypt(d, ciphertext)
         except ValueError as error:
             raise SelfTestError(f"SM2PKE (portable): {error}") from None
-        if opened != _SM2_MESSAGE:
+        if plaintext != _SM2_MESSAGE:
             raise SelfTestError("SM2PKE (portable): the vector of GB/T 32918.5 decrypts to something else")

@@ -35,20 +35,20 @@ def encrypt(point: bytes, plaintext: memoryview | bytearray) -> bytes:
     if not plaintext:
         raise ValueError("there is nothing to encrypt")
     while True:
-        sealed = _encrypt(point, plaintext, 1 + secrets.randbelow(_N - 1))
-        if sealed is not None:
-            return sealed
+        ciphertext = _encrypt(point, plaintext, 1 + secrets.randbelow(_N - 1))
+        if ciphertext is not None:
+            return ciphertext
 
 
 def _encrypt(point: bytes, plaintext: memoryview | bytearray, k: int) -> bytes | None:
     """Encrypt under the nonce k in [1, n-1]. Return None if the mask is all zero, so that a new k has to be drawn."""
     c1 = bytes.fromhex(_multiply(k, _G))
-    shared = bytes.fromhex(_multiply(k, point.hex()))
-    mask = _kdf(shared, len(plaintext))
+    shared_point = bytes.fromhex(_multiply(k, point.hex()))
+    mask = _kdf(shared_point, len(plaintext))
     if not any(mask):
         return None
     c2 = bytes(a ^ b for a, b in zip(plaintext, mask, strict=True))
-    c3 = Hash.hash(SM3(), shared[:32] + bytes(plaintext) + shared[32:])
+    c3 = Hash.hash(SM3(), shared_point[:32] + bytes(plaintext) + shared_point[32:])
     return b"\x04" + c1 + c3 + c2
 
 
@@ -57,17 +57,17 @@ def decrypt(d: int, raw: bytes) -> bytes:
     c1, c3, c2 = raw[1:65], raw[65:RAW_OVERHEAD], raw[RAW_OVERHEAD:]
     if raw[:1] != b"\x04" or not on_sm2_curve(int.from_bytes(c1[:32], "big"), int.from_bytes(c1[32:], "big")):
         raise ValueError("C1 is not a point of the curve")
-    shared = bytes.fromhex(_multiply(d, c1.hex()))
-    mask = _kdf(shared, len(c2))
+    shared_point = bytes.fromhex(_multiply(d, c1.hex()))
+    mask = _kdf(shared_point, len(c2))
     if not any(mask):
         raise ValueError("the mask is all zero, or C2 is empty")
     plaintext = bytes(a ^ b for a, b in zip(c2, mask, strict=True))
-    if not hmac.compare_digest(Hash.hash(SM3(), shared[:32] + plaintext + shared[32:]), c3):
+    if not hmac.compare_digest(Hash.hash(SM3(), shared_point[:32] + plaintext + shared_point[32:]), c3):
         raise ValueError("C3 does not match")
     return plaintext
 
 
-def _kdf(shared: bytes, size: int) -> bytes:
+def _kdf(shared_point: bytes, size: int) -> bytes:
     """Return `size` bytes of the key derivation of GB/T 32918.4-2016, 5.4.3: SM3 over the input and a counter from 1."""
-    blocks = (Hash.hash(SM3(), shared + counter.to_bytes(4, "big")) for counter in range(1, -(-size // 32) + 1))
+    blocks = (Hash.hash(SM3(), shared_point + counter.to_bytes(4, "big")) for counter in range(1, -(-size // 32) + 1))
     return b"".join(blocks)[:size]

@@ -51,7 +51,7 @@ def run_daemon(options: Options) -> None:
     """Run until SIGTERM or SIGINT. Raises `StartError`."""
     manager, inherited = ServiceManager.from_environment(), InheritedDescriptors.from_environment()
     try:
-        failures = process_hardening.harden(keep=inherited.descriptors)
+        failures = process_hardening.harden(inherited.descriptors)
     except process_hardening.HardeningError as error:
         raise StartError(str(error)) from None
     if not process_hardening.clears_freed_memory():

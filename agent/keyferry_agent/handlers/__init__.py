@@ -1,9 +1,9 @@
 """Handlers: from an operation to its answer, in terms of keyring, grants and crypto. Synchronous, without sockets or trio.
 
 A handler works in two steps. The first step, on the event loop, decides the request: it checks the parameters, then the grant,
-then the key and its state. The handler returns a `Job`, whose `run` is the second step: the cryptography, synchronously, with
-key bytes in secret memory only. If the job's `offload` is set, the dispatcher runs the job in a thread. Only this file knows of
-a DryRun: it runs `verify` of the job instead.
+then the key and its state. Meanwhile `Request` collects the fields of the audit entry. The handler returns a `Job`, whose `run`
+is the second step: the cryptography, synchronously, with key bytes in secret memory only. If the job's `offload` is set, the
+dispatcher runs the job in a thread. Only this file knows of a DryRun: it runs `verify` of the job instead.
 
 To add an operation: declare it in `keyferry.operations`, write its handler in one of these modules, name it in `HANDLERS`.
 """
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from keyferry import operations
-from keyferry.declaration import Operation
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import DRY_RUN
 
@@ -21,14 +20,14 @@ from .. import health
 from ..audit.entry import AuditEntry
 from ..authz.caller import Caller
 from ..state import ServerState
-from .common import Job, Request
+from .common import Job, PreparedRequest, Request
 from .data_keys import generate_data_key, generate_data_key_without_plaintext
 from .encryption import decrypt, encrypt, re_encrypt
 from .export import export_data_key, generate_and_export_data_key
 from .listing import list_aliases, list_key_versions, list_keys
 from .status import describe_key, get_agent_health, get_agent_status
 
-__all__ = ["HANDLERS", "Job", "prepare"]
+__all__ = ["HANDLERS", "Job", "PreparedRequest", "prepare"]
 
 HANDLERS: Final[Mapping[str, Callable[[Request], Job]]] = {
     "GenerateAndExportDataKey": generate_and_export_data_key,
@@ -49,24 +48,29 @@ _WITHOUT_KEYRING: Final = frozenset({"GetAgentStatus", "GetAgentHealth"})
 """Operations that a sealed agent answers."""
 
 
-def prepare(agent: ServerState, caller: Caller, method: str, params: Mapping[str, Any], audited: AuditEntry) -> Job:
-    """Decide a request, and return the job that does the cryptography. Raises `KmsError`."""
+def prepare(agent: ServerState, caller: Caller, method: str, params: Mapping[str, Any]) -> PreparedRequest:
+    """Decide a request. Returns the job that does the cryptography, or an error, with the audit entry. Raises nothing."""
     operation = operations.OPERATIONS.get(method)
     if operation is None:
-        raise kms_error("InvalidAction.NotFound")
-    if not operation.dry_run or not _asks_for_dry_run(params):
-        return _decide(agent, caller, operation, params, audited)
-    with _dry_run_codes():
-        return _dry_run(_decide(agent, caller, operation, params, audited))
+        return PreparedRequest(kms_error("InvalidAction.NotFound"), AuditEntry.of_method(method))
+    request = Request(agent, caller, operation)
+    try:
+        if not operation.dry_run or not _asks_for_dry_run(params):
+            job = _decide(request, params)
+        else:
+            with _dry_run_codes():
+                job = _dry_run(_decide(request, params))
+    except Exception as error:  # of a fault, too, the entry has the fields that were known before
+        return PreparedRequest(error, request.entry())
+    return PreparedRequest(job, request.entry())
 
 
-def _decide(
-    agent: ServerState, caller: Caller, operation: Operation[..., Any], params: Mapping[str, Any], audited: AuditEntry
-) -> Job:
-    values = operation.check(params)
-    if agent.keyring.is_sealed and operation.name not in _WITHOUT_KEYRING:
+def _decide(request: Request, params: Mapping[str, Any]) -> Job:
+    operation = request.operation
+    request.values = operation.check(params)
+    if request.agent.keyring.is_sealed and operation.name not in _WITHOUT_KEYRING:
         raise kms_error("ServiceUnavailableTemporary", f"The agent is sealed: {health.MESSAGES[health.SEALED]}.")
-    return HANDLERS[operation.name](Request(agent, caller, operation.action, values, audited))
+    return HANDLERS[operation.name](request)
 
 
 # The codes that replace a refusal's code with DryRun; other failures keep their own code.
@@ -78,8 +82,9 @@ _DRY_RUN_CODES: Final = {
 
 
 def _asks_for_dry_run(params: Mapping[str, Any]) -> bool:
+    value = params.get(DRY_RUN.name)
     try:
-        return DRY_RUN.check(DRY_RUN.name, params.get(DRY_RUN.name) or False)
+        return bool(value) and DRY_RUN.check(DRY_RUN.name, value)
     except KmsError:
         return False  # `Operation.check` refuses the invalid value together with the other parameters
 

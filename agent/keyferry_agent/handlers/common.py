@@ -2,11 +2,13 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Self
 
 from cryptography.exceptions import UnsupportedAlgorithm
 
 from keyferry.ciphertext import ciphertext_hash
+from keyferry.declaration import Operation
 from keyferry.errors import KmsError, kms_error
 from keyferry.parameters import ENCRYPTION_CONTEXT, Parameter, Values
 from keyferry.secret import Secret, SecretMemory
@@ -24,6 +26,7 @@ __all__ = [
     "BlobEncryptor",
     "Context",
     "Job",
+    "PreparedRequest",
     "Request",
     "authorize",
     "find_key",
@@ -56,26 +59,59 @@ class Job(NamedTuple):
     verify: Callable[[], None] | None = None
 
 
-class Request(NamedTuple):
-    """The argument of a handler: the agent, the caller, the action, the parameters, and the audit entry to complete."""
+class PreparedRequest(NamedTuple):
+    """A decided request: its job, or the error that refuses it, and its audit entry.
+
+    An error other than `KmsError` is a fault of the agent. Any error refers to every frame that it passed through, so keep
+    neither the error nor this object: a frame that refers to either lives until the next garbage collection.
+    """
+
+    outcome: Job | Exception
+    entry: AuditEntry
+
+
+@dataclass(slots=True)
+class Request:
+    """The argument of a handler: the agent, the caller, the operation and its checked parameters.
+
+    The other attributes collect the fields of the audit entry while the request is decided.
+    """
 
     agent: ServerState
     caller: Caller
-    action: str
-    values: Values
-    audited: AuditEntry
+    operation: Operation[..., Any]
+    values: Values = field(init=False)
+    grant: Grant | None = None
+    key_id: str = ""
+    key_version_id: str = ""
+    destination_key_id: str = ""
+    destination_key_version_id: str = ""
+    recipient: str = ""
+    context_keys: tuple[str, ...] = ()
+    ciphertext: str = ""
 
     def context(self, parameter: Parameter[dict[str, str]] = ENCRYPTION_CONTEXT) -> Context:
-        """Return the EncryptionContext in a parameter, and note its keys in the audit entry."""
+        """Return the EncryptionContext in a parameter, and note its keys for the audit entry."""
         context = self.values.get(parameter) or {}
-        known = self.audited.context_keys
-        self.audited.context_keys = (*known, *[key for key in context if key not in known]) if known else tuple(context)
+        keys = self.context_keys
+        self.context_keys = (*keys, *[key for key in context if key not in keys]) if keys else tuple(context)
         return context
 
-    def set_grant(self, grant: Grant) -> None:
-        """Name the grant that allows the request in its audit entry."""
-        self.audited.grant = grant.name
-        self.audited.by_program = bool(grant.program)
+    def entry(self) -> AuditEntry:
+        """Return the audit entry with the fields that are known so far."""
+        grant = self.grant
+        return AuditEntry(
+            self.operation.name,
+            "" if grant is None else grant.name,
+            grant is not None and bool(grant.program),
+            self.key_id,
+            self.key_version_id,
+            self.destination_key_id,
+            self.destination_key_version_id,
+            self.recipient,
+            self.context_keys,
+            self.ciphertext,
+        )
 
 
 def find_key(
@@ -90,15 +126,15 @@ def find_key(
 
     Raises `KmsError`.
     """
-    agent, action = request.agent, action or request.action
+    agent, action = request.agent, action or request.operation.action
     name = agent.plain_name(parameter, request.values.need(parameter))
     key = agent.keyring.by_alias.get(name) if name.startswith("alias/") else agent.keyring.keys.get(name)
     key = None if key is None or key.state() == "Deleted" else key
     if _grant(request, key, name, action, fingerprint=fingerprint, context=context) and key is not None:
         return key
     # A refused caller could measure a shorter way, so the look-ups are the same whether the key exists or not.
-    may = request.caller.granted.would_cover(action, agent.settings.names_of(name))
-    if first_matching(may, fingerprint, context) and key is None:
+    grants = request.caller.granted.would_cover(action, agent.settings.names_of(name))
+    if first_matching(grants, fingerprint, context) and key is None:
         raise kms_error("Forbidden.AliasNotFound" if name.startswith("alias/") else "Forbidden.KeyNotFound")
     raise no_permission()
 
@@ -110,9 +146,9 @@ def find_version(
 
     `action` is by default the operation's own. Raises `KmsError`.
     """
-    action = action or request.action
+    action = action or request.operation.action
     if blob:
-        request.audited.ciphertext = ciphertext_hash(blob)
+        request.ciphertext = ciphertext_hash(blob)
     try:
         version_id = ciphertext_blob.key_version_id(blob)
     except BlobError:
@@ -124,7 +160,7 @@ def find_version(
         and key is not None
         and version is not None
     ):
-        request.audited.key_version_id = version.version_id
+        request.key_version_id = version.version_id
         return key, version
     if first_matching(request.caller.granted.with_action(action), fingerprint, context) and key is None:
         raise kms_error("Forbidden.KeyVersionNotFound")
@@ -146,14 +182,14 @@ def _grant(
     """
     agent, granted = request.agent, request.caller.granted
     if key is None:
-        may = granted.covering(action, name, None)
+        grants = granted.covering(action, name, None)
     else:
-        request.audited.key_id = key.key_id
-        may = granted.covering(action, key.key_id, functools.partial(agent.names_of_key, key))
-    grant = first_matching(may, fingerprint, context)
+        request.key_id = key.key_id
+        grants = granted.covering(action, key.key_id, functools.partial(agent.names_of_key, key))
+    grant = first_matching(grants, fingerprint, context)
     if grant is None:
         return False
-    request.set_grant(grant)
+    request.grant = grant
     return True
 
 

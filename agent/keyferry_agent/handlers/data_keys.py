@@ -34,7 +34,7 @@ def _generate(request: Request, *, plaintext: bool) -> Job:
     key = find_key(request, KEY_ID, fingerprint=PLAINTEXT if plaintext else None, context=context)
     require_usable(key)
     version, scratch = key.primary, request.agent.scratch
-    request.audited.key_version_id = version.version_id
+    request.key_version_id = version.version_id
     encryptor = BlobEncryptor.of(request, key, context)
 
     def run() -> "operations.GenerateDataKeyResult | operations.GenerateDataKeyWithoutPlaintextResult":

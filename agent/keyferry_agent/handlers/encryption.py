@@ -41,7 +41,7 @@ def encrypt(request: Request) -> Job:
     key = find_key(request, KEY_ID, fingerprint=PLAINTEXT, context=context)
     require_usable(key)
     version, encryptor = key.primary, BlobEncryptor.of(request, key, context)
-    request.audited.key_version_id = version.version_id
+    request.key_version_id = version.version_id
 
     def run() -> operations.EncryptResult:
         blob = encryptor.encrypt(memoryview(plaintext))
@@ -74,20 +74,20 @@ def re_encrypt(request: Request) -> Job:
     )
     if not request.caller.granted.with_action(_TO):
         raise no_permission()  # before any error reveals something about the blob
-    source, old = find_version(request, blob, action=_FROM, context=old_context)
+    source, source_version = find_version(request, blob, action=_FROM, context=old_context)
     destination = find_key(request, DESTINATION_KEY_ID, action=_TO, context=new_context)
     # Under another key or another EncryptionContext, other grants decide which callers get the plaintext. ReEncrypt must not
     # bypass the recipients of a grant. Nor must a plaintext that the caller chose under another key become a data key under
     # this one.
-    unchanged = destination.key_id == source.key_id and new_context == old_context
-    authorize(request, destination, _TO, fingerprint=None if unchanged else PLAINTEXT, context=new_context)
-    authorize(request, source, _FROM, fingerprint=None if unchanged else PLAINTEXT, context=old_context)
-    require_usable(source, old)
+    is_unchanged = destination.key_id == source.key_id and new_context == old_context
+    authorize(request, destination, _TO, fingerprint=None if is_unchanged else PLAINTEXT, context=new_context)
+    authorize(request, source, _FROM, fingerprint=None if is_unchanged else PLAINTEXT, context=old_context)
+    require_usable(source, source_version)
     require_usable(destination)
-    new = destination.primary
-    request.audited.destination_key_id = destination.key_id
-    request.audited.destination_key_version_id = new.version_id
-    decryptor = BlobDecryptor(source, old, old_context, blob, request.agent.scratch)
+    primary = destination.primary
+    request.destination_key_id = destination.key_id
+    request.destination_key_version_id = primary.version_id
+    decryptor = BlobDecryptor(source, source_version, old_context, blob, request.agent.scratch)
     encryptor = BlobEncryptor.of(request, destination, new_context)
 
     def run() -> operations.ReEncryptResult:
@@ -96,9 +96,9 @@ def re_encrypt(request: Request) -> Job:
             new_blob = encryptor.encrypt(plaintext)
         return operations.ReEncryptResult(
             key_id=source.key_id,
-            key_version_id=old.version_id,
+            key_version_id=source_version.version_id,
             destination_key_id=destination.key_id,
-            destination_key_version_id=new.version_id,
+            destination_key_version_id=primary.version_id,
             ciphertext_blob=encode_base64(new_blob),
         )
 

@@ -31,7 +31,7 @@ def generate_and_export_data_key(request: Request) -> Job:
     _check_capacity(recipient, size, NUMBER_OF_BYTES.name)
     key = find_key(request, KEY_ID, fingerprint=recipient.fingerprint, context=context)
     require_usable(key)
-    request.audited.key_version_id = key.primary.version_id
+    request.key_version_id = key.primary.version_id
     generation = _DataKeyGeneration(
         key, size, BlobEncryptor.of(request, key, context), recipient, request.agent.scratch
     )
@@ -56,9 +56,9 @@ class _DataKeyGeneration(NamedTuple):
         with self.scratch.borrow(self.size) as data_key:
             fill_random(data_key)
             blob = self.encryptor.encrypt(data_key)
-            exported = self.recipient.wrap(data_key, self.scratch)
+            wrapped_key = self.recipient.wrap(data_key, self.scratch)
         return operations.GenerateAndExportDataKeyResult(
-            self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(exported)
+            self.key.key_id, self.key.primary.version_id, encode_base64(blob), encode_base64(wrapped_key)
         )
 
 
@@ -79,8 +79,8 @@ def export_data_key(request: Request) -> Job:
         with decryptor.scratch.borrow(decryptor.size) as data_key:
             decryptor.decrypt_into(data_key)
             _check_capacity(recipient, decryptor.size, CIPHERTEXT_BLOB.name)
-            exported = recipient.wrap(data_key, decryptor.scratch)
-        return operations.ExportDataKeyResult(key.key_id, version.version_id, encode_base64(exported))
+            wrapped_key = recipient.wrap(data_key, decryptor.scratch)
+        return operations.ExportDataKeyResult(key.key_id, version.version_id, encode_base64(wrapped_key))
 
     return Job(run, recipient.wrapping.offload, key.enabled, verify=verify)
 
@@ -101,7 +101,7 @@ def _recipient(request: Request) -> wrapping.Recipient:
         raise invalid_parameter(PUBLIC_KEY_BLOB.name, str(error)) from None
     except wrapping.WrappingError as error:
         raise kms_error("UnsupportedOperation", str(error)) from None
-    request.audited.recipient = recipient.fingerprint
+    request.recipient = recipient.fingerprint
     return recipient
 
 

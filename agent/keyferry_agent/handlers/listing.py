@@ -47,10 +47,10 @@ def list_aliases(request: Request) -> Job:
 
 
 def _may_list(request: Request) -> None:
-    may = request.caller.granted.with_action(request.action)
-    if not may:
+    grants = request.caller.granted.with_action(request.operation.action)
+    if not grants:
         raise no_permission()
-    request.set_grant(may[0])
+    request.grant = grants[0]
 
 
 def _page(request: Request, entries: Sequence[T]) -> tuple[int, int, Sequence[T]]:

@@ -37,7 +37,7 @@ def describe_key(request: Request) -> Job:
 def get_agent_status(request: Request) -> Job:
     """Return the status of the agent to any caller. A caller with a grant also receives the counters."""
     agent = request.agent
-    counters = agent.counters if request.caller.granted.with_action(request.action) else None
+    counters = agent.counters if request.caller.granted.with_action(request.operation.action) else None
     status = operations.GetAgentStatusResult(
         version=__version__,
         protocol_version=PROTOCOL_VERSION,

@@ -64,7 +64,7 @@ class AccessKeyEntry:
             enabled=reader.one_of("Status", (ACTIVE, INACTIVE)) == ACTIVE,
             description=reader.string("Description"),
         )
-        if token := reader.string("SecurityToken", absent=""):
+        if token := reader.string("SecurityToken", default=""):
             entry.token = check_secret(token, f"{reader.path}.SecurityToken")
         reader.done()
         check_description(entry.description)

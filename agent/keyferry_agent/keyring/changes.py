@@ -19,14 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from keyferry import private_files
+from keyferry import new_files, private_files
 
 from .document import Document, KeyringError
 
 if TYPE_CHECKING:
     from ..chained_log.file import RecordFile
 
-__all__ = ["EVENT", "Change", "Picture", "attributed", "file_hash", "log_of", "picture", "recorded", "sync_folder"]
+__all__ = ["EVENT", "Change", "Picture", "attributed", "copy_owner", "file_hash", "log_of", "picture", "recorded"]
 
 EVENT: Final = "keyring.change"
 MAX_CHANGES_BYTES: Final = 3_072
@@ -102,20 +102,20 @@ class Change:
     def entry(self) -> dict[str, Any]:
         """Return the entry of the change, without its result."""
         changes: list[dict[str, Any]] = []
-        size, omitted = 0, 0
+        size, omitted_count = 0, 0
         for change in self._differences():
             size += len(json.dumps(change)) + len(", ")
             if size <= MAX_CHANGES_BYTES:
                 changes.append(change)
             else:
-                omitted += 1
+                omitted_count += 1
         return {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": EVENT,  # without a level: `audit verify` would then expect the start of an agent before the entry
             "verb": _verb.get(),
             **_operator(),
             "changes": changes,
-            "omitted_changes": omitted,
+            "omitted_changes": omitted_count,
             "recipients": sum(names[0][0] == "recipient" for names in self.now),
             "before": file_hash(self.before),
             "after": file_hash(self.after),
@@ -123,9 +123,9 @@ class Change:
 
     def _differences(self) -> Iterator[dict[str, Any]]:
         """Yield an entry's single changes: each addition, each removal, and each changed value."""
-        for kind, some, others in (("added", self.now, self.was), ("removed", self.was, self.now)):
-            for names, values in some.items():
-                if names not in others:
+        for kind, new_rows, old_rows in (("added", self.now, self.was), ("removed", self.was, self.now)):
+            for names, values in new_rows.items():
+                if names not in old_rows:
                     owner = {"key_id": values["key_id"]} if names[0][0] == "alias" else {}
                     yield {**dict(names), **owner, "change": kind}
         for names, values in self.now.items():
@@ -147,12 +147,14 @@ def _operator() -> dict[str, Any]:
         user = pwd.getpwuid(uid).pw_name
     with suppress(OSError, ValueError):
         login = int(Path("/proc/self/loginuid").read_text())
-    claimed = os.environ.get("SUDO_UID", "")
+    sudo_uid = os.environ.get("SUDO_UID", "")
     return {
         "uid": uid,
         "user": user,
         "login_uid": None if login == _MAX_UID else login,
-        "claimed_sudo_uid": int(claimed) if claimed.isascii() and claimed.isdecimal() and len(claimed) <= 10 else None,
+        "claimed_sudo_uid": int(sudo_uid)
+        if sudo_uid.isascii() and sudo_uid.isdecimal() and len(sudo_uid) <= 10
+        else None,
     }
 
 
@@ -201,16 +203,12 @@ def _open(log: Path, keyring: Path) -> "RecordFile":
         pass
     else:
         try:
-            with suppress(FileNotFoundError):  # the keyring is new, too
-                status = keyring.lstat()
-                if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                    os.fchown(descriptor, status.st_uid, status.st_gid)
+            copy_owner(keyring, descriptor)
         finally:
             os.close(descriptor)
-        sync_folder(log.parent)
-    owners = private_files.owner_of(keyring) or private_files.owner_of(
-        keyring.parent
-    )  # root manages keyrings of other users
+        new_files.sync_folder(log.parent, tolerant=False)
+    # Root manages the keyrings of other users.
+    owners = private_files.owner_of(keyring) or private_files.owner_of(keyring.parent)
     if problems := private_files.problems(log, owners=owners):
         raise KeyringError(f"{'; '.join(problems)}; the keyring was not changed")
     return RecordFile(str(log))
@@ -224,10 +222,10 @@ def _append(file: "RecordFile", entry: dict[str, Any]) -> None:
     file.sync()
 
 
-def sync_folder(folder: Path) -> None:
-    """Write the names in a folder to the disk. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def copy_owner(keyring: Path, descriptor: int) -> None:
+    """Give an open file the owner and group of a keyring, if the keyring exists. Raises OSError."""
+    with suppress(FileNotFoundError):
+        status = keyring.lstat()
+        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+            # By the descriptor: another user may own the folder, and replace the file of this name.
+            os.fchown(descriptor, status.st_uid, status.st_gid)

@@ -143,11 +143,11 @@ class Document:
 
     def purge(self) -> None:
         """Remove the keys whose deletion date has come, and their aliases."""
-        today = now()
-        expired = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= today}
-        if expired:
-            self.keys = [key for key in self.keys if key.key_id not in expired]
-            self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in expired}
+        date = now()
+        expired_ids = {key.key_id for key in self.keys if key.delete_date and key.delete_date <= date}
+        if expired_ids:
+            self.keys = [key for key in self.keys if key.key_id not in expired_ids]
+            self.aliases = {alias: owner for alias, owner in self.aliases.items() if owner not in expired_ids}
 
     def to_json(self) -> bytes:
         """Return the document as JSON, which contains key material."""
@@ -181,18 +181,20 @@ class Document:
             raise KeyringError(f'the content is not a keyring: "Format" is not "{FORMAT}"')
         version = raw.get("Version")
         if type(version) is not int or version not in VERSIONS:  # to Python, true and 1.0 are 1
-            listed = f"format version {version}" if type(version) is int else "a format version that is not a number"
-            raise KeyringError(f"the keyring has {listed}; this program knows versions 1 and 2: upgrade it")
+            version_text = (
+                f"format version {version}" if type(version) is int else "a format version that is not a number"
+            )
+            raise KeyringError(f"the keyring has {version_text}; this program knows versions 1 and 2: upgrade it")
         reader = ObjectReader("keyring", raw)
         document = cls(recipients=reader.strings("Recipients"), keys=[_key(entry) for entry in reader.objects("Keys")])
         document.aliases = reader.mapping("Aliases")
         if version > 1:
-            document.hosts = reader.mapping("Hosts", absent={})
+            document.hosts = reader.mapping("Hosts", default={})
             document.access_keys = [
-                AccessKeyEntry.from_json(entry) for entry in reader.objects("AccessKeys", absent=[])
+                AccessKeyEntry.from_json(entry) for entry in reader.objects("AccessKeys", default=[])
             ]
             document.receipt_keys = [
-                ReceiptKeyEntry.from_json(entry) for entry in reader.objects("ReceiptKeys", absent=[])
+                ReceiptKeyEntry.from_json(entry) for entry in reader.objects("ReceiptKeys", default=[])
             ]
             document.other_sections = reader.unknown("Format", "Version")
         else:
@@ -235,7 +237,7 @@ def _key(reader: ObjectReader) -> KeyEntry:
         description=reader.string("Description"),
         origin=reader.one_of("Origin", ORIGINS),
         created=reader.date("CreationDate"),
-        delete_date=reader.date("DeleteDate", empty=True),
+        delete_date=reader.date("DeleteDate", may_be_empty=True),
         primary=reader.string("PrimaryKeyVersion"),
         versions=[_version(entry, KEY_SIZES[spec]) for entry in reader.objects("KeyVersions")],
     )
@@ -254,7 +256,7 @@ def _version(reader: ObjectReader, size: int) -> VersionEntry:
         created=reader.date("CreationDate"),
         staged=reader.boolean("Staged"),
         material=reader.base64("Material", range(size, size + 1)),
-        disabled=reader.boolean("Disabled", absent=False),
+        disabled=reader.boolean("Disabled", default=False),
     )
     reader.done()
     return version
@@ -266,11 +268,11 @@ def check_alias(alias: str) -> None:
     The names `alias/acs...` are reserved for the cloud, and refused too.
     """
     name = alias.removeprefix(ALIAS)
-    plain = name.replace("_", "").replace("-", "").replace("/", "")
+    letters = name.replace("_", "").replace("-", "").replace("/", "")
     if (
         not alias.startswith(ALIAS)
         or not 1 <= len(name) <= _MAX_ALIAS_LENGTH
-        or (plain and not (plain.isascii() and plain.isalnum()))
+        or (letters and not (letters.isascii() and letters.isalnum()))
     ):
         raise KeyringError(f"{alias!r} is not an alias: expected alias/NAME, NAME of letters, digits, _ - and /")
     if name.startswith(_RESERVED):

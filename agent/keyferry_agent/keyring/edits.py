@@ -57,9 +57,9 @@ def import_key(
     specs = {size: spec for spec, size in KEY_SIZES.items()}
     spec = specs.get(len(material))
     if spec is None or key_spec not in (None, spec):
-        expected = f"{KEY_SIZES[key_spec]} ({key_spec})" if key_spec else "32 (Aliyun_AES_256) or 16 (Aliyun_SM4)"
+        sizes = f"{KEY_SIZES[key_spec]} ({key_spec})" if key_spec else "32 (Aliyun_AES_256) or 16 (Aliyun_SM4)"
         size = f"{len(material)} bytes" if len(material) <= 64 else "more than 64 bytes"
-        raise KeyringError(f"the material has {size}; {expected} raw bytes are expected")
+        raise KeyringError(f"the material has {size}; {sizes} raw bytes are expected")
     return _add(document, spec, material, "EXTERNAL", alias, description)
 
 
@@ -69,12 +69,12 @@ def _add(
     check_description(description)
     if alias is not None:
         _check_new(document, alias)
-    created = now()
-    version = VersionEntry(new_id(), created, material)
+    date = now()
+    version = VersionEntry(new_id(), date, material)
     key = KeyEntry(
         key_id=new_id(),
         key_spec=key_spec,
-        created=created,
+        created=date,
         versions=[version],
         primary=version.version_id,
         description=description,

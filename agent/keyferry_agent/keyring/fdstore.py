@@ -86,38 +86,38 @@ class KeyringPersister:
                 file.write(description)
             seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-            stored = self._store(f"keyring-{number}-description", descriptor)
+            is_stored = self._store(f"keyring-{number}-description", descriptor)
         finally:
             os.close(descriptor)
-        if stored:
+        if is_stored:
             self._stored = number
             self._discard(self._numbers - {number})
-        return stored
+        return is_stored
 
-    def restore(self, inherited: Iterable[tuple[str, int]]) -> tuple[Keyring, FileStatus] | None:
+    def restore(self, descriptors: Iterable[tuple[str, int]]) -> tuple[Keyring, FileStatus] | None:
         """Return the newest complete keyring among the manager's descriptors, and the status of its file; None without one.
 
         Closes all the descriptors.
         """
         by_number: dict[int, dict[str, int]] = {}
-        for name, descriptor in inherited:
+        for name, descriptor in descriptors:
             match = _NAME.fullmatch(name)
             if match and match[2] not in by_number.get(int(match[1]), {}):
                 by_number.setdefault(int(match[1]), {})[match[2]] = descriptor
             else:
                 os.close(descriptor)
         self._numbers |= by_number.keys()
-        restored = None
+        keyring = None
         for number in sorted(by_number, reverse=True):
             pair = by_number[number]
-            if restored is None and len(pair) == 2:
-                restored = _restore(pair["memory"], pair["description"])
-                self._stored = number if restored else None
+            if keyring is None and len(pair) == 2:
+                keyring = _restore(pair["memory"], pair["description"])
+                self._stored = number if keyring else None
             else:
                 for descriptor in pair.values():
                     os.close(descriptor)
         self._discard(self._numbers - {self._stored})
-        return restored
+        return keyring
 
     def _discard(self, numbers: Iterable[int | None]) -> None:
         for number in list(numbers):
@@ -130,8 +130,8 @@ def _restore(memory: int, description_file: int) -> tuple[Keyring, FileStatus] |
     with open(description_file, "rb") as file:
         file.seek(0)
         description = file.read(_MAX_DESCRIPTION_BYTES)
-    with contextlib.ExitStack() as closing:
-        closing.callback(os.close, memory)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, memory)
         try:
             content = json.loads(description)
             if content["Format"] not in (_FORMAT, _FORMAT_WITH_DISABLED, _FORMAT_WITH_SECTIONS):
@@ -143,7 +143,7 @@ def _restore(memory: int, description_file: int) -> tuple[Keyring, FileStatus] |
             size = required_bytes(description_of_keys)
         except (ValueError, KeyError, TypeError):
             return None
-        closing.pop_all()
+        stack.pop_all()
     try:
         keyring = build_keyring(description_of_keys, _leave_unchanged, SecretMemory(size, descriptor=memory))
     except (SecretMemoryError, ValueError, KeyError, TypeError):
@@ -170,10 +170,10 @@ def _digest(keyring: Keyring, description: bytes) -> bytes:
 
 def _describe(keyring: Keyring, file_status: FileStatus) -> dict[str, Any]:
     content = keyring.describe()
-    disabled = any(version.disabled for key in content.keys for version in key.versions)
+    has_disabled = any(version.disabled for key in content.keys for version in key.versions)
     sections = content.sections() if content.access_keys or content.receipt_keys else {}
     return {
-        "Format": _FORMAT_WITH_SECTIONS if sections else _FORMAT_WITH_DISABLED if disabled else _FORMAT,
+        "Format": _FORMAT_WITH_SECTIONS if sections else _FORMAT_WITH_DISABLED if has_disabled else _FORMAT,
         "LoadedAt": keyring.loaded_at,
         "File": file_status,
         "Keys": [key.to_json() for key in content.keys],

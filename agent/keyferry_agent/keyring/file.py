@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from keyferry import descriptors, private_files
+from keyferry import descriptors, new_files, private_files
 
 from ..locking import Lock, LockError
 from . import changes
@@ -48,18 +48,18 @@ def read_sealed(path: Path) -> bytes:
         raise KeyringError(str(error)) from None
 
 
-def open_sealed(sealed: bytes, unsealer: Unsealer) -> Document:
+def open_sealed(sealed_bytes: bytes, unsealer: Unsealer) -> Document:
     """Unseal and check a keyring, without the keys whose deletion date has come. Raises `KeyringError`."""
-    document, _ = _opened(sealed, unsealer)
+    document, _ = _opened(sealed_bytes, unsealer)
     return document
 
 
-def _opened(sealed: bytes, unsealer: Unsealer) -> tuple[Document, Picture]:
+def _opened(sealed_bytes: bytes, unsealer: Unsealer) -> tuple[Document, Picture]:
     """Return the document of `open_sealed`, and the picture of the file, which includes keys that the next change removes."""
-    document = Document.from_json(unsealer.unseal(sealed))
-    was = changes.picture(document)
+    document = Document.from_json(unsealer.unseal(sealed_bytes))
+    picture = changes.picture(document)
     document.purge()
-    return document, was
+    return document, picture
 
 
 def create(path: Path, document: Document, passphrase: str | None) -> None:
@@ -93,12 +93,12 @@ def change(path: Path, unsealer: Unsealer) -> Iterator[Document]:
     path = _real(path)
     with _locked(path):
         before = read_sealed(path)
-        document, was = _opened(before, unsealer)
+        document, picture = _opened(before, unsealer)
         yield document
         after = seal(document.to_json(), document.recipients, unsealer.passphrase)
         if not unsealer.opens(after) or count_recipients(before) != count_recipients(after):
             raise _sealed_by_hand(path)
-        with _replacing(path, Change(before, after, was, changes.picture(document))):
+        with _replacing(path, Change(before, after, picture, changes.picture(document))):
             pass
 
 
@@ -129,31 +129,31 @@ def reseal(
     """
     path = _real(path)
     with _locked(path):
-        sealed = read_sealed(path)
-        document, was = _opened(sealed, unsealer)
-        before = Before(document.recipients, count_recipients(sealed) - len(document.recipients))
+        sealed_bytes = read_sealed(path)
+        document, picture = _opened(sealed_bytes, unsealer)
+        before = Before(document.recipients, count_recipients(sealed_bytes) - len(document.recipients))
         if keeps_others and before.unnamed:
             raise _sealed_by_hand(path)
         document.recipients = choose(list(before.recipients))
         after = seal(document.to_json(), document.recipients, passphrase)
         if not confirmed:
             _check_access(path, unsealer, after, before.recipients, document.recipients)
-        with _replacing(path, Change(sealed, after, was, changes.picture(document))):
+        with _replacing(path, Change(sealed_bytes, after, picture, changes.picture(document))):
             yield before
 
 
-def _check_access(path: Path, unsealer: Unsealer, sealed: bytes, before: list[str], after: list[str]) -> None:
+def _check_access(path: Path, unsealer: Unsealer, sealed_bytes: bytes, before: list[str], after: list[str]) -> None:
     """Raise `KeyringError` for a change that may lock out the operator, or all operators."""
     reasons = []
-    if not unsealer.opens(sealed):
+    if not unsealer.opens(sealed_bytes):
         reasons.append("--unseal could no longer open it")
     if len(after) == 1:
         reasons.append("one recipient would be left, whose identity may be lost, and every key with it")
     if reasons:
-        removed = missing(before, after)
+        lost_recipients = missing(before, after)
         raise KeyringError(
             f"{path}: nothing was changed: {', and '.join(reasons)}"
-            + (f"; it would remove: {shortened(removed)}" if removed else "")
+            + (f"; it would remove: {shortened(lost_recipients)}" if lost_recipients else "")
             + "; `keyring add-recipient` keeps all recipients, and --yes makes the change nevertheless"
         )
 
@@ -194,11 +194,11 @@ def _replacing(path: Path, change: Change) -> Iterator[None]:
 
     Raises `KeyringError`, and then leaves the old file in place, unless the message states that the keyring was changed.
     """
-    beside = path.with_name(f".{path.name}.new")
+    temporary = path.with_name(f".{path.name}.new")
     try:
         with suppress(FileNotFoundError):
-            beside.unlink()  # left by a killed process: a live one would hold the lock, which this process has now
-        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            temporary.unlink()  # left by a killed process: a live one would hold the lock, which this process has now
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(descriptor, "wb") as file:
                 file.write(change.after)
@@ -206,29 +206,25 @@ def _replacing(path: Path, change: Change) -> Iterator[None]:
                 os.fsync(descriptor)
                 with changes.recorded(path, change):
                     yield
-                    _rename(beside, path, descriptor)
+                    _rename(temporary, path, descriptor)
         except BaseException:
             with suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
             raise
     except OSError as error:
         raise KeyringError(f"{path}: {error.strerror}") from None
 
 
-def _rename(beside: Path, path: Path, descriptor: int) -> None:
+def _rename(temporary: Path, path: Path, descriptor: int) -> None:
     """Change the owner and the name of the new file to those of the old file. Raises `KeyringError` or OSError.
 
     `descriptor`: the open new file.
     """
-    with suppress(FileNotFoundError):  # the owner of the old file can read the new file; its mode remains 0600
-        status = path.lstat()
-        if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-            # By its descriptor: another user may own the folder, and replace the file of this name.
-            os.fchown(descriptor, status.st_uid, status.st_gid)
-    os.replace(beside, path)
+    changes.copy_owner(path, descriptor)  # the owner of the old file can read the new file; its mode remains 0600
+    os.replace(temporary, path)
     if not os.path.samestat(path.lstat(), os.fstat(descriptor)):
         raise KeyringError(f"{path}: another user replaced the file while it was written; check its folder")
     try:
-        changes.sync_folder(path.parent)
+        new_files.sync_folder(path.parent, tolerant=False)
     except OSError as error:
         raise KeyringError(f"{path} was changed, but a power failure may undo it: {error.strerror}") from None

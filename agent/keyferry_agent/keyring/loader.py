@@ -55,8 +55,8 @@ def load_keyring(
         return development_keyring(backing=backing, require=require, aliases=settings.development_aliases)
     unseal = _STANDARD_INPUT if secret is not None else settings.unseal
     if settings.keyring is None or unseal is None:
-        missing = "keyring" if settings.keyring is None else "unseal"
-        raise KeyringError(f"no {missing} is configured: set {missing} = in the file, give --{missing}, or try --dev")
+        setting = "keyring" if settings.keyring is None else "unseal"
+        raise KeyringError(f"no {setting} is configured: set {setting} = in the file, give --{setting}, or try --dev")
     keyring = load(settings.keyring, unseal, backing=backing, require=require, persister=persister, secret=secret)
     if persister and not persister.commit(keyring, file_status):
         log.warning("keyring.not_kept", what="it takes memfd_secret, and a service manager that keeps descriptors")
@@ -155,8 +155,8 @@ class _Deadline:
         if status == -signal.SIGALRM or time.monotonic() >= self._end:
             return f"its loader took longer than {self._seconds:g} s"
         if status == -signal.SIGKILL:
-            need = f"; work factor {factor} takes {age_passphrase.memory_mib(factor)} MiB" if factor else ""
-            return f"its loader was killed, as the kernel does where memory runs out{need}"
+            memory_text = f"; work factor {factor} takes {age_passphrase.memory_mib(factor)} MiB" if factor else ""
+            return f"its loader was killed, as the kernel does where memory runs out{memory_text}"
         return "its loader ended without a message"
 
     def _start(self, seconds: float) -> None:

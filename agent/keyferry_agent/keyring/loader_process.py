@@ -45,10 +45,10 @@ def main(path: str, unseal: str) -> None:
     lock_memory()
     try:
         unsealer = Unsealer.read(Path(unseal), owner_of(path))
-        sealed = read_sealed(Path(path))
+        sealed_bytes = read_sealed(Path(path))
         signal.alarm(int(UNSEAL_SECONDS))
-        os.write(1, bytes([min(age_passphrase.work_factor(sealed) or 0, 255)]))
-        document = open_sealed(sealed, unsealer)
+        os.write(1, bytes([min(age_passphrase.work_factor(sealed_bytes) or 0, 255)]))
+        document = open_sealed(sealed_bytes, unsealer)
     except KeyringError as error:
         sys.exit((f"{path}: {error}" if path not in str(error) else str(error))[:_MAX_MESSAGE])
     content = document.describe()

@@ -31,19 +31,19 @@ class ObjectReader:
         self._raw = raw
         self._taken: set[str] = set()
 
-    def _take(self, name: str, kind: type | tuple[type, ...], absent: Any = None) -> Any:
+    def _take(self, name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         self._taken.add(name)
-        value = self._raw.get(name, absent)
+        value = self._raw.get(name, default)
         if not isinstance(value, kind):
             raise KeyringError(f"{self.path}.{name}: missing, or of the wrong type")
         return value
 
-    def string(self, name: str, *, absent: str | None = None) -> str:
-        value: str = self._take(name, str, absent)
+    def string(self, name: str, *, default: str | None = None) -> str:
+        value: str = self._take(name, str, default)
         return value
 
-    def boolean(self, name: str, *, absent: bool | None = None) -> bool:
-        value: bool = self._take(name, bool, absent)
+    def boolean(self, name: str, *, default: bool | None = None) -> bool:
+        value: bool = self._take(name, bool, default)
         return value
 
     def strings(self, name: str) -> list[str]:
@@ -52,27 +52,27 @@ class ObjectReader:
             raise KeyringError(f"{self.path}.{name}: strings are expected")
         return values
 
-    def mapping(self, name: str, *, absent: dict[str, str] | None = None) -> dict[str, str]:
-        values: dict[str, str] = self._take(name, dict, absent)
+    def mapping(self, name: str, *, default: dict[str, str] | None = None) -> dict[str, str]:
+        values: dict[str, str] = self._take(name, dict, default)
         if not all(isinstance(value, str) for value in values.values()):
             raise KeyringError(f"{self.path}.{name}: strings are expected")
         return values
 
-    def objects(self, name: str, *, absent: list[Any] | None = None) -> list["ObjectReader"]:
-        entries = self._take(name, list, absent)
+    def objects(self, name: str, *, default: list[Any] | None = None) -> list["ObjectReader"]:
+        entries = self._take(name, list, default)
         return [ObjectReader(f"{self.path}.{name}[{i}]", entry) for i, entry in enumerate(entries)]
 
     def base64(self, name: str, sizes: range) -> bytearray:
         """Return the bytes of a Base64 text, whose number is in `sizes`."""
         text = self.string(name)
         try:
-            decoded = bytearray(decode_base64(text))
+            content_bytes = bytearray(decode_base64(text))
         except ValueError:
-            decoded = bytearray()
-        if len(decoded) not in sizes:
+            content_bytes = bytearray()
+        if len(content_bytes) not in sizes:
             expected = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
             raise KeyringError(f"{self.path}.{name}: not the Base64 of {expected} bytes")
-        return decoded
+        return content_bytes
 
     def one_of(self, name: str, values: tuple[str, ...]) -> str:
         value = self.string(name)
@@ -89,25 +89,27 @@ class ObjectReader:
             pass
         raise KeyringError(f"{self.path}.{name}: a lower-case UUID is expected")
 
-    def date(self, name: str, *, empty: bool = False) -> str:
+    def date(self, name: str, *, may_be_empty: bool = False) -> str:
         value = self.string(name)
+        if may_be_empty and not value:
+            return value
         try:
-            if not (empty and not value) and datetime.strptime(value, DATE_FORMAT).strftime(DATE_FORMAT) != value:  # noqa: DTZ007
+            if datetime.strptime(value, DATE_FORMAT).strftime(DATE_FORMAT) != value:  # noqa: DTZ007
                 raise ValueError  # strptime also accepts 2026-1-1
         except ValueError:
             raise KeyringError(f"{self.path}.{name}: a date like 2026-01-31T12:00:00Z is expected") from None
         return value
 
-    def unknown(self, *also: str) -> dict[str, Any]:
-        """Return the fields that were not read, except those in `also`."""
-        return {name: value for name, value in self._raw.items() if name not in self._taken and name not in also}
+    def unknown(self, *extra_names: str) -> dict[str, Any]:
+        """Return the fields that were not read, except those in `extra_names`."""
+        return {name: value for name, value in self._raw.items() if name not in self._taken and name not in extra_names}
 
-    def done(self, *also: str) -> None:
-        """Raise `KeyringError` if there are fields that were not read, except those in `also`."""
-        unknown = self.unknown(*also)
-        if unknown:
-            listed = sorted(name[:_MAX_SHOWN] for name in unknown)[:_MAX_SHOWN]
-            raise KeyringError(f"{self.path}: unknown fields {listed}: written by a newer program?")
+    def done(self, *extra_names: str) -> None:
+        """Raise `KeyringError` if there are fields that were not read, except those in `extra_names`."""
+        unknown_names = self.unknown(*extra_names)
+        if unknown_names:
+            names = sorted(name[:_MAX_SHOWN] for name in unknown_names)[:_MAX_SHOWN]
+            raise KeyringError(f"{self.path}: unknown fields {names}: written by a newer program?")
 
 
 def check_description(description: str) -> None:

@@ -97,35 +97,35 @@ def missing(recipients: Collection[str], others: Collection[str]) -> list[str]:
     return [text for text in recipients if _key(text) not in keys]
 
 
-def added(before: list[str], named: Collection[Recipient]) -> list[str]:
+def added(before: list[str], new_recipients: Collection[Recipient]) -> list[str]:
     """Return the recipients `before`, followed by the named ones. Raises `KeyringError` for a recipient that is in `before`."""
     if not before:
         raise KeyringError("the keyring is sealed to a passphrase: `keyring reseal` seals it to recipients instead")
     keys = {_key(text) for text in before}
-    if duplicates := [recipient.text for recipient in named if recipient.key in keys]:
+    if duplicates := [recipient.text for recipient in new_recipients if recipient.key in keys]:
         raise KeyringError(f"{shortened(duplicates)}: a recipient of the keyring already")
-    return [*before, *distinct(named)]
+    return [*before, *distinct(new_recipients)]
 
 
-def without(before: list[str], named: Collection[Recipient]) -> list[str]:
+def without(before: list[str], removed_recipients: Collection[Recipient]) -> list[str]:
     """Return the recipients `before` without the named ones.
 
     Raises `KeyringError` for a recipient that is not in `before`, and if no recipient would be left.
     """
-    if absent := missing([recipient.text for recipient in named], before):
-        raise KeyringError(f"{shortened(absent)}: not a recipient of the keyring; `keyring recipients` lists them")
-    keys = {recipient.key for recipient in named}
-    left = [text for text in before if _key(text) not in keys]
-    if not left:
+    if strangers := missing([recipient.text for recipient in removed_recipients], before):
+        raise KeyringError(f"{shortened(strangers)}: not a recipient of the keyring; `keyring recipients` lists them")
+    keys = {recipient.key for recipient in removed_recipients}
+    remainder = [text for text in before if _key(text) not in keys]
+    if not remainder:
         raise KeyringError("that removes every recipient, and nothing would open the keyring; nothing was changed")
-    return left
+    return remainder
 
 
 def shortened(recipients: Collection[str]) -> str:
     """Return recipients for a message: at most four, and only the ends of long ones. An SSH key has its comment at the end."""
     texts = [text if len(text) <= _MAX_WHOLE else f"{text[:_MAX_SHOWN]}...{text[-_MAX_SHOWN:]}" for text in recipients]
-    more = len(texts) - _MAX_LISTED
-    return ", ".join(texts[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+    omitted_count = len(texts) - _MAX_LISTED
+    return ", ".join(texts[:_MAX_LISTED]) + (f" and {omitted_count} more" if omitted_count > 0 else "")
 
 
 def _key(text: str) -> str:

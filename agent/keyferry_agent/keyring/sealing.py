@@ -78,16 +78,16 @@ class Unsealer:
             advice=_remark(data),
         )
 
-    def unseal(self, sealed: bytes) -> bytes | bytearray:
+    def unseal(self, sealed_bytes: bytes) -> bytes | bytearray:
         """Return the content of a sealed keyring. Raises `KeyringError` for a wrong identity or passphrase, or damage."""
         try:
             if self.passphrase is not None:
-                return age_passphrase.unseal(sealed, self.passphrase)
-            if age_passphrase.work_factor(sealed) is not None:
+                return age_passphrase.unseal(sealed_bytes, self.passphrase)
+            if age_passphrase.work_factor(sealed_bytes) is not None:
                 raise KeyringError(
                     f"the keyring does not open: {self._assumption}; this keyring is sealed to a passphrase"
                 )
-            return bytes(pyrage.decrypt(sealed, self._identities))
+            return bytes(pyrage.decrypt(sealed_bytes, self._identities))
         except SealedToRecipientsError:
             reason = f"{self._assumption}; this keyring is sealed to recipients{self._advice}"
         except PassphraseError as error:
@@ -96,12 +96,12 @@ class Unsealer:
             reason = str(error)
         raise KeyringError(f"the keyring does not open: {reason}")
 
-    def opens(self, sealed: bytes) -> bool:
-        """Return True if this unsealer can open `sealed`. For a passphrase, only the header is checked: scrypt is slow."""
+    def opens(self, sealed_bytes: bytes) -> bool:
+        """Return True if this unsealer can open `sealed_bytes`. For a passphrase, only the header is checked."""
         if self.passphrase is not None:
-            return age_passphrase.work_factor(sealed) is not None
+            return age_passphrase.work_factor(sealed_bytes) is not None
         try:
-            self.unseal(sealed)
+            self.unseal(sealed_bytes)
         except KeyringError:
             return False
         return True
@@ -130,23 +130,24 @@ def _seal_to_recipients(payload: bytes, recipients: list[str]) -> bytes:
     The recipients in the sealed file are counted: a keyring must not name a recipient that cannot open the file.
     """
     try:
-        parsed = [parse(recipient).parsed for recipient in recipients]
+        pyrage_recipients = [parse(recipient).parsed for recipient in recipients]
     except KeyringError as error:
         raise KeyringError(f"{error}; the keyring names it; run `keyring reseal` with all recipients") from None
     try:
-        sealed = bytes(pyrage.encrypt(payload, parsed))
+        sealed_bytes = bytes(pyrage.encrypt(payload, pyrage_recipients))
     except pyrage.EncryptError as error:
         raise KeyringError(f"age cannot seal to these recipients together: {error}") from None
-    if count_recipients(sealed) != len(recipients):
+    if count_recipients(sealed_bytes) != len(recipients):
         raise KeyringError(
-            f"nothing was written: the keyring would be sealed to {count_recipients(sealed)} of {len(recipients)} recipients"
+            f"nothing was written: the keyring would be sealed to {count_recipients(sealed_bytes)} of {len(recipients)} "
+            "recipients"
         )
-    return sealed
+    return sealed_bytes
 
 
-def count_recipients(sealed: bytes) -> int:
+def count_recipients(sealed_bytes: bytes) -> int:
     """Return the number of recipients in the header of a sealed file. The header does not reveal which recipients they are."""
-    header = sealed.split(b"\n---", 1)[0].split(b"\n")
+    header = sealed_bytes.split(b"\n---", 1)[0].split(b"\n")
     return sum(line.startswith(STANZAS) for line in header)
 
 

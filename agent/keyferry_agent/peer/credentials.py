@@ -55,7 +55,7 @@ def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | Non
     descriptors.
     """
     pid, uid, gid = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    gids = Groups([gid], packed=peer_groups(connection), without=OVERFLOW_GID)
+    gids = Groups([gid], packed=peer_groups(connection), excluded_gid=OVERFLOW_GID)
     peer = Peer(uid=None if uid == OVERFLOW_UID else uid, gids=gids, pid=pid or None, listener=listener)
     process = Process.of(connection, peer.pid)
     if process is not None:

@@ -38,26 +38,26 @@ class Groups(AbstractSet[int]):
     A set of Python's would take 90 bytes for each number, and 20 ms to build.
     """
 
-    __slots__ = ("_packed", "_without")
+    __slots__ = ("_excluded_gid", "_packed")
 
-    def __init__(self, numbers: Iterable[int] = (), *, packed: bytes = b"", without: int | None = None) -> None:
-        """`packed`: further numbers, 4 bytes each in the host's byte order; `without`: a number to exclude."""
-        own = list(numbers)
-        self._packed = struct.pack(f"{len(own)}I", *own) + packed
-        self._without = without
+    def __init__(self, numbers: Iterable[int] = (), *, packed: bytes = b"", excluded_gid: int | None = None) -> None:
+        """`packed`: further numbers, 4 bytes each in the host's byte order; `excluded_gid`: a number to exclude."""
+        gid_list = list(numbers)
+        self._packed = struct.pack(f"{len(gid_list)}I", *gid_list) + packed
+        self._excluded_gid = excluded_gid
 
     def __contains__(self, number: object) -> bool:
-        if not isinstance(number, int) or not 0 <= number < 2**32 or number == self._without:
+        if not isinstance(number, int) or not 0 <= number < 2**32 or number == self._excluded_gid:
             return False
-        wanted, place = struct.pack("I", number), -1
-        while (place := self._packed.find(wanted, place + 1)) >= 0:
-            if place % _SIZE == 0:
+        packed_number, position = struct.pack("I", number), -1
+        while (position := self._packed.find(packed_number, position + 1)) >= 0:
+            if position % _SIZE == 0:
                 return True
         return False
 
     def __iter__(self) -> Iterator[int]:
         """Yield the numbers in packed order; a number can occur twice."""
-        return (number for (number,) in struct.iter_unpack("I", self._packed) if number != self._without)
+        return (number for (number,) in struct.iter_unpack("I", self._packed) if number != self._excluded_gid)
 
     def __len__(self) -> int:
         return len(set(self))
@@ -68,7 +68,7 @@ class Groups(AbstractSet[int]):
         return len(self._packed)
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Groups) and (self._packed, self._without) == (other._packed, other._without):
+        if isinstance(other, Groups) and (self._packed, self._excluded_gid) == (other._packed, other._excluded_gid):
             return True
         return set(self) == set(other) if isinstance(other, AbstractSet) else NotImplemented
 

@@ -61,16 +61,16 @@ class Inspector:
         """Users that had an answer in time, the latest last."""
 
     async def inspect(
-        self, process: Process, user: int | None, named: Container[int | None], *, hashed: bool
+        self, process: Process, user: int | None, users: Container[int | None], *, with_hash: bool
     ) -> Program | None:
-        """Return the program that a process runs, with its hash if `hashed`; None if the evidence is not available in time.
+        """Return the program that a process runs, with its hash if `with_hash`; None if the evidence is not available in time.
 
-        `named`: the users that a grant names beside a program. The programs of these users, and of users that had an answer
+        `users`: the users that a grant names beside a program. The programs of these users, and of users that had an answer
         before, are always inspected, unless a request of the same user is late. Other users are refused while `_MAX_LATE`
         users have a late thread.
         """
-        known = user in named or user in self._answered
-        if user in self._late or (len(self._late) >= _MAX_LATE and not known):
+        is_known = user in users or user in self._answered
+        if user in self._late or (len(self._late) >= _MAX_LATE and not is_known):
             return None
         with trio.move_on_after(INSPECTION_SECONDS):
             self._wanted.set()
@@ -78,19 +78,19 @@ class Inspector:
             while (before := self._under_way.get(user)) is not None:
                 await before.done.wait()
             with suppress(OSError):  # the inspector's process has ended, and `run` ends all requests
-                return await self._ask(process, user, hashed=hashed)
+                return await self._ask(process, user, with_hash=with_hash)
             return None
         if user in self._under_way:
             self._late.add(user)
         log.warning("inspection.late", uid=user, pid=process.pid, seconds=INSPECTION_SECONDS)
         return None
 
-    async def _ask(self, process: Process, user: int | None, *, hashed: bool) -> Program | None:
+    async def _ask(self, process: Process, user: int | None, *, with_hash: bool) -> Program | None:
         if self._socket is None:
             return None
         self._last_number += 1
         number, request = self._last_number, _Request(user)
-        packet = json.dumps([number, user, process.pid, hashed]).encode()
+        packet = json.dumps([number, user, process.pid, with_hash]).encode()
         self._requests[number] = self._under_way[user] = request
         try:
             async with self._sending:
@@ -126,12 +126,12 @@ class Inspector:
                 os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - WNOHANG: does not block
 
     def _take(self, packet: bytes) -> None:
-        number, found = json.loads(packet)
+        number, program_fields = json.loads(packet)
         request = self._requests.pop(number, None)
         if request is None:  # the requesting task was cancelled while it sent the packet
             return
-        if found is not None:
-            path, identity, sha256 = found
+        if program_fields is not None:
+            path, identity, sha256 = program_fields
             request.program = Program(path, tuple(identity), sha256)
         if request.user not in self._late:
             self._answered.pop(request.user, None)
@@ -153,21 +153,21 @@ class Inspector:
 
 def _start() -> tuple[trio.socket.SocketType, int]:
     """Start the inspector's process; return the socket to it, and its pid. Raises OSError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    own_end, child_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with child_end:
         try:
             pid = os.posix_spawn(
                 sys.executable,
                 [sys.executable, *_COMMAND],
                 os.environ,
                 file_actions=[
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), 0),
-                    (os.POSIX_SPAWN_DUP2, theirs.fileno(), 1),
+                    (os.POSIX_SPAWN_DUP2, child_end.fileno(), 0),
+                    (os.POSIX_SPAWN_DUP2, child_end.fileno(), 1),
                     # Not the agent's stderr: its reader waits for the end of the stream, which a blocked thread would delay.
                     (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),
                 ],
             )
         except BaseException:
-            ours.close()
+            own_end.close()
             raise
-    return trio.socket.from_stdlib_socket(ours), pid
+    return trio.socket.from_stdlib_socket(own_end), pid

@@ -36,14 +36,14 @@ class _Threads:
         self._changed = threading.Condition()
         self._waiting: dict[int | None, deque[tuple[int, int, bool]]] = {}
 
-    def submit(self, user: int | None, number: int, pid: int, *, hashed: bool) -> None:
+    def submit(self, user: int | None, number: int, pid: int, *, with_hash: bool) -> None:
         """Queue the inspection of a program for the user's thread, after earlier requests."""
         with self._changed:
             if user in self._waiting:
-                self._waiting[user].append((number, pid, hashed))
+                self._waiting[user].append((number, pid, with_hash))
                 self._changed.notify_all()
                 return
-            self._waiting[user] = deque([(number, pid, hashed)])
+            self._waiting[user] = deque([(number, pid, with_hash)])
         try:
             threading.Thread(target=self._work, args=(user, self._waiting[user]), daemon=True).start()
         except RuntimeError:  # a thread cannot be started
@@ -56,9 +56,9 @@ class _Threads:
                 if not self._changed.wait_for(lambda: requests, _IDLE_SECONDS):
                     del self._waiting[user]
                     return
-                number, pid, hashed = requests.popleft()
+                number, pid, with_hash = requests.popleft()
             try:
-                _answer(number, inspect(pid, hashed=hashed))
+                _answer(number, inspect(pid, with_hash=with_hash))
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     os._exit(1)
@@ -76,8 +76,8 @@ def main() -> None:
     threading.stack_size(_STACK)
     threads = _Threads()
     while packet := os.read(0, _MAX_PATH_BYTES):
-        number, user, pid, hashed = json.loads(packet)
-        threads.submit(user, number, pid, hashed=hashed)
+        number, user, pid, with_hash = json.loads(packet)
+        threads.submit(user, number, pid, with_hash=with_hash)
     os._exit(0)
 
 

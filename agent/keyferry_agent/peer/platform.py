@@ -19,13 +19,13 @@ _HEADER_BYTES: Final = 1_024
 def lacking() -> Mapping[str, frozenset[str]]:
     """Return the reasons why evidence is unavailable here, each with the selectors that therefore match few or no callers."""
     names = {}
-    here, there = socket.socketpair(socket.AF_UNIX)
-    with here, there:
-        if not _has_groups(here):
+    own_end, other_end = socket.socketpair(socket.AF_UNIX)
+    with own_end, other_end:
+        if not _has_groups(own_end):
             names["the kernel does not report a peer's supplementary groups (SO_PEERGROUPS)"] = frozenset(
                 {"gid", "group"}
             )
-        if not _has_processes(here):
+        if not _has_processes(own_end):
             why = (
                 "the kernel, or a seccomp profile, does not provide pidfds, so the agent cannot hold a caller's process"
             )

@@ -56,8 +56,8 @@ class Process:
                 raise
             try:
                 fd = os.pidfd_open(pid)  # an older kernel: another process may have got the number since connect(2)
-            except OSError as refused:
-                if refused.errno in LACKING:
+            except OSError as failure:
+                if failure.errno in LACKING:
                     return None
                 raise
         return cls(pid, fd)
@@ -92,8 +92,8 @@ def unit_of(cgroups: str) -> str | None:
     """
     match = next(filter(None, (hierarchy.search(cgroups) for hierarchy in _HIERARCHIES)), None)
     parts = match[1].split("/")[1:] if match else []
-    first = next((part for part in parts if not part.endswith(".slice")), "")
-    return first if first.endswith(_UNITS) else None
+    unit = next((part for part in parts if not part.endswith(".slice")), "")
+    return unit if unit.endswith(_UNITS) else None
 
 
 def pod_of(cgroups: str) -> str | None:

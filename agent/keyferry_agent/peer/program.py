@@ -30,14 +30,14 @@ class Program(NamedTuple):
         return program is not None and self.identity == program.identity and self.path == program.path
 
 
-def inspect(pid: int, *, hashed: bool = False) -> Program | None:
-    """Return the program that a process runs, with its hash if `hashed`. Blocks.
+def inspect(pid: int, *, with_hash: bool = False) -> Program | None:
+    """Return the program that a process runs, with its hash if `with_hash`. Blocks.
 
     Return None if the process changed its program meanwhile. Raises OSError if the agent may not read the program (for another
     user's process, that requires CAP_SYS_PTRACE).
     """
     program = _program(pid)
-    if not hashed:
+    if not with_hash:
         return program
     digest = _hash(pid)
     return program._replace(sha256=digest) if program.runs_in(_program(pid)) else None

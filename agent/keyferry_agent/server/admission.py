@@ -65,8 +65,8 @@ class Admission:
         place = Place(caller, operator=seen and user in (_ROOT, os.geteuid()), close=close)
         place.granted = self._is_granted(place)
         pool = max(1, min(_UNGRANTED, limits.connections // 2))
-        full = len(self._places) >= limits.connections
-        if (full or (not place.granted and len(self._ungranted) >= pool)) and not self._make_room():
+        is_full = len(self._places) >= limits.connections
+        if (is_full or (not place.granted and len(self._ungranted) >= pool)) and not self._make_room():
             raise NoRoomError("This agent has all the connections it may have")
         self._places[place] = None
         self._per_user[user] += 1
@@ -100,8 +100,8 @@ class Admission:
         policy, caller = self._agent.policy, place.caller
         caller.refresh(policy)
         # A user named in a grant on a program counts as granted until the program is inspected, which takes a while.
-        expected = bool(caller.granted.asks) and place.user in policy.users_by_program
-        return place.is_operator or expected or bool(caller.granted.grants)
+        is_expected = bool(caller.granted.asks) and place.user in policy.users_by_program
+        return place.is_operator or is_expected or bool(caller.granted.grants)
 
     def _follow_policy(self) -> None:
         if self._policy is not self._agent.policy:
@@ -114,8 +114,8 @@ class Admission:
         if not self._ungranted:
             return False
         per_user = Counter(place.user for place in self._ungranted)
-        largest = max(per_user.values())
-        place = next(place for place in self._ungranted if per_user[place.user] == largest)
+        max_count = max(per_user.values())
+        place = next(place for place in self._ungranted if per_user[place.user] == max_count)
         self.leave(place)
         place.close()
         return True

@@ -52,20 +52,20 @@ class Connection:
     async def run(self) -> None:
         """Serve the connection until the peer closes it, violates the protocol, is late or exits, or until the agent drains."""
         try:
-            async with trio.open_nursery() as watching:
+            async with trio.open_nursery() as nursery:
                 if self._process is not None:
-                    watching.start_soon(self._until_process_ends, self._process, watching.cancel_scope)
+                    nursery.start_soon(self._until_process_ends, self._process, nursery.cancel_scope)
                 self._rounds.add(self._line)
                 await self._serve()
-                watching.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
         finally:
             self._rounds.forget(self._line)
 
-    async def _until_process_ends(self, process: Process, everything: trio.CancelScope) -> None:
+    async def _until_process_ends(self, process: Process, scope: trio.CancelScope) -> None:
         # The socket may now belong to another process, such as a child, whose credentials were never checked.
         await trio.lowlevel.wait_readable(process.fd)
         log.info("connection.process_ended", **self._line.who)
-        everything.cancel()
+        scope.cancel()
 
     async def _serve(self) -> None:
         line = self._line

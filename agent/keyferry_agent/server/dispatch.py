@@ -19,7 +19,7 @@ from keyferry.protocol import wire
 
 from .. import handlers
 from ..audit import Appended
-from ..audit.entry import AuditEntry
+from ..audit.entry import AuditedRequest, AuditEntry, blob_hash
 from ..authz.caller import Caller
 from ..authz.decision_cache import DecisionCache
 from ..authz.grants import CallerGrants
@@ -45,8 +45,6 @@ MAX_OFFLOADED: Final = 16
 """Offloaded jobs of one connection in flight: four for each thread, so that a thread never waits for the connection."""
 _MAX_BATCH_MESSAGES: Final = 256
 """Messages of a batch, including notifications, which take time although they get no answer."""
-_MAX_OPERATION_NAME_LENGTH: Final = 64
-"""Characters of an operation's name in an audit entry. A client may send any text as the name."""
 _REQUEST_ID_BATCH: Final = 64
 _UNRECORDED: Final = GetAgentHealthResult
 """The result that has no audit entry: probes request it every few seconds, and it contains nothing about keys or callers."""
@@ -59,7 +57,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 class Record(Protocol):
     """The audit log, as far as the dispatcher uses it. A request is audited before it is answered."""
 
-    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended: ...
+    def record(self, requests: Sequence[AuditedRequest]) -> Appended: ...
 
 
 @dataclass
@@ -78,15 +76,17 @@ class CompletedRequest(NamedTuple):
     """A request with its outcome: a result, or an error."""
 
     msgid: int
-    audited: AuditEntry
+    request_id: str
+    started: float
+    entry: AuditEntry
     outcome: Any
 
 
 class Decision(NamedTuple):
-    """A cached decision about a request: its job, its audit fields, and the grants and generation for which it holds."""
+    """A cached decision about a request: its job, its audit entry, and the grants and generation for which it holds."""
 
     job: handlers.Job
-    audited: AuditEntry
+    entry: AuditEntry
     granted: CallerGrants
     generation: int
 
@@ -106,13 +106,19 @@ class Message(NamedTuple):
         assert self.packed is not None
         return self.packed.parse()
 
+    def entry(self) -> AuditEntry:
+        """Return the audit entry of a request that no handler decides. It contains the operation only."""
+        return AuditEntry.of_method(self.parse().method)
+
 
 class OffloadedJob(NamedTuple):
     """A decided request whose job runs in a thread. Its message is kept so that it can be decided again."""
 
     job: handlers.Job
     msgid: int
-    audited: AuditEntry
+    request_id: str
+    started: float
+    entry: AuditEntry
     message: Message
     granted: CallerGrants
     generation: int
@@ -160,7 +166,7 @@ class Dispatcher:
     def take(
         self, exchange: Exchange, messages: Iterator[wire.PackedRequest | wire.Message], max_requests: int
     ) -> Batch:
-        """Move a connection's next messages into its exchange, with `most` requests at most.
+        """Move a connection's next messages into its exchange, with `max_requests` requests at most.
 
         Looks up the decision about each request, and parses the requests without one. A protocol error is returned, not raised.
         """
@@ -190,15 +196,15 @@ class Dispatcher:
 
         Return False, and take nothing, if it is not.
         """
-        packed = decoder.peek()
-        if packed is None:
+        request = decoder.peek()
+        if request is None:
             return False
         exchange.caller.refresh(self._agent.policy)
-        decision = self._recall(exchange.caller, packed.body)
+        decision = self._recall(exchange.caller, request.body)
         if decision is None:
             return False
         decoder.skip()
-        exchange.pending.append(Message(packed.msgid, packed, None, decision))
+        exchange.pending.append(Message(request.msgid, request, None, decision))
         return True
 
     def notified(self, caller: Caller, count: int) -> bool:
@@ -220,15 +226,14 @@ class Dispatcher:
 
     def _complete(self, exchange: Exchange) -> None:
         """Complete requests. A request whose job has finished, but whose decision no longer holds, is decided again first."""
-        caller, completed = exchange.caller, exchange.completed
-        finished, exchange.finished = exchange.finished, []
-        for job, outcome in finished:
+        jobs, exchange.finished = exchange.finished, []
+        for job, outcome in jobs:
             exchange.in_flight -= 1
-            if self._holds(caller, job):
-                completed.append(CompletedRequest(job.msgid, job.audited, outcome))
-                continue
-            audited = AuditEntry(job.audited.request_id, job.audited.started, job.audited.operation)
-            self._decide(exchange, job.message, audited)  # not `_begin`: its rate counts a request once
+            if self._holds(exchange.caller, job):
+                request = CompletedRequest(job.msgid, job.request_id, job.started, job.entry, outcome)
+                exchange.completed.append(request)
+            else:  # not `_begin`: its rate counts a request once
+                self._decide(exchange, job.message, job.request_id, job.started)
         while exchange.pending and exchange.in_flight < MAX_OFFLOADED:
             self._begin(exchange, exchange.pending.popleft())
 
@@ -237,114 +242,117 @@ class Dispatcher:
         decision = self._decisions.get(caller.granted, body)
         return decision if decision is not None and self._holds(caller, decision) else None
 
-    def _holds(self, caller: Caller, decided: Decision | OffloadedJob) -> bool:
+    def _holds(self, caller: Caller, decision: Decision | OffloadedJob) -> bool:
         """Return whether a decision still holds: same policy and keyring, same evidence about the caller, same key state."""
         agent = self._agent
         caller.refresh(agent.policy)
-        if decided.generation != agent.generation or decided.granted is not caller.granted:
+        if decision.generation != agent.generation or decision.granted is not caller.granted:
             return False
-        return decided.job.holds is None or decided.job.holds()
+        return decision.job.holds is None or decision.job.holds()
 
     def _begin(self, exchange: Exchange, message: Message) -> None:
         request_id, started = new_request_id(), time.monotonic()
-        if message.decision is not None:
-            operation = message.decision.audited.operation
+        if self._context.rate.allows(exchange.caller.peer.uid, started):
+            self._decide(exchange, message, request_id, started)
         else:
-            operation = ascii(message.parse().method[:_MAX_OPERATION_NAME_LENGTH])[1:-1]
-        audited = AuditEntry(request_id, started, operation)
-        if not self._context.rate.allows(exchange.caller.peer.uid, started):
-            exchange.completed.append(CompletedRequest(message.msgid, audited, kms_error("Rejected.Throttling")))
-            return
-        self._decide(exchange, message, audited)
+            error, entry = kms_error("Rejected.Throttling"), message.entry()
+            exchange.completed.append(CompletedRequest(message.msgid, request_id, started, entry, error))
 
-    def _decide(self, exchange: Exchange, message: Message, audited: AuditEntry) -> None:
+    def _decide(self, exchange: Exchange, message: Message, request_id: str, started: float) -> None:
         """Decide one request, and run its job here or leave it to a thread."""
         caller, decision = exchange.caller, message.decision
+        outcome: Any
+        entry: AuditEntry | None = None
         try:
             if decision is not None and self._holds(caller, decision):
-                audited = decision.audited.again(audited.request_id, audited.started)
-                job = decision.job
+                outcome, entry = decision.job, decision.entry
             else:
-                job = self._prepare(caller, message, audited)
-            if job.offload:
+                outcome, entry = self._prepare(caller, message)
+                self._remember(caller, message, outcome, entry)
+            if isinstance(outcome, Exception):
+                outcome = refusal(outcome, request_id, entry)
+            elif outcome.offload:
+                granted, generation = caller.granted, self._agent.generation
+                job = OffloadedJob(outcome, message.msgid, request_id, started, entry, message, granted, generation)
                 exchange.in_flight += 1
-                exchange.offloaded.append(
-                    OffloadedJob(job, message.msgid, audited, message, caller.granted, self._agent.generation)
-                )
+                exchange.offloaded.append(job)
                 return
-            outcome = job.run()
+            else:
+                outcome = outcome.run()
         except Exception as error:
-            outcome = refusal(error, audited)
-        exchange.completed.append(CompletedRequest(message.msgid, audited, outcome))
+            entry = entry or message.entry()
+            outcome = refusal(error, request_id, entry)
+        exchange.completed.append(CompletedRequest(message.msgid, request_id, started, entry, outcome))
 
-    def _prepare(self, caller: Caller, message: Message, audited: AuditEntry) -> handlers.Job:
-        agent, request = self._agent, message.parse()
+    def _prepare(self, caller: Caller, message: Message) -> handlers.PreparedRequest:
+        request = message.parse()
         if isinstance(request, wire.InvalidRequest):
-            raise kms_error("InvalidParameter", f"{request.why}.")
-        caller.refresh(agent.policy)
-        job = handlers.prepare(agent, caller, request.method, request.params, audited)
-        if job.repeatable and message.packed is not None:
-            decision = Decision(job, audited, caller.granted, agent.generation)
+            return handlers.PreparedRequest(kms_error("InvalidParameter", f"{request.why}."), message.entry())
+        caller.refresh(self._agent.policy)
+        return handlers.prepare(self._agent, caller, request.method, request.params)
+
+    def _remember(self, caller: Caller, message: Message, outcome: Any, entry: AuditEntry) -> None:
+        """Cache the decision about a request, if its job can answer equal requests."""
+        if isinstance(outcome, handlers.Job) and outcome.repeatable and message.packed is not None:
+            decision = Decision(outcome, entry, caller.granted, self._agent.generation)
             self._decisions.add(caller.granted, message.packed.body, decision)
-        return job
 
     def _answer(self, exchanges: Sequence[Exchange]) -> None:
         """Write the audit entries of completed requests, and only then encode their answers."""
         if not exchanges:
             return
-        outcomes = [
-            (exchange.caller.peer, audited, _outcome(audited, outcome))
+        requests = [
+            _audited(exchange.caller.peer, request)
             for exchange in exchanges
-            for _, audited, outcome in exchange.completed
-            if type(outcome) is not _UNRECORDED
+            for request in exchange.completed
+            if type(request.outcome) is not _UNRECORDED
         ]
-        recorded, failure = self._context.audit.record(outcomes) if outcomes else Appended(0)
+        entries, failure = self._context.audit.record(requests) if requests else Appended(0)
         if self._context.metrics is not None:
             now = time.monotonic()
             for exchange in exchanges:
-                for _, audited, outcome in exchange.completed:
-                    code = outcome.code if isinstance(outcome, KmsError) else "OK"
-                    self._context.metrics.observe(audited.operation, code, now - audited.started)
-        missing: set[str] = set()
+                for request in exchange.completed:
+                    code = request.outcome.code if isinstance(request.outcome, KmsError) else "OK"
+                    self._context.metrics.observe(request.entry.operation, code, now - request.started)
+        refused_ids: set[str] = set()
         if failure is not None:
-            ids = [audited.request_id for _, audited, _ in outcomes[recorded:]]
+            ids = [request.request_id for request in requests[entries:]]
             log.error("audit.failed", error=failure.strerror, request_ids=ids)
             if self._agent.settings.audit.on_failure == "refuse":
-                missing = set(ids)
+                refused_ids = set(ids)
         for exchange in exchanges:
             answers = bytearray()
-            for msgid, audited, outcome in exchange.completed:
-                if missing and audited.request_id in missing and type(outcome) is not _ALWAYS_ANSWERED:
-                    unrecorded = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
-                    answers += self._packed(msgid, audited, unrecorded)
+            for request in exchange.completed:
+                if request.request_id in refused_ids and type(request.outcome) is not _ALWAYS_ANSWERED:
+                    error = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
+                    answers += self._packed(request._replace(outcome=error))
                 else:
-                    answers += self._packed(msgid, audited, outcome)
+                    answers += self._packed(request)
             exchange.completed.clear()
             exchange.answers = bytes(answers)
 
-    def _packed(self, msgid: int, audited: AuditEntry, outcome: Any) -> bytes:
+    def _packed(self, request: CompletedRequest) -> bytes:
+        msgid, request_id, _, entry, outcome = request
         counters = self._agent.counters
         counters.requests_total += 1
         error = outcome if isinstance(outcome, KmsError) else None
         if error is None:
             try:
                 result = result_to_wire(outcome)
-                result["RequestId"] = audited.request_id
+                result["RequestId"] = request_id
                 return wire.encode_response(msgid, None, result)
             except Exception as failure:  # every result of a handler should be encodable
-                error = refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), audited)
+                error = refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), request_id, entry)
         counters.requests_refused += 1
-        return wire.encode_response(
-            msgid, _error(error.code, error.message, audited.request_id, error.http_status), None
-        )
+        return wire.encode_response(msgid, _error(error.code, error.message, request_id, error.http_status), None)
 
 
-def _outcome(audited: AuditEntry, outcome: Any) -> str:
-    """Return the outcome's text for the audit entry, and note the hash of its CiphertextBlob in the entry."""
+def _audited(peer: Peer, request: CompletedRequest) -> AuditedRequest:
+    """Return a completed request for the audit log, with the hash of the CiphertextBlob in its result."""
+    _, request_id, started, entry, outcome = request
     if isinstance(outcome, KmsError):
-        return outcome.code
-    audited.note(outcome)
-    return "OK"
+        return AuditedRequest(peer, request_id, started, entry, outcome.code)
+    return AuditedRequest(peer, request_id, started, entry, "OK", blob_hash(outcome))
 
 
 def _request_ids() -> Iterator[str]:
@@ -363,7 +371,7 @@ uuid4() and its conversion to text take eight times as long. That matters becaus
 """
 
 
-def refusal(error: Exception, audited: AuditEntry) -> KmsError:
+def refusal(error: Exception, request_id: str, entry: AuditEntry) -> KmsError:
     """Return the error to answer instead of a result. Logs an internal error.
 
     The error is a new exception. A raised exception refers to every frame that it passed through, and so to a plaintext or to
@@ -371,7 +379,7 @@ def refusal(error: Exception, audited: AuditEntry) -> KmsError:
     """
     if isinstance(error, KmsError):
         return kms_error(error.code, message=error.message, http_status=error.http_status)
-    log.error("request.failed", request_id=audited.request_id, operation=audited.operation, exc_info=error)
+    log.error("request.failed", request_id=request_id, operation=entry.operation, exc_info=error)
     return kms_error("InternalFailure")
 
 

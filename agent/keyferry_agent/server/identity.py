@@ -60,22 +60,22 @@ class Identity:
         caller.refresh(self._agent.policy)
         if process is None:
             return True
-        asks = caller.granted.asks - self._inspected
-        if (asks or caller.granted.on_program) and not await self._inspect(process, asks):
+        selectors = caller.granted.asks - self._inspected
+        if (selectors or caller.granted.on_program) and not await self._inspect(process, selectors):
             log.info("connection.program_changed", uid=caller.peer.uid, pid=caller.peer.pid)
             return False
         return process.alive()  # checked last, after all evidence was read
 
-    async def _inspect(self, process: Process, asks: frozenset[str]) -> bool:
+    async def _inspect(self, process: Process, selectors: frozenset[str]) -> bool:
         """Inspect the program, and add the findings to the evidence. Return False if the program has changed."""
         caller = self._caller
         program = await self._inspector.inspect(
-            process, caller.peer.uid, self._agent.policy.users_by_program, hashed="sha256" in asks
+            process, caller.peer.uid, self._agent.policy.users_by_program, with_hash="sha256" in selectors
         )
-        self._inspected |= asks
+        self._inspected |= selectors
         if self._program is not None and not self._program.runs_in(program):
             return program is None and not caller.granted.on_program
-        if asks:
+        if selectors:
             self._program = self._program or program
             path, sha256 = (program.path, program.sha256) if program is not None else (None, None)
             caller.know(caller.peer._replace(exe=path, sha256=sha256 or caller.peer.sha256))

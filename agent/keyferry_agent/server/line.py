@@ -72,12 +72,12 @@ class Line:
 
         EAGAIN ends the connection, too: out-of-band bytes would make the socket readable again and again.
         """
-        received = os.read(self.number, self._read_size)
-        if not received:
+        data = os.read(self.number, self._read_size)
+        if not data:
             self.closing = True
             return
         # malloc.perturb fills every allocation, so a large buffer for a request of 500 bytes would evict the CPU caches.
-        self._read_size = _LARGE_READ if len(received) >= _SMALL_READ_BYTES else _SMALL_READ_BYTES
+        self._read_size = _LARGE_READ if len(data) >= _SMALL_READ_BYTES else _SMALL_READ_BYTES
         self.new_message = not self.decoder.incomplete
-        self.decoder.feed(received)
+        self.decoder.feed(data)
         self.messages, self.unread = self.decoder.packed_messages(), True

@@ -106,11 +106,11 @@ class Server:
     def __init__(
         self,
         listener: socket.socket,
-        made: unix_sockets.ListeningSocket | None,
+        listening_socket: unix_sockets.ListeningSocket | None,
         answer: Callable[[socket.socket, float], object],
     ) -> None:
         self._listener = listener
-        self._made = made
+        self._made = listening_socket
         self._answer = answer
         self._scrapes: dict[socket.socket, None] = {}  # the oldest first
         self._changing = threading.Lock()
@@ -144,11 +144,11 @@ class Server:
         """Add a connection, and end the oldest if there are too many. A scrape takes milliseconds unless its client is slow."""
         with self._changing:
             self._scrapes[connection] = None
-            oldest = next(iter(self._scrapes)) if len(self._scrapes) > MAX_SCRAPES else None
-            if oldest is not None:
-                del self._scrapes[oldest]
+            oldest_scrape = next(iter(self._scrapes)) if len(self._scrapes) > MAX_SCRAPES else None
+            if oldest_scrape is not None:
+                del self._scrapes[oldest_scrape]
                 with suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+                    oldest_scrape.shutdown(socket.SHUT_RDWR)  # its thread closes it
 
     def _end(self, connection: socket.socket) -> None:
         with self._changing:
@@ -170,8 +170,8 @@ def _serve(metrics: Metrics, address: str) -> Server:
     """Answer scrapes at a socket's path, or at ADDRESS:PORT. Raises `MetricsError`, `ListeningError` or OSError."""
     answer = _handler(metrics)
     if address.startswith("/"):
-        (made,) = unix_sockets.open_listeners([Listener("metrics", Path(address))], [])
-        return Server(made.socket, made, answer)
+        (listening_socket,) = unix_sockets.open_listeners([Listener("metrics", Path(address))], [])
+        return Server(listening_socket.socket, listening_socket, answer)
     host, _, port = address.rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     return Server(socket.create_server((host.strip("[]"), int(port)), family=family, backlog=BACKLOG), None, answer)

@@ -27,16 +27,19 @@ class Rate:
         """
         if not self._per_second or not count:
             return True
-        tokens, since = self._buckets.get(user, (float(self._per_second), now))
-        tokens = min(self._per_second, tokens + (now - since) * self._per_second)
+        tokens, last_time = self._buckets.get(user, (float(self._per_second), now))
+        tokens = min(self._per_second, tokens + (now - last_time) * self._per_second)
         if len(self._buckets) >= _MAX_USERS and user not in self._buckets:
             self._forget(now)
-        enough = tokens >= count
-        self._buckets[user] = (tokens - count if enough else tokens, now)
-        return enough
+        is_allowed = tokens >= count
+        self._buckets[user] = (tokens - count if is_allowed else tokens, now)
+        return is_allowed
 
     def _forget(self, now: float) -> None:
-        busy = {u: (n, t) for u, (n, t) in self._buckets.items() if n + (now - t) * self._per_second < self._per_second}
-        if len(busy) >= _MAX_USERS:
-            busy = dict(sorted(busy.items(), key=lambda bucket: bucket[1][1])[_MAX_USERS // 2 :])  # those seen last
-        self._buckets = busy
+        buckets = {
+            u: (n, t) for u, (n, t) in self._buckets.items() if n + (now - t) * self._per_second < self._per_second
+        }
+        if len(buckets) >= _MAX_USERS:
+            # Keep the users that were seen last.
+            buckets = dict(sorted(buckets.items(), key=lambda bucket: bucket[1][1])[_MAX_USERS // 2 :])
+        self._buckets = buckets

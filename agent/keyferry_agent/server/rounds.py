@@ -111,10 +111,10 @@ class Rounds:
                 await trio.lowlevel.checkpoint()
                 turn = time.monotonic()
             elif not quick or not self._soon(turn):
-                began = time.monotonic()
+                start = time.monotonic()
                 await self._wait()
                 turn = time.monotonic()
-                quick = turn - began < _MOMENT_SECONDS
+                quick = turn - start < _MOMENT_SECONDS
             await self._round()
 
     def _soon(self, turn: float) -> bool:
@@ -283,8 +283,8 @@ class Rounds:
         if count and not self._dispatcher.notified(exchange.caller, count) and not line.refused:
             line.messages = None
             self._refuse(line, "Rejected.Throttling", "more notifications than this user may send", 429)
-        offloaded, exchange.offloaded = exchange.offloaded, []
-        for job in offloaded:
+        jobs, exchange.offloaded = exchange.offloaded, []
+        for job in jobs:
             self._offload(line, job)
         answers, exchange.answers = exchange.answers, b""
         if line.last_word and not exchange.pending and not exchange.in_flight:
@@ -296,15 +296,15 @@ class Rounds:
     def _send(self, line: Line, answers: bytes) -> bool:
         """Send answers. Return False if not all were sent: the line's own task then sends the rest, or the line has ended."""
         try:
-            sent = os.write(line.number, answers)
+            sent_bytes = os.write(line.number, answers)
         except BlockingIOError:
-            sent = 0
+            sent_bytes = 0
         except OSError:
             self._end(line)
             return False
-        if sent == len(answers):
+        if sent_bytes == len(answers):
             return True
-        line.unsent = answers[sent:]
+        line.unsent = answers[sent_bytes:]
         self._put_aside(line)
         return False
 
@@ -357,7 +357,7 @@ class Rounds:
             return job.job.run() if agent.generation == generation else None
 
         def done(result: Any, error: Exception | None) -> None:
-            line.exchange.finished.append((job, result if error is None else refusal(error, job.audited)))
+            line.exchange.finished.append((job, result if error is None else refusal(error, job.request_id, job.entry)))
             self._call(line)
 
         try:

@@ -14,7 +14,7 @@ import trio
 from keyferry import libcrypto
 
 from ..audit import Appended, AuditLog
-from ..audit.entry import AuditEntry
+from ..audit.entry import AuditedRequest
 from ..authz.caller import Caller
 from ..peer import Peer, Process, evidence
 from ..peer.inspection import Inspector
@@ -45,7 +45,7 @@ log: structlog.stdlib.BoundLogger = structlog.get_logger("keyferry_agent")
 class NullAuditLog:
     """An audit log that discards its entries, for the agent's requests to itself."""
 
-    def record(self, requests: Sequence[tuple[Peer, AuditEntry, str]]) -> Appended:
+    def record(self, requests: Sequence[AuditedRequest]) -> Appended:
         return Appended(len(requests))
 
 

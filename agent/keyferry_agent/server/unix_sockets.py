@@ -50,41 +50,45 @@ class ListeningSocket(NamedTuple):
         if self.original_stat is None:
             return False
         try:
-            now = self.path.lstat()
+            status = self.path.lstat()
         except OSError:
             return True
         # The file system soon reuses the inode number of a removed file. The time distinguishes the two files.
-        first = self.original_stat
-        return (now.st_dev, now.st_ino, now.st_mtime_ns) != (first.st_dev, first.st_ino, first.st_mtime_ns)
+        old_status = self.original_stat
+        return (status.st_dev, status.st_ino, status.st_mtime_ns) != (
+            old_status.st_dev,
+            old_status.st_ino,
+            old_status.st_mtime_ns,
+        )
 
 
 def open_listeners(
-    listeners: Sequence[Listener], inherited: Sequence[tuple[str, socket.socket]]
+    listeners: Sequence[Listener], given_sockets: Sequence[tuple[str, socket.socket]]
 ) -> list[ListeningSocket]:
     """Return a listening socket for each listener: a given one that belongs to it (`assign`), else a newly created one.
 
     Raises `ListeningError`, also for a given socket that belongs to no listener.
     """
-    indexes = assign(listeners, [(name, _path(sock)) for name, sock in inherited])
-    opened: list[ListeningSocket] = []
+    indexes = assign(listeners, [(name, _path(sock)) for name, sock in given_sockets])
+    listening_sockets: list[ListeningSocket] = []
     try:
         for listener in listeners:
             if listener.name in indexes:
-                opened.append(_adopt(listener, inherited[indexes[listener.name]][1]))
+                listening_sockets.append(_adopt(listener, given_sockets[indexes[listener.name]][1]))
             else:
                 sock = _create(listener)
-                opened.append(ListeningSocket(listener.name, listener.path, sock, None, is_own=True))
-                opened[-1] = opened[-1]._replace(original_stat=listener.path.lstat())
+                listening_sockets.append(ListeningSocket(listener.name, listener.path, sock, None, is_own=True))
+                listening_sockets[-1] = listening_sockets[-1]._replace(original_stat=listener.path.lstat())
     except (ListeningError, OSError) as error:
-        for opened_socket in opened:
+        for opened_socket in listening_sockets:
             opened_socket.close()
         if isinstance(error, OSError):
             raise ListeningError(f"{error.filename or listener.path}: {error.strerror}") from None
         raise
-    return opened
+    return listening_sockets
 
 
-def assign(listeners: Sequence[Listener], inherited: Sequence[tuple[str, Path | None]]) -> dict[str, int]:
+def assign(listeners: Sequence[Listener], given_sockets: Sequence[tuple[str, Path | None]]) -> dict[str, int]:
     """Map names of listeners to the indexes of the given sockets that belong to them. A socket is given by its name and path.
 
     A socket belongs to the listener with its name, else to the one with its path. If one socket and one listener are left
@@ -92,21 +96,21 @@ def assign(listeners: Sequence[Listener], inherited: Sequence[tuple[str, Path | 
     """
     indexes: dict[str, int] = {}
     strangers = []
-    for number, (name, path) in enumerate(inherited):
+    for number, (name, path) in enumerate(given_sockets):
         by_name = [entry.name for entry in listeners if entry.name == name and entry.name not in indexes]
         by_path = [entry.name for entry in listeners if entry.path == path and entry.name not in indexes]
         for owner in (by_name or by_path)[:1]:
             indexes[owner] = number
         if not by_name and not by_path:
             strangers.append(number)
-    unassigned = [entry.name for entry in listeners if entry.name not in indexes]
-    if len(strangers) == len(unassigned) == 1:  # for one socket and one listener, no name is needed
-        indexes[unassigned[0]] = strangers.pop()
+    free_names = [entry.name for entry in listeners if entry.name not in indexes]
+    if len(strangers) == len(free_names) == 1:  # for one socket and one listener, no name is needed
+        indexes[free_names[0]] = strangers.pop()
     if strangers:
-        name, path = inherited[strangers[0]]
+        name, path = given_sockets[strangers[0]]
         raise ListeningError(
             f"systemd hands over a socket named {name!r} at {path}, and no listener has this name or path: set "
-            f"FileDescriptorName= of the socket unit to a [[listener]]'s name ({', '.join(unassigned) or 'all have one'}), "
+            f"FileDescriptorName= of the socket unit to a [[listener]]'s name ({', '.join(free_names) or 'all have one'}), "
             "or disable and stop the socket unit"
         )
     return indexes
@@ -147,7 +151,7 @@ def _create(listener: Listener) -> socket.socket:
 def _bind(listener: Listener, path: Path) -> socket.socket:
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old = os.umask(0o177)  # only the owner can connect before the mode is set
+    old_umask = os.umask(0o177)  # only the owner can connect before the mode is set
     try:
         sock.bind(os.fspath(path))
         _set_owner(path, listener)
@@ -156,7 +160,7 @@ def _bind(listener: Listener, path: Path) -> socket.socket:
         sock.close()
         raise ListeningError(f"{path}: {error.strerror or error}") from None
     finally:
-        os.umask(old)
+        os.umask(old_umask)
     return sock
 
 
@@ -166,10 +170,10 @@ def _set_owner(path: Path, listener: Listener) -> None:
     try:
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             raise ListeningError(f"{path}: another user replaced the socket while it was made; check its folder")
-        itself = f"/proc/self/fd/{descriptor}"
+        link = f"/proc/self/fd/{descriptor}"
         if listener.uid is not None or listener.gid is not None:
-            os.chown(itself, -1 if listener.uid is None else listener.uid, -1 if listener.gid is None else listener.gid)
-        os.chmod(itself, listener.mode)
+            os.chown(link, -1 if listener.uid is None else listener.uid, -1 if listener.gid is None else listener.gid)
+        os.chmod(link, listener.mode)
     finally:
         os.close(descriptor)
 

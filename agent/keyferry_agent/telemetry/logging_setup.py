@@ -45,7 +45,7 @@ def priority(level: int) -> str:
     # A process inherits the variable, but may have another standard error: systemd.exec(5) requires this comparison.
     if os.environ.get("JOURNAL_STREAM") != f"{status.st_dev}:{status.st_ino}":
         return ""
-    return next(text for lowest, text in PRIORITIES if level >= lowest)
+    return next(text for min_level, text in PRIORITIES if level >= min_level)
 
 
 class _Queue(logging.handlers.QueueHandler):
@@ -95,13 +95,13 @@ class _StandardError:
         line = priority(level) + line
         if self._failed:
             self._move_to_end(descriptor)
-        data, written = f"{self._half * chr(10)}{line}\n".encode(errors="backslashreplace"), 0
+        data, written_bytes = f"{self._half * chr(10)}{line}\n".encode(errors="backslashreplace"), 0
         try:
-            while written < len(data):
-                written += _write(descriptor, data[written:])
+            while written_bytes < len(data):
+                written_bytes += _write(descriptor, data[written_bytes:])
         except OSError:
             self._failed = True
-            if written and not _take_back(descriptor, written):
+            if written_bytes and not _take_back(descriptor, written_bytes):
                 self._half = True
             raise
         self._failed = self._half = False
@@ -119,26 +119,26 @@ def _write(descriptor: int, data: bytes) -> int:
     """Write at least one byte. Blocks while a non-blocking descriptor is full. Raises OSError."""
     while True:
         try:
-            written = os.write(descriptor, data)
+            written_bytes = os.write(descriptor, data)
         except BlockingIOError:
             poll = select.poll()
             poll.register(descriptor, select.POLLOUT)
             if poll.poll(POLL_MILLISECONDS):
                 time.sleep(RETRY_SECONDS)
             continue
-        if not written:
+        if not written_bytes:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return written
+        return written_bytes
 
 
-def _take_back(descriptor: int, written: int) -> bool:
+def _take_back(descriptor: int, written_bytes: int) -> bool:
     """Remove half a line from the end of a file. Returns False if that is impossible, as in a pipe."""
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or os.lseek(descriptor, 0, os.SEEK_CUR) != status.st_size:
             return False  # another process has appended to the file
-        os.ftruncate(descriptor, status.st_size - written)
-        os.lseek(descriptor, status.st_size - written, os.SEEK_SET)
+        os.ftruncate(descriptor, status.st_size - written_bytes)
+        os.lseek(descriptor, status.st_size - written_bytes, os.SEEK_SET)
     except OSError:
         return False
     return True
@@ -147,8 +147,8 @@ def _take_back(descriptor: int, written: int) -> bool:
 class _Writer:
     """The thread that takes lines from the queue and writes them."""
 
-    def __init__(self, waiting: _Queue, processors: list[Any]) -> None:
-        self._waiting = waiting
+    def __init__(self, log_queue: _Queue, processors: list[Any]) -> None:
+        self._waiting = log_queue
         self._output = _StandardError()
         self._log = structlog.wrap_logger(self._output, processors=processors, wrapper_class=structlog.BoundLogger)
         self._unwritten = 0
@@ -179,16 +179,16 @@ class _Writer:
 
     def _report(self, *, now: bool) -> None:
         """Write the number of lost lines, at most once a second while the log is busy. Raises OSError or ValueError."""
-        lost = self._waiting.dropped + self._unwritten - self._reported
-        if lost and (now or time.monotonic() >= self._report_at):
-            self._log.error("log.lost", lines=lost)
-            self._reported += lost
+        lost_lines = self._waiting.dropped + self._unwritten - self._reported
+        if lost_lines and (now or time.monotonic() >= self._report_at):
+            self._log.error("log.lost", lines=lost_lines)
+            self._reported += lost_lines
             self._report_at = time.monotonic() + REPORT_SECONDS
 
 
 def configure() -> None:
     """Send structlog's events and the standard library's records to one queue."""
-    shared: list[Any] = [
+    processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -199,18 +199,18 @@ def configure() -> None:
         structlog.dev.ConsoleRenderer(colors=True) if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     )
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*processors, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
     )
-    waiting = _Queue(queue.Queue(MAX_WAITING))
-    waiting.setFormatter(
+    log_queue = _Queue(queue.Queue(MAX_WAITING))
+    log_queue.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=processors,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
     )
-    _Writer(waiting, [*shared, renderer])
+    _Writer(log_queue, [*processors, renderer])
     root = logging.getLogger()
-    root.handlers[:] = [waiting]
+    root.handlers[:] = [log_queue]
     root.setLevel(logging.INFO)

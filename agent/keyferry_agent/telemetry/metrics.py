@@ -68,7 +68,7 @@ class _State:
             conditions.add_metric([name], int(name in agent.conditions))
         yield conditions
         primary = [datetime.fromisoformat(key.primary.created) for key in keyring.keys.values() if key.enabled()]
-        due = [datetime.fromisoformat(key.delete_date) for key in keyring.keys.values() if key.delete_date]
+        dates = [datetime.fromisoformat(key.delete_date) for key in keyring.keys.values() if key.delete_date]
         for gauge, text, values in (
             ("connections", "Connections open now", [counters.connections]),
             ("keys", "Master keys in the keyring", [len(keyring.keys)]),
@@ -81,7 +81,7 @@ class _State:
             (
                 "next_deletion_seconds",
                 "Seconds until the next key is deleted, negative after that; absent if no deletion is scheduled",
-                [min(due).timestamp() - now] if due else [],
+                [min(dates).timestamp() - now] if dates else [],
             ),
             ("audit_lag_seconds", "Duration of the last audit write, or of the one in progress", [self._audit.lag]),
             ("draining", "1 while the agent drains before it stops", [int(agent.draining)]),

@@ -63,11 +63,11 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        missing = (error.name or "").split(".")[0]
-        if missing not in _EXTRAS[name] or error.path is not None:  # the package is installed, but broken
+        package = (error.name or "").split(".")[0]
+        if package not in _EXTRAS[name] or error.path is not None:  # the package is installed, but broken
             raise
         raise Failed(
-            f'this needs {missing}, which is not installed; install the extra "{name}" of keyferry (docs/installing.md)'
+            f'this needs {package}, which is not installed; install the extra "{name}" of keyferry (docs/installing.md)'
         ) from None
     except Exception as error:
         from ..openssl_configuration import cryptography_failure  # noqa: PLC0415 - few commands need OpenSSL
@@ -160,12 +160,12 @@ def add_parameters(
     parser: argparse.ArgumentParser,
     operation: Operation[..., Any],
     *,
-    without: Iterable[str] = (),
+    excluded_names: Iterable[str] = (),
     enforce: bool = False,
 ) -> None:
     """Add an operation's parameters as options. With `enforce`, the parser also requires those that the agent requires."""
     for name, parameter in operation.parameters.items():
-        if name in without:
+        if name in excluded_names:
             continue
         required = name in operation.required
         _, content = _FROM_FILES.get(parameter, (None, ""))
@@ -177,11 +177,11 @@ def add_parameters(
 def read_parameters(arguments: argparse.Namespace, operation: Operation[..., Any]) -> dict[str, Any]:
     """Return the parameters on the command line in the form of a request. Exits with code 2 if a value is not valid."""
     texts = {name: getattr(arguments, name, None) for name in operation.parameters}
-    from_input = [
+    input_names = [
         f"--{name}" for name, text in texts.items() if text == _STANDARD_INPUT and _from_file(operation, name)
     ]
-    if len(from_input) > 1:
-        usage(f"{' and '.join(from_input)}: only one parameter can be read from standard input")
+    if len(input_names) > 1:
+        usage(f"{' and '.join(input_names)}: only one parameter can be read from standard input")
     return {name: _value(operation.parameters[name], text) for name, text in texts.items() if text is not None}
 
 

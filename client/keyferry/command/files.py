@@ -87,17 +87,19 @@ def _encrypt(arguments: argparse.Namespace) -> int:
         target = Target(arguments.target, preserve=arguments.preserve)
         if target.is_terminal():
             usage("an encrypted file is not written to a terminal; name a file, or a pipe")
-        with source(arguments.source) as plain:
+        with source(arguments.source) as plaintext:
             with open_store(arguments) as store:
                 record = store.get(arguments.record)
             module = open_module(arguments)
             with Client(arguments.socket) as kms:
                 key = module.recover_data_key(kms, record.data_key_record())
             with (
-                target.open(plain, mode=_DEFAULT_MODE, after_all=False) as out,
-                progress("encrypting", "B", scale=True, total=_size(plain)) as bar,
+                target.open(plaintext, mode=_DEFAULT_MODE, after_all=False) as out,
+                progress("encrypting", "B", scale=True, total=_size(plaintext)) as bar,
             ):
-                files.encrypt(plain, out, module, key, record.data_key_record(), name=record.name, advanced=bar.update)
+                files.encrypt(
+                    plaintext, out, module, key, record.data_key_record(), name=record.name, advanced=bar.update
+                )
     return DONE
 
 
@@ -109,18 +111,18 @@ def _decrypt(arguments: argparse.Namespace) -> int:
 
     with _translating_errors(arguments):
         target = Target(arguments.target, preserve=arguments.preserve)
-        with source(arguments.source) as sealed:
+        with source(arguments.source) as ciphertext:
             with _naming_source(arguments.source):
-                header = files.read_header(sealed)
+                header = files.read_header(ciphertext)
             module = open_module(arguments)
             with Client(arguments.socket) as kms:
                 key = module.recover_data_key(kms, header.record)
             with (
-                target.open(sealed, mode=_PRIVATE_MODE, after_all=True) as out,
-                progress("decrypting", "B", scale=True, total=_size(sealed)) as bar,
+                target.open(ciphertext, mode=_PRIVATE_MODE, after_all=True) as out,
+                progress("decrypting", "B", scale=True, total=_size(ciphertext)) as bar,
                 _naming_source(arguments.source),
             ):
-                files.decrypt(sealed, out, module, key, header, advanced=bar.update)
+                files.decrypt(ciphertext, out, module, key, header, advanced=bar.update)
     return DONE
 
 
@@ -135,9 +137,9 @@ def _reencrypt(arguments: argparse.Namespace) -> int:
         target = None if arguments.target is None else Target(arguments.target, preserve=arguments.preserve)
         if target is not None and target.is_terminal():
             usage("an encrypted file is not written to a terminal; name a file, or a pipe")
-        with source(arguments.source) as sealed:
+        with source(arguments.source) as ciphertext:
             with _naming_source(arguments.source):
-                header = files.read_header(sealed)
+                header = files.read_header(ciphertext)
             with open_store(arguments) as store:
                 record = store.get(arguments.record)
             module = open_module(arguments)
@@ -152,31 +154,31 @@ def _reencrypt(arguments: argparse.Namespace) -> int:
                 return DONE
             place: AbstractContextManager[BinaryIO]
             if target is None:
-                place = in_place(arguments.source, sealed, preserve=arguments.preserve)
+                place = in_place(arguments.source, ciphertext, preserve=arguments.preserve)
             else:
-                place = target.open(sealed, mode=_DEFAULT_MODE, after_all=True)
+                place = target.open(ciphertext, mode=_DEFAULT_MODE, after_all=True)
             with (
                 place as out,
-                progress("encrypting", "B", scale=True, total=_size(sealed)) as bar,
+                progress("encrypting", "B", scale=True, total=_size(ciphertext)) as bar,
                 _naming_source(arguments.source),
             ):
                 assert isinstance(out, SparseWriter)
-                new = record.data_key_record()
+                key_record = record.data_key_record()
                 digest = files.reencrypt(
-                    sealed, out, module, key, header, new_key, new, name=record.name, advanced=bar.update
+                    ciphertext, out, module, key, header, new_key, key_record, name=record.name, advanced=bar.update
                 )
-                with out.reading_back() as written:
-                    if files.plaintext_hash(written, module, new_key) != digest:
+                with out.reading_back() as result:
+                    if files.plaintext_hash(result, module, new_key) != digest:
                         raise files.FileError("the new file does not decrypt to the same content, and was removed")
     return DONE
 
 
-def _are_same_key(module: "CryptographicModule", key: "DataKey", other: "DataKey") -> bool:
+def _are_same_key(module: "CryptographicModule", key: "DataKey", other_key: "DataKey") -> bool:
     """Return True if both handles hold the same data key. CiphertextBlobs are not compared: a rewrap changes them."""
     from ..module import ModuleError  # noqa: PLC0415
 
     try:
-        module.decrypt(other, module.encrypt(key, _PROBE))
+        module.decrypt(other_key, module.encrypt(key, _PROBE))
     except ModuleError:
         return False
     return True
@@ -190,8 +192,8 @@ def _translating_errors(arguments: argparse.Namespace) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        where = "" if error.filename else f"{arguments.source} to {arguments.target or arguments.source}: "
-        raise Failed(f"{where}{reason(error)}") from None
+        location = "" if error.filename else f"{arguments.source} to {arguments.target or arguments.source}: "
+        raise Failed(f"{location}{reason(error)}") from None
 
 
 @contextmanager

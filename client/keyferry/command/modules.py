@@ -88,8 +88,8 @@ def check_module_options(arguments: argparse.Namespace) -> bool:
         return arguments.module is not None
     if arguments.passphrase_file:
         usage("--passphrase-file is for software modules; a token's PIN comes from --pin-file")
-    if missing := [option for option in ("--token", "--key-label") if not token_options[option]]:
-        usage(f"--pkcs11 needs {' and '.join(missing)}")
+    if missing_options := [option for option in ("--token", "--key-label") if not token_options[option]]:
+        usage(f"--pkcs11 needs {' and '.join(missing_options)}")
     return True
 
 
@@ -158,9 +158,9 @@ def _init(arguments: argparse.Namespace) -> int:
     code = DONE
     new_file: Path | None = None
     try:
-        sealed = module.sealed(phrase)
+        sealed_file = module.sealed(phrase)
         with new_files.creating(arguments.file) as file:
-            file.write(sealed)
+            file.write(sealed_file)
             file.flush()
             os.fsync(file.fileno())
             # Steps after the passphrase must not fail: a module without its passphrase is useless.

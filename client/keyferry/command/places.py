@@ -132,9 +132,9 @@ def _naming_tmpdir() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = " is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        reason = " is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise Failed(
-            f"$TMPDIR ({_tmpdir()}){full}: {error.strerror}; the plaintext is kept there until all of it is authentic; "
+            f"$TMPDIR ({_tmpdir()}){reason}: {error.strerror}; the plaintext is kept there until all of it is authentic; "
             "set TMPDIR to a folder with room for it"
         ) from None
 

@@ -49,7 +49,7 @@ def add_parsers(commands: Any) -> None:
 
     add = verb("add", "Generate a data key without plaintext, and store its record.", _add)
     add.add_argument("name", metavar="NAME", help="the record's name")
-    add_parameters(add, _ADD, without=["DryRun"], enforce=True)
+    add_parameters(add, _ADD, excluded_names=["DryRun"], enforce=True)
 
     listing = verb("list", "List all records, in the order in which they were added.", _list, agent=False)
     listing.add_argument(
@@ -65,7 +65,7 @@ def add_parsers(commands: Any) -> None:
 
     recover = verb("recover", "Export a record's data key to a module's public key (ExportDataKey).", _recover)
     recover.add_argument("name", metavar="NAME")
-    add_parameters(recover, _RECOVER, without=_RECORD_PARAMETERS, enforce=False)
+    add_parameters(recover, _RECOVER, excluded_names=_RECORD_PARAMETERS, enforce=False)
 
     renew = verb("renew", "Give a record a new data key. The old one stays, under another name.", _renew)
     renew.add_argument("name", metavar="NAME")
@@ -162,10 +162,10 @@ def _lines(store: "Store", *, header: bool) -> Iterator[str]:
     from ..store.record import printable  # noqa: PLC0415
 
     records = iter(store)
-    first = next(records, None)  # before the header: an unreadable store must not look like an empty list
+    first_record = next(records, None)  # before the header: an unreadable store must not look like an empty list
     if header:
         yield "\t".join(_COLUMNS)
-    for record in itertools.chain([first] if first else [], records):
+    for record in itertools.chain([first_record] if first_record else [], records):
         fields = (record.name, record.key_id, record.key_version_id, record.created, record.rewrapped or "-")
         yield "\t".join(map(printable, fields))
 
@@ -173,14 +173,14 @@ def _lines(store: "Store", *, header: bool) -> Iterator[str]:
 def _json_lines(store: "Store") -> Iterator[str]:
     """Yield the lines of a JSON array, one record per line, while the records are read."""
     records = iter(store)
-    previous = next(records, None)  # before the bracket: an unreadable store must not begin a list
+    waiting_record = next(records, None)  # before the bracket: an unreadable store must not begin a list
     yield "["
     for record in records:
-        if previous:
-            yield f"  {json.dumps(previous.to_json(), ensure_ascii=False)},"
-        previous = record
-    if previous:
-        yield f"  {json.dumps(previous.to_json(), ensure_ascii=False)}"
+        if waiting_record:
+            yield f"  {json.dumps(waiting_record.to_json(), ensure_ascii=False)},"
+        waiting_record = record
+    if waiting_record:
+        yield f"  {json.dumps(waiting_record.to_json(), ensure_ascii=False)}"
     yield "]"
 
 
@@ -205,14 +205,14 @@ def _copy(arguments: argparse.Namespace) -> int:
         from ..store import copy  # noqa: PLC0415
 
         with progress("copying", " records", total=source.count()) as bar:
-            copied = copy(
+            counts = copy(
                 source,
                 target,
                 refused=lambda why: bar.write(f"keyferry: {why}", file=sys.stderr),
                 advanced=bar.update,
             )
-    code = show_json({name.capitalize(): count for name, count in copied._asdict().items()})
-    return REFUSED if copied.refused and code == DONE else code
+    code = show_json({name.capitalize(): count for name, count in counts._asdict().items()})
+    return REFUSED if counts.refused and code == DONE else code
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -226,8 +226,8 @@ def _renew(arguments: argparse.Namespace) -> int:
     with open_store(arguments) as store, Client(arguments.socket) as kms:
         from ..store import renew  # noqa: PLC0415
 
-        new, old = renew(store, kms, arguments.name, old_name=arguments.old_name)
-    return show_json({"New": new.to_json(), "Old": old.to_json()})
+        new_record, old_record = renew(store, kms, arguments.name, old_name=arguments.old_name)
+    return show_json({"New": new_record.to_json(), "Old": old_record.to_json()})
 
 
 def _rewrap(arguments: argparse.Namespace) -> int:

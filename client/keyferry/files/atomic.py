@@ -25,9 +25,9 @@ def replacing(
     replaces, and a file that replaces none has the `mode`. Blocks of zeros become holes. Raises OSError, and `FileError` for a
     path that is not a place for a file.
     """
-    replaced = check_place(path, source)
-    if attributes is None and replaced is not None:
-        attributes = Attributes.of_replaced(replaced)
+    status = check_place(path, source)
+    if attributes is None and status is not None:
+        attributes = Attributes.of_replaced(status)
     # Until it is complete, a file that will get attributes is private to this user.
     with (
         new_files.replacing(path, 0o600 if attributes else mode) as descriptor,
@@ -49,9 +49,9 @@ def check_place(path: str, source: BinaryIO | None = None) -> os.stat_result | N
         raise FileError("OUT is empty; - is standard output")
     if descriptors.find_output(path) is not None:
         raise FileError(f"{path}: leads to an open descriptor, which is not a place for a file; - is standard output")
-    real = os.path.realpath(path)  # a rename would replace a symlink, not the file it names
+    real_path = os.path.realpath(path)  # a rename would replace a symlink, not the file it names
     try:
-        status = os.stat(real)
+        status = os.stat(real_path)
     except FileNotFoundError:
         if not os.path.basename(path):
             raise FileError(f"{path}: ends with a slash; name a file in a folder") from None
@@ -59,7 +59,7 @@ def check_place(path: str, source: BinaryIO | None = None) -> os.stat_result | N
     if stat.S_ISDIR(status.st_mode):
         raise FileError(f"{path}: a folder, not a regular file; name a file in it, or - for standard output")
     if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"{real}: not a regular file; - is standard output")
+        raise FileError(f"{real_path}: not a regular file; - is standard output")
     if not os.path.basename(path):
         raise FileError(f"{path}: ends with a slash, and is not a folder")
     check_not_source(path, status, source)

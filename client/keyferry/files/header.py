@@ -61,10 +61,10 @@ def new_header(module: CryptographicModule, key: DataKey, record: DataKeyRecord,
             f"the data-key record has {len(text)} bytes as JSON; a file header holds at most {MAX_RECORD_BYTES}"
         )
     file_key = os.urandom(_FILE_KEY_BYTES)
-    sealed = module.encrypt(key, file_key, _aad(text))
-    bound = MAGIC + len(text).to_bytes(4, "big") + text + sealed
+    encrypted_key = module.encrypt(key, file_key, _aad(text))
+    bound = MAGIC + len(text).to_bytes(4, "big") + text + encrypted_key
     chunks, commitment = _derive(file_key, bound)
-    return Header(name, record, bound, sealed, commitment), chunks
+    return Header(name, record, bound, encrypted_key, commitment), chunks
 
 
 def read_header(source: BinaryIO) -> Header:
@@ -79,13 +79,13 @@ def read_header(source: BinaryIO) -> Header:
     size = int.from_bytes(length, "big")
     if size > MAX_RECORD_BYTES:
         raise FileError(NOT_AUTHENTIC)
-    text, sealed, commitment = (
+    text, encrypted_key, commitment = (
         read_exactly(source, count) for count in (size, _ENCRYPTED_KEY_BYTES, _COMMITMENT_BYTES)
     )
     if len(commitment) != _COMMITMENT_BYTES:
         raise FileError(NOT_AUTHENTIC)
     name, record = _record(text)
-    return Header(name, record, magic + length + text + sealed, sealed, commitment)
+    return Header(name, record, magic + length + text + encrypted_key, encrypted_key, commitment)
 
 
 def payload_key(module: CryptographicModule, key: DataKey, header: Header) -> bytes:

@@ -45,12 +45,12 @@ class _Skipping(io.FileIO):
         with memoryview(data) as view:
             size = len(view)
             blocks = size // _BLOCK
-            skipped = 0
-            while skipped < blocks and _is_zeros(view, skipped):
-                skipped += 1
-            if skipped:
-                self.seek(skipped * _BLOCK, os.SEEK_CUR)
-                return skipped * _BLOCK
+            zero_blocks = 0
+            while zero_blocks < blocks and _is_zeros(view, zero_blocks):
+                zero_blocks += 1
+            if zero_blocks:
+                self.seek(zero_blocks * _BLOCK, os.SEEK_CUR)
+                return zero_blocks * _BLOCK
             end = next((block for block in range(1, blocks) if _is_zeros(view, block)), None)
             return super().write(view if end is None else view[: end * _BLOCK])
 

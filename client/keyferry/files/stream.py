@@ -78,9 +78,9 @@ def reencrypt(
     digest = hashlib.sha256()
 
     def pieces() -> Iterator[tuple[bytes, bool]]:
-        for piece, final in _opened(source, module, key, header, advanced):
+        for piece, is_last in _opened(source, module, key, header, advanced):
             digest.update(piece)
-            yield piece, final
+            yield piece, is_last
 
     _write(pieces(), target, module, new_key, record, name, lambda _bytes: None)
     return digest.hexdigest()
@@ -106,8 +106,8 @@ def _write(
     header, chunk_key = new_header(module, key, record, name)
     target.write(header.to_bytes())
     gcm = AESGCM(chunk_key)
-    for counter, (piece, final) in enumerate(pieces):
-        target.write(gcm.encrypt(_nonce(counter, final=final), piece, None))
+    for counter, (piece, is_last) in enumerate(pieces):
+        target.write(gcm.encrypt(_nonce(counter, is_last=is_last), piece, None))
         advanced(len(piece))
 
 
@@ -120,29 +120,29 @@ def _opened(
 ) -> Iterator[tuple[bytes, bool]]:
     """Yield the plaintext of each chunk, and whether it is the last. Raises `FileError`, OSError."""
     gcm = AESGCM(payload_key(module, key, header))
-    for counter, (chunk, final) in enumerate(_chunks(source, CHUNK + _TAG)):
+    for counter, (chunk, is_last) in enumerate(_chunks(source, CHUNK + _TAG)):
         if len(chunk) < _TAG or (
             len(chunk) == _TAG and counter
         ):  # an empty chunk is valid only as the sole chunk of an empty file
             raise FileError(NOT_AUTHENTIC)
         try:
-            piece = gcm.decrypt(_nonce(counter, final=final), chunk, None)
+            piece = gcm.decrypt(_nonce(counter, is_last=is_last), chunk, None)
         except InvalidTag:
             raise FileError(NOT_AUTHENTIC) from None
-        yield piece, final
+        yield piece, is_last
         advanced(len(chunk))
 
 
 def _chunks(source: BinaryIO, size: int) -> Iterator[tuple[bytes, bool]]:
     """Yield a source in pieces of `size` bytes, each with whether it is the last. Yields at least one piece."""
     chunk = read_exactly(source, size)
-    while len(chunk) == size and (following := read_exactly(source, size)):
+    while len(chunk) == size and (next_chunk := read_exactly(source, size)):
         yield chunk, False
-        chunk = following
+        chunk = next_chunk
     yield chunk, True
 
 
-def _nonce(counter: int, *, final: bool) -> bytes:
+def _nonce(counter: int, *, is_last: bool) -> bytes:
     if counter >= _MAX_CHUNKS:
         raise FileError(f"too large; a file has at most {_MAX_CHUNKS} chunks of {CHUNK} bytes")
-    return counter.to_bytes(11, "big") + bytes([final])
+    return counter.to_bytes(11, "big") + bytes([is_last])

@@ -27,9 +27,9 @@ def __getattr__(name: str) -> Any:
     try:
         module_class = getattr(importlib.import_module(f".{file}", __name__), name)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
+        package = (error.name or "").partition(".")[0]
         raise ImportError(
-            f'{name} needs {missing}; install the extra "{extra}" of keyferry (docs/installing.md)', name=error.name
+            f'{name} needs {package}; install the extra "{extra}" of keyferry (docs/installing.md)', name=error.name
         ) from None
     globals()[name] = module_class
     return module_class

@@ -137,15 +137,15 @@ class Library:
         """
         # A library that has not noticed a fork also returns "already initialised". It is not finalised then: the child would
         # use the parent's connection to a device.
-        returned = self._functions["C_Initialize"](ctypes.byref(self._arguments))
-        if returned not in (_OK, _ALREADY_INITIALIZED):
-            name = return_values.name(returned)
-            raise _class_of(returned)(f"C_Initialize of {self.path} returned {name}: {self._advice(returned)}")
-        return bool(returned == _OK)
+        code = self._functions["C_Initialize"](ctypes.byref(self._arguments))
+        if code not in (_OK, _ALREADY_INITIALIZED):
+            name = return_values.name(code)
+            raise _class_of(code)(f"C_Initialize of {self.path} returned {name}: {self._advice(code)}")
+        return bool(code == _OK)
 
-    def _advice(self, returned: int) -> str:
+    def _advice(self, code: int) -> str:
         """Return advice for the operator after C_Initialize failed. Libraries fail there if their configuration is missing."""
-        if returned == _ARGUMENTS_BAD:
+        if code == _ARGUMENTS_BAD:
             return "library_parameters are wrong or missing"
         name = os.path.basename(self.path).lower()
         if "softhsm" in name:
@@ -184,7 +184,7 @@ class Library:
         """
         return self._gcm("Decrypt", session, key, nonce, ciphertext, aad, len(ciphertext) - _TAG)
 
-    def _gcm(self, verb: str, session: int, key: int, nonce: bytes, data: bytes, aad: bytes, expected: int) -> bytes:
+    def _gcm(self, verb: str, session: int, key: int, nonce: bytes, data: bytes, aad: bytes, result_size: int) -> bytes:
         parameter = _GcmParams(nonce, len(nonce), 8 * len(nonce), aad or None, len(aad), 8 * _TAG)
         mechanism = _Mechanism(_AES_GCM, ctypes.addressof(parameter), ctypes.sizeof(parameter))
         _check(self._functions[f"C_{verb}Init"](session, ctypes.byref(mechanism), key))
@@ -192,9 +192,9 @@ class Library:
         out = (c_ubyte * (len(data) + _TAG))()
         size = c_ulong(len(out))
         _check(self._functions[f"C_{verb}"](session, data, len(data), out, ctypes.byref(size)))
-        if size.value != expected:
-            raise pkcs11.PKCS11Error(f"C_{verb} returned {size.value} bytes instead of {expected}")
-        return bytes(memoryview(out)[:expected])
+        if size.value != result_size:
+            raise pkcs11.PKCS11Error(f"C_{verb} returned {size.value} bytes instead of {result_size}")
+        return bytes(memoryview(out)[:result_size])
 
 
 def _function_list(path: str) -> Any:
@@ -202,22 +202,22 @@ def _function_list(path: str) -> Any:
     try:
         if not path:  # for the dynamic linker, an empty path is this program
             raise ValueError("no path")
-        get = ctypes.CDLL(path).C_GetFunctionList
+        function = ctypes.CDLL(path).C_GetFunctionList
     except AttributeError:
         raise OSError(f"{path}: not a PKCS#11 library: it has no C_GetFunctionList") from None
     except (OSError, ValueError) as error:
         raise OSError(library_file.explain(path, str(error))) from None
-    get.restype = c_ulong
-    returned = get(ctypes.byref(functions))
-    if returned != _OK or ctypes.cast(functions, c_void_p).value is None:
-        raise OSError(f"{path}: C_GetFunctionList returned {return_values.name(returned)}, and no functions")
+    function.restype = c_ulong
+    code = function(ctypes.byref(functions))
+    if code != _OK or ctypes.cast(functions, c_void_p).value is None:
+        raise OSError(f"{path}: C_GetFunctionList returned {return_values.name(code)}, and no functions")
     return functions
 
 
-def _check(returned: int, also_good: int = _OK) -> None:
-    if returned not in (_OK, also_good):
-        raise _class_of(returned)(return_values.name(returned))
+def _check(code: int, second_success: int = _OK) -> None:
+    if code not in (_OK, second_success):
+        raise _class_of(code)(return_values.name(code))
 
 
-def _class_of(returned: int) -> type[pkcs11.PKCS11Error]:
-    return _ERRORS.get(returned, pkcs11.PKCS11Error)
+def _class_of(code: int) -> type[pkcs11.PKCS11Error]:
+    return _ERRORS.get(code, pkcs11.PKCS11Error)

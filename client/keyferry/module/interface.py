@@ -97,31 +97,31 @@ class CryptographicModule(ABC):
 
         Store the data-key record before encrypting anything that must survive. Raises `KeyferryError`.
         """
-        exported = kms.generate_and_export_data_key(
+        answer = kms.generate_and_export_data_key(
             key_id=key_id,
             number_of_bytes=number_of_bytes,
             encryption_context=encryption_context,
             **self._recipient(),
         )
         record = DataKeyRecord(
-            KeyId=exported.key_id,
-            KeyVersionId=exported.key_version_id,
-            CiphertextBlob=exported.ciphertext_blob,
+            KeyId=answer.key_id,
+            KeyVersionId=answer.key_version_id,
+            CiphertextBlob=answer.ciphertext_blob,
             EncryptionContext=dict(encryption_context or {}),
         )
-        return self.import_data_key(exported.exported_data_key), record
+        return self.import_data_key(answer.exported_data_key), record
 
     def recover_data_key(self, kms: Client, record: DataKeyRecord) -> DataKey:
         """Call ExportDataKey, and import the data key of a data-key record, after a loss or in another module.
 
         Raises `KeyferryError`.
         """
-        exported = kms.export_data_key(
+        answer = kms.export_data_key(
             ciphertext_blob=record["CiphertextBlob"],
             encryption_context=record["EncryptionContext"] or None,
             **self._recipient(),
         )
-        return self.import_data_key(exported.exported_data_key)
+        return self.import_data_key(answer.exported_data_key)
 
     def _recipient(self) -> dict[str, Any]:
         return {

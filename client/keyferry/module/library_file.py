@@ -53,12 +53,12 @@ def explain(path: str, linker_error: str) -> str:
 
 def _about_header(path: str, header: bytes) -> str | None:
     """Return the fault of a file's header and advice; None for the header of a library for this processor."""
-    platform, ours = _platform(header), _own_platform()
+    platform, own_platform = _platform(header), _own_platform()
     if platform is None:
         return f"{path}: not a shared library (an ELF file); give the path of the token's PKCS#11 library"
-    if platform == ours or ours is None:
+    if platform == own_platform or own_platform is None:
         return None
-    return f"{path}: built for {platform}, and this Python for {ours}; install the library for {ours}"
+    return f"{path}: built for {platform}, and this Python for {own_platform}; install the library for {own_platform}"
 
 
 def _platform(header: bytes) -> str | None:

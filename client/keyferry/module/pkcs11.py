@@ -49,8 +49,8 @@ class _ImportedKey:
 
     __slots__ = ("key", "session", "wrapped")
 
-    def __init__(self, wrapped: bytes, session: Pkcs11Session, key: Any) -> None:
-        self.wrapped = wrapped
+    def __init__(self, wrapped_key: bytes, session: Pkcs11Session, key: Any) -> None:
+        self.wrapped = wrapped_key
         self.session = session
         self.key = key
 
@@ -72,9 +72,11 @@ class Pkcs11Module(CryptographicModule):
         with _translated("be opened"):
             session = self._connect(generate=generate)
             self._public_numbers = session.modulus, session.exponent
-            public = rsa.RSAPublicNumbers(session.exponent, session.modulus).public_key()
-            self._public_key_blob = encode_base64(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo))
-            self.wrapping_algorithm = probe_token(session, public)
+            public_key = rsa.RSAPublicNumbers(session.exponent, session.modulus).public_key()
+            self._public_key_blob = encode_base64(
+                public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+            )
+            self.wrapping_algorithm = probe_token(session, public_key)
         with _registry:
             _modules.add(self)
 
@@ -130,20 +132,20 @@ class Pkcs11Module(CryptographicModule):
 
     def import_data_key(self, exported_data_key: str | bytes) -> DataKey:
         try:
-            wrapped = (
+            wrapped_key = (
                 decode_base64(exported_data_key) if isinstance(exported_data_key, str) else bytes(exported_data_key)
             )
         except ValueError:
             raise ModuleError(NOT_OURS) from None
-        if len(wrapped) != 256:
+        if len(wrapped_key) != 256:
             raise ModuleError(NOT_OURS)
         with _translated("import this", NOT_OURS), self.lock:
-            imported = self._run(lambda session: self._unwrap(session, wrapped))
+            imported_key = self._run(lambda session: self._unwrap(session, wrapped_key))
             key = DataKey()
-            self._keys[key] = imported
+            self._keys[key] = imported_key
         # The finalizer does not destroy the key: the garbage collector can run in any thread. The next call destroys it, while
         # it holds the lock.
-        weakref.finalize(key, self._abandoned.append, imported).atexit = False
+        weakref.finalize(key, self._abandoned.append, imported_key).atexit = False
         return key
 
     def encrypt(self, key: DataKey, plaintext: bytes, aad: bytes = b"") -> bytes:
@@ -165,24 +167,24 @@ class Pkcs11Module(CryptographicModule):
 
     def forget(self, key: DataKey) -> None:
         with _translated("destroy this key"), self.lock:
-            imported = self._keys.pop(key, None)
-            if imported is None:
+            imported_key = self._keys.pop(key, None)
+            if imported_key is None:
                 raise ModuleError(NOT_HELD)
-            self._destroy(imported)
+            self._destroy(imported_key)
 
     # --- sessions -----------------------------------------------------------------------------------------------------
 
     def _use(self, key: DataKey, work: Callable[[Pkcs11Session, Any], T]) -> T:
         with self.lock:
-            imported = self._keys.get(key)
-            if imported is None:
+            imported_key = self._keys.get(key)
+            if imported_key is None:
                 raise ModuleError(NOT_HELD)
 
             def with_key(session: Pkcs11Session) -> T:
-                if imported.session is not session:
-                    fresh = self._unwrap(session, imported.wrapped)
-                    imported.session, imported.key = fresh.session, fresh.key
-                return work(session, imported.key)
+                if imported_key.session is not session:
+                    new_key = self._unwrap(session, imported_key.wrapped)
+                    imported_key.session, imported_key.key = new_key.session, new_key.key
+                return work(session, imported_key.key)
 
             return self._run(with_key)
 
@@ -209,8 +211,8 @@ class Pkcs11Module(CryptographicModule):
                 raise
             raise ModuleError(f"the token {self._choice.token} was lost twice: {describe(error)}") from None
 
-    def _unwrap(self, session: Pkcs11Session, wrapped: bytes) -> _ImportedKey:
-        return _ImportedKey(wrapped, session, session.unwrap(wrapped, self.wrapping_algorithm))
+    def _unwrap(self, session: Pkcs11Session, wrapped_key: bytes) -> _ImportedKey:
+        return _ImportedKey(wrapped_key, session, session.unwrap(wrapped_key, self.wrapping_algorithm))
 
     def _connect(self, *, generate: bool) -> Pkcs11Session:
         if self._refused:
@@ -240,14 +242,14 @@ class Pkcs11Module(CryptographicModule):
             with contextlib.suppress(pkcs11.PKCS11Error):
                 self._destroy(self._abandoned.popleft())
 
-    def _destroy(self, imported: _ImportedKey) -> None:
-        key_object, imported.key = imported.key, None
-        if key_object is None or imported.session is not self._session or imported.session.is_stale:
+    def _destroy(self, imported_key: _ImportedKey) -> None:
+        key_object, imported_key.key = imported_key.key, None
+        if key_object is None or imported_key.session is not self._session or imported_key.session.is_stale:
             return  # already destroyed, or lost with its session
         try:
             key_object.destroy()
         except pkcs11.PKCS11Error as error:
-            if not imported.session.is_lost(error):
+            if not imported_key.session.is_lost(error):
                 raise
 
     def after_fork(self) -> None:
@@ -287,14 +289,14 @@ def _close(session: Pkcs11Session) -> None:
 
 
 @contextlib.contextmanager
-def _translated(what: str, otherwise: str | None = None) -> Iterator[None]:
+def _translated(action: str, data_error: str | None = None) -> Iterator[None]:
     """Convert the token's errors into `ModuleError`.
 
-    Errors that the data may have caused all get the text `otherwise`, if it is set. Other errors get their own reason.
+    Errors that the data may have caused all get the text `data_error`, if it is set. Other errors get their own reason.
     """
     try:
         yield
     except pkcs11.PKCS11Error as error:
-        if otherwise and not isinstance(error, _TOKEN_ERRORS):
-            raise ModuleError(otherwise) from None
-        raise ModuleError(f"the token could not {what}: {describe(error)}") from None
+        if data_error and not isinstance(error, _TOKEN_ERRORS):
+            raise ModuleError(data_error) from None
+        raise ModuleError(f"the token could not {action}: {describe(error)}") from None

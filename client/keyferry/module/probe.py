@@ -21,16 +21,16 @@ _HASHES: Final[dict[str, hashes.HashAlgorithm]] = {
 }
 
 
-def probe_token(session: Pkcs11Session, public: rsa.RSAPublicKey) -> str:
+def probe_token(session: Pkcs11Session, public_key: rsa.RSAPublicKey) -> str:
     """Import a throw-away key, and use it in the token and in this process. Return the first WrappingAlgorithm that works.
 
     Raises `ModuleError`.
     """
     key_bytes, refusals = os.urandom(32), []
     for algorithm, digest in _HASHES.items():
-        wrapped = public.encrypt(key_bytes, padding.OAEP(padding.MGF1(digest), digest, None))
+        wrapped_key = public_key.encrypt(key_bytes, padding.OAEP(padding.MGF1(digest), digest, None))
         try:
-            key = session.unwrap(wrapped, algorithm)
+            key = session.unwrap(wrapped_key, algorithm)
         except pkcs11.PKCS11Error as error:
             refusals.append(f"{algorithm}: {describe(error)}")
             continue
@@ -50,16 +50,16 @@ def _probe_key(session: Pkcs11Session, key: Any, key_bytes: bytes) -> None:
             )
     aes, nonce = AESGCM(key_bytes), os.urandom(NONCE_SIZE)
     try:
-        sealed = session.encrypt(key, nonce, key_bytes, b"aad")
-        opened = session.decrypt(key, nonce, aes.encrypt(nonce, b"", b"aad"), b"aad")
-        same = opened == b"" and aes.decrypt(nonce, sealed, b"aad") == key_bytes
+        ciphertext = session.encrypt(key, nonce, key_bytes, b"aad")
+        plaintext = session.decrypt(key, nonce, aes.encrypt(nonce, b"", b"aad"), b"aad")
+        is_compatible = plaintext == b"" and aes.decrypt(nonce, ciphertext, b"aad") == key_bytes
     except pkcs11.PKCS11Error as error:
         raise ModuleError(
             f"the token does not encrypt with AES-GCM under a nonce of 12 bytes: {describe(error)}"
         ) from None
     except InvalidTag:
-        same = False
-    if not same:
+        is_compatible = False
+    if not is_compatible:
         raise ModuleError(
             "other modules cannot decrypt the token's AES-GCM ciphertexts; the token may choose the nonce itself"
         )

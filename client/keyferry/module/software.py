@@ -78,9 +78,9 @@ class SoftwareModule(CryptographicModule):
                 private_files.check(file.fileno(), path, secret=True, owners=None)
             except private_files.PrivateFileError as error:
                 raise ModuleError(str(error)) from None
-            sealed = file.read()
+            sealed_bytes = file.read()
         try:
-            der = age_passphrase.unseal(sealed, passphrase)
+            der = age_passphrase.unseal(sealed_bytes, passphrase)
         except age_passphrase.PassphraseError as error:
             raise ModuleError(f"{os.fspath(path)}: not a module file, or it does not open: {error}") from None
         try:
@@ -88,10 +88,10 @@ class SoftwareModule(CryptographicModule):
             algorithm = "SM2" if key.is_a(b"SM2") else "RSA"
         except libcrypto.LibcryptoError:
             is_key = content.der_kind(bytes(der)) == content.DER_KEY
-            missing = [name for name in ("RSA", "SM2") if is_key and not libcrypto.offers(name)]
-            if not missing:
+            missing_algorithms = [name for name in ("RSA", "SM2") if is_key and not libcrypto.offers(name)]
+            if not missing_algorithms:
                 raise ModuleError(f"{os.fspath(path)}: not a module file") from None
-            algorithm = missing[0]
+            algorithm = missing_algorithms[0]
         finally:
             der[:] = bytes(len(der))
         if not libcrypto.offers(algorithm):  # libcrypto may have loaded the key, although it cannot use it
@@ -128,26 +128,26 @@ class SoftwareModule(CryptographicModule):
 
     def import_data_key(self, exported_data_key: str | bytes) -> DataKey:
         try:
-            wrapped = decode_base64(exported_data_key) if isinstance(exported_data_key, str) else exported_data_key
+            wrapped_key = decode_base64(exported_data_key) if isinstance(exported_data_key, str) else exported_data_key
             sm2 = self.wrapping_key_spec == "EC_SM2"
             if sm2:
-                if len(wrapped) - RAW_OVERHEAD > _BUFFER_BYTES:
-                    check_size(len(wrapped) - RAW_OVERHEAD)
-                wrapped = raw_to_der(wrapped)
+                if len(wrapped_key) - RAW_OVERHEAD > _BUFFER_BYTES:
+                    check_size(len(wrapped_key) - RAW_OVERHEAD)
+                wrapped_key = raw_to_der(wrapped_key)
         except ValueError:
             raise ModuleError(NOT_OURS) from None
         scratch = self._allocate(2 * _BUFFER_BYTES)
         try:
             with scratch.lend() as buffer:
-                opened, padded = buffer[:_BUFFER_BYTES], buffer[_BUFFER_BYTES:]
+                out, padding_buffer = buffer[:_BUFFER_BYTES], buffer[_BUFFER_BYTES:]
                 if sm2:
-                    size = self._private_key.decrypt_into(bytearray(wrapped), opened)
+                    size = self._private_key.decrypt_into(bytearray(wrapped_key), out)
                 else:
-                    size = self._private_key.decrypt_oaep_into(bytearray(wrapped), padded, opened, b"sha256")
+                    size = self._private_key.decrypt_oaep_into(bytearray(wrapped_key), padding_buffer, out, b"sha256")
                 check_size(size)
                 secret = self._allocate(size)
                 with secret.lend() as data_key:
-                    data_key[:] = opened[:size]
+                    data_key[:] = out[:size]
         except libcrypto.LibcryptoError:
             raise ModuleError(NOT_OURS) from None
         finally:

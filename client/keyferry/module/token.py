@@ -98,23 +98,23 @@ class Pkcs11Session:
     """
 
     def __init__(self, library: Library, choice: KeyPairChoice, *, generate: bool) -> None:
-        fresh = library.initialize()
+        was_reset = library.initialize()
         self._library = library
         self._pin = choice.pin
         self._token = _find_token(library, choice.token)
         self._raw_session: Any = self._token.open()
         self._process = os.getpid()
         self.is_stale = False
-        self._invalidate_stale(was_reset=fresh)
+        self._invalidate_stale(was_reset=was_reset)
         try:
             self._login()
-            private = self._find_private(choice.key_label)
-            if private is None and generate:
+            private_key = self._find_private(choice.key_label)
+            if private_key is None and generate:
                 self._generate(choice.key_label)
-                private = self._find_private(choice.key_label)
-            if private is None:
+                private_key = self._find_private(choice.key_label)
+            if private_key is None:
                 raise ModuleError(f"the token {choice.token} has no RSA key pair {choice.key_label!r}")
-            self._private = private
+            self._private = private_key
             self.modulus, self.exponent = self._public_numbers(choice.key_label)
             self._check_private(choice.key_label)
         except BaseException:
@@ -138,8 +138,8 @@ class Pkcs11Session:
         so a call with the old handles could encrypt with another data key.
         """
         with _registry:
-            for other in _sessions:
-                other.mark_stale(self._library, None if was_reset else self._raw_session.handle)
+            for session in _sessions:
+                session.mark_stale(self._library, None if was_reset else self._raw_session.handle)
 
     def mark_stale(self, library: Library, handle: int | None) -> None:
         """Mark this session if a newer session of the library has its handle; for None, in any case."""
@@ -149,7 +149,7 @@ class Pkcs11Session:
         """Return True if an error means that this session is unusable, rather than that the call was wrong."""
         return isinstance(error, _STALE) or self._library.state(self._raw_session.handle) is None
 
-    def unwrap(self, wrapped: bytes, algorithm: str) -> Any:
+    def unwrap(self, wrapped_key: bytes, algorithm: str) -> Any:
         """Call C_UnwrapKey; return a key object of this session, which cannot be read out of the token.
 
         Raises `ModuleError` if the token keeps the key readable, or if the key does not have the size of an AES key.
@@ -158,7 +158,7 @@ class Pkcs11Session:
             key = self._private.unwrap_key(
                 ObjectClass.SECRET_KEY,
                 KeyType.AES,
-                wrapped,
+                wrapped_key,
                 label=_DATA_KEY,
                 mechanism=Mechanism.RSA_PKCS_OAEP,
                 mechanism_param=OAEP[algorithm],
@@ -236,13 +236,13 @@ class Pkcs11Session:
         """
         with _registry:
             slot = self._token.slot.slot_id
-            pins = [pin for other in _sessions if (pin := other.pin_of_slot(self._library, slot))]
+            pins = [pin for session in _sessions if (pin := session.pin_of_slot(self._library, slot))]
         if self._pin is None or not pins:
             return
-        with self._pin.lend() as ours:
+        with self._pin.lend() as own_pin:
             for pin in pins:
-                with pin.lend() as theirs:
-                    if hmac.compare_digest(ours, theirs):
+                with pin.lend() as other_pin:
+                    if hmac.compare_digest(own_pin, other_pin):
                         return
         raise WrongPinError(
             f"this process is logged in to the token {self._token.label!r} with another PIN; pass the same PIN"
@@ -250,8 +250,10 @@ class Pkcs11Session:
 
     def pin_of_slot(self, library: Library, slot: int) -> Secret | None:
         """Return the PIN of this session, if the session is on the token in a library's slot, and still logged in."""
-        same = self._pin is not None and self._library.is_same(library) and self._token.slot.slot_id == slot
-        is_logged_in = same and not self.is_stale and self._library.state(self._raw_session.handle) in _LOGGED_IN
+        is_same_slot = self._pin is not None and self._library.is_same(library) and self._token.slot.slot_id == slot
+        is_logged_in = (
+            is_same_slot and not self.is_stale and self._library.state(self._raw_session.handle) in _LOGGED_IN
+        )
         return self._pin if is_logged_in else None
 
     def _find_private(self, label: str) -> Any:
@@ -269,7 +271,7 @@ class Pkcs11Session:
     def _generate(self, label: str) -> None:
         with self._token.open(rw=True) as session:
             # For unwrapping only: with C_Decrypt, a user with the PIN could decrypt an exported data key.
-            public, private = session.generate_keypair(
+            public_key, private_key = session.generate_keypair(
                 KeyType.RSA,
                 _MODULUS_BITS,
                 id=os.urandom(16),
@@ -280,10 +282,10 @@ class Pkcs11Session:
                 private_template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
             )
             try:
-                _harden(private, "a private key that it generated")
+                _harden(private_key, "a private key that it generated")
             except BaseException:
-                private.destroy()
-                public.destroy()
+                private_key.destroy()
+                public_key.destroy()
                 raise
 
     def _public_numbers(self, label: str) -> tuple[int, int]:
@@ -335,13 +337,13 @@ def _find_token(library: Library, choice: TokenChoice) -> Any:
         tokens.append(FoundToken(slot.slot_id, *attributes, token))
 
     def other_slots() -> dict[int, str]:
-        empty = {slot.slot_id for slot in library.pkcs11.get_slots()} - {token.slot for token in tokens}
-        return {slot: reasons.get(slot, "CKR_TOKEN_NOT_PRESENT") for slot in sorted(empty)}
+        empty_slots = {slot.slot_id for slot in library.pkcs11.get_slots()} - {token.slot for token in tokens}
+        return {slot: reasons.get(slot, "CKR_TOKEN_NOT_PRESENT") for slot in sorted(empty_slots)}
 
     return token_choice.choose(choice, library.path, tokens, other_slots)
 
 
-def _harden(key: Any, what: str) -> None:
+def _harden(key: Any, purpose: str) -> None:
     """Make a key unreadable. Raises `ModuleError`. Some tokens ignore these attributes in a template, but accept them later."""
     try:
         for attribute, value in _UNREADABLE:
@@ -352,5 +354,5 @@ def _harden(key: Any, what: str) -> None:
         faults = [describe(error)]
     if faults:
         raise ModuleError(
-            f"the token keeps {what} readable ({', '.join(faults)}) and rejects changing it; use another token"
+            f"the token keeps {purpose} readable ({', '.join(faults)}) and rejects changing it; use another token"
         )

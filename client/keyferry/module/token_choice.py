@@ -67,19 +67,19 @@ class TokenChoice(NamedTuple):
             raise TypeError(f"slot must be an integer, the slot's ID, not {slot!r}")
         if slot is not None and not 0 <= slot <= _MAX_SLOT:
             raise ValueError(f"slot must be an ID from 0 to {_MAX_SLOT}, not {slot}")
-        required: dict[str, Any] = {}
+        attributes: dict[str, Any] = {}
         if label is not None:
-            required["label"] = _text("token_label", label)
+            attributes["label"] = _text("token_label", label)
         if serial is not None:
-            required["serial"] = _text("token_serial", serial)
+            attributes["serial"] = _text("token_serial", serial)
         if slot is not None:
-            required["slot"] = slot
+            attributes["slot"] = slot
         for name, value in _read_uri(uri).items() if uri is not None else ():
-            if required.setdefault(name, value) != value:
-                raise ValueError(f"token_uri requires the {name} {value!r}, and another argument {required[name]!r}")
-        if not required:
+            if attributes.setdefault(name, value) != value:
+                raise ValueError(f"token_uri requires the {name} {value!r}, and another argument {attributes[name]!r}")
+        if not attributes:
             raise ValueError("no token is chosen; pass token_label, token_serial, slot or token_uri")
-        return cls(**required)
+        return cls(**attributes)
 
     def __str__(self) -> str:
         """Return the words after "the token" in a message: 'app' with serial number '0001' in slot 3."""
@@ -96,9 +96,9 @@ class TokenChoice(NamedTuple):
         """Yield the name and value of each attribute that a token must have."""
         return ((name, value) for name, value in zip(self._fields, self, strict=True) if value is not None)
 
-    def fits(self, found: FoundToken) -> bool:
+    def fits(self, token: FoundToken) -> bool:
         """Return whether a token has every required attribute."""
-        return all(_has(found, name, value) for name, value in self.required())
+        return all(_has(token, name, value) for name, value in self.required())
 
 
 def choose(
@@ -108,44 +108,44 @@ def choose(
 
     `other_slots` returns the slots without one of the tokens, each with the reason; it is called only for a message.
     """
-    fitting = [found for found in tokens if choice.fits(found)]
-    if len(fitting) > 1:
-        serials = {found.serial for found in fitting}
-        argument = "token_serial or slot" if len(serials) == len(fitting) and "" not in serials else "slot"
-        listed = "; ".join(map(str, fitting))
-        raise ModuleError(f"{path} has {len(fitting)} tokens {choice}: {listed}. Choose one of them with {argument}")
-    if not fitting:
+    matches = [token for token in tokens if choice.fits(token)]
+    if len(matches) > 1:
+        serials = {token.serial for token in matches}
+        argument = "token_serial or slot" if len(serials) == len(matches) and "" not in serials else "slot"
+        token_list = "; ".join(map(str, matches))
+        raise ModuleError(
+            f"{path} has {len(matches)} tokens {choice}: {token_list}. Choose one of them with {argument}"
+        )
+    if not matches:
         raise ModuleError(_nothing_fits(choice, path, tokens, other_slots()))
-    [found] = fitting
-    if not found.is_initialized:
+    [token] = matches
+    if not token.is_initialized:
         raise ModuleError(
             f"the token {choice} of {path} is not initialised; initialise it (softhsm2-util --init-token, pkcs11-tool "
             "--init-token, or its vendor's program) or choose another one"
         )
-    return found.token
+    return token.token
 
 
 def _nothing_fits(choice: TokenChoice, path: str, tokens: Sequence[FoundToken], other_slots: Mapping[int, str]) -> str:
-    listed = (
+    token_list = (
         "; ".join([*map(str, tokens), *(f"slot {slot}: {reason}" for slot, reason in other_slots.items())]) or "none"
     )
     if choice.slot is not None and choice.slot in other_slots:
         reason = other_slots[choice.slot]
-        return (
-            f"{path} has no token in slot {choice.slot} ({reason}): insert one or choose another slot; it has: {listed}"
-        )
-    message = f"{path} has no token {choice}; it has: {listed}"
+        return f"{path} has no token in slot {choice.slot} ({reason}): insert one or choose another slot; it has: {token_list}"
+    message = f"{path} has no token {choice}; it has: {token_list}"
     if other_slots:
         message += ". Without a token: " + "; ".join(f"slot {slot} ({reason})" for slot, reason in other_slots.items())
-    required = list(choice.required())
-    if len(required) > 1 and all(any(_has(found, *item) for found in tokens) for item in required):
+    conditions = list(choice.required())
+    if len(conditions) > 1 and all(any(_has(token, *condition) for token in tokens) for condition in conditions):
         message += ". The attributes that were required contradict each other: no token has all of them"
     return message
 
 
-def _has(found: FoundToken, name: str, value: str | int) -> bool:
-    actual = getattr(found, name)
-    return bool((actual.strip(_PADDING) if isinstance(actual, str) else actual) == value)
+def _has(token: FoundToken, name: str, value: str | int) -> bool:
+    attribute = getattr(token, name)
+    return bool((attribute.strip(_PADDING) if isinstance(attribute, str) else attribute) == value)
 
 
 def _text(argument: str, value: str) -> str:
@@ -165,19 +165,19 @@ def _read_uri(uri: str) -> dict[str, str | int]:
     if scheme.lower() != "pkcs11" or not colon:
         raise ValueError("token_uri does not begin with pkcs11: (RFC 7512)")
     path, _, query = attributes.partition("?")
-    required: dict[str, str | int] = {}
+    fields: dict[str, str | int] = {}
     for attribute in [*filter(None, path.split(";")), *filter(None, query.split("&"))]:
         name, equals, value = attribute.partition("=")
         if name in _ARGUMENTS_INSTEAD:
             raise ValueError(f"token_uri has {name}, which is not read; pass {_ARGUMENTS_INSTEAD[name]} as an argument")
         field = _URI_ATTRIBUTES.get(name)
-        if field is None or not equals or field in required:
-            expected = ", ".join(_URI_ATTRIBUTES)
+        if field is None or not equals or field in fields:
+            names = ", ".join(_URI_ATTRIBUTES)
             raise ValueError(
-                f"token_uri has an attribute that is unknown, that occurs twice, or that has no value; expected: {expected}"
+                f"token_uri has an attribute that is unknown, that occurs twice, or that has no value; expected: {names}"
             )
-        required[field] = _slot(value) if field == "slot" else _text(f"{name} of token_uri", _decode(value))
-    return required
+        fields[field] = _slot(value) if field == "slot" else _text(f"{name} of token_uri", _decode(value))
+    return fields
 
 
 def _decode(value: str) -> str:

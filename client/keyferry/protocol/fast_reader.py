@@ -30,13 +30,13 @@ def _keeps_map_keys() -> bool:
 _IS_ENABLED: Final = not _keeps_map_keys()
 
 
-def parse_fast(packed: bytearray, max_array: int) -> Any:
+def parse_fast(message: bytearray, max_array: int) -> Any:
     """Return the value of one message as msgpack's parser reads it; None if the value may break a rule of the protocol."""
     if not _IS_ENABLED:
         return None
     try:
         value = msgpack.unpackb(
-            packed,
+            message,
             unicode_errors=UNICODE_ERRORS,
             object_pairs_hook=unique_keys,
             max_array_len=max_array,

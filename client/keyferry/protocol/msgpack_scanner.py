@@ -51,24 +51,24 @@ class _Format(NamedTuple):
 
 def _formats() -> list[_Format]:
     formats = [_Format(_SCALAR)] * 256  # nil, booleans, and the integers that are their own first byte
-    for first in range(0x10):
-        formats[0x80 + first] = _Format(_MAP, size=first)
-        formats[0x90 + first] = _Format(_ARRAY, size=first)
-    for first in range(0x20):
-        formats[0xA0 + first] = _Format(_STRING, size=first)
-    for first, kind, width in (
+    for first_byte in range(0x10):
+        formats[0x80 + first_byte] = _Format(_MAP, size=first_byte)
+        formats[0x90 + first_byte] = _Format(_ARRAY, size=first_byte)
+    for first_byte in range(0x20):
+        formats[0xA0 + first_byte] = _Format(_STRING, size=first_byte)
+    for first_byte, kind, width in (
         *zip(range(0xC4, 0xC7), [_BINARY] * 3, (1, 2, 4), strict=True),
         *zip(range(0xD9, 0xDC), [_STRING] * 3, (1, 2, 4), strict=True),
         *zip(range(0xDC, 0xDE), [_ARRAY] * 2, (2, 4), strict=True),
         *zip(range(0xDE, 0xE0), [_MAP] * 2, (2, 4), strict=True),
     ):
-        formats[first] = _Format(kind, length_bytes=width)
-    for first in range(4):
-        formats[0xCC + first] = formats[0xD0 + first] = _Format(_SCALAR, size=2**first)
-    for first in (0xCA, 0xCB):
-        formats[first] = _Format(_REFUSED, why="floats are not part of the protocol")
-    for first in (*range(0xC7, 0xCA), *range(0xD4, 0xD9)):
-        formats[first] = _Format(_REFUSED, why="extension types are not part of the protocol")
+        formats[first_byte] = _Format(kind, length_bytes=width)
+    for first_byte in range(4):
+        formats[0xCC + first_byte] = formats[0xD0 + first_byte] = _Format(_SCALAR, size=2**first_byte)
+    for first_byte in (0xCA, 0xCB):
+        formats[first_byte] = _Format(_REFUSED, why="floats are not part of the protocol")
+    for first_byte in (*range(0xC7, 0xCA), *range(0xD4, 0xD9)):
+        formats[first_byte] = _Format(_REFUSED, why="extension types are not part of the protocol")
     formats[0xC1] = _Format(_REFUSED, why="byte 0xC1 is not part of msgpack")
     return formats
 
@@ -93,8 +93,8 @@ class HeaderScanner:
     def scan(self, buffer: bytearray) -> bool:  # noqa: C901, PLR0912 - one loop, once for each byte's worth: calls would double its time
         """Scan to the end of the message. Returns False if the end is not in the buffer yet. Raises `ProtocolError`."""
         position, remaining, in_map, containers = self.position, self._remaining, self._in_map, self._containers
-        received = len(buffer)
-        while position < received:
+        size_received = len(buffer)
+        while position < size_received:
             kind, length_bytes, size, why = _FORMATS[buffer[position]]
             if kind == _REFUSED:
                 raise ProtocolError(why)
@@ -103,14 +103,14 @@ class HeaderScanner:
             end = position + 1
             if length_bytes:
                 end += length_bytes
-                if end > received:
+                if end > size_received:
                     break
                 size = int.from_bytes(buffer[position + 1 : end], "big")
             if kind < _ARRAY:
                 end += size
             if end > MAX_MESSAGE:
                 raise ProtocolError(f"a message is longer than {MAX_MESSAGE} bytes")
-            if end > received:
+            if end > size_received:
                 break
             position = end
             remaining -= 1
@@ -131,29 +131,29 @@ class HeaderScanner:
             if not remaining:
                 self.position = position
                 return True
-        if received > MAX_MESSAGE:
+        if size_received > MAX_MESSAGE:
             raise ProtocolError(f"a message is longer than {MAX_MESSAGE} bytes")
         self.position, self._remaining, self._in_map = position, remaining, in_map
         return False
 
 
-def parse_strictly(packed: bytearray) -> Any:
+def parse_strictly(message: bytearray) -> Any:
     """Return the value of one message that was scanned to its end. Raises `ProtocolError` for a repeated key.
 
     msgpack's `unpackb` would intern the keys of maps. This function interns nothing.
     """
     unpacker = msgpack.Unpacker(max_buffer_size=0, read_size=UNPACKER_BUFFER_BYTES, unicode_errors=UNICODE_ERRORS)
-    unpacker.feed(packed)
-    return _read_value(unpacker, packed)
+    unpacker.feed(message)
+    return _read_value(unpacker, message)
 
 
-def _read_value(unpacker: Any, packed: bytearray) -> Any:
-    kind = _FORMATS[packed[unpacker.tell()]].kind
+def _read_value(unpacker: Any, message: bytearray) -> Any:
+    kind = _FORMATS[message[unpacker.tell()]].kind
     if kind == _ARRAY:
-        return [_read_value(unpacker, packed) for _ in range(unpacker.read_array_header())]
+        return [_read_value(unpacker, message) for _ in range(unpacker.read_array_header())]
     if kind == _MAP:
         return unique_keys(
-            [(unpacker.unpack(), _read_value(unpacker, packed)) for _ in range(unpacker.read_map_header())]
+            [(unpacker.unpack(), _read_value(unpacker, message)) for _ in range(unpacker.read_map_header())]
         )
     return unpacker.unpack()
 

@@ -250,7 +250,7 @@ def _to_call(request: Any) -> Call:
 
 def count_answered(calls: Iterable[PendingCall]) -> int:
     """Return the number of calls that are answered."""
-    return sum(pending.response is not None for _, pending in calls)
+    return sum(response.response is not None for _, response in calls)
 
 
 class Chunk(NamedTuple):
@@ -273,15 +273,15 @@ class RpcSession:
 
         If such a request were sent, the agent would close the connection, and the other calls on it would fail.
         """
-        (name, params, _), pending = call
-        self._msgid = pending.msgid = (self._msgid + 1) & wire.MAX_MSGID
+        (name, params, _), response = call
+        self._msgid = response.msgid = (self._msgid + 1) & wire.MAX_MSGID
         try:
             wire.check_sendable(params)
-            request = wire.encode_request(pending.msgid, name, params)
+            request = wire.encode_request(response.msgid, name, params)
         except (ProtocolError, ValueError, OverflowError) as error:
-            pending.response = kms_error("InvalidParameter", f"The request was not sent: {error}.")
+            response.response = kms_error("InvalidParameter", f"The request was not sent: {error}.")
             return b""
-        self._unanswered[pending.msgid] = pending
+        self._unanswered[response.msgid] = response
         return request
 
     def chunks(self, calls: Iterable[PendingCall]) -> Iterator[Chunk]:
@@ -301,8 +301,8 @@ class RpcSession:
 
     def withdraw(self, chunk: Chunk) -> None:
         """Remove requests that were encoded, but not sent."""
-        for pending in chunk.requests:
-            self._unanswered.pop(pending.msgid, None)
+        for response in chunk.requests:
+            self._unanswered.pop(response.msgid, None)
 
     def receive(self, data: bytes) -> list[PendingResponse]:
         """Decode received bytes and return the requests that they answer.
@@ -320,13 +320,13 @@ class RpcSession:
                 if error.get("Code") == "ProtocolError":
                     raise ProtocolError(f"the agent could not read the request: {error.get('Message')}")
                 raise _refusal(error)
-            pending = self._unanswered.pop(message.msgid, None)
-            if pending is None:
+            response = self._unanswered.pop(message.msgid, None)
+            if response is None:
                 raise ProtocolError(
                     f"the agent answered msgid {message.msgid}, which is not that of an unanswered request"
                 )
-            pending.response = message
-            answers.append(pending)
+            response.response = message
+            answers.append(response)
         return answers
 
 

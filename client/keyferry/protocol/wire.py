@@ -75,14 +75,14 @@ class PackedRequest(NamedTuple):
 
     def parse(self, max_array: int = MAX_ARRAY) -> "Request | InvalidRequest":
         """Return the request. Raises `ProtocolError`; after that, the rest of the stream cannot be trusted."""
-        packed = bytearray((_ARRAY_OF_FOUR, 0))
-        packed += msgpack.Packer(**_PACKER_OPTIONS).pack(self.msgid)  # never longer than the msgid was when received
-        packed += self.body
-        elements = parse_fast(packed, max_array)
+        buffer = bytearray((_ARRAY_OF_FOUR, 0))
+        buffer += msgpack.Packer(**_PACKER_OPTIONS).pack(self.msgid)  # never longer than the msgid was when received
+        buffer += self.body
+        elements = parse_fast(buffer, max_array)
         if elements is None:
-            if not HeaderScanner(max_array).scan(packed):
+            if not HeaderScanner(max_array).scan(buffer):
                 raise ProtocolError("a message ends before its last value")
-            elements = parse_strictly(packed)
+            elements = parse_strictly(buffer)
         message = _to_message(elements)
         assert isinstance(message, Request | InvalidRequest)  # the message begins with 0 and a msgid
         return message
@@ -240,10 +240,10 @@ def _split_request(buffer: bytearray, size: int) -> PackedRequest | None:
     """Return the first `size` bytes as a `PackedRequest` if they begin like a request, and None for any other message."""
     if size < _MIN_SPLIT_BYTES or buffer[0] != _ARRAY_OF_FOUR or buffer[1] != 0:
         return None
-    first = buffer[2]
-    if first <= _MAX_FIXINT:
-        return PackedRequest(first, bytes(buffer[3:size]))
-    offset = _BODY_OFFSETS.get(first)
+    first_byte = buffer[2]
+    if first_byte <= _MAX_FIXINT:
+        return PackedRequest(first_byte, bytes(buffer[3:size]))
+    offset = _BODY_OFFSETS.get(first_byte)
     return (
         None if offset is None else PackedRequest(int.from_bytes(buffer[3:offset], "big"), bytes(buffer[offset:size]))
     )
@@ -320,10 +320,10 @@ _PACKER_OPTIONS: Final[dict[str, int]] = {"buf_size": 1_000} if msgpack.version 
 
 
 def _pack(elements: list[Any]) -> bytes:
-    packed: bytes = msgpack.Packer(**_PACKER_OPTIONS).pack(elements)
-    if len(packed) > MAX_MESSAGE:
-        raise ProtocolError(f"a message of {len(packed)} bytes is longer than {MAX_MESSAGE}")
-    return packed
+    message: bytes = msgpack.Packer(**_PACKER_OPTIONS).pack(elements)
+    if len(message) > MAX_MESSAGE:
+        raise ProtocolError(f"a message of {len(message)} bytes is longer than {MAX_MESSAGE}")
+    return message
 
 
 def encode_request(msgid: int, method: str, params: dict[str, Any]) -> bytes:

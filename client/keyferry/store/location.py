@@ -43,10 +43,10 @@ def display_url(url: URL) -> str:
         return str(sqlite_file(url))
     query = url.query
     name = query.get("dbname") or url.database or "(the default)"
-    where = url.host or query.get("host") or query.get("hostaddr")
-    if not where:
-        where = f"the service {query['service']}" if "service" in query else "the default server"
-    return printable(f"PostgreSQL database {name} at {where}")
+    server = url.host or query.get("host") or query.get("hostaddr")
+    if not server:
+        server = f"the service {query['service']}" if "service" in query else "the default server"
+    return printable(f"PostgreSQL database {name} at {server}")
 
 
 def url_secrets(url: URL) -> list[str]:

@@ -107,15 +107,13 @@ def new_record(
     Raises `KeyferryError`.
     """
     check_name(name)
-    generated = kms.generate_data_key_without_plaintext(
+    answer = kms.generate_data_key_without_plaintext(
         key_id=key_id, encryption_context=encryption_context, key_spec=key_spec, number_of_bytes=number_of_bytes
     )
     context = encryption_context or {}
     if isinstance(context, str):
         context = json.loads(context)  # the agent has checked the JSON text
-    return Record(
-        name, generated.key_id, generated.key_version_id, generated.ciphertext_blob, context_text(context), now()
-    )
+    return Record(name, answer.key_id, answer.key_version_id, answer.ciphertext_blob, context_text(context), now())
 
 
 def context_text(context: Mapping[str, str]) -> str:

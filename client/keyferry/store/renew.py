@@ -18,15 +18,19 @@ def renew(store: Store, kms: Client, name: str, *, old_name: str | None = None) 
     `old_name` defaults to the name and the time at which the old record was added: `orders@2026-01-31T12:00:00Z`. One
     transaction changes both records. Raises `KeyferryError`; then the store is unchanged.
     """
-    old = store.get(name)
-    old = old._replace(name=f"{name}@{old.created}" if old_name is None else old_name)
-    store.check_free(old.name)
+    old_record = store.get(name)
+    old_record = old_record._replace(name=f"{name}@{old_record.created}" if old_name is None else old_name)
+    store.check_free(old_record.name)
     try:
-        size = data_key_size(old.ciphertext_blob)
+        size = data_key_size(old_record.ciphertext_blob)
     except ValueError as error:
         raise StoreError(f"{printable(name)}: its CiphertextBlob in the store is damaged: {error}") from None
-    new = new_record(
-        kms, name, key_id=old.key_id, encryption_context=old.encryption_context or None, number_of_bytes=size
+    added_record = new_record(
+        kms,
+        name,
+        key_id=old_record.key_id,
+        encryption_context=old_record.encryption_context or None,
+        number_of_bytes=size,
     )
-    store.renew(old._replace(name=name), new, old.name)
-    return new, old
+    store.renew(old_record._replace(name=name), added_record, old_record.name)
+    return added_record, old_record

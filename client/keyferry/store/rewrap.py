@@ -132,15 +132,15 @@ class _Rewrap:
             self.moved += len(self._decryptable([(record, record.ciphertext_blob) for record in records]))
             return
         answers = self._pipeline(_re_encrypt(record, record.ciphertext_blob) for record in records)
-        new = [
+        new_blobs = [
             (record, answer.ciphertext_blob)
             for record, answer in zip(records, answers, strict=True)
             if self._fits(record, answer)
         ]
-        good = [(record, blob) for record, blob in self._decryptable(new) if self._same_key(record, blob)]
-        moved = self._store.replace((record, blob, _version_of(blob)) for record, blob in good)
-        self.moved += moved
-        self.changed += len(good) - moved
+        changes = [(record, blob) for record, blob in self._decryptable(new_blobs) if self._same_key(record, blob)]
+        moved_count = self._store.replace((record, blob, _version_of(blob)) for record, blob in changes)
+        self.moved += moved_count
+        self.changed += len(changes) - moved_count
 
     def _has_readable_context(self, record: Record) -> bool:
         """Return True if the record's EncryptionContext can be read; otherwise report a failure."""
@@ -155,9 +155,9 @@ class _Rewrap:
             return self._fail(record, answer)
         blob, version = answer.ciphertext_blob, answer.destination_key_version_id
         same_key_id = answer.key_id == answer.destination_key_id == record.key_id
-        from_old_version = record.ciphertext_blob.startswith(version_prefix(answer.key_version_id))
-        to_new_version = blob.startswith(version_prefix(version)) and blob != record.ciphertext_blob
-        return (same_key_id and from_old_version and to_new_version) or self._fail(
+        has_old_version = record.ciphertext_blob.startswith(version_prefix(answer.key_version_id))
+        has_new_version = blob.startswith(version_prefix(version)) and blob != record.ciphertext_blob
+        return (same_key_id and has_old_version and has_new_version) or self._fail(
             record, "the agent's answer does not match the record, which was left unchanged"
         )
 
@@ -175,13 +175,13 @@ class _Rewrap:
         module = self._module
         if module is None:
             return True
-        stored = record.data_key_record()
+        key_record = record.data_key_record()
         keys = []
         try:
-            keys.append(module.recover_data_key(self._kms, stored))
-            keys.append(module.recover_data_key(self._kms, {**stored, "CiphertextBlob": blob}))
-            old, new = keys
-            module.decrypt(new, module.encrypt(old, _PROBE))
+            keys.append(module.recover_data_key(self._kms, key_record))
+            keys.append(module.recover_data_key(self._kms, {**key_record, "CiphertextBlob": blob}))
+            old_key, new_key = keys
+            module.decrypt(new_key, module.encrypt(old_key, _PROBE))
         except (KmsError, ModuleError) as error:
             return self._fail(record, f"the module cannot prove that its data key stayed the same: {error}")
         finally:
@@ -194,10 +194,10 @@ class _Rewrap:
         calls = list(requests)
         answers = self._kms.pipeline(calls)
         retries_left = _MAX_FRUITLESS_RETRIES
-        while retries_left and (pending := [index for index, answer in enumerate(answers) if _can_retry(answer)]):
+        while retries_left and (indexes := [index for index, answer in enumerate(answers) if _can_retry(answer)]):
             time.sleep(_RETRY_SECONDS)
-            new_answers = self._kms.pipeline(calls[index] for index in pending)
-            for index, answer in zip(pending, new_answers, strict=True):
+            new_answers = self._kms.pipeline(calls[index] for index in indexes)
+            for index, answer in zip(indexes, new_answers, strict=True):
                 answers[index] = answer
             is_stuck = all(_can_retry(answer) for answer in new_answers)
             retries_left = retries_left - 1 if is_stuck else _MAX_FRUITLESS_RETRIES

@@ -85,8 +85,10 @@ class SqliteFile(NamedTuple):
         except OSError as error:
             return f" ({error.strerror})"
         folder = os.path.dirname(self.path)
-        writable = os.access(folder, os.W_OK, effective_ids=True) and os.access(self.path, os.W_OK, effective_ids=True)
-        if header[18:20] != bytes([_WRITE_AHEAD] * 2) or writable:
+        is_writable = os.access(folder, os.W_OK, effective_ids=True) and os.access(
+            self.path, os.W_OK, effective_ids=True
+        )
+        if header[18:20] != bytes([_WRITE_AHEAD] * 2) or is_writable:
             return ""
         return (
             f" (the file is in WAL mode, in which also readers write to it and to {printable(folder)}. "
@@ -139,10 +141,10 @@ def _expanded(path: str) -> str:
     if path == "~" or path.startswith("~/"):
         return home() + path[1:]
     if path.startswith("~"):
-        expanded = os.path.expanduser(path)
-        if expanded == path:
+        full_path = os.path.expanduser(path)
+        if full_path == path:
             raise StoreError(f"{printable(path)}: there is no such user; a file of this name is ./{printable(path)}")
-        return expanded
+        return full_path
     return path
 
 
@@ -154,10 +156,10 @@ def _path_of_uri(uri: str) -> str:
         if authority not in ("", "localhost"):
             raise StoreError("the store's URL cannot be read: a file's URI begins with file:/ or file:///")
         path = slash + remainder
-    decoded = unquote_to_bytes(os.fsencode(path))
-    if b"\0" in decoded:
+    decoded_path = unquote_to_bytes(os.fsencode(path))
+    if b"\0" in decoded_path:
         raise StoreError("the store's URL cannot be read: a path cannot hold a null character")
-    return os.fsdecode(decoded)
+    return os.fsdecode(decoded_path)
 
 
 def _flag(name: str, value: str) -> bool:

@@ -145,21 +145,23 @@ class Store:
             names = records[0].name if len(records) == 1 else "one of these names"
             raise _taken(names) from None
 
-    def renew(self, old: Record, new: Record, old_name: str) -> None:
-        """Rename `old` to `old_name` and add `new` under its former name, in one transaction. A failure changes neither.
+    def renew(self, old_record: Record, added_record: Record, old_name: str) -> None:
+        """Rename `old_record` to `old_name`, and add `added_record` under its former name. A failure changes neither.
 
-        `new` has the name that `old` has in the database.
+        One transaction does both. `added_record` has the name that `old_record` has in the database.
         """
         check_name(old_name)
         self._require()
-        rename = sql.update(_records).where(_c.row_id == old.row_id, _c.name == old.name).values(name=old_name)
+        rename = (
+            sql.update(_records).where(_c.row_id == old_record.row_id, _c.name == old_record.name).values(name=old_name)
+        )
         try:
             with self._transaction() as connection:
                 if connection.execute(rename).rowcount != 1:
                     raise StoreError(
-                        f"{printable(old.name)}: another process renamed it meanwhile; nothing was changed"
+                        f"{printable(old_record.name)}: another process renamed it meanwhile; nothing was changed"
                     )
-                connection.execute(sql.insert(_records), [_row(new)])
+                connection.execute(sql.insert(_records), [_row(added_record)])
         except exc.IntegrityError:
             raise _taken(printable(old_name)) from None
 
@@ -201,10 +203,10 @@ class Store:
 
     def not_under(self, key_id: str, key_version_id: str) -> Iterator[list[Record]]:
         """Yield pages of a master key's records under other versions than this. Callers may replace records between pages."""
-        after = 0
-        while page := self._page(after, _matching(key_id, key_version_id)):
+        last_id = 0
+        while page := self._page(last_id, _matching(key_id, key_version_id)):
             yield page
-            after = page[-1].row_id
+            last_id = page[-1].row_id
 
     def replace(self, changes: Iterable[tuple[Record, str, str]]) -> int:
         """Give records a new CiphertextBlob and KeyVersionId, in one transaction; return the number of replaced records.
@@ -236,13 +238,13 @@ class Store:
 
     def _pages(self) -> Iterator[Record]:
         self._require()
-        after = 0
-        while page := self._page(after, []):
+        last_id = 0
+        while page := self._page(last_id, []):
             yield from page
-            after = page[-1].row_id
+            last_id = page[-1].row_id
 
-    def _page(self, after: int, conditions: list[Any]) -> list[Record]:
-        query = _SELECT.where(_c.row_id > after, *conditions).order_by(_c.row_id).limit(_PAGE_RECORDS)
+    def _page(self, last_id: int, conditions: list[Any]) -> list[Record]:
+        query = _SELECT.where(_c.row_id > last_id, *conditions).order_by(_c.row_id).limit(_PAGE_RECORDS)
         return [Record(*row) for row in self._rows(query)]
 
     def _rows(self, query: Any) -> list[Any]:
@@ -317,8 +319,8 @@ def _matching(key_id: str | None, not_under: str | None) -> list[Any]:
     if key_id is not None:
         conditions.append(_c.key_id == key_id)
     if not_under is not None:  # the blob decides, because the column next to it may be wrong
-        begins = sql.func.substr(_c.ciphertext_blob, 1, VERSION_PREFIX)
-        conditions.append(sql.or_(_c.key_version_id != not_under, begins != version_prefix(not_under)))
+        prefix = sql.func.substr(_c.ciphertext_blob, 1, VERSION_PREFIX)
+        conditions.append(sql.or_(_c.key_version_id != not_under, prefix != version_prefix(not_under)))
     return conditions
 
 

@@ -45,21 +45,21 @@ def copy(
     counts = {"copied": 0, "present": 0, "refused": 0}
     records = iter(source)
     while page := list(islice(records, _PAGE_RECORDS)):
-        stored = target.named(record.name for record in page)
-        new = []
+        target_records = target.named(record.name for record in page)
+        new_records = []
         for record in page:
-            existing = stored.get(record.name)
-            why = _obstacle(record) if existing is None else _difference(record, existing)
+            target_record = target_records.get(record.name)
+            why = _obstacle(record) if target_record is None else _difference(record, target_record)
             if why:
                 counts["refused"] += 1
                 refused(f"{printable(record.name)}: {why}")
-            elif existing is None:
-                new.append(record)
+            elif target_record is None:
+                new_records.append(record)
             else:
                 counts["present"] += 1
-        if new:
-            target.add(*new)
-        counts["copied"] += len(new)
+        if new_records:
+            target.add(*new_records)
+        counts["copied"] += len(new_records)
         advanced(len(page))
     return Copied(sum(counts.values()), **counts)
 
@@ -71,16 +71,16 @@ def _obstacle(record: Record) -> str:
     except StoreError as error:
         return str(error)
     # The driver puts U+FFFD for bytes that are not text. PostgreSQL refuses null characters.
-    damaged = any(character in str(field) for field in record for character in "\ufffd\0")
-    return "damaged in the source; repair the record there" if damaged else ""
+    is_damaged = any(character in str(field) for field in record for character in "\ufffd\0")
+    return "damaged in the source; repair the record there" if is_damaged else ""
 
 
-def _difference(record: Record, existing: Record) -> str:
+def _difference(record: Record, target_record: Record) -> str:
     """Return the difference from the target's record of the same name, or an empty text if they are equal."""
     names = {"context_text": "encryption_context"}
-    differing = [
+    differences = [
         names.get(field, field)
         for field in Record._fields
-        if field != "row_id" and getattr(record, field) != getattr(existing, field)
+        if field != "row_id" and getattr(record, field) != getattr(target_record, field)
     ]
-    return f"another record has this name in the target, and differs in {', '.join(differing)}" if differing else ""
+    return f"another record has this name in the target, and differs in {', '.join(differences)}" if differences else ""

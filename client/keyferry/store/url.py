@@ -127,9 +127,9 @@ def _postgresql(drivername: str, location: str) -> URL:
         database=_decoded(path[1:]) or None,
         query=options,
     )
-    several = {"host": host, "port": port} if "," in host + port or host.startswith(("/", "@")) else {}
-    if several:
-        return url.update_query_dict({name: value for name, value in several.items() if value})
+    host_options = {"host": host, "port": port} if "," in host + port or host.startswith(("/", "@")) else {}
+    if host_options:
+        return url.update_query_dict({name: value for name, value in host_options.items() if value})
     return url.set(host=host or None, port=int(port) if port else None)
 
 
@@ -182,12 +182,12 @@ def _decoded(text: str) -> str:
     if _INCOMPLETE_ESCAPE.search(text):
         raise _unreadable(f'"%" begins the two hexadecimal digits of a character; {_ENCODE}')
     try:
-        decoded = unquote_to_bytes(text).decode()
+        plain_text = unquote_to_bytes(text).decode()
     except UnicodeError:
         raise _unreadable(f"percent-encoded bytes must be UTF-8 text; {_ENCODE}") from None
-    if "\0" in decoded:
+    if "\0" in plain_text:
         raise _unreadable("it holds a null character")
-    return decoded
+    return plain_text
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ def _options(query: str) -> _Options:
         if not equals:
             raise _unreadable('options behind "?" have the form NAME=VALUE; "&" in a value is %26, and "?" is %3F')
         if value:  # for SQLAlchemy and for libpq, an empty value means an absent option
-            earlier = options.get(name, ())
-            options[name] = (*((earlier,) if isinstance(earlier, str) else earlier), value) if earlier else value
+            values = options.get(name, ())
+            options[name] = (*((values,) if isinstance(values, str) else values), value) if values else value
     return options
 
 
@@ -212,5 +212,5 @@ def describe_option(option: str) -> str:
     """Return an option's name for a message. An unknown name can be the end of a password, so it is never repeated."""
     if option in _KNOWN_OPTIONS:
         return f'the option "{option}" of the store\'s URL'
-    similar = difflib.get_close_matches(option, _KNOWN_OPTIONS, 1)
-    return "an option of the store's URL" + (f' (similar to "{similar[0]}")' if similar else "")
+    matches = difflib.get_close_matches(option, _KNOWN_OPTIONS, 1)
+    return "an option of the store's URL" + (f' (similar to "{matches[0]}")' if matches else "")

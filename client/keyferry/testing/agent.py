@@ -160,12 +160,12 @@ class LocalAgent:
     def _reply(self) -> None:
         """Wait for one line of the relay. Raises `KeyferryError` for an error in it, and when the relay does not reply."""
         assert self._relay.stdout is not None
-        ready, _, _ = select.select([self._relay.stdout], [], [], _REPLY_TIMEOUT_SECONDS)
-        line = self._relay.stdout.readline() if ready else b""
+        readable, _, _ = select.select([self._relay.stdout], [], [], _REPLY_TIMEOUT_SECONDS)
+        line = self._relay.stdout.readline() if readable else b""
         if not line:
             raise KeyferryError(
                 "the local agent has ended"
-                if ready
+                if readable
                 else f"the local agent did not reply within {_REPLY_TIMEOUT_SECONDS:g} s"
             )
         reason = json.loads(line)

@@ -50,9 +50,9 @@ class _Disabled(NamedTuple):
 
     def concerns(self, params: dict[str, Any]) -> bool:
         """Return whether a request is about this key."""
-        named = (str(params.get(name, "")) for name in ("KeyId", "DestinationKeyId"))
+        request_keys = (str(params.get(name, "")) for name in ("KeyId", "DestinationKeyId"))
         # The last part of an ARN is key/ID or alias/NAME.
-        in_names = any(name.rpartition(":")[2].removeprefix("key/") in self.names for name in named)
+        in_names = any(name.rpartition(":")[2].removeprefix("key/") in self.names for name in request_keys)
         return in_names or _text(params.get("CiphertextBlob")).startswith(self.blob_prefix)
 
 
@@ -153,11 +153,11 @@ class _Relay:
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Forward both ways, until either end has closed its connection."""
-        waiting: dict[int, wire.Request] = {}
+        requests: dict[int, wire.Request] = {}
         answers, agent = await asyncio.open_unix_connection(self._agent)
         pumps = [
-            asyncio.create_task(self._requests(reader, writer, agent, waiting)),
-            asyncio.create_task(self._answers(answers, writer, waiting)),
+            asyncio.create_task(self._requests(reader, writer, agent, requests)),
+            asyncio.create_task(self._answers(answers, writer, requests)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -172,7 +172,7 @@ class _Relay:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         agent: asyncio.StreamWriter,
-        waiting: dict[int, wire.Request],
+        requests: dict[int, wire.Request],
     ) -> None:
         """Forward requests, or answer them with faults, until the client or a fault closes the connection."""
         decoder = wire.Decoder()
@@ -183,7 +183,7 @@ class _Relay:
                     raise ProtocolError("a request is expected")
                 fault = self._state.take(message.method)
                 if fault is None:
-                    waiting[message.msgid] = message
+                    requests[message.msgid] = message
                     agent.write(wire.encode_request(*message[:3]))
                     await agent.drain()
                 elif fault.code is None:
@@ -193,7 +193,7 @@ class _Relay:
                     await writer.drain()
 
     async def _answers(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, waiting: dict[int, wire.Request]
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, requests: dict[int, wire.Request]
     ) -> None:
         """Forward answers, until the agent has closed the connection."""
         decoder = wire.Decoder(max_array=MAX_PAGE)
@@ -201,7 +201,7 @@ class _Relay:
             decoder.feed(data)
             for message in decoder.messages():
                 assert isinstance(message, wire.Response)
-                request = None if message.msgid is None else waiting.pop(message.msgid)
+                request = None if message.msgid is None else requests.pop(message.msgid)
                 writer.write(wire.encode_response(*(self._state.answer(request, message) if request else message)))
                 await writer.drain()
 

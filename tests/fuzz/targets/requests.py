@@ -20,7 +20,7 @@ from keyferry.protocol import wire
 from keyferry.secret import SecretMemory
 from keyferry_agent import handlers
 from keyferry_agent.audit import log
-from keyferry_agent.audit.entry import AuditEntry
+from keyferry_agent.audit.entry import AuditedRequest, blob_hash
 from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Settings
@@ -120,12 +120,13 @@ def _asked(request: wire.Request) -> None:
 
 def _answered(agent: ServerState, caller: Caller, request: wire.Request) -> dict[str, Any] | tuple[str, str]:
     """The result, or code and message, as a client reads them; the steps are those of a connection."""
-    audited = AuditEntry(REQUEST_ID, time.monotonic(), ascii(request.method[:64])[1:-1])
     caller.refresh(agent.policy)
+    prepared, digest = handlers.prepare(agent, caller, request.method, request.params), ""
     try:
-        job = handlers.prepare(agent, caller, request.method, request.params, audited)
-        result = job.run()
-        audited.note(result)
+        if isinstance(prepared.outcome, Exception):
+            raise prepared.outcome
+        result = prepared.outcome.run()
+        digest = blob_hash(result)
         body = {**result_to_wire(result), "RequestId": REQUEST_ID}
         packed = wire.encode_response(request.msgid, None, body)
         outcome = "OK"
@@ -135,7 +136,7 @@ def _answered(agent: ServerState, caller: Caller, request: wire.Request) -> dict
         outcome = error.code
         body = {"Code": error.code, "Message": error.message, "RequestId": REQUEST_ID, "HttpStatus": error.http_status}
         packed = wire.encode_response(request.msgid, body, None)
-    _recorded(caller.peer, audited, outcome, body)
+    _recorded(AuditedRequest(caller.peer, REQUEST_ID, time.monotonic(), prepared.entry, outcome, digest), body)
     decoder = wire.Decoder(max_array=100)
     decoder.feed(packed)
     (answer,) = decoder.messages()
@@ -147,8 +148,9 @@ def _answered(agent: ServerState, caller: Caller, request: wire.Request) -> dict
     return body
 
 
-def _recorded(peer: Peer, audited: AuditEntry, outcome: str, body: dict[str, Any]) -> None:
-    line = f'{log._line("2026-11-25T00:00:00.000+00:00", log._of_peer(peer), audited, outcome)}, "previous": "{"0" * 64}"}}\n'
+def _recorded(request: AuditedRequest, body: dict[str, Any]) -> None:
+    operation, outcome = request.entry.operation, request.outcome
+    line = f'{log._line("2026-11-25T00:00:00.000+00:00", log._of_peer(request.peer), request)}, "previous": "{"0" * 64}"}}\n'
     assert len(line.encode()) <= select.PIPE_BUF, "a pipe may take it in part"
     assert line.count("\n") == 1
     fields = json.loads(line)
@@ -156,9 +158,9 @@ def _recorded(peer: Peer, audited: AuditEntry, outcome: str, body: dict[str, Any
     assert fields["level"] == ("info" if outcome in ("OK", "DryRunOperationError") else "warning")
     if "CiphertextBlob" in body:
         digest = hashlib.sha256(decode_base64(body["CiphertextBlob"])).hexdigest()
-        name = "destination_ciphertext" if audited.operation == "ReEncrypt" else "ciphertext"
+        name = "destination_ciphertext" if operation == "ReEncrypt" else "ciphertext"
         assert fields[name] == f"sha256:{digest}"
-    elif outcome == "OK" and audited.operation in ("Decrypt", "ExportDataKey"):
+    elif outcome == "OK" and operation in ("Decrypt", "ExportDataKey"):
         assert len(fields["ciphertext"]) == len("sha256:") + 64
 
 

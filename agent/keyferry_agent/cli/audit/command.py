@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
     """Add `audit` and its verbs to the agent's command."""
     parser = commands.add_parser("audit", help="verify and search the audit log", epilog=_EPILOG, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for name, text, do in (
+    for name, text, handler in (
         ("verify", "Verify the chain of audit entries.", _verify),
         ("who", "List the callers that received data keys, with the master keys and the recipients.", who.who),
     ):
@@ -44,7 +44,7 @@ def add_parser(commands: Any) -> None:
             metavar="FILE",
             help="the agent's configuration, which names the audit log; rotated files beside it are read, too",
         )
-        verb.set_defaults(run=_guarded, verb_action=do)
+        verb.set_defaults(run=_guarded, verb_action=handler)
         verb.add_argument(
             "--since",
             type=times.since,
@@ -72,24 +72,26 @@ def _verify(arguments: argparse.Namespace, settings: Settings | None) -> int:
     history = open_history(arguments.file, settings, None)
     report(history, arguments.since)
     # Old files are usually deleted, so a chain that is whole from its first entry is not damaged. --since requires more.
-    whole = history.only_older_missing and arguments.since is None
-    whole = whole or history.is_complete(arguments.since)
+    is_whole = history.only_older_missing and arguments.since is None
+    is_whole = is_whole or history.is_complete(arguments.since)
     lines = []
     if len(history.chains) > 1 and any(chain.start is not None for chain in history.chains):
         lines = [f"chain {number}: {_line(chain)}" for number, chain in enumerate(history.chains, 1)]
-    if whole:
-        since = f"from {time_text(history.healed)} on" if history.problems else "from the beginning"
+    if is_whole:
+        period = f"from {time_text(history.healed)} on" if history.problems else "from the beginning"
         chains = f" in {len(lines)} chains" if lines else ""
-        lines.append(f"whole: {history.count} lines{chains}, {since}; the last has the SHA-256 {history.last}")
-    return show_lines("keyferry-agent", lines) or (0 if whole else FAILED)
+        lines.append(f"whole: {history.count} lines{chains}, {period}; the last has the SHA-256 {history.last}")
+    return show_lines("keyferry-agent", lines) or (0 if is_whole else FAILED)
 
 
 def _line(chain: Chain) -> str:
     start = chain.start
-    begins = f"from {time_text(chain.begins)}"
+    beginning = f"from {time_text(chain.begins)}"
     if start is not None:
-        begins = f"from the start of agent {start.get('version')}, pid {start.get('pid')}, at {time_text(chain.begins)}"
+        beginning = (
+            f"from the start of agent {start.get('version')}, pid {start.get('pid')}, at {time_text(chain.begins)}"
+        )
     return (
-        f"{'whole' if chain.whole else 'NOT WHOLE'}: {chain.count} lines, {begins} to {time_text(chain.ends)}; "
+        f"{'whole' if chain.whole else 'NOT WHOLE'}: {chain.count} lines, {beginning} to {time_text(chain.ends)}; "
         f"the last has the SHA-256 {chain.last}"
     )

@@ -27,23 +27,23 @@ def open_history(
     """Read the named files, or the files of the configuration if none is named. Raises `ChainError`."""
     if files:
         paths = dict.fromkeys(files)
-        beside = [
+        neighbours = [
             f"{path}: looks like a rotated file of this audit log; name it, too" for path in rotated.not_among(paths)
         ]
-        return History([rotated.File(path, mixed=True) for path in paths], not_given=beside, tally=tally)
+        return History([rotated.File(path, mixed=True) for path in paths], unnamed_files=neighbours, tally=tally)
     if settings is None or settings.audit.path == "stderr":
-        where = (
+        location = (
             ": it goes to standard error, and journalctl -o cat prints it for a unit"
             if settings
             else ", or use --config to find them"
         )
-        raise chain.ChainError(f"name the {option} of the audit log{where}")
+        raise chain.ChainError(f"name the {option} of the audit log{location}")
     current = Path(settings.audit.path)
-    found = rotated.find(current)
+    log_files = rotated.find(current)
     for _ in range(_MAX_ATTEMPTS):
-        history = History(found.files, problems=found.problems, current=current, tally=tally)
-        before, found = found, rotated.find(current)
-        if not history.moved and before == found:
+        history = History(log_files.files, problems=log_files.problems, current=current, tally=tally)
+        old_files, log_files = log_files, rotated.find(current)
+        if not history.moved and old_files == log_files:
             break
     return history
 

@@ -75,19 +75,20 @@ def _who(arguments: argparse.Namespace, settings: Settings | None, query: Query,
     keys = _key_ids(arguments.key, settings, names)
     report(history, query.since)
     complete = history.is_complete(query.since)
-    if undecided := sum(tally.undecided for tally in tallies):
+    if undecided_count := sum(tally.undecided for tally in tallies):
         say(
-            f"{undecided} entries have more keys in their EncryptionContext than an entry holds: --context-key may miss them"
+            f"{undecided_count} entries have more keys in their EncryptionContext than an entry holds: "
+            "--context-key may miss them"
         )
         complete = False
     entries = _entries(tallies, query, keys)
     if arguments.json:
-        printed = show_lines("keyferry-agent", _json(entries))
+        status = show_lines("keyferry-agent", _json(entries))
     else:
-        printed = show_lines(
+        status = show_lines(
             "keyferry-agent", _lines(entries, _line if arguments.list else _group, _nothing(query, complete))
         )
-    return printed or (0 if complete else _FAILED)
+    return status or (0 if complete else _FAILED)
 
 
 def _query(arguments: argparse.Namespace) -> Query:
@@ -120,23 +121,23 @@ def _key_ids(name: str | None, settings: Settings | None, names: LoggedNames) ->
 
     Raises `ChainError` for an alias that is neither in the keyring nor in the audit log.
     """
-    if name is None or not (plain := plain_name(name)).startswith("alias/"):
-        return None if name is None else frozenset({plain})
-    logged = names.aliases.get(plain, {})
-    ids, reason = set(logged), ""
+    if name is None or not (alias := plain_name(name)).startswith("alias/"):
+        return None if name is None else frozenset({alias})
+    periods = names.aliases.get(alias, {})
+    ids, reason = set(periods), ""
     try:
-        ids.add(now := open_keyring(settings).find(plain).key_id)
-        say(f"{plain} is key {now} in the keyring")
+        ids.add(current_id := open_keyring(settings).find(alias).key_id)
+        say(f"{alias} is key {current_id} in the keyring")
     except KeyringError as error:
         reason = str(error)
     if not ids:
         raise ChainError(
-            f"{plain}: neither the audit log nor the keyring has this alias ({reason}); name the key by its ID"
+            f"{alias}: neither the audit log nor the keyring has this alias ({reason}); name the key by its ID"
         )
-    for key_id, period in logged.items():
-        say(f"{plain} was key {key_id} {period}, by the audit log")
+    for key_id, period in periods.items():
+        say(f"{alias} was key {key_id} {period}, by the audit log")
     if reason:
-        say(f"{plain} was not found in the keyring: {reason}")
+        say(f"{alias} was not found in the keyring: {reason}")
     return frozenset(ids)
 
 
@@ -168,13 +169,13 @@ def _json(entries: Iterable[dict[str, Any]]) -> Iterator[str]:
     yield "]"
 
 
-def _lines(entries: Iterable[dict[str, Any]], line: Any, nothing: str) -> Iterator[str]:
-    empty = True
+def _lines(entries: Iterable[dict[str, Any]], line: Any, placeholder: str) -> Iterator[str]:
+    is_empty = True
     for fields in entries:
-        empty = False
+        is_empty = False
         yield line(fields)
-    if empty:
-        yield nothing
+    if is_empty:
+        yield placeholder
 
 
 def _caller(fields: dict[str, Any]) -> str:

@@ -148,8 +148,8 @@ def _explain(arguments: argparse.Namespace, usage: Callable[[str], None]) -> int
 
 
 def _of_request(arguments: argparse.Namespace, settings: Settings) -> _Explanation:
-    entry, logged = find_request(arguments.request_id, arguments.audit_log, settings)
-    questions, keys = questions_of(entry, lambda key_id: find_keys([key_id], settings, logged))
+    entry, audit_names = find_request(arguments.request_id, arguments.audit_log, settings)
+    questions, keys = questions_of(entry, lambda key_id: find_keys([key_id], settings, audit_names))
     decisions = [decide(settings.grants, question) for question in questions]
     return _Explanation(decisions, keys, recorded_lines(entry), entry)
 
@@ -179,9 +179,9 @@ def _peer(arguments: argparse.Namespace) -> Peer:
                 f"--user {arguments.user}: this host has no such user; give its number with --uid"
             ) from None
         uid = user.pw_uid
-        own = os.getgrouplist(arguments.user, user.pw_gid)
-        gids |= set(own)
-        say(f"user {arguments.user} has the uid {uid}, and the groups {', '.join(map(str, sorted(own)))}")
+        user_gids = os.getgrouplist(arguments.user, user.pw_gid)
+        gids |= set(user_gids)
+        say(f"user {arguments.user} has the uid {uid}, and the groups {', '.join(map(str, sorted(user_gids)))}")
     for name in arguments.group:
         try:
             gids.add(grp.getgrnam(name).gr_gid)
@@ -218,8 +218,8 @@ def _text(explanation: _Explanation, toml: str | None, settings: Settings) -> st
             lines.append(str(decision))
     if toml is not None:
         folder = settings.grants_folder
-        where = f", in a file in {folder} or in the configuration" if folder and folder.is_dir() else ""
-        lines += ["", f"This grant would allow it{where}:", "", toml]
+        location = f", in a file in {folder} or in the configuration" if folder and folder.is_dir() else ""
+        lines += ["", f"This grant would allow it{location}:", "", toml]
     return "\n".join(lines)
 
 

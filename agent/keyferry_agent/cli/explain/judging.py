@@ -71,8 +71,8 @@ class Verdict(NamedTuple):
         grant = self.grant if self.file is None else f"{self.grant} ({self.file})"
         if self.why:
             return f"{grant}: {self.why}"
-        only = f" for these recipients only: {', '.join(self.recipients)}" if self.recipients is not None else ""
-        return f"{grant}: allows it{only}{''.join(f', if {condition}' for condition in self.conditions)}"
+        recipients = f" for these recipients only: {', '.join(self.recipients)}" if self.recipients is not None else ""
+        return f"{grant}: allows it{recipients}{''.join(f', if {condition}' for condition in self.conditions)}"
 
 
 class Decision(NamedTuple):
@@ -94,15 +94,15 @@ class Decision(NamedTuple):
         return tuple(sorted({fingerprint for verdict in self.allowing for fingerprint in verdict.recipients or ()}))
 
     def __str__(self) -> str:
-        about = f"{self.question.action} on {self.question.key}"
+        subject = f"{self.question.action} on {self.question.key}"
         if not self.allowing:
             status = ", but every caller is answered without the counters"
-            return f"Refused: {about}{status if self.question.action == 'kms:GetAgentStatus' else ''}"
+            return f"Refused: {subject}{status if self.question.action == 'kms:GetAgentStatus' else ''}"
         if self.recipients is not None:
-            return f"Allowed for these recipients only: {', '.join(self.recipients)}: {about}"
+            return f"Allowed for these recipients only: {', '.join(self.recipients)}: {subject}"
         if all(verdict.conditions for verdict in self.allowing):
-            return f"Allowed under a condition: {about}"
-        return f"Allowed: {about}"
+            return f"Allowed under a condition: {subject}"
+        return f"Allowed: {subject}"
 
 
 def decide(grants: Iterable[Grant], question: Question) -> Decision:
@@ -128,8 +128,8 @@ def mismatch(
     if not grant.has_key(names):
         return f"keys: {', '.join(names)} does not match {', '.join(grant.keys)}"
     if not grant.has_recipient(fingerprint):
-        never = f"a grant with recipients never covers {action}: the caller would learn or choose a data key"
-        return f"recipients: {never if fingerprint == PLAINTEXT else f'{fingerprint} is not in the list'}"
+        prohibition = f"a grant with recipients never covers {action}: the caller would learn or choose a data key"
+        return f"recipients: {prohibition if fingerprint == PLAINTEXT else f'{fingerprint} is not in the list'}"
     if not grant.has_context(context):
         missing_pairs = {
             key: value for key, value in grant.encryption_context.items() if (context or {}).get(key) != value
@@ -166,10 +166,10 @@ def _judge(grant: Grant, question: Question) -> Verdict:
     return Verdict(grant.name, "", None, tuple(conditions))
 
 
-def _completed(peer: Peer, grant: Grant, unknown: frozenset[str], conditions: list[str]) -> Peer:
+def _completed(peer: Peer, grant: Grant, unknown_selectors: frozenset[str], conditions: list[str]) -> Peer:
     """Return the caller with unknown evidence replaced by the grant's values. Adds a condition for each replacement."""
     for selector, value in grant.to.items():
-        if selector not in unknown or SELECTORS[selector](peer, value):
+        if selector not in unknown_selectors or SELECTORS[selector](peer, value):
             continue
         conditions.append(f"the caller's {selector} is {value}, which is not recorded")
         evidence = {"gids": peer.gids | {value}} if selector in ("gid", "group") else {selector: value}

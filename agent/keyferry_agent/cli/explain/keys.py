@@ -26,39 +26,41 @@ class Keys(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def find_keys(given: list[str], settings: Settings, logged: LoggedNames | None = None) -> Keys:
+def find_keys(key_names: list[str], settings: Settings, audit_names: LoggedNames | None = None) -> Keys:
     """Return all names of the key with these IDs, ARNs or aliases. Raises `ChainError` if they belong to different keys.
 
-    `logged`: the names in an audit log, if it was read already.
+    `audit_names`: the names in an audit log, if it was read already.
     """
-    plain = list(dict.fromkeys(map(plain_name, given)))
-    shown = ", ".join(given)
+    plain_names = list(dict.fromkeys(map(plain_name, key_names)))
+    label = ", ".join(key_names)
     try:
         document = open_keyring(settings)
     except KeyringError as error:
         why = f"the keyring was not read: {error}"
-        names = logged if logged is not None else _logged(settings)
-        found = [name for each in plain for name in names.current(each)]
+        names = audit_names if audit_names is not None else _logged(settings)
+        current_names = [name for plain_text in plain_names for name in names.current(plain_text)]
         source = (
-            "the key's other names are from the audit log" if found else "only the names on the command line are judged"
+            "the key's other names are from the audit log"
+            if current_names
+            else "only the names on the command line are judged"
         )
-        return Keys(_names([*plain, *found], settings), shown, notes=(f"{why}; {source}",))
+        return Keys(_names([*plain_names, *current_names], settings), label, notes=(f"{why}; {source}",))
     aliases = document.aliases_by_key()
     entries = {}
-    for name in plain:
+    for name in plain_names:
         try:
             entry = document.find(name)
         except KeyringError:
-            return Keys(_names(plain, settings), shown, missing=name)
+            return Keys(_names(plain_names, settings), label, missing=name)
         entries[entry.key_id] = entry
     if len(entries) > 1:
         raise ChainError(f"--key names {len(entries)} different keys: {', '.join(entries)}")
     (entry,) = entries.values()
-    names_now = [entry.key_id, *aliases.get(entry.key_id, [])]
-    also = [name for name in names_now if name not in plain]
-    if also:
-        shown += f" ({', '.join(also)})"
-    return Keys(_names([*plain, *names_now], settings), shown, state=entry.state)
+    entry_names = [entry.key_id, *aliases.get(entry.key_id, [])]
+    other_names = [name for name in entry_names if name not in plain_names]
+    if other_names:
+        label += f" ({', '.join(other_names)})"
+    return Keys(_names([*plain_names, *entry_names], settings), label, state=entry.state)
 
 
 def _logged(settings: Settings) -> LoggedNames:
@@ -68,9 +70,9 @@ def _logged(settings: Settings) -> LoggedNames:
         history = open_history([], settings, NamesOnly)
     except (ChainError, OSError):
         return LoggedNames()
-    return names_of(each for each in history.tallies if isinstance(each, NamesOnly))
+    return names_of(tally for tally in history.tallies if isinstance(tally, NamesOnly))
 
 
-def _names(plain: list[str], settings: Settings) -> tuple[str, ...]:
+def _names(plain_names: list[str], settings: Settings) -> tuple[str, ...]:
     """Return each name and its ARN, as the agent compares them with grants."""
-    return tuple(dict.fromkeys(each for name in plain for each in settings.names_of(name)))
+    return tuple(dict.fromkeys(full_name for name in plain_names for full_name in settings.names_of(name)))

@@ -39,14 +39,14 @@ class _Search(NamesOnly):
 
 def find_request(request_id: str, files: list[Path], settings: Settings) -> tuple[dict[str, Any], LoggedNames]:
     """Return the audit entry of a request, and the names of keys in the audit log. Raises `ChainError` or OSError."""
-    wanted = request_id.strip().upper()
-    history = open_history(files, settings, lambda: _Search(wanted), option="files (--audit-log FILE)")
-    searches = [each for each in history.tallies if isinstance(each, _Search)]
+    normal_id = request_id.strip().upper()
+    history = open_history(files, settings, lambda: _Search(normal_id), option="files (--audit-log FILE)")
+    searches = [tally for tally in history.tallies if isinstance(tally, _Search)]
     for search in searches:
         if search.entry is not None:
             return search.entry, names_of(searches)
     report(history, None)
-    raise ChainError(f"no request {wanted} is in the audit log")
+    raise ChainError(f"no request {normal_id} is in the audit log")
 
 
 def recorded_lines(entry: dict[str, Any]) -> list[str]:
@@ -54,17 +54,17 @@ def recorded_lines(entry: dict[str, Any]) -> list[str]:
     outcome = str(entry.get("outcome"))
     key = f" on key {entry['key_id']}" if entry.get("key_id") else ""
     unit = f", unit {entry['unit']}" if entry.get("unit") else ""
-    first = (
+    summary = (
         f"request {entry.get('request_id')}, at {entry.get('time')}: uid {entry.get('uid')}{unit}, "
         f"listener {entry.get('listener')}: {entry.get('operation')}{key}: {outcome}"
     )
     if outcome == "OK":
         grant = entry.get("grant")
-        return [first, f"It was allowed by the grant {grant!r}." if grant else "It needed no grant."]
+        return [summary, f"It was allowed by the grant {grant!r}." if grant else "It needed no grant."]
     if outcome in _BY_GRANTS:
-        return [first, "It was refused, because no grant covered it then."]
-    known = CODES.get(outcome)
-    return [first, f"It was not refused by the grants: {known.message if known else outcome}"]
+        return [summary, "It was refused, because no grant covered it then."]
+    code = CODES.get(outcome)
+    return [summary, f"It was not refused by the grants: {code.message if code else outcome}"]
 
 
 def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple[list[Question], list[Keys]]:
@@ -82,20 +82,20 @@ def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple
         exe=entry.get("exe"),
         sha256=entry.get("sha256"),
     )
-    unknown = {"pod"}
+    unknown_selectors = {"pod"}
     if "exe" not in entry:
-        unknown |= {"exe", "sha256"}
+        unknown_selectors |= {"exe", "sha256"}
     if len(peer.gids) >= MAX_GROUPS:
-        unknown |= {"gid", "group"}
+        unknown_selectors |= {"gid", "group"}
     source, destination = (str(entry.get(name) or "") for name in ("key_id", "destination_key_id"))
-    asked = [(f"kms:{operation}", source)]
+    lookups = [(f"kms:{operation}", source)]
     if operation == "ReEncrypt":
-        asked = [("kms:ReEncryptFrom", source), ("kms:ReEncryptTo", destination)]
-    questions, found = [], []
-    for action, key_id in asked:
+        lookups = [("kms:ReEncryptFrom", source), ("kms:ReEncryptTo", destination)]
+    questions, request_keys = [], []
+    for action, key_id in lookups:
         keys = keys_of(key_id) if key_id else None
         if keys is not None:
-            found.append(keys)
+            request_keys.append(keys)
         questions.append(
             Question(
                 peer=peer,
@@ -104,8 +104,8 @@ def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple
                 names=keys.names if keys else None,
                 fingerprint=entry.get("recipient") or None,
                 context_keys=tuple(entry.get("context_keys") or ()),
-                unknown=frozenset(unknown),
+                unknown=frozenset(unknown_selectors),
                 stays=source == destination or not destination,
             )
         )
-    return questions, found
+    return questions, request_keys

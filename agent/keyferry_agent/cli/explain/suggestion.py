@@ -9,28 +9,28 @@ from .judging import EXPORTS, WITHOUT_KEY, Question
 __all__ = ["suggested"]
 
 
-def suggested(questions: Sequence[Question], taken: Collection[str], user: str | None) -> str:
-    """Return a `[[grant]]` table that allows the questions. `taken`: the names of existing grants, which are not used again."""
-    first = questions[0]
+def suggested(questions: Sequence[Question], grant_names: Collection[str], user: str | None) -> str:
+    """Return a `[[grant]]` table that allows the questions. `grant_names`: names that are not free."""
+    example = questions[0]
     actions = list(dict.fromkeys(question.action for question in questions))
-    name = base = f"{user or first.peer.uid}-{actions[0].removeprefix('kms:')}"
+    name = base = f"{user or example.peer.uid}-{actions[0].removeprefix('kms:')}"
     number = 2
-    while name in taken:
+    while name in grant_names:
         name, number = f"{base}-{number}", number + 1
-    lines = ["[[grant]]", f"name = {_text(name)}", f"to = {_table(_to(first, user))}", f"actions = {_list(actions)}"]
+    lines = ["[[grant]]", f"name = {_text(name)}", f"to = {_table(_to(example, user))}", f"actions = {_list(actions)}"]
     keys = [_key(question) for question in questions]
     lines.append(f"keys = {_list(list(dict.fromkeys(keys)))}")
     if any(question.names is None for question in questions):
         lines.append("# the key is not recorded: put its name in the place of alias/NAME")
-    exporting = [question for question in questions if question.action in EXPORTS]
-    if exporting and first.fingerprint is not None:
-        lines.append(f"recipients = {_list([first.fingerprint])}")
-    elif exporting:
+    is_export = [question for question in questions if question.action in EXPORTS]
+    if is_export and example.fingerprint is not None:
+        lines.append(f"recipients = {_list([example.fingerprint])}")
+    elif is_export:
         lines.append("# without recipients, data keys go to any public key that the caller names")
-    if first.context:
-        lines.append(f"encryption_context = {_table(first.context)}")
-    elif first.context_keys:
-        lines.append(f"# encryption_context can demand values of: {', '.join(map(_text, first.context_keys))}")
+    if example.context:
+        lines.append(f"encryption_context = {_table(example.context)}")
+    elif example.context_keys:
+        lines.append(f"# encryption_context can demand values of: {', '.join(map(_text, example.context_keys))}")
     return "\n".join(lines)
 
 

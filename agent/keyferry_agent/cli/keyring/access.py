@@ -70,19 +70,19 @@ def init(arguments: argparse.Namespace) -> dict[str, Any] | None:
     if identity is not None:
         sealed_to = [identity.recipient, *sealed_to]
     result = {"Keyring": str(arguments.file), "Recipients": sealed_to}
-    written: Path | None = None
+    new_file: Path | None = None
     try:
         # In the block, the file is complete, but does not have its name yet.
         with file.creating(arguments.file, Document(sealed_to), phrase):
             if identity is not None:
                 identity.write(arguments.new_identity)
-                written = arguments.new_identity
+                new_file = arguments.new_identity
             elif arguments.generate_passphrase:
                 _hand_over(arguments, result, phrase)
-                written = arguments.passphrase_file
+                new_file = arguments.passphrase_file
     except BaseException:
-        if written and not os.path.lexists(arguments.file):
-            written.unlink()  # it belongs to no keyring, and would make the next attempt fail
+        if new_file and not os.path.lexists(arguments.file):
+            new_file.unlink()  # it belongs to no keyring, and would make the next attempt fail
         raise
     if len(sealed_to) == 1:
         warn(
@@ -120,15 +120,19 @@ def remove_recipient(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def list_recipients(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the recipients that a keyring's content names, and warn if its header has a different number of recipients."""
-    sealed = file.read_sealed(arguments.file)
-    named = file.open_sealed(sealed, unsealer(arguments)).recipients
-    count = sealing.count_recipients(sealed)
-    if count != len(named):
+    sealed_bytes = file.read_sealed(arguments.file)
+    names = file.open_sealed(sealed_bytes, unsealer(arguments)).recipients
+    count = sealing.count_recipients(sealed_bytes)
+    if count != len(names):
         warn(
-            f"{arguments.file} was sealed by hand: it is sealed to {count} recipients and names {len(named)}. age does not "
+            f"{arguments.file} was sealed by hand: it is sealed to {count} recipients and names {len(names)}. age does not "
             "reveal the others; run `keyring reseal` once, with all recipients"
         )
-    return {"Keyring": str(arguments.file), "SealedTo": "Recipients" if count else "Passphrase", "Recipients": named}
+    return {
+        "Keyring": str(arguments.file),
+        "SealedTo": "Recipients" if count else "Passphrase",
+        "Recipients": names,
+    }
 
 
 def recipient_of(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -150,11 +154,11 @@ def _choose(
     """Reseal to the recipients that `choose` returns for the current ones and those of the options. Raises `KeyringError`."""
     if not arguments.recipient and not arguments.recipients_file:
         arguments.wrong_usage("one of --recipient, --recipients-file is required")
-    named = _recipients(arguments, owner_of(arguments.file))
+    recipient_list = _recipients(arguments, owner_of(arguments.file))
     after: list[str] = []
 
     def chosen(before: list[str]) -> list[str]:
-        after.extend(choose(before, named))
+        after.extend(choose(before, recipient_list))
         return after
 
     with file.reseal(
@@ -207,10 +211,10 @@ def _recipients(arguments: argparse.Namespace, owners: tuple[int, ...]) -> list[
     files = arguments.recipients_file or []
     if files.count("-") > 1:
         arguments.wrong_usage("--recipients-file -: standard input can be read only once")
-    named = [recipients.parse(text) for text in arguments.recipient or []]
+    recipient_list = [recipients.parse(text) for text in arguments.recipient or []]
     for path in files:
-        named += recipients.read_file(path, owners)
-    return named
+        recipient_list += recipients.read_file(path, owners)
+    return recipient_list
 
 
 def _hand_over(arguments: argparse.Namespace, result: dict[str, Any], phrase: str | None) -> None:

@@ -37,13 +37,13 @@ def add_parser(commands: Any) -> None:
     keyring.set_defaults(run=_main)
     subparsers = keyring.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, help_text: str, do: _Act) -> argparse.ArgumentParser:
+    def verb(name: str, help_text: str, handler: _Act) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = subparsers.add_parser(
             name, help=help_text, description=help_text, allow_abbrev=False
         )
         parser.add_argument("file", type=Path, metavar="FILE", help="the keyring")
         parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
-        parser.set_defaults(verb_action=do)
+        parser.set_defaults(verb_action=handler)
         if name != "init":
             parser.add_argument(
                 "--unseal",
@@ -157,12 +157,12 @@ def _add_key_verbs(verb: _Verb) -> None:
 
 
 def _add_alias_verbs(verb: _Verb) -> None:
-    for name, help_text, do in (
+    for name, help_text, handler in (
         ("create-alias", "Create an alias for a key.", lambda d, a: edits.create_alias(d, a.alias, a.key)),
         ("update-alias", "Point an alias to another key.", lambda d, a: edits.update_alias(d, a.alias, a.key)),
         ("delete-alias", "Delete an alias, but not its key.", lambda d, a: edits.delete_alias(d, a.alias)),
     ):
-        parser = verb(name, help_text, _changing(do))
+        parser = verb(name, help_text, _changing(handler))
         parser.add_argument("alias", metavar="alias/NAME")
         if name != "delete-alias":
             parser.add_argument("key", metavar="KEY", help="a key ID or an alias")
@@ -195,13 +195,13 @@ def _warn_of_weak_work_factor(path: Path) -> None:
 
 
 def _changing(
-    do: Callable[[Document, argparse.Namespace], KeyEntry],
+    edit: Callable[[Document, argparse.Namespace], KeyEntry],
 ) -> Callable[[argparse.Namespace], dict[str, Any]]:
     """Return a verb that changes one key, and returns the changed key's metadata and versions."""
 
     def act(arguments: argparse.Namespace) -> dict[str, Any]:
         with file.change(arguments.file, access.unsealer(arguments)) as document:
-            key = do(document, arguments)
+            key = edit(document, arguments)
         return {"KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
 
     return act
@@ -232,8 +232,8 @@ def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
 def _rotate(arguments: argparse.Namespace) -> dict[str, Any]:
     with file.change(arguments.file, access.unsealer(arguments)) as document:
         key = edits.rotate(document, arguments.key, stage=arguments.stage)
-    new = version_of(key, key.versions[-1])
-    return {"KeyVersion": new, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
+    version = version_of(key, key.versions[-1])
+    return {"KeyVersion": version, "KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
 
 
 def _promote(document: Document, arguments: argparse.Namespace) -> KeyEntry:

@@ -33,13 +33,13 @@ def _history(arguments: argparse.Namespace) -> int:
     keyring = Path(os.path.realpath(arguments.file))
     log = log_of(keyring)
     try:
-        now: str | None = file_hash(read_sealed(keyring))
+        current_hash: str | None = file_hash(read_sealed(keyring))
     except KeyringError as error:
         complain(_PROGRAM, str(error))
-        now = None
+        current_hash = None
     code = 0
     try:
-        changes = _with_results([entry for entry in chain.read([log]) if entry.get("event") == EVENT], now)
+        changes = _with_results([entry for entry in chain.read([log]) if entry.get("event") == EVENT], current_hash)
         if not chain.verify([log]).beginning:
             raise chain.ChainError(f"{log}: the beginning is missing")
     except chain.ChainError as error:
@@ -48,11 +48,11 @@ def _history(arguments: argparse.Namespace) -> int:
     except OSError as error:
         complain(_PROGRAM, f"{log}: {error.strerror}")
         return FAILED
-    printed = show_json(_PROGRAM, {"Changes": changes}) if arguments.json else show_lines(_PROGRAM, _lines(changes))
-    return printed or code
+    status = show_json(_PROGRAM, {"Changes": changes}) if arguments.json else show_lines(_PROGRAM, _lines(changes))
+    return status or code
 
 
-def _with_results(entries: list[dict[str, Any]], now: str | None) -> list[dict[str, Any]]:
+def _with_results(entries: list[dict[str, Any]], current_hash: str | None) -> list[dict[str, Any]]:
     """Return one entry for each change, with its result, and one for each replacement of the file by other means."""
     changes: list[dict[str, Any]] = []
     for entry in entries:
@@ -61,17 +61,17 @@ def _with_results(entries: list[dict[str, Any]], now: str | None) -> list[dict[s
         elif changes and changes[-1].get("after") == entry.get("after"):
             changes[-1]["result"] = entry.get("result")
     results: list[dict[str, Any]] = []
-    following = [*(entry.get("before") for entry in changes[1:]), now]
-    for entry, later in zip(changes, following, strict=True):
+    next_hashes = [*(entry.get("before") for entry in changes[1:]), current_hash]
+    for entry, next_hash in zip(changes, next_hashes, strict=True):
         before, after = entry.get("before"), entry.get("after")
-        if later == after:  # also after a crash between the replacement and the second entry
+        if next_hash == after:  # also after a crash between the replacement and the second entry
             entry["result"] = "done"
         elif entry["result"] == "begun":
-            entry["result"] = "not done" if later == before else "unknown"
+            entry["result"] = "not done" if next_hash == before else "unknown"
         results.append(entry)
-        expected = after if entry["result"] == "done" else before
-        if later != expected and entry["result"] != "unknown":
-            results.append({"result": _OTHER, "before": expected, "after": later})
+        result_hash = after if entry["result"] == "done" else before
+        if next_hash != result_hash and entry["result"] != "unknown":
+            results.append({"result": _OTHER, "before": result_hash, "after": next_hash})
     return results
 
 

@@ -78,8 +78,10 @@ def _for_people(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _state(key: dict[str, Any]) -> str:
-    disabled = len(key["DisabledKeyVersions"])
-    return f"{key['KeyState']}" + (f" ({disabled} disabled version{'s' if disabled > 1 else ''})" if disabled else "")
+    disabled_count = len(key["DisabledKeyVersions"])
+    return f"{key['KeyState']}" + (
+        f" ({disabled_count} disabled version{'s' if disabled_count > 1 else ''})" if disabled_count else ""
+    )
 
 
 def _role(version: dict[str, Any], primary: str) -> str:
