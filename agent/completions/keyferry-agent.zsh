@@ -122,6 +122,7 @@ _shtab_keyferry_agent_explain_options=(
   "*--audit-log[with --request-id\: a file of the audit log, or of a journal (default\: the configuration\'s)\; may be repeated]:FILE:_files"
   "--uid[the caller\'s user, by its number]:N:"
   "--user[the caller\'s user, by its name, with its groups on this host]:NAME:"
+  "--access-key[the access key of a gateway\'s caller\; a user is then optional]:ID:"
   "*--gid[a group\; may be repeated]:N:"
   "*--group[a group, by its name]:NAME:"
   "--listener[the listener it connects to]:NAME:"

@@ -206,7 +206,7 @@ class Dispatcher:
         self._agent.counters.notifications_total += count
         if self._context.metrics is not None:
             self._context.metrics.notified(count)
-        return self._context.notifications.allows(caller.peer.uid, time.monotonic(), count)
+        return self._context.notifications.allows(caller.user, time.monotonic(), count)
 
     def run(self, exchanges: Sequence[Exchange]) -> None:
         """Decide the requests of these connections and run their jobs. Write all audit entries at once, then encode answers."""
@@ -252,7 +252,7 @@ class Dispatcher:
         else:
             operation = ascii(message.parse().method[:_MAX_OPERATION_NAME_LENGTH])[1:-1]
         audited = AuditEntry(request_id, started, operation)
-        if not self._context.rate.allows(exchange.caller.peer.uid, started):
+        if not self._context.rate.allows(exchange.caller.user, started):
             exchange.completed.append(CompletedRequest(message.msgid, audited, kms_error("Rejected.Throttling")))
             return
         self._decide(exchange, message, audited)
