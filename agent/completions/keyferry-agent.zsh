@@ -33,17 +33,23 @@ _shtab_keyferry_agent_keyring_commands() {
   local _commands=(
     add-recipient:'Add recipients to the keyring.'
     cancel-deletion:'Cancel the scheduled deletion of a key.'
+    create-access-key:'Add an access key for callers of a gateway, and print its secret once.'
     create-alias:'Create an alias for a key.'
     create-key:'Add a key.'
+    delete-access-key:'Delete an access key for good.'
     delete-alias:'Delete an alias, but not its key.'
     disable:'Disable a key.'
+    disable-access-key:'Disable an access key: gateways refuse it.'
     disable-version:'Disable a key version for decryption, too.'
     enable:'Enable a disabled key again.'
+    enable-access-key:'Enable a disabled access key again.'
     enable-version:'Enable a disabled key version again.'
     history:'Print the changes of a keyring, and verify their chain; nothing is unsealed.'
+    import-access-key:'Add an access key that exists elsewhere.'
     import-key:'Add a key with existing key material.'
     init:'Create an empty keyring.'
     list:'List all keys.'
+    list-access-keys:'List all access keys, without their secrets.'
     new-identity:'Generate an age identity into a new file, and print its recipient.'
     promote:'Make a staged version the primary version, once all hosts have loaded it.'
     recipient-of:'Print the recipient of an age or SSH identity.'
@@ -179,6 +185,18 @@ _shtab_keyferry_agent_keyring_cancel_deletion_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_cancel_deletion_defaults_added=0
 
+_shtab_keyferry_agent_keyring_create_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  "--token[temporary credentials, which have a SecurityToken besides the secret]"
+  "--description[TEXT]:TEXT:"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_create_access_key_defaults_added=0
+
 _shtab_keyferry_agent_keyring_create_alias_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -204,6 +222,17 @@ _shtab_keyferry_agent_keyring_create_key_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_create_key_defaults_added=0
 
+_shtab_keyferry_agent_keyring_delete_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+  ":the access key\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_delete_access_key_defaults_added=0
+
 _shtab_keyferry_agent_keyring_delete_alias_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -225,6 +254,17 @@ _shtab_keyferry_agent_keyring_disable_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_disable_defaults_added=0
+
+_shtab_keyferry_agent_keyring_disable_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+  ":the access key\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_disable_access_key_defaults_added=0
 
 _shtab_keyferry_agent_keyring_disable_version_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -250,6 +290,17 @@ _shtab_keyferry_agent_keyring_enable_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_enable_defaults_added=0
 
+_shtab_keyferry_agent_keyring_enable_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+  ":the access key\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_enable_access_key_defaults_added=0
+
 _shtab_keyferry_agent_keyring_enable_version_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -270,6 +321,19 @@ _shtab_keyferry_agent_keyring_history_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_history_defaults_added=0
+
+_shtab_keyferry_agent_keyring_import_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  "--id[the access key\'s ID, for example LTAI...]:ID:"
+  "--secret-file[a file with the secret\: 16 to 128 printable ASCII characters]:FILE|-:_files"
+  "--description[TEXT]:TEXT:"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_import_access_key_defaults_added=0
 
 _shtab_keyferry_agent_keyring_import_key_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -308,6 +372,16 @@ _shtab_keyferry_agent_keyring_list_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_list_defaults_added=0
+
+_shtab_keyferry_agent_keyring_list_access_keys_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_list_access_keys_defaults_added=0
 
 _shtab_keyferry_agent_keyring_new_identity_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -520,17 +594,23 @@ _shtab_keyferry_agent_keyring() {
       case $line[1] in
         add-recipient) _arguments -C -s $_shtab_keyferry_agent_keyring_add_recipient_options ;;
         cancel-deletion) _arguments -C -s $_shtab_keyferry_agent_keyring_cancel_deletion_options ;;
+        create-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_create_access_key_options ;;
         create-alias) _arguments -C -s $_shtab_keyferry_agent_keyring_create_alias_options ;;
         create-key) _arguments -C -s $_shtab_keyferry_agent_keyring_create_key_options ;;
+        delete-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_delete_access_key_options ;;
         delete-alias) _arguments -C -s $_shtab_keyferry_agent_keyring_delete_alias_options ;;
         disable) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_options ;;
+        disable-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_access_key_options ;;
         disable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_version_options ;;
         enable) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_options ;;
+        enable-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_access_key_options ;;
         enable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_version_options ;;
         history) _arguments -C -s $_shtab_keyferry_agent_keyring_history_options ;;
+        import-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_import_access_key_options ;;
         import-key) _arguments -C -s $_shtab_keyferry_agent_keyring_import_key_options ;;
         init) _arguments -C -s $_shtab_keyferry_agent_keyring_init_options ;;
         list) _arguments -C -s $_shtab_keyferry_agent_keyring_list_options ;;
+        list-access-keys) _arguments -C -s $_shtab_keyferry_agent_keyring_list_access_keys_options ;;
         new-identity) _arguments -C -s $_shtab_keyferry_agent_keyring_new_identity_options ;;
         promote) _arguments -C -s $_shtab_keyferry_agent_keyring_promote_options ;;
         recipient-of) _arguments -C -s $_shtab_keyferry_agent_keyring_recipient_of_options ;;
