@@ -7,7 +7,8 @@
 
 _shtab_keyferry_agent_audit_subparsers=(verify who)
 _shtab_keyferry_agent_keyring_subparsers=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion history create-alias update-alias delete-alias create-access-key import-access-key list-access-keys enable-access-key disable-access-key delete-access-key recipient-of new-identity)
-_shtab_keyferry_agent_subparsers=(run unseal check fingerprint explain audit keyring)
+_shtab_keyferry_agent_gateway_subparsers=(certificate)
+_shtab_keyferry_agent_subparsers=(run unseal check fingerprint explain audit keyring gateway)
 
 _shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev --alias)
 _shtab_keyferry_agent_unseal_option_strings=(-h --help --secret --socket)
@@ -47,6 +48,8 @@ _shtab_keyferry_agent_keyring_delete_access_key_option_strings=(-h --help --json
 _shtab_keyferry_agent_keyring_recipient_of_option_strings=(-h --help --json)
 _shtab_keyferry_agent_keyring_new_identity_option_strings=(-h --help --json)
 _shtab_keyferry_agent_keyring_option_strings=(-h --help)
+_shtab_keyferry_agent_gateway_certificate_option_strings=(-h --help --host --days)
+_shtab_keyferry_agent_gateway_option_strings=(-h --help)
 _shtab_keyferry_agent_option_strings=(-h --help --version)
 
 _shtab_keyferry_agent_run___config_COMPGEN=_shtab_compgen_files
@@ -136,7 +139,8 @@ _shtab_keyferry_agent_audit_pos_0_choices=(verify who)
 _shtab_keyferry_agent_keyring_create_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_import_key___key_spec_choices=(Aliyun_AES_256 Aliyun_SM4)
 _shtab_keyferry_agent_keyring_pos_0_choices=(init reseal recipients add-recipient remove-recipient create-key import-key list show rotate promote enable disable disable-version enable-version schedule-deletion cancel-deletion history create-alias update-alias delete-alias create-access-key import-access-key list-access-keys enable-access-key disable-access-key delete-access-key recipient-of new-identity)
-_shtab_keyferry_agent_pos_0_choices=(run unseal check fingerprint explain audit keyring)
+_shtab_keyferry_agent_gateway_pos_0_choices=(certificate)
+_shtab_keyferry_agent_pos_0_choices=(run unseal check fingerprint explain audit keyring gateway)
 
 _shtab_keyferry_agent_run__h_nargs=0
 _shtab_keyferry_agent_run___help_nargs=0
@@ -260,6 +264,11 @@ _shtab_keyferry_agent_keyring_new_identity___json_nargs=0
 _shtab_keyferry_agent_keyring_pos_0_nargs=A...
 _shtab_keyferry_agent_keyring__h_nargs=0
 _shtab_keyferry_agent_keyring___help_nargs=0
+_shtab_keyferry_agent_gateway_certificate__h_nargs=0
+_shtab_keyferry_agent_gateway_certificate___help_nargs=0
+_shtab_keyferry_agent_gateway_pos_0_nargs=A...
+_shtab_keyferry_agent_gateway__h_nargs=0
+_shtab_keyferry_agent_gateway___help_nargs=0
 _shtab_keyferry_agent_pos_0_nargs=A...
 _shtab_keyferry_agent__h_nargs=0
 _shtab_keyferry_agent___help_nargs=0

@@ -14,6 +14,7 @@ _shtab_keyferry_agent_commands() {
     check:'print all problems of a configuration'
     explain:'Print for every grant whether it allows a request, or the first part of the grant that does not match.'
     fingerprint:'a public key'"'"'s fingerprint, as `recipients` takes it'
+    gateway:'make what a gateway needs'
     keyring:'create and change sealed keyring files'
     run:'run the daemon in the foreground; its log goes to stderr'
     unseal:'Send the secret that opens the keyring to a running agent.'
@@ -27,6 +28,13 @@ _shtab_keyferry_agent_audit_commands() {
     who:'List the callers that received data keys, with the master keys and the recipients.'
   )
   _describe 'keyferry-agent audit commands' _commands
+}
+
+_shtab_keyferry_agent_gateway_commands() {
+  local _commands=(
+    certificate:'Make a certificate for an https gateway, and the authority that clients trust: ca.pem, tls.pem and tls.key. The authority'"'"'s key is forgotten, and its constraints allow the names of this gateway only.'
+  )
+  _describe 'keyferry-agent gateway commands' _commands
 }
 
 _shtab_keyferry_agent_keyring_commands() {
@@ -153,6 +161,23 @@ _shtab_keyferry_agent_fingerprint_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_fingerprint_defaults_added=0
+
+_shtab_keyferry_agent_gateway_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_gateway_defaults_added=0
+
+_shtab_keyferry_agent_gateway_certificate_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "*--host[a further DNS name or IP address, besides 127.0.0.1, \:\:1 and localhost\; may be repeated]:NAME:"
+  "--days[days of validity (default 397)]:1..825:"
+  ":the folder for the three files\; is made if missing:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_gateway_certificate_defaults_added=0
 
 _shtab_keyferry_agent_keyring_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -543,6 +568,7 @@ _shtab_keyferry_agent() {
         check) _arguments -C -s $_shtab_keyferry_agent_check_options ;;
         explain) _arguments -C -s $_shtab_keyferry_agent_explain_options ;;
         fingerprint) _arguments -C -s $_shtab_keyferry_agent_fingerprint_options ;;
+        gateway) _shtab_keyferry_agent_gateway ;;
         keyring) _shtab_keyferry_agent_keyring ;;
         run) _arguments -C -s $_shtab_keyferry_agent_run_options ;;
         unseal) _arguments -C -s $_shtab_keyferry_agent_unseal_options ;;
@@ -570,6 +596,29 @@ _shtab_keyferry_agent_audit() {
       case $line[1] in
         verify) _arguments -C -s $_shtab_keyferry_agent_audit_verify_options ;;
         who) _arguments -C -s $_shtab_keyferry_agent_audit_who_options ;;
+      esac
+  esac
+}
+
+_shtab_keyferry_agent_gateway() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->gateway'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_keyferry_agent_gateway_defaults_added )); then
+    if (( ${_shtab_keyferry_agent_gateway_options[(I)${(q)one_or_more}*]} +          ${_shtab_keyferry_agent_gateway_options[(I)${(q)remainder}*]} +          ${_shtab_keyferry_agent_gateway_options[(I)${(q)default}]} == 0 )); then
+      _shtab_keyferry_agent_gateway_options+=(': :_shtab_keyferry_agent_gateway_commands' '*::: :->gateway')
+    fi
+    _shtab_keyferry_agent_gateway_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_keyferry_agent_gateway_options
+
+  case $state in
+    gateway)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_keyferry_agent_gateway-$line[1]:"
+      case $line[1] in
+        certificate) _arguments -C -s $_shtab_keyferry_agent_gateway_certificate_options ;;
       esac
   esac
 }
