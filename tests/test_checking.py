@@ -9,6 +9,10 @@ import pytest
 from support.agent import PATIENCE
 
 from keyferry_agent.cli.main import main
+from keyferry_agent.keyring import file
+from keyferry_agent.keyring.access_keys import AccessKeyEntry
+from keyferry_agent.keyring.document import now
+from keyferry_agent.keyring.sealing import Unsealer
 
 GRANT = '[[grant]]\nname = "g"\nto = {{ uid = 1 }}\nactions = ["kms:*"]\nkeys = [{keys}]\n'
 SYSTEMCTL = r"""#!/bin/sh
@@ -44,8 +48,8 @@ def test_a_configuration_without_fault_has_no_warning(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`check` prints no warning for a good configuration, and makes no file beside it."""
-    with config.open("a") as file:
-        file.write(GRANT.format(keys='"alias/a", "alias/*", "*", "acs:kms:local:0:alias/a"'))
+    with config.open("a") as text:
+        text.write(GRANT.format(keys='"alias/a", "alias/*", "*", "acs:kms:local:0:alias/a"'))
     before = sorted(tmp_path.rglob("*"))
     assert check(capsys, config) == (0, f"{config}: good; grants: 1", [])
     assert sorted(tmp_path.rglob("*")) == before
@@ -66,11 +70,32 @@ def test_faults_of_this_host_are_warnings(
     config: Path, capsys: pytest.CaptureFixture[str], more: str, warning: str
 ) -> None:
     """The configuration may be for another host, so the exit code is 0."""
-    with config.open("a") as file:
-        file.write(more)
+    with config.open("a") as text:
+        text.write(more)
     code, out, err = check(capsys, config)
     assert (code, out.rpartition("; ")[2]) == (0, "warnings: 1")
     assert err == [f"{config}: warning: {warning}"]
+
+
+def test_a_grant_to_an_unusable_access_key_is_a_warning(
+    keyring: Path, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The keyring has two access keys, and one of them is disabled."""
+    with file.change(keyring, Unsealer.read(keyring.parent / "identity")) as document:
+        for access_key_id, enabled in (("LTAIenabled", True), ("LTAIdisabled", False)):
+            document.access_keys.append(AccessKeyEntry(access_key_id, now(), bytearray(b"s" * 30), enabled=enabled))
+    with config.open("a") as text:
+        for name in ("enabled", "disabled", "missing"):
+            to = f'access_key = "LTAI{name}"'
+            text.write(GRANT.format(keys='"alias/a"').replace('"g"', f'"{name}"').replace("uid = 1", to))
+    assert check(capsys, config) == (
+        0,
+        f"{config}: good; grants: 3; warnings: 2",
+        [
+            f"{config}: warning: grant[1].to.access_key: LTAIdisabled is disabled in the keyring; the grant matches no caller",
+            f"{config}: warning: grant[2].to.access_key: LTAImissing is not in the keyring; the grant matches no caller",
+        ],
+    )
 
 
 def test_a_socket_folder_that_is_missing_is_a_warning(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,26 @@ def test_first_mismatch_of_each_grant_is_named(
     assert (len(out.splitlines()) == 3) == (code == 0)
 
 
+def test_callers_of_a_gateway_are_named_by_access_key(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A caller over TCP has no uid; a caller on a Unix socket has one besides its access key."""
+    with config.open("a") as text:
+        text.write(
+            '[[grant]]\nname = "gateway"\nto = { access_key = "LTAIone" }\nactions = ["kms:ListKeys"]\nkeys = ["*"]\n'
+            '[[grant]]\nname = "both"\nto = { access_key = "LTAItwo", uid = 5 }\nactions = ["kms:ListKeys"]\nkeys = ["*"]\n'
+        )
+    command = ["explain", "--config", str(config), "--action", "kms:ListKeys", "--listener", "kms"]
+    assert main([*command, "--access-key", "LTAIone"]) == 0
+    printed = capsys.readouterr().out
+    assert "gateway: allows it" in printed
+    assert "both: to.uid: the grant is to 5; the caller's is not known" in printed
+    assert main([*command, "--access-key", "LTAItwo", "--uid", "5"]) == 0
+    assert "both: allows it" in capsys.readouterr().out
+    assert main([*command, "--uid", "5"]) == 1
+    assert "to.access_key: the grant is to LTAIone; the caller's is missing" in capsys.readouterr().out
+    assert main([*command, "--access-key", "LTAIthree"]) == 1
+    assert 'name = "LTAIthree-ListKeys"\nto = { access_key = "LTAIthree" }' in capsys.readouterr().out
+
+
 def test_unusable_arguments_of_explain_are_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`explain` names a context pair without a value, and an invalid configuration."""
     arguments = [part for pair in GOOD.items() for part in pair]

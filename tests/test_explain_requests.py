@@ -275,7 +275,7 @@ def test_suggested_grant_allows_the_refused_request(
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        ((), "--request-id, --uid or --user is required"),
+        ((), "--request-id, --uid, --user or --access-key is required"),
         (("--uid", "1"), "--action is required"),
         (("--uid", "1", "--action", "kms:Decrypt"), "--key is required"),
         (("--uid", "orders", "--action", "kms:Decrypt"), "an integer is expected, in the digits 0 to 9, not 'orders'"),

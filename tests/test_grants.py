@@ -60,6 +60,7 @@ EVIDENCE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "pod": ("0b", ("0a", "0", "0bc", "")),
     "exe": ("/usr/bin/orders", ("/usr/bin/a", "/usr/bin/order", "/usr/bin/orders2", "/usr/bin/z", "")),
     "sha256": ("sha256:5", ("sha256:4", "sha256:6", "sha256:", "")),
+    "access_key": ("LTAI5", ("LTAI4", "LTAI", "LTAI55", "ltai5", "")),
     "listener": ("orders", ("default", "order", "orders2", "z", "")),
 }
 

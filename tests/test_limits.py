@@ -1,5 +1,7 @@
 """The rate of requests, by a clock of the test's own."""
 
+from keyferry_agent.authz.caller import Caller
+from keyferry_agent.peer import Peer
 from keyferry_agent.server import rate_limit
 from keyferry_agent.server.rate_limit import Rate
 
@@ -15,6 +17,17 @@ def test_rate_is_per_user_and_refills() -> None:
     assert len(rate._buckets) < 5_000
     assert all(Rate(0).allows(1, 0.0) for _ in range(100))
     assert (Rate(0).unlimited, Rate(1).unlimited) == (True, False)
+
+
+def test_limits_count_for_an_access_key_if_there_is_one() -> None:
+    """Two access keys of one user have two allowances."""
+    peer = Peer(uid=5, gids=frozenset(), pid=None, listener="kms")
+    over_tcp = peer._replace(uid=None, access_key="LTAIone")
+    assert [Caller(each).user for each in (peer, peer._replace(access_key="LTAItwo"), over_tcp)] == [
+        5,
+        "LTAItwo",
+        "LTAIone",
+    ]
 
 
 def test_fraction_of_an_allowance_allows_no_request() -> None:

@@ -133,11 +133,17 @@ def test_credential_is_read_from_systemds_directory(tmp_path: Path, monkeypatch:
         (GRANT.format(to="user = 5"), "grant[0].to.user", "name"),
         (GRANT.format(to='exe = "x"'), "grant[0].to.exe", "absolute"),
         (GRANT.format(to='exe = "/x"'), "grant[0].to", "every user can run exe"),
-        (GRANT.format(to=f'sha256 = "sha256:{"0" * 64}"'), "grant[0].to", "add pod, uid, unit, user or listener"),
+        (
+            GRANT.format(to=f'sha256 = "sha256:{"0" * 64}"'),
+            "grant[0].to",
+            "add access_key, pod, uid, unit, user or listener",
+        ),
         (GRANT.format(to='group = "root", exe = "/x"'), "grant[0].to", "every user can run exe"),
         (GRANT.format(to='unit = "orders"'), "grant[0].to.unit", "orders.service"),
         (GRANT.format(to='pod = "web-1"'), "grant[0].to.pod", "UID"),
         (GRANT.format(to='sha256 = "ab"'), "grant[0].to.sha256", "hex"),
+        (GRANT.format(to='access_key = "LTAI 5"'), "grant[0].to.access_key", "like LTAI"),
+        (GRANT.format(to='access_key = ""'), "grant[0].to.access_key", "like LTAI"),
         (GRANT.format(to='listener = "nowhere"'), "grant[0].to.listener", "no listener"),
         (GRANT.format(to="uid = 5") + "recipients = []", "grant[0].recipients", "fingerprints"),
         (

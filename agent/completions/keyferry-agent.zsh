@@ -14,6 +14,7 @@ _shtab_keyferry_agent_commands() {
     check:'print all problems of a configuration'
     explain:'Print for every grant whether it allows a request, or the first part of the grant that does not match.'
     fingerprint:'a public key'"'"'s fingerprint, as `recipients` takes it'
+    gateway:'make what a gateway needs'
     keyring:'create and change sealed keyring files'
     run:'run the daemon in the foreground; its log goes to stderr'
     unseal:'Send the secret that opens the keyring to a running agent.'
@@ -29,21 +30,34 @@ _shtab_keyferry_agent_audit_commands() {
   _describe 'keyferry-agent audit commands' _commands
 }
 
+_shtab_keyferry_agent_gateway_commands() {
+  local _commands=(
+    certificate:'Make a certificate for an https gateway, and the authority that clients trust: ca.pem, tls.pem and tls.key. The authority'"'"'s key is forgotten, and its constraints allow the names of this gateway only.'
+  )
+  _describe 'keyferry-agent gateway commands' _commands
+}
+
 _shtab_keyferry_agent_keyring_commands() {
   local _commands=(
     add-recipient:'Add recipients to the keyring.'
     cancel-deletion:'Cancel the scheduled deletion of a key.'
+    create-access-key:'Add an access key for callers of a gateway, and print its secret once.'
     create-alias:'Create an alias for a key.'
     create-key:'Add a key.'
+    delete-access-key:'Delete an access key for good.'
     delete-alias:'Delete an alias, but not its key.'
     disable:'Disable a key.'
+    disable-access-key:'Disable an access key: gateways refuse it.'
     disable-version:'Disable a key version for decryption, too.'
     enable:'Enable a disabled key again.'
+    enable-access-key:'Enable a disabled access key again.'
     enable-version:'Enable a disabled key version again.'
     history:'Print the changes of a keyring, and verify their chain; nothing is unsealed.'
+    import-access-key:'Add an access key that exists elsewhere.'
     import-key:'Add a key with existing key material.'
     init:'Create an empty keyring.'
     list:'List all keys.'
+    list-access-keys:'List all access keys, without their secrets.'
     new-identity:'Generate an age identity into a new file, and print its recipient.'
     promote:'Make a staged version the primary version, once all hosts have loaded it.'
     recipient-of:'Print the recipient of an age or SSH identity.'
@@ -122,6 +136,7 @@ _shtab_keyferry_agent_explain_options=(
   "*--audit-log[with --request-id\: a file of the audit log, or of a journal (default\: the configuration\'s)\; may be repeated]:FILE:_files"
   "--uid[the caller\'s user, by its number]:N:"
   "--user[the caller\'s user, by its name, with its groups on this host]:NAME:"
+  "--access-key[the access key of a gateway\'s caller\; a user is then optional]:ID:"
   "*--gid[a group\; may be repeated]:N:"
   "*--group[a group, by its name]:NAME:"
   "--listener[the listener it connects to]:NAME:"
@@ -146,6 +161,23 @@ _shtab_keyferry_agent_fingerprint_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_fingerprint_defaults_added=0
+
+_shtab_keyferry_agent_gateway_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_gateway_defaults_added=0
+
+_shtab_keyferry_agent_gateway_certificate_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "*--host[a further DNS name or IP address, besides 127.0.0.1, \:\:1 and localhost\; may be repeated]:NAME:"
+  "--days[days of validity (default 397)]:1..825:"
+  ":the folder for the three files\; is made if missing:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_gateway_certificate_defaults_added=0
 
 _shtab_keyferry_agent_keyring_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -178,6 +210,18 @@ _shtab_keyferry_agent_keyring_cancel_deletion_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_cancel_deletion_defaults_added=0
 
+_shtab_keyferry_agent_keyring_create_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  "--token[temporary credentials, which have a SecurityToken besides the secret]"
+  "--description[TEXT]:TEXT:"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_create_access_key_defaults_added=0
+
 _shtab_keyferry_agent_keyring_create_alias_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -203,6 +247,17 @@ _shtab_keyferry_agent_keyring_create_key_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_create_key_defaults_added=0
 
+_shtab_keyferry_agent_keyring_delete_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+  ":the access key\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_delete_access_key_defaults_added=0
+
 _shtab_keyferry_agent_keyring_delete_alias_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -224,6 +279,17 @@ _shtab_keyferry_agent_keyring_disable_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_disable_defaults_added=0
+
+_shtab_keyferry_agent_keyring_disable_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+  ":the access key\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_disable_access_key_defaults_added=0
 
 _shtab_keyferry_agent_keyring_disable_version_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -249,6 +315,17 @@ _shtab_keyferry_agent_keyring_enable_options=(
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_enable_defaults_added=0
 
+_shtab_keyferry_agent_keyring_enable_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+  ":the access key\'s ID:"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_enable_access_key_defaults_added=0
+
 _shtab_keyferry_agent_keyring_enable_version_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
   "--json[one JSON document on stdout]"
@@ -269,6 +346,19 @@ _shtab_keyferry_agent_keyring_history_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_history_defaults_added=0
+
+_shtab_keyferry_agent_keyring_import_access_key_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  "--id[the access key\'s ID, for example LTAI...]:ID:"
+  "--secret-file[a file with the secret\: 16 to 128 printable ASCII characters]:FILE|-:_files"
+  "--description[TEXT]:TEXT:"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_import_access_key_defaults_added=0
 
 _shtab_keyferry_agent_keyring_import_key_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -307,6 +397,16 @@ _shtab_keyferry_agent_keyring_list_options=(
 
 # guard to ensure default positional specs are added only once per session
 _shtab_keyferry_agent_keyring_list_defaults_added=0
+
+_shtab_keyferry_agent_keyring_list_access_keys_options=(
+  "(- : *)"{-h,--help}"[show this help message and exit]"
+  "--json[one JSON document on stdout]"
+  "--unseal[an age or SSH identity, or a passphrase file]:FILE:_files"
+  ":the keyring:_files"
+)
+
+# guard to ensure default positional specs are added only once per session
+_shtab_keyferry_agent_keyring_list_access_keys_defaults_added=0
 
 _shtab_keyferry_agent_keyring_new_identity_options=(
   "(- : *)"{-h,--help}"[show this help message and exit]"
@@ -468,6 +568,7 @@ _shtab_keyferry_agent() {
         check) _arguments -C -s $_shtab_keyferry_agent_check_options ;;
         explain) _arguments -C -s $_shtab_keyferry_agent_explain_options ;;
         fingerprint) _arguments -C -s $_shtab_keyferry_agent_fingerprint_options ;;
+        gateway) _shtab_keyferry_agent_gateway ;;
         keyring) _shtab_keyferry_agent_keyring ;;
         run) _arguments -C -s $_shtab_keyferry_agent_run_options ;;
         unseal) _arguments -C -s $_shtab_keyferry_agent_unseal_options ;;
@@ -499,6 +600,29 @@ _shtab_keyferry_agent_audit() {
   esac
 }
 
+_shtab_keyferry_agent_gateway() {
+  local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->gateway'
+
+  # Add default positional/remainder specs only if none exist, and only once per session
+  if (( ! _shtab_keyferry_agent_gateway_defaults_added )); then
+    if (( ${_shtab_keyferry_agent_gateway_options[(I)${(q)one_or_more}*]} +          ${_shtab_keyferry_agent_gateway_options[(I)${(q)remainder}*]} +          ${_shtab_keyferry_agent_gateway_options[(I)${(q)default}]} == 0 )); then
+      _shtab_keyferry_agent_gateway_options+=(': :_shtab_keyferry_agent_gateway_commands' '*::: :->gateway')
+    fi
+    _shtab_keyferry_agent_gateway_defaults_added=1
+  fi
+  _arguments -C -s $_shtab_keyferry_agent_gateway_options
+
+  case $state in
+    gateway)
+      words=($line[1] "${words[@]}")
+      (( CURRENT += 1 ))
+      curcontext="${curcontext%:*:*}:_shtab_keyferry_agent_gateway-$line[1]:"
+      case $line[1] in
+        certificate) _arguments -C -s $_shtab_keyferry_agent_gateway_certificate_options ;;
+      esac
+  esac
+}
+
 _shtab_keyferry_agent_keyring() {
   local context state line curcontext="$curcontext" one_or_more='(*)' remainder='(-)*:' default='*::: :->keyring'
 
@@ -519,17 +643,23 @@ _shtab_keyferry_agent_keyring() {
       case $line[1] in
         add-recipient) _arguments -C -s $_shtab_keyferry_agent_keyring_add_recipient_options ;;
         cancel-deletion) _arguments -C -s $_shtab_keyferry_agent_keyring_cancel_deletion_options ;;
+        create-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_create_access_key_options ;;
         create-alias) _arguments -C -s $_shtab_keyferry_agent_keyring_create_alias_options ;;
         create-key) _arguments -C -s $_shtab_keyferry_agent_keyring_create_key_options ;;
+        delete-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_delete_access_key_options ;;
         delete-alias) _arguments -C -s $_shtab_keyferry_agent_keyring_delete_alias_options ;;
         disable) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_options ;;
+        disable-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_access_key_options ;;
         disable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_disable_version_options ;;
         enable) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_options ;;
+        enable-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_access_key_options ;;
         enable-version) _arguments -C -s $_shtab_keyferry_agent_keyring_enable_version_options ;;
         history) _arguments -C -s $_shtab_keyferry_agent_keyring_history_options ;;
+        import-access-key) _arguments -C -s $_shtab_keyferry_agent_keyring_import_access_key_options ;;
         import-key) _arguments -C -s $_shtab_keyferry_agent_keyring_import_key_options ;;
         init) _arguments -C -s $_shtab_keyferry_agent_keyring_init_options ;;
         list) _arguments -C -s $_shtab_keyferry_agent_keyring_list_options ;;
+        list-access-keys) _arguments -C -s $_shtab_keyferry_agent_keyring_list_access_keys_options ;;
         new-identity) _arguments -C -s $_shtab_keyferry_agent_keyring_new_identity_options ;;
         promote) _arguments -C -s $_shtab_keyferry_agent_keyring_promote_options ;;
         recipient-of) _arguments -C -s $_shtab_keyferry_agent_keyring_recipient_of_options ;;

@@ -16,6 +16,11 @@ class Caller:
         self.granted = CallerGrants(())
         self._policy: Policy | None = None
 
+    @property
+    def user(self) -> int | str | None:
+        """The ID of the caller's access key, or else its uid: requests are limited and served in turn for each of them."""
+        return self.peer.access_key or self.peer.uid
+
     def refresh(self, policy: Policy) -> None:
         """Look the grants up again, if `policy` is not the object of the last look-up."""
         if self._policy is not policy:

@@ -70,10 +70,11 @@ SELECTORS: Final[Mapping[str, Callable[[Peer, Any], bool]]] = {
     "pod": lambda peer, pod: peer.pod is not None and peer.pod == pod,
     "exe": lambda peer, exe: peer.exe is not None and peer.exe == exe,
     "sha256": lambda peer, sha256: peer.sha256 is not None and peer.sha256 == sha256,
+    "access_key": lambda peer, access_key_id: bool(peer.access_key) and peer.access_key == access_key_id,
 }
 PROGRAM: Final = frozenset({"exe", "sha256"})
 """The selectors whose evidence a process can change by running another program."""
-BESIDE_PROGRAM: Final = frozenset({"uid", "user", "unit", "pod", "listener"})
+BESIDE_PROGRAM: Final = frozenset({"uid", "user", "unit", "pod", "listener", "access_key"})
 """A grant with a selector of `PROGRAM` needs one of these too: any user can run a program with a library of their own in it."""
 
 

@@ -67,7 +67,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _of_this_host(settings: Settings, *, systemd: bool) -> tuple[list[str], list[str]]:
-    """Return messages about obstacles to a start on this host, and messages about keys of grants that can never match."""
+    """Return messages about obstacles to a start on this host, and messages about grants that can never match."""
     try:
         unit = systemd_units.read() if systemd else systemd_units.Unit()
     except systemd_units.UnitError as error:
@@ -81,7 +81,7 @@ def _of_this_host(settings: Settings, *, systemd: bool) -> tuple[list[str], list
         except KeyringError as error:
             missing_files.append(f"keyring: {error}")
         else:
-            remarks = _keys(settings, document) if document else []
+            remarks = [*_keys(settings, document), *_access_keys(settings, document)] if document else []
     return [*obstacles, *missing_files], remarks
 
 
@@ -217,3 +217,15 @@ def _keys(settings: Settings, document: Document) -> list[str]:
         for key in grant.keys
         if key != "*" and not replace(grant, keys=(key,)).has_key(names)
     ]
+
+
+def _access_keys(settings: Settings, document: Document) -> list[str]:
+    """Return one message for each grant to an access key that the keyring does not have, or that is disabled."""
+    enabled = {access_key.access_key_id: access_key.enabled for access_key in document.access_keys}
+    messages = []
+    for place, grant in numbered(settings.grants):
+        access_key_id = grant.to.get("access_key")
+        if access_key_id is not None and not enabled.get(access_key_id):
+            why = "is disabled in the keyring" if access_key_id in enabled else "is not in the keyring"
+            messages.append(f"{place}.to.access_key: {access_key_id} {why}; the grant matches no caller")
+    return messages

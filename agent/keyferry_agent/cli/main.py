@@ -19,7 +19,7 @@ from ..crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, finge
 from ..daemon.daemon import run_daemon
 from ..keyring.document import KeyringError, check_alias
 from ..telemetry import logging_setup
-from . import check, explain, unseal
+from . import check, explain, gateway, unseal
 from .audit import command as audit_command
 from .keyring import command as keyring_command
 
@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_parser(commands)
     audit_command.add_parser(commands)
     keyring_command.add_parser(commands)
+    gateway.add_parser(commands)
     return parser
 
 

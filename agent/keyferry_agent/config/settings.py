@@ -66,7 +66,7 @@ class Limits:
     request_timeout: float = 10.0
     """Seconds for receiving one complete request, and for sending its answer. A local process needs milliseconds."""
     requests_per_second: int = 0
-    """Limit for each user; 0 disables it."""
+    """Limit for each user and each access key; 0 disables it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +342,7 @@ def _to(table: ConfigTable, names: dict[tuple[str, str], int]) -> Mapping[str, A
         "pod": ("the UID of a Kubernetes pod", validators.matching(validators.POD)),
         "exe": ("the absolute path of a program", lambda value: str(validators.path(value))),
         "sha256": ('"sha256:" and the hash of a program, in hex', validators.matching(validators.FINGERPRINT)),
+        "access_key": ("the ID of an access key, like LTAI...", validators.matching(validators.ACCESS_KEY_ID)),
     }
     to: dict[str, Any] = {}
     for selector in SELECTORS:

@@ -185,6 +185,9 @@ FINGERPRINT: Final = re.compile(r"sha256:[0-9a-f]{64}")
 UNIT: Final = re.compile(r"[\w:.\\@-]+\.(service|scope)", re.ASCII)
 
 
+ACCESS_KEY_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
 POD: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 

@@ -36,6 +36,9 @@ class Peer(NamedTuple):
     `uid` and `gids` are those at the time of connect(2). The kernel reports a user of another user namespace as the overflow
     uid, which does not identify the user. It reports a process of another pid namespace as pid 0; then `unit`, `pod`, `exe`
     and `sha256` are unavailable too. `exe` and `sha256` are None until the program was inspected, which only some grants need.
+
+    `access_key` is not the kernel's evidence: a gateway verified that the caller signed the request with the secret of the
+    access key with this ID. It is empty on sockets without signatures. A caller over TCP has no other evidence.
     """
 
     uid: int | None
@@ -46,6 +49,7 @@ class Peer(NamedTuple):
     pod: str | None = None
     exe: str | None = None
     sha256: str | None = None
+    access_key: str = ""
 
 
 def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | None]:

@@ -212,7 +212,7 @@ class Dispatcher:
         self._agent.counters.notifications_total += count
         if self._context.metrics is not None:
             self._context.metrics.notified(count)
-        return self._context.notifications.allows(caller.peer.uid, time.monotonic(), count)
+        return self._context.notifications.allows(caller.user, time.monotonic(), count)
 
     def run(self, exchanges: Sequence[Exchange]) -> None:
         """Decide the requests of these connections and run their jobs. Write all audit entries at once, then encode answers."""
@@ -252,7 +252,7 @@ class Dispatcher:
 
     def _begin(self, exchange: Exchange, message: Message) -> None:
         request_id, started = new_request_id(), time.monotonic()
-        if self._context.rate.allows(exchange.caller.peer.uid, started):
+        if self._context.rate.allows(exchange.caller.user, started):
             self._decide(exchange, message, request_id, started)
         else:
             error, entry = kms_error("Rejected.Throttling"), message.entry()

@@ -9,18 +9,21 @@ _MAX_USERS: Final = 4_096
 
 
 class Rate:
-    """A token bucket per user: `per_second` requests, and as many at once after a second without requests. 0 means no limit."""
+    """A token bucket per user or access key: `per_second` requests, and as many at once after a second without requests.
+
+    0 means no limit.
+    """
 
     def __init__(self, per_second: int) -> None:
         self._per_second = per_second
-        self._buckets: dict[int | None, tuple[float, float]] = {}  # user -> (requests left, when that was)
+        self._buckets: dict[int | str | None, tuple[float, float]] = {}  # user -> (requests left, when that was)
 
     @property
     def unlimited(self) -> bool:
         """Whether requests are unlimited."""
         return not self._per_second
 
-    def allows(self, user: int | None, now: float, count: int = 1) -> bool:
+    def allows(self, user: int | str | None, now: float, count: int = 1) -> bool:
         """Take `count` from the user's allowance. Return False, and take nothing, if fewer are left.
 
         `now` is in seconds of a monotonic clock.

@@ -361,7 +361,7 @@ class Rounds:
             self._call(line)
 
         try:
-            self._pool.submit(line.exchange.caller.peer.uid, run, done)
+            self._pool.submit(line.exchange.caller.user, run, done)
         except RuntimeError as error:
             done(None, error)
 

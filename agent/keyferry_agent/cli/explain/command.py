@@ -64,6 +64,9 @@ def add_parser(commands: Any) -> None:
     user.add_argument("--uid", type=whole_number, metavar="N", help="the caller's user, by its number")
     user.add_argument("--user", metavar="NAME", help="the caller's user, by its name, with its groups on this host")
     parser.add_argument(
+        "--access-key", metavar="ID", default="", help="the access key of a gateway's caller; a user is then optional"
+    )
+    parser.add_argument(
         "--gid", type=whole_number, action="append", default=[], metavar="N", help="a group; may be repeated"
     )
     parser.add_argument("--group", action="append", default=[], metavar="NAME", help="a group, by its name")
@@ -120,8 +123,8 @@ class _Explanation:
 
 def _explain(arguments: argparse.Namespace, usage: Callable[[str], None]) -> int:
     if arguments.request_id is None:
-        if arguments.uid is None and arguments.user is None:
-            usage("--request-id, --uid or --user is required")
+        if arguments.uid is None and arguments.user is None and not arguments.access_key:
+            usage("--request-id, --uid, --user or --access-key is required")
         if arguments.action is None:
             usage("--action is required")
         if not arguments.key and arguments.action not in WITHOUT_KEY:
@@ -196,6 +199,7 @@ def _peer(arguments: argparse.Namespace) -> Peer:
         pod=arguments.pod,
         exe=arguments.exe,
         sha256=arguments.sha256,
+        access_key=arguments.access_key,
     )
 
 

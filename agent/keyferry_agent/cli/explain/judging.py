@@ -181,7 +181,7 @@ def _evidence(peer: Peer, selector: str) -> str:
     if selector in ("gid", "group"):
         return ", ".join(map(str, sorted(peer.gids))) or "none"
     value = getattr(peer, "uid" if selector == "user" else selector)
-    return "not known" if value is None else str(value)
+    return "not known" if value is None else str(value) or "missing"
 
 
 def _number(value: object) -> str:

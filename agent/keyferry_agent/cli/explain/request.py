@@ -54,8 +54,9 @@ def recorded_lines(entry: dict[str, Any]) -> list[str]:
     outcome = str(entry.get("outcome"))
     key = f" on key {entry['key_id']}" if entry.get("key_id") else ""
     unit = f", unit {entry['unit']}" if entry.get("unit") else ""
+    caller = f"access key {entry['access_key']}" if entry.get("access_key") else f"uid {entry.get('uid')}"
     summary = (
-        f"request {entry.get('request_id')}, at {entry.get('time')}: uid {entry.get('uid')}{unit}, "
+        f"request {entry.get('request_id')}, at {entry.get('time')}: {caller}{unit}, "
         f"listener {entry.get('listener')}: {entry.get('operation')}{key}: {outcome}"
     )
     if outcome == "OK":
@@ -81,6 +82,7 @@ def questions_of(entry: dict[str, Any], keys_of: Callable[[str], Keys]) -> tuple
         unit=entry.get("unit"),
         exe=entry.get("exe"),
         sha256=entry.get("sha256"),
+        access_key=entry.get("access_key") or "",
     )
     unknown_selectors = {"pod"}
     if "exe" not in entry:

@@ -13,7 +13,7 @@ def suggested(questions: Sequence[Question], grant_names: Collection[str], user:
     """Return a `[[grant]]` table that allows the questions. `grant_names`: names that are not free."""
     example = questions[0]
     actions = list(dict.fromkeys(question.action for question in questions))
-    name = base = f"{user or example.peer.uid}-{actions[0].removeprefix('kms:')}"
+    name = base = f"{user or example.peer.access_key or example.peer.uid}-{actions[0].removeprefix('kms:')}"
     number = 2
     while name in grant_names:
         name, number = f"{base}-{number}", number + 1
@@ -36,7 +36,11 @@ def suggested(questions: Sequence[Question], grant_names: Collection[str], user:
 
 def _to(question: Question, user: str | None) -> dict[str, Any]:
     peer = question.peer
-    to: dict[str, Any] = {"user": user} if user is not None else {"uid": peer.uid}
+    to: dict[str, Any] = {"access_key": peer.access_key} if peer.access_key else {}
+    if user is not None:
+        to["user"] = user
+    elif peer.uid is not None or not peer.access_key:
+        to["uid"] = peer.uid
     for selector in ("unit", "pod", "exe", "sha256"):
         value = getattr(peer, selector)
         if value is not None:

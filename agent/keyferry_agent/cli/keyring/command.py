@@ -1,4 +1,7 @@
-"""`keyferry-agent keyring ...`: create and change sealed keyring files. The verbs never print key material."""
+"""`keyferry-agent keyring ...`: create and change sealed keyring files. The verbs never print key material.
+
+Only `create-access-key` prints a secret: the credentials of a new caller of a gateway.
+"""
 
 import argparse
 from collections.abc import Callable
@@ -13,8 +16,9 @@ from keyferry.stdout import DONE, complain
 from ...crypto.ciphertext_blob import KEY_SIZES
 from ...keyring import changes, edits, file
 from ...keyring.document import Document, KeyEntry, KeyringError
-from . import access, history
+from . import access, access_keys, history
 from .output import PROGRAM, metadata, print_result, version_of, versions_of, warn
+from .reading import read_secret
 
 __all__ = ["add_parser"]
 
@@ -58,6 +62,7 @@ def add_parser(commands: Any) -> None:
     _add_key_verbs(verb)
     history.add_parser(subparsers)
     _add_alias_verbs(verb)
+    access_keys.add_verbs(verb)
     _add_identity_verbs(subparsers)
 
 
@@ -215,7 +220,7 @@ def _create_key(document: Document, arguments: argparse.Namespace) -> KeyEntry:
 
 def _import_key(arguments: argparse.Namespace) -> dict[str, Any]:
     # Read before the file is locked, because an operator may type the material.
-    material = _read_material(arguments.material)
+    material = read_secret(arguments.material, _MAX_MATERIAL_BYTES)
 
     def add(document: Document, arguments: argparse.Namespace) -> KeyEntry:
         return edits.import_key(
@@ -263,15 +268,3 @@ def _show(arguments: argparse.Namespace) -> dict[str, Any]:
     document = file.read(arguments.file, access.unsealer(arguments))
     key = document.find(arguments.key)
     return {"KeyMetadata": metadata(key, document.aliases_by_key()), **versions_of(key)}
-
-
-def _read_material(path: str) -> bytearray:
-    """Return the content of a file or of standard input, up to the limit or a little more. Raises `KeyringError`."""
-    material = bytearray()
-    try:
-        with open(0 if path == "-" else path, "rb", buffering=0, closefd=path != "-") as source:
-            while len(material) <= _MAX_MATERIAL_BYTES and (read := source.read(_MAX_MATERIAL_BYTES)):
-                material += read
-    except OSError as error:
-        raise KeyringError(f"{path}: {error.strerror}") from None
-    return material

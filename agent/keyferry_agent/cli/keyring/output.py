@@ -57,6 +57,13 @@ def _for_people(result: dict[str, Any]) -> Iterator[str]:
             ((key["KeyId"], key["KeySpec"], _state(key), ", ".join(key["Aliases"])) for key in keys),
         )
         return
+    if "AccessKeys" in result:
+        access_keys = result["AccessKeys"]["AccessKey"]
+        yield from _table(
+            ("ACCESS KEY ID", "STATUS", "CREATED", "DESCRIPTION"),
+            ((key["AccessKeyId"], key["Status"], key["CreationDate"], key["Description"]) for key in access_keys),
+        )
+        return
     if "SealedTo" in result or "Identity" in result:  # lines that --recipients-file reads
         yield from ["# sealed to a passphrase"] if result.get("SealedTo") == "Passphrase" else result["Recipients"]
         return
