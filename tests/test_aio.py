@@ -242,7 +242,7 @@ def test_call_cancelled_while_sending_costs_no_other_answer(socket_path: Path, r
             async with anyio.create_task_group() as tasks:
                 with anyio.CancelScope() as scope:
                     async with anyio.create_task_group() as doomed:
-                        # More than a socket takes while nobody reads: it is cut off in the middle.
+                        # More than a socket takes without a reader: it is cut off in the middle.
                         wanted = [PendingCall.of(Call("Big", {"Value": "x" * 60_000})) for _ in range(40)]
                         connection = await kms._connected()
                         chunks = connection.session.chunks(wanted)

@@ -128,7 +128,7 @@ async def test_last_error_of_a_connection_comes_after_its_answers(
 
 @pytest.mark.parametrize("sent", [b"", asked(STATUS), asked(STATUS)[:-1]], ids=["nothing", "request", "half"])
 async def test_closed_connection_leaves_nothing_in_rounds(agent: ServerState, socket_path: Path, sent: bytes) -> None:
-    """Neither the deadline of half a request nor the memory of who was served last refers to it."""
+    """Neither the deadline of half a request nor the record of the last served line refers to it."""
     agent.settings = dataclasses.replace(agent.settings, limits=Limits(request_timeout=60))
     async with served(agent, socket_path, Batches()) as server:
         async with connected(socket_path, 1) as (client,):

@@ -51,7 +51,7 @@ def main(ask: Ask = pip_audit) -> int:
         )
     report = ask(service, FILES)
     if report is None:
-        return _unknown(f"{service} does not answer any more")
+        return _unknown(f"{service} no longer answers")
     found = sorted({line for each in report for line in _lines(each)})
     skipped = sorted(each["name"] for each in report if "skip_reason" in each)
     print("\n".join(found) or "No vulnerability is known", f"({len(report)} releases, by {service})")

@@ -79,7 +79,7 @@ def _serve(device: int, content: bytes, flag: Path) -> None:
         answer = _answer(opcode, node, request[_IN.size :], content)
         failed = isinstance(answer, int)
         body = b"" if isinstance(answer, int) else answer
-        with suppress(OSError):  # whoever asked is gone
+        with suppress(OSError):  # the requester is gone
             os.write(device, _OUT.pack(_OUT.size + len(body), -answer if failed else 0, unique) + body)  # type: ignore[operator]
 
 

@@ -123,7 +123,7 @@ def session_number(module: Pkcs11Module) -> int:
 
 
 def data_keys(module: Pkcs11Module) -> list[object]:
-    """The data keys that the token holds for this process, whoever's they are."""
+    """The data keys of all sessions that the token holds for this process."""
     assert module._session is not None
     return list(module._session._raw_session.get_objects({Attribute.CLASS: ObjectClass.SECRET_KEY}))
 

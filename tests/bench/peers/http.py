@@ -90,7 +90,7 @@ def ways(dial: Dial, asked: bytes, after: Callable[[bytes], object], *, stays: b
         for line in lines:
             line.sendall(asked)
         while elapsed < seconds:
-            body = receive(lines[0])  # whoever was asked first is answered first, more or less
+            body = receive(lines[0])  # answers come roughly in the order of the requests
             if not stays:
                 lines[0].close()
                 lines[0] = dial()

@@ -1,5 +1,5 @@
-"""The agent behind the codec: whatever a request says, it is answered or refused with a documented code; and whoever has no
-grant is answered as if there were no keys.
+"""The agent behind the codec answers any request, or refuses it with a documented code. A caller without a grant gets the
+answers of an agent without keys.
 """
 
 import functools
