@@ -81,7 +81,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (loader, "load", outside.load),
         (selftest, "run", outside.self_test),
         (ServerState, "adopt", method(outside.adopt)),
-        (process_hardening, "harden", lambda **_: []),
+        (process_hardening, "harden", lambda *_: []),
         (gc, "freeze", lambda: None),  # this process continues, and has to release the resources of the agent
         (trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True),
         *((module, "datetime", Datetime) for module in _DATED),
