@@ -1,0 +1,101 @@
+"""Answers of the gateway: results and errors as JSON or XML, and the HTTP response around them. No I/O."""
+
+import json
+from collections.abc import Iterator, Mapping
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, Final
+from xml.sax.saxutils import escape
+
+import h11
+
+from keyferry.errors import KmsError
+
+from .authentication import XML
+from .head import Head
+
+__all__ = ["ResponseEncoder"]
+
+_OK: Final = 200
+_CONTENT_TYPES: Final = {XML: "text/xml;charset=utf-8"}
+_JSON_TYPE: Final = "application/json;charset=utf-8"
+
+
+class ResponseEncoder:
+    """Encodes the answer to one request as a whole HTTP response.
+
+    `head`: the request's head; None if it could not be read. `host`: the value for HostId, which is empty where Host was not
+    checked. `keep_alive`: whether the connection goes on after the answer.
+    """
+
+    def __init__(self, head: Head | None, *, keep_alive: bool) -> None:
+        self._connection = h11.Connection(h11.SERVER) if head is None else head.connection
+        self._is_head = head is not None and head.method == "HEAD"
+        self.keep_alive = keep_alive
+        self.format = ""
+        self.action = ""
+        self.host = ""
+
+    def __call__(self, _msgid: int, error: Mapping[str, Any] | None, result: Mapping[str, Any] | None) -> bytes:
+        """Return the response for an error or a result, each as the dispatcher has it: a map with a RequestId."""
+        if error is not None:
+            envelope = {
+                "HttpStatus": error["HttpStatus"],
+                "Code": error["Code"],
+                "Message": error["Message"],
+                "RequestId": error["RequestId"],
+                "HostId": self.host,
+            }
+            return self._response(error["HttpStatus"], error["RequestId"], "Error", envelope)
+        assert result is not None
+        return self._response(_OK, result["RequestId"], f"{self.action}Response", result)
+
+    def refused(self, error: KmsError, request_id: str) -> bytes:
+        """Return the response for a request that no operation decides."""
+        fields = {
+            "HttpStatus": error.http_status,
+            "Code": error.code,
+            "Message": error.message,
+            "RequestId": request_id,
+        }
+        return self(0, fields, None)
+
+    def _response(self, status: int, request_id: str, root: str, content: Mapping[str, Any]) -> bytes:
+        if self.format == XML:
+            body = f"<?xml version='1.0' encoding='UTF-8'?><{root}>{''.join(_xml(content))}</{root}>".encode()
+        else:
+            body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+        headers = [
+            ("Content-Type", _CONTENT_TYPES.get(self.format, _JSON_TYPE)),
+            ("Content-Length", str(len(body))),
+            ("Date", formatdate(usegmt=True)),
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("x-acs-request-id", request_id),
+        ]
+        if not self.keep_alive:
+            headers.append(("Connection", "close"))
+        reason = HTTPStatus(status).phrase.encode()
+        response = h11.Response(status_code=status, headers=headers, reason=reason)
+        head = self._connection.send(response) or b""
+        return head if self._is_head else head + body
+
+
+def _xml(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield elements for the values of a map. A list becomes repeated elements."""
+    for name, value in content.items():
+        for entry in value if isinstance(value, list | tuple) else [value]:
+            yield f"<{name}>{_xml_text(entry)}</{name}>"
+
+
+def _xml_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "".join(_xml(value))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return escape(_without_controls(str(value)))
+
+
+def _without_controls(text: str) -> str:
+    """Return a text without the characters that XML 1.0 cannot have."""
+    return "".join(character if character >= " " or character in "\t\n\r" else "\ufffd" for character in text)
