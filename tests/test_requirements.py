@@ -88,7 +88,7 @@ SKIPPED = {"name": "gmssl", "skip_reason": "Dependency not found and could not b
         ([KNOWN_ONE], [GOOD, BAD], VULNERABLE, "trio 0.35.0: PYSEC-2; fixed in: 0.36.0"),
         ([KNOWN_ONE], [GOOD, BAD, SKIPPED], VULNERABLE, "PYSEC-2"),
         ([KNOWN_ONE], [GOOD, SKIPPED], UNKNOWN, "NOT AUDITED: pypi knows nothing of gmssl"),
-        ([KNOWN_ONE], None, UNKNOWN, "NOT AUDITED: pypi does not answer"),
+        ([KNOWN_ONE], None, UNKNOWN, "NOT AUDITED: pypi no longer answers"),
         ([{"name": "cryptography", "version": "42.0.0", "vulns": []}], [GOOD], UNKNOWN, "NOT AUDITED: no database"),
         ([{"name": "cryptography", "skip_reason": "not found"}], [GOOD], UNKNOWN, "NOT AUDITED: no database"),
         (None, [GOOD], UNKNOWN, "NOT AUDITED: no database"),

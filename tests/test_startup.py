@@ -347,7 +347,7 @@ def test_exhausted_descriptors_stop_the_start(
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return real(path, *arguments, **more)
 
-    monkeypatch.setattr(process_hardening, "harden", lambda **_: [])
+    monkeypatch.setattr(process_hardening, "harden", lambda *_, **__: [])
     monkeypatch.setattr(logging_setup, "configure", lambda: None)
     monkeypatch.setattr(os, "open", open_)
     assert main(["run", "--dev", "--config", str(config), "--socket", str(tmp_path / "agent.sock")]) == 1
@@ -361,7 +361,7 @@ def test_a_wrong_self_test_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
         raise SelfTestError("Aliyun_SM4: wrong")
 
     monkeypatch.setattr("keyferry_agent.crypto.selftest.run", wrong)
-    monkeypatch.setattr("keyferry_agent.process_hardening.harden", lambda **_: [])
+    monkeypatch.setattr("keyferry_agent.process_hardening.harden", lambda *_, **__: [])
     options = Options(config=None, socket=Path("/nowhere"), keyring=None, unseal=None, dev=True)
     with pytest.raises(StartError, match="Aliyun_SM4: wrong"):
         run_daemon(options)

@@ -64,6 +64,8 @@ class Options:
         return settings
 
     def files(self, settings: Settings) -> list[Path]:
-        """Return the paths of the configuration, the folder of grants, the keyring and the unseal secret, except unset ones."""
+        """Return the paths of the configuration, the folder of grants, the keyring, the unseal secret and certificates."""
         folder = settings.grants_folder or (self.config and grant_files.beside(self.config))
-        return [path for path in (self.config, folder, settings.keyring, settings.unseal) if path is not None]
+        certificates = [path for gateway in settings.gateways for path in gateway.files]
+        paths = (self.config, folder, settings.keyring, settings.unseal)
+        return [*(path for path in paths if path is not None), *certificates]

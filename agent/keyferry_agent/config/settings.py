@@ -15,7 +15,8 @@ from keyferry.protocol.rpc import DEFAULT_SOCKET
 from keyferry.secret import Backing
 
 from ..authz.grants import SELECTORS, Grant
-from . import grant_checks, grant_files, validators
+from . import gateways, grant_checks, grant_files, validators
+from .gateways import Gateway
 from .table import ConfigTable, load
 
 __all__ = [
@@ -67,6 +68,12 @@ class Limits:
     """Seconds for receiving one complete request, and for sending its answer. A local process needs milliseconds."""
     requests_per_second: int = 0
     """Limit for each user and each access key; 0 disables it."""
+    gateway_connections: int = 256
+    """Limit of open connections of all gateways together. At most half of them may be without a verified signature."""
+    gateway_clock_skew: int = 900
+    """Seconds by which the clock of a gateway's client may differ, as in the cloud."""
+    gateway_nonces: int = 65_536
+    """Nonces to remember for each access key: some 5 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,7 @@ class Settings:
     """All settings of the agent. docs/configuration.md explains them."""
 
     listeners: tuple[Listener, ...] = (Listener(),)
+    gateways: tuple[Gateway, ...] = ()
     keyring: Path | None = None
     unseal: Path | None = None
     unseal_socket: Path | None = None
@@ -148,7 +156,7 @@ def examine(path: Path) -> Examined:
     settings = _settings(table, files)
     sources = [(path, table), *((file.path, file.table) for file in files)]
     problems = [f"{source}: {problem}" for source, content in sources for problem in content.problems]
-    names = {listener.name for listener in settings.listeners}
+    names = {listener.name for listener in settings.listeners} | {gateway.name for gateway in settings.gateways}
     warnings = [f"{file.path}: {warning}" for file in files for warning in file.table.warnings]
     warnings = [*table.warnings, *warnings, *grant_checks.warnings(settings.grants)]
     return Examined(
@@ -185,6 +193,7 @@ def _settings(table: ConfigTable, files: Sequence[grant_files.File]) -> Settings
     limits, audit, metrics = table.table("limits"), table.table("audit"), table.table("metrics")
     settings = Settings(
         listeners=listeners or (only_listener,),
+        gateways=tuple(gateways.gateway_of(entry) for entry in table.tables("gateway")),
         keyring=table.get("keyring", "the path of a keyring file", validators.path, None),
         unseal=None
         if manual
@@ -215,6 +224,9 @@ def _settings(table: ConfigTable, files: Sequence[grant_files.File]) -> Settings
         table.add_problem("metrics.listen", f"a listener has the path {settings.metrics}; name another one")
     if str(settings.unseal_socket) in paths | {settings.metrics}:
         table.add_problem("unseal_socket", f"another socket has the path {settings.unseal_socket}; name another one")
+    sockets = [*paths, settings.metrics, str(settings.unseal_socket)]
+    for name, why in gateways.problems(settings.gateways, [entry.name for entry in settings.listeners], sockets):
+        table.add_problem(name, why)
     return settings
 
 
@@ -248,6 +260,13 @@ def _limits(table: ConfigTable) -> Limits:
         requests_per_second=table.get(
             "requests_per_second", "an integer from 0", validators.at_least(0), _LIMITS.requests_per_second
         ),
+        gateway_connections=table.get(
+            "gateway_connections", "an integer from 2", validators.at_least(2), _LIMITS.gateway_connections
+        ),
+        gateway_clock_skew=table.get(
+            "gateway_clock_skew", "seconds, 1 to 900", validators.between(1, 900), _LIMITS.gateway_clock_skew
+        ),
+        gateway_nonces=table.get("gateway_nonces", "an integer from 1", validators.at_least(1), _LIMITS.gateway_nonces),
     )
     table.check_unknown()
     return limits

@@ -15,6 +15,7 @@ from ..authz.grants import ACTIONS
 
 __all__ = [
     "FINGERPRINT",
+    "HOST",
     "KEY",
     "POD",
     "UNIT",
@@ -23,6 +24,7 @@ __all__ = [
     "address",
     "arn_part",
     "at_least",
+    "between",
     "boolean",
     "gid",
     "identity",
@@ -160,6 +162,18 @@ def at_least(minimum: int) -> Callable[[Any], int]:
     return check
 
 
+def between(minimum: int, maximum: int) -> Callable[[Any], int]:
+    """Return a check that accepts integers from `minimum` to `maximum`."""
+
+    def check(value: Any) -> int:
+        number: int = at_least(minimum)(value)
+        if number > maximum:
+            raise ValueError
+        return number
+
+    return check
+
+
 def seconds(value: Any) -> float:
     """Return a number of seconds above 0, at most an hour."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 3600:
@@ -186,6 +200,9 @@ UNIT: Final = re.compile(r"[\w:.\\@-]+\.(service|scope)", re.ASCII)
 
 
 ACCESS_KEY_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\]", re.ASCII)
 
 
 POD: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

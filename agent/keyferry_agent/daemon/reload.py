@@ -39,6 +39,7 @@ MAX_RETRY_SECONDS: Final = 300.0
 temporary lack of descriptors, locked memory or threads."""
 _RESTART_ONLY: Final = (
     "listeners",
+    "gateways",
     "limits",
     "audit",
     "memory",
@@ -231,7 +232,9 @@ def _retain_restart_only(settings: Settings, old: Settings) -> tuple[Settings, l
 
     Raises `SettingsError` if other settings depend on a change that needs a restart.
     """
-    if settings.listeners != old.listeners and any("listener" in grant.to for grant in settings.grants):
+    if (settings.listeners, settings.gateways) != (old.listeners, old.gateways) and any(
+        "listener" in grant.to for grant in settings.grants
+    ):
         raise SettingsError(
             ["the listeners changed, and grants to listeners would apply to the old ones; restart the agent"]
         )

@@ -113,7 +113,7 @@ def _parse(head: bytes) -> Head:
     _check_sizes(line, fields)
     _check_line(line)
     _check_fields(fields)
-    # The event size is no limit here: the sizes were checked.
+    # _check_sizes has enforced the limits, so h11's own limit never applies.
     connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
     connection.receive_data(head)
     try:

@@ -13,11 +13,11 @@ __all__ = ["Nonces", "Verdict"]
 
 _HASH_BYTES: Final = 8
 START_MARGIN_SECONDS: Final = 5
-"""Seconds before the agent's start at which the first floor is. What was recorded before a restart is not served after it."""
+"""Seconds before the agent's start at which the first floor is: a request recorded before a restart is refused after it."""
 
 
 class Verdict:
-    """What `Nonces.use` found."""
+    """The result of `Nonces.use`."""
 
     FRESH: Final = "fresh"
     USED: Final = "used"

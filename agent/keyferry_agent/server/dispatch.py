@@ -6,9 +6,9 @@ It is synchronous, and uses neither sockets nor trio.
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import structlog
 
@@ -124,11 +124,16 @@ class OffloadedJob(NamedTuple):
     generation: int
 
 
+Encode: TypeAlias = Callable[[int, dict[str, Any] | None, dict[str, Any] | None], bytes]
+
+
 @dataclass(slots=True)
 class Exchange:
     """The requests of one connection, from received messages to encoded answers."""
 
     caller: Caller
+    encode: Encode = wire.encode_response
+    """Encodes one answer, from its message ID, its error and its result."""
     pending: deque[Message] = field(default_factory=deque)
     """Requests to decide."""
     offloaded: list[OffloadedJob] = field(default_factory=list)
@@ -325,13 +330,13 @@ class Dispatcher:
             for request in exchange.completed:
                 if request.request_id in refused_ids and type(request.outcome) is not _ALWAYS_ANSWERED:
                     error = kms_error("ServiceUnavailableTemporary", "The audit record could not be written.")
-                    answers += self._packed(request._replace(outcome=error))
+                    answers += self._packed(request._replace(outcome=error), exchange.encode)
                 else:
-                    answers += self._packed(request)
+                    answers += self._packed(request, exchange.encode)
             exchange.completed.clear()
             exchange.answers = bytes(answers)
 
-    def _packed(self, request: CompletedRequest) -> bytes:
+    def _packed(self, request: CompletedRequest, encode: Encode) -> bytes:
         msgid, request_id, _, entry, outcome = request
         counters = self._agent.counters
         counters.requests_total += 1
@@ -340,11 +345,11 @@ class Dispatcher:
             try:
                 result = result_to_wire(outcome)
                 result["RequestId"] = request_id
-                return wire.encode_response(msgid, None, result)
+                return encode(msgid, None, result)
             except Exception as failure:  # every result of a handler should be encodable
                 error = refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), request_id, entry)
         counters.requests_refused += 1
-        return wire.encode_response(msgid, _error(error.code, error.message, request_id, error.http_status), None)
+        return encode(msgid, _error(error.code, error.message, request_id, error.http_status), None)
 
 
 def _audited(peer: Peer, request: CompletedRequest) -> AuditedRequest:

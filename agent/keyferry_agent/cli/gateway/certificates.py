@@ -1,7 +1,7 @@
 """A certificate authority for one certificate: its key is forgotten, and name constraints bind it to the gateway's names.
 
-A client that trusts the authority trusts nothing else by that. Nobody can make another certificate, because the key is gone,
-and clients refuse names outside of the constraints.
+A client that trusts the authority trusts this one certificate: the authority's key is gone, and clients refuse names outside
+of the constraints.
 """
 
 import ipaddress
