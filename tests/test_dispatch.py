@@ -16,8 +16,9 @@ from keyferry_agent.authz.caller import Caller
 from keyferry_agent.authz.grants import Grant
 from keyferry_agent.config.settings import Audit
 from keyferry_agent.peer import Peer
-from keyferry_agent.server.dispatch import MAX_OFFLOADED, Batch, Dispatcher, Exchange, ServerContext, new_request_id
+from keyferry_agent.server.dispatch import MAX_OFFLOADED, Batch, Dispatcher, Exchange, ServerContext
 from keyferry_agent.server.rate_limit import Rate
+from keyferry_agent.server.request_id import new_request_id
 from keyferry_agent.state import ServerState
 
 STATUS, HEALTH, LIST = "GetAgentStatus", "GetAgentHealth", "ListKeys"

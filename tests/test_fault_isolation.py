@@ -185,7 +185,7 @@ async def test_a_request_that_cannot_be_recorded_is_refused(
         response = await ask(stream, "DescribeKey", {"KeyId": "alias/dev"})
         assert error(response)["Code"] == "ServiceUnavailableTemporary"
         assert response.result is None
-        server._context.audit = audit
+        server.context.audit = audit
         assert (await ask(stream, *STATUS)).error is None
 
 

@@ -65,13 +65,19 @@ class VisibleKeys(NamedTuple):
 class RequestCounters:
     """Running totals since the start."""
 
-    connections: int = 0
+    socket_connections: int = 0
+    gateway_connections: int = 0
     connections_total: int = 0
     requests_total: int = 0
     requests_refused: int = 0
     notifications_total: int = 0
     connections_refused: int = 0
     reloads_failed: int = 0
+
+    @property
+    def connections(self) -> int:
+        """Connections that are open now."""
+        return self.socket_connections + self.gateway_connections
 
     def snapshot(self) -> Counters:
         """Return the totals in the form of a GetAgentStatus result."""

@@ -1,5 +1,6 @@
 """Entries that are not requests: the start of an agent (`audit.start`), the names of its keys (`audit.keys`), attempts to
-unseal its keyring (`audit.unseal`), and the end of a gap (`audit.resumed`).
+unseal its keyring (`audit.unseal`), the end of a gap (`audit.resumed`), and further refusals of a gateway
+(`audit.unauthenticated`).
 """
 
 import itertools
@@ -11,12 +12,25 @@ from typing import Any, Final
 
 from ..peer import Peer
 
-__all__ = ["KEYS", "RESUMED", "START", "UNSEAL", "key_lists", "names_in", "resumed", "start", "unsealing"]
+__all__ = [
+    "KEYS",
+    "RESUMED",
+    "START",
+    "UNAUTHENTICATED",
+    "UNSEAL",
+    "key_lists",
+    "names_in",
+    "resumed",
+    "start",
+    "unauthenticated",
+    "unsealing",
+]
 
 START: Final = "audit.start"
 KEYS: Final = "audit.keys"
 UNSEAL: Final = "audit.unseal"
 RESUMED: Final = "audit.resumed"
+UNAUTHENTICATED: Final = "audit.unauthenticated"
 _MAX_KEYS: Final = 3_584
 """Bytes of the keys in one entry. They keep a line below PIPE_BUF (4,096): up to that, a write to a pipe is atomic."""
 
@@ -79,6 +93,14 @@ def unsealing(now: str, peer: Peer, outcome: str, loaded_at: str) -> str:
 def resumed(now: str, unrecorded_requests: int) -> str:
     """Return the entry that follows a gap, with the number of requests without an audit entry."""
     return _opened({"time": now, "event": RESUMED, "level": "warning", "unrecorded": unrecorded_requests})
+
+
+def unauthenticated(now: str, listener: str, count: int) -> str:
+    """Return the entry of requests of a gateway that were refused before their signature was verified, beyond the limit of
+    entries a second.
+    """
+    fields = {"time": now, "event": UNAUTHENTICATED, "level": "warning", "listener": listener, "requests": count}
+    return _opened(fields)
 
 
 def _pieces(key_id: str, aliases: Iterable[str]) -> Iterator[str]:

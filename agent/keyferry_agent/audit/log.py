@@ -23,7 +23,7 @@ from ..chained_log.file import Appended, RecordFile
 from ..config.settings import Audit
 from ..keyring.keyring import Keyring
 from ..locking import Lock
-from ..peer import Peer
+from ..peer import HttpOrigin, Peer
 from . import agent_entries
 from .entry import AuditedRequest
 from .writer_thread import WriterThread
@@ -78,6 +78,11 @@ class AuditLog:
         """Write the entry of an attempt to unseal the keyring. If that fails, it is written before the next request's entry."""
         now = _now()
         self._announce([agent_entries.unsealing(now, peer, outcome, loaded_at)])
+
+    def unauthenticated(self, listener: str, count: int) -> None:
+        """Write the entry of requests without a verified signature that have no entry of their own."""
+        now = _now()
+        self._announce([agent_entries.unauthenticated(now, listener, count)])
 
     @property
     def gap(self) -> int:
@@ -216,7 +221,15 @@ def _of_peer(peer: Peer) -> str:
     uid = "null" if peer.uid is None else peer.uid
     pid = "null" if peer.pid is None else peer.pid
     unit = "null" if peer.unit is None else quoted(peer.unit)
-    return f'"uid": {uid}, "gids": {gids}, "pid": {pid}, "unit": {unit}, "listener": {quoted(peer.listener)}'
+    http = "" if peer.http is None else _of_http(peer.access_key, peer.http)
+    return f'"uid": {uid}, "gids": {gids}, "pid": {pid}, "unit": {unit}, "listener": {quoted(peer.listener)}{http}'
+
+
+def _of_http(access_key: str, http: HttpOrigin) -> str:
+    """Return the fields of a gateway's request. An access key is only claimed until a signature is verified."""
+    name, access_key_id = ("access_key", access_key) if access_key else ("access_key_claimed", http.claimed_access_key)
+    fields = {name: access_key_id, "scheme": http.scheme, "remote": http.remote, "tls": http.tls}
+    return f", {json.dumps(fields | {'user_agent': http.user_agent})[1:-1]}"
 
 
 def _of_program(peer: Peer) -> str:

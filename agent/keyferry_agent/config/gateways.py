@@ -43,10 +43,20 @@ class Gateway:
         return self.listen.startswith("/")
 
     @property
+    def path(self) -> Path:
+        """The path of a gateway on a Unix socket."""
+        return Path(self.listen)
+
+    @property
     def address(self) -> tuple[str, int]:
         """The IP address and the port of a gateway that is not on a Unix socket."""
         host, _, port = self.listen.rpartition(":")
         return host.strip("[]"), int(port)
+
+    @property
+    def url(self) -> str:
+        """The gateway's URL, for the log."""
+        return f"{'https' if self.certificate else 'http'}://{self.listen}"
 
     @property
     def is_loopback(self) -> bool:

@@ -5,9 +5,11 @@ import gc
 import os
 import signal
 import socket
+import ssl
 import stat
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
@@ -19,9 +21,12 @@ from keyferry.secret import SecretMemoryError
 from .. import __version__, process_hardening
 from ..audit import AuditLog
 from ..audit import lock as lock_audit_log
+from ..config.gateways import CertificateError, certificate_context
 from ..config.options import Options, StartError
 from ..config.settings import Settings, SettingsError
 from ..crypto import selftest
+from ..gateway.server import GatewayServer
+from ..gateway.sockets import open_gateways, take_gateway_sockets
 from ..health import MESSAGES, SEALED
 from ..keyring.document import KeyringError
 from ..keyring.fdstore import KeyringPersister
@@ -86,8 +91,10 @@ def _load_and_serve(
         agent.audit_fails = lambda: audit.failing
         metrics = _metrics(agent, audit, settings)
         server = Server(agent, audit, metrics[0] if metrics else None)
+        contexts = {gateway.name: certificate_context(gateway) for gateway in settings.gateways}
     except (
         SettingsError,
+        CertificateError,
         KeyringError,
         selftest.SelfTestError,
         libcrypto.LibcryptoError,
@@ -106,7 +113,7 @@ def _load_and_serve(
     if metrics:
         stack.callback(metrics[1].close)
     try:
-        trio.run(_serve, agent, server, audit, reloader, manager, sockets, strict_exception_groups=True)
+        trio.run(_serve, agent, server, audit, reloader, manager, sockets, contexts, strict_exception_groups=True)
     finally:
         if settings.keep_keys and not agent.keyring.is_sealed:
             agent.keyring.memory.detach()
@@ -203,26 +210,39 @@ async def _serve(
     reloader: Reloader,
     manager: ServiceManager,
     sockets: list[tuple[str, socket.socket]],
+    contexts: dict[str, ssl.SSLContext | None],
 ) -> None:
-    try:
-        opened = unix_sockets.open_listeners(agent.settings.listeners, sockets)
-        administrative = unsealing.listen(agent.settings.unseal_socket)
-    except unix_sockets.ListeningError as error:
-        raise StartError(str(error)) from None
-    audit.begin(agent.started_at)  # not earlier: a failing start is repeated, and would write an entry each time
-    audit.name_keys(agent.keyring)
-    unsealer = unsealing.Unsealing(reloader, audit, agent)
-    listeners = [
-        (listening.name, trio.SocketListener(trio.socket.from_stdlib_socket(listening.socket))) for listening in opened
-    ]
-    try:
+    with ExitStack() as stack:
+        try:
+            given = take_gateway_sockets(agent.settings.gateways, sockets)
+            opened = unix_sockets.open_listeners(agent.settings.listeners, sockets)
+            stack.callback(_remove, opened)
+            administrative = unsealing.listen(agent.settings.unseal_socket)
+            stack.callback(_remove, administrative)
+            gateways = open_gateways(agent.settings.gateways, given)
+            gateway_files = [entry.file for entry in gateways if entry.file is not None]
+            stack.callback(_remove, gateway_files)
+        except unix_sockets.ListeningError as error:
+            raise StartError(str(error)) from None
+        audit.begin(agent.started_at)  # not earlier: a failing start is repeated, and would write an entry each time
+        audit.name_keys(agent.keyring)
+        unsealer = unsealing.Unsealing(reloader, audit, agent)
+        listeners = [
+            (listening.name, trio.SocketListener(trio.socket.from_stdlib_socket(listening.socket)))
+            for listening in opened
+        ]
+        serve, drain = [partial(server.serve, listeners)], [server.drain]
+        if gateways:
+            gateway_server = GatewayServer(server, audit, gateways, contexts)
+            serve, drain = [*serve, partial(gateway_server.serve)], [*drain, gateway_server.drain]
         async with trio.open_nursery() as nursery:
-            await nursery.start(_handle_signals, agent, server, reloader, manager)
-            nursery.start_soon(FileWatcher(agent, audit, reloader, [*opened, *administrative]).run)
+            await nursery.start(_handle_signals, agent, drain, reloader, manager)
+            files = [*opened, *administrative, *gateway_files]
+            nursery.start_soon(FileWatcher(agent, audit, reloader, files).run)
             nursery.start_soon(server.inspector.run)
             for listening in administrative:
                 nursery.start_soon(unsealer.serve, listening.socket)
-            await nursery.start(_serve_until_drained, server, listeners, nursery.cancel_scope.cancel)
+            await nursery.start(_serve_until_drained, serve, nursery.cancel_scope.cancel)
             if manager.watchdog:
                 near, far = (trio.SocketStream(end) for end in trio.socket.socketpair())
                 nursery.start_soon(server.serve_own, far)
@@ -232,29 +252,34 @@ async def _serve(
                 "agent.serving",
                 version=__version__,
                 sockets=[str(listening.path) for listening in opened],
+                gateways=[gateway.url for gateway in agent.settings.gateways],
                 keys=len(agent.keyring.keys),
                 memory_protection=agent.memory_protection,
                 libcrypto=libcrypto.version(),
             )
-    finally:
-        for listening in (*opened, *administrative):
-            listening.remove()
     log.info("agent.stopped")
 
 
 async def _serve_until_drained(
-    server: Server,
-    listeners: list[tuple[str, trio.SocketListener]],
+    serve: Sequence[Callable[..., Awaitable[None]]],
     then: Callable[[], None],
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    await server.serve(listeners, task_status)
+    async with trio.open_nursery() as nursery:
+        for serve_sockets in serve:
+            await nursery.start(serve_sockets)
+        task_status.started()
     then()
+
+
+def _remove(files: Sequence[unix_sockets.ListeningSocket]) -> None:
+    for listening in files:
+        listening.remove()
 
 
 async def _handle_signals(
     agent: ServerState,
-    server: Server,
+    drain: Sequence[Callable[..., None]],
     reloader: Reloader,
     manager: ServiceManager,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
@@ -265,8 +290,10 @@ async def _handle_signals(
             if number == signal.SIGHUP:
                 reloader.requested.set()
             elif agent.draining:  # a second signal skips the grace period
-                server.drain(grace=0)
+                for drain_server in drain:
+                    drain_server(grace=0)
             else:
                 log.info("agent.draining", signal=signal.Signals(number).name, connections=agent.counters.connections)
                 manager.stopping()
-                server.drain()
+                for drain_server in drain:
+                    drain_server()

@@ -62,7 +62,7 @@ class HeadReader:
         """Received bytes that belong to no request yet."""
         self._searched = 0
 
-    def feed(self, data: bytes) -> None:
+    def feed(self, data: bytes | bytearray) -> None:
         """Add received bytes."""
         self.buffer += data
 

@@ -7,7 +7,7 @@ from .head import Head
 from .parameters import decode_form, merged
 from .refusals import refusal
 
-__all__ = ["HttpRequest", "Reception", "check_target"]
+__all__ = ["HttpRequest", "Reception", "check_host", "check_target"]
 
 FORM: Final = "application/x-www-form-urlencoded"
 _METHODS: Final = ("GET", "POST")
@@ -29,14 +29,18 @@ class Reception:
         return self.head.value("host")
 
 
-def check_target(reception: Reception, hosts: tuple[str, ...]) -> None:
-    """Raise `KmsError` for another host's name, a browser, another method than GET and POST, or another path than `/`."""
+def check_host(reception: Reception, hosts: tuple[str, ...]) -> None:
+    """Raise `KmsError` unless Host is one of `hosts` or a name of this host, with any port or none."""
     name = reception.host.lower()
     host, colon, port = name.rpartition(":")
     if not colon or not port.isdecimal() or not port.isascii() or (":" in host and not host.endswith("]")):
         host = name
     if host not in {*OWN_HOSTS, *(allowed.lower() for allowed in hosts)}:
         raise refusal("InvalidProduct.NotFound")
+
+
+def check_target(reception: Reception) -> None:
+    """Raise `KmsError` for a browser, another method than GET and POST, or another path than `/`."""
     if any(reception.head.values(header) for header in _BROWSER_HEADERS):
         raise refusal("Forbidden.NoPermission", "Requests from browsers are refused.")
     if reception.head.method not in _METHODS:

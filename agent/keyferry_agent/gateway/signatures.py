@@ -11,10 +11,10 @@ from typing import Final
 from keyferry.parameters import decode_base64
 
 from .http_request import HttpRequest
-from .parameters import canonical_query
+from .parameters import COMMON, canonical_query
 from .refusals import refusal
 
-__all__ = ["ACS3", "ALLOWED_WITH_ACS3", "VERSION_1", "Signed", "read_signature"]
+__all__ = ["ACS3", "VERSION_1", "Signed", "operation_parameters", "read_signature"]
 
 VERSION_1: Final = "V1"
 ACS3: Final = "ACS3"
@@ -33,7 +33,7 @@ _V1_REQUIRED: Final = (
     *("SignatureNonce", "Timestamp"),
 )
 _ACS3_REQUIRED: Final = ("x-acs-action", "x-acs-version", "x-acs-date", "x-acs-signature-nonce")
-ALLOWED_WITH_ACS3: Final = frozenset({"RegionId", "Format"})
+_ALLOWED_WITH_ACS3: Final = frozenset({"RegionId", "Format"})
 """Common parameters that a request of the second scheme may have in its query."""
 
 
@@ -63,6 +63,12 @@ def read_signature(request: HttpRequest) -> Signed:
     """Return the signed values of a request. Raises `KmsError` if its scheme is unknown, or something needed is absent."""
     authorization = request.header_values("authorization")
     return _acs3(request, authorization) if authorization else _version_1(request)
+
+
+def operation_parameters(request: HttpRequest, signed: Signed) -> dict[str, str]:
+    """Return the parameters for the operation: all but the common ones of the request's scheme."""
+    common = COMMON if signed.scheme == VERSION_1 else _ALLOWED_WITH_ACS3
+    return {name: value for name, value in request.parameters.items() if name not in common}
 
 
 def _version_1(request: HttpRequest) -> Signed:

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from .groups import Groups, PeerSocket, peer_groups
 from .process import Process, pod_of, unit_of
 
-__all__ = ["OVERFLOW_GID", "OVERFLOW_UID", "Peer", "evidence"]
+__all__ = ["OVERFLOW_GID", "OVERFLOW_UID", "HttpOrigin", "Peer", "evidence"]
 
 _UCRED: Final = struct.Struct("iII")
 
@@ -28,6 +28,20 @@ def _overflow(name: str) -> int:
 
 OVERFLOW_UID: Final = _overflow("overflowuid")
 OVERFLOW_GID: Final = _overflow("overflowgid")
+
+
+class HttpOrigin(NamedTuple):
+    """How a request came through a gateway, for its audit entry. It is no evidence, and grants do not depend on it.
+
+    `scheme`: that of the signature, V1 or ACS3; empty for a request without one. `remote`: address and port, empty on a Unix
+    socket. `claimed_access_key`: the ID that an unverified request names.
+    """
+
+    scheme: str
+    remote: str
+    tls: bool
+    user_agent: str
+    claimed_access_key: str = ""
 
 
 class Peer(NamedTuple):
@@ -50,6 +64,7 @@ class Peer(NamedTuple):
     exe: str | None = None
     sha256: str | None = None
     access_key: str = ""
+    http: HttpOrigin | None = None
 
 
 def evidence(connection: PeerSocket, listener: str) -> tuple[Peer, Process | None]:

@@ -121,4 +121,4 @@ class Admission:
         return True
 
     def _count(self) -> None:
-        self._agent.counters.connections = len(self._places)
+        self._agent.counters.socket_connections = len(self._places)

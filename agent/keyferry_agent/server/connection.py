@@ -16,7 +16,7 @@ from .identity import Identity
 from .line import Line
 from .rounds import Rounds
 
-__all__ = ["LINGER", "Connection", "refuse"]
+__all__ = ["LINGER", "Connection", "linger", "refuse"]
 
 LINGER: Final = 1.0
 """Seconds in which a refused client may finish its write and read the error message."""
@@ -88,7 +88,7 @@ class Connection:
                 self._rounds.serve_confirmed(line)  # no await between `confirm` and this call
             else:
                 if line.refused:
-                    await _linger(self._stream)
+                    await linger(self._stream)
                 return
 
     async def _send(self, answers: bytes) -> bool:
@@ -108,10 +108,10 @@ async def refuse(stream: trio.SocketStream, why: str) -> None:
     async with stream:
         with suppress(trio.BrokenResourceError):
             await stream.send_all(closing("Rejected.Throttling", f"{why}.", 429))
-            await _linger(stream)
+            await linger(stream)
 
 
-async def _linger(stream: trio.SocketStream) -> None:
+async def linger(stream: trio.SocketStream) -> None:
     """Read and discard a client's bytes for `LINGER` seconds at most, before its connection is closed.
 
     If bytes are unread at the close, the kernel discards the last answer, or the client's write fails before it reads that.

@@ -3,7 +3,6 @@
 It is synchronous, and uses neither sockets nor trio.
 """
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from ..peer import Peer
 from ..state import ServerState
 from ..telemetry.metrics import Metrics
 from .rate_limit import Rate
+from .request_id import new_request_id
 
 __all__ = [
     "MAX_OFFLOADED",
@@ -45,7 +45,6 @@ MAX_OFFLOADED: Final = 16
 """Offloaded jobs of one connection in flight: four for each thread, so that a thread never waits for the connection."""
 _MAX_BATCH_MESSAGES: Final = 256
 """Messages of a batch, including notifications, which take time although they get no answer."""
-_REQUEST_ID_BATCH: Final = 64
 _UNRECORDED: Final = GetAgentHealthResult
 """The result that has no audit entry: probes request it every few seconds, and it contains nothing about keys or callers."""
 _ALWAYS_ANSWERED: Final = GetAgentStatusResult
@@ -229,6 +228,24 @@ class Dispatcher:
                 exchange.completed.clear()
         self._answer([exchange for exchange in exchanges if exchange.completed])
 
+    def refuse(
+        self, exchange: Exchange, error: KmsError, entry: AuditEntry, *, recorded: bool = True, limited: bool = False
+    ) -> None:
+        """Answer a request that no handler decides with an error. `recorded`: whether it has an audit entry.
+
+        `limited`: whether the request counts for the caller's rate, whose error then comes first.
+        """
+        started = time.monotonic()
+        if limited and not self._context.rate.allows(exchange.caller.user, started):
+            error = kms_error("Rejected.Throttling")
+        request = CompletedRequest(0, new_request_id(), started, entry, error)
+        if recorded:
+            exchange.completed.append(request)
+            self._answer([exchange])
+        else:
+            self._observe(request)
+            exchange.answers = self._packed(request, exchange.encode)
+
     def _complete(self, exchange: Exchange) -> None:
         """Complete requests. A request whose job has finished, but whose decision no longer holds, is decided again first."""
         jobs, exchange.finished = exchange.finished, []
@@ -314,11 +331,9 @@ class Dispatcher:
         ]
         entries, failure = self._context.audit.record(requests) if requests else Appended(0)
         if self._context.metrics is not None:
-            now = time.monotonic()
             for exchange in exchanges:
                 for request in exchange.completed:
-                    code = request.outcome.code if isinstance(request.outcome, KmsError) else "OK"
-                    self._context.metrics.observe(request.entry.operation, code, now - request.started)
+                    self._observe(request)
         refused_ids: set[str] = set()
         if failure is not None:
             ids = [request.request_id for request in requests[entries:]]
@@ -335,6 +350,11 @@ class Dispatcher:
                     answers += self._packed(request, exchange.encode)
             exchange.completed.clear()
             exchange.answers = bytes(answers)
+
+    def _observe(self, request: CompletedRequest) -> None:
+        if self._context.metrics is not None:
+            code = request.outcome.code if isinstance(request.outcome, KmsError) else "OK"
+            self._context.metrics.observe(request.entry.operation, code, time.monotonic() - request.started)
 
     def _packed(self, request: CompletedRequest, encode: Encode) -> bytes:
         msgid, request_id, _, entry, outcome = request
@@ -358,22 +378,6 @@ def _audited(peer: Peer, request: CompletedRequest) -> AuditedRequest:
     if isinstance(outcome, KmsError):
         return AuditedRequest(peer, request_id, started, entry, outcome.code)
     return AuditedRequest(peer, request_id, started, entry, "OK", blob_hash(outcome))
-
-
-def _request_ids() -> Iterator[str]:
-    while True:
-        digits = os.urandom(16 * _REQUEST_ID_BATCH).hex().upper()
-        for at in range(0, len(digits), 32):
-            part = digits[at : at + 32]
-            variant = "89AB"[int(part[16], 16) & 3]
-            yield f"{part[:8]}-{part[8:12]}-4{part[13:16]}-{variant}{part[17:20]}-{part[20:]}"
-
-
-new_request_id: Final = _request_ids().__next__
-"""A fresh RequestId: a random UUID (RFC 9562, version 4) in the cloud's upper-case form.
-
-uuid4() and its conversion to text take eight times as long. That matters because every request needs an ID.
-"""
 
 
 def refusal(error: Exception, request_id: str, entry: AuditEntry) -> KmsError:

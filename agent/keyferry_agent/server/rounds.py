@@ -16,14 +16,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import structlog
 import trio
 
 from ..state import MAX_BATCH
-from .dispatch import Dispatcher, OffloadedJob, ServerContext, closing, refusal
+from .dispatch import Dispatcher, ServerContext, closing
 from .line import Line
+from .offloading import offload
 from .thread_pool import FairThreadPool
 
 __all__ = ["Rounds"]
@@ -283,9 +284,8 @@ class Rounds:
         if count and not self._dispatcher.notified(exchange.caller, count) and not line.refused:
             line.messages = None
             self._refuse(line, "Rejected.Throttling", "more notifications than this user may send", 429)
-        jobs, exchange.offloaded = exchange.offloaded, []
-        for job in jobs:
-            self._offload(line, job)
+        if exchange.offloaded:
+            offload(self._agent, self._pool, exchange, lambda: self._call(line))
         answers, exchange.answers = exchange.answers, b""
         if line.last_word and not exchange.pending and not exchange.in_flight:
             answers, line.last_word = answers + line.last_word, b""
@@ -348,22 +348,6 @@ class Rounds:
         log.info("connection.protocol_error", why=why, **line.who)
         line.closing = line.refused = True
         line.last_word = closing(code, f"{why}.", http_status)
-
-    def _offload(self, line: Line, job: OffloadedJob) -> None:
-        agent, generation = self._agent, job.generation
-
-        def run() -> Any:
-            # After a reload, the decision no longer holds, so the job's result would be discarded.
-            return job.job.run() if agent.generation == generation else None
-
-        def done(result: Any, error: Exception | None) -> None:
-            line.exchange.finished.append((job, result if error is None else refusal(error, job.request_id, job.entry)))
-            self._call(line)
-
-        try:
-            self._pool.submit(line.exchange.caller.user, run, done)
-        except RuntimeError as error:
-            done(None, error)
 
     def _call(self, line: Line) -> None:
         """Serve a line in the next round even if its socket is not readable."""

@@ -27,7 +27,7 @@ from .rate_limit import Rate
 from .rounds import Rounds
 from .thread_pool import FairThreadPool
 
-__all__ = ["GRACE", "Server"]
+__all__ = ["DRAIN_READ_SECONDS", "GRACE", "Server"]
 
 GRACE: Final = 10.0
 """Seconds that a drain may take. Equal to the default timeout of a request."""
@@ -56,7 +56,7 @@ class Server:
         self.agent = agent
         self.inspector = Inspector()
         rate = Rate(agent.settings.limits.requests_per_second)
-        self._context = ServerContext(
+        self.context = ServerContext(
             agent=agent,
             audit=audit,
             rate=rate,
@@ -64,8 +64,8 @@ class Server:
             metrics=metrics,
         )
         # Without libcrypto's SM2, an offloaded job holds the GIL. One job at a time leaves time for other requests.
-        self._pool = FairThreadPool(OFFLOAD_THREADS if libcrypto.has_sm2() else 1)
-        self._rounds = Rounds(self._context, self._pool)
+        self.pool = FairThreadPool(OFFLOAD_THREADS if libcrypto.has_sm2() else 1)
+        self._rounds = Rounds(self.context, self.pool)
         self._admission = Admission(agent)
         self._reserve: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._accepting = trio.CancelScope()
@@ -94,9 +94,9 @@ class Server:
 
     async def serve_own(self, stream: trio.SocketStream) -> None:
         """Serve a connection of the agent to itself. Its requests are neither audited nor limited."""
-        own = replace(self._context, audit=NullAuditLog(), rate=Rate(0), notifications=Rate(0), metrics=None)
+        own = replace(self.context, audit=NullAuditLog(), rate=Rate(0), notifications=Rate(0), metrics=None)
         caller = Caller(Peer(uid=None, gids=frozenset(), pid=os.getpid(), listener=""))
-        with closing(Rounds(own, self._pool)) as rounds:
+        with closing(Rounds(own, self.pool)) as rounds:
             async with stream, trio.open_nursery() as serving:
                 serving.start_soon(rounds.run)
                 await Connection(rounds, self.agent, self.inspector, stream, caller, None).run()

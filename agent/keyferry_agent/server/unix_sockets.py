@@ -14,9 +14,9 @@ from typing import Final, NamedTuple
 from ..config.settings import Listener
 from ..locking import Lock, LockError
 
-__all__ = ["ListeningError", "ListeningSocket", "assign", "open_listeners"]
+__all__ = ["BACKLOG", "ListeningError", "ListeningSocket", "assign", "open_listeners"]
 
-_BACKLOG: Final = 512
+BACKLOG: Final = 512
 _LOCK_SECONDS: Final = 5.0
 """Seconds to wait while another agent that starts at the same time creates its socket, which takes milliseconds."""
 
@@ -155,7 +155,7 @@ def _bind(listener: Listener, path: Path) -> socket.socket:
     try:
         sock.bind(os.fspath(path))
         _set_owner(path, listener)
-        sock.listen(_BACKLOG)
+        sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
         raise ListeningError(f"{path}: {error.strerror or error}") from None
