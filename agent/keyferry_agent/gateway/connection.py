@@ -122,12 +122,13 @@ class HttpConnection:
         return None
 
     async def _receive_body(self, head: Head) -> bytes | None:
-        if head.expects_continue and len(self._reader.buffer) < head.body_bytes:
+        needed_bytes = 1 if head.is_chunked else head.body_bytes
+        if head.expects_continue and len(self._reader.buffer) < needed_bytes:
             interim = head.connection.send(h11.InformationalResponse(status_code=100, headers=[]))
             if not await self._send(interim or b""):
                 return None
         with trio.move_on_after(self._timeout()):
-            while (body := self._reader.take_body(head.body_bytes)) is None:
+            while (body := self._reader.take_body(head)) is None:
                 if not await self._read():
                     return None
             return body

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import h11
 
+from .chunked import ChunkedBody
 from .refusals import HttpRefusal
 
 __all__ = ["MAX_BODY_BYTES", "MAX_HEAD_BYTES", "Head", "HeadReader"]
@@ -40,6 +41,8 @@ class Head(NamedTuple):
     target: str
     headers: list[tuple[str, str]]
     body_bytes: int
+    """The value of Content-Length; 0 for a chunked body."""
+    is_chunked: bool
     expects_continue: bool
     keep_alive: bool
     connection: h11.Connection
@@ -61,6 +64,7 @@ class HeadReader:
         self.buffer = bytearray()
         """Received bytes that belong to no request yet."""
         self._searched = 0
+        self._chunked_body: ChunkedBody | None = None
 
     def feed(self, data: bytes | bytearray) -> None:
         """Add received bytes."""
@@ -80,12 +84,19 @@ class HeadReader:
         self._searched = 0
         return _parse(head)
 
-    def take_body(self, size: int) -> bytes | None:
-        """Remove and return `size` bytes, or return None if they are incomplete."""
-        if len(self.buffer) < size:
+    def take_body(self, head: Head) -> bytes | None:
+        """Remove and return the body that follows a head, or return None if it is incomplete. Raises `HttpRefusal`."""
+        if head.is_chunked:
+            if self._chunked_body is None:
+                self._chunked_body = ChunkedBody(MAX_BODY_BYTES)
+            content = self._chunked_body.take(self.buffer)
+            if content is not None:
+                self._chunked_body = None
+            return content
+        if len(self.buffer) < head.body_bytes:
             return None
-        body = bytes(self.buffer[:size])
-        del self.buffer[:size]
+        body = bytes(self.buffer[: head.body_bytes])
+        del self.buffer[: head.body_bytes]
         return body
 
 
@@ -147,8 +158,7 @@ def _checked(request: h11.Request, headers: list[tuple[str, str]], connection: h
     names = [name for name, _ in headers]
     if names.count("host") != 1:
         raise _bad_request("one Host header is expected")
-    if "transfer-encoding" in names:
-        raise HttpRefusal(411, "MissingContentLength", "Transfer-Encoding is not supported; send Content-Length.")
+    is_chunked = _is_chunked(request, headers)
     lengths = [value for name, value in headers if name == "content-length"]
     if len(lengths) > 1 or not all(_LENGTH.fullmatch(length.encode("latin-1")) for length in lengths):
         raise _bad_request("one Content-Length of at most seven digits is expected")
@@ -164,10 +174,26 @@ def _checked(request: h11.Request, headers: list[tuple[str, str]], connection: h
         target=request.target.decode("ascii"),
         headers=headers,
         body_bytes=body_bytes,
+        is_chunked=is_chunked,
         expects_continue=bool(expectations) and request.http_version == b"1.1",
         keep_alive=request.http_version == b"1.1" and "close" not in options,
         connection=connection,
     )
+
+
+def _is_chunked(request: h11.Request, headers: list[tuple[str, str]]) -> bool:
+    """Return whether the body is chunked. Raises `HttpRefusal` for another coding, and for two statements about the length."""
+    codings = [value.lower() for name, value in headers if name == "transfer-encoding"]
+    if not codings:
+        return False
+    has_length = any(name == "content-length" for name, _ in headers)
+    if codings != ["chunked"] or has_length or request.http_version != b"1.1":
+        raise HttpRefusal(
+            411,
+            "MissingContentLength",
+            "Transfer-Encoding: only chunked is supported, in HTTP/1.1, and without Content-Length.",
+        )
+    return True
 
 
 def _bad_request(why: str) -> HttpRefusal:
