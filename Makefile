@@ -111,6 +111,7 @@ requirements: $(VENV)/.created  ## write the pinned and hashed requirements (UPG
 	$(PIN) --group fuzz -c .ci/requirements.txt --output-file .ci/requirements-fuzz.txt
 	$(PIN) --group mutants -c .ci/requirements.txt --output-file .ci/requirements-mutants.txt
 	$(PIN) --group hosts -c .ci/requirements.txt --output-file .ci/requirements-hosts.txt
+	$(PIN) tests/foreign/sdk/requirements.in --output-file tests/foreign/sdk/requirements.txt
 
 audit: $(VENV)/.audit  ## look every pinned requirement up in a database of known vulnerabilities
 	PYTHONPATH=tests $(BIN)/python -m support.advisories

@@ -19,10 +19,13 @@ __all__ = ["ACS3", "VERSION_1", "Signed", "operation_parameters", "read_signatur
 VERSION_1: Final = "V1"
 ACS3: Final = "ACS3"
 _ACS3_HASHES: Final = {
-    "ACS3-HMAC-SHA256": ("sha256", "x-acs-content-sha256"),
-    "ACS3-HMAC-SM3": ("sm3", "x-acs-content-sm3"),
+    "ACS3-HMAC-SHA256": ("sha256", ("x-acs-content-sha256",)),
+    "ACS3-HMAC-SM3": ("sm3", ("x-acs-content-sm3", "x-acs-content-sha256")),
 }
-"""The hash of each algorithm of the second scheme, and the header with the body's hash."""
+"""The hash of each algorithm of the second scheme, and the headers that may have the body's hash.
+
+The SDKs send the hash by SM3 in the header that is named after SHA-256. The cloud's documentation names the other one.
+"""
 _AUTHORIZATION: Final = re.compile(
     r"(ACS3-HMAC-[A-Z0-9]+) +Credential=([^,\s]+) *, *SignedHeaders=([^,\s]+) *, *Signature=([^,\s]+)", re.ASCII
 )
@@ -113,7 +116,8 @@ def _acs3(request: HttpRequest, authorization: list[str]) -> Signed:
         raise refusal("InvalidSignatureMethod")
     if match is None or len(authorization) > 1:
         raise refusal("IncompleteSignature")
-    digest, hash_header = _ACS3_HASHES[algorithm]
+    digest, hash_headers = _ACS3_HASHES[algorithm]
+    hash_header = next((name for name in hash_headers if request.header(name)), hash_headers[-1])
     names = match[3].split(";")
     if len(set(names)) != len(names) or not all(_HEADER_NAME.fullmatch(name) for name in names):
         raise refusal("IncompleteSignature")
