@@ -158,7 +158,7 @@ async def test_unfinished_requests_share_a_budget(monkeypatch: pytest.MonkeyPatc
         for _ in range(3):
             async with await served.connect() as third:
                 await third.send(half + bytes(30_000))
-                assert (await third.answer())[0] == 400  # a body that is no form
+                assert (await third.answer())[0] == 400  # its type is unknown
 
 
 async def test_strangers_have_ten_audit_entries_a_second(autojump_clock: trio.testing.MockClock) -> None:
