@@ -55,6 +55,8 @@ def test_the_client_never_imports_the_agent() -> None:
         "keyferry_agent.server.dispatch",
         "keyferry_agent.authz.grants",
         "keyferry_agent.handlers",
+        "keyferry_agent.gateway.authentication",
+        "keyferry_agent.gateway.answers",
         "keyferry_agent.server.rate_limit",
         "keyferry_agent.crypto",
     ],
@@ -89,6 +91,7 @@ def test_memory_is_mapped_and_nurseries_opened_in_one_module() -> None:
     assert nurseries == {
         "keyferry_agent.server.server",
         "keyferry_agent.server.connection",
+        "keyferry_agent.gateway.server",
         "keyferry_agent.daemon.daemon",
     }
     assert {name for name, text in texts.items() if "ctypes" in text} == {

@@ -24,7 +24,7 @@ from keyferry_agent.audit import writer_thread
 from keyferry_agent.crypto import selftest
 from keyferry_agent.daemon import daemon as _run  # noqa: F401 - all of the agent's modules are there
 from keyferry_agent.keyring import loader
-from keyferry_agent.server import dispatch, request_id, rounds, thread_pool
+from keyferry_agent.server import dispatch, refusals, request_id, rounds, thread_pool
 from keyferry_agent.state import ServerState
 
 from .fake_syscalls import REAL, FakeSyscalls
@@ -60,6 +60,7 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
 
         return call
 
+    request_ids = request_id.request_ids().__next__
     names: list[tuple[Any, str, Any]] = [
         *((os, name, getattr(outside, name)) for name in _OS),
         (os, "getpid", lambda: _PID),
@@ -72,7 +73,8 @@ def replaced(world: World, run: Callable[..., Any]) -> Iterator[None]:
         (trio.to_thread, "run_sync", outside.run_sync),
         (thread_pool.FairThreadPool, "submit", method(outside.submit)),
         (rounds, "_MOMENT_SECONDS", 0.0),
-        (dispatch, "new_request_id", request_id.request_ids().__next__),
+        (dispatch, "new_request_id", request_ids),
+        (refusals, "new_request_id", request_ids),
         (trio, "run", run),
         (time, "monotonic", lambda: MONOTONIC + world.now if threading.get_ident() == mine else REAL.monotonic()),
         (time, "time", lambda: world.wall),

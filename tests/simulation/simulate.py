@@ -105,7 +105,7 @@ def _live(world: World) -> None:
 
 
 def _live_with(world: World, manager: str) -> None:
-    descriptors, threads = _descriptors(), threading.active_count()
+    descriptors, threads = _descriptors(), set(threading.enumerate())
     play = _Run(world)
     with replaced(world, play.run):
         if world.watchdog:
@@ -125,7 +125,7 @@ def _live_with(world: World, manager: str) -> None:
         line.end_process()
     left = {
         "descriptors": _kept(world, descriptors),
-        "threads": threading.active_count() - threads,
+        "threads": len(set(threading.enumerate()) - threads),  # a thread of an earlier test may end meanwhile
         "sockets": _sockets(world),
         **play.left,
     }

@@ -22,7 +22,7 @@ from .agent import PATIENCE, RunningAgent
 from .keyring import change, new_keyring, printed
 
 VERSION: Final = "2016-01-20"
-NOBODY: Final = "LTAINobodyHasThisAccessKey"
+UNKNOWN_ID: Final = "LTAIUnknownToEveryKeyring"
 """The ID of an access key that no keyring has."""
 
 

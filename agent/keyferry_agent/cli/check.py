@@ -16,6 +16,7 @@ from keyferry import age_passphrase, private_files
 from keyferry.stdout import say, show
 
 from ..authz.grants import numbered
+from ..config.gateways import certificate_problems
 from ..config.settings import Settings, examine
 from ..keyring.document import Document, KeyringError
 from ..keyring.file import open_sealed, read_sealed
@@ -48,6 +49,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if settings is not None:
         open_to_others += _open_files(settings)
         warnings += settings.warnings
+        problems += [f"{arguments.file}: {problem}" for problem in certificate_problems(settings.gateways)]
         if not problems:  # with problems, a file may seem to be missing only because its line is invalid
             obstacles, remarks = _of_this_host(settings, systemd=arguments.systemd)
             obstacles += missing_files
@@ -107,18 +109,21 @@ def _importable(name: str) -> bool:
 
 def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
     """Return messages about problems with inherited sockets, and with those that the agent has to create."""
+    names = {gateway.name for gateway in settings.gateways}
+    given = [(unit_socket.name, unit_socket.path) for unit_socket in unit.sockets if unit_socket.name not in names]
     try:
-        assignment = unix_sockets.assign(
-            settings.listeners, [(unit_socket.name, unit_socket.path) for unit_socket in unit.sockets]
-        )
+        assignment = unix_sockets.assign(settings.listeners, given)
     except unix_sockets.ListeningError as error:
         return [f"listener: {error}"]
     hint = "no enabled socket unit has it" if unit.is_known else "or let systemd pass the socket (check --systemd)"
+    passed = {*assignment, *(unit_socket.name for unit_socket in unit.sockets)}
+    places = [(f"listener {listener.name!r}", listener.name, listener.path) for listener in settings.listeners]
+    places += [(f"gateway {entry.name!r}", entry.name, entry.path) for entry in settings.gateways if entry.is_unix]
     return [
-        f"listener {listener.name!r}: {problem}; {hint}"
-        for listener in settings.listeners
-        if listener.name not in assignment
-        for problem in _unwritable(listener.path, unit)
+        f"{place}: {problem}; {hint}"
+        for place, name, path in places
+        if name not in passed
+        for problem in _unwritable(path, unit)
     ]
 
 
@@ -175,6 +180,12 @@ def _missing_files(settings: Settings, unit: systemd_units.Unit) -> list[str]:
                 )
         elif not os.path.exists(path):
             problems.append(f"{name}: {path} does not exist here, or is not visible to this user")
+    problems += [
+        f"gateway {gateway.name!r}: {path} does not exist here, or is not visible to this user"
+        for gateway in settings.gateways
+        for path in gateway.files
+        if not path.exists()
+    ]
     return problems
 
 

@@ -15,7 +15,7 @@ from keyferry import private_files
 from . import validators
 from .table import ConfigTable
 
-__all__ = ["CertificateError", "Gateway", "certificate_context", "gateway_of", "problems", "warnings"]
+__all__ = ["CertificateError", "Gateway", "certificate_context", "certificate_problems", "gateway_of", "problems"]
 
 DEFAULT_MODE: Final = 0o660
 
@@ -172,12 +172,13 @@ def problems(gateways: Sequence[Gateway], names: Sequence[str], paths: Sequence[
     return faults
 
 
-def warnings(gateways: Sequence[Gateway]) -> list[str]:
-    """Return one message for each certificate that cannot be used on this host."""
+def certificate_problems(gateways: Sequence[Gateway]) -> list[str]:
+    """Return one message for each certificate that cannot be used, of those whose files are on this host."""
     messages = []
     for gateway in gateways:
-        try:
-            certificate_context(gateway)
-        except CertificateError as error:
-            messages.append(f"gateway {gateway.name!r}: {error}")
+        if all(path.exists() for path in gateway.files):
+            try:
+                certificate_context(gateway)
+            except CertificateError as error:
+                messages.append(f"gateway {gateway.name!r}: {error}")
     return messages

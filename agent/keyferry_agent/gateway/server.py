@@ -1,5 +1,6 @@
 """The server of all gateways: accepts connections, limits them, drains them, and renews certificates."""
 
+import errno
 import ssl
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from .sockets import GatewaySocket
 __all__ = ["GatewayServer"]
 
 _ACCEPT_RETRY_SECONDS: Final = 0.1
+_PEER_IS_GONE: Final = (errno.ENOTCONN, errno.EINVAL, errno.ESRCH)
 _SAMPLE_SECONDS: Final = 1.0
 """Seconds between two audit entries that count the omitted ones."""
 
@@ -114,8 +116,9 @@ class GatewayServer:
         try:
             peer, process = _evidence(gateway, stream)
             remote = "" if gateway.is_unix else _remote(stream)
-        except OSError as error:  # the peer is gone already, or the agent has no descriptor left
-            log.info("connection.failed", listener=gateway.name, error=error.strerror or str(error))
+        except OSError as error:
+            if error.errno not in _PEER_IS_GONE:
+                log.error("accept.failed", listener=gateway.name, error=error.strerror or str(error))
             stream.socket.close()
             return
         is_tls = gateway.certificate is not None

@@ -31,7 +31,7 @@ OVERFLOW_GID: Final = _overflow("overflowgid")
 
 
 class HttpOrigin(NamedTuple):
-    """How a request came through a gateway, for its audit entry. It is no evidence, and grants do not depend on it.
+    """How a request came through a gateway, for its audit entry. Grants never depend on it.
 
     `scheme`: that of the signature, V1 or ACS3; empty for a request without one. `remote`: address and port, empty on a Unix
     socket. `claimed_access_key`: the ID that an unverified request names.

@@ -11,9 +11,9 @@ from ..authz.caller import Caller
 from ..peer import Process
 from ..peer.inspection import Inspector
 from ..state import ServerState
-from .dispatch import closing
 from .identity import Identity
 from .line import Line
+from .refusals import closing
 from .rounds import Rounds
 
 __all__ = ["LINGER", "Connection", "linger", "refuse"]

@@ -26,6 +26,7 @@ from ..peer import Peer
 from ..state import ServerState
 from ..telemetry.metrics import Metrics
 from .rate_limit import Rate
+from .refusals import error_fields, refusal
 from .request_id import new_request_id
 
 __all__ = [
@@ -37,8 +38,6 @@ __all__ = [
     "Message",
     "OffloadedJob",
     "ServerContext",
-    "closing",
-    "refusal",
 ]
 
 MAX_OFFLOADED: Final = 16
@@ -369,7 +368,7 @@ class Dispatcher:
             except Exception as failure:  # every result of a handler should be encodable
                 error = refusal(RuntimeError(f"the answer cannot be sent: {type(failure).__name__}"), request_id, entry)
         counters.requests_refused += 1
-        return encode(msgid, _error(error.code, error.message, request_id, error.http_status), None)
+        return encode(msgid, error_fields(error.code, error.message, request_id, error.http_status), None)
 
 
 def _audited(peer: Peer, request: CompletedRequest) -> AuditedRequest:
@@ -378,24 +377,3 @@ def _audited(peer: Peer, request: CompletedRequest) -> AuditedRequest:
     if isinstance(outcome, KmsError):
         return AuditedRequest(peer, request_id, started, entry, outcome.code)
     return AuditedRequest(peer, request_id, started, entry, "OK", blob_hash(outcome))
-
-
-def refusal(error: Exception, request_id: str, entry: AuditEntry) -> KmsError:
-    """Return the error to answer instead of a result. Logs an internal error.
-
-    The error is a new exception. A raised exception refers to every frame that it passed through, and so to a plaintext or to
-    a replaced keyring. If one of these frames refers to it in turn, they live until the next garbage collection.
-    """
-    if isinstance(error, KmsError):
-        return kms_error(error.code, message=error.message, http_status=error.http_status)
-    log.error("request.failed", request_id=request_id, operation=entry.operation, exc_info=error)
-    return kms_error("InternalFailure")
-
-
-def _error(code: str, message: str, request_id: str, http_status: int) -> dict[str, Any]:
-    return {"Code": code, "Message": message, "RequestId": request_id, "HttpStatus": http_status}
-
-
-def closing(code: str, message: str, http_status: int) -> bytes:
-    """Return the last message on a connection: an error without a message ID, which answers no single request."""
-    return wire.encode_response(None, _error(code, message, new_request_id(), http_status), None)

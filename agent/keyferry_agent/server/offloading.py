@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..state import ServerState
-from .dispatch import Exchange, OffloadedJob, refusal
+from .dispatch import Exchange, OffloadedJob
+from .refusals import refusal
 from .thread_pool import FairThreadPool
 
 __all__ = ["offload"]

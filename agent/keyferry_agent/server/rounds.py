@@ -22,9 +22,10 @@ import structlog
 import trio
 
 from ..state import MAX_BATCH
-from .dispatch import Dispatcher, ServerContext, closing
+from .dispatch import Dispatcher, ServerContext
 from .line import Line
 from .offloading import offload
+from .refusals import closing
 from .thread_pool import FairThreadPool
 
 __all__ = ["Rounds"]
