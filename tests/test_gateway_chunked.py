@@ -7,7 +7,7 @@ from urllib.parse import urlencode
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.gateway import NOBODY, Credentials, connect, prepare, serving_gateway, v1_parameters
+from support.gateway import UNKNOWN_ID, Credentials, connect, prepare, serving_gateway, v1_parameters
 
 from keyferry_agent.gateway.chunked import MAX_OVERHEAD_BYTES, ChunkedBody
 from keyferry_agent.gateway.head import MAX_BODY_BYTES, HeadReader
@@ -146,11 +146,11 @@ def test_a_chunked_request_is_served(tmp_path: Path) -> None:
     def form(credentials: Credentials) -> bytes:
         return urlencode(v1_parameters(credentials, "ListKeys", {"PageSize": "1"}, "POST")).encode()
 
-    nobody = Credentials(NOBODY, "a secret")
+    stranger = Credentials(UNKNOWN_ID, "a secret")
     with serving_gateway(prepared):
         connection = connect(prepared)
         outcomes = []
-        for credentials in (prepared.credentials, nobody, prepared.credentials):
+        for credentials in (prepared.credentials, stranger, prepared.credentials):
             body, headers = form(credentials), {"content-type": "application/x-www-form-urlencoded"}
             connection.request("POST", "/", iter([body[:10], body[10:]]), headers, encode_chunked=True)
             with connection.getresponse() as response:

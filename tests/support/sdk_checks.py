@@ -1,4 +1,4 @@
-"""What every SDK has to do against a gateway: its operations, its errors, and a repeated call."""
+"""Checks that each SDK passes against a gateway: its operations, its errors, and a repeated call."""
 
 import base64
 import os
@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from .agent import RunningAgent
-from .gateway import NOBODY, Credentials
+from .gateway import UNKNOWN_ID, Credentials
 from .sdk import Sdk, SdkError
 
 CONTEXT: Final = {"tenant": "7", "purpose": "磁盘 &=+%/ ~*'!", "quote": '"\\'}
@@ -159,7 +159,7 @@ def check_errors(sdk: Sdk, protocol: str, other: Credentials) -> None:
     sdk.client(protocol, other)
     assert sdk.call("DescribeKey", KeyId="alias/a")["KeyMetadata"]["KeyState"] == "Enabled"
     assert refused(sdk, "Encrypt", KeyId="alias/a", Plaintext="bW9yZQ==").code == "Forbidden.NoPermission"
-    sdk.client(protocol, Credentials(NOBODY, credentials.secret))
+    sdk.client(protocol, Credentials(UNKNOWN_ID, credentials.secret))
     error = refused(sdk, "ListKeys")
     assert (error.code, error.http_status) == ("InvalidAccessKeyId.NotFound", 404)
     sdk.client(protocol, Credentials(credentials.access_key_id, other.secret))
