@@ -11,7 +11,7 @@ from support.agent import PATIENCE
 from support.keyring import Command, opened, run
 from support.secrets import secret_file
 
-from keyferry_agent.keyring import access_key_edits
+from keyferry_agent.keyring import access_keys
 from keyferry_agent.keyring.access_key_edits import create_access_key
 from keyferry_agent.keyring.changes import log_of
 from keyferry_agent.keyring.document import Document
@@ -57,7 +57,7 @@ def test_ids_and_secrets_use_all_letters_and_digits() -> None:
         create_access_key(document)
     assert len({key.access_key_id for key in document.access_keys}) == 100
     assert len({bytes(key.secret) for key in document.access_keys}) == 100
-    assert {byte for key in document.access_keys for byte in key.secret} == set(access_key_edits._ALPHABET)
+    assert {byte for key in document.access_keys for byte in key.secret} == set(access_keys.ALPHABET)
 
 
 def test_access_keys_are_listed_without_secrets(

@@ -10,7 +10,7 @@ _shtab_keyferry_agent_keyring_subparsers=(init reseal recipients add-recipient r
 _shtab_keyferry_agent_gateway_subparsers=(certificate)
 _shtab_keyferry_agent_subparsers=(run unseal check fingerprint explain audit keyring gateway)
 
-_shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev --alias)
+_shtab_keyferry_agent_run_option_strings=(-h --help --config --socket --keyring --unseal --dev --alias --gateway)
 _shtab_keyferry_agent_unseal_option_strings=(-h --help --secret --socket)
 _shtab_keyferry_agent_check_option_strings=(-h --help --systemd)
 _shtab_keyferry_agent_fingerprint_option_strings=(-h --help)

@@ -531,6 +531,7 @@ _shtab_keyferry_agent_run_options=(
   "--unseal[the secret that opens it\: an age or SSH identity, or a passphrase file]:FILE:_files"
   "--dev[development mode\: a keyring in memory only (alias\/dev, alias\/dev-sm4), and full access for the current user]"
   "*--alias[with --dev, a further key with this alias\; SPEC is Aliyun_AES_256 (default) or Aliyun_SM4]:ALIAS[=SPEC]:"
+  "--gateway[with --dev, a gateway for the cloud\'s SDKs, like 127.0.0.1\:8461, and an access key, which is printed]:ADDRESS:PORT:"
 )
 
 # guard to ensure default positional specs are added only once per session

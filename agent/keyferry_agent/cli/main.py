@@ -13,10 +13,13 @@ from keyferry.protocol.rpc import DEFAULT_SOCKET, default_socket, pem_to_der
 from keyferry.stdout import complain, say, show
 
 from .. import __version__
-from ..config.options import Options, StartError
+from ..config import validators
+from ..config.gateways import Gateway
+from ..config.options import DevelopmentGateway, Options, StartError
 from ..crypto.ciphertext_blob import KEY_SIZES
 from ..crypto.public_key import PublicKeyError, check_rsa_2048, check_sm2, fingerprint
 from ..daemon.daemon import run_daemon
+from ..keyring.access_keys import new_access_key_id
 from ..keyring.document import KeyringError, check_alias
 from ..telemetry import logging_setup
 from . import check, explain, gateway, unseal
@@ -66,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ALIAS[=SPEC]",
         help="with --dev, a further key with this alias; SPEC is Aliyun_AES_256 (default) or Aliyun_SM4",
     )
+    run.add_argument(
+        "--gateway",
+        type=_loopback,
+        metavar="ADDRESS:PORT",
+        help="with --dev, a gateway for the cloud's SDKs, like 127.0.0.1:8461, and an access key, which is printed",
+    )
     run.set_defaults(run=_run, wrong_usage=run.error)
 
     unseal.add_parser(commands)
@@ -96,6 +105,16 @@ def _alias(text: str) -> tuple[str, str]:
     return alias, key_spec or next(iter(KEY_SIZES))
 
 
+def _loopback(text: str) -> str:
+    """Return an address and a port that only this host can reach."""
+    try:
+        if not text.startswith("/") and Gateway(listen=validators.remote_address(text)).is_loopback:
+            return text
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a loopback address and a port, like 127.0.0.1:8461")
+
+
 def _run(arguments: argparse.Namespace) -> int:
     aliases = dict(arguments.alias)
     if aliases and not arguments.dev:
@@ -104,6 +123,8 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     if len(aliases) < len(arguments.alias):
         arguments.wrong_usage("--alias: the same alias twice; name each alias once")
+    if arguments.gateway and not arguments.dev:
+        arguments.wrong_usage("--gateway needs --dev; a [[gateway]] table of the configuration opens one without it")
     logging_setup.configure()
     path = arguments.socket
     if path is None and arguments.dev and os.environ.get("KEYFERRY_SOCKET"):
@@ -117,6 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 unseal=arguments.unseal,
                 dev=arguments.dev,
                 aliases=aliases,
+                gateway=DevelopmentGateway(arguments.gateway, new_access_key_id()) if arguments.gateway else None,
             )
         )
     except* StartError as errors:

@@ -4,15 +4,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..authz.grants import Grant
-from . import grant_files
+from . import gateways, grant_files
 from .settings import Settings, SettingsError, read
 
-__all__ = ["Options", "StartError"]
+__all__ = ["DevelopmentGateway", "Options", "StartError"]
 
 _DEV_GRANT: Final = "dev"
+_DEV_GATEWAY: Final = "dev-gateway"
+"""The name of the gateway of `--gateway`, and of the grant to its access key."""
+
+
+class DevelopmentGateway(NamedTuple):
+    """The gateway of `--dev`, and the ID of the access key that everything is granted to."""
+
+    listen: str
+    access_key_id: str
 
 
 class StartError(Exception):
@@ -31,6 +40,7 @@ class Options:
         unseal: Path | None,
         dev: bool,
         aliases: Mapping[str, str] | None = None,
+        gateway: DevelopmentGateway | None = None,
     ) -> None:
         self.config = config
         self._socket = socket
@@ -38,6 +48,7 @@ class Options:
         self._unseal = unseal
         self.dev = dev
         self._aliases = aliases or {}
+        self._gateway = gateway
 
     def settings(self) -> Settings:
         """Read the configuration, and override it with the options. Raises `SettingsError`."""
@@ -61,6 +72,8 @@ class Options:
                 grants=(*settings.grants, grant),
                 development_aliases=self._aliases,
             )
+        if self._gateway:
+            settings = _with_gateway(settings, self._gateway)
         return settings
 
     def files(self, settings: Settings) -> list[Path]:
@@ -69,3 +82,18 @@ class Options:
         certificates = [path for gateway in settings.gateways for path in gateway.files]
         paths = (self.config, folder, settings.keyring, settings.unseal)
         return [*(path for path in paths if path is not None), *certificates]
+
+
+def _with_gateway(settings: Settings, added: DevelopmentGateway) -> Settings:
+    """Return settings with a further gateway on http, whose access key may do everything. Raises `SettingsError`."""
+    gateway = gateways.Gateway(name=_DEV_GATEWAY, listen=added.listen)
+    names = [listener.name for listener in settings.listeners]
+    if problems := gateways.problems([*settings.gateways, gateway], names, []):
+        raise SettingsError([f"--gateway: {problem}" for _, problem in problems])
+    grant = Grant(_DEV_GATEWAY, {"access_key": added.access_key_id}, ("kms:*",), ("*",))
+    return replace(
+        settings,
+        gateways=(*settings.gateways, gateway),
+        grants=(*settings.grants, grant),
+        development_access_key=added.access_key_id,
+    )

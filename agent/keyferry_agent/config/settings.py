@@ -105,6 +105,8 @@ class Settings:
     """Store the keyring's memory with the service manager, so that a restart does not need the unseal secret."""
     development_aliases: Mapping[str, str] | None = None
     """Further aliases of the keyring that `--dev` generates, and their key specs; None without `--dev`."""
+    development_access_key: str = ""
+    """The ID of the access key that `--dev` generates for the gateway of `--gateway`; empty without it."""
     metrics: str = ""
     """The address of metrics: the path of a socket, or ADDRESS:PORT. If it is empty, metrics are not served."""
     limits: Limits = Limits()

@@ -17,6 +17,7 @@ import trio
 
 from keyferry import libcrypto, private_files
 from keyferry.secret import SecretMemoryError
+from keyferry.stdout import show
 
 from .. import __version__, process_hardening
 from ..audit import AuditLog
@@ -38,7 +39,7 @@ from ..server import unix_sockets
 from ..server.server import Server
 from ..state import ServerState, locked_memory_needed
 from ..telemetry.metrics import Metrics, MetricsError
-from . import unsealing
+from . import development, unsealing
 from .file_stats import FileStats, read_settings, stat_files
 from .file_watcher import FileWatcher
 from .reload import Reloader
@@ -248,6 +249,8 @@ async def _serve(
                 nursery.start_soon(server.serve_own, far)
                 nursery.start_soon(feed_watchdog, manager, near, agent.status)
             manager.ready(agent.status())
+            if introduction := development.introduction(agent.settings, agent.keyring):
+                show("keyferry-agent", introduction)
             log.info(
                 "agent.serving",
                 version=__version__,

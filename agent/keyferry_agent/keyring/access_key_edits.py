@@ -1,35 +1,26 @@
 """Changes to the access keys of a keyring's document. Each change is complete, or leaves the document unchanged."""
 
-import secrets
-import string
 from typing import Final
 
-from .access_keys import AccessKeyEntry, check_access_key_id, check_secret
+from .access_keys import (
+    AccessKeyEntry,
+    check_access_key_id,
+    check_secret,
+    new_access_key_id,
+    new_secret,
+    random_text,
+)
 from .document import Document, KeyringError, check_description, now
 
 __all__ = ["create_access_key", "delete_access_key", "disable_access_key", "enable_access_key", "import_access_key"]
 
-_ALPHABET: Final = (string.ascii_letters + string.digits).encode()
-_PREFIX: Final = "LTAI"
-_TEMPORARY_PREFIX: Final = "STS."
-"""The cloud's IDs of access keys and of temporary credentials begin so."""
-_ID_LENGTH: Final = 20
-"""Characters of an ID after its prefix."""
-_SECRET_LENGTH: Final = 30
-"""Characters of a secret, as in the cloud: 178 bits."""
 _TOKEN_LENGTH: Final = 64
 
 
 def create_access_key(document: Document, *, token: bool = False, description: str = "") -> AccessKeyEntry:
     """Add a fresh access key, and with `token` one that also has a SecurityToken. Raises `KeyringError`."""
-    prefix = _TEMPORARY_PREFIX if token else _PREFIX
-    return _add(
-        document,
-        f"{prefix}{_random(_ID_LENGTH).decode()}",
-        _random(_SECRET_LENGTH),
-        _random(_TOKEN_LENGTH) if token else bytearray(),
-        description,
-    )
+    token_text = random_text(_TOKEN_LENGTH) if token else bytearray()
+    return _add(document, new_access_key_id(temporary=token), new_secret(), token_text, description)
 
 
 def import_access_key(
@@ -79,8 +70,3 @@ def _find(document: Document, access_key_id: str) -> AccessKeyEntry:
         if access_key.access_key_id == access_key_id:
             return access_key
     raise KeyringError(f"the keyring has no access key {access_key_id!r}; `list-access-keys` prints those that it has")
-
-
-def _random(length: int) -> bytearray:
-    """Return random letters and digits from the kernel, each with the same probability."""
-    return bytearray(secrets.choice(_ALPHABET) for _ in range(length))

@@ -1,16 +1,36 @@
 """Access keys in a keyring's document: the credentials by which callers of a gateway sign their requests."""
 
 import re
+import secrets
+import string
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from .description import AccessKeyDescription
 from .reading import KeyringError, ObjectReader, check_description
 
-__all__ = ["ACTIVE", "INACTIVE", "AccessKeyEntry", "check_access_key_id", "check_secret"]
+__all__ = [
+    "ACTIVE",
+    "INACTIVE",
+    "SECRET_LENGTH",
+    "AccessKeyEntry",
+    "check_access_key_id",
+    "check_secret",
+    "new_access_key_id",
+    "new_secret",
+    "random_text",
+]
 
 ACTIVE: Final = "Active"
 INACTIVE: Final = "Inactive"
+ALPHABET: Final = (string.ascii_letters + string.digits).encode()
+_PREFIX: Final = "LTAI"
+_TEMPORARY_PREFIX: Final = "STS."
+"""The cloud's IDs of access keys and of temporary credentials begin so."""
+_ID_LENGTH: Final = 20
+"""Characters of an ID after its prefix."""
+SECRET_LENGTH: Final = 30
+"""Characters of a secret, as in the cloud: 178 bits."""
 _ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SECRET: Final = re.compile(rb"[!-~]{16,128}")
 """Printable ASCII without white space, so that a secret can be copied from a line of text."""
@@ -69,6 +89,22 @@ class AccessKeyEntry:
         reader.done()
         check_description(entry.description)
         return entry
+
+
+def new_access_key_id(*, temporary: bool = False) -> str:
+    """Return the ID of a new access key, or of new temporary credentials."""
+    prefix = _TEMPORARY_PREFIX if temporary else _PREFIX
+    return f"{prefix}{random_text(_ID_LENGTH).decode()}"
+
+
+def new_secret() -> bytearray:
+    """Return the secret of a new access key."""
+    return random_text(SECRET_LENGTH)
+
+
+def random_text(length: int) -> bytearray:
+    """Return random letters and digits from the kernel, each with the same probability."""
+    return bytearray(secrets.choice(ALPHABET) for _ in range(length))
 
 
 def check_access_key_id(text: str, where: str = "") -> str:

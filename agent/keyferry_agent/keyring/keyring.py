@@ -12,6 +12,7 @@ from typing import Final
 from keyferry.secret import Backing, Secret, SecretMemory, fill_random
 
 from ..crypto.ciphertext_blob import KEY_SIZES
+from .access_keys import SECRET_LENGTH, new_secret
 from .description import (
     RECEIPT_MATERIAL_BYTES,
     AccessKeyDescription,
@@ -229,12 +230,16 @@ def build_keyring(description: KeyringDescription, fill: Callable[[memoryview], 
     return Keyring(keys, memory, memory.allocate(CHECK_SIZE), access_keys, receipt_keys)
 
 
-def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str, str] | None = None) -> Keyring:
+def development_keyring(
+    *, backing: Backing, require: bool, aliases: Mapping[str, str] | None = None, access_key_id: str = ""
+) -> Keyring:
     """Return the keyring of `--dev`: fresh keys that are not stored anywhere.
 
-    `aliases`: further aliases and their key specs, besides `DEVELOPMENT_ALIASES`.
+    `aliases`: further aliases and their key specs, besides `DEVELOPMENT_ALIASES`. `access_key_id`: the ID of an access key with
+    a fresh secret; without it, the keyring has no access key.
     """
     keys = []
+    fillers: list[Callable[[memoryview], None]] = []
     for alias, key_spec in {**DEVELOPMENT_ALIASES, **(aliases or {})}.items():
         version = VersionDescription(new_id(), now())
         description = "made for development; gone when the agent stops"
@@ -243,12 +248,25 @@ def development_keyring(*, backing: Backing, require: bool, aliases: Mapping[str
                 new_id(), key_spec, version.created, version.version_id, (version,), (alias,), description=description
             )
         )
-    content = KeyringDescription(tuple(keys))
-    keyring = build_keyring(
-        content, fill_random, SecretMemory(required_bytes(content), backing=backing, require=require)
-    )
+        fillers.append(fill_random)
+    access_keys = []
+    if access_key_id:
+        access_keys.append(AccessKeyDescription(access_key_id, now(), True, "", SECRET_LENGTH, 0))
+        fillers.append(_fill_secret)
+    content = KeyringDescription(tuple(keys), tuple(access_keys))
+    memory = SecretMemory(required_bytes(content), backing=backing, require=require)
+
+    def fill(view: memoryview) -> None:
+        fillers.pop(0)(view)
+
+    keyring = build_keyring(content, fill, memory)
     keyring.source = DEVELOPMENT
     return keyring
+
+
+def _fill_secret(view: memoryview) -> None:
+    """Write the secret of a new access key, with an `&` after it."""
+    view[:] = new_secret() + b"&"
 
 
 def sealed_keyring(*, backing: Backing, require: bool) -> Keyring:

@@ -52,7 +52,12 @@ def load_keyring(
     """
     require, backing = settings.memory == "require", settings.memory_backing
     if settings.development_aliases is not None:
-        return development_keyring(backing=backing, require=require, aliases=settings.development_aliases)
+        return development_keyring(
+            backing=backing,
+            require=require,
+            aliases=settings.development_aliases,
+            access_key_id=settings.development_access_key,
+        )
     unseal = _STANDARD_INPUT if secret is not None else settings.unseal
     if settings.keyring is None or unseal is None:
         setting = "keyring" if settings.keyring is None else "unseal"
