@@ -26,6 +26,7 @@ from support.gateway import (
 from support.sdk import PYTHON, SCRIPTS, Kind, LossyRelay, Sdk, python_sdks, running
 from support.sdk_checks import WrappingKey, check_audit, check_errors, check_operations, refused
 from support.skip_unless import ROOT
+from support.small_oss import SmallOss, small_oss
 
 PROTOCOLS = {"http": "plain", "https": "tls"}
 """The protocols, and the names of their gateways."""
@@ -163,27 +164,33 @@ def test_sdks_go_on_after_a_restart_of_the_agent(tmp_path: Path) -> None:
 @python_sdks()
 def test_oss2_encrypts_objects_with_data_keys(gateways: Gateways, passphrase: str) -> None:
     """Objects of a CryptoBucket are stored as ciphertexts, and read back whole and in part."""
-    outcome = crypto_bucket(gateways, passphrase=passphrase)
-    assert outcome["read"] == {"empty": True, "short": True, "long": True}
-    assert outcome["part"]
-    assert outcome["leaked"] == []
-    assert "x-oss-meta-client-side-encryption-key" in outcome["stored"]["/bucket/short"]
+    with small_oss() as storage:
+        outcome = crypto_bucket(gateways, storage, passphrase=passphrase)
+    assert outcome == {"read": {"empty": True, "short": True, "long": True}, "part": True}
+    metadata, content = storage.stored["/bucket/short"]
+    assert "x-oss-meta-client-side-encryption-key" in metadata
+    assert len(content) == len("an object\n")
+    assert b"object" not in content
 
 
 @python_sdks()
 def test_oss2_raises_the_error_of_the_agent(gateways: Gateways) -> None:
     """An access key without a grant for the key cannot store objects."""
     limited = gateways.limited
-    outcome = crypto_bucket(gateways, access_key_id=limited.access_key_id, access_key_secret=limited.secret)
+    with small_oss() as storage:
+        names = {"access_key_id": limited.access_key_id, "access_key_secret": limited.secret}
+        outcome = crypto_bucket(gateways, storage, **names)
+    assert storage.stored == {}
     assert (outcome["error"]["Code"], outcome["error"]["HttpStatus"]) == ("Forbidden.NoPermission", 403)
 
 
-def crypto_bucket(gateways: Gateways, **settings: str) -> dict[str, Any]:
+def crypto_bucket(gateways: Gateways, storage: SmallOss, **settings: str) -> dict[str, Any]:
     """Return the outcome of the program with oss2, which has no other way to name the authority than the environment."""
     prepared = gateways.prepared
     credentials = prepared.credentials
     asked = {
         "host": f"127.0.0.1:{prepared.https_port}",
+        "oss": storage.endpoint,
         "key": "alias/a",
         "access_key_id": credentials.access_key_id,
         "access_key_secret": credentials.secret,

@@ -228,8 +228,8 @@ def running(kind: Kind, prepared: Prepared, ca: Path | None = None) -> Iterator[
         sdk.close()
 
 
-def built_go(folder: Path) -> Kind:
-    """Build the program in Go in a folder, and return its kind; skips where Go or its modules are missing."""
+def build_go(source: Path, program: Path) -> None:
+    """Build a program in Go, with the modules of tests/foreign/sdk/go; skips where Go or the modules are missing."""
     module = GO / "github.com" / "alibabacloud-go" / "kms-20160120"
     if shutil.which("go") is None or not module.exists():
         pytest.skip(f"needs {module.relative_to(ROOT)}, {PROVIDE}, and go")
@@ -241,9 +241,17 @@ def built_go(folder: Path) -> Kind:
         "CGO_ENABLED": "0",
         "GOFLAGS": "-mod=readonly -modcacherw -buildvcs=false",
     }
-    command = ["go", "build", "-o", str(folder / "sdk"), "."]
-    subprocess.run(command, cwd=PROGRAMS / "go", env=environment, check=True)
-    return replace(JAVA_SDK, name="go-v2", command=[str(folder / "sdk")], needs=module)
+    modfile = f"-modfile={PROGRAMS / 'go' / 'go.mod'}"
+    subprocess.run(
+        ["go", "build", modfile, "-o", str(program), str(source)], cwd=PROGRAMS / "go", env=environment, check=True
+    )
+
+
+def built_go(folder: Path) -> Kind:
+    """Build the program in Go in a folder, and return its kind; skips where Go or its modules are missing."""
+    program = folder / "sdk"
+    build_go(PROGRAMS / "go" / "sdk.go", program)
+    return replace(JAVA_SDK, name="go-v2", command=[str(program)], needs=program)
 
 
 class LossyRelay:

@@ -3,11 +3,14 @@
 Their first start compiles for up to a minute. The SDKs for Python and Node: tests/test_gateway_sdks.py.
 """
 
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.agent import RunningAgent
+from support import sdk_page
+from support.agent import PATIENCE, RunningAgent
 from support.gateway import (
     Credentials,
     Prepared,
@@ -17,7 +20,8 @@ from support.gateway import (
     prepare,
     serving_gateway,
 )
-from support.sdk import JAVA_SDK, Kind, LossyRelay, Sdk, built_go, running
+from support.keyring import change
+from support.sdk import JAVA, JAVA_SDK, Kind, LossyRelay, Sdk, build_go, built_go, running
 from support.sdk_checks import WrappingKey, check_audit, check_errors, check_operations, refused
 
 PROTOCOLS = {"http": "plain", "https": "tls"}
@@ -107,3 +111,24 @@ def test_sdk_refuses_a_gateway_of_another_authority(
         error = refused(program, "ListKeys")
         assert error.request_id == ""
         assert "certif" in str(error).lower() or "PKIX" in str(error)
+
+
+@pytest.mark.parametrize("language", ["java", "go"])
+def test_a_block_of_the_page_is_a_whole_program(language: str, tmp_path: Path) -> None:
+    """docs/how-to/use-the-alibaba-sdk.md: it decrypts what it has made, with the SDK as it is installed."""
+    prepared = prepare(tmp_path)
+    change(prepared.keyring, "create-key", "--alias", "alias/orders")
+    (code,) = sdk_page.blocks(language)
+    source, program = tmp_path / f"Orders.{language}", tmp_path / "orders"
+    source.write_text(sdk_page.on(code, prepared))
+    if language == "go":
+        build_go(source, program)
+        command = [str(program)]
+    elif JAVA_SDK.missing:
+        pytest.skip(JAVA_SDK.missing)
+    else:
+        command = ["java", "-cp", f"{JAVA}/*", str(source)]
+    environment = {**os.environ, **sdk_page.environment(prepared)}
+    with serving_gateway(prepared):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment, check=False)
+    assert done.stdout == "true\n", done.stderr
