@@ -20,7 +20,8 @@ SYSTEMCTL = r"""#!/bin/sh
 for last; do :; done
 case $last in
 *.service) printf '%s\n' "LoadState=${LOADED-loaded}" "Wants=$WANTS tmp.mount" Requires= "TriggeredBy=$TRIGGERED" \
-    RuntimeDirectory=keyferry-agent LogsDirectory=keyferry ProtectSystem=strict ReadWritePaths= ;;
+    RuntimeDirectory=keyferry-agent LogsDirectory=keyferry ProtectSystem=strict ReadWritePaths= \
+    "PrivateNetwork=${PRIVATE-yes}" "RestrictAddressFamilies=${FAMILIES-AF_UNIX}" ;;
 *) printf '%s\n' "$SOCKETS" ;;
 esac
 """
@@ -202,6 +203,44 @@ def test_faults_that_stop_the_service_are_errors(
     code, _, err = check(capsys, "--systemd", config)
     assert code == (0 if problem is None else 1)
     assert problem is None or problem in "\n".join(err)
+
+
+GATEWAY = "Id=kf.socket\nActiveState=active\nFileDescriptorName={name}\nListen=127.0.0.1:8461 (Stream)"
+
+
+@pytest.mark.parametrize(
+    ("variables", "good"),
+    [
+        ({}, False),
+        ({"SOCKETS": GATEWAY.format(name="kms")}, True),
+        ({"SOCKETS": GATEWAY.format(name="kf")}, True),
+        ({"SOCKETS": GATEWAY.format(name="kf").replace("8461", "8462")}, False),
+        ({"PRIVATE": "no"}, False),
+        ({"FAMILIES": "AF_INET6 AF_INET AF_UNIX"}, False),
+        ({"PRIVATE": "no", "FAMILIES": "AF_INET6 AF_INET AF_UNIX"}, True),
+        ({"PRIVATE": "no", "FAMILIES": "~AF_PACKET"}, True),
+        ({"PRIVATE": "no", "FAMILIES": "~"}, True),
+    ],
+)
+def test_a_gateway_needs_a_socket_unit_or_a_network(
+    config: Path,
+    systemctl: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    good: bool,
+) -> None:
+    """The shipped service may open no port itself. A socket belongs to the gateway with its name, or with its address."""
+    sockets = [DEFAULT.format(path="/run/keyferry/agent.sock"), *variables.pop("SOCKETS", "").split("\n\n")]
+    systemctl.setenv("SOCKETS", "\n\n".join(filter(None, sockets)))
+    for name, value in variables.items():
+        systemctl.setenv(name, value)
+    config.write_text(
+        f"{config.read_text().replace(str(config.parent / 'agent.sock'), '/run/keyferry/agent.sock')}"
+        '[[gateway]]\nname = "kms"\nlisten = "127.0.0.1:8461"\n'
+    )
+    code, _, err = check(capsys, "--systemd", config)
+    assert code == (0 if good else 1)
+    assert good or "127.0.0.1:846" in "".join(err)
 
 
 @pytest.mark.parametrize("name", ["keyferry.unseal", "other"])

@@ -109,8 +109,12 @@ def _importable(name: str) -> bool:
 
 def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
     """Return messages about problems with inherited sockets, and with those that the agent has to create."""
-    names = {gateway.name for gateway in settings.gateways}
-    given = [(unit_socket.name, unit_socket.path) for unit_socket in unit.sockets if unit_socket.name not in names]
+    names = {text for gateway in settings.gateways for text in (gateway.name, gateway.listen)}
+    given = [
+        (unit_socket.name, unit_socket.path)
+        for unit_socket in unit.sockets
+        if not {unit_socket.name, str(unit_socket.path)} & names
+    ]
     try:
         assignment = unix_sockets.assign(settings.listeners, given)
     except unix_sockets.ListeningError as error:
@@ -119,11 +123,21 @@ def _sockets(settings: Settings, unit: systemd_units.Unit) -> list[str]:
     passed = {*assignment, *(unit_socket.name for unit_socket in unit.sockets)}
     places = [(f"listener {listener.name!r}", listener.name, listener.path) for listener in settings.listeners]
     places += [(f"gateway {entry.name!r}", entry.name, entry.path) for entry in settings.gateways if entry.is_unix]
+    passed |= {str(unit_socket.path) for unit_socket in unit.sockets}
+    ports = [entry for entry in settings.gateways if not entry.is_unix and not {entry.name, entry.listen} & passed]
     return [
-        f"{place}: {problem}; {hint}"
-        for place, name, path in places
-        if name not in passed
-        for problem in _unwritable(path, unit)
+        *(
+            f"{place}: {problem}; {hint}"
+            for place, name, path in places
+            if name not in passed
+            for problem in _unwritable(path, unit)
+        ),
+        *(
+            f"gateway {entry.name!r}: {systemd_units.SERVICE} has no network and no enabled socket unit has "
+            f"{entry.listen}; enable systemd/examples/keyferry-gateway.socket with FileDescriptorName={entry.name}"
+            for entry in ports
+            if not unit.has_network
+        ),
     ]
 
 

@@ -20,7 +20,7 @@ _FOLDERS: Final = {
 """A unit's settings for folders that systemd makes, owned by the service's user, and their parent folders."""
 _CREDENTIAL: Final = re.compile(r"^\s*(?:Load|Set)Credential(?:Encrypted)?\s*=\s*([^:\s]+)", re.MULTILINE)
 """Credentials in a unit's text: systemd 252 shows the property itself as "[unprintable]"."""
-_PROTECTION: Final = ("ProtectSystem", "ReadWritePaths")
+_PROTECTION: Final = ("ProtectSystem", "ReadWritePaths", "PrivateNetwork", "RestrictAddressFamilies")
 _LISTENS: Final = {"active", "activating"}
 
 
@@ -46,6 +46,8 @@ class Unit:
     writable: tuple[Path, ...] | None = None
     """All folders that the service may write to; None if only its user's permissions restrict it."""
     credentials: frozenset[str] = frozenset()
+    has_network: bool = True
+    """Whether the service may open ports that other processes of this host can reach."""
     is_known: bool = field(default=False)
 
     def makes(self, path: Path) -> bool:
@@ -85,8 +87,15 @@ def read() -> Unit:
         tuple(folders),
         writable,
         credentials,
+        has_network=_has_network(unit_properties),
         is_known=True,
     )
+
+
+def _has_network(unit_properties: dict[str, str]) -> bool:
+    families = unit_properties.get("RestrictAddressFamilies", "").split()
+    is_list_of_allowed = bool(families) and not families[0].startswith("~")
+    return unit_properties.get("PrivateNetwork") != "yes" and ("AF_INET" in families or not is_list_of_allowed)
 
 
 def _sockets(names: list[str], required_names: set[str]) -> tuple[Socket, ...]:

@@ -1,5 +1,6 @@
 """The sockets of gateways: inherited from the service manager, or created, on TCP and on Unix sockets."""
 
+import errno
 import socket
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -88,7 +89,10 @@ def _check_given(gateway: Gateway, sock: socket.socket) -> None:
 def _bind(gateway: Gateway) -> socket.socket:
     address, port = gateway.address
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _not_listening(gateway, error) from None
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a restart does not wait for old connections
         if family == socket.AF_INET6:
@@ -97,10 +101,16 @@ def _bind(gateway: Gateway) -> socket.socket:
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise ListeningError(
-            f"the gateway {gateway.name!r} cannot listen on {gateway.listen}: {error.strerror}"
-        ) from None
+        raise _not_listening(gateway, error) from None
     return sock
+
+
+def _not_listening(gateway: Gateway, error: OSError) -> ListeningError:
+    """Return the error for a socket that cannot be opened. The shipped unit forbids network sockets."""
+    hint = ""
+    if error.errno == errno.EAFNOSUPPORT:
+        hint = "; under systemd, enable systemd/examples/keyferry-gateway.socket, which opens the port for the agent"
+    return ListeningError(f"the gateway {gateway.name!r} cannot listen on {gateway.listen}: {error.strerror}{hint}")
 
 
 def _is_at(gateway: Gateway, sock: socket.socket) -> bool:
