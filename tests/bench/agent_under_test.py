@@ -97,16 +97,27 @@ def _configuration(folder: Path, grants: int) -> str:
     return "\n".join(lines)
 
 
+def _nothing(_folder: Path) -> str:
+    return ""
+
+
 @contextmanager
 def agent_starter(
-    *, keys: int = KEYS, grants: int = GRANTS, cores: frozenset[int] = SERVER
+    *,
+    keys: int = KEYS,
+    grants: int = GRANTS,
+    cores: frozenset[int] = SERVER,
+    more: Callable[[Path], str] = _nothing,
 ) -> Iterator[Callable[[], AbstractContextManager[AgentUnderTest]]]:
-    """Yield a starter that runs an agent on its core for the time of a `with` block."""
+    """Yield a starter that runs an agent on its core for the time of a `with` block.
+
+    `more` gets the folder of `keyring.age` and its `identity`, and returns tables for the end of the configuration.
+    """
     with tempfile.TemporaryDirectory(prefix="keyferry-bench-") as name:
         folder = Path(name)
         aliases = _keyring(folder, keys)
         config = folder / "agent.toml"
-        config.write_text(_configuration(folder, grants))
+        config.write_text(f"{_configuration(folder, grants)}\n{more(folder)}")
 
         @contextmanager
         def start() -> Iterator[AgentUnderTest]:

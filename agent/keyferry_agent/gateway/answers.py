@@ -1,8 +1,10 @@
 """Answers of the gateway: results and errors as JSON or XML, and the HTTP response around them. No I/O."""
 
 import json
+import time
 from collections.abc import Iterator, Mapping
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final
 from xml.sax.saxutils import escape
@@ -19,6 +21,8 @@ __all__ = ["ResponseEncoder"]
 _OK: Final = 200
 _CONTENT_TYPES: Final = {XML: "text/xml;charset=utf-8"}
 _JSON_TYPE: Final = "application/json;charset=utf-8"
+_encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Made once: `json.dumps` would make an encoder for each answer."""
 
 
 class ResponseEncoder:
@@ -64,11 +68,11 @@ class ResponseEncoder:
         if self.format == XML:
             body = f"<?xml version='1.0' encoding='UTF-8'?><{root}>{''.join(_xml(content))}</{root}>".encode()
         else:
-            body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+            body = _encode_json(content).encode("utf-8", "replace")
         headers = [
             ("Content-Type", _CONTENT_TYPES.get(self.format, _JSON_TYPE)),
             ("Content-Length", str(len(body))),
-            ("Date", formatdate(usegmt=True)),
+            ("Date", _date(int(time.time()))),
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
             ("x-acs-request-id", request_id),
@@ -79,6 +83,12 @@ class ResponseEncoder:
         response = h11.Response(status_code=status, headers=headers, reason=reason)
         head = self._connection.send(response) or b""
         return head if self._is_head else head + body
+
+
+@lru_cache(maxsize=1)
+def _date(seconds: int) -> str:
+    """Return a time in seconds since 1970 in the form of HTTP."""
+    return formatdate(seconds, usegmt=True)
 
 
 def _xml(content: Mapping[str, Any]) -> Iterator[str]:

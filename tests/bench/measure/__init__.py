@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Final
 
 from ..run_context import Session
-from . import client, fairness, footprint, latency, module, scale, sm2, throughput
+from . import client, fairness, footprint, gateway, latency, module, scale, sm2, throughput
 from . import peers as others
 
 __all__ = ["PARTS"]
@@ -13,6 +13,7 @@ PARTS: Final[dict[str, Callable[[Session], None]]] = {
     "throughput": throughput.run,
     "sm2": sm2.run,
     "client": client.run,
+    "gateway": gateway.run,
     "latency": latency.run,
     "fairness": fairness.run,
     "scale": scale.run,
