@@ -9,8 +9,6 @@ from http import HTTPStatus
 from typing import Any, Final
 from xml.sax.saxutils import escape
 
-import h11
-
 from keyferry.errors import KmsError
 
 from .authentication import XML
@@ -21,6 +19,7 @@ __all__ = ["ResponseEncoder"]
 _OK: Final = 200
 _CONTENT_TYPES: Final = {XML: "text/xml;charset=utf-8"}
 _JSON_TYPE: Final = "application/json;charset=utf-8"
+_CLOSE: Final = "Connection: close\r\n"
 _encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 """Made once: `json.dumps` would make an encoder for each answer."""
 
@@ -33,7 +32,6 @@ class ResponseEncoder:
     """
 
     def __init__(self, head: Head | None, *, keep_alive: bool) -> None:
-        self._connection = h11.Connection(h11.SERVER) if head is None else head.connection
         self._is_head = head is not None and head.method == "HEAD"
         self.keep_alive = keep_alive
         self.format = ""
@@ -69,19 +67,16 @@ class ResponseEncoder:
             body = f"<?xml version='1.0' encoding='UTF-8'?><{root}>{''.join(_xml(content))}</{root}>".encode()
         else:
             body = _encode_json(content).encode("utf-8", "replace")
-        headers = [
-            ("Content-Type", _CONTENT_TYPES.get(self.format, _JSON_TYPE)),
-            ("Content-Length", str(len(body))),
-            ("Date", _date(int(time.time()))),
-            ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"),
-            ("x-acs-request-id", request_id),
-        ]
-        if not self.keep_alive:
-            headers.append(("Connection", "close"))
-        reason = HTTPStatus(status).phrase.encode()
-        response = h11.Response(status_code=status, headers=headers, reason=reason)
-        head = self._connection.send(response) or b""
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+            f"Content-Type: {_CONTENT_TYPES.get(self.format, _JSON_TYPE)}\r\n"
+            f"Content-Length: {len(body)}\r\n"
+            f"Date: {_date(int(time.time()))}\r\n"
+            "Cache-Control: no-store\r\n"
+            "X-Content-Type-Options: nosniff\r\n"
+            f"x-acs-request-id: {request_id}\r\n"
+            f"{'' if self.keep_alive else _CLOSE}\r\n"
+        ).encode("ascii")
         return head if self._is_head else head + body
 
 

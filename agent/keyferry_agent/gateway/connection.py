@@ -2,7 +2,6 @@
 
 from typing import Final, TypeAlias
 
-import h11
 import structlog
 import trio
 
@@ -25,6 +24,7 @@ MAX_HELD_BYTES: Final = 16 * 1024 * 1024
 _FIRST_READ_BYTES: Final = 4_096
 """Bytes to read where a request begins: enough for most. Freed memory is cleared, so that a larger buffer costs more time."""
 _READ_BYTES: Final = 65_536
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 HttpStream: TypeAlias = "trio.SocketStream | trio.SSLStream[trio.SocketStream]"
 
@@ -127,10 +127,9 @@ class HttpConnection:
         if not head.body_bytes and not head.is_chunked:
             return b""
         needed_bytes = 1 if head.is_chunked else head.body_bytes
-        if head.expects_continue and len(self._reader.buffer) < needed_bytes:
-            interim = head.connection.send(h11.InformationalResponse(status_code=100, headers=[]))
-            if not await self._send(interim or b""):
-                return None
+        waits = head.expects_continue and len(self._reader.buffer) < needed_bytes
+        if waits and not await self._send(_CONTINUE):
+            return None
         with trio.move_on_after(self._timeout()):
             while (body := self._reader.take_body(head)) is None:
                 if not await self._read():

@@ -164,4 +164,7 @@ def _origin(client: Client, reception: Reception | None, signed: Signed | None, 
 
 def _printable(text: str) -> str:
     """Return the first 128 characters of a text, without those that are not printable ASCII."""
-    return "".join(character for character in text[:_MAX_TEXT_LENGTH] if " " <= character <= "~")
+    text = text[:_MAX_TEXT_LENGTH]
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(character for character in text if " " <= character <= "~")

@@ -1,14 +1,12 @@
 """The head of an HTTP/1.1 request: bytes in, a checked head out. No I/O.
 
-h11 parses a head completely before it judges the head, and accepts forms that proxies read in different ways: two equal
+Libraries for HTTP parse a head completely before they judge it, and accept forms that proxies read in different ways: two equal
 Content-Length, bare LF, folded lines, Transfer-Encoding beside Content-Length (RFC 9112, sections 2.2, 5.2 and 6.3). So this
-module limits and checks the bytes first, and then hands h11 exactly one head.
+module limits the bytes first, and then accepts one form of each line. A test compares it with h11, which accepts more.
 """
 
 import re
 from typing import Final, NamedTuple
-
-import h11
 
 from .chunked import ChunkedBody
 from .refusals import HttpRefusal
@@ -28,33 +26,32 @@ _CRLF: Final = b"\r\n"
 _END: Final = b"\r\n\r\n"
 _LINE: Final = re.compile(rb"([A-Z]+) (/[!-\"$-~]*) HTTP/([0-9]\.[0-9])")
 """A method in upper case, a target in origin form without `#`, and a version."""
-_NAME: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-"""A token of RFC 9110: a header's name, directly before its colon."""
+_FIELD: Final = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*)")
+"""A token of RFC 9110, directly before its colon, and a value without control characters but tabs."""
 _LENGTH: Final = re.compile(rb"[0-9]{1,7}")
 _VERSIONS: Final = (b"1.0", b"1.1")
 
 
 class Head(NamedTuple):
-    """A checked head. Names of headers are in lower case; values have no white space at their ends."""
+    """A checked head. `headers`: values by name in lower case, in their order, without white space at their ends."""
 
     method: str
     target: str
-    headers: list[tuple[str, str]]
+    headers: dict[str, list[str]]
     body_bytes: int
     """The value of Content-Length; 0 for a chunked body."""
     is_chunked: bool
     expects_continue: bool
     keep_alive: bool
-    connection: h11.Connection
-    """The state of h11, which frames the answer."""
 
     def values(self, name: str) -> list[str]:
         """Return the values of all headers with this name."""
-        return [value for header, value in self.headers if header == name]
+        return self.headers.get(name, [])
 
     def value(self, name: str) -> str:
         """Return the value of the first header with this name; an empty text without one."""
-        return next(iter(self.values(name)), "")
+        values = self.headers.get(name)
+        return values[0] if values else ""
 
 
 class HeadReader:
@@ -122,72 +119,61 @@ def _check_sizes(line: bytes, fields: bytes | bytearray) -> None:
 def _parse(head: bytes) -> Head:
     line, _, fields = head[: -len(_CRLF)].partition(_CRLF)
     _check_sizes(line, fields)
-    _check_line(line)
-    _check_fields(fields)
-    # _check_sizes has enforced the limits, so h11's own limit never applies.
-    connection = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD_BYTES)
-    connection.receive_data(head)
-    try:
-        request = connection.next_event()
-    except h11.RemoteProtocolError as error:
-        raise _bad_request(str(error)) from None
-    if not isinstance(request, h11.Request):
-        raise _bad_request("the head is not that of a request")
-    headers = [(name.decode("ascii"), value.decode("latin-1").strip()) for name, value in request.headers]
-    return _checked(request, headers, connection)
-
-
-def _check_line(line: bytes) -> None:
     match = _LINE.fullmatch(line)
     if match is None:
         raise _bad_request("the request line is not METHOD /TARGET HTTP/1.1 in printable ASCII")
     if match[3] not in _VERSIONS:
         raise HttpRefusal(505, "HTTPVersionNotSupported", "HTTP/1.1 is expected.")
+    method, target = match[1].decode("ascii"), match[2].decode("ascii")
+    return _checked(method, target, _headers(fields), is_1_1=match[3] == b"1.1")
 
 
-def _check_fields(fields: bytes) -> None:
-    if b"\0" in fields or b"\n" in fields.replace(_CRLF, b"") or b"\r" in fields.replace(_CRLF, b""):
-        raise _bad_request("a header line contains NUL, a bare CR or a bare LF")
+def _headers(fields: bytes) -> dict[str, list[str]]:
+    """Return the values of complete header lines by their names."""
+    headers: dict[str, list[str]] = {}
     for field in fields.split(_CRLF)[:-1]:
-        name, colon, _ = field.partition(b":")
-        if not colon or not _NAME.fullmatch(name):
-            raise _bad_request("a header line is folded, or is not NAME: VALUE without white space before the colon")
+        match = _FIELD.fullmatch(field)
+        if match is None:
+            raise _bad_request(
+                "a header line is folded, has a bare CR, a bare LF or another control character, or is not NAME: VALUE "
+                "without white space before the colon"
+            )
+        name = match[1].lower().decode("ascii")
+        headers.setdefault(name, []).append(match[2].rstrip(b" \t").decode("latin-1"))
+    return headers
 
 
-def _checked(request: h11.Request, headers: list[tuple[str, str]], connection: h11.Connection) -> Head:
-    names = [name for name, _ in headers]
-    if names.count("host") != 1:
+def _checked(method: str, target: str, headers: dict[str, list[str]], *, is_1_1: bool) -> Head:
+    if len(headers.get("host", ())) != 1:
         raise _bad_request("one Host header is expected")
-    is_chunked = _is_chunked(request, headers)
-    lengths = [value for name, value in headers if name == "content-length"]
+    is_chunked = _is_chunked(headers, is_1_1=is_1_1)
+    lengths = headers.get("content-length", [])
     if len(lengths) > 1 or not all(_LENGTH.fullmatch(length.encode("latin-1")) for length in lengths):
         raise _bad_request("one Content-Length of at most seven digits is expected")
     body_bytes = int(lengths[0]) if lengths else 0
     if body_bytes > MAX_BODY_BYTES:
         raise HttpRefusal(413, "RequestEntityTooLarge", f"The body has more than {MAX_BODY_BYTES} bytes.")
-    expectations = [value.lower() for name, value in headers if name == "expect"]
+    expectations = [value.lower() for value in headers.get("expect", ())]
     if expectations not in ([], ["100-continue"]):
         raise HttpRefusal(417, "ExpectationFailed", "Expect: only 100-continue is supported.")
-    options = [option.strip().lower() for name, value in headers if name == "connection" for option in value.split(",")]
+    options = [option.strip().lower() for value in headers.get("connection", ()) for option in value.split(",")]
     return Head(
-        method=request.method.decode("ascii"),
-        target=request.target.decode("ascii"),
+        method=method,
+        target=target,
         headers=headers,
         body_bytes=body_bytes,
         is_chunked=is_chunked,
-        expects_continue=bool(expectations) and request.http_version == b"1.1",
-        keep_alive=request.http_version == b"1.1" and "close" not in options,
-        connection=connection,
+        expects_continue=bool(expectations) and is_1_1,
+        keep_alive=is_1_1 and "close" not in options,
     )
 
 
-def _is_chunked(request: h11.Request, headers: list[tuple[str, str]]) -> bool:
+def _is_chunked(headers: dict[str, list[str]], *, is_1_1: bool) -> bool:
     """Return whether the body is chunked. Raises `HttpRefusal` for another coding, and for two statements about the length."""
-    codings = [value.lower() for name, value in headers if name == "transfer-encoding"]
+    codings = [value.lower() for value in headers.get("transfer-encoding", ())]
     if not codings:
         return False
-    has_length = any(name == "content-length" for name, _ in headers)
-    if codings != ["chunked"] or has_length or request.http_version != b"1.1":
+    if codings != ["chunked"] or "content-length" in headers or not is_1_1:
         raise HttpRefusal(
             411,
             "MissingContentLength",

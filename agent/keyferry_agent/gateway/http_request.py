@@ -54,7 +54,7 @@ class HttpRequest:
     """A request with its parameters. `query`: the parameters of the query alone, which the second scheme signs."""
 
     method: str
-    headers: list[tuple[str, str]]
+    headers: dict[str, list[str]]
     body: bytes = field(repr=False)
     query: list[tuple[str, str]] = field(repr=False)
     parameters: dict[str, str] = field(repr=False)
@@ -76,8 +76,9 @@ class HttpRequest:
 
     def header_values(self, name: str) -> list[str]:
         """Return the values of all headers with this name, in lower case."""
-        return [value for header, value in self.headers if header == name]
+        return self.headers.get(name, [])
 
     def header(self, name: str) -> str:
         """Return the value of the first header with this name; an empty text without one."""
-        return next(iter(self.header_values(name)), "")
+        values = self.headers.get(name)
+        return values[0] if values else ""

@@ -74,13 +74,14 @@ def decode_form(text: bytes) -> list[tuple[str, str]]:
 
 
 def _decode(text: bytes) -> str:
-    if _BROKEN_ESCAPE.search(text):
-        raise kms_error("InvalidParameter", "A percent-encoding is broken.")
-    plain_text = _ESCAPES.sub(
-        lambda match: bytes.fromhex(match[0].replace(b"%", b"").decode()), text.replace(b"+", b" ")
-    )
+    if b"+" in text:
+        text = text.replace(b"+", b" ")
+    if b"%" in text:
+        if _BROKEN_ESCAPE.search(text):
+            raise kms_error("InvalidParameter", "A percent-encoding is broken.")
+        text = _ESCAPES.sub(lambda match: bytes.fromhex(match[0].replace(b"%", b"").decode()), text)
     try:
-        return plain_text.decode()
+        return text.decode()
     except UnicodeDecodeError:
         raise kms_error("InvalidParameter", "A name or value is not UTF-8.") from None
 

@@ -36,7 +36,7 @@ _UNIT = "× the socket's time"
 
 
 class _Gateways:
-    """What the configuration of the agent needs for a gateway on http, and one on https."""
+    """The gateways of the agent: one on http, and one on https, with an access key and a certificate."""
 
     def __init__(self) -> None:
         self.http_port, self.https_port = free_ports(2)
