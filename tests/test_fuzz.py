@@ -3,6 +3,7 @@
 `make fuzz` goes on from here with a fuzzer that sees which branches an input reaches.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from keyferry_agent.authz.grants import Grant
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config import table
 from keyferry_agent.crypto import aad, ciphertext_blob, public_key
+from keyferry_agent.gateway import head
 from keyferry_agent.handlers import common
 from keyferry_agent.keyring import document, recipients
 
@@ -83,6 +85,7 @@ FAULTS: dict[str, tuple[Any, str, Any]] = {
     "keyring": (document, "encode_base64", lambda data: encode_base64(bytes(data).upper())),
     "identity": (recipients, "_MAX_SHOWN", 4_096),
     "audit": (chain, "link", lambda _: chain.BEGINNING),
+    "http": (head, "_FIELD", re.compile(b"([^:]+):[ \t]*(.*)")),
 }
 """A planted fault for each target: a module, a name in it, and its replacement."""
 

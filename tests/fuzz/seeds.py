@@ -6,11 +6,13 @@ PYTHONPATH=tests python -m fuzz.seeds       writes them into the corpora
 import base64
 import json
 from typing import Any
+from urllib.parse import urlencode
 
 import msgpack
 import pyrage
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from reference import blob_decoder, file_decoder
+from support.gateway import Credentials, acs3_headers, v1_parameters
 from support.keys import ALGORITHMS, recipient, spki
 
 from keyferry import age_passphrase
@@ -229,6 +231,36 @@ def _audit() -> list[bytes]:
     ]
 
 
+def _http() -> list[bytes]:
+    credentials, host = Credentials("LTAIofTheFuzzer", "a secret of the fuzzer"), b"Host: localhost\r\n"
+    fixed = {"Timestamp": "2026-01-31T12:00:00Z", "SignatureNonce": "1"}
+    query = urlencode(
+        v1_parameters(credentials, "Encrypt", {"KeyId": "alias/a", "Plaintext": "+/8="}, **fixed)
+    ).encode()
+    form = b"Content-Type: application/x-www-form-urlencoded\r\n"
+    acs3 = acs3_headers(
+        credentials,
+        "localhost",
+        "ListKeys",
+        {"PageSize": "7"},
+        x_acs_date=fixed["Timestamp"],
+        x_acs_signature_nonce="1",
+    )
+    lines = b"".join(f"{name}: {value}\r\n".encode() for name, value in acs3.items())
+    length = b"Content-Length: %d\r\n\r\n" % len(query)
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n"
+    return [
+        b"GET /?" + query + b" HTTP/1.1\r\n" + host + b"\r\n",
+        b"POST / HTTP/1.1\r\n" + host + form + length + query,
+        b"POST / HTTP/1.1\r\n" + host + form + chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(query), query),
+        b"POST /?PageSize=7 HTTP/1.1\r\n" + lines + chunked + b"0\r\n\r\n",
+        (b"GET /?A=%C3%BC&B HTTP/1.0\r\n" + host + b"\r\n") * 2,
+        b"GET /?A=%ff&A=1&%=+ HTTP/1.1\r\nX-Odd:\t\xff \r\n" + host + b"Expect: 100-continue\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: other:80\r\nConnection: close\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + host + b"X-Space : 1\r\n\r\n",
+    ]
+
+
 SEEDS = {
     "codec": _codec,
     "agent": _agent,
@@ -242,6 +274,7 @@ SEEDS = {
     "keyring": _keyring,
     "identity": _identity,
     "audit": _audit,
+    "http": _http,
 }
 
 if __name__ == "__main__":

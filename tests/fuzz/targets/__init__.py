@@ -6,6 +6,7 @@ from typing import NamedTuple
 from .answers import answers
 from .ciphertexts import ciphertext, context, sm2_ciphertext
 from .files import encrypted_file
+from .http import http
 from .keyrings import identity, keyring
 from .operators import audit, configuration
 from .public_keys import public_key
@@ -35,4 +36,5 @@ TARGETS = {
     "keyring": Target(keyring, 8_192),
     "identity": Target(identity),
     "audit": Target(audit, 8_192),
+    "http": Target(http, 2_048),
 }
