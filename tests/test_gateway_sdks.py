@@ -24,7 +24,7 @@ from support.gateway import (
     serving_gateway,
 )
 from support.sdk import PYTHON, SCRIPTS, Kind, LossyRelay, Sdk, python_sdks, running
-from support.sdk_checks import WrappingKey, check_audit, check_errors, check_operations, refused
+from support.sdk_checks import WrappingKey, check_audit, check_errors, check_operations, check_proxy, refused
 from support.skip_unless import ROOT
 from support.small_oss import SmallOss, small_oss
 
@@ -155,6 +155,12 @@ def test_sdk_refuses_a_gateway_of_another_authority(gateways: Gateways, kind: Ki
         error = refused(program, "ListKeys")
         assert error.request_id == ""
         assert "certificate" in str(error).lower()
+
+
+@pytest.mark.parametrize("kind", [kind.param() for kind in SCRIPTS if kind.name in WITH_OWN_TLS])
+def test_sdk_uses_the_proxy_of_the_environment_or_not(gateways: Gateways, kind: Kind) -> None:
+    """The SDKs for Python do, even for this host. docs/how-to/use-the-alibaba-sdk.md warns of it."""
+    check_proxy(kind, gateways.prepared)
 
 
 def test_sdks_go_on_after_a_restart_of_the_agent(programs: Programs, tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Kind:
     """A program. `needs`: a file that is there if the SDK is installed.
 
     `operations`: those that the SDK has. `algorithms`: the ways it can sign. `retries`: whether it can repeat a call.
+    `uses_proxy`: whether it takes a proxy from the environment, also for this host and against NO_PROXY.
     `ca_variable`: the environment variable that names the authority, where no setting does.
     """
 
@@ -63,6 +64,7 @@ class Kind:
     operations: frozenset[str] = EVERY
     algorithms: Sequence[str] = ("",)
     retries: bool = False
+    uses_proxy: bool = False
     has_dry_run: bool = True
     folder: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -84,7 +86,15 @@ def _python(name: str, module: str, *arguments: str, algorithms: Sequence[str] =
     command = [str(PYTHON), "-W", "ignore", "-m", f"foreign.sdk.{module}", *arguments]
     environment = {"PYTHONPATH": str(ROOT / "tests")}
     needs = SDKS / "python" / "requirements.txt"
-    return Kind(name, command, needs, algorithms=algorithms, retries=retries, environment=environment)
+    return Kind(
+        name,
+        command,
+        needs,
+        algorithms=algorithms,
+        retries=retries,
+        uses_proxy=True,
+        environment=environment,
+    )
 
 
 def _node(
@@ -141,10 +151,9 @@ class Sdk:
         self.kind = kind
         self.prepared = prepared
         self.ca = ca or prepared.ca
-        environment = {**os.environ, **kind.environment}
-        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "SSL_CERT_FILE", _NODE_CA):
-            environment.pop(name, None)
-            environment.pop(name.lower(), None)
+        removed = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", _NODE_CA)
+        environment = {name: value for name, value in os.environ.items() if name.upper() not in removed}
+        environment |= kind.environment
         if kind.ca_variable:
             environment[kind.ca_variable] = str(self.ca)
         self._process = subprocess.Popen(
@@ -251,7 +260,7 @@ def built_go(folder: Path) -> Kind:
     """Build the program in Go in a folder, and return its kind; skips where Go or its modules are missing."""
     program = folder / "sdk"
     build_go(PROGRAMS / "go" / "sdk.go", program)
-    return replace(JAVA_SDK, name="go-v2", command=[str(program)], needs=program)
+    return replace(JAVA_SDK, name="go-v2", command=[str(program)], needs=program, uses_proxy=True)
 
 
 class LossyRelay:
@@ -260,6 +269,7 @@ class LossyRelay:
     def __init__(self, port: int, lose: int) -> None:
         self._target = port
         self._lose = lose
+        self.accepted = 0
         self.lost = 0
         self._server = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._server.getsockname()[1])
@@ -272,6 +282,7 @@ class LossyRelay:
                 client, _ = self._server.accept()
             except OSError:
                 return
+            self.accepted += 1
             threading.Thread(target=self._relay, args=(client,), daemon=True).start()
 
     def _relay(self, client: socket.socket) -> None:

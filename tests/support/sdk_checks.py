@@ -3,6 +3,7 @@
 import base64
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import pytest
@@ -10,8 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from .agent import RunningAgent
-from .gateway import UNKNOWN_ID, Credentials
-from .sdk import Sdk, SdkError
+from .gateway import UNKNOWN_ID, Credentials, Prepared
+from .sdk import Kind, LossyRelay, Sdk, SdkError, running
 
 CONTEXT: Final = {"tenant": "7", "purpose": "磁盘 &=+%/ ~*'!", "quote": '"\\'}
 LONGEST: Final = 6_144
@@ -167,6 +168,27 @@ def check_errors(sdk: Sdk, protocol: str, other: Credentials) -> None:
     # The classic SDK compares the string to sign with its own, and so finds out what is wrong.
     assert error.code in ("SignatureDoesNotMatch", "InvalidAccessKeySecret")
     assert error.http_status == 400
+
+
+def check_proxy(kind: Kind, prepared: Prepared) -> None:
+    """Look whether requests go to the proxy of the environment, although NO_PROXY excludes this host."""
+    relay = LossyRelay(prepared.http_port, 100)
+    url = f"http://127.0.0.1:{relay.port}"
+    proxied = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "http_proxy": url, "https_proxy": url}
+    excluded = {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+    try:
+        with running(replace(kind, environment={**kind.environment, **proxied, **excluded}), prepared) as sdk:
+            for protocol in ("http", "https"):
+                before = relay.accepted
+                sdk.client(protocol)
+                if kind.uses_proxy:
+                    assert refused(sdk, "ListKeys").request_id == ""
+                    assert relay.accepted > before
+                else:
+                    assert sdk.call("ListKeys")["TotalCount"] == 2
+                    assert relay.accepted == 0
+    finally:
+        relay.close()
 
 
 def _dry_runs(sdk: Sdk) -> list[tuple[str, dict[str, Any], str, int]]:

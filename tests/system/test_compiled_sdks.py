@@ -22,7 +22,7 @@ from support.gateway import (
 )
 from support.keyring import change
 from support.sdk import JAVA, JAVA_SDK, Kind, LossyRelay, Sdk, build_go, built_go, running
-from support.sdk_checks import WrappingKey, check_audit, check_errors, check_operations, refused
+from support.sdk_checks import WrappingKey, check_audit, check_errors, check_operations, check_proxy, refused
 
 PROTOCOLS = {"http": "plain", "https": "tls"}
 
@@ -111,6 +111,11 @@ def test_sdk_refuses_a_gateway_of_another_authority(
         error = refused(program, "ListKeys")
         assert error.request_id == ""
         assert "certif" in str(error).lower() or "PKIX" in str(error)
+
+
+def test_sdk_uses_the_proxy_of_the_environment_or_not(kind: Kind, prepared: Prepared, agent: RunningAgent) -> None:
+    """The SDK for Go does, even for this host. docs/how-to/use-the-alibaba-sdk.md warns of it."""
+    check_proxy(kind, prepared)
 
 
 @pytest.mark.parametrize("language", ["java", "go"])

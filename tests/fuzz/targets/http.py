@@ -1,4 +1,4 @@
-"""What a gateway receives: requests in any pieces, up to what was signed and what an operation is called with."""
+"""Requests as a gateway receives them, in any pieces, up to the signed values and the parameters of an operation."""
 
 import json
 from typing import Any
