@@ -23,7 +23,7 @@ from keyferry_agent.audit import AuditLog, agent_entries, log
 from keyferry_agent.audit.entry import AuditedRequest, AuditEntry
 from keyferry_agent.chained_log import chain
 from keyferry_agent.config.settings import Audit
-from keyferry_agent.peer import Peer
+from keyferry_agent.peer import HttpOrigin, Peer
 
 RSA = recipient("RSAES_OAEP_SHA_256")
 PEER = Peer(uid=1, gids=frozenset({1}), pid=1, listener="default")
@@ -102,8 +102,9 @@ def test_level_separates_refusals_from_failures() -> None:
         assert (fields["outcome"], fields["level"]) == (outcome, level)
 
 
-def test_longest_entry_fits_an_atomic_pipe_write(record: Path) -> None:
-    """An entry with its longest fields, a program and two hashes has at most PIPE_BUF bytes."""
+@pytest.mark.parametrize("http", [None, HttpOrigin("ACS3", "", True, '"' * 128)])
+def test_longest_entry_fits_an_atomic_pipe_write(record: Path, http: HttpOrigin | None) -> None:
+    """An entry with its longest fields, a program and two hashes has at most PIPE_BUF bytes; also through a gateway."""
     peer = Peer(
         4294967294,
         frozenset(range(2**32 - 100, 2**32)),
@@ -112,6 +113,8 @@ def test_longest_entry_fits_an_atomic_pipe_write(record: Path) -> None:
         unit="u" * 255 + ".service",
         exe="/" + "\N{GRINNING FACE}" * 1_000,
         sha256="sha256:" + "0" * 64,
+        access_key="A" * 128 if http else "",
+        http=http,
     )
     keys = tuple(f"{chr(0x1F600)}{number}" * 20 for number in range(40))
     ids, blob_hash = ("k" * 36,) * 4, "sha256:" + "0" * 64

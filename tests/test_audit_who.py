@@ -5,6 +5,7 @@ import os
 import pwd
 import re
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ import pytest
 from support.agent import RawConnection
 from support.audit_log import START, requests
 from support.calls import call_ok
+from support.gateway import call_v1, connect, grant_table, new_access_key, prepare, serving_gateway
 from support.keyring import change, opened, serving
 from support.keys import recipient
 
@@ -258,3 +260,26 @@ def test_impossible_queries_are_explained(record: Path, capsys: pytest.CaptureFi
     ):
         assert main(["audit", "who", str(record), *arguments]) == 1
         assert why in capsys.readouterr().err
+
+
+def test_access_keys_of_a_gateway_are_told_apart(
+    tmp_path: Path, record: Path, who: Who, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each caller is named by the access key; another access key's requests are another group."""
+    prepared = prepare(tmp_path, more=f'[audit]\npath = "{record}"\n')
+    other = new_access_key(prepared.keyring)
+    with prepared.config.open("a") as config:
+        config.write(grant_table("other", f'access_key = "{other.access_key_id}"'))
+    with serving_gateway(prepared), closing(connect(prepared)) as connection:
+        for credentials in (prepared.credentials, other, other):
+            assert call_v1(connection, credentials, "GenerateDataKey", KeyId="alias/a").status == 200
+    assert [(group["access_key"], group["count"]) for group in who()] == [
+        (prepared.credentials.access_key_id, 1),
+        (other.access_key_id, 2),
+    ]
+    assert [entry["access_key"] for entry in who("--list", "--access-key", other.access_key_id)] == [
+        other.access_key_id
+    ] * 2
+    capsys.readouterr()
+    assert main(["audit", "who", str(record), "--access-key", other.access_key_id]) == 0
+    assert capsys.readouterr().out.startswith(f"access key {other.access_key_id}: GenerateDataKey 2 times")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from support.gateway import Credentials, acs3_headers, encode, v1_parameters
 from support.gateway_in_process import CREDENTIALS, HttpClient, Served, gateway_served, new_state, request_of
 
 from keyferry.errors import KmsError
+from keyferry_agent.gateway.head import MAX_HEADER_BYTES, MAX_LINE_BYTES, HeadReader
 from keyferry_agent.gateway.nonces import Nonces, Verdict
 from keyferry_agent.gateway.parameters import canonical_query, decode_form, percent_encode
+from keyferry_agent.gateway.refusals import HttpRefusal
 
 HOST = "localhost"
 ENVELOPE = ["HttpStatus", "Code", "Message", "RequestId", "HostId"]
@@ -111,6 +114,20 @@ async def test_limits_of_a_head_can_be_used_up(served: Served) -> None:
         await client.send(line + b" HTTP/1.1\r\n" + rest[:-2] + b"A: b\r\n" * 63 + b"\r\n")
         assert (await client.answer())[0] == 400  # too many separators, which is looked at last
         assert await client.call() == 200
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_limits_hold_where_a_line_end_is_split(length: int) -> None:
+    """CR may come before LF: a line and headers of exactly the limits are valid, one byte more is refused."""
+    line = b"GET /".ljust(MAX_LINE_BYTES - 9 + length, b"a") + b" HTTP/1.1"
+    fields = b"Host: x\r\nA: ".ljust(MAX_HEADER_BYTES - 2 + length, b"b")
+    for pieces in ((line + b"\r", b"\nHost: x\r\n\r\n"), (b"GET / HTTP/1.1\r\n" + fields + b"\r\n\r", b"\n")):
+        reader = HeadReader()
+        with pytest.raises(HttpRefusal) if length else nullcontext():
+            reader.feed(pieces[0])
+            assert reader.take_head() is None
+            reader.feed(pieces[1])
+            assert reader.take_head() is not None
 
 
 async def test_a_request_may_come_in_any_pieces(served: Served) -> None:

@@ -21,7 +21,10 @@ from support.gateway_in_process import (
 
 from keyferry_agent.config.gateways import Gateway, certificate_context
 from keyferry_agent.gateway import connection, server
+from keyferry_agent.gateway.client import Client
+from keyferry_agent.gateway.http_request import Reception
 from keyferry_agent.gateway.sampling import ENTRIES_PER_SECOND
+from keyferry_agent.server.dispatch import CompletedRequest, Dispatcher, Encode
 
 WRONG = Credentials(CREDENTIALS.access_key_id, "another-secret")
 STRANGER = Credentials("LTAIStranger", "whatever")
@@ -194,6 +197,45 @@ async def test_drain_answers_requests_and_closes_idle_ones(autojump_clock: trio.
         assert await idle.is_closed()
         with pytest.raises(OSError, match="connect"):
             await served.connect()
+
+
+async def test_a_drain_during_a_request_reads_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer was begun without `Connection: close`, so that the client may have sent its next request."""
+    agent = new_state()
+    async with gateway_served(agent) as served, await served.connect() as client:
+        endpoint = served.server._endpoints["gateway"]
+        answer = endpoint.answer
+
+        async def draining(who: Client, reception: Reception) -> tuple[bytes, bool]:
+            answered = await answer(who, reception)
+            if not agent.draining:
+                agent.draining = True
+                served.server.drain()
+            return answered
+
+        monkeypatch.setattr(endpoint, "answer", draining)
+        assert await client.call() == 200
+        await client.send(request_of())
+        status, head, _ = await client.answer()
+        assert (status, b"connection: close" in head.lower()) == (200, True)
+
+
+async def test_a_refused_request_leaves_no_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answered error is not the raised one, whose traceback leads to the request's parameters."""
+    answered = []
+    packed = Dispatcher._packed
+
+    def noted(dispatcher: Dispatcher, request: CompletedRequest, encode: Encode) -> bytes:
+        answered.append(request.outcome)
+        return packed(dispatcher, request, encode)
+
+    monkeypatch.setattr(Dispatcher, "_packed", noted)
+    async with gateway_served(new_state()) as served, await served.connect() as client:
+        assert await client.call("Encrypt", Plaintext="c2VjcmV0", Unknown="x") == 400
+        assert await client.call("Encrypt", Plaintext="c2VjcmV0", NumberOfBytes="x") == 400
+        assert await client.call("Nothing", Plaintext="c2VjcmV0") == 404
+        assert await client.call("Encrypt", credentials=WRONG, Plaintext="c2VjcmV0") == 400
+    assert [error.__traceback__ for error in answered] == [None] * 4
 
 
 async def test_a_drain_ends_after_its_grace(autojump_clock: trio.testing.MockClock) -> None:

@@ -104,6 +104,7 @@ _shtab_keyferry_agent_audit_who_options=(
   "--uid[the caller\'s user, by its number]:N:"
   "--user[the caller\'s user, by its name on this host]:NAME:"
   "--unit[the caller\'s systemd unit, like orders.service]:UNIT:"
+  "--access-key[the access key with which the caller signed, at a gateway]:ID:"
   "--key[the master key\'s ID, ARN or alias\; an alias also matches the keys that had it earlier]:KEY:"
   "--version[one version of a master key]:ID:"
   "--recipient[the fingerprint of the public key that data keys were exported to]:FINGERPRINT:"

@@ -31,7 +31,7 @@ from .writer_thread import WriterThread
 __all__ = ["MAX_CONTEXT_KEYS", "MAX_CONTEXT_KEYS_BYTES", "MAX_GROUPS", "MAX_KEY_CHARACTERS", "AuditLog"]
 
 MAX_GROUPS: Final = 64
-"""Groups of a caller that one entry lists."""
+"""Groups of a caller that one entry lists; half as many beside the fields of a gateway's request."""
 MAX_CONTEXT_KEYS: Final = 32
 MAX_KEY_CHARACTERS: Final = 40
 """Characters of an EncryptionContext's key in an entry. A line stays below PIPE_BUF (4,096), so that pipe writes are atomic."""
@@ -217,7 +217,8 @@ def _context_keys(keys: Sequence[str]) -> str:
 
 
 def _of_peer(peer: Peer) -> str:
-    gids = sorted(set(itertools.islice(peer.gids, MAX_GROUPS)))  # a peer may have 65,536 groups
+    max_groups = MAX_GROUPS if peer.http is None else MAX_GROUPS // 2
+    gids = sorted(set(itertools.islice(peer.gids, max_groups)))  # a peer may have 65,536 groups
     uid = "null" if peer.uid is None else peer.uid
     pid = "null" if peer.pid is None else peer.pid
     unit = "null" if peer.unit is None else quoted(peer.unit)

@@ -24,6 +24,7 @@ class Query(NamedTuple):
     operations: tuple[str, ...] = RELEASES
     uid: int | None = None
     unit: str | None = None
+    access_key: str | None = None
     recipient: str | None = None
     grant: str | None = None
     version: str | None = None
@@ -34,7 +35,8 @@ class Query(NamedTuple):
 
     def matches(self, fields: dict[str, Any], time: datetime | None) -> bool:
         """Return whether an entry matches, apart from its key and its context. An entry without a time matches any time."""
-        conditions = ((self.uid, "uid"), (self.unit, "unit"), (self.recipient, "recipient"), (self.grant, "grant"))
+        names = ("uid", "unit", "access_key", "recipient", "grant")
+        conditions = [(getattr(self, name), name) for name in names]
         return (
             fields.get("event") == "audit"
             and fields.get("outcome") == "OK"
@@ -103,6 +105,7 @@ class Counted(_Matching):
     NAMES: Final = (
         "uid",
         "unit",
+        "access_key",
         "listener",
         "grant",
         "operation",
@@ -185,6 +188,7 @@ class Listed(_Matching):
         "uid",
         "pid",
         "unit",
+        "access_key",
         "listener",
         "exe",
         "sha256",

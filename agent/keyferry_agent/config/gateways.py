@@ -8,8 +8,6 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final
 
-from cryptography import x509
-
 from keyferry import private_files
 
 from . import validators
@@ -129,6 +127,8 @@ def certificate_context(gateway: Gateway) -> ssl.SSLContext | None:
         return None
     if faults := private_files.problems(gateway.private_key, secret=True):
         raise CertificateError("; ".join(faults))
+    from cryptography import x509  # noqa: PLC0415 - most agents have no certificate, and it takes a tenth of their start
+
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])

@@ -26,7 +26,6 @@ from ..config.gateways import CertificateError, certificate_context
 from ..config.options import Options, StartError
 from ..config.settings import Settings, SettingsError
 from ..crypto import selftest
-from ..gateway.server import GatewayServer
 from ..gateway.sockets import open_gateways, take_gateway_sockets
 from ..health import MESSAGES, SEALED
 from ..keyring.document import KeyringError
@@ -234,6 +233,8 @@ async def _serve(
         ]
         serve, drain = [partial(server.serve, listeners)], [server.drain]
         if gateways:
+            from ..gateway.server import GatewayServer  # noqa: PLC0415 - most agents have no gateway
+
             gateway_server = GatewayServer(server, audit, gateways, contexts)
             serve, drain = [*serve, partial(gateway_server.serve)], [*drain, gateway_server.drain]
         async with trio.open_nursery() as nursery:

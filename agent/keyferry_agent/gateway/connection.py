@@ -6,6 +6,7 @@ import structlog
 import trio
 
 from ..server.connection import LINGER, linger
+from ..server.server import DRAIN_READ_SECONDS
 from ..state import ServerState
 from .client import Client
 from .endpoint import Endpoint
@@ -104,8 +105,8 @@ class HttpConnection:
     async def _wait_for_request(self) -> bool:
         """Return whether the first bytes of a request came, within the time for idle connections."""
         seconds = MAX_IDLE_SECONDS if self._client.proven else MAX_UNPROVEN_IDLE_SECONDS
-        if self._agent.draining:
-            return False
+        if self._agent.draining:  # the drain began during a request, so that its answer did not say so
+            seconds = DRAIN_READ_SECONDS
         with trio.move_on_after(seconds) as scope:
             self._idle.add(scope)
             try:

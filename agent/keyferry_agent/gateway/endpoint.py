@@ -150,9 +150,7 @@ class Endpoint:
         """Return the answer to a request that was refused before its operation was decided."""
         exchange = Exchange(Caller(peer), encode=encoder)
         recorded = self._sample.takes(time.monotonic())
-        # Not the raised error: its traceback refers to the request's parameters.
-        answered = KmsError(error.code, error.message, "", error.http_status)
-        self._dispatcher.refuse(exchange, answered, AuditEntry.of_method(action), recorded=recorded)
+        self._dispatcher.refuse(exchange, error, AuditEntry.of_method(action), recorded=recorded)
         return exchange.answers
 
 

@@ -99,14 +99,17 @@ class HeadReader:
 
 def _check_incomplete(received: bytearray) -> None:
     """Raise `HttpRefusal` as soon as a head cannot become valid, so that its bytes need not be kept."""
-    line, _, fields = received.partition(_CRLF)
-    _check_sizes(bytes(line), fields)
-    if b"\n" in line or b"\n" in fields.replace(_CRLF, b""):
+    line_end = received.find(_CRLF)
+    line_bytes = len(received) if line_end < 0 else line_end  # not copied: a client may send a long line byte by byte
+    fields = b"" if line_end < 0 else bytes(received[line_end + len(_CRLF) :])
+    is_split = received.endswith(b"\r")  # between CR and LF
+    _check_sizes(line_bytes - (is_split and line_end < 0), fields.removesuffix(b"\r"))
+    if received.find(b"\n", 0, line_bytes) >= 0 or b"\n" in fields.replace(_CRLF, b""):
         raise _bad_request("a line ends in a bare LF")
 
 
-def _check_sizes(line: bytes, fields: bytes | bytearray) -> None:
-    if len(line) > MAX_LINE_BYTES:
+def _check_sizes(line_bytes: int, fields: bytes) -> None:
+    if line_bytes > MAX_LINE_BYTES:
         raise HttpRefusal(414, "RequestURITooLong", f"The request line has more than {MAX_LINE_BYTES} bytes.")
     if len(fields) > MAX_HEADER_BYTES or fields.count(b"\n") > MAX_HEADERS:
         raise HttpRefusal(
@@ -118,7 +121,7 @@ def _check_sizes(line: bytes, fields: bytes | bytearray) -> None:
 
 def _parse(head: bytes) -> Head:
     line, _, fields = head[: -len(_CRLF)].partition(_CRLF)
-    _check_sizes(line, fields)
+    _check_sizes(len(line), fields)
     match = _LINE.fullmatch(line)
     if match is None:
         raise _bad_request("the request line is not METHOD /TARGET HTTP/1.1 in printable ASCII")

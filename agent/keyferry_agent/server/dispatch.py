@@ -34,6 +34,7 @@ __all__ = [
     "Batch",
     "CompletedRequest",
     "Dispatcher",
+    "Encode",
     "Exchange",
     "Message",
     "OffloadedJob",
@@ -234,10 +235,10 @@ class Dispatcher:
 
         `limited`: whether the request counts for the caller's rate, whose error then comes first.
         """
-        started = time.monotonic()
+        request_id, started = new_request_id(), time.monotonic()
         if limited and not self._context.rate.allows(exchange.caller.user, started):
             error = kms_error("Rejected.Throttling")
-        request = CompletedRequest(0, new_request_id(), started, entry, error)
+        request = CompletedRequest(0, request_id, started, entry, refusal(error, request_id, entry))
         if recorded:
             exchange.completed.append(request)
             self._answer([exchange])

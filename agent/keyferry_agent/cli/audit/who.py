@@ -28,6 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     user.add_argument("--uid", type=int, metavar="N", help="the caller's user, by its number")
     user.add_argument("--user", metavar="NAME", help="the caller's user, by its name on this host")
     parser.add_argument("--unit", metavar="UNIT", help="the caller's systemd unit, like orders.service")
+    parser.add_argument("--access-key", metavar="ID", help="the access key with which the caller signed, at a gateway")
     parser.add_argument(
         "--key",
         metavar="KEY",
@@ -106,6 +107,7 @@ def _query(arguments: argparse.Namespace) -> Query:
         operations=RELEASES if arguments.operation is None else (arguments.operation,),
         uid=uid,
         unit=arguments.unit,
+        access_key=arguments.access_key,
         recipient=arguments.recipient,
         grant=arguments.grant,
         version=arguments.version,
@@ -179,7 +181,12 @@ def _lines(entries: Iterable[dict[str, Any]], line: Any, placeholder: str) -> It
 
 
 def _caller(fields: dict[str, Any]) -> str:
-    return f"uid {fields.get('uid')}{' ' + str(fields['unit']) if fields.get('unit') else ''}"
+    access_key, uid, unit = (fields.get(name) for name in ("access_key", "uid", "unit"))
+    names = [
+        f"access key {access_key}" if access_key else "",
+        f"uid {uid}" if uid is not None or not access_key else "",
+    ]
+    return " ".join(filter(None, [*names, str(unit) if unit else ""]))
 
 
 def _to(fields: dict[str, Any]) -> str:
